@@ -1,0 +1,64 @@
+# Every target works as the first command in a fresh clone and is safe to repeat.
+SHELL := bash
+PY := .venv/bin/python
+CMAKE := .venv/bin/cmake
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+BENCH_ARGS ?=
+TEST_ARGS ?=
+
+.PHONY: help setup demo test check lint cuda-check bench docs build clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+setup: ## make .venv with the pinned CPU environment and build the ops into the checkout
+	@scripts/setup_env.sh
+	@$(MAKE) --silent --no-print-directory .venv/.ops
+
+# The extension is built into vllm_dllm/, so a deleted library is built again as well.
+ifeq ($(wildcard vllm_dllm/_C.so),)
+.PHONY: .venv/.ops
+endif
+.venv/.ops: .venv/.requirements $(SOURCES)
+	@echo "setup: building the ops"
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup ## serve the small model of the checkout and talk to it
+	$(PY) examples/demo.py
+
+test: setup ## all tests
+	$(PY) -m pytest $(TEST_ARGS)
+
+check: lint cuda-check ## format, lint, types, CUDA compilation, tests without an engine
+	$(PY) -m pytest -q -m "not engine" $(TEST_ARGS)
+
+lint: setup
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	.venv/bin/clang-format --dry-run --Werror $(CPP)
+	$(PY) -m mypy
+
+cuda-check: setup
+	@if command -v nvcc >/dev/null; then \
+	  $(CMAKE) -S . -B build/cuda_check -GNinja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DDLLM_CUDA=OFF \
+	    -DTORCH_DIR="$$($(PY) -c 'import torch; print(torch.__path__[0])')" >/dev/null && \
+	  $(CMAKE) --build build/cuda_check --target cuda_check; \
+	else \
+	  echo "cuda-check: skipped, no nvcc on PATH; the CUDA sources were not compiled"; \
+	fi
+
+bench: setup ## measure, and write the tables of docs/benchmarks.md (arguments: BENCH_ARGS)
+	$(PY) -m vllm_dllm.bench $(BENCH_ARGS)
+
+docs: setup ## check the links and commands of the documentation
+	$(PY) -m pytest -q tests/test_docs.py
+
+build: setup ## make the wheel and the source distribution in dist/
+	$(PY) -m build --no-isolation
+
+clean: ## remove what the other targets made, .venv included
+	rm -rf .venv build dist *.egg-info vllm_dllm/_C.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,36 @@
+"""An absent or unfit library is explained, never replaced in silence."""
+
+import pytest
+import torch
+
+from vllm_dllm.errors import KernelUnavailable
+from vllm_dllm.ops import load
+
+
+def test_missing_library(tmp_path):
+    with pytest.raises(KernelUnavailable, match=r"missing\.so is missing; build them: .*pip install"):
+        load.load_library(tmp_path / "missing.so")
+
+
+def test_broken_library(tmp_path):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    with pytest.raises(KernelUnavailable, match=r"do not load with torch .*: .*; rebuild them: .*pip install"):
+        load.load_library(broken)
+
+
+def test_library_older_than_the_package(monkeypatch):
+    monkeypatch.setitem(load.fake.FAKES, "op_of_tomorrow", load.fake.counter_uniform)
+    with pytest.raises(KernelUnavailable, match="is older than vllm-dllm and lacks op_of_tomorrow; rebuild it"):
+        load.load_library()
+
+
+def test_unknown_device():
+    with pytest.raises(KernelUnavailable, match=r"counter_uniform has no kernel for xpu tensors; use one of"):
+        load.require("counter_uniform", "xpu")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="the ops are built with CUDA")
+def test_built_without_cuda():
+    with pytest.raises(KernelUnavailable, match="counter_uniform was built for the CPU alone"):
+        load.require("counter_uniform", "cuda")

@@ -1,0 +1,3 @@
+"""Serve masked-diffusion language models on stock vLLM."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,66 @@
+"""Find and load the library of native ops; explain its absence."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from vllm_dllm.errors import KernelUnavailable
+from vllm_dllm.ops import fake
+
+NAMESPACE = "vllm_dllm"
+LIBRARY = Path(__file__).parent.parent / "_C.so"
+BUILD_COMMAND = "`pip install --force-reinstall --no-deps --no-cache-dir vllm-dllm`, in a checkout `make setup`"
+
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def load_library(path: Path = LIBRARY) -> None:
+    """Load the ops into torch and register their fakes.
+
+    Raises: KernelUnavailable if the library is missing, does not fit the installed torch, or is older than this
+    package.
+    """
+    if not path.is_file():
+        raise KernelUnavailable(f"vllm-dllm's native ops are not built: {path} is missing; build them: {BUILD_COMMAND}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise KernelUnavailable(
+            f"vllm-dllm's native ops do not load with torch {torch.__version__}: {error}; rebuild them: {BUILD_COMMAND}"
+        ) from error
+    for op, function in fake.FAKES.items():
+        if not hasattr(getattr(torch.ops, NAMESPACE), op):
+            raise KernelUnavailable(f"{path} is older than vllm-dllm and lacks {op}; rebuild it: {BUILD_COMMAND}")
+        torch.library.register_fake(f"{NAMESPACE}::{op}", function)
+
+
+_load_once = cache(load_library)
+
+
+@cache
+def _check(op: str, device_type: str) -> None:
+    _load_once()
+    if device_type == "meta":
+        return
+    key = _DISPATCH_KEYS.get(device_type)
+    if key is None:
+        raise KernelUnavailable(f"{op} has no kernel for {device_type} tensors; use one of {sorted(_DISPATCH_KEYS)}")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key):
+        raise KernelUnavailable(
+            f"{op} was built for the CPU alone, as torch had no CUDA then; with such a torch and nvcc rebuild it: "
+            f"{BUILD_COMMAND}"
+        )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def require(op: str, device_type: str) -> None:
+    """Make sure that an op has a kernel for a kind of device, loading the library on first use.
+
+    Args:
+        op: name of the op, without namespace.
+        device_type: "cpu", "cuda" or "meta".
+
+    Raises: KernelUnavailable.
+    """
+    _check(op, device_type)
