@@ -1,0 +1,98 @@
+"""Row statistics against a float64 statement of the same, and the reference's filter."""
+
+import pytest
+import torch
+
+from vllm_dllm import noise
+from vllm_dllm.reference.decode import Sampling, choose_tokens
+from vllm_dllm.unmask.stats import SamplingParams, chunk_rows, kept_ids, row_stats
+
+VOCAB = 113
+
+
+def sampling(num_rows: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> SamplingParams:
+    return SamplingParams(
+        temperature=torch.full((num_rows,), temperature, dtype=torch.float64),
+        top_k=torch.full((num_rows,), top_k),
+        top_p=torch.full((num_rows,), top_p, dtype=torch.float64),
+        keys=noise.stream_keys(torch.tensor(7), torch.arange(num_rows), torch.tensor(3)),
+        has_noise=temperature > 0,
+        has_filter=top_k > 0 or top_p < 1,
+    )
+
+
+def random_logits(num_rows: int, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(num_rows)) * scale
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_takes_the_first_maximum_and_its_probability(num_rows: int, dtype: torch.dtype) -> None:
+    logits = random_logits(num_rows).to(dtype)
+    allowed = logits.double().index_fill(1, torch.tensor([5]), -torch.inf)
+    stats = row_stats(logits.clone(), sampling(num_rows), forbidden_id=5)
+    assert stats.token_ids.tolist() == allowed.argmax(1).tolist()
+    expected = allowed.softmax(1).amax(1)
+    assert torch.allclose(stats.confidence, expected, rtol=1e-6, atol=0)
+
+
+def test_equal_logits_go_to_the_lowest_id() -> None:
+    logits = torch.zeros(1, VOCAB)
+    stats = row_stats(logits, sampling(1), forbidden_id=0)
+    assert stats.token_ids.tolist() == [1]
+
+
+def test_confidences_near_one_keep_their_order() -> None:
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 1] = torch.tensor([30.0, 31.0, 29.5])
+    confidence = row_stats(logits, sampling(3), forbidden_id=0).confidence
+    assert confidence[1] > confidence[0] > confidence[2]
+    assert torch.allclose(1 - confidence, 111 * torch.exp(-torch.tensor([30.0, 31.0, 29.5]).double()), rtol=1e-3)
+
+
+def test_forbidden_token_is_never_chosen_even_when_sampled() -> None:
+    logits = torch.full((200, VOCAB), -20.0)
+    logits[:, 9] = 20.0
+    stats = row_stats(logits, sampling(200, temperature=1.0), forbidden_id=9)
+    assert 9 not in stats.token_ids.tolist()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.5), (20, 0.8), (500, 0.999)])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+def test_sampled_tokens_equal_reference(temperature: float, top_k: int, top_p: float) -> None:
+    num_rows = 64
+    logits = random_logits(num_rows)
+    params = sampling(num_rows, temperature, top_k, top_p)
+    reference = Sampling(temperature=temperature, top_k=top_k or None, top_p=top_p if top_p < 1 else None)
+    expected = choose_tokens(logits.index_fill(1, torch.tensor([5]), -torch.inf), params.keys, reference)
+    stats = row_stats(logits.clone(), params, forbidden_id=5)
+    assert stats.token_ids.tolist() == expected.tolist()
+    probs = logits.double().index_fill(1, torch.tensor([5]), -torch.inf).softmax(1)
+    assert torch.allclose(stats.confidence, probs.gather(1, expected[:, None]).squeeze(1), rtol=1e-5)
+
+
+def test_rows_at_temperature_zero_ignore_noise_and_filter_of_others() -> None:
+    logits = random_logits(8)
+    params = sampling(8, 1.0, top_k=2, top_p=0.5)
+    params.temperature[::2] = 0.0
+    stats = row_stats(logits.clone(), params, forbidden_id=5)
+    greedy = logits.index_fill(1, torch.tensor([5]), -torch.inf).argmax(1)
+    assert stats.token_ids[::2].tolist() == greedy[::2].tolist()
+
+
+def test_top_p_keeps_the_smallest_set_and_at_least_one() -> None:
+    logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
+    assert kept_ids(logits, sampling(1, 1.0, top_p=0.6)).tolist() == [[True, True, False, False]]
+    assert kept_ids(logits, sampling(1, 1.0, top_p=1e-9)).tolist() == [[True, False, False, False]]
+
+
+def test_top_k_keeps_all_equals_of_the_last() -> None:
+    logits = torch.tensor([[1.0, 0.5, 0.5, 0.0]])
+    assert kept_ids(logits, sampling(1, 1.0, top_k=2)).tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("vocab_size", [259, 4096, 126464, 10**9])
+def test_chunks_stay_below_the_bound(vocab_size: int) -> None:
+    rows = chunk_rows(vocab_size)
+    assert rows >= 1
+    assert rows == 1 or rows * vocab_size * 8 <= 128 << 20

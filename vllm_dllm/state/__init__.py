@@ -1,0 +1,1 @@
+"""State of the requests, indexed by slot; the only mutable state between steps."""
