@@ -1,0 +1,1 @@
+"""The vLLM surface: what the scheduler, the runner and the model call."""

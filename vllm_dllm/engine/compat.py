@@ -1,0 +1,103 @@
+"""Private and version-dependent names of vLLM, one function each.
+
+Everything here was read in 0.32.0 and 0.33.0; only 0.32.0 was run. A wrapper checks the parameters it relies on, so
+that a vLLM that changed them stops at start with a sentence, not later with a wrong result.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from vllm.config import ModelConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_dllm.errors import UnsupportedVllmError
+
+SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
+
+_MARK = "__vllm_dllm_wrapped__"
+
+
+def check_vllm_version() -> None:
+    """Raise: UnsupportedVllmError when the installed vLLM is not one this plugin was written for."""
+    version = Version(importlib.metadata.version("vllm"))
+    if not SUPPORTED_VLLM.contains(Version(version.base_version)):
+        raise UnsupportedVllmError(
+            f"vLLM {version} is installed, vllm-dllm supports {SUPPORTED_VLLM}; install a supported vLLM or another "
+            "version of vllm-dllm"
+        )
+
+
+def wrap(owner: type, name: str, parameters: tuple[str, ...], make: Callable[[Any], Callable[..., Any]]) -> None:
+    """Replace a method by `make(original)`, once.
+
+    Raises: UnsupportedVllmError when the method lacks one of the parameters that the wrapper relies on.
+    """
+    original = getattr(owner, name, None)
+    if getattr(original, _MARK, False):
+        return
+    found = tuple(inspect.signature(original).parameters) if callable(original) else ()
+    missing = [parameter for parameter in parameters if parameter not in found]
+    if missing:
+        raise UnsupportedVllmError(
+            f"{owner.__name__}.{name} of the installed vLLM has the parameters {found}, vllm-dllm needs "
+            f"{', '.join(missing)}; install a vLLM in {SUPPORTED_VLLM}"
+        )
+    wrapper = functools.wraps(original)(make(original))  # type: ignore[arg-type]  # callable, or `missing` would say so
+    setattr(wrapper, _MARK, True)
+    setattr(owner, name, wrapper)
+
+
+def before_argument_defaults(check: Callable[[EngineArgs, ModelConfig], None]) -> None:
+    """Call `check` while `EngineArgs` still tells what the user set from what vLLM would fill in."""
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(self: EngineArgs, model_config: ModelConfig) -> None:
+            check(self, model_config)
+            original(self, model_config)
+
+        return wrapper
+
+    wrap(EngineArgs, "_set_default_chunked_prefill_and_prefix_caching_args", ("self", "model_config"), make)
+
+
+def replace_diffusion_check(is_ours: Callable[[ModelConfig], bool], check: Callable[[SamplingParams], None]) -> None:
+    """Check sampling parameters by `check` for our models, by vLLM's rules for others."""
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(self: SamplingParams, model_config: ModelConfig) -> None:
+            if is_ours(model_config):
+                check(self)
+            else:
+                original(self, model_config)
+
+        return wrapper
+
+    wrap(SamplingParams, "_validate_diffusion", ("self", "model_config"), make)
+
+
+def after_admission(finish: Callable[[InputProcessor, Any], None]) -> None:
+    """Call `finish(processor, request)` on each request that vLLM admits; what it raises refuses the request."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+            request = original(self, *args, **kwargs)
+            finish(self, request)
+            return request
+
+        return wrapper
+
+    wrap(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), make)
+
+
+def load(name: str) -> Any:
+    """Import "module:Name" and return the object."""
+    module_name, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module_name), attribute)

@@ -1,0 +1,254 @@
+"""What happens before a forward: refreshes, canvases into the input buffers, attention metadata.
+
+vLLM's runner calls, for each step: `preprocess_state`, `prepare_attn`, `prepare_inputs`, the model, the sampler. Its
+batch begins with the requests that take a denoising step, `block_length` rows each; requests whose prompt was just
+scheduled follow. A prompt's own rows are never computed: the first refresh computes the whole row with its masked
+generation, which is what a bidirectional model needs.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
+from vllm.tasks import GenerationTask
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_dllm.attention.layout import ContextBuffers, ForwardLayout, refresh_layout, refresh_rows
+from vllm_dllm.engine.config_hook import settings_of
+from vllm_dllm.engine.request import resolve_params
+from vllm_dllm.engine.sampler import DllmSampler
+from vllm_dllm.state.canvas import CanvasState
+from vllm_dllm.state.counters import Counters
+from vllm_dllm.state.kv import IntArray, KvPolicy, RefreshPlan
+
+if TYPE_CHECKING:
+    from vllm_dllm.models.llada import LLaDAModelLM
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiseStep:
+    """The requests of a batch that take a denoising step: its first `num_reqs`."""
+
+    batch: InputBatch
+    num_reqs: int
+    slots: Tensor  # [num_reqs] int64
+    slots_np: IntArray  # the same on the host
+    block_start: Tensor  # [num_reqs] int64
+    block_start_np: IntArray  # the same on the host
+
+
+class DllmModelState(ModelState):
+    """The runner's view of block diffusion."""
+
+    # A denoising step schedules the block's rows as vLLM's "draft tokens" and samples nothing besides.
+    num_new_sampled_tokens_per_step = 0
+
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: None, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        if current_platform.is_cpu():
+            from vllm_dllm.engine import cpu
+
+            cpu.activate()
+        self.settings = settings_of(vllm_config)
+        self.block_length = self.settings.block_length
+        mask_token_id = self.model_config.hf_config.mask_token_id
+        self.state = CanvasState(self.max_num_reqs, self.block_length, mask_token_id, device)
+        self.kv_policy = KvPolicy(self.settings.kv_policy, self.settings.refresh_every, self.max_num_reqs)
+        self.counters = Counters()
+        self.context = ContextBuffers(self.max_num_reqs, self.max_model_len, device)
+        self.step: DenoiseStep | None = None
+        self._offsets = torch.arange(self.block_length, device=device)
+        self._layer_names: list[str] = []
+        self._page_size = 0
+        self._req_states: RequestState | None = None
+
+    def get_supported_generation_tasks(self) -> tuple[GenerationTask, ...]:
+        """Return the tasks the model serves."""
+        return ("generate",)
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        """Replace the sampler; there is no rejection sampler."""
+        self._req_states = sampler.req_states
+        model: LLaDAModelLM = self.model
+        return DllmSampler(self, model.head_logits, self.model_config.get_vocab_size()), None
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        """Take note of the cache's layers and page size."""
+        groups = kv_cache_config.kv_cache_groups
+        assert len(groups) == 1, f"all layers attend alike, so they share one cache group; got {len(groups)}"
+        self._layer_names = list(groups[0].layer_names)
+        self._page_size = groups[0].kv_cache_spec.block_size
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Take a request into a slot, a preempted one as if it were new: its finished blocks are now prompt."""
+        assert new_req_data.sampling_params is not None, "check_admission refuses requests without"
+        params = resolve_params(
+            new_req_data.sampling_params,
+            request_id=new_req_data.req_id,
+            prompt_len=new_req_data.prompt_len,
+            settings=self.settings,
+            max_model_len=self.max_model_len,
+        )
+        self.state.add_request(req_index, params)
+        self.kv_policy.add_request(req_index)
+
+    def apply_staged_writes(self) -> None:
+        """Copy new requests' parameters to the device."""
+        self.state.apply_staged_writes()
+
+    def preprocess_state(
+        self,
+        input_batch: InputBatch,
+        block_tables: tuple[Tensor, ...],
+        kv_cache_config: KVCacheConfig,
+        num_computed_tokens: Tensor,
+    ) -> None:
+        """Refresh what the step needs fresh, then put the canvases where the prompt tokens of the batch would be."""
+        step = self._denoise_step(input_batch, num_computed_tokens)
+        self.step = step
+        if step.num_reqs == 0:
+            return
+        self._refresh(step, block_tables[0])
+        num_rows = step.num_reqs * self.block_length
+        input_batch.input_ids[:num_rows] = self.state.canvas[step.slots].flatten()
+        self.counters.record_step(step.num_reqs)
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[Any]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        """Lay the step out for every layer: each block sees its row but itself, and itself in flight.
+
+        A captured graph reads the persistent context tensors at full width; elsewhere the widest context of the batch
+        suffices. Dummy batches have no context.
+        """
+        step = self.step if self.step is not None and self.step.batch is input_batch else None
+        num_groups, width = 0 if step is None else step.num_reqs, 0
+        if step is not None and step.num_reqs > 0:
+            width = int(self.state.row_len_np[step.slots_np].max()) - self.block_length
+        if cudagraph_mode == CUDAGraphMode.FULL:
+            width = self.max_model_len
+        if step is not None and step.num_reqs > 0:
+            self.context.fill(
+                block_tables[0][: step.num_reqs],
+                step.block_start,
+                self.state.row_len[step.slots],
+                block_length=self.block_length,
+                page_size=self._page_size,
+                width=width,
+            )
+        if step is None or cudagraph_mode == CUDAGraphMode.FULL:
+            padded = max(1, input_batch.num_tokens_after_padding // self.block_length)
+            self.context.clear(num_groups, padded)
+            num_groups = padded
+        return self._per_layer(self.context.layout(num_groups, width))
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        """Pass the denoising rows alone to an eagerly run model."""
+        assert self.step is not None, "preprocess_state ran for this batch"
+        num_rows = self.step.num_reqs * self.block_length
+        return {"input_ids": input_batch.input_ids[:num_rows], "positions": input_batch.positions[:num_rows]}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """Return nothing: a dummy batch's own buffers serve."""
+        return {}
+
+    def prepare_inputs_embeds(
+        self, scheduled_encoder_inputs: dict[str, list[int]], input_batch: InputBatch, req_states: RequestState
+    ) -> None:
+        """Return None: the model embeds token ids itself."""
+        return
+
+    def _denoise_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> DenoiseStep:
+        """Find the requests that take a denoising step; the others of the batch begin with their prompt.
+
+        Their number and where their blocks begin are the scheduler's knowledge, so nothing waits for the device.
+        """
+        drafts = batch.num_draft_tokens_per_req
+        num_reqs = 0 if drafts is None else int((drafts > 0).sum())
+        if drafts is not None and (drafts[:num_reqs] != self.block_length).any():
+            raise RuntimeError(
+                f"vLLM scheduled {drafts[:num_reqs].tolist()} rows for denoising requests, each needs "
+                f"{self.block_length}; the token budget or max_model_len was changed behind the configuration"
+            )
+        slots = batch.idx_mapping[:num_reqs]
+        return DenoiseStep(
+            batch=batch,
+            num_reqs=num_reqs,
+            slots=slots,
+            slots_np=batch.idx_mapping_np[:num_reqs],
+            block_start=num_computed_tokens[slots].long(),
+            block_start_np=batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
+        )
+
+    def _refresh(self, step: DenoiseStep, page_table: Tensor) -> None:
+        """Recompute the K/V the policy wants fresh, in forwards of at most `max_num_tokens` rows each."""
+        plan = self.kv_policy.plan(step.slots_np, step.block_start_np)
+        own_len = self.state.row_len_np[step.slots_np[plan.index]] - plan.begin
+        if (own_len <= 0).any():  # vLLM's kernel warm-up steps its requests past their generation
+            plan = RefreshPlan(plan.index[own_len > 0], plan.begin[own_len > 0])
+            own_len = own_len[own_len > 0]
+        self.counters.record_refresh(len(plan.index))
+        begin = 0
+        while begin < len(plan.index):
+            fits = np.searchsorted(np.cumsum(own_len[begin:]), self.max_num_tokens, side="right")
+            end = begin + max(1, int(fits))
+            part = RefreshPlan(plan.index[begin:end], plan.begin[begin:end])
+            self._refresh_forward(step, part, page_table, own_len[begin:end])
+            begin = end
+
+    def _refresh_forward(self, step: DenoiseStep, plan: RefreshPlan, page_table: Tensor, own_len_np: IntArray) -> None:
+        """Run the model over the packed rows of some requests and store their K/V; the hidden rows are dropped."""
+        index = self._to_device(plan.index)
+        begin = self._to_device(plan.begin)
+        slots = step.slots[index]
+        num_rows = int(own_len_np.sum())
+        rows = refresh_rows(begin, self.state.row_len[slots], num_rows)
+        layout = refresh_layout(
+            page_table[index],
+            begin,
+            rows,
+            page_size=self._page_size,
+            max_own_len=int(own_len_np.max()),
+            max_begin=int(plan.begin.max()),
+        )
+        input_ids = self._row_ids(slots[rows.group], rows.position, step.block_start[index][rows.group])
+        with set_forward_context(self._per_layer(layout), self.vllm_config, num_tokens=num_rows, slot_mapping={}):
+            self.model(input_ids=input_ids, positions=rows.position)
+
+    def _row_ids(self, slots: Tensor, positions: Tensor, block_start: Tensor) -> Tensor:
+        """Return the tokens at the given positions: known ones, the canvas in the block, masks behind it.
+
+        Args:
+            slots, positions, block_start: [num_rows] int64.
+        """
+        assert self._req_states is not None, "custom_sampler ran when the model was loaded"
+        known = self._req_states.all_token_ids.gpu[slots, positions].long()
+        in_block = positions - block_start
+        canvas = self.state.canvas[slots, in_block.clamp(0, self.block_length - 1)]
+        ids = torch.where(in_block < 0, known, canvas)
+        return ids.masked_fill_(in_block >= self.block_length, self.state.mask_token_id)
+
+    def _per_layer(self, layout: ForwardLayout) -> dict[str, ForwardLayout]:
+        return dict.fromkeys(self._layer_names, layout)
+
+    def _to_device(self, array: IntArray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -1,0 +1,175 @@
+"""A request's options: checked at admission in the front end, resolved when a worker takes the request."""
+
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from vllm_dllm.config import (
+    REQUEST_KEYS,
+    DllmConfig,
+    InvalidOptionError,
+    RequestOptions,
+    check_policy_options,
+    generation_length,
+    parse_request_options,
+    split_steps,
+)
+from vllm_dllm.engine.config_hook import is_ours, settings_of
+from vllm_dllm.state.canvas import RequestParams
+from vllm_dllm.unmask.policy import POLICY_IDS
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.input_processor import InputProcessor
+
+# Sampling parameters that only left-to-right sampling gives a meaning to, or that are not implemented: the test that
+# finds them in use, and what is allowed. Together with _SUPPORTED these are all fields of SamplingParams.
+_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "presence_penalty": (lambda v: v != 0.0, "0"),
+    "frequency_penalty": (lambda v: v != 0.0, "0"),
+    "repetition_penalty": (lambda v: v != 1.0, "1"),
+    "min_p": (lambda v: v != 0.0, "0"),
+    "min_tokens": (lambda v: v != 0, "0"),
+    "logprobs": (lambda v: v is not None, "null"),
+    "prompt_logprobs": (lambda v: v is not None, "null"),
+    "prompt_logprob_token_ids": (lambda v: v is not None, "null"),
+    "prompt_logprob_start": (lambda v: v is not None, "null"),
+    "logprob_token_ids": (lambda v: v is not None, "null"),
+    "logit_bias": (bool, "null"),
+    "allowed_token_ids": (lambda v: v is not None, "null"),
+    "bad_words": (bool, "null"),
+    "structured_outputs": (lambda v: v is not None, "null"),
+    "thinking_token_budget": (lambda v: v is not None, "null"),
+    "repetition_detection": (lambda v: v is not None, "null"),
+    "trace_decode_token_ids": (bool, "null"),
+}
+
+_FOREIGN_PREFIX = "diffusion_"
+"""Keys of vLLM's own diffusion model in `extra_args`; its admission check would let them pass unused."""
+
+
+class RequestError(VLLMValidationError, ValueError):
+    """A request that cannot be served: HTTP 400 from a server, ValueError from `LLM`."""
+
+    def __init__(self, message: str, *, parameter: str, value: object = None) -> None:
+        super().__init__(message, parameter=parameter, value=value)  # type: ignore[call-arg]  # vLLM is not followed
+
+
+def refuse_unsupported(params: SamplingParams) -> None:
+    """Check a request's sampling parameters and `dllm_*` keys, which need no knowledge of its prompt.
+
+    Raises: RequestError naming the parameter, its value and what is allowed.
+    """
+    for name, (is_used, allowed) in _REFUSED.items():
+        value = getattr(params, name, None)
+        if hasattr(params, name) and is_used(value):
+            raise RequestError(
+                f"{name} is {value!r}, but diffusion models unmask tokens in any order and do not support it; "
+                f"allowed is {allowed}; remove it from the request",
+                parameter=name,
+                value=value,
+            )
+    if params.seed is not None and not -(2**63) <= params.seed < 2**63:
+        raise RequestError(
+            f"seed is {params.seed}, allowed are 64-bit signed integers; choose a smaller one",
+            parameter="seed",
+            value=params.seed,
+        )
+    for key in params.extra_args or ():
+        if key.startswith(_FOREIGN_PREFIX):
+            raise RequestError(
+                f"{key} is an option of another diffusion model; allowed are {', '.join(REQUEST_KEYS)}; remove it "
+                "from the request",
+                parameter=key,
+                value=(params.extra_args or {})[key],
+            )
+    _options(params)
+
+
+def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_model_len: int) -> None:
+    """Check what depends on the prompt's length.
+
+    Raises: RequestError for a prompt that leaves less than one block, for options that the policy ignores, and for
+        steps that do not divide over the request's blocks.
+    """
+    params = request.sampling_params
+    if params is None or request.prompt_token_ids is None:
+        raise RequestError(
+            "a diffusion model generates text from token ids; send a prompt of text or token ids", parameter="prompt"
+        )
+    prompt_len = len(request.prompt_token_ids)
+    assert params.max_tokens is not None, "vLLM fills max_tokens before it makes the request"
+    length = generation_length(prompt_len, params.max_tokens, settings.block_length, max_model_len)
+    if length == 0:
+        raise RequestError(
+            f"the prompt has {prompt_len} tokens and leaves {max_model_len - prompt_len} of max_model_len "
+            f"{max_model_len}, but a block needs {settings.block_length}; shorten the prompt to at most "
+            f"{max_model_len - settings.block_length} tokens",
+            parameter="prompt",
+            value=prompt_len,
+        )
+    options = _options(params)
+    try:
+        check_policy_options(options, settings)
+    except InvalidOptionError as error:
+        raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
+    if options.steps is not None:
+        try:
+            split_steps(options.steps, length, settings.block_length)
+        except ValueError as error:
+            raise RequestError(f"dllm_{error}", parameter="dllm_steps", value=options.steps) from None
+
+
+def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") -> None:
+    """Check a request that vLLM admitted, and let it stop at the family's end-of-turn token too.
+
+    Raises: RequestError.
+    """
+    model_config = processor.model_config
+    if not is_ours(model_config):
+        return
+    check_admission(request, settings_of(processor.vllm_config), model_config.max_model_len)
+    eot_token_id = model_config.hf_config.eot_token_id
+    if eot_token_id is not None and request.sampling_params is not None:
+        request.sampling_params.update_from_generation_config({"eos_token_id": [eot_token_id]}, None)
+
+
+def resolve_params(
+    params: SamplingParams, *, request_id: str, prompt_len: int, settings: DllmConfig, max_model_len: int
+) -> RequestParams:
+    """Merge a request's options into the server's settings.
+
+    Without a seed one is drawn from the request's id, which vLLM makes random: the same on every tensor-parallel rank
+    and after a preemption, without a message between them.
+    """
+    options = _options(params)
+    length = generation_length(prompt_len, params.max_tokens or 0, settings.block_length, max_model_len)
+    steps_per_block = settings.steps_per_block or settings.block_length
+    if options.steps is not None:
+        steps_per_block = split_steps(options.steps, length, settings.block_length)
+    return RequestParams(
+        policy_id=POLICY_IDS[options.policy or settings.policy],
+        threshold=options.threshold if options.threshold is not None else settings.threshold,
+        factor=options.factor if options.factor is not None else settings.factor,
+        steps_per_block=steps_per_block,
+        row_len=prompt_len + length,
+        temperature=params.temperature,
+        top_k=max(params.top_k, 0),
+        top_p=params.top_p,
+        seed=params.seed if params.seed is not None else _seed_of(request_id),
+    )
+
+
+def _seed_of(request_id: str) -> int:
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _options(params: SamplingParams) -> RequestOptions:
+    try:
+        return parse_request_options(params.extra_args)
+    except InvalidOptionError as error:
+        raise RequestError(str(error), parameter=error.parameter, value=error.value) from None

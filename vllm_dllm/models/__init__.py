@@ -1,0 +1,1 @@
+"""vLLM model classes of the families: layers and weight names, no decoding."""
