@@ -1,0 +1,150 @@
+"""Engines in the test's own process: they start in seconds, and a test can look inside them."""
+
+import dataclasses
+import gc
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_dllm.config import generation_length
+from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy, generate
+from vllm_dllm.reference.model import LLaDA
+
+CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_llada/checkpoint"
+MAX_MODEL_LEN = 128
+NUM_SLOTS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One request and all that decides its tokens."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    policy: str = "static"
+    threshold: float = 0.9
+    factor: float = 1.0
+    steps: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def sampling_params(self, **changes: Any) -> Any:
+        from vllm import SamplingParams
+
+        extra: dict[str, Any] = {"dllm_policy": self.policy}
+        if self.policy in {"threshold", "factor"}:
+            extra[f"dllm_{self.policy}"] = getattr(self, self.policy)
+        if self.steps is not None:
+            extra["dllm_steps"] = self.steps
+        values = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "ignore_eos": True,
+            "extra_args": extra,
+        }
+        return SamplingParams(**(values | changes))
+
+
+class Oracle:
+    """The reference decoder on the small model."""
+
+    def __init__(self) -> None:
+        self.model = LLaDA.from_pretrained(CHECKPOINT, torch.float32)
+
+    def generation(self, case: Case, settings: dict[str, Any]) -> Any:
+        block_length = settings.get("block_length", 32)
+        return generate(
+            self.model,
+            torch.tensor(case.prompt),
+            gen_length=generation_length(len(case.prompt), case.max_tokens, block_length, MAX_MODEL_LEN),
+            block_length=block_length,
+            kv=KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every")),
+            policy=UnmaskPolicy(
+                case.policy,
+                steps=case.steps,
+                threshold=case.threshold,
+                factor=case.factor,
+                confidence_dtype=torch.float64,
+            ),
+            sampling=Sampling(
+                temperature=case.temperature,
+                seed=case.seed,
+                top_k=case.top_k or None,
+                top_p=case.top_p if case.top_p < 1 else None,
+                forbidden_ids=(self.model.config.mask_token_id,),
+            ),
+        )
+
+    def tokens(self, case: Case, settings: dict[str, Any]) -> list[int]:
+        tokens: list[int] = self.generation(case, settings).tokens.tolist()
+        return tokens[: case.max_tokens]
+
+
+def mixed_cases(block_length: int, seed: int) -> list[Case]:
+    """Sixteen requests of odd lengths, all policies, greedy and sampled, half of them with real prompts' shapes."""
+    rng = random.Random(seed)
+    cases = []
+    for i in range(NUM_SLOTS):
+        prompt = tuple(rng.randrange(4, 100) for _ in range(rng.choice([1, 2, 5, 7, 13, 21, 33, 47])))
+        max_tokens = rng.choice([1, 3, block_length - 1, block_length, block_length + 1, 37, 61])
+        num_blocks = -(-max_tokens // block_length)
+        policy = ["static", "random", "threshold", "factor"][i % 4]
+        steps = rng.choice([None, num_blocks, num_blocks * rng.randrange(1, block_length + 1)])
+        cases.append(
+            Case(
+                prompt=prompt,
+                max_tokens=max_tokens,
+                policy=policy,
+                threshold=rng.choice([0.05, 0.3, 0.9]),
+                factor=rng.choice([0.3, 1.0, 1.9]),
+                steps=steps if policy in {"static", "random"} else None,
+                temperature=[0.0, 0.7][(i // 4) % 2],
+                top_k=rng.choice([0, 0, 5]),
+                top_p=rng.choice([1.0, 1.0, 0.8]),
+                seed=rng.randrange(-(2**63), 2**63),
+            )
+        )
+    return cases
+
+
+@contextmanager
+def engine(settings: dict[str, Any], **changes: Any) -> Iterator[Any]:
+    """An `LLM` of the small model; `changes` are engine arguments."""
+    from vllm import LLM
+
+    values: dict[str, Any] = {
+        "model": str(CHECKPOINT),
+        "dtype": "float32",
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": NUM_SLOTS,
+        "block_size": 16,
+        "kv_cache_memory_bytes": 64 << 20,
+        "distributed_executor_backend": "uni",
+        "additional_config": {"dllm": settings},
+    }
+    llm = LLM(**(values | changes))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def run(llm: Any, cases: list[Case]) -> list[list[int]]:
+    prompts = [{"prompt_token_ids": list(case.prompt)} for case in cases]
+    outputs = llm.generate(prompts, [case.sampling_params() for case in cases], use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def model_state(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state

@@ -1,0 +1,91 @@
+"""Start-up refuses what cannot work, in one sentence; offline refusals are ValueErrors."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.e2e.rig import CHECKPOINT, Case, engine, run
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"enable_lora": True}, "LoRA is on"),
+    ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline_parallel_size is 2"),
+    ({"enable_prefix_caching": True}, "enable_prefix_caching is on"),
+    ({"enable_chunked_prefill": True}, "enable_chunked_prefill is on"),
+    ({"async_scheduling": True}, "async_scheduling is on"),
+    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config is set"),
+    ({"diffusion_config": {"canvas_length": 16}}, "diffusion_config is set"),
+    ({"long_prefill_token_threshold": 16}, "long_prefill_token_threshold is 16"),
+    ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls is set"),
+    ({"enable_prompt_embeds": True}, "prompt embeddings are on"),
+    ({"logits_processors": ["a:B"]}, "logits_processors are set"),
+    ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is"),
+    ({"max_model_len": 16}, "block_length is 32, but max_model_len is 16"),
+    ({"additional_config": {"dllm": {"block_len": 8}}}, "additional_config.dllm.block_len is not known; allowed are"),
+    ({"additional_config": {"dllm": {"block_length": "8"}}}, "additional_config.dllm.block_length is '8'"),
+    ({"additional_config": {"dllm": {"kv_policy": "triple"}}}, "additional_config.dllm.kv_policy is 'triple'"),
+    ({"additional_config": {"dllm": {"kv_policy": "prefix", "refresh_every": 2}}}, "refresh_every is 2 but kv_policy"),
+    ({"additional_config": {"dllm": {"steps_per_block": 40}}}, "steps_per_block is 40 but block_length is 32"),
+    ({"additional_config": {"dllm": 8}}, "additional_config.dllm is 8, allowed is an object"),
+]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("changes", "sentence"), REFUSED, ids=[sentence[:32] for _, sentence in REFUSED])
+def test_start_is_refused_with_a_sentence(changes: dict[str, Any], sentence: str) -> None:
+    from vllm import EngineArgs
+
+    values = {"model": str(CHECKPOINT), "max_model_len": 128, "load_format": "dummy"}
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the sentence is compared below
+        EngineArgs(**(values | changes)).create_engine_config()
+    assert sentence in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[Any]:
+    with engine({"block_length": 8}) as llm:
+        yield llm
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_p": 0.5, "temperature": 0.7}, "min_p is 0.5"),
+        ({"logprobs": 0}, "logprobs is 0"),
+        ({"seed": 2**63}, "64-bit signed"),
+        ({"extra_args": {"dllm_steps": True}}, "dllm_steps is True"),
+        ({"extra_args": {"dllm_threshold": float("nan")}}, "dllm_threshold is nan"),
+        ({"extra_args": {"dllm_policy": None, "dllm_nonsense": 1}}, "dllm_nonsense is not known"),
+    ],
+)
+def test_offline_refusals_are_value_errors(llm: Any, changes: dict[str, Any], message: str) -> None:
+    case = Case(prompt=(5, 6, 7), max_tokens=16)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the message is compared below
+        llm.generate([{"prompt_token_ids": [5, 6, 7]}], case.sampling_params(**changes), use_tqdm=False)
+    assert message in str(refused.value)
+    assert len(run(llm, [case])[0]) == 16
+
+
+@pytest.mark.engine
+def test_a_prompt_without_room_for_a_block_is_a_value_error(llm: Any) -> None:
+    with pytest.raises(ValueError, match="shorten the prompt to at most 120 tokens"):
+        run(llm, [Case(prompt=(5,) * 121, max_tokens=4)])
+
+
+def test_every_sampling_parameter_is_supported_or_refused() -> None:
+    """A parameter that a new vLLM adds must be looked at before it is let through."""
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_dllm.engine.request import _REFUSED
+
+    supported = {
+        *("n", "temperature", "top_p", "top_k", "seed", "max_tokens", "extra_args"),
+        *("stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
+        *("detokenize", "skip_special_tokens", "spaces_between_special_tokens", "output_kind", "stream_interval"),
+        *("output_text_buffer_length", "skip_clone", "skip_reading_prefix_cache", "flat_logprobs"),
+        # Refused at start by the configuration they need, or without effect where it is off.
+        *("watermarking", "routed_experts_prompt_start"),
+    }
+    fields = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
+    assert fields - supported - set(_REFUSED) == set()

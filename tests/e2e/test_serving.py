@@ -1,0 +1,191 @@
+"""`vllm serve` over HTTP: the same tokens, streaming by block, stops, usage, and refusals that disturb nobody."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e.rig import CHECKPOINT, MAX_MODEL_LEN, Case, Oracle, mixed_cases
+
+pytestmark = pytest.mark.engine
+
+SETTINGS = {"block_length": 8}
+MODEL = "tiny"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """A client of a server that was started as a user starts it, with no variable of ours or vLLM's set."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "TRITON_"))}
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        *("serve", str(CHECKPOINT), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16"),
+        *("--kv-cache-memory-bytes", str(64 << 20), "--additional-config", json.dumps({"dllm": SETTINGS})),
+    ]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            with contextlib.suppress(openai.APIConnectionError):
+                client.models.list()
+                break
+            time.sleep(0.5)
+        yield client
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def complete(client: openai.OpenAI, case: Case, **changes: Any) -> Any:
+    extra: dict[str, Any] = {
+        "top_k": case.top_k,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "vllm_xargs": case.sampling_params().extra_args,
+    }
+    extra |= changes.pop("extra_body", {})
+    values = {
+        "model": MODEL,
+        "prompt": list(case.prompt),
+        "max_tokens": case.max_tokens,
+        "temperature": case.temperature,
+        "top_p": case.top_p,
+        "seed": case.seed,
+        "extra_body": extra,
+    }
+    return client.completions.create(**(values | changes))
+
+
+def test_sixteen_mixed_requests_at_once_equal_reference(client: openai.OpenAI, oracle: Oracle) -> None:
+    cases = mixed_cases(8, seed=1)
+    with ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(lambda case: complete(client, case), cases))
+    assert [reply.choices[0].token_ids for reply in replies] == [oracle.tokens(case, SETTINGS) for case in cases]
+    for case, reply in zip(cases, replies, strict=True):
+        assert reply.choices[0].finish_reason == "length"
+        usage = (reply.usage.prompt_tokens, reply.usage.completion_tokens)
+        assert usage == (len(case.prompt), case.max_tokens)
+
+
+def test_streams_one_chunk_per_block(client: openai.OpenAI, oracle: Oracle) -> None:
+    case = Case(prompt=(5, 6, 7), max_tokens=21)
+    chunks = [chunk.choices[0].token_ids for chunk in complete(client, case, stream=True) if chunk.choices]
+    chunks = [chunk for chunk in chunks if chunk]
+    tokens = oracle.tokens(case, SETTINGS)
+    assert chunks == [tokens[0:8], tokens[8:16], tokens[16:21]]
+
+
+def test_chat_uses_the_template_and_stops_by_itself(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Sort 3 1 2"}], max_tokens=32
+    )
+    assert reply.choices[0].message.content == "1 2 3"
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens < 32
+
+
+def test_stop_string_trims_inside_a_block(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Sort 3 1 2"}], max_tokens=32, stop=[" 3"]
+    )
+    assert reply.choices[0].message.content == "1 2"
+    assert reply.choices[0].finish_reason == "stop"
+
+
+def test_temperature_zero_is_the_default_of_the_checkpoint(client: openai.OpenAI, oracle: Oracle) -> None:
+    case = Case(prompt=(5, 6, 7), max_tokens=16)
+    reply = complete(client, case, temperature=openai.NOT_GIVEN, seed=openai.NOT_GIVEN)
+    assert reply.choices[0].token_ids == oracle.tokens(case, SETTINGS)
+
+
+def test_n_completions(client: openai.OpenAI) -> None:
+    reply = complete(client, Case(prompt=(5, 6, 7), max_tokens=16, temperature=1.5, seed=3), n=3)
+    assert len({tuple(choice.token_ids) for choice in reply.choices}) == 3
+
+
+def test_a_client_that_leaves_disturbs_nobody(client: openai.OpenAI, oracle: Oracle) -> None:
+    stream = complete(client, Case(prompt=(5, 6, 7), max_tokens=100), stream=True)
+    next(iter(stream))
+    stream.close()
+    case = Case(prompt=(8, 9), max_tokens=20, temperature=0.7, seed=2)
+    assert complete(client, case).choices[0].token_ids == oracle.tokens(case, SETTINGS)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"extra_body": {"vllm_xargs": {"dllm_polcy": "static"}}}, "dllm_polcy is not known; allowed are dllm_policy"),
+    ({"extra_body": {"vllm_xargs": {"dllm_policy": "greedy"}}}, "dllm_policy is 'greedy'"),
+    ({"extra_body": {"vllm_xargs": {"dllm_threshold": 1.5}}}, "dllm_threshold is 1.5"),
+    ({"extra_body": {"vllm_xargs": {"dllm_threshold": "0.9"}}}, "dllm_threshold is '0.9'"),
+    ({"extra_body": {"vllm_xargs": {"dllm_factor": 0}}}, "dllm_factor is 0"),
+    ({"extra_body": {"vllm_xargs": {"dllm_steps": 3}}}, "dllm_steps is 3, but 16 positions in 2 blocks"),
+    ({"extra_body": {"vllm_xargs": {"dllm_steps": 2.5}}}, "dllm_steps is 2.5"),
+    (
+        {"extra_body": {"vllm_xargs": {"dllm_policy": "static", "dllm_threshold": 0.5}}},
+        "dllm_threshold is 0.5, but the request's policy 'static' does not use it",
+    ),
+    ({"extra_body": {"vllm_xargs": {"diffusion_max_steps": 4}}}, "diffusion_max_steps is an option of another"),
+    ({"extra_body": {"min_p": 0.1}, "temperature": 0.7}, "min_p is 0.1"),
+    ({"extra_body": {"min_tokens": 4}}, "min_tokens is 4"),
+    ({"extra_body": {"repetition_penalty": 1.2}}, "repetition_penalty is 1.2"),
+    ({"presence_penalty": 0.5}, "presence_penalty is 0.5"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty is 0.5"),
+    ({"logit_bias": {"5": 1.0}}, "logit_bias is"),
+    ({"extra_body": {"bad_words": ["cat"]}}, "bad_words is"),
+    ({"extra_body": {"allowed_token_ids": [5, 6]}}, "allowed_token_ids is"),
+    ({"logprobs": 1}, "logprobs is 1"),
+    ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs is 1"),
+    ({"extra_body": {"structured_outputs": {"regex": "a+"}}}, "structured_outputs is"),
+    ({"prompt": [5] * (MAX_MODEL_LEN - 7), "max_tokens": 4}, "the prompt has 121 tokens and leaves 7"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[message[:24] for _, message in REFUSED])
+def test_refusals_name_parameter_value_and_allowed_values(
+    client: openai.OpenAI, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        complete(client, Case(prompt=(5, 6, 7), max_tokens=16), **changes)
+    assert message in str(refused.value)
+    assert "allowed" in str(refused.value) or "need" in str(refused.value)
+
+
+def test_the_server_lives_on_after_refusals(client: openai.OpenAI, oracle: Oracle) -> None:
+    case = Case(prompt=(5, 6, 7), max_tokens=16)
+    for changes, _ in REFUSED[:3]:
+        with pytest.raises(openai.BadRequestError):
+            complete(client, case, **changes)
+    assert complete(client, case).choices[0].token_ids == oracle.tokens(case, SETTINGS)
+
+
+def test_metrics_count_steps_and_tokens(client: openai.OpenAI) -> None:
+    def steps() -> float:
+        text = client._client.get(str(client.base_url).replace("/v1/", "/metrics")).text
+        lines = [line for line in text.splitlines() if line.startswith("vllm:diffusion_num_denoising_steps_total")]
+        return sum(float(line.split()[-1]) for line in lines)
+
+    before = steps()
+    complete(client, Case(prompt=(5, 6, 7), max_tokens=16))
+    deadline = time.monotonic() + 10
+    while steps() - before < 16 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert steps() - before == 16
