@@ -17,13 +17,14 @@ setup: ## make .venv with the pinned CPU environment and build the ops into the 
 	@scripts/setup_env.sh
 	@$(MAKE) --silent --no-print-directory .venv/.ops
 
+# The environment is a CPU one, even if pip chose a torch with CUDA.
 # The extension is built into vllm_dllm/, so a deleted library is built again as well.
 ifeq ($(wildcard vllm_dllm/_C.so),)
 .PHONY: .venv/.ops
 endif
 .venv/.ops: .venv/.requirements $(SOURCES)
 	@echo "setup: building the ops"
-	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@CMAKE_ARGS="-DDLLM_CUDA=OFF $$CMAKE_ARGS" $(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: setup ## serve the small model of the checkout and talk to it

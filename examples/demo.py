@@ -26,12 +26,13 @@ from tasks import TASKS, Example, draw  # noqa: E402 - an example's module, not 
 
 CHECKPOINT = HERE / "tiny_llada" / "checkpoint"
 MODEL = "tiny-llada"
-BLOCK_LENGTH = 32
+MAX_TOKENS = 64
+BLOCK_LENGTH = 32  # the server's default
 LOG = HERE.parent / "build" / "demo-server.log"
 START_TIMEOUT_S = 240
 POLICIES = {
     "one token per step": {"dllm_policy": "static"},
-    "two tokens per step": {"dllm_policy": "static", "dllm_steps": 16},
+    "two tokens per step": {"dllm_policy": "static", "dllm_steps": 32},
     "confidence above 0.9": {"dllm_policy": "threshold", "dllm_threshold": 0.9},
 }
 
@@ -85,7 +86,7 @@ def ask(client: OpenAI, example: Example, policy: dict[str, object]) -> ChatComp
     return client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": example.question}],
-        max_tokens=BLOCK_LENGTH,
+        max_tokens=MAX_TOKENS,
         extra_body={"vllm_xargs": policy},
     )
 
@@ -96,7 +97,7 @@ def show_answers(client: OpenAI, examples: list[Example]) -> None:
         stream = client.chat.completions.create(
             model=MODEL,
             messages=[{"role": "user", "content": example.question}],
-            max_tokens=BLOCK_LENGTH,
+            max_tokens=MAX_TOKENS,
             stream=True,
         )
         answer = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
@@ -116,7 +117,8 @@ def measure(client: OpenAI, address: str, examples: list[Example]) -> None:
         right = sum(
             reply.choices[0].message.content == example.answer for reply, example in zip(replies, examples, strict=True)
         )
-        refreshes = len(replies)  # one when a block begins, and each answer is one block
+        # One when a block begins; a reply ends in the block that holds its last token.
+        refreshes = sum(-(-reply.usage.completion_tokens // BLOCK_LENGTH) for reply in replies if reply.usage)
         forwards = denoising_steps(address) - steps + refreshes
         share = f"{right}/{len(examples)}"
         print(f"  {name:22} {share:>6} {tokens / seconds:9.1f} {forwards / tokens:15.2f} {refreshes / forwards:18.1%}")

@@ -1,4 +1,9 @@
-"""Seeds, and the skip of GPU tests where there is no GPU."""
+"""Seeds, threads, and the skip of GPU tests where there is no GPU."""
+
+import os
+
+# The models are so small that a second thread only waits; on a busy machine it waits for whole time slices.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

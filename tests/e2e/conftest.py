@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.e2e.rig import Oracle
+from tests.e2e.rig import CHECKPOINT, Oracle, make_wild_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,5 +22,20 @@ def _in_process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def oracle() -> Oracle:
-    return Oracle()
+def wild(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a random model."""
+    path = tmp_path_factory.mktemp("wild") / "checkpoint"
+    make_wild_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def oracle(wild: Path) -> Oracle:
+    """The reference decoder on the random model."""
+    return Oracle(wild)
+
+
+@pytest.fixture(scope="session")
+def trained() -> Oracle:
+    """The reference decoder on the trained model of the repository."""
+    return Oracle(CHECKPOINT)

@@ -2,17 +2,20 @@
 
 import dataclasses
 import gc
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from vllm_dllm.config import generation_length
 from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy, generate
-from vllm_dllm.reference.model import LLaDA
+from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 
 CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_llada/checkpoint"
 MAX_MODEL_LEN = 128
@@ -54,11 +57,28 @@ class Case:
         return SamplingParams(**(values | changes))
 
 
-class Oracle:
-    """The reference decoder on the small model."""
+def make_wild_checkpoint(path: Path) -> None:
+    """Write a random model with the small model's tokenizer: its tokens vary, and depend on everything it sees.
 
-    def __init__(self) -> None:
-        self.model = LLaDA.from_pretrained(CHECKPOINT, torch.float32)
+    The trained model answers most of what is not a question with EOS, whatever is wrong with its input.
+    """
+    shutil.copytree(CHECKPOINT, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((path / "config.json").read_text())
+    config |= {"d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 96}
+    (path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    model = LLaDA(LLaDAConfig.from_json(path / "config.json"))
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.3, generator=generator)
+    save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
+
+
+class Oracle:
+    """The reference decoder on a checkpoint."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.model = LLaDA.from_pretrained(checkpoint, torch.float32)
 
     def generation(self, case: Case, settings: dict[str, Any]) -> Any:
         block_length = settings.get("block_length", 32)
@@ -117,12 +137,12 @@ def mixed_cases(block_length: int, seed: int) -> list[Case]:
 
 
 @contextmanager
-def engine(settings: dict[str, Any], **changes: Any) -> Iterator[Any]:
-    """An `LLM` of the small model; `changes` are engine arguments."""
+def engine(checkpoint: Path, settings: dict[str, Any], **changes: Any) -> Iterator[Any]:
+    """An `LLM` of a checkpoint; `changes` are engine arguments. One at a time: engines share vLLM's global state."""
     from vllm import LLM
 
     values: dict[str, Any] = {
-        "model": str(CHECKPOINT),
+        "model": str(checkpoint),
         "dtype": "float32",
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": NUM_SLOTS,

@@ -15,8 +15,8 @@ DEMO = Path(__file__).parents[2] / "examples/demo.py"
 def test_demo_answers_and_measures() -> None:
     done = subprocess.run([sys.executable, str(DEMO)], capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert len(re.findall(r"-> .* right$", done.stdout, re.MULTILINE)) >= 6
-    rows = re.findall(r"(\d+)/14 +([\d.]+) +([\d.]+) +([\d.]+)%", done.stdout)
+    assert len(re.findall(r"-> .* right$", done.stdout, re.MULTILINE)) >= 5
+    rows = re.findall(r"(\d+)/(\d+) +([\d.]+) +([\d.]+) +([\d.]+)%", done.stdout)
     assert len(rows) == 3
-    assert all(int(right) >= 12 for right, *_ in rows[:1])
-    assert float(rows[2][2]) < float(rows[0][2]), "the threshold policy takes fewer forwards per token"
+    assert int(rows[0][0]) >= 0.9 * int(rows[0][1])
+    assert float(rows[2][3]) < float(rows[0][3]), "the threshold policy takes fewer forwards per token"

@@ -1,6 +1,7 @@
 """Every token of the engine equals the reference's, in fp32: policies x KV policies x block lengths x odd lengths."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,15 +24,17 @@ def name(settings: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module", params=SETTINGS, ids=name)
-def served(request: pytest.FixtureRequest) -> Any:
-    with engine(request.param) as llm:
+def served(request: pytest.FixtureRequest, wild: Path) -> Any:
+    with engine(wild, request.param) as llm:
         yield llm, request.param
 
 
 def test_mixed_batch_equals_reference(served: Any, oracle: Any) -> None:
     llm, settings = served
     cases = mixed_cases(settings["block_length"], seed=settings["block_length"])
-    assert run(llm, cases) == [oracle.tokens(case, settings) for case in cases]
+    tokens = run(llm, cases)
+    assert tokens == [oracle.tokens(case, settings) for case in cases]
+    assert len({token for row in tokens for token in row}) > 50, "the model says too little for equality to mean much"
 
 
 def test_nfe_equals_reference(served: Any, oracle: Any) -> None:
@@ -42,7 +45,7 @@ def test_nfe_equals_reference(served: Any, oracle: Any) -> None:
     run(llm, cases)
     after = model_state(llm).counters
     expected = [oracle.generation(case, settings) for case in cases]
-    assert after.nfe_denoise - denoise == sum(len(generation.canvases) for generation in expected)
+    assert after.nfe_denoise - denoise == sum(len(generation.history) for generation in expected)
     if settings.get("kv_policy") != "prefix":  # whose suffix forwards the reference counts apart from refreshes
         assert after.nfe_refresh - refresh == sum(generation.nfe_refresh for generation in expected)
 

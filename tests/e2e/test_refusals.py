@@ -1,6 +1,7 @@
 """Start-up refuses what cannot work, in one sentence; offline refusals are ValueErrors."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,8 +43,8 @@ def test_start_is_refused_with_a_sentence(changes: dict[str, Any], sentence: str
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[Any]:
-    with engine({"block_length": 8}) as llm:
+def llm(wild: Path) -> Iterator[Any]:
+    with engine(wild, {"block_length": 8}) as llm:
         yield llm
 
 

@@ -1,6 +1,7 @@
 """`vllm serve` over HTTP: the same tokens, streaming by block, stops, usage, and refusals that disturb nobody."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -30,7 +31,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "TRITON_"))}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "TRITON_", "OMP_"))}
     command = [
         str(Path(sys.executable).with_name("vllm")),
         *("serve", str(CHECKPOINT), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
@@ -75,30 +76,45 @@ def complete(client: openai.OpenAI, case: Case, **changes: Any) -> Any:
     return client.completions.create(**(values | changes))
 
 
-def test_sixteen_mixed_requests_at_once_equal_reference(client: openai.OpenAI, oracle: Oracle) -> None:
-    cases = mixed_cases(8, seed=1)
+def questions(client: openai.OpenAI) -> list[tuple[int, ...]]:
+    """The token ids of some questions, as the server's chat template puts them."""
+    texts = ["61 + 27 = ?", "Sort 8 0 5 3", "Count 9 from 14", "Reverse cat dog sam", "JSON name bob, age 42"]
+    url = str(client.base_url).replace("/v1/", "/tokenize")
+    replies = [
+        client._client.post(url, json={"model": MODEL, "messages": [{"role": "user", "content": text}]})
+        for text in texts
+    ]
+    return [tuple(reply.json()["tokens"]) for reply in replies]
+
+
+def test_sixteen_mixed_requests_at_once_equal_reference(client: openai.OpenAI, trained: Oracle) -> None:
+    prompts = questions(client)
+    cases = [
+        dataclasses.replace(case, prompt=prompts[i % len(prompts)] if i % 3 else case.prompt)
+        for i, case in enumerate(mixed_cases(8, seed=1))
+    ]
     with ThreadPoolExecutor(16) as pool:
         replies = list(pool.map(lambda case: complete(client, case), cases))
-    assert [reply.choices[0].token_ids for reply in replies] == [oracle.tokens(case, SETTINGS) for case in cases]
+    assert [reply.choices[0].token_ids for reply in replies] == [trained.tokens(case, SETTINGS) for case in cases]
     for case, reply in zip(cases, replies, strict=True):
         assert reply.choices[0].finish_reason == "length"
         usage = (reply.usage.prompt_tokens, reply.usage.completion_tokens)
         assert usage == (len(case.prompt), case.max_tokens)
 
 
-def test_streams_one_chunk_per_block(client: openai.OpenAI, oracle: Oracle) -> None:
+def test_streams_one_chunk_per_block(client: openai.OpenAI, trained: Oracle) -> None:
     case = Case(prompt=(5, 6, 7), max_tokens=21)
     chunks = [chunk.choices[0].token_ids for chunk in complete(client, case, stream=True) if chunk.choices]
     chunks = [chunk for chunk in chunks if chunk]
-    tokens = oracle.tokens(case, SETTINGS)
+    tokens = trained.tokens(case, SETTINGS)
     assert chunks == [tokens[0:8], tokens[8:16], tokens[16:21]]
 
 
 def test_chat_uses_the_template_and_stops_by_itself(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": "Sort 3 1 2"}], max_tokens=32
+        model=MODEL, messages=[{"role": "user", "content": "Sort 3 1 7 2"}], max_tokens=32
     )
-    assert reply.choices[0].message.content == "1 2 3"
+    assert reply.choices[0].message.content == "1 2 3 7"
     assert reply.choices[0].finish_reason == "stop"
     assert reply.usage is not None
     assert reply.usage.completion_tokens < 32
@@ -106,29 +122,31 @@ def test_chat_uses_the_template_and_stops_by_itself(client: openai.OpenAI) -> No
 
 def test_stop_string_trims_inside_a_block(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": "Sort 3 1 2"}], max_tokens=32, stop=[" 3"]
+        model=MODEL, messages=[{"role": "user", "content": "Sort 3 1 7 2"}], max_tokens=32, stop=[" 3"]
     )
     assert reply.choices[0].message.content == "1 2"
     assert reply.choices[0].finish_reason == "stop"
 
 
-def test_temperature_zero_is_the_default_of_the_checkpoint(client: openai.OpenAI, oracle: Oracle) -> None:
+def test_temperature_zero_is_the_default_of_the_checkpoint(client: openai.OpenAI, trained: Oracle) -> None:
     case = Case(prompt=(5, 6, 7), max_tokens=16)
     reply = complete(client, case, temperature=openai.NOT_GIVEN, seed=openai.NOT_GIVEN)
-    assert reply.choices[0].token_ids == oracle.tokens(case, SETTINGS)
+    assert reply.choices[0].token_ids == trained.tokens(case, SETTINGS)
 
 
-def test_n_completions(client: openai.OpenAI) -> None:
-    reply = complete(client, Case(prompt=(5, 6, 7), max_tokens=16, temperature=1.5, seed=3), n=3)
-    assert len({tuple(choice.token_ids) for choice in reply.choices}) == 3
+def test_n_completions_have_their_own_seeds(client: openai.OpenAI, trained: Oracle) -> None:
+    case = Case(prompt=questions(client)[2], max_tokens=16, temperature=2.0, seed=3)
+    choices = complete(client, case, n=3).choices
+    expected = [trained.tokens(dataclasses.replace(case, seed=3 + i), SETTINGS) for i in range(3)]
+    assert [choice.token_ids for choice in choices] == expected
 
 
-def test_a_client_that_leaves_disturbs_nobody(client: openai.OpenAI, oracle: Oracle) -> None:
+def test_a_client_that_leaves_disturbs_nobody(client: openai.OpenAI, trained: Oracle) -> None:
     stream = complete(client, Case(prompt=(5, 6, 7), max_tokens=100), stream=True)
     next(iter(stream))
     stream.close()
     case = Case(prompt=(8, 9), max_tokens=20, temperature=0.7, seed=2)
-    assert complete(client, case).choices[0].token_ids == oracle.tokens(case, SETTINGS)
+    assert complete(client, case).choices[0].token_ids == trained.tokens(case, SETTINGS)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -169,12 +187,12 @@ def test_refusals_name_parameter_value_and_allowed_values(
     assert "allowed" in str(refused.value) or "need" in str(refused.value)
 
 
-def test_the_server_lives_on_after_refusals(client: openai.OpenAI, oracle: Oracle) -> None:
+def test_the_server_lives_on_after_refusals(client: openai.OpenAI, trained: Oracle) -> None:
     case = Case(prompt=(5, 6, 7), max_tokens=16)
     for changes, _ in REFUSED[:3]:
         with pytest.raises(openai.BadRequestError):
             complete(client, case, **changes)
-    assert complete(client, case).choices[0].token_ids == oracle.tokens(case, SETTINGS)
+    assert complete(client, case).choices[0].token_ids == trained.tokens(case, SETTINGS)
 
 
 def test_metrics_count_steps_and_tokens(client: openai.OpenAI) -> None:

@@ -99,10 +99,11 @@ def test_masks_of_the_prompt_stay(model):
     assert generated.history[0][position] == logits[position].argmax()
 
 
-def test_random_policy_follows_the_noise(model):
+@pytest.mark.parametrize("kv", [KvPolicy(), KvPolicy("prefix"), KvPolicy("dual")], ids=lambda kv: kv.name)
+def test_random_policy_follows_the_noise(model, kv):
     """The confidence of a position is its stream's own number, drawn for the masks left in the block."""
     sampling = Sampling(seed=5, forbidden_ids=(MASK,))  # so that a mask in the history is an undecoded position
-    history = generate(model, PROMPT, **LENGTHS, policy=UnmaskPolicy("random"), sampling=sampling).history
+    history = generate(model, PROMPT, **LENGTHS, kv=kv, policy=UnmaskPolicy("random"), sampling=sampling).history
     before = torch.full((12,), MASK)
     for step, region in enumerate(history):
         begin, num_masked = step // 4 * 4, 4 - step % 4
@@ -135,13 +136,23 @@ def test_guidance_masks_the_prompt(model):
     assert not torch.equal(expected, guided[len(PROMPT) :].argmax(-1))
 
 
-@pytest.mark.parametrize("name", ["prefix", "dual"])
-def test_guidance_has_its_own_keys_and_values(model, name):
-    plain = generate(model, PROMPT, **LENGTHS, sampling=Sampling(cfg_scale=0.7))
-    cached = generate(model, PROMPT, **LENGTHS, sampling=Sampling(cfg_scale=0.7), kv=KvPolicy(name, refresh_every=1))
-    frozen = generate(model, PROMPT, **LENGTHS, sampling=Sampling(cfg_scale=0.7), kv=KvPolicy(name))
-    assert torch.equal(plain.history, cached.history)
-    assert (frozen.nfe, frozen.nfe_refresh) == (24, 6)
+def test_guidance_keeps_keys_and_values_of_both_sequences(model):
+    """The second of two steps over a block: each sequence reads its own keys and values of the first."""
+    policy, sampling = UnmaskPolicy(steps=4), Sampling(cfg_scale=1.5, forbidden_ids=(MASK,))
+    generated = generate(
+        model, PROMPT, gen_length=8, block_length=4, kv=KvPolicy("dual"), policy=policy, sampling=sampling
+    )
+    assert (generated.nfe, generated.nfe_refresh) == (8, 4)
+    begin, first_canvas = len(PROMPT), generated.history[0][:4]
+    with torch.no_grad():
+        _, kv = model(torch.cat((PROMPT, torch.full((8,), MASK))))
+        _, unguided_kv = model(torch.full((begin + 8,), MASK))
+        guided, _ = model(first_canvas, begin, kv)
+        unguided, _ = model(first_canvas, begin, unguided_kv)
+    logits = unguided + 2.5 * (guided - unguided)
+    logits[:, MASK] = -torch.inf
+    expected = torch.where(first_canvas == MASK, logits.argmax(-1), first_canvas)
+    assert torch.equal(generated.history[1][:4], expected)
 
 
 @pytest.mark.parametrize(

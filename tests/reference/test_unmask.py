@@ -128,14 +128,15 @@ def test_equal_confidences_go_by_position():
     assert rank_positions(confidence, 4, "position").tolist() == [1, 3, 0, 2]
 
 
-def test_torch_ties_are_those_of_topk_over_the_span():
-    """The tensor has the length of the forwarded span, -inf outside the block."""
+@pytest.mark.parametrize(("name", "num_ranked", "count"), [("static", 5, 5), ("threshold", 32, 1)])
+def test_torch_ties_are_those_of_topk_over_the_span(name, num_ranked, count):
+    """The tensor has the length of the span, -inf outside the block; the threshold rule ranks all its masks."""
     logits, is_masked = torch.zeros(40, 5), torch.arange(40) >= 8
-    policy = UnmaskPolicy(tie_break="torch", confidence_dtype=torch.float64)
+    policy = UnmaskPolicy(name, tie_break="torch", confidence_dtype=torch.float64)
     options = {"static_count": 5, "policy": policy, "sampling": Sampling()}
     positions, _ = unmask(logits, is_masked, first=0, eos_id=EOS, **options)
     published = torch.where(is_masked, torch.full((40,), 0.2, dtype=torch.float64), -torch.inf)
-    assert torch.equal(positions, published.topk(5).indices)
+    assert torch.equal(positions, published.topk(num_ranked).indices[:count])
 
 
 def test_confidence_dtype_decides_ties():

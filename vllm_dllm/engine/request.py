@@ -133,8 +133,9 @@ def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") 
         return
     check_admission(request, settings_of(processor.vllm_config), model_config.max_model_len)
     eot_token_id = model_config.hf_config.eot_token_id
-    if eot_token_id is not None and request.sampling_params is not None:
-        request.sampling_params.update_from_generation_config({"eos_token_id": [eot_token_id]}, None)
+    params = request.sampling_params
+    if eot_token_id is not None and params is not None:
+        params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
 
 
 def resolve_params(

@@ -6,13 +6,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_dllm.unmask.stats import RowStats, SamplingParams, chunk_rows, row_stats
+from vllm_dllm import noise, ops
+from vllm_dllm.errors import KernelUnavailable
+from vllm_dllm.unmask.stats import RowStats, SamplingParams, Uniform, chunk_rows, row_stats
 
 if TYPE_CHECKING:
     from vllm_dllm.engine.model_state import DllmModelState
+
+
+logger = init_logger("vllm.dllm")
+
+
+def choose_uniform(device: torch.device) -> Uniform:
+    """Take the native noise op where it is built for the device, else its torch twin; the numbers are the same."""
+    try:
+        ops.require("counter_uniform", device.type)
+    except KernelUnavailable as error:
+        logger.warning("Noise is drawn by torch: %s", error)
+        return noise.uniform_rows
+    logger.info("Noise is drawn by the native op for %s.", device.type)
+    return ops.counter_uniform
 
 
 class DllmSampler:
@@ -25,6 +42,7 @@ class DllmSampler:
         self.model_state = model_state
         self.head_logits = head_logits
         self.chunk_rows = chunk_rows(vocab_size)
+        self.draw_uniform = choose_uniform(model_state.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """Do nothing: the model state keeps all parameters."""
@@ -65,7 +83,7 @@ class DllmSampler:
         """Make the head product chunk by chunk and keep what the policies need of each row."""
         mask_token_id = self.model_state.state.mask_token_id
         parts = [
-            row_stats(self.head_logits(hidden[begin:end]), params.rows(begin, end), mask_token_id)
+            row_stats(self.head_logits(hidden[begin:end]), params.rows(begin, end), mask_token_id, self.draw_uniform)
             for begin in range(0, hidden.shape[0], self.chunk_rows)
             for end in (min(begin + self.chunk_rows, hidden.shape[0]),)
         ]
@@ -84,7 +102,7 @@ class DllmSampler:
             has_filter=True,
         )
         rows = hidden[:1].expand(num_rows, -1).contiguous()
-        row_stats(self.head_logits(rows), params, self.model_state.state.mask_token_id)
+        row_stats(self.head_logits(rows), params, self.model_state.state.mask_token_id, self.draw_uniform)
         count = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
         return _output(count[:, None], count, count)
 

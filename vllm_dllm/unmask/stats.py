@@ -4,12 +4,16 @@ The head product is made in chunks of rows (`chunk_rows`), each reduced at once 
 rows of a step never exist together.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vllm_dllm import noise
+from vllm_dllm.noise import uniform_rows
+
+Uniform = Callable[[Tensor, int, int], Tensor]
+"""`noise.uniform_rows` or a faster equal: (keys, first_id, num_ids) -> [num_rows, num_ids] float64."""
 
 CHUNK_BYTES = 128 << 20
 """Bound of the largest temporary of a chunk, float64 of `[chunk_rows, vocab_size]`: some 130 rows at LLaDA-8B's
@@ -52,7 +56,9 @@ def chunk_rows(vocab_size: int) -> int:
     return max(1, CHUNK_BYTES // (8 * vocab_size))
 
 
-def row_stats(logits: Tensor, params: SamplingParams, forbidden_id: int) -> RowStats:
+def row_stats(
+    logits: Tensor, params: SamplingParams, forbidden_id: int, draw_uniform: Uniform = uniform_rows
+) -> RowStats:
     """Choose each row's token by Gumbel-max and take its probability.
 
     Equal scores go to the lowest id. The confidence is `exp(l - l_max) / (1 + rest)`, where `rest` sums the
@@ -63,20 +69,20 @@ def row_stats(logits: Tensor, params: SamplingParams, forbidden_id: int) -> RowS
         logits: [num_rows, vocab_size] any float dtype; overwritten.
         params: the rows' sampling parameters.
         forbidden_id: an id that is never chosen and has probability 0 (the mask token).
+        draw_uniform: where the noise comes from.
     """
     logits = logits.float()
     logits[:, forbidden_id] = -torch.inf
     largest, argmax = logits.max(dim=1)
-    token_ids = _draw(logits, params, argmax) if params.has_noise else argmax
+    token_ids = _draw(logits, params, argmax, draw_uniform) if params.has_noise else argmax
     below = largest - logits.gather(1, token_ids[:, None]).squeeze(1)
     rest = logits.sub_(largest[:, None]).exp_().scatter_(1, argmax[:, None], 0.0).sum(1)
     return RowStats(token_ids, torch.exp(-below.double()) / (1.0 + rest.double()))
 
 
-def _draw(logits: Tensor, params: SamplingParams, argmax: Tensor) -> Tensor:
+def _draw(logits: Tensor, params: SamplingParams, argmax: Tensor, draw_uniform: Uniform) -> Tensor:
     """Take the argmax of `logits + T * gumbel` within the kept ids; [num_rows] int64."""
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    scores = noise.gumbel(params.keys[:, None], ids)
+    scores = draw_uniform(params.keys, 0, logits.shape[1]).log_().neg_().log_().neg_()
     scores.mul_(params.temperature[:, None]).add_(logits)
     if params.has_filter:
         scores.masked_fill_(~kept_ids(logits, params), -torch.inf)
