@@ -21,7 +21,7 @@ REQUEST_PREFIX = "dllm_"
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 _Threshold = Annotated[float, Field(gt=0.0, le=1.0)]
-_Factor = Annotated[float, Field(gt=0.0)]
+_Factor = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 _Steps = Annotated[int, Field(ge=1)]
 
 

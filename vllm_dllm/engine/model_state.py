@@ -17,6 +17,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
 from vllm.tasks import GenerationTask
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -251,4 +252,4 @@ class DllmModelState(ModelState):
         return dict.fromkeys(self._layer_names, layout)
 
     def _to_device(self, array: IntArray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return async_tensor_h2d(array, device=self.device)

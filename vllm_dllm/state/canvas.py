@@ -50,6 +50,7 @@ class CanvasState:
         self._ints = torch.zeros(self._ints_np.shape, dtype=torch.int64, device=device)
         self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
+        self._stream = torch.tensor(noise.STREAM, device=device)
 
     def add_request(self, slot: int, params: RequestParams) -> None:
         """Stage a request's parameters; its canvas is masked by `reset` when its first block begins."""
@@ -130,7 +131,7 @@ class CanvasState:
         params = self.policy_params(slots)
         shape = (slots.shape[0], self.block_length)
         is_random = (params.policy_id == POLICY_IDS["random"])[:, None]
-        uniform = noise.uniform(self.noise_keys(slots, block_start), torch.tensor(noise.STREAM, device=self.device))
+        uniform = noise.uniform(self.noise_keys(slots, block_start), self._stream)
         confidence = torch.where(is_random, uniform, stats.confidence.view(shape))
         is_masked = self.is_masked[slots]
         chosen = choose_positions(confidence, is_masked, self.step[slots], params)

@@ -1,0 +1,94 @@
+"""What we override, wrap and call of vLLM has the parameters we rely on: in the installed version, and in 0.33.
+
+0.33 is not run here; `signatures_0_33.json` holds its parameter names, read from its sources.
+"""
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECORDED: dict[str, list[str]] = json.loads((Path(__file__).parent / "signatures_0_33.json").read_text())
+
+STATE = "vllm.v1.worker.gpu.model_states.interface.ModelState"
+ATTENTION = "vllm.v1.attention.backend"
+
+# Ours must take what vLLM passes: the same parameters in the same order.
+OVERRIDES = {
+    f"{STATE}.{name}": ("vllm_dllm.engine.model_state.DllmModelState", name)
+    for name in [
+        *("__init__", "add_request", "apply_staged_writes", "custom_sampler", "get_supported_generation_tasks"),
+        *("initialize_kv_cache", "prepare_attn", "prepare_dummy_inputs", "prepare_inputs", "prepare_inputs_embeds"),
+        "preprocess_state",
+    ]
+} | {
+    f"{ATTENTION}.AttentionImpl.__init__": ("vllm_dllm.engine.attention.DllmAttentionImpl", "__init__"),
+    f"{ATTENTION}.AttentionImpl.forward": ("vllm_dllm.engine.attention.DllmAttentionImpl", "forward"),
+    f"{ATTENTION}.AttentionMetadataBuilder.__init__": ("vllm_dllm.engine.attention.DllmMetadataBuilder", "__init__"),
+    f"{ATTENTION}.AttentionMetadataBuilder.build": ("vllm_dllm.engine.attention.DllmMetadataBuilder", "build"),
+    "vllm.v1.core.sched.scheduler.Scheduler.add_request": ("vllm_dllm.engine.scheduler.DllmScheduler", "add_request"),
+    "vllm.model_executor.models.config.VerifyAndUpdateConfig.verify_and_update_config": (
+        "vllm_dllm.engine.config_hook.DllmConfigHook",
+        "verify_and_update_config",
+    ),
+    "vllm.model_executor.models.config.VerifyAndUpdateConfig.verify_and_update_model_config": (
+        "vllm_dllm.engine.config_hook.DllmConfigHook",
+        "verify_and_update_model_config",
+    ),
+}
+
+# vLLM's must take what we pass by name.
+CALLS = {
+    "vllm.engine.arg_utils.EngineArgs._set_default_chunked_prefill_and_prefix_caching_args": ["model_config"],
+    "vllm.sampling_params.SamplingParams._validate_diffusion": ["model_config"],
+    "vllm.sampling_params.SamplingParams.update_from_generation_config": ["generation_config", "eos_token_id"],
+    "vllm.v1.engine.input_processor.InputProcessor.process_inputs": ["request_id", "prompt", "params"],
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots": ["num_new_tokens", "num_lookahead_tokens"],
+    "vllm.forward_context.set_forward_context": ["attn_metadata", "vllm_config", "num_tokens", "slot_mapping"],
+    "vllm.model_executor.layers.attention.attention.Attention.__init__": ["num_kv_heads", "attn_backend", "prefix"],
+    "vllm.model_executor.layers.rotary_embedding.get_rope": ["head_size", "max_position", "rope_parameters"],
+    "vllm.model_executor.layers.logits_processor.LogitsProcessor.forward": ["lm_head", "hidden_states"],
+    "vllm.model_executor.models.utils.AutoWeightsLoader.load_weights": ["weights", "mapper"],
+    "vllm.utils.torch_utils.async_tensor_h2d": ["data", "device"],
+}
+
+
+def find(name: str) -> Callable[..., Any]:
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            found = getattr(found, part)
+        return inspect.unwrap(found)
+    raise LookupError(name)
+
+
+def parameters(name: str) -> list[str]:
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    function = find(name)
+    found = inspect.signature(getattr(function, "__func__", function)).parameters.values()
+    return [stars.get(parameter.kind, "") + parameter.name for parameter in found if parameter.name != "cls"]
+
+
+@pytest.mark.parametrize("name", sorted(OVERRIDES))
+def test_overrides_take_what_vllm_passes(name: str) -> None:
+    ours = parameters(".".join(OVERRIDES[name]))
+    assert ours == parameters(name)
+    assert ours == RECORDED[name]
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_calls_name_existing_parameters(name: str) -> None:
+    assert set(CALLS[name]) <= set(parameters(name))
+    assert set(CALLS[name]) <= set(RECORDED[name])
+
+
+def test_every_recorded_signature_is_used() -> None:
+    assert set(RECORDED) == set(OVERRIDES) | set(CALLS)
