@@ -51,7 +51,7 @@ cuda-check: setup
 	  echo "cuda-check: skipped, no nvcc on PATH; the CUDA sources were not compiled"; \
 	fi
 
-bench: setup ## measure, and write the tables of docs/benchmarks.md (arguments: BENCH_ARGS)
+bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: BENCH_ARGS)
 	$(PY) -m vllm_dllm.bench $(BENCH_ARGS)
 
 docs: setup ## check the links and commands of the documentation

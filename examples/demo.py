@@ -81,6 +81,15 @@ def denoising_steps(address: str) -> int:
     return int(sum(map(float, found)))
 
 
+def settled_denoising_steps(address: str) -> int:
+    """Read the same once it stands still: the server exports its counters a moment after its replies."""
+    before, now = -1, denoising_steps(address)
+    while now != before:
+        time.sleep(0.5)
+        before, now = now, denoising_steps(address)
+    return now
+
+
 def ask(client: OpenAI, example: Example, policy: dict[str, object]) -> ChatCompletion:
     """Ask one question."""
     return client.chat.completions.create(
@@ -109,7 +118,8 @@ def measure(client: OpenAI, address: str, examples: list[Example]) -> None:
     print(f"\n{len(examples)} questions at once:")
     print(f"  {'unmasking policy':22} {'right':>6} {'tokens/s':>9} {'forwards/token':>15} {'of them refreshes':>18}")
     for name, policy in POLICIES.items():
-        steps, begin = denoising_steps(address), time.monotonic()
+        steps = settled_denoising_steps(address)
+        begin = time.monotonic()
         with ThreadPoolExecutor(len(examples)) as pool:
             replies = list(pool.map(ask, repeat(client), examples, repeat(policy)))
         seconds = time.monotonic() - begin
@@ -119,7 +129,7 @@ def measure(client: OpenAI, address: str, examples: list[Example]) -> None:
         )
         # One when a block begins; a reply ends in the block that holds its last token.
         refreshes = sum(-(-reply.usage.completion_tokens // BLOCK_LENGTH) for reply in replies if reply.usage)
-        forwards = denoising_steps(address) - steps + refreshes
+        forwards = settled_denoising_steps(address) - steps + refreshes
         share = f"{right}/{len(examples)}"
         print(f"  {name:22} {share:>6} {tokens / seconds:9.1f} {forwards / tokens:15.2f} {refreshes / forwards:18.1%}")
 

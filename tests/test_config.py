@@ -14,7 +14,7 @@ from vllm_dllm.config import (
 )
 
 
-def test_defaults_are_the_published_ones() -> None:
+def test_defaults() -> None:
     settings = parse_server_settings({})
     assert (settings.block_length, settings.policy, settings.kv_policy) == (32, "static", "dual")
     assert (settings.threshold, settings.factor, settings.steps_per_block, settings.refresh_every) == (
@@ -39,11 +39,11 @@ def test_keys_of_others_are_left_alone() -> None:
     ("settings", "parts"),
     [
         ({"block_size": 8}, ["additional_config.dllm.block_size is not known", "additional_config.dllm.block_length"]),
-        ({"block_length": 0}, ["additional_config.dllm.block_length is 0", "greater than or equal to 1"]),
-        ({"block_length": True}, ["additional_config.dllm.block_length is True", "integer"]),
+        ({"block_length": 0}, ["additional_config.dllm.block_length is 0", "from 1 to 1024"]),
+        ({"block_length": True}, ["additional_config.dllm.block_length is True", "whole numbers"]),
         (
             {"policy": "best"},
-            ["additional_config.dllm.policy is 'best'", "'static', 'random', 'threshold' or 'factor'"],
+            ["additional_config.dllm.policy is 'best'", "allowed are 'static', 'random', 'threshold' and 'factor'"],
         ),
         ({"threshold": float("nan")}, ["additional_config.dllm.threshold is nan"]),
         ({"factor": float("inf")}, ["additional_config.dllm.factor is inf"]),

@@ -6,9 +6,10 @@ the unmasking policy through `SamplingParams.extra_args` (`vllm_xargs` over HTTP
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import ConfigError
 
@@ -20,9 +21,11 @@ REQUEST_PREFIX = "dllm_"
 # Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
 _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-_Threshold = Annotated[float, Field(gt=0.0, le=1.0)]
-_Factor = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-_Steps = Annotated[int, Field(ge=1)]
+# Each type's description says what is allowed, in error messages.
+_Policy = Annotated[PolicyName, Field(description="'static', 'random', 'threshold' and 'factor'")]
+_Threshold = Annotated[float, Field(gt=0.0, le=1.0, description="numbers above 0 and up to 1")]
+_Factor = Annotated[float, Field(gt=0.0, allow_inf_nan=False, description="finite numbers above 0")]
+_Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
 
 
 class DllmConfig(BaseModel):
@@ -43,13 +46,13 @@ class DllmConfig(BaseModel):
 
     model_config = _STRICT
 
-    block_length: Annotated[int, Field(ge=1, le=1024)] = 32
-    kv_policy: KvPolicyName = "dual"
-    refresh_every: Annotated[int, Field(ge=1)] | None = None
-    policy: PolicyName = "static"
+    block_length: Annotated[int, Field(ge=1, le=1024, description="whole numbers from 1 to 1024")] = 32
+    kv_policy: Annotated[KvPolicyName, Field(description="'dual' and 'prefix'")] = "dual"
+    refresh_every: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
+    policy: _Policy = "static"
     threshold: _Threshold = 0.9
     factor: _Factor = 1.0
-    steps_per_block: _Steps | None = None
+    steps_per_block: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
 
     @model_validator(mode="after")
     def _steps_fit_block(self) -> Self:
@@ -75,10 +78,10 @@ class RequestOptions(BaseModel):
 
     model_config = _STRICT
 
-    policy: PolicyName | None = None
+    policy: _Policy | None = None
     threshold: _Threshold | None = None
     factor: _Factor | None = None
-    steps: _Steps | None = None
+    steps: _Count | None = None
 
 
 POLICY_OPTIONS: dict[PolicyName, tuple[str, ...]] = {
@@ -164,8 +167,20 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inv
     if finding["type"] == "extra_forbidden":
         allowed = ", ".join(prefix + known for known in model.model_fields)
         return InvalidOptionError(f"{name} is not known; allowed are {allowed}; remove or rename it", name, value)
-    reason = finding["msg"][0].lower() + finding["msg"][1:]
-    return InvalidOptionError(f"{name} is {value!r}, which is not allowed: {reason}; correct it", name, value)
+    allowed = _allowed(model.model_fields[field])
+    return InvalidOptionError(f"{name} is {value!r}, allowed are {allowed}; give one of these", name, value)
+
+
+def _allowed(field: FieldInfo) -> str:
+    """Return a field's description, or that of the type it wraps."""
+    found = field.description or next(
+        metadata.description
+        for option in get_args(field.annotation)
+        for metadata in getattr(option, "__metadata__", ())
+        if metadata.description
+    )
+    assert found, "every type above is described"
+    return str(found)
 
 
 def generation_length(prompt_len: int, max_tokens: int, block_length: int, max_model_len: int) -> int:

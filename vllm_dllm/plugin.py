@@ -1,7 +1,16 @@
 """Entry point of the plugin: tell vLLM of our models and hooks, in every process that loads plugins."""
 
+import importlib.metadata
+import logging
+from pkgutil import resolve_name
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 from vllm_dllm.errors import UnsupportedVllmError
 from vllm_dllm.models.interface import FAMILIES, FAMILY_BY_ARCHITECTURE
+
+SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
 
 
 def register() -> None:
@@ -9,15 +18,22 @@ def register() -> None:
 
     A vLLM that we do not know keeps serving its own models: the reason is logged and nothing of ours is registered.
     """
-    from vllm.logger import init_logger
-
-    from vllm_dllm.engine import compat
-
     try:
-        compat.check_vllm_version()
+        check_vllm_version()
         _register()
-    except UnsupportedVllmError as error:
-        init_logger("vllm.dllm").error("vllm-dllm is not active, its models cannot be served: %s", error)
+    except (UnsupportedVllmError, ImportError, AttributeError) as error:
+        # The two latter: a name of vLLM's that we import or wrap is gone.
+        logging.getLogger("vllm.dllm").error("vllm-dllm is not active, its models cannot be served: %s", error)
+
+
+def check_vllm_version() -> None:
+    """Raise: UnsupportedVllmError when the installed vLLM is not one this plugin was written for."""
+    version = Version(importlib.metadata.version("vllm"))
+    if not SUPPORTED_VLLM.contains(Version(version.base_version)):
+        raise UnsupportedVllmError(
+            f"vLLM {version} is installed, vllm-dllm supports {SUPPORTED_VLLM}; install a supported vLLM or another "
+            "version of vllm-dllm"
+        )
 
 
 def _register() -> None:
@@ -28,12 +44,12 @@ def _register() -> None:
 
     from vllm_dllm.engine import compat, config_hook, cpu, request
 
-    compat.before_argument_defaults(config_hook.refuse_explicit_flags)
+    cpu.install_gate(frozenset(FAMILY_BY_ARCHITECTURE))
+    compat.around_argument_defaults(config_hook.refuse_explicit_flags, config_hook.clear_flags)
     compat.replace_diffusion_check(config_hook.is_ours, request.refuse_unsupported)
     compat.after_admission(request.finish_admission)
-    cpu.install_gate(frozenset(FAMILY_BY_ARCHITECTURE))
     for family in FAMILIES:
-        config_class = compat.load(family.config_class)
+        config_class = resolve_name(family.config_class)
         _CONFIG_REGISTRY[family.model_type] = config_class
         AutoConfig.register(family.model_type, config_class, exist_ok=True)
         ModelRegistry.register_model(family.architecture, family.model_class)

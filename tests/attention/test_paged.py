@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_dllm.attention import paged
 from vllm_dllm.attention.layout import ContextBuffers, refresh_layout, refresh_rows
 from vllm_dllm.attention.paged import block_attention, store_kv
 
@@ -114,6 +115,20 @@ def test_refresh_sees_and_stores_its_rows(begins: list[int], page_size: int) -> 
     for i in range(3):
         requests.fill(i, 0, row_lens[i])
     assert torch.equal(stored.nan_to_num(7.0), requests.cache.nan_to_num(7.0)), "a place was missed or overwritten"
+
+
+def test_chunks_of_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = Requests([12, 9, 20, 16, 12], 2, 4)
+    for i, row_len in enumerate(requests.row_lens):
+        requests.fill(i, 0, row_len)
+    context = ContextBuffers(5, 20, torch.device("cpu"))
+    starts, lengths = torch.tensor([4, 1, 7, 0, 8]), torch.tensor(requests.row_lens)
+    context.fill(requests.page_table, starts, lengths, block_length=4, page_size=4, width=16)
+    rows = torch.randn(20, 2, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    whole = block_attention(rows, rows, rows, requests.cache, context.layout(5, 16), 1.0)
+    for size in (1, 2 * 2 * 20 * 2 * HEAD_DIM * 4):  # one group at a time, two groups at a time
+        monkeypatch.setattr(paged, "CHUNK_BYTES", size)
+        assert torch.allclose(block_attention(rows, rows, rows, requests.cache, context.layout(5, 16), 1.0), whole)
 
 
 def test_padding_of_a_captured_batch_is_finite() -> None:

@@ -110,7 +110,7 @@ class Oracle:
 
 
 def mixed_cases(block_length: int, seed: int) -> list[Case]:
-    """Sixteen requests of odd lengths, all policies, greedy and sampled, half of them with real prompts' shapes."""
+    """Sixteen requests of odd lengths, all policies, greedy and sampled."""
     rng = random.Random(seed)
     cases = []
     for i in range(NUM_SLOTS):
@@ -168,3 +168,18 @@ def run(llm: Any, cases: list[Case]) -> list[list[int]]:
 
 def model_state(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state
+
+
+def step_all(llm: Any, cases: list[Case], before_step: Any = None) -> dict[str, list[int]]:
+    """Run cases by single steps; `before_step(number, llm)` may interfere. Returns the finished requests' tokens."""
+    for i, case in enumerate(cases):
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": list(case.prompt)}, case.sampling_params())
+    finished, number = {}, 0
+    while llm.llm_engine.has_unfinished_requests():
+        if before_step is not None:
+            before_step(number, llm)
+        number += 1
+        for output in llm.llm_engine.step():
+            if output.finished:
+                finished[output.request_id] = list(output.outputs[0].token_ids)
+    return finished

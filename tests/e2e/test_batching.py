@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.rig import MAX_MODEL_LEN, Case, engine, mixed_cases, model_state, run
+from tests.e2e.rig import MAX_MODEL_LEN, Case, engine, mixed_cases, model_state, run, step_all
 
 pytestmark = pytest.mark.engine
 
@@ -20,21 +20,6 @@ def llm(wild: Path) -> Iterator[Any]:
         yield llm
 
 
-def step_all(llm: Any, cases: list[Case], before_step: Any = None) -> dict[str, list[int]]:
-    """Run cases by single steps; `before_step(number, llm)` may interfere. Returns the finished requests' tokens."""
-    for i, case in enumerate(cases):
-        llm.llm_engine.add_request(str(i), {"prompt_token_ids": list(case.prompt)}, case.sampling_params())
-    finished, number = {}, 0
-    while llm.llm_engine.has_unfinished_requests():
-        if before_step is not None:
-            before_step(number, llm)
-        number += 1
-        for output in llm.llm_engine.step():
-            if output.finished:
-                finished[output.request_id] = list(output.outputs[0].token_ids)
-    return finished
-
-
 def test_alone_equals_in_a_batch(llm: Any, oracle: Any) -> None:
     cases = mixed_cases(8, seed=3)[:6]
     together = run(llm, cases)
@@ -45,21 +30,6 @@ def test_alone_equals_in_a_batch(llm: Any, oracle: Any) -> None:
 def test_order_does_not_matter(llm: Any) -> None:
     cases = mixed_cases(8, seed=4)[:7]
     assert run(llm, cases[::-1])[::-1] == run(llm, cases)
-
-
-def test_preemption_restarts_the_block_alone(llm: Any, oracle: Any) -> None:
-    cases = mixed_cases(8, seed=6)[:5]
-    preempted = []
-
-    def preempt(number: int, llm: Any) -> None:
-        if number % 13 == 5:  # a block of one token per step takes nine steps with its prompt
-            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-            preempted.append(len(scheduler.running))
-            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
-
-    tokens = step_all(llm, cases, preempt)
-    assert sum(preempted) > len(cases), "nothing was preempted"
-    assert tokens == {str(i): oracle.tokens(case, SETTINGS) for i, case in enumerate(cases)}
 
 
 def test_abort_leaves_the_others_alone(llm: Any, oracle: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.rig import Case, engine, mixed_cases, model_state, run
+from tests.e2e.rig import Case, engine, mixed_cases, model_state, run, step_all
 
 pytestmark = pytest.mark.engine
 
@@ -48,6 +48,23 @@ def test_nfe_equals_reference(served: Any, oracle: Any) -> None:
     assert after.nfe_denoise - denoise == sum(len(generation.history) for generation in expected)
     if settings.get("kv_policy") != "prefix":  # whose suffix forwards the reference counts apart from refreshes
         assert after.nfe_refresh - refresh == sum(generation.nfe_refresh for generation in expected)
+
+
+def test_preemption_restarts_the_block_alone(served: Any, oracle: Any) -> None:
+    llm, settings = served
+    cases = mixed_cases(settings["block_length"], seed=6)[:8]
+    preempted = []
+
+    def preempt(number: int, llm: Any) -> None:
+        # A block of one token per step takes block_length + 1 steps with its prompt, and must end some time.
+        if number % (settings["block_length"] + 5) == 5:
+            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+            preempted.append(len(scheduler.running))
+            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+
+    tokens = step_all(llm, cases, preempt)
+    assert sum(preempted) > len(cases), "too few were preempted"
+    assert tokens == {str(i): oracle.tokens(case, settings) for i, case in enumerate(cases)}
 
 
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:

@@ -1,6 +1,7 @@
 """Registration: idempotent, and without effect where vLLM is not one we know."""
 
 import logging
+import sys
 import tomllib
 from pathlib import Path
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_supported_range_is_that_of_the_metadata() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert Requirement(extras["cuda"][0]).specifier == compat.SUPPORTED_VLLM
+    assert Requirement(extras["cuda"][0]).specifier == plugin.SUPPORTED_VLLM
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -39,13 +40,22 @@ def test_architecture_is_found_without_remote_code() -> None:
 def test_an_unknown_vllm_is_left_alone_and_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compat.importlib.metadata, "version", lambda name: "0.40.1")
+    monkeypatch.setattr(plugin.importlib.metadata, "version", lambda name: "0.40.1")
     monkeypatch.setattr(plugin, "_register", lambda: pytest.fail("registered all the same"))
-    logging.getLogger("vllm").propagate = True
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level(logging.ERROR):
         plugin.register()
     assert "vLLM 0.40.1 is installed, vllm-dllm supports" in caplog.text
     assert "install a supported vLLM" in caplog.text
+
+
+def test_a_name_that_vllm_lost_is_told_too(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.config", None)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.ERROR):
+        plugin.register()
+    assert "vllm-dllm is not active" in caplog.text
+    assert "vllm.model_executor.models.config" in caplog.text
 
 
 def test_a_changed_method_is_named() -> None:

@@ -37,6 +37,10 @@ def stats(tokens: list[int], confidence: list[float]) -> RowStats:
     return RowStats(torch.tensor(tokens), torch.tensor(confidence, dtype=torch.float64))
 
 
+def step(state: CanvasState, slots: torch.Tensor, block_start: torch.Tensor, stats: RowStats) -> None:
+    state.unmask(slots, state.noise_keys(slots, block_start).flatten(), stats)
+
+
 def test_parameters_reach_the_device_when_staged_writes_are_applied() -> None:
     state = CanvasState(2, 4, MASK, torch.device("cpu"))
     state.add_request(1, request(seed=-(2**63), top_p=0.5))
@@ -50,23 +54,23 @@ def test_parameters_reach_the_device_when_staged_writes_are_applied() -> None:
 def test_one_position_per_step_by_confidence() -> None:
     state = state_of(request())
     slots, start = torch.tensor([0]), torch.tensor([8])
-    state.unmask(slots, start, stats([50, 51, 52, 53], [0.1, 0.4, 0.3, 0.2]))
+    step(state, slots, start, stats([50, 51, 52, 53], [0.1, 0.4, 0.3, 0.2]))
     assert state.canvas.tolist() == [[MASK, 51, MASK, MASK]]
-    state.unmask(slots, start, stats([60, 61, 62, 63], [0.1, 0.9, 0.3, 0.2]))
+    step(state, slots, start, stats([60, 61, 62, 63], [0.1, 0.9, 0.3, 0.2]))
     assert state.canvas.tolist() == [[MASK, 51, 62, MASK]]
     assert not state.is_finished(slots).item()
 
 
 def test_predicting_the_mask_token_still_unmasks() -> None:
     state = state_of(request(steps_per_block=1))
-    state.unmask(torch.tensor([0]), torch.tensor([0]), stats([MASK] * 4, [0.5] * 4))
+    step(state, torch.tensor([0]), torch.tensor([0]), stats([MASK] * 4, [0.5] * 4))
     assert state.is_finished(torch.tensor([0])).item()
 
 
 def test_reset_begins_a_block_for_the_marked_slots_alone() -> None:
     state = state_of(request(steps_per_block=1), request(steps_per_block=1))
     slots = torch.tensor([1, 0])
-    state.unmask(slots, torch.tensor([0, 0]), stats([9] * 8, [0.5] * 8))
+    step(state, slots, torch.tensor([0, 0]), stats([9] * 8, [0.5] * 8))
     state.reset(slots, torch.tensor([True, False]))
     assert state.canvas.tolist() == [[9] * 4, [MASK] * 4]
     assert state.is_masked.tolist() == [[False] * 4, [True] * 4]
@@ -78,7 +82,7 @@ def test_random_policy_orders_by_its_noise_stream() -> None:
     slots, start = torch.tensor([0]), torch.tensor([16])
     keys = noise.stream_keys(torch.tensor(5), 16 + torch.arange(4), torch.tensor(4))
     expected = int(noise.uniform(keys, torch.tensor(noise.STREAM)).argmax())
-    state.unmask(slots, start, stats([50, 51, 52, 53], [0.1, 0.4, 0.3, 0.2]))
+    step(state, slots, start, stats([50, 51, 52, 53], [0.1, 0.4, 0.3, 0.2]))
     assert (~state.is_masked[0]).nonzero().flatten().tolist() == [expected]
 
 
@@ -87,7 +91,7 @@ def test_streams_depend_on_seed_position_and_progress() -> None:
     slots = torch.tensor([0, 1])
     before = state.noise_keys(slots, torch.tensor([0, 0]))
     moved = state.noise_keys(slots, torch.tensor([4, 4]))
-    state.unmask(slots, torch.tensor([0, 0]), stats([9] * 8, [0.5] * 8))
+    step(state, slots, torch.tensor([0, 0]), stats([9] * 8, [0.5] * 8))
     after = state.noise_keys(slots, torch.tensor([0, 0]))
     assert len(set(torch.cat([before, moved, after]).flatten().tolist())) == 24
 

@@ -5,13 +5,13 @@ import torch
 
 from vllm_dllm import noise
 from vllm_dllm.reference.decode import Sampling, choose_tokens
-from vllm_dllm.unmask.stats import SamplingParams, chunk_rows, kept_ids, row_stats
+from vllm_dllm.unmask.stats import RowSampling, chunk_rows, kept_ids, row_stats
 
 VOCAB = 113
 
 
-def sampling(num_rows: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> SamplingParams:
-    return SamplingParams(
+def sampling(num_rows: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> RowSampling:
+    return RowSampling(
         temperature=torch.full((num_rows,), temperature, dtype=torch.float64),
         top_k=torch.full((num_rows,), top_k),
         top_p=torch.full((num_rows,), top_p, dtype=torch.float64),

@@ -3,11 +3,16 @@
 The cache of a layer is `[num_pages, num_kv_heads, page_size, 2 * head_dim]` under any strides, keys before values.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_dllm.attention.layout import ForwardLayout, PagedIndex
+from vllm_dllm.attention.layout import Context, ForwardLayout, PagedIndex
+
+CHUNK_BYTES = 256 << 20
+"""Bound of the K/V that are gathered at a time: 4 requests of LLaDA-8B's 4,096 positions in bf16."""
 
 
 def store_kv(key: Tensor, value: Tensor, kv_cache: Tensor, index: PagedIndex) -> None:
@@ -35,14 +40,52 @@ def block_attention(
 
     Returns: [num_rows, num_heads, head_dim].
     """
-    query, key, value = (_group(rows, layout) for rows in (query, key, value))
-    is_visible = _visibility(layout, own_len=key.shape[1])
-    if layout.context is not None:
-        index = layout.context.index
+    own_len = query.shape[0] // layout.num_groups if layout.ragged is None else layout.ragged.row.shape[1]
+    width = own_len + (0 if layout.context is None else layout.context.is_visible.shape[1])
+    chunk = max(1, CHUNK_BYTES // (width * 2 * key[0].numel() * key.element_size()))
+    parts = []
+    for begin in range(0, layout.num_groups, chunk):
+        part = slice(begin, begin + chunk)
+        own_query, own_key, own_value = (_group(rows, layout, part) for rows in (query, key, value))
+        parts.append(_attend(own_query, own_key, own_value, kv_cache, _visible(layout, part), scale))
+    rows = torch.cat(parts).flatten(0, 1)
+    return rows if layout.ragged is None else rows[layout.ragged.place]
+
+
+@dataclass(frozen=True, slots=True)
+class _Visible:
+    """What some groups see: stored positions, and own rows (None: all of them)."""
+
+    context: Context | None
+    is_own: Tensor | None  # [num_groups, own_len] bool
+
+
+def _visible(layout: ForwardLayout, part: slice) -> _Visible:
+    context = layout.context
+    if context is not None:
+        index = PagedIndex(context.index.page[part], context.index.offset[part])
+        context = Context(index, context.is_visible[part])
+    return _Visible(context, None if layout.ragged is None else layout.ragged.is_own[part])
+
+
+def _group(rows: Tensor, layout: ForwardLayout, part: slice) -> Tensor:
+    """Arrange packed rows of some groups by group; [num_groups, own_len, num_heads, head_dim]."""
+    if layout.ragged is None:
+        return rows.view(layout.num_groups, -1, *rows.shape[1:])[part]
+    return rows[layout.ragged.row[part]]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, visible: _Visible, scale: float) -> Tensor:
+    """Attend within some groups; all tensors but the cache are [num_groups, own_len, num_heads, head_dim]."""
+    is_visible = visible.is_own
+    if visible.context is not None:
+        index = visible.context.index
         stored_key, stored_value = kv_cache[index.page, :, index.offset].to(key.dtype).chunk(2, dim=-1)
+        is_own = is_visible if is_visible is not None else index.page.new_ones(key.shape[:2], dtype=torch.bool)
+        is_visible = torch.cat([visible.context.is_visible, is_own], dim=1)
         key = torch.cat([stored_key, key], dim=1)
         value = torch.cat([stored_value, value], dim=1)
-    out = scaled_dot_product_attention(
+    return scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
@@ -50,24 +93,3 @@ def block_attention(
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
     ).transpose(1, 2)
-    rows = out.flatten(0, 1)
-    return rows if layout.ragged is None else rows[layout.ragged.place]
-
-
-def _group(rows: Tensor, layout: ForwardLayout) -> Tensor:
-    """Arrange packed rows by group; [num_groups, own_len, num_heads, head_dim]."""
-    if layout.ragged is None:
-        return rows.view(layout.num_groups, -1, *rows.shape[1:])
-    return rows[layout.ragged.row]
-
-
-def _visibility(layout: ForwardLayout, own_len: int) -> Tensor | None:
-    """Tell which columns, context then own rows, a group sees; [num_groups, columns] bool, None for all."""
-    if layout.context is None and layout.ragged is None:
-        return None
-    parts = [] if layout.context is None else [layout.context.is_visible]
-    if layout.ragged is not None:
-        parts.append(layout.ragged.is_own)
-    else:
-        parts.append(parts[0].new_ones(layout.num_groups, own_len))
-    return torch.cat(parts, dim=1)

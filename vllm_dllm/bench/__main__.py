@@ -11,15 +11,21 @@ import torch
 from vllm_dllm.bench.report import table
 from vllm_dllm.config import DllmConfig
 
+TINY = Path(__file__).parents[2] / "examples" / "tiny_llada"
+
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m vllm_dllm.bench", description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="a LLaDA checkpoint")
-    parser.add_argument("--prompts", type=Path, required=True, help="JSONL, each line with the field `question`")
-    parser.add_argument("--skip-prompts", type=int, default=50, help="lines kept for calibration (default: 50)")
-    parser.add_argument("--num-prompts", type=int, default=16, help="prompts decoded by the engine (default: 16)")
-    parser.add_argument("--num-reference", type=int, default=4, help="of these, decoded by the reference (default: 4)")
+    parser.add_argument("--model", type=Path, default=TINY / "checkpoint", help="a LLaDA checkpoint (default: tiny)")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        default=TINY / "questions.jsonl",
+        help="JSONL, each line with the field `question` (default: questions of the tiny model)",
+    )
+    parser.add_argument("--skip-prompts", type=int, default=0, help="lines left out at the beginning (default: 0)")
+    parser.add_argument("--num-prompts", type=int, default=16, help="prompts that all decoders decode (default: 16)")
     parser.add_argument("--gen-length", type=int, default=128, help="tokens per prompt (default: 128)")
     parser.add_argument("--block-length", type=int, default=DllmConfig().block_length, help="default: 32")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16], help="default: 1 4 16")
@@ -40,20 +46,20 @@ def main() -> None:
     # The stages of a step are seen from inside the process; vLLM reads this when an engine is made.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm_dllm.bench.decode import compare
-    from vllm_dllm.bench.stages import split_steps
+    from vllm_dllm.bench.stages import stage_times
 
     with args.prompts.open() as lines:
         questions = [json.loads(line)["question"] for line in lines]
     questions = questions[args.skip_prompts :][: args.num_prompts]
-    workload = compare(args, questions)
+    rows = compare(args, questions)
     print(f"machine: {machine()}\n")
     print(
         f"{len(questions)} prompts, {args.gen_length} tokens each in blocks of {args.block_length}, fp32; "
-        f"reference: the first {args.num_reference} prompts, one after another\n"
+        "the reference decodes them one after another\n"
     )
-    print(table(workload.rows))
+    print(table(rows))
     print("\nmilliseconds per denoising step, by stage (self time):\n")
-    print(table(split_steps(args, questions)))
+    print(table(stage_times(args, questions)))
 
 
 if __name__ == "__main__":

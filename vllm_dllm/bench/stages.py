@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm import LLM
 
-from vllm_dllm.bench.decode import POLICIES, encode, make_engine, sampling_params
+from vllm_dllm.bench.decode import POLICIES, Row, encode, make_engine, sampling_params
 from vllm_dllm.engine import sampler as sampler_module
 
 # On a GPU these are kernels; the rest is what the host does in each step.
@@ -76,14 +76,14 @@ class _TimedSampler:
         return getattr(self._sampler, name)
 
 
-def split_steps(args: argparse.Namespace, questions: Sequence[str]) -> list[dict[str, str | int | float]]:
+def stage_times(args: argparse.Namespace, questions: Sequence[str]) -> list[Row]:
     """Measure steps in which nobody begins a block, at each concurrency."""
     llm = make_engine(args, max(args.concurrency))
     prompts = encode(llm, questions)
     clock = StageClock()
     install(clock, llm)
     params = sampling_params(args, POLICIES["static, 1 per step"])
-    rows: list[dict[str, str | int | float]] = []
+    rows: list[Row] = []
     for concurrency in args.concurrency:
         for i in range(concurrency):
             prompt = {"prompt_token_ids": prompts[i % len(prompts)]}
@@ -94,18 +94,23 @@ def split_steps(args: argparse.Namespace, questions: Sequence[str]) -> list[dict
 
 
 def _steps_ms(clock: StageClock, llm: LLM, block_length: int) -> dict[str, float]:
-    """Step until all requests are done; returns the mean of the steps within blocks, in ms by stage."""
+    """Step until all requests are done; returns the mean of the steps within blocks, in ms by stage.
+
+    Raises: ValueError when there is one block only.
+    """
     num_steps, total = 0, defaultdict[str, float](float)
     number = 0
     while llm.llm_engine.has_unfinished_requests():
         clock.seconds.clear()
         llm.llm_engine.step()
-        # Step 0 takes the prompts in; then each block's first step refreshes.
+        # Step 0 takes the prompts in; then each block's first step refreshes. Block 0 warms up.
         if number > block_length and (number - 1) % block_length:
             num_steps += 1
             for stage, seconds in clock.seconds.items():
                 total[stage] += seconds
         number += 1
+    if num_steps == 0:
+        raise ValueError(f"a generation has one block of {block_length}, two or more are needed; raise --gen-length")
     stages = {stage: 1e3 * seconds / num_steps for stage, seconds in sorted(total.items())}
     host = sum(ms for stage, ms in stages.items() if stage not in DEVICE_STAGES)
     return {**stages, "host total": host, "step": sum(stages.values())}

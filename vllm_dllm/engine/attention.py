@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import (
 )
 
 from vllm_dllm.attention.layout import ForwardLayout
-from vllm_dllm.attention.paged import block_attention, store_kv
+from vllm_dllm.attention.paged import CHUNK_BYTES, block_attention, store_kv
 from vllm_dllm.engine.config_hook import KV_CACHE_DTYPES
 from vllm_dllm.errors import ConfigError
 
@@ -112,9 +112,11 @@ class DllmAttentionImpl(AttentionImpl[ForwardLayout]):
     ) -> Tensor:
         """Attend; the arguments are `attention.paged.block_attention`'s.
 
-        Without metadata, as in the profiling run before a cache exists, the output is zero.
+        Without metadata, as in the profiling run before a cache exists, the output is zero, and as much memory is taken
+        for a moment as a step takes for gathered K/V and their concatenation.
         """
         if attn_metadata is None:
+            query.new_empty(2 * CHUNK_BYTES, dtype=torch.int8)
             return output.zero_()
         if attn_metadata.store is not None:
             store_kv(key, value, kv_cache, attn_metadata.store)

@@ -1,18 +1,14 @@
-"""Private and version-dependent names of vLLM, one function each.
+"""Methods of vLLM that are wrapped on every device, one function each; `cpu/` has what only a CPU needs.
 
-Everything here was read in 0.32.0 and 0.33.0; only 0.32.0 was run. A wrapper checks the parameters it relies on, so
-that a vLLM that changed them stops at start with a sentence, not later with a wrong result.
+All were read in 0.32.0 and 0.33.0; only 0.32.0 was run. Wrapping checks the parameters that are relied on, so that a
+vLLM that changed them is told at start, in a sentence.
 """
 
 import functools
-import importlib
-import importlib.metadata
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
@@ -20,19 +16,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_dllm.errors import UnsupportedVllmError
 
-SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
-
 _MARK = "__vllm_dllm_wrapped__"
-
-
-def check_vllm_version() -> None:
-    """Raise: UnsupportedVllmError when the installed vLLM is not one this plugin was written for."""
-    version = Version(importlib.metadata.version("vllm"))
-    if not SUPPORTED_VLLM.contains(Version(version.base_version)):
-        raise UnsupportedVllmError(
-            f"vLLM {version} is installed, vllm-dllm supports {SUPPORTED_VLLM}; install a supported vLLM or another "
-            "version of vllm-dllm"
-        )
 
 
 def wrap(owner: type, name: str, parameters: tuple[str, ...], make: Callable[[Any], Callable[..., Any]]) -> None:
@@ -48,20 +32,23 @@ def wrap(owner: type, name: str, parameters: tuple[str, ...], make: Callable[[An
     if missing:
         raise UnsupportedVllmError(
             f"{owner.__name__}.{name} of the installed vLLM has the parameters {found}, vllm-dllm needs "
-            f"{', '.join(missing)}; install a vLLM in {SUPPORTED_VLLM}"
+            f"{', '.join(missing)}; install vLLM 0.32 or 0.33"
         )
     wrapper = functools.wraps(original)(make(original))  # type: ignore[arg-type]  # callable, or `missing` would say so
     setattr(wrapper, _MARK, True)
     setattr(owner, name, wrapper)
 
 
-def before_argument_defaults(check: Callable[[EngineArgs, ModelConfig], None]) -> None:
-    """Call `check` while `EngineArgs` still tells what the user set from what vLLM would fill in."""
+def around_argument_defaults(
+    check: Callable[[EngineArgs, ModelConfig], None], finish: Callable[[EngineArgs, ModelConfig], None]
+) -> None:
+    """Call `check` while `EngineArgs` still tells what the user set, and `finish` when vLLM filled in the rest."""
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def wrapper(self: EngineArgs, model_config: ModelConfig) -> None:
             check(self, model_config)
             original(self, model_config)
+            finish(self, model_config)
 
         return wrapper
 
@@ -95,9 +82,3 @@ def after_admission(finish: Callable[[InputProcessor, Any], None]) -> None:
         return wrapper
 
     wrap(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), make)
-
-
-def load(name: str) -> Any:
-    """Import "module:Name" and return the object."""
-    module_name, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module_name), attribute)

@@ -69,6 +69,11 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "apart; allowed is 0; remove it",
     ),
     (
+        lambda c: c.scheduler_config.max_num_scheduled_tokens,
+        "max_num_scheduled_tokens is {c.scheduler_config.max_num_scheduled_tokens}, but it could cut blocks apart; "
+        "remove it",
+    ),
+    (
         lambda c: c.kv_transfer_config,
         "kv_transfer_config is set, but the K/V of a bidirectional model change until the request ends; remove it",
     ),
@@ -113,7 +118,7 @@ def settings_of(vllm_config: VllmConfig) -> DllmConfig:
 
 
 def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
-    """Refuse flags that vLLM would turn on by itself for other models, where the user asked for them; else clear them.
+    """Refuse flags that vLLM turns on by itself for other models, where the user asked for them.
 
     Raises: ConfigError.
     """
@@ -122,15 +127,20 @@ def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
     if args.enable_prefix_caching:
         raise ConfigError(
             "enable_prefix_caching is on, but the K/V of a bidirectional model depend on what follows the prefix; "
-            "remove --enable-prefix-caching"
+            "allowed is off; remove --enable-prefix-caching"
         )
     if args.enable_chunked_prefill:
         raise ConfigError(
-            "enable_chunked_prefill is on, but a bidirectional model sees its whole prompt at once; remove "
-            "--enable-chunked-prefill"
+            "enable_chunked_prefill is on, but a bidirectional model sees its whole prompt at once; allowed is off; "
+            "remove --enable-chunked-prefill"
         )
-    args.enable_prefix_caching = False
-    args.enable_chunked_prefill = False
+
+
+def clear_flags(args: EngineArgs, model_config: ModelConfig) -> None:
+    """Turn off for our models what vLLM turned on by default."""
+    if is_ours(model_config):
+        args.enable_prefix_caching = False
+        args.enable_chunked_prefill = False
 
 
 class DllmConfigHook(VerifyAndUpdateConfig):
@@ -174,14 +184,17 @@ class DllmConfigHook(VerifyAndUpdateConfig):
 
 
 def _set_scheduler(vllm_config: VllmConfig, settings: DllmConfig) -> None:
-    """Give every running request its whole block in every step, and every prompt one step."""
+    """Make the token budget large enough for every running request's block and the longest prompt in one step.
+
+    A prompt's rows count against the budget, although they are not computed.
+    """
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = SCHEDULER
     scheduler.async_scheduling = False
-    needed = max(scheduler.max_num_seqs * settings.block_length, vllm_config.model_config.max_model_len)
+    needed = scheduler.max_num_seqs * settings.block_length + vllm_config.model_config.max_model_len
     if scheduler.max_num_batched_tokens < needed:
         logger.info(
-            "Raising max_num_batched_tokens from %d to %d: max_num_seqs=%d blocks of %d, and max_model_len",
+            "Raising max_num_batched_tokens from %d to %d: max_num_seqs=%d blocks of %d and max_model_len",
             scheduler.max_num_batched_tokens,
             needed,
             scheduler.max_num_seqs,

@@ -31,7 +31,7 @@ from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.state.canvas import CanvasState
 from vllm_dllm.state.counters import Counters
-from vllm_dllm.state.kv import IntArray, KvPolicy, RefreshPlan
+from vllm_dllm.state.kv import IntArray, RefreshPlan, RefreshSchedule
 
 if TYPE_CHECKING:
     from vllm_dllm.models.llada import LLaDAModelLM
@@ -65,7 +65,7 @@ class DllmModelState(ModelState):
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id
         self.state = CanvasState(self.max_num_reqs, self.block_length, mask_token_id, device)
-        self.kv_policy = KvPolicy(self.settings.kv_policy, self.settings.refresh_every, self.max_num_reqs)
+        self.kv_policy = RefreshSchedule(self.settings.kv_policy, self.settings.refresh_every, self.max_num_reqs)
         self.counters = Counters()
         self.context = ContextBuffers(self.max_num_reqs, self.max_model_len, device)
         self.step: DenoiseStep | None = None
@@ -138,28 +138,28 @@ class DllmModelState(ModelState):
     ) -> dict[str, Any]:
         """Lay the step out for every layer: each block sees its row but itself, and itself in flight.
 
-        A captured graph reads the persistent context tensors at full width; elsewhere the widest context of the batch
-        suffices. Dummy batches have no context.
+        A captured graph reads the persistent context tensors at full width, and the padding of its batch has no
+        context; elsewhere the widest context of the batch suffices. vLLM captures with `for_capture` and replays with
+        FULL.
         """
+        is_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         step = self.step if self.step is not None and self.step.batch is input_batch else None
-        num_groups, width = 0 if step is None else step.num_reqs, 0
-        if step is not None and step.num_reqs > 0:
-            width = int(self.state.row_len_np[step.slots_np].max()) - self.block_length
-        if cudagraph_mode == CUDAGraphMode.FULL:
-            width = self.max_model_len
-        if step is not None and step.num_reqs > 0:
+        num_reqs = 0 if step is None else step.num_reqs
+        width = self.max_model_len if is_graph else 0
+        if step is not None and num_reqs > 0:
+            width = width or int(self.state.row_len_np[step.slots_np].max()) - self.block_length
             self.context.fill(
-                block_tables[0][: step.num_reqs],
+                block_tables[0][:num_reqs],
                 step.block_start,
                 self.state.row_len[step.slots],
                 block_length=self.block_length,
                 page_size=self._page_size,
                 width=width,
             )
-        if step is None or cudagraph_mode == CUDAGraphMode.FULL:
-            padded = max(1, input_batch.num_tokens_after_padding // self.block_length)
-            self.context.clear(num_groups, padded)
-            num_groups = padded
+        num_groups = num_reqs
+        if is_graph or step is None:
+            num_groups = max(1, input_batch.num_tokens_after_padding // self.block_length)
+            self.context.clear(num_reqs, num_groups)
         return self._per_layer(self.context.layout(num_groups, width))
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:

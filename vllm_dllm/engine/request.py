@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.input_processor import InputProcessor
 
 # Sampling parameters that only left-to-right sampling gives a meaning to, or that are not implemented: the test that
-# finds them in use, and what is allowed. Together with _SUPPORTED these are all fields of SamplingParams.
+# finds them in use, and what is allowed. A test asks for a decision on each field that a new vLLM brings.
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "presence_penalty": (lambda v: v != 0.0, "0"),
     "frequency_penalty": (lambda v: v != 0.0, "0"),
@@ -64,8 +64,8 @@ def refuse_unsupported(params: SamplingParams) -> None:
     Raises: RequestError naming the parameter, its value and what is allowed.
     """
     for name, (is_used, allowed) in _REFUSED.items():
-        value = getattr(params, name, None)
-        if hasattr(params, name) and is_used(value):
+        value = getattr(params, name)
+        if is_used(value):
             raise RequestError(
                 f"{name} is {value!r}, but diffusion models unmask tokens in any order and do not support it; "
                 f"allowed is {allowed}; remove it from the request",
@@ -98,7 +98,7 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
     params = request.sampling_params
     if params is None or request.prompt_token_ids is None:
         raise RequestError(
-            "a diffusion model generates text from token ids; send a prompt of text or token ids", parameter="prompt"
+            "the prompt has no token ids, allowed are text and token ids; send one of these", parameter="prompt"
         )
     prompt_len = len(request.prompt_token_ids)
     assert params.max_tokens is not None, "vLLM fills max_tokens before it makes the request"

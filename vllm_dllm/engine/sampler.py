@@ -1,6 +1,7 @@
 """What happens after a forward: statistics, unmasking, emission of finished blocks."""
 
 from collections.abc import Callable
+from itertools import count
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dllm import noise, ops
 from vllm_dllm.errors import KernelUnavailable
-from vllm_dllm.unmask.stats import RowStats, SamplingParams, Uniform, chunk_rows, row_stats
+from vllm_dllm.unmask.stats import RowSampling, RowStats, Uniform, chunk_rows, row_stats
 
 if TYPE_CHECKING:
     from vllm_dllm.engine.model_state import DllmModelState
@@ -69,7 +70,7 @@ class DllmSampler:
         num_rejected = torch.zeros_like(num_sampled)
         if num_reqs > 0:
             params = state.sampling_params(step.slots, step.slots_np, step.block_start)
-            state.unmask(step.slots, step.block_start, self._row_stats(hidden, params))
+            state.unmask(step.slots, params.keys, self._row_stats(hidden, params))
             is_finished = state.is_finished(step.slots)
             sampled[:num_reqs] = state.canvas[step.slots]
             num_sampled[:num_reqs] = is_finished * state.block_length
@@ -79,13 +80,12 @@ class DllmSampler:
         state.reset(begins, torch.ones_like(begins, dtype=torch.bool))
         return _output(sampled, num_sampled, num_rejected)
 
-    def _row_stats(self, hidden: Tensor, params: SamplingParams) -> RowStats:
+    def _row_stats(self, hidden: Tensor, params: RowSampling) -> RowStats:
         """Make the head product chunk by chunk and keep what the policies need of each row."""
         mask_token_id = self.model_state.state.mask_token_id
         parts = [
-            row_stats(self.head_logits(hidden[begin:end]), params.rows(begin, end), mask_token_id, self.draw_uniform)
-            for begin in range(0, hidden.shape[0], self.chunk_rows)
-            for end in (min(begin + self.chunk_rows, hidden.shape[0]),)
+            row_stats(self.head_logits(rows), params.rows(begin, begin + len(rows)), mask_token_id, self.draw_uniform)
+            for begin, rows in zip(count(0, self.chunk_rows), hidden.split(self.chunk_rows), strict=False)
         ]
         return RowStats(torch.cat([p.token_ids for p in parts]), torch.cat([p.confidence for p in parts]))
 
@@ -93,7 +93,7 @@ class DllmSampler:
         """Use as much memory as a real step can, for the run in which vLLM measures it; the result is not used."""
         num_rows = min(self.chunk_rows, self.model_state.max_num_tokens)
         zeros = torch.zeros(num_rows, dtype=torch.int64, device=hidden.device)
-        params = SamplingParams(
+        params = RowSampling(
             temperature=torch.ones(num_rows, dtype=torch.float64, device=hidden.device),
             top_k=zeros,
             top_p=torch.full((num_rows,), 0.9, dtype=torch.float64, device=hidden.device),
@@ -103,8 +103,8 @@ class DllmSampler:
         )
         rows = hidden[:1].expand(num_rows, -1).contiguous()
         row_stats(self.head_logits(rows), params, self.model_state.state.mask_token_id, self.draw_uniform)
-        count = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
-        return _output(count[:, None], count, count)
+        none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
+        return _output(none[:, None], none, none)
 
 
 def _output(sampled: Tensor, num_sampled: Tensor, num_rejected: Tensor) -> SamplerOutput:

@@ -11,7 +11,7 @@ from vllm_dllm.engine.config_hook import settings_of
 
 
 class DllmScheduler(Scheduler):
-    """Reserves the pages of a request's whole generation, and ends it on a block boundary.
+    """Reserves the pages of a request's whole generation, and ends it with the blocks that fit `max_model_len`.
 
     A bidirectional model stores K/V for the masked positions of the whole generation, so a request takes all its
     pages when it is admitted and never needs another. What is left of the token budget and of `max_model_len` is

@@ -1,4 +1,4 @@
-"""What decoding needs to know of a model family, and nothing else."""
+"""The model families: what their checkpoints are called, which classes serve them, how they decode by default."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -20,7 +20,10 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "include_qkv_bias": (False, None),
     "input_emb_norm": (False,),
     "layer_norm_type": ("rms",),
+    "clip_qkv": (None,),
+    "multi_query_attention": (None, False),
     "rope": (True,),
+    "rope_full_precision": (True,),
     "scale_logits": (False,),
 }
 

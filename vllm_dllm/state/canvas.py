@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_dllm import noise
 from vllm_dllm.unmask.policy import POLICY_IDS, PolicyParams, choose_positions
-from vllm_dllm.unmask.stats import RowStats, SamplingParams
+from vllm_dllm.unmask.stats import RowSampling, RowStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,13 @@ class CanvasState:
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)
         self.is_masked = torch.ones(max_num_reqs, block_length, dtype=torch.bool, device=device)
         self.step = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)  # [max_num_reqs] within the block
-        self._ints_np = np.zeros((len(_INTS), max_num_reqs), dtype=np.int64)
-        self._floats_np = np.zeros((len(_FLOATS), max_num_reqs), dtype=np.float64)
-        self._ints = torch.zeros(self._ints_np.shape, dtype=torch.int64, device=device)
-        self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
+        # Pinned for a GPU, so that the copy does not wait. Nobody writes meanwhile: the scheduler is synchronous.
+        is_pinned = device.type == "cuda"
+        self._ints_host = torch.zeros(len(_INTS), max_num_reqs, dtype=torch.int64, pin_memory=is_pinned)
+        self._floats_host = torch.zeros(len(_FLOATS), max_num_reqs, dtype=torch.float64, pin_memory=is_pinned)
+        self._ints_np, self._floats_np = self._ints_host.numpy(), self._floats_host.numpy()
+        self._ints = torch.zeros_like(self._ints_host, device=device)
+        self._floats = torch.zeros_like(self._floats_host, device=device)
         self._is_staged = False
         self._stream = torch.tensor(noise.STREAM, device=device)
 
@@ -61,8 +64,8 @@ class CanvasState:
     def apply_staged_writes(self) -> None:
         """Copy the parameters staged since the last call to the device."""
         if self._is_staged:
-            self._ints.copy_(torch.from_numpy(self._ints_np), non_blocking=True)
-            self._floats.copy_(torch.from_numpy(self._floats_np), non_blocking=True)
+            self._ints.copy_(self._ints_host, non_blocking=True)
+            self._floats.copy_(self._floats_host, non_blocking=True)
             self._is_staged = False
 
     @property
@@ -85,7 +88,7 @@ class CanvasState:
             steps_per_block=self._int("steps_per_block")[slots],
         )
 
-    def sampling_params(self, slots: Tensor, slots_np: np.ndarray, block_start: Tensor) -> SamplingParams:
+    def sampling_params(self, slots: Tensor, slots_np: np.ndarray, block_start: Tensor) -> RowSampling:
         """Gather the sampling parameters of every row of the given slots' blocks.
 
         Args:
@@ -98,7 +101,7 @@ class CanvasState:
         temperature_np = self._floats_np[_FLOATS.index("temperature")][slots_np]
         has_top_k = self._ints_np[_INTS.index("top_k")][slots_np] > 0
         has_top_p = self._floats_np[_FLOATS.index("top_p")][slots_np] < 1
-        return SamplingParams(
+        return RowSampling(
             temperature=self._per_row(self._float("temperature")[slots]),
             top_k=self._per_row(self._int("top_k")[slots]),
             top_p=self._per_row(self._float("top_p")[slots]),
@@ -120,18 +123,18 @@ class CanvasState:
         num_masked = self.is_masked[slots].sum(1)
         return noise.stream_keys(self._int("seed")[slots][:, None], positions, num_masked[:, None])
 
-    def unmask(self, slots: Tensor, block_start: Tensor, stats: RowStats) -> None:
+    def unmask(self, slots: Tensor, keys: Tensor, stats: RowStats) -> None:
         """Advance the canvases of the given slots by one step of their policies.
 
         Args:
             slots: [num_reqs] int64, without repetition.
-            block_start: [num_reqs] int64, absolute position of each block.
-            stats: of the rows of these blocks, [num_reqs * block_length].
+            keys: [num_reqs * block_length] int64, the rows' noise streams in this step.
+            stats: of the same rows.
         """
         params = self.policy_params(slots)
         shape = (slots.shape[0], self.block_length)
         is_random = (params.policy_id == POLICY_IDS["random"])[:, None]
-        uniform = noise.uniform(self.noise_keys(slots, block_start), self._stream)
+        uniform = noise.uniform(keys.view(shape), self._stream)
         confidence = torch.where(is_random, uniform, stats.confidence.view(shape))
         is_masked = self.is_masked[slots]
         chosen = choose_positions(confidence, is_masked, self.step[slots], params)

@@ -9,12 +9,10 @@ class Counters:
 
     nfe_denoise: int = 0
     nfe_refresh: int = 0
-    num_steps: int = 0  # engine steps with at least one denoising request
 
     def record_step(self, num_reqs: int) -> None:
         """Count a denoising forward of `num_reqs` requests."""
         self.nfe_denoise += num_reqs
-        self.num_steps += 1
 
     def record_refresh(self, num_reqs: int) -> None:
         """Count a refresh of `num_reqs` requests."""

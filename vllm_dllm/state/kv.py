@@ -27,7 +27,7 @@ class RefreshPlan:
     begin: IntArray  # [num_refreshed], first position recomputed
 
 
-class KvPolicy:
+class RefreshSchedule:
     """The refresh rule and what it must remember of each slot, host arrays only."""
 
     def __init__(self, name: KvPolicyName, refresh_every: int | None, max_num_reqs: int) -> None:

@@ -21,7 +21,7 @@ CHUNK_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
+class RowSampling:
     """How each row's token is drawn, as device tensors; `has_*` are known to the host and spare whole stages."""
 
     temperature: Tensor  # [num_rows] float64, 0 takes the most probable token
@@ -31,9 +31,9 @@ class SamplingParams:
     has_noise: bool  # any temperature > 0
     has_filter: bool  # any top_k or top_p that removes something at a temperature > 0
 
-    def rows(self, begin: int, end: int) -> "SamplingParams":
+    def rows(self, begin: int, end: int) -> "RowSampling":
         """Return the parameters of rows [begin, end)."""
-        return SamplingParams(
+        return RowSampling(
             temperature=self.temperature[begin:end],
             top_k=self.top_k[begin:end],
             top_p=self.top_p[begin:end],
@@ -56,9 +56,7 @@ def chunk_rows(vocab_size: int) -> int:
     return max(1, CHUNK_BYTES // (8 * vocab_size))
 
 
-def row_stats(
-    logits: Tensor, params: SamplingParams, forbidden_id: int, draw_uniform: Uniform = uniform_rows
-) -> RowStats:
+def row_stats(logits: Tensor, params: RowSampling, forbidden_id: int, draw_uniform: Uniform = uniform_rows) -> RowStats:
     """Choose each row's token by Gumbel-max and take its probability.
 
     Equal scores go to the lowest id. The confidence is `exp(l - l_max) / (1 + rest)`, where `rest` sums the
@@ -80,7 +78,7 @@ def row_stats(
     return RowStats(token_ids, torch.exp(-below.double()) / (1.0 + rest.double()))
 
 
-def _draw(logits: Tensor, params: SamplingParams, argmax: Tensor, draw_uniform: Uniform) -> Tensor:
+def _draw(logits: Tensor, params: RowSampling, argmax: Tensor, draw_uniform: Uniform) -> Tensor:
     """Take the argmax of `logits + T * gumbel` within the kept ids; [num_rows] int64."""
     scores = draw_uniform(params.keys, 0, logits.shape[1]).log_().neg_().log_().neg_()
     scores.mul_(params.temperature[:, None]).add_(logits)
@@ -89,7 +87,7 @@ def _draw(logits: Tensor, params: SamplingParams, argmax: Tensor, draw_uniform: 
     return torch.where(params.temperature > 0, scores.argmax(dim=1), argmax)
 
 
-def kept_ids(logits: Tensor, params: SamplingParams) -> Tensor:
+def kept_ids(logits: Tensor, params: RowSampling) -> Tensor:
     """Tell which ids top_k and top_p leave of the tempered distribution.
 
     top_k keeps every value that is at least the k-th largest; top_p, of these, the smallest set of most probable ids

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_dllm.engine.cpu import kernels
+from vllm_dllm.errors import UnsupportedVllmError
 
 Kernel = Callable[..., Any]
 
@@ -43,12 +44,12 @@ def bind(name: str, arg_names: tuple[str, ...], impl: Callable[..., None]) -> Ke
         impl: the replacement; its parameters without default must be arguments of the kernel.
 
     Raises:
-        RuntimeError: the kernel lacks an argument that `impl` needs.
+        UnsupportedVllmError: the kernel lacks an argument that `impl` needs.
     """
     parameters = inspect.signature(impl).parameters.values()
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in arg_names]
     if missing:
-        raise RuntimeError(
+        raise UnsupportedVllmError(
             f"{name} of the installed vLLM has no argument {', '.join(missing)}; it has {', '.join(arg_names)}. "
             "The CPU backend supports vLLM 0.32 and 0.33; install one of these."
         )
@@ -66,11 +67,11 @@ def require_accepts(name: str, parameters: tuple[str, ...], impl: Callable[..., 
     """Check that `impl` can stand for a method of vLLM, i.e. takes each of its parameters in the same place.
 
     Raises:
-        RuntimeError: it cannot.
+        UnsupportedVllmError: it cannot.
     """
     accepted = tuple(inspect.signature(impl).parameters)
     if accepted[: len(parameters)] != parameters:
-        raise RuntimeError(
+        raise UnsupportedVllmError(
             f"{name} of the installed vLLM takes ({', '.join(parameters)}), the CPU backend replaces it by one that "
             f"takes ({', '.join(accepted)}). It supports vLLM 0.32 and 0.33; install one of these."
         )
