@@ -11,7 +11,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_dllm.config import DllmConfig, parse_server_settings
-from vllm_dllm.engine import cpu
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.interface import family_of
 
@@ -177,7 +176,9 @@ class DllmConfigHook(VerifyAndUpdateConfig):
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=settings.block_length)
         _set_scheduler(vllm_config, settings)
         _set_cuda_graphs(vllm_config, settings)
-        cpu.adjust_config(vllm_config)
+        # vLLM's kernel warm-up steps requests with sampling parameters that are refused here (penalties, logprobs), past
+        # the end of their generation; without it the runner's few Triton kernels compile in the first request.
+        vllm_config.kernel_config.enable_jit_warmup = False
         logger.info(
             "Serving %s by block diffusion: %s", vllm_config.model_config.architectures[0], settings.model_dump_json()
         )

@@ -99,16 +99,6 @@ def test_gate_is_for_a_cpu_without_triton(target: str, value: object, monkeypatc
     with pytest.raises(Original):
         _ = make_config(*OURS).use_v2_model_runner
     assert not cpu.is_needed()
-    kernel_config = SimpleNamespace(enable_jit_warmup=True)
-    cpu.adjust_config(SimpleNamespace(kernel_config=kernel_config))
-    assert kernel_config.enable_jit_warmup
-
-
-@pytest.mark.usefixtures("gated")
-def test_config_is_adjusted_where_needed() -> None:
-    kernel_config = SimpleNamespace(enable_jit_warmup=True)
-    cpu.adjust_config(SimpleNamespace(kernel_config=kernel_config))
-    assert not kernel_config.enable_jit_warmup
 
 
 @pytest.mark.usefixtures("gated")

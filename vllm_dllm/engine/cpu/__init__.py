@@ -1,9 +1,8 @@
 """The CPU backend: vLLM's stock V2 model runner without Triton, for our models alone.
 
-Three calls, each harmless where it is not needed (another device, or a Triton with a CPU backend):
+Two calls, each harmless where it is not needed (another device, or a Triton with a CPU backend):
 
 - `install_gate(architectures)` when the plugin is registered: our models get the V2 runner;
-- `adjust_config(vllm_config)` when our model's config is verified;
 - `activate()` when our model state is constructed: the runner's small kernels become numpy code.
 
 Nothing changes for other models. Without Triton vLLM gives them the V1 runner, which shares no kernel with V2, and a
@@ -13,24 +12,14 @@ V2 kernel without Triton is a plain function that cannot be launched: nobody can
 import importlib
 from functools import cache
 
-from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from vllm_dllm.engine.cpu.binding import REPLACEMENTS, bind, kernel_arg_names
 from vllm_dllm.engine.cpu.gate import install_gate, is_needed
 
-__all__ = ["activate", "adjust_config", "install_gate", "is_needed"]
+__all__ = ["activate", "install_gate", "is_needed"]
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM prints the messages of loggers below its own name
-
-
-def adjust_config(vllm_config: VllmConfig) -> None:
-    """Switch off the compilation warm-up of Triton kernels, since none is compiled.
-
-    vLLM 0.33 would run it on a CPU too, with sampling parameters that our models reject.
-    """
-    if is_needed():
-        vllm_config.kernel_config.enable_jit_warmup = False
 
 
 @cache
