@@ -5,6 +5,7 @@ the unmasking policy through `SamplingParams.extra_args` (`vllm_xargs` over HTTP
 `dllm_threshold`, `dllm_factor` and `dllm_steps`. Nothing here imports vLLM or torch.
 """
 
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -70,6 +71,11 @@ class DllmConfig(BaseModel):
                 f"refresh_every is {self.refresh_every} but kv_policy is {self.kv_policy!r}, which recomputes what "
                 "follows the block at every step; leave refresh_every out or set kv_policy to 'dual'"
             )
+        if self.refresh_every is not None and self.refresh_every > self.block_length:
+            raise ValueError(
+                f"refresh_every is {self.refresh_every} but a block of {self.block_length} has at most as many steps; "
+                f"choose 1..{self.block_length} or leave it out"
+            )
         return self
 
 
@@ -127,6 +133,13 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
 
     Raises: InvalidOptionError naming the key, what was given, what is allowed and what to do.
     """
+    if extra_args is not None and not (isinstance(extra_args, Mapping) and all(isinstance(k, str) for k in extra_args)):
+        raise InvalidOptionError(
+            f"extra_args is {reprlib.repr(extra_args)}, allowed are objects with text keys, of ours "
+            f"{', '.join(REQUEST_KEYS)}; give one of these",
+            "extra_args",
+            extra_args,
+        )
     values = {
         key.removeprefix(REQUEST_PREFIX): value
         for key, value in (extra_args or {}).items()
@@ -168,7 +181,7 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inv
         allowed = ", ".join(prefix + known for known in model.model_fields)
         return InvalidOptionError(f"{name} is not known; allowed are {allowed}; remove or rename it", name, value)
     allowed = _allowed(model.model_fields[field])
-    return InvalidOptionError(f"{name} is {value!r}, allowed are {allowed}; give one of these", name, value)
+    return InvalidOptionError(f"{name} is {reprlib.repr(value)}, allowed are {allowed}; give one of these", name, value)
 
 
 def _allowed(field: FieldInfo) -> str:

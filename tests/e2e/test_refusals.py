@@ -18,6 +18,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"diffusion_config": {"canvas_length": 16}}, "diffusion_config is set"),
     ({"long_prefill_token_threshold": 16}, "long_prefill_token_threshold is 16"),
     ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls is set"),
+    ({"runner": "pooling", "convert": "embed"}, "runner is 'pooling'"),
+    ({"kv_offloading_size": 1.0}, "kv_offloading_size is 1.0"),
+    ({"attention_backend": "FLASH_ATTN"}, "attention_backend is FLASH_ATTN"),
+    ({"additional_config": {"dllm": {"refresh_every": 33}}}, "refresh_every is 33 but a block of 32"),
     ({"max_num_scheduled_tokens": 64}, "max_num_scheduled_tokens is 64"),
     ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "context parallelism is on"),
     ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill is on"),
@@ -62,6 +66,8 @@ def llm(wild: Path) -> Iterator[Any]:
         ({"seed": 2**63}, "64-bit signed"),
         ({"extra_args": {"dllm_steps": True}}, "dllm_steps is True"),
         ({"extra_args": {"dllm_threshold": float("nan")}}, "dllm_threshold is nan"),
+        ({"seed": 1.5}, "seed is 1.5, allowed are whole numbers"),
+        ({"extra_args": {1: 2}}, "extra_args is {1: 2}, allowed are objects"),
         ({"extra_args": {"dllm_policy": None, "dllm_nonsense": 1}}, "dllm_nonsense is not known"),
     ],
 )
@@ -71,6 +77,28 @@ def test_offline_refusals_are_value_errors(llm: Any, changes: dict[str, Any], me
         llm.generate([{"prompt_token_ids": [5, 6, 7]}], case.sampling_params(**changes), use_tqdm=False)
     assert message in str(refused.value)
     assert len(run(llm, [case])[0]) == 16
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("changes", [{"top_k": 2**63}, {"seed": 2**63 - 1, "n": 2}, {"max_tokens": 2**63}])
+def test_huge_numbers_do_not_stop_the_engine(llm: Any, changes: dict[str, Any]) -> None:
+    params = Case(prompt=(5, 6, 7), max_tokens=8, temperature=1.0).sampling_params(**changes)
+    output = llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)[0]
+    assert all(len(completion.token_ids) >= 8 for completion in output.outputs)
+
+
+@pytest.mark.engine
+def test_dummy_runs_of_a_gpu_start(llm: Any) -> None:
+    """What vLLM runs before a GPU engine serves: profiling and dummy batches, before and between real steps."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    case = Case(prompt=(5, 6, 7), max_tokens=8)
+    tokens = run(llm, [case])
+    for _ in range(2):
+        runner.profile_run()
+        for num_tokens, is_uniform in [(16, True), (16, False), (runner.max_num_tokens, False), (13, False)]:
+            hidden, _sampled = runner._dummy_run(num_tokens, uniform_decode=is_uniform, skip_eplb=True)
+            assert hidden.shape[0] == num_tokens
+        assert run(llm, [case]) == tokens
 
 
 @pytest.mark.engine

@@ -30,7 +30,6 @@ OVERRIDES = {
     f"{ATTENTION}.AttentionImpl.forward": ("vllm_dllm.engine.attention.DllmAttentionImpl", "forward"),
     f"{ATTENTION}.AttentionMetadataBuilder.__init__": ("vllm_dllm.engine.attention.DllmMetadataBuilder", "__init__"),
     f"{ATTENTION}.AttentionMetadataBuilder.build": ("vllm_dllm.engine.attention.DllmMetadataBuilder", "build"),
-    "vllm.v1.core.sched.scheduler.Scheduler.add_request": ("vllm_dllm.engine.scheduler.DllmScheduler", "add_request"),
     "vllm.model_executor.models.config.VerifyAndUpdateConfig.verify_and_update_config": (
         "vllm_dllm.engine.config_hook.DllmConfigHook",
         "verify_and_update_config",

@@ -40,7 +40,6 @@ class Ragged:
 
     row: Tensor  # [num_groups, max_own_len] int64, the packed row; any row where nothing is
     is_own: Tensor  # [num_groups, max_own_len] bool
-    place: Tensor  # [num_rows] int64, of each packed row in the flattened rectangle
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +157,6 @@ def refresh_layout(
     is_own = torch.zeros(num_groups * max_own_len, dtype=torch.bool, device=device)
     row[place] = torch.arange(place.shape[0], device=device)
     is_own[place] = True
-    ragged = Ragged(row.view(num_groups, -1), is_own.view(num_groups, -1), place)
+    ragged = Ragged(row.view(num_groups, -1), is_own.view(num_groups, -1))
     page = page_table[rows.group, rows.position // page_size].long()
     return ForwardLayout(num_groups, context, ragged, PagedIndex(page, rows.position % page_size))

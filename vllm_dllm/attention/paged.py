@@ -40,16 +40,21 @@ def block_attention(
 
     Returns: [num_rows, num_heads, head_dim].
     """
-    own_len = query.shape[0] // layout.num_groups if layout.ragged is None else layout.ragged.row.shape[1]
+    num_rows = query.shape[0]
+    own_len = num_rows // layout.num_groups if layout.ragged is None else layout.ragged.row.shape[1]
     width = own_len + (0 if layout.context is None else layout.context.is_visible.shape[1])
     chunk = max(1, CHUNK_BYTES // (width * 2 * key[0].numel() * key.element_size()))
-    parts = []
+    out = query.new_empty(num_rows + 1, *query.shape[1:])  # the last row takes what belongs to no row
     for begin in range(0, layout.num_groups, chunk):
         part = slice(begin, begin + chunk)
         own_query, own_key, own_value = (_group(rows, layout, part) for rows in (query, key, value))
-        parts.append(_attend(own_query, own_key, own_value, kv_cache, _visible(layout, part), scale))
-    rows = torch.cat(parts).flatten(0, 1)
-    return rows if layout.ragged is None else rows[layout.ragged.place]
+        attended = _attend(own_query, own_key, own_value, kv_cache, _visible(layout, part), scale).flatten(0, 1)
+        if layout.ragged is None:
+            out[begin * own_len : begin * own_len + len(attended)] = attended
+        else:
+            row, is_own = layout.ragged.row[part], layout.ragged.is_own[part]
+            out[row.masked_fill(~is_own, num_rows).flatten()] = attended
+    return out[:num_rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,21 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "remove it",
     ),
     (
+        lambda c: c.model_config.runner_type != "generate",
+        "runner is {c.model_config.runner_type!r}, but diffusion models generate; allowed is 'generate'; remove "
+        "--runner",
+    ),
+    (
+        lambda c: c.attention_config.backend,
+        "attention_backend is {c.attention_config.backend.name}, but diffusion models bring their own; remove "
+        "--attention-backend",
+    ),
+    (
+        lambda c: c.cache_config.kv_offloading_size,
+        "kv_offloading_size is {c.cache_config.kv_offloading_size}, but the K/V of a bidirectional model change until "
+        "the request ends; remove it",
+    ),
+    (
         lambda c: c.kv_transfer_config,
         "kv_transfer_config is set, but the K/V of a bidirectional model change until the request ends; remove it",
     ),
@@ -176,8 +191,8 @@ class DllmConfigHook(VerifyAndUpdateConfig):
         vllm_config.diffusion_config = DiffusionConfig(canvas_length=settings.block_length)
         _set_scheduler(vllm_config, settings)
         _set_cuda_graphs(vllm_config, settings)
-        # vLLM's kernel warm-up steps requests with sampling parameters that are refused here (penalties, logprobs), past
-        # the end of their generation; without it the runner's few Triton kernels compile in the first request.
+        # vLLM's kernel warm-up steps requests with sampling parameters that are refused here (penalties, logprobs),
+        # past the end of their generation; without it the runner's few Triton kernels compile in the first request.
         vllm_config.kernel_config.enable_jit_warmup = False
         logger.info(
             "Serving %s by block diffusion: %s", vllm_config.model_config.architectures[0], settings.model_dump_json()
@@ -219,3 +234,8 @@ def _set_cuda_graphs(vllm_config: VllmConfig, settings: DllmConfig) -> None:
         num_reqs = sorted({n for n in (1, 2, 4, *range(8, most, 8), most) if n <= most})
         compilation.cudagraph_capture_sizes = [n * settings.block_length for n in num_reqs]
         compilation.max_cudagraph_capture_size = most * settings.block_length
+    elif any(size % settings.block_length for size in compilation.cudagraph_capture_sizes):
+        raise ConfigError(
+            f"cudagraph_capture_sizes are {compilation.cudagraph_capture_sizes}, but a step has block_length "
+            f"{settings.block_length} rows for each request; give multiples of it"
+        )

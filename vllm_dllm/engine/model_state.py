@@ -140,7 +140,7 @@ class DllmModelState(ModelState):
 
         A captured graph reads the persistent context tensors at full width, and the padding of its batch has no
         context; elsewhere the widest context of the batch suffices. vLLM captures with `for_capture` and replays with
-        FULL.
+        FULL. The rows of any other dummy batch see each other.
         """
         is_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         step = self.step if self.step is not None and self.step.batch is input_batch else None
@@ -156,15 +156,18 @@ class DllmModelState(ModelState):
                 page_size=self._page_size,
                 width=width,
             )
+        elif not is_graph and step is None:  # a dummy batch, of any number of rows
+            return self._per_layer(ForwardLayout(num_groups=1, context=None, ragged=None, store=None))
         num_groups = num_reqs
-        if is_graph or step is None:
-            num_groups = max(1, input_batch.num_tokens_after_padding // self.block_length)
+        if is_graph:
+            num_groups = input_batch.num_tokens_after_padding // self.block_length
             self.context.clear(num_reqs, num_groups)
         return self._per_layer(self.context.layout(num_groups, width))
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """Pass the denoising rows alone to an eagerly run model."""
-        assert self.step is not None, "preprocess_state ran for this batch"
+        """Pass the denoising rows alone to an eagerly run model, and all rows of a dummy batch."""
+        if self.step is None or self.step.batch is not input_batch:
+            return {}
         num_rows = self.step.num_reqs * self.block_length
         return {"input_ids": input_batch.input_ids[:num_rows], "positions": input_batch.positions[:num_rows]}
 
@@ -204,9 +207,6 @@ class DllmModelState(ModelState):
         """Recompute the K/V the policy wants fresh, in forwards of at most `max_num_tokens` rows each."""
         plan = self.kv_policy.plan(step.slots_np, step.block_start_np)
         own_len = self.state.row_len_np[step.slots_np[plan.index]] - plan.begin
-        if (own_len <= 0).any():  # vLLM's kernel warm-up steps its requests past their generation
-            plan = RefreshPlan(plan.index[own_len > 0], plan.begin[own_len > 0])
-            own_len = own_len[own_len > 0]
         self.counters.record_refresh(len(plan.index))
         begin = 0
         while begin < len(plan.index):

@@ -47,6 +47,8 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trace_decode_token_ids": (bool, "null"),
 }
 
+_INT64_MAX = 2**63 - 1
+
 _FOREIGN_PREFIX = "diffusion_"
 """Keys of vLLM's own diffusion model in `extra_args`; its admission check would let them pass unused."""
 
@@ -72,6 +74,12 @@ def refuse_unsupported(params: SamplingParams) -> None:
                 parameter=name,
                 value=value,
             )
+    for name in ("seed", "max_tokens", "top_k"):
+        value = getattr(params, name)
+        if value is not None and type(value) is not int:
+            raise RequestError(
+                f"{name} is {value!r}, allowed are whole numbers; give one of these", parameter=name, value=value
+            )
     if params.seed is not None and not -(2**63) <= params.seed < 2**63:
         raise RequestError(
             f"seed is {params.seed}, allowed are 64-bit signed integers; choose a smaller one",
@@ -79,7 +87,7 @@ def refuse_unsupported(params: SamplingParams) -> None:
             value=params.seed,
         )
     for key in params.extra_args or ():
-        if key.startswith(_FOREIGN_PREFIX):
+        if str(key).startswith(_FOREIGN_PREFIX):
             raise RequestError(
                 f"{key} is an option of another diffusion model; allowed are {', '.join(REQUEST_KEYS)}; remove it "
                 "from the request",
@@ -89,8 +97,8 @@ def refuse_unsupported(params: SamplingParams) -> None:
     _options(params)
 
 
-def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_model_len: int) -> None:
-    """Check what depends on the prompt's length.
+def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_model_len: int) -> int:
+    """Check what depends on the prompt's length; returns how many positions the request generates.
 
     Raises: RequestError for a prompt that leaves less than one block, for options that the policy ignores, and for
         steps that do not divide over the request's blocks.
@@ -121,20 +129,23 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
             split_steps(options.steps, length, settings.block_length)
         except ValueError as error:
             raise RequestError(f"dllm_{error}", parameter="dllm_steps", value=options.steps) from None
+    return length
 
 
 def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") -> None:
-    """Check a request that vLLM admitted, and let it stop at the family's end-of-turn token too.
+    """Check a request that vLLM admitted, end it with the blocks that fit, and at the family's end-of-turn token too.
 
     Raises: RequestError.
     """
     model_config = processor.model_config
     if not is_ours(model_config):
         return
-    check_admission(request, settings_of(processor.vllm_config), model_config.max_model_len)
+    length = check_admission(request, settings_of(processor.vllm_config), model_config.max_model_len)
     eot_token_id = model_config.hf_config.eot_token_id
     params = request.sampling_params
-    if eot_token_id is not None and params is not None:
+    assert params is not None, "check_admission refuses requests without"
+    params.max_tokens = min(params.max_tokens or length, length)
+    if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
 
 
@@ -158,10 +169,15 @@ def resolve_params(
         steps_per_block=steps_per_block,
         row_len=prompt_len + length,
         temperature=params.temperature,
-        top_k=max(params.top_k, 0),
+        top_k=min(max(params.top_k, 0), _INT64_MAX),
         top_p=params.top_p,
-        seed=params.seed if params.seed is not None else _seed_of(request_id),
+        seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
     )
+
+
+def _wrap(seed: int) -> int:
+    """Wrap into 64 bits: for `n` completions vLLM adds 0..n-1 to the seed that was checked."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _seed_of(request_id: str) -> int:

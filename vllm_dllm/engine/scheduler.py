@@ -1,4 +1,4 @@
-"""vLLM's scheduler with the two things block diffusion asks of it."""
+"""vLLM's scheduler with the one thing block diffusion asks of it."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from vllm_dllm.engine.config_hook import settings_of
 
 
 class DllmScheduler(Scheduler):
-    """Reserves the pages of a request's whole generation, and ends it with the blocks that fit `max_model_len`.
+    """Reserves the pages of a request's whole generation.
 
     A bidirectional model stores K/V for the masked positions of the whole generation, so a request takes all its
     pages when it is admitted and never needs another. What is left of the token budget and of `max_model_len` is
@@ -23,11 +23,6 @@ class DllmScheduler(Scheduler):
         self._block_length = settings_of(self.vllm_config).block_length
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_row
-
-    def add_request(self, request: Request) -> None:
-        """Admit a request; `max_tokens` beyond the whole blocks that fit ends with finish reason "length" there."""
-        request.max_tokens = min(request.max_tokens, self._generation_length(request))
-        super().add_request(request)
 
     def _allocate_row(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """Call `KVCacheManager.allocate_slots` with the rest of the generation as its look-ahead."""
