@@ -68,7 +68,7 @@ class DllmModelState(ModelState):
         self.kv_policy = RefreshSchedule(self.settings.kv_policy, self.settings.refresh_every, self.max_num_reqs)
         self.counters = Counters()
         self.context = ContextBuffers(self.max_num_reqs, self.max_model_len, device)
-        self.step: DenoiseStep | None = None
+        self._step: DenoiseStep | None = None
         self._offsets = torch.arange(self.block_length, device=device)
         self._layer_names: list[str] = []
         self._page_size = 0
@@ -117,7 +117,7 @@ class DllmModelState(ModelState):
     ) -> None:
         """Refresh what the step needs fresh, then put the canvases where the prompt tokens of the batch would be."""
         step = self._denoise_step(input_batch, num_computed_tokens)
-        self.step = step
+        self._step = step
         if step.num_reqs == 0:
             return
         self._refresh(step, block_tables[0])
@@ -143,7 +143,7 @@ class DllmModelState(ModelState):
         FULL. The rows of any other dummy batch see each other.
         """
         is_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
-        step = self.step if self.step is not None and self.step.batch is input_batch else None
+        step = self.step_of(input_batch)
         num_reqs = 0 if step is None else step.num_reqs
         width = self.max_model_len if is_graph else 0
         if step is not None and num_reqs > 0:
@@ -166,9 +166,10 @@ class DllmModelState(ModelState):
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Pass the denoising rows alone to an eagerly run model, and all rows of a dummy batch."""
-        if self.step is None or self.step.batch is not input_batch:
+        step = self.step_of(input_batch)
+        if step is None:
             return {}
-        num_rows = self.step.num_reqs * self.block_length
+        num_rows = step.num_reqs * self.block_length
         return {"input_ids": input_batch.input_ids[:num_rows], "positions": input_batch.positions[:num_rows]}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
@@ -180,6 +181,10 @@ class DllmModelState(ModelState):
     ) -> None:
         """Return None: the model embeds token ids itself."""
         return
+
+    def step_of(self, batch: InputBatch) -> DenoiseStep | None:
+        """Return the step of a real batch; None for a dummy one, which `preprocess_state` does not see."""
+        return self._step if self._step is not None and self._step.batch is batch else None
 
     def _denoise_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> DenoiseStep:
         """Find the requests that take a denoising step; the others of the batch begin with their prompt.

@@ -61,8 +61,8 @@ class DllmSampler:
         Returns: `num_sampled` is block_length for a finished block and 0 otherwise; `num_rejected` is the rest of the
             rows that a denoising request was scheduled, so that both vLLM's counts advance by finished blocks alone.
         """
-        step = self.model_state.step
-        if step is None or step.batch is not input_batch:
+        step = self.model_state.step_of(input_batch)
+        if step is None:
             return self._profile(hidden, input_batch)
         state, num_reqs = self.model_state.state, step.num_reqs
         sampled = torch.zeros(input_batch.num_reqs, state.block_length, dtype=torch.int32, device=hidden.device)
