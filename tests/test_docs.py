@@ -60,7 +60,21 @@ def test_python_blocks_parse(page):
 
 
 def test_shell_blocks_call_known_programs(page):
-    known = {"make", "pip", "python", "python3", "vllm", "git", "cd", "export", "curl", "source", "sudo", "apt"}
+    known = {
+        "make",
+        "pip",
+        "python",
+        "python3",
+        "vllm",
+        "vllm-dllm",
+        "git",
+        "cd",
+        "export",
+        "curl",
+        "source",
+        "sudo",
+        "apt",
+    }
     for language, code in CODE_BLOCK.findall(page.read_text()):
         if language not in {"bash", "sh"}:
             continue

@@ -20,7 +20,7 @@ KvPolicyName = Literal["dual", "prefix"]
 REQUEST_PREFIX = "dllm_"
 
 # Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
-_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 # Each type's description says what is allowed, in error messages.
 _Policy = Annotated[PolicyName, Field(description="'static', 'random', 'threshold' and 'factor'")]
@@ -45,7 +45,7 @@ class DllmConfig(BaseModel):
             number of blocks); None is one token per step. A request gives `dllm_steps` for its whole generation.
     """
 
-    model_config = _STRICT
+    model_config = STRICT
 
     block_length: Annotated[int, Field(ge=1, le=1024, description="whole numbers from 1 to 1024")] = 32
     kv_policy: Annotated[KvPolicyName, Field(description="'dual' and 'prefix'")] = "dual"
@@ -82,7 +82,7 @@ class DllmConfig(BaseModel):
 class RequestOptions(BaseModel):
     """Unmasking policy of one request; None means the server's setting."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     policy: _Policy | None = None
     threshold: _Threshold | None = None
@@ -125,7 +125,7 @@ def parse_server_settings(settings: object) -> DllmConfig:
     try:
         return DllmConfig.model_validate(dict(settings))
     except ValidationError as error:
-        raise _explain(error, DllmConfig, "additional_config.dllm.") from None
+        raise explain(error, DllmConfig, "additional_config.dllm.") from None
 
 
 def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOptions:
@@ -148,7 +148,7 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
     try:
         return RequestOptions.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, RequestOptions, REQUEST_PREFIX) from None
+        raise explain(error, RequestOptions, REQUEST_PREFIX) from None
 
 
 def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
@@ -169,7 +169,7 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
             )
 
 
-def _explain(error: ValidationError, model: type[BaseModel], prefix: str) -> InvalidOptionError:
+def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> InvalidOptionError:
     """Turn the first finding of the schema library into our three-part message."""
     finding = error.errors()[0]
     if not finding["loc"]:  # a rule between fields, whose text is already ours

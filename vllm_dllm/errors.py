@@ -5,6 +5,10 @@ class ConfigError(ValueError):
     """A setting of the user that cannot work."""
 
 
+class GraphError(ConfigError):
+    """A draft graph, in a file or in the settings, that cannot work."""
+
+
 class KernelUnavailable(RuntimeError):
     """A native op that this installation or this device does not have."""
 

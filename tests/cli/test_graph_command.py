@@ -1,0 +1,155 @@
+"""`vllm-dllm graph`: what it prints, writes and returns, and that it loads nothing heavy."""
+
+import importlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.draft.example_graph import FILE, GRAPH
+from vllm_dllm.cli import main
+from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.draft.graph_file import GraphFile, load_graph, save_graph
+from vllm_dllm.draft.merge import merge_graphs
+from vllm_dllm.draft.picture import draw_graph
+from vllm_dllm.errors import ConfigError
+
+WIDE = {"COLUMNS": "200"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    save_graph(FILE, tmp_path / "graph.json")
+    return tmp_path / "graph.json"
+
+
+def run(*words: object) -> tuple[int, str, str]:
+    """Run a command in this process: exit status, stdout, stderr."""
+    result = CliRunner(env=WIDE).invoke(main.app, [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_show_has_a_row_per_node_and_the_provenance(path: Path) -> None:
+    status, out, _ = run("graph", "show", path)
+    assert status == 0
+    rows = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert ["1", "{0}", "1", "root", "80", "80.0%"] in cells
+    assert ["3", "{0-1}", "2", "1 2", "30", "30.0%"] in cells
+    assert ["4", "{0:1}", "1", "root", "5", "5.0%"] in cells
+    assert ["model", "models/llada-tiny"] in cells
+    assert ["predicted_nfe", "0: 32, 3: 14.5, 10: 9.25"] in cells
+    assert ["prompts", f"50 of train.jsonl, SHA-256 {'0' * 64}"] in cells
+    assert ["threshold", "0.8"] in cells
+
+
+def test_show_leaves_out_what_nobody_counted(tmp_path: Path) -> None:
+    save_graph(GraphFile(DraftGraph((((0, 0),),))), tmp_path / "graph.json")
+    status, out, _ = run("graph", "show", tmp_path / "graph.json")
+    assert (status, "calibration" in out, "%" in out) == (0, False, False)
+
+
+@pytest.mark.parametrize(("name", "begin"), [("out.svg", b"<?xml"), ("out.png", b"\x89PNG")])
+def test_show_draws_the_same_picture_every_time(name: str, begin: bytes, path: Path, tmp_path: Path) -> None:
+    pictures = []
+    for _ in range(2):
+        assert run("graph", "show", path, "--picture", tmp_path / name)[0] == 0
+        pictures.append((tmp_path / name).read_bytes())
+    assert pictures[0] == pictures[1]
+    assert pictures[0].startswith(begin)
+
+
+def test_a_picture_names_every_node(tmp_path: Path) -> None:
+    draw_graph(GRAPH, tmp_path / "out.svg", "a $title$ & more")
+    text = (tmp_path / "out.svg").read_text()
+    assert all(label in text for label in ("root", "1  {0}", "2  {1}", "3  {0-1}", "4  {0:1}", "a $title$ &amp; more"))
+    draw_graph(DraftGraph(GRAPH.formulas), tmp_path / "uncounted.svg", "")
+    assert "share" not in (tmp_path / "uncounted.svg").read_text()
+
+
+def test_pictures_that_cannot_be_drawn(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(ConfigError, match=r"allowed are paths that end in \.svg or \.png"):
+        draw_graph(GRAPH, tmp_path / "out.pdf", "")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        draw_graph(GRAPH, tmp_path / "missing/out.svg", "")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"pip install 'vllm-dllm\[tools\]'"):
+        draw_graph(GRAPH, tmp_path / "out.svg", "")
+
+
+def test_check_takes_what_is_not_given_from_the_calibration(path: Path) -> None:
+    assert run("graph", "check", path) == (0, f"{path}: 4 nodes, 0 warnings\n", "")
+    assert run("graph", "check", path, "--model", "hub/llada-tiny", "--block-length", 16)[1].endswith("0 warnings\n")
+
+
+def test_check_warns_of_another_server(path: Path) -> None:
+    status, out, err = run("graph", "check", path, "--policy", "static", "--kv-policy", "prefix")
+    first, second, last = out.splitlines()
+    assert (status, err, last) == (0, "", f"{path}: 4 nodes, 2 warnings")
+    assert {line.split("calibrated with ")[1].split(",")[0] for line in (first, second)} == {
+        "policy 'threshold' but is used with 'static'",
+        "kv_policy 'dual' but is used with 'prefix'",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--block-length", 1), "block_length of this server is 1"),
+        (("--threshold", 2), "additional_config.dllm.threshold is 2.0"),
+    ],
+)
+def test_check_fails_for_what_cannot_serve(options: tuple, part: str, path: Path) -> None:
+    status, out, err = run("graph", "check", path, *options)
+    assert (status, out) == (1, "")
+    assert part in err
+
+
+def test_check_fails_for_a_malformed_file(path: Path) -> None:
+    path.write_text(path.read_text().replace("[[0, 1]]", "[[0, 9]]"))
+    status, _, err = run("graph", "check", path)
+    assert status == 1
+    assert err.startswith(f"{path}: nodes[3].formula[0][1] is 9")
+    assert err.count("\n") == 1
+
+
+def test_check_of_a_graph_without_provenance(tmp_path: Path) -> None:
+    save_graph(GraphFile(GRAPH), tmp_path / "graph.json")
+    assert run("graph", "check", tmp_path / "graph.json", "--policy", "factor", "--block-length", 4)[0] == 0
+    assert run("graph", "check", tmp_path / "graph.json", "--block-length", 1)[0] == 1
+
+
+def test_merge_writes_a_file(path: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged.json"
+    status, out, _ = run("graph", "merge", path, path, "-o", output, "--nodes", 3)
+    assert (status, out) == (0, f"{output}: 3 nodes, 200 states\n")
+    assert load_graph(output) == merge_graphs([("a", FILE), ("b", FILE)], 3)
+    assert load_graph(output).graph.counts == (160, 80, 60)
+
+
+def test_errors_end_as_one_line_and_status_2(tmp_path: Path, monkeypatch, capsys) -> None:
+    missing = tmp_path / f"{'long-name-' * 20}.json"
+    monkeypatch.setattr(sys, "argv", ["vllm-dllm", "graph", "show", str(missing)])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.startswith(f"{missing} is not a file")
+    assert err.count("\n") == 1
+
+
+def test_the_program_starts_without_torch_and_vllm() -> None:
+    code = "import sys, vllm_dllm.cli.main; print(sorted({'torch', 'vllm', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_package_installs_the_program() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, name = project["scripts"]["vllm-dllm"].split(":")
+    assert getattr(importlib.import_module(module), name) is main.main
+    assert any(need.startswith("matplotlib") for need in project["optional-dependencies"]["tools"])

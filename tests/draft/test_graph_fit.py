@@ -1,0 +1,103 @@
+"""Which graphs fit a server, the graphs that are shipped, and graphs merged."""
+
+import json
+from typing import get_args
+
+import pytest
+
+from tests.draft.example_graph import FILE, GRAPH, PROVENANCE
+from vllm_dllm.config import DllmConfig, PolicyName
+from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.draft.graph_file import (
+    GraphFile,
+    check_fit,
+    default_graph,
+    dump_graph,
+    parse_graph,
+)
+from vllm_dllm.draft.graph_schema import PromptsFile
+from vllm_dllm.draft.merge import merge_graphs
+from vllm_dllm.errors import GraphError
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+def test_there_is_a_graph_for_each_policy(policy: PolicyName) -> None:
+    file = default_graph(policy)
+    assert ((0, 0),) in file.graph.formulas
+    assert file.provenance is None or file.provenance.settings.policy == policy
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+@pytest.mark.parametrize("block_length", [1, 2, 4])
+def test_default_graphs_fit_short_blocks(policy: PolicyName, block_length: int) -> None:
+    graph, whole = default_graph(policy, block_length).graph, default_graph(policy).graph
+    assert graph.formulas == tuple(formula for formula in whole.formulas if formula[-1][0] < block_length)
+    assert graph.formulas[0] == ((0, 0),)
+    assert all(graph.parents)
+
+
+def test_a_graph_fits_the_server_it_was_made_for() -> None:
+    settings = PROVENANCE.settings.model_copy(update={"factor": 3.0, "steps_per_block": 4})  # threshold reads neither
+    assert check_fit(FILE, settings, where="graph.json", model="other/place/llada-tiny", family="llada") == []
+
+
+@pytest.mark.parametrize(
+    ("update", "names", "command"),
+    [
+        ({"threshold": 0.9}, ["threshold 0.8"], "--policy threshold --threshold 0.9"),
+        ({"policy": "static"}, ["policy 'threshold'"], "--block-length 16 --policy static --output"),
+        ({"policy": "random", "steps_per_block": 4}, ["policy 'threshold'"], "--policy random --steps-per-block 4"),
+        ({"block_length": 8, "kv_policy": "prefix"}, ["block_length 16", "kv_policy 'dual'"], "--block-length 8"),
+    ],
+)
+def test_a_graph_made_for_another_server_warns(update: dict, names: list[str], command: str) -> None:
+    warnings = check_fit(FILE, PROVENANCE.settings.model_copy(update=update), where="graph.json", model="m")
+    assert len(warnings) == len(names) + 1  # and the model
+    assert all(warning.startswith("graph.json was calibrated with ") for warning in warnings)
+    assert all("run: vllm-dllm calibrate --model m " in warning and command in warning for warning in warnings)
+    assert all(any(name in warning for warning in warnings) for name in ["model 'llada-tiny'", *names])
+
+
+def test_steps_may_be_left_out_where_they_are_as_many_as_positions() -> None:
+    made = PROVENANCE.model_copy(update={"settings": DllmConfig(block_length=16)})
+    file = GraphFile(GRAPH, made)
+    assert check_fit(file, DllmConfig(block_length=16, steps_per_block=16), where="graph.json") == []
+    assert len(check_fit(file, DllmConfig(block_length=16, steps_per_block=8), where="graph.json")) == 1
+
+
+def test_a_graph_needs_a_block_with_its_positions() -> None:
+    with pytest.raises(GraphError, match=r"block_length of this server is 1, but nodes\[1\].formula has .* rank 1"):
+        check_fit(FILE, DllmConfig(block_length=1), where="graph.json")
+    assert check_fit(GraphFile(GRAPH), DllmConfig(block_length=2), where="graph.json") == []
+
+
+def test_merging_adds_up_and_keeps_the_most_frequent() -> None:
+    other_prompts = PromptsFile(file="more.jsonl", sha256="1" * 64, num_prompts=9)
+    other = GraphFile(
+        DraftGraph((((2, 0),), ((1, 0),), ((1, 0), (2, 0))), 1, (45, 30, 90), 200),
+        PROVENANCE.model_copy(update={"prompts": (other_prompts,)}),
+    )
+    merged = merge_graphs([("a", FILE), ("b", other)], 4)
+    assert merged.graph.formulas == (((0, 0),), ((1, 0),), ((2, 0),), ((1, 0), (2, 0)))
+    assert (merged.graph.counts, merged.graph.num_anchors) == ((80, 70, 45, 90), 300)
+    assert merged.provenance.prompts == (*PROVENANCE.prompts, other_prompts)
+    assert (merged.provenance.acceptance_by_depth, merged.provenance.predicted_nfe) == ((), {})
+    assert parse_graph(json.loads(dump_graph(merged))) == merged
+
+
+@pytest.mark.parametrize(
+    ("other", "part"),
+    [
+        (GraphFile(GRAPH), "b has no counts or no provenance"),
+        (GraphFile(DraftGraph(GRAPH.formulas, 1), PROVENANCE), "b has no counts or no provenance"),
+        (GraphFile(DraftGraph(GRAPH.formulas, None, GRAPH.counts, 100), PROVENANCE), "tokens_per_step None, but a"),
+        (
+            GraphFile(GRAPH, PROVENANCE.model_copy(update={"settings": DllmConfig(block_length=8)})),
+            "b was calibrated with block_length 8, but a with 16",
+        ),
+        (GraphFile(GRAPH, PROVENANCE.model_copy(update={"model": "x"})), "b was calibrated with model 'x'"),
+    ],
+)
+def test_graphs_of_different_servers_are_not_merged(other: GraphFile, part: str) -> None:
+    with pytest.raises(GraphError, match=part):
+        merge_graphs([("a", FILE), ("b", other)], 4)

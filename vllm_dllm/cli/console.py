@@ -1,0 +1,16 @@
+"""Lines for the terminal, whole however narrow it is."""
+
+from rich.console import Console
+from rich.text import Text
+
+from vllm_dllm.errors import ConfigError
+
+
+def print_line(text: str, style: str = "") -> None:
+    """Write a line to stdout, in a style of rich."""
+    Console().print(Text(text, style=style), soft_wrap=True)
+
+
+def print_error(error: ConfigError) -> None:
+    """Write what the user can mend to stderr."""
+    Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)

@@ -1,0 +1,134 @@
+"""`vllm-dllm graph`: look at draft graphs, check them and merge them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vllm_dllm.cli.console import print_error, print_line
+from vllm_dllm.config import DllmConfig, KvPolicyName, PolicyName, parse_server_settings
+from vllm_dllm.draft.graph import MAX_NODES, DraftGraph, formula_text
+from vllm_dllm.draft.graph_file import GraphFile, check_fit, load_graph, save_graph
+from vllm_dllm.draft.graph_schema import Provenance
+from vllm_dllm.draft.merge import merge_graphs
+from vllm_dllm.draft.picture import draw_graph
+from vllm_dllm.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True, help="Look at draft graphs, check them and merge them.")
+
+_File = Annotated[Path, typer.Argument(metavar="FILE", help="A draft graph, as `vllm-dllm calibrate` writes it.")]
+
+
+@app.command()
+def show(
+    file: _File,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
+) -> None:
+    """Show a graph's nodes, how often they came true, and where the counts come from."""
+    graph_file = load_graph(file)
+    console = Console()
+    console.print(_node_table(graph_file.graph))
+    if graph_file.provenance is not None:
+        console.print(_provenance_table(graph_file.provenance))
+    if picture is not None:
+        draw_graph(graph_file.graph, picture, file.name)
+        print_line(f"picture: {picture}")
+
+
+@app.command()
+def check(
+    file: _File,
+    model: Annotated[str | None, typer.Option(help="Name or path of the model to be served.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Of the server.")] = None,
+    policy: Annotated[PolicyName | None, typer.Option(help="Of the server.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Of the policy `threshold`.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Of the policy `factor`.")] = None,
+    steps_per_block: Annotated[int | None, typer.Option(help="Of the policies `static` and `random`.")] = None,
+    kv_policy: Annotated[KvPolicyName | None, typer.Option(help="Of the server.")] = None,
+) -> None:
+    """Check a graph, alone or for a server; what is not given is taken to be as in the calibration.
+
+    The exit status is 1 for a graph that cannot be used, and 0 for one that can, even where it was calibrated for
+    something else and a warning says so.
+    """
+    given = {
+        "block_length": block_length,
+        "policy": policy,
+        "threshold": threshold,
+        "factor": factor,
+        "steps_per_block": steps_per_block,
+        "kv_policy": kv_policy,
+    }
+    try:
+        graph_file = load_graph(file)
+        settings = _server_settings(graph_file, {name: value for name, value in given.items() if value is not None})
+        warnings = check_fit(graph_file, settings, where=str(file), model=model)
+    except ConfigError as error:
+        print_error(error)
+        raise typer.Exit(1) from None
+    for warning in warnings:
+        print_line(warning, "yellow")
+    print_line(f"{file}: {len(graph_file.graph)} nodes, {len(warnings)} warnings")
+
+
+def _server_settings(graph_file: GraphFile, given: dict[str, object]) -> DllmConfig:
+    if graph_file.provenance is not None:
+        return parse_server_settings(graph_file.provenance.settings.model_dump() | given)
+    # Any block length serves where none is known.
+    return parse_server_settings({"block_length": 1024} | given)
+
+
+@app.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Graphs of one model and the same settings.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
+    nodes: Annotated[int, typer.Option(min=1, max=MAX_NODES, help="Nodes to keep, the most frequent ones.")] = 10,
+) -> None:
+    """Add up the counts of calibrations with different prompts."""
+    merged = merge_graphs([(str(file), load_graph(file)) for file in files], nodes)
+    save_graph(merged, output)
+    print_line(f"{output}: {len(merged.graph)} nodes, {merged.graph.num_anchors} states")
+
+
+def _node_table(graph: DraftGraph) -> Table:
+    num_tokens = "any number of" if graph.tokens_per_step is None else graph.tokens_per_step
+    table = Table(title=f"{len(graph)} nodes, best first; {num_tokens} tokens per step")
+    for name in ("node", "formula", "depth", "parents", "count", "share"):
+        table.add_column(name, justify="left" if name in {"formula", "parents"} else "right")
+    counts: list[int | None] = list(graph.counts or [None] * len(graph))
+    for node, formula in enumerate(graph.formulas, start=1):
+        count = counts[node - 1]
+        table.add_row(
+            str(node),
+            Text(formula_text(formula)),
+            str(graph.depths[node - 1]),
+            " ".join("root" if parent == 0 else str(parent) for parent in graph.parents[node - 1]),
+            "" if count is None else f"{count:,}",
+            "" if count is None or not graph.num_anchors else f"{count / graph.num_anchors:.1%}",
+        )
+    if graph.counts is not None:
+        table.caption = f"share of {graph.num_anchors:,} states"
+    return table
+
+
+def _provenance_table(provenance: Provenance) -> Table:
+    table = Table(title="calibration", show_header=False)
+    for name, value in provenance.model_dump(mode="json", exclude={"settings", "versions", "prompts"}).items():
+        table.add_row(name, Text(_value_text(value)))
+    for prompts in provenance.prompts:
+        table.add_row("prompts", Text(f"{prompts.num_prompts} of {prompts.file}, SHA-256 {prompts.sha256}"))
+    for group in (provenance.settings, provenance.versions):
+        for name, value in group.model_dump(exclude_none=True).items():
+            table.add_row(name, Text(str(value)))
+    return table
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_value_text(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_value_text, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,21 @@
+"""The program `vllm-dllm`; the other files of this package are its commands."""
+
+import sys
+
+import typer
+
+from vllm_dllm.cli import graph
+from vllm_dllm.cli.console import print_error
+from vllm_dllm.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True, help="Tools of vllm-dllm.", pretty_exceptions_enable=False)
+app.add_typer(graph.app, name="graph")
+
+
+def main() -> None:
+    """Run the command of `sys.argv`; what the user can mend ends as one line and exit status 2."""
+    try:
+        app()
+    except ConfigError as error:
+        print_error(error)
+        sys.exit(2)

@@ -1,0 +1,192 @@
+"""The form of a graph file, as a schema: fields, types and ranges. What ties them together is in `graph_file`."""
+
+import datetime
+import reprlib
+from typing import Annotated
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from vllm_dllm.config import STRICT, DllmConfig
+from vllm_dllm.draft.graph import MAX_CANDIDATES, MAX_NODES
+from vllm_dllm.errors import GraphError
+
+SCHEMA_VERSION = 1
+MAX_POSITION_RANK = 1023
+
+REMEDY = "correct it, or make the graph anew with 'vllm-dllm calibrate'"
+
+_Text = Annotated[str, Field(min_length=1, max_length=4096)]
+# JSON readers that keep numbers as float64 have to read it unchanged.
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+_Share = Annotated[float, Field(ge=0.0, le=1.0)]
+_Expected = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+_Weight = Annotated[float, Field(ge=-100.0, le=100.0)]
+_WEIGHTS = "numbers from -100 to 100"
+_Forwards = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+_PositionRank = Annotated[int, Field(ge=0, le=MAX_POSITION_RANK)]
+_VocabRank = Annotated[int, Field(ge=0, lt=MAX_CANDIDATES)]
+
+# Each field's description says what is allowed, in error messages.
+
+
+class PromptsFile(BaseModel):
+    """Prompts of a calibration: the file's name, its SHA-256 in hexadecimal, and how many were decoded."""
+
+    model_config = STRICT
+
+    file: _Text = Field(description="file names")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="64 hexadecimal digits in lower case")
+    num_prompts: int = Field(ge=1, lt=1 << 53, description="whole numbers from 1 on")
+
+
+class Versions(BaseModel):
+    """Versions of the software that calibrated."""
+
+    model_config = STRICT
+
+    vllm_dllm: _Text = Field(description="version texts")
+    vllm: _Text = Field(description="version texts")
+    torch: _Text = Field(description="version texts")
+
+
+class Provenance(BaseModel):
+    """Where a graph's counts come from.
+
+    Attributes:
+        model: name or path of the checkpoint.
+        family: the model's family, as `model_type` of its configuration.
+        settings: of the server that decoded the prompts.
+        temperature: of the requests.
+        prompts: the files they came from; several after a merge.
+        acceptance_by_depth: of the drafts of depth 1, 2, ...: the share that came true, on prompts held out.
+        predicted_nfe: budget -> forwards per generation, on prompts held out.
+        seed: of the calibration.
+        versions: of the software.
+        date: of the calibration.
+    """
+
+    model_config = STRICT
+
+    model: _Text = Field(description="names and paths of models")
+    family: _Text = Field(description="names of model families")
+    settings: DllmConfig = Field(description="objects with a server's settings")
+    temperature: float = Field(ge=0.0, allow_inf_nan=False, description="finite numbers from 0 on")
+    prompts: tuple[PromptsFile, ...] = Field(min_length=1, description="lists of at least one prompts file")
+    acceptance_by_depth: tuple[_Share, ...] = Field(default=(), description="lists of numbers from 0 to 1")
+    predicted_nfe: dict[Annotated[int, Field(ge=0, le=MAX_NODES)], _Forwards] = Field(
+        default={}, description=f"objects from budgets 0..{MAX_NODES} to finite numbers from 0 on"
+    )
+    seed: int = Field(ge=0, lt=1 << 53, description="whole numbers from 0 on")
+    versions: Versions = Field(description="objects with the fields vllm_dllm, vllm and torch")
+    date: datetime.date = Field(description="dates like '2026-01-31'")
+
+    @field_validator("predicted_nfe")
+    @classmethod
+    def _by_budget(cls, forwards: dict[int, float]) -> dict[int, float]:
+        return dict(sorted(forwards.items()))
+
+
+class ReadinessSchema(BaseModel):
+    """What orders masked positions, see `readiness.Readiness`."""
+
+    model_config = STRICT
+
+    slope: _Weight = Field(description=_WEIGHTS)
+    near: tuple[_Weight, _Weight] = Field(description=f"lists of two {_WEIGHTS}")
+    bias: _Weight = Field(default=0.0, description=_WEIGHTS)
+
+
+class NodeSchema(BaseModel):
+    """A node of a graph file."""
+
+    model_config = STRICT
+
+    formula: tuple[tuple[_PositionRank, _VocabRank], ...] = Field(
+        min_length=1,
+        description="lists of at least one [position rank, vocab rank] pair, whole numbers "
+        f"0..{MAX_POSITION_RANK} and 0..{MAX_CANDIDATES - 1}",
+    )
+    count: _Count | None = Field(default=None, description="whole numbers from 0 on")
+    expected: _Expected | None = Field(default=None, description="finite numbers from 0 on")
+
+
+class GraphSchema(BaseModel):
+    """A graph file."""
+
+    model_config = STRICT
+
+    schema_version: int = Field(ge=SCHEMA_VERSION, le=SCHEMA_VERSION, description=f"only version {SCHEMA_VERSION}")
+    tokens_per_step: int | None = Field(
+        ge=1, le=MAX_POSITION_RANK + 1, description="null and whole numbers from 1 to 1024"
+    )
+    num_anchors: _Count = Field(default=0, description="whole numbers from 0 on")
+    readiness: ReadinessSchema | None = Field(default=None, description="null and objects")
+    nodes: tuple[NodeSchema, ...] = Field(
+        min_length=1,
+        max_length=MAX_NODES,
+        description=f"lists of 1 to {MAX_NODES} objects with the fields {', '.join(NodeSchema.model_fields)}",
+    )
+    provenance: Provenance | None = Field(default=None, description="null and objects")
+
+
+_NESTED: dict[str, type[BaseModel]] = {
+    "nodes": NodeSchema,
+    "readiness": ReadinessSchema,
+    "provenance": Provenance,
+    "settings": DllmConfig,
+    "prompts": PromptsFile,
+    "versions": Versions,
+}
+"""Fields that hold objects, and their schema."""
+
+
+def read_schema(text: str, where: str) -> GraphSchema:
+    """Check the form of a graph file's text; the text's objects have no repeated keys.
+
+    Raises: GraphError naming `where`, the path inside it, what was given, what is allowed and what to do.
+    """
+    try:
+        return GraphSchema.model_validate_json(text)
+    except ValidationError as error:
+        raise _explain(error.errors(include_url=False)[0], where) from None
+
+
+def _explain(finding: ErrorDetails, where: str) -> GraphError:
+    """Turn a finding of the schema library into our three-part message."""
+    location = [part for part in finding["loc"] if part != "[key]"]
+    subject = f"{where}: {_path(location)}" if location else where
+    kind, value = finding["type"], finding["input"]
+    owner, description = _described(location)
+    if kind == "json_invalid":
+        return GraphError(f"{where} is not JSON of a graph ({finding['msg'].removeprefix('Invalid JSON: ')}); {REMEDY}")
+    if kind == "value_error":  # a rule between settings, whose text is already ours
+        return GraphError(f"{subject}: {finding['msg'].removeprefix('Value error, ')}")
+    if kind == "extra_forbidden":
+        return GraphError(f"{subject} is not known; allowed are {', '.join(owner.model_fields)}; remove or rename it")
+    if kind == "missing":
+        return GraphError(f"{subject} is missing; allowed are {description}; {REMEDY}")
+    given = f"has {len(value)} entries" if kind in {"too_long", "too_short"} else f"is {reprlib.repr(value)}"
+    return GraphError(f"{subject} {given}, allowed are {description}; {REMEDY}")
+
+
+def _described(location: list[int | str]) -> tuple[type[BaseModel], str]:
+    """Return the schema of the object that holds a place, and what is allowed there."""
+    owner: type[BaseModel] = GraphSchema
+    description = f"objects with the fields {', '.join(GraphSchema.model_fields)}"
+    for key in location:
+        if isinstance(key, int):
+            continue
+        if key not in owner.model_fields:
+            break
+        description = str(owner.model_fields[key].description)
+        if key not in _NESTED:
+            break
+        owner = _NESTED[key]
+    return owner, description
+
+
+def _path(location: list[int | str]) -> str:
+    """Write a place as in `nodes[3].formula[0][1]`."""
+    parts = [f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{reprlib.repr(key)}]" for key in location]
+    return "".join(parts).removeprefix(".")
