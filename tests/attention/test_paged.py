@@ -74,7 +74,7 @@ def test_denoising_block_sees_its_whole_row(kv_heads: int, group: int, page_size
         width=width,
     )
     key, value = (torch.cat(parts) for parts in zip(*own, strict=True))
-    out = block_attention(query, key, value, requests.cache, context.layout(4, width), HEAD_DIM**-0.5)
+    out = block_attention(query, key, value, requests.cache, context.layout(4, 1, width), HEAD_DIM**-0.5)
     for i in range(4):
         rows = slice(i * block_length, (i + 1) * block_length)
         assert torch.allclose(out[rows].double(), dense(query[rows], requests.key[i], requests.value[i]), atol=1e-5)
@@ -125,10 +125,42 @@ def test_chunks_of_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     starts, lengths = torch.tensor([4, 1, 7, 0, 8]), torch.tensor(requests.row_lens)
     context.fill(requests.page_table, starts, lengths, block_length=4, page_size=4, width=16)
     rows = torch.randn(20, 2, HEAD_DIM, generator=torch.Generator().manual_seed(0))
-    whole = block_attention(rows, rows, rows, requests.cache, context.layout(5, 16), 1.0)
+    whole = block_attention(rows, rows, rows, requests.cache, context.layout(5, 1, 16), 1.0)
     for size in (1, 2 * 2 * 20 * 2 * HEAD_DIM * 4):  # one group at a time, two groups at a time
         monkeypatch.setattr(paged, "CHUNK_BYTES", size)
-        assert torch.allclose(block_attention(rows, rows, rows, requests.cache, context.layout(5, 16), 1.0), whole)
+        assert torch.allclose(block_attention(rows, rows, rows, requests.cache, context.layout(5, 1, 16), 1.0), whole)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 3])
+@pytest.mark.parametrize("chunk_bytes", [1, 256 << 20])
+def test_nodes_see_their_requests_context_and_not_each_other(
+    num_nodes: int, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged, "CHUNK_BYTES", chunk_bytes)
+    requests = Requests([12, 9, 20], 2, 4)
+    starts, length = [4, 1, 16], 4
+    for i, start in enumerate(starts):
+        requests.fill(i, 0, start)
+        requests.fill(i, start + length, requests.row_lens[i])
+    context = ContextBuffers(3, 20, torch.device("cpu"))
+    context.fill(
+        requests.page_table,
+        torch.tensor(starts),
+        torch.tensor(requests.row_lens),
+        block_length=length,
+        page_size=4,
+        width=16,
+    )
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(3 * num_nodes * length, 2, HEAD_DIM, generator=generator) for _ in range(3))
+    layout = context.layout(3, num_nodes, 16)
+    out = block_attention(query, key, value, requests.cache, layout, HEAD_DIM**-0.5)
+    for node in range(3 * num_nodes):
+        i, rows = node // num_nodes, slice(node * length, (node + 1) * length)
+        row_key, row_value = requests.key[i].clone(), requests.value[i].clone()
+        row_key[starts[i] : starts[i] + length] = key[rows]
+        row_value[starts[i] : starts[i] + length] = value[rows]
+        assert torch.allclose(out[rows].double(), dense(query[rows], row_key, row_value), atol=1e-5)
 
 
 def test_padding_of_a_captured_batch_is_finite() -> None:
@@ -138,6 +170,6 @@ def test_padding_of_a_captured_batch_is_finite() -> None:
     context.fill(requests.page_table[:1], torch.tensor([4]), torch.tensor([12]), block_length=4, page_size=4, width=16)
     context.clear(1, 3)
     rows = torch.randn(12, 2, HEAD_DIM, generator=torch.Generator().manual_seed(0))
-    out = block_attention(rows, rows, rows, requests.cache, context.layout(3, 16), 1.0)
+    out = block_attention(rows, rows, rows, requests.cache, context.layout(3, 1, 16), 1.0)
     assert torch.isfinite(out).all()
     assert torch.allclose(out[4:8].double(), dense(rows[4:8] * HEAD_DIM**0.5, rows[4:8], rows[4:8]), atol=1e-5)

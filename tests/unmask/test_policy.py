@@ -18,11 +18,11 @@ def params(policy: str, *, threshold: float = 0.9, factor: float = 1.0, steps: i
     )
 
 
-def count(policy: PolicyParams, confidence: list[float], block_length: int, step: int = 0) -> int:
+def count(policy: PolicyParams, confidence: list[float], block_length: int) -> int:
     """Count for one request whose masked positions have the given descending confidences."""
     padded = torch.full((1, block_length), -torch.inf, dtype=torch.float64)
     padded[0, : len(confidence)] = torch.tensor(confidence, dtype=torch.float64)
-    return int(num_to_unmask(padded, torch.tensor([len(confidence)]), torch.tensor([step]), policy))
+    return int(num_to_unmask(padded, torch.tensor([len(confidence)]), policy))
 
 
 descending = st.lists(
@@ -48,8 +48,8 @@ def test_threshold_equals_reference(confidence: list[float], room: int, threshol
 @pytest.mark.parametrize("policy", ["static", "random"])
 def test_schedule_equals_reference(policy: str, block_length: int, steps: int) -> None:
     left, counts = block_length, []
-    for step in range(steps):
-        counts.append(count(params(policy, steps=steps), [0.5] * left, block_length, step))
+    for _ in range(steps):
+        counts.append(count(params(policy, steps=steps), [0.5] * left, block_length))
         left -= counts[-1]
     assert counts == static_counts(block_length, steps)
     assert left == 0
@@ -58,14 +58,14 @@ def test_schedule_equals_reference(policy: str, block_length: int, steps: int) -
 def test_equal_confidences_go_to_the_lowest_position() -> None:
     confidence = torch.tensor([[0.5, 0.9, 0.5, 0.9, 0.9]], dtype=torch.float64)
     is_masked = torch.tensor([[True, False, True, True, True]])
-    chosen = choose_positions(confidence, is_masked, torch.tensor([0]), params("static", steps=2))
+    chosen = choose_positions(confidence, is_masked, params("static", steps=2))
     assert chosen.tolist() == [[True, False, False, True, True]]
 
 
 def test_only_masked_positions_are_chosen() -> None:
     confidence = torch.ones(1, 4, dtype=torch.float64)
     is_masked = torch.tensor([[False, True, False, False]])
-    chosen = choose_positions(confidence, is_masked, torch.tensor([0]), params("static", steps=1))
+    chosen = choose_positions(confidence, is_masked, params("static", steps=1))
     assert chosen.tolist() == is_masked.tolist()
 
 
@@ -79,8 +79,8 @@ def test_policies_do_not_see_their_neighbours() -> None:
         factor=torch.full((4,), 1.5, dtype=torch.float64),
         steps_per_block=torch.tensor([3, 2, 1, 1]),
     )
-    together = choose_positions(confidence, is_masked, torch.tensor([0, 1, 2, 3]), mixed)
+    together = choose_positions(confidence, is_masked, mixed)
     for i, name in enumerate(POLICY_IDS):
         alone = params(name, threshold=0.6, factor=1.5, steps=[3, 2, 1, 1][i])
-        expected = choose_positions(confidence[i : i + 1], is_masked[i : i + 1], torch.tensor([i]), alone)
+        expected = choose_positions(confidence[i : i + 1], is_masked[i : i + 1], alone)
         assert together[i].tolist() == expected[0].tolist(), name

@@ -1,7 +1,8 @@
 """Index tensors of a forward: where each group of rows finds its context, and where it stores its own K/V.
 
-A group is the rows of one request that are in flight together: the block in a denoising step, everything from
-`begin` on in a refresh. Its context is two intervals of positions, [0, prefix_end) and [suffix_begin, suffix_end):
+A group is the rows of one request that see each other: the block of one node in a denoising step, everything from
+`begin` on in a refresh. The nodes of a request share its context and do not see each other. A context is two intervals
+of positions, [0, prefix_end) and [suffix_begin, suffix_end):
 
     denoise   0 ......... block_start |  own block  | block_end ......... row_len
               context                                 context
@@ -28,10 +29,10 @@ class PagedIndex:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The stored positions each group sees."""
+    """The stored positions that groups see, `ForwardLayout.num_nodes` groups each."""
 
-    index: PagedIndex  # [num_groups, max_context_len]
-    is_visible: Tensor  # [num_groups, max_context_len] bool
+    index: PagedIndex  # [num_contexts, max_context_len]
+    is_visible: Tensor  # [num_contexts, max_context_len] bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class ForwardLayout:
     """All that attention needs to know of a forward, the same for every layer."""
 
     num_groups: int
+    num_nodes: int  # groups that share a context, one after another
     context: Context | None  # None: no group has any
     ragged: Ragged | None  # None: groups of equal length, one after another
     store: PagedIndex | None  # [num_rows]; None: nothing is stored
@@ -67,8 +69,8 @@ def paged_index(page_table: Tensor, positions: Tensor, page_size: int) -> PagedI
 class ContextBuffers:
     """Persistent context tensors, so that a captured CUDA graph finds every step's context at the same address."""
 
-    def __init__(self, max_num_groups: int, max_context_len: int, device: torch.device) -> None:
-        shape = (max_num_groups, max_context_len)
+    def __init__(self, max_num_contexts: int, max_context_len: int, device: torch.device) -> None:
+        shape = (max_num_contexts, max_context_len)
         self.page = torch.zeros(shape, dtype=torch.int64, device=device)
         self.offset = torch.zeros(shape, dtype=torch.int64, device=device)
         self.is_visible = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -96,15 +98,16 @@ class ContextBuffers:
         self.is_visible[:num_reqs, :width] = is_visible
 
     def clear(self, begin: int, end: int) -> None:
-        """Hide everything from the groups [begin, end), the padding of a captured batch."""
+        """Empty the contexts [begin, end), the padding of a captured batch."""
         self.page[begin:end].zero_()
         self.offset[begin:end].zero_()
         self.is_visible[begin:end] = False
 
-    def layout(self, num_groups: int, width: int) -> ForwardLayout:
-        """Return the layout of a denoising step over the first `num_groups` groups."""
-        index = PagedIndex(self.page[:num_groups, :width], self.offset[:num_groups, :width])
-        return ForwardLayout(num_groups, Context(index, self.is_visible[:num_groups, :width]), None, None)
+    def layout(self, num_contexts: int, num_nodes: int, width: int) -> ForwardLayout:
+        """Return the layout of a denoising step in which `num_nodes` groups share each of the first contexts."""
+        index = PagedIndex(self.page[:num_contexts, :width], self.offset[:num_contexts, :width])
+        context = Context(index, self.is_visible[:num_contexts, :width])
+        return ForwardLayout(num_contexts * num_nodes, num_nodes, context, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,4 +162,4 @@ def refresh_layout(
     is_own[place] = True
     ragged = Ragged(row.view(num_groups, -1), is_own.view(num_groups, -1))
     page = page_table[rows.group, rows.position // page_size].long()
-    return ForwardLayout(num_groups, context, ragged, PagedIndex(page, rows.position % page_size))
+    return ForwardLayout(num_groups, 1, context, ragged, PagedIndex(page, rows.position % page_size))

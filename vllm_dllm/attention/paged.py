@@ -43,7 +43,8 @@ def block_attention(
     num_rows = query.shape[0]
     own_len = num_rows // layout.num_groups if layout.ragged is None else layout.ragged.row.shape[1]
     width = own_len + (0 if layout.context is None else layout.context.is_visible.shape[1])
-    chunk = max(1, CHUNK_BYTES // (width * 2 * key[0].numel() * key.element_size()))
+    group_bytes = width * 2 * key[0].numel() * key.element_size()
+    chunk = layout.num_nodes * max(1, CHUNK_BYTES // (group_bytes * layout.num_nodes))  # groups, with all their nodes
     out = query.new_empty(num_rows + 1, *query.shape[1:])  # the last row takes what belongs to no row
     for begin in range(0, layout.num_groups, chunk):
         part = slice(begin, begin + chunk)
@@ -62,15 +63,17 @@ class _Visible:
     """What some groups see: stored positions, and own rows (None: all of them)."""
 
     context: Context | None
+    num_nodes: int
     is_own: Tensor | None  # [num_groups, own_len] bool
 
 
 def _visible(layout: ForwardLayout, part: slice) -> _Visible:
     context = layout.context
     if context is not None:
-        index = PagedIndex(context.index.page[part], context.index.offset[part])
-        context = Context(index, context.is_visible[part])
-    return _Visible(context, None if layout.ragged is None else layout.ragged.is_own[part])
+        contexts = slice(part.start // layout.num_nodes, part.stop // layout.num_nodes)
+        index = PagedIndex(context.index.page[contexts], context.index.offset[contexts])
+        context = Context(index, context.is_visible[contexts])
+    return _Visible(context, layout.num_nodes, None if layout.ragged is None else layout.ragged.is_own[part])
 
 
 def _group(rows: Tensor, layout: ForwardLayout, part: slice) -> Tensor:
@@ -85,9 +88,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, visible
     is_visible = visible.is_own
     if visible.context is not None:
         index = visible.context.index
-        stored_key, stored_value = kv_cache[index.page, :, index.offset].to(key.dtype).chunk(2, dim=-1)
+        stored = kv_cache[index.page, :, index.offset].to(key.dtype)  # once for all nodes
+        stored_key, stored_value = stored.repeat_interleave(visible.num_nodes, 0).chunk(2, dim=-1)
         is_own = is_visible if is_visible is not None else index.page.new_ones(key.shape[:2], dtype=torch.bool)
-        is_visible = torch.cat([visible.context.is_visible, is_own], dim=1)
+        is_stored = visible.context.is_visible.repeat_interleave(visible.num_nodes, 0)
+        is_visible = torch.cat([is_stored, is_own], dim=1)
         key = torch.cat([stored_key, key], dim=1)
         value = torch.cat([stored_value, value], dim=1)
     return scaled_dot_product_attention(

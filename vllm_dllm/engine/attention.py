@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class DllmMetadataBuilder(AttentionMetadataBuilder[ForwardLayout]):
     """Present because vLLM asks the backend for a builder; `DllmModelState` makes the metadata."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)

@@ -1,17 +1,19 @@
 """What happens before a forward: refreshes, canvases into the input buffers, attention metadata.
 
 vLLM's runner calls, for each step: `preprocess_state`, `prepare_attn`, `prepare_inputs`, the model, the sampler. Its
-batch begins with the requests that take a denoising step, `block_length` rows each; requests whose prompt was just
-scheduled follow. A prompt's own rows are never computed: the first refresh computes the whole row with its masked
-generation, which is what a bidirectional model needs.
+batch begins with the requests that take a denoising step, `block_length` rows for each canvas that is evaluated;
+requests whose prompt was just scheduled follow. A prompt's own rows are never computed: the first refresh computes the
+whole row with its masked generation, which is what a bidirectional model needs.
 """
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
@@ -26,27 +28,37 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_dllm.attention.layout import ContextBuffers, ForwardLayout, refresh_layout, refresh_rows
-from vllm_dllm.engine.config_hook import settings_of
+from vllm_dllm.denoiser import Denoiser, Drafting, Nodes
+from vllm_dllm.draft.compile import compile_graph
+from vllm_dllm.engine.config_hook import settings_of, spiffy_of
 from vllm_dllm.engine.request import resolve_params
-from vllm_dllm.engine.sampler import DllmSampler
-from vllm_dllm.state.canvas import CanvasState
-from vllm_dllm.state.counters import Counters
+from vllm_dllm.engine.sampler import DllmSampler, choose_uniform
+from vllm_dllm.spiffy_config import SpiffySettings
+from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.kv import IntArray, RefreshPlan, RefreshSchedule
 
 if TYPE_CHECKING:
     from vllm_dllm.models.llada import LLaDAModelLM
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DenoiseStep:
     """The requests of a batch that take a denoising step: its first `num_reqs`."""
 
     batch: InputBatch
     num_reqs: int
-    slots: Tensor  # [num_reqs] int64
-    slots_np: IntArray  # the same on the host
-    block_start: Tensor  # [num_reqs] int64
-    block_start_np: IntArray  # the same on the host
+    num_nodes: int  # canvases evaluated for each request
+    blocks: Blocks
+    block_start_np: IntArray  # [num_reqs], `blocks.start` on the host
+    num_refreshes: Tensor  # [num_reqs] int64, 0 or 1
+    num_unmasked: Tensor  # [num_reqs] int64, positions, by the refresh
+    nodes: Nodes | None = None  # what is evaluated, once the refreshes are done
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the forward."""
+        return 0 if self.nodes is None else self.nodes.canvas.numel()
 
 
 class DllmModelState(ModelState):
@@ -55,7 +67,9 @@ class DllmModelState(ModelState):
     # A denoising step schedules the block's rows as vLLM's "draft tokens" and samples nothing besides.
     num_new_sampled_tokens_per_step = 0
 
-    def __init__(self, vllm_config: VllmConfig, model: nn.Module, encoder_cache: None, device: torch.device) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, model: "LLaDAModelLM", encoder_cache: None, device: torch.device
+    ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         if current_platform.is_cpu():
             from vllm_dllm.engine import cpu
@@ -64,12 +78,20 @@ class DllmModelState(ModelState):
         self.settings = settings_of(vllm_config)
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id
+        spiffy = spiffy_of(vllm_config)
         self.state = CanvasState(self.max_num_reqs, self.block_length, mask_token_id, device)
+        self.denoiser = Denoiser(
+            self.state,
+            None if spiffy is None else self._drafting(spiffy),
+            model.head_logits,
+            self.model_config.get_vocab_size(),
+            choose_uniform(device),
+        )
         self.kv_policy = RefreshSchedule(self.settings.kv_policy, self.settings.refresh_every, self.max_num_reqs)
-        self.counters = Counters()
-        self.context = ContextBuffers(self.max_num_reqs, self.max_model_len, device)
+        # A captured graph finds a context for each of its groups.
+        max_num_groups = max(self.max_num_reqs, self.max_num_tokens // self.block_length)
+        self.context = ContextBuffers(max_num_groups, self.max_model_len, device)
         self._step: DenoiseStep | None = None
-        self._offsets = torch.arange(self.block_length, device=device)
         self._layer_names: list[str] = []
         self._page_size = 0
         self._req_states: RequestState | None = None
@@ -81,8 +103,7 @@ class DllmModelState(ModelState):
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace the sampler; there is no rejection sampler."""
         self._req_states = sampler.req_states
-        model: LLaDAModelLM = self.model
-        return DllmSampler(self, model.head_logits, self.model_config.get_vocab_size()), None
+        return DllmSampler(self), None
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Take note of the cache's layers and page size."""
@@ -121,9 +142,10 @@ class DllmModelState(ModelState):
         if step.num_reqs == 0:
             return
         self._refresh(step, block_tables[0])
-        num_rows = step.num_reqs * self.block_length
-        input_batch.input_ids[:num_rows] = self.state.canvas[step.slots].flatten()
-        self.counters.record_step(step.num_reqs)
+        step.nodes = self.denoiser.nodes(step.blocks, step.num_nodes - 1)
+        input_batch.input_ids[: step.num_rows] = step.nodes.canvas.flatten()
+        positions = self.state.positions(step.blocks)[:, None].expand_as(step.nodes.canvas)
+        input_batch.positions[: step.num_rows] = positions.flatten()
 
     def prepare_attn(
         self,
@@ -136,41 +158,44 @@ class DllmModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Lay the step out for every layer: each block sees its row but itself, and itself in flight.
+        """Lay the step out for every layer: each canvas sees its request's row but the block, and itself in flight.
 
-        A captured graph reads the persistent context tensors at full width, and the padding of its batch has no
-        context; elsewhere the widest context of the batch suffices. vLLM captures with `for_capture` and replays with
-        FULL. The rows of any other dummy batch see each other.
+        A captured graph reads the persistent context tensors at full width, one context for each group of rows, since
+        it does not know whose they are; the padding of its batch has an empty one. Elsewhere the canvases of a request
+        share a context, and the widest of the batch suffices. vLLM captures with `for_capture` and replays with FULL.
+        The rows of any other dummy batch see each other.
         """
         is_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         step = self.step_of(input_batch)
-        num_reqs = 0 if step is None else step.num_reqs
-        width = self.max_model_len if is_graph else 0
+        if step is None and not is_graph:  # a dummy batch, of any number of rows
+            return self._per_layer(ForwardLayout(num_groups=1, num_nodes=1, context=None, ragged=None, store=None))
+        num_reqs, num_nodes = (0, 1) if step is None else (step.num_reqs, step.num_nodes)
+        num_contexts, width = num_reqs, self.max_model_len
+        times = num_nodes if is_graph else 1
         if step is not None and num_reqs > 0:
-            width = width or int(self.state.row_len_np[step.slots_np].max()) - self.block_length
+            if not is_graph:
+                width = int(self.state.row_len_np[step.blocks.slots_np].max()) - self.block_length
             self.context.fill(
-                block_tables[0][:num_reqs],
-                step.block_start,
-                self.state.row_len[step.slots],
+                block_tables[0][:num_reqs].repeat_interleave(times, 0),
+                step.blocks.start.repeat_interleave(times),
+                self.state.row_len[step.blocks.slots].repeat_interleave(times),
                 block_length=self.block_length,
                 page_size=self._page_size,
                 width=width,
             )
-        elif not is_graph and step is None:  # a dummy batch, of any number of rows
-            return self._per_layer(ForwardLayout(num_groups=1, context=None, ragged=None, store=None))
-        num_groups = num_reqs
         if is_graph:
-            num_groups = input_batch.num_tokens_after_padding // self.block_length
-            self.context.clear(num_reqs, num_groups)
-        return self._per_layer(self.context.layout(num_groups, width))
+            num_contexts = input_batch.num_tokens_after_padding // self.block_length
+            self.context.clear(num_reqs * times, num_contexts)
+            num_nodes = 1
+        return self._per_layer(self.context.layout(num_contexts, num_nodes, width))
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Pass the denoising rows alone to an eagerly run model, and all rows of a dummy batch."""
         step = self.step_of(input_batch)
         if step is None:
             return {}
-        num_rows = step.num_reqs * self.block_length
-        return {"input_ids": input_batch.input_ids[:num_rows], "positions": input_batch.positions[:num_rows]}
+        rows = slice(step.num_rows)
+        return {"input_ids": input_batch.input_ids[rows], "positions": input_batch.positions[rows]}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Return nothing: a dummy batch's own buffers serve."""
@@ -186,33 +211,41 @@ class DllmModelState(ModelState):
         """Return the step of a real batch; None for a dummy one, which `preprocess_state` does not see."""
         return self._step if self._step is not None and self._step.batch is batch else None
 
+    def _drafting(self, spiffy: SpiffySettings) -> Drafting:
+        hidden_size, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
+        graph = compile_graph(spiffy.graph, self.device)
+        return Drafting(graph, DraftState(self.state, hidden_size, dtype))
+
     def _denoise_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> DenoiseStep:
         """Find the requests that take a denoising step; the others of the batch begin with their prompt.
 
         Their number and where their blocks begin are the scheduler's knowledge, so nothing waits for the device.
         """
-        drafts = batch.num_draft_tokens_per_req
-        num_reqs = 0 if drafts is None else int((drafts > 0).sum())
-        if drafts is not None and (drafts[:num_reqs] != self.block_length).any():
+        num_rows = batch.num_draft_tokens_per_req
+        num_reqs = 0 if num_rows is None else int((num_rows > 0).sum())
+        num_nodes = int(num_rows[0]) // self.block_length if num_rows is not None and num_reqs > 0 else 1
+        if num_rows is not None and (num_rows[:num_reqs] != num_nodes * self.block_length).any():
             raise RuntimeError(
-                f"vLLM scheduled {drafts[:num_reqs].tolist()} rows for denoising requests, each needs "
-                f"{self.block_length}; the token budget or max_model_len was changed behind the configuration"
+                f"vLLM scheduled {num_rows[:num_reqs].tolist()} rows for denoising requests, each needs the same "
+                f"multiple of {self.block_length}; the token budget or max_model_len was changed behind the "
+                "configuration"
             )
         slots = batch.idx_mapping[:num_reqs]
+        none = torch.zeros(num_reqs, dtype=torch.int64, device=self.device)
         return DenoiseStep(
             batch=batch,
             num_reqs=num_reqs,
-            slots=slots,
-            slots_np=batch.idx_mapping_np[:num_reqs],
-            block_start=num_computed_tokens[slots].long(),
+            num_nodes=num_nodes,
+            blocks=Blocks(slots, batch.idx_mapping_np[:num_reqs], num_computed_tokens[slots].long()),
             block_start_np=batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
+            num_refreshes=none,
+            num_unmasked=none.clone(),
         )
 
     def _refresh(self, step: DenoiseStep, page_table: Tensor) -> None:
         """Recompute the K/V the policy wants fresh, in forwards of at most `max_num_tokens` rows each."""
-        plan = self.kv_policy.plan(step.slots_np, step.block_start_np)
-        own_len = self.state.row_len_np[step.slots_np[plan.index]] - plan.begin
-        self.counters.record_refresh(len(plan.index))
+        plan = self.kv_policy.plan(step.blocks.slots_np, step.block_start_np)
+        own_len = self.state.row_len_np[step.blocks.slots_np[plan.index]] - plan.begin
         begin = 0
         while begin < len(plan.index):
             fits = np.searchsorted(np.cumsum(own_len[begin:]), self.max_num_tokens, side="right")
@@ -222,12 +255,12 @@ class DllmModelState(ModelState):
             begin = end
 
     def _refresh_forward(self, step: DenoiseStep, plan: RefreshPlan, page_table: Tensor, own_len_np: IntArray) -> None:
-        """Run the model over the packed rows of some requests and store their K/V; the hidden rows are dropped."""
+        """Run the model over the packed rows of some requests and store their K/V; let it decide a step if it does."""
         index = self._to_device(plan.index)
         begin = self._to_device(plan.begin)
-        slots = step.slots[index]
+        blocks = Blocks(step.blocks.slots[index], step.blocks.slots_np[plan.index], step.blocks.start[index])
         num_rows = int(own_len_np.sum())
-        rows = refresh_rows(begin, self.state.row_len[slots], num_rows)
+        rows = refresh_rows(begin, self.state.row_len[blocks.slots], num_rows)
         layout = refresh_layout(
             page_table[index],
             begin,
@@ -236,9 +269,49 @@ class DllmModelState(ModelState):
             max_own_len=int(own_len_np.max()),
             max_begin=int(plan.begin.max()),
         )
-        input_ids = self._row_ids(slots[rows.group], rows.position, step.block_start[index][rows.group])
+        input_ids = self._row_ids(blocks.slots[rows.group], rows.position, blocks.start[rows.group])
+        hidden = self._forward(layout, input_ids, rows.position)
+        step.num_refreshes[index] = 1
+        if self.kv_policy.decides_step:
+            first_row = self._to_device(np.cumsum(own_len_np) - own_len_np) - begin
+            block_rows = (first_row[:, None] + self.state.positions(blocks)).flatten()
+            nodes = self.denoiser.nodes(blocks, 0)
+            step.num_unmasked[index] = self.denoiser.advance(blocks, nodes, hidden[block_rows]).num_unmasked
+
+    @torch.inference_mode()
+    def measure_costs(self, points: Sequence[tuple[int, int]]) -> list[float]:
+        """Time forwards with their row statistics, on canvases that belong to nobody.
+
+        Args:
+            points: numbers of requests and of canvases for each of them.
+
+        Returns: milliseconds per point, the better of two runs.
+        """
+        width = min(self.max_model_len - self.block_length, 512)
+        measured = []
+        for num_reqs, num_nodes in points:
+            num_rows = num_reqs * num_nodes * self.block_length
+            self.context.clear(0, num_reqs)
+            self.context.is_visible[:num_reqs, :width] = True
+            layout = self.context.layout(num_reqs, num_nodes, width)
+            ids = torch.full((num_rows,), self.state.mask_token_id, device=self.device)
+            positions = torch.arange(num_rows, device=self.device) % self.block_length
+            measured.append(min(self._time_forward(layout, ids, positions) for _ in range(2)))
+        self.context.clear(0, len(self.context.page))
+        return measured
+
+    def _time_forward(self, layout: ForwardLayout, input_ids: Tensor, positions: Tensor) -> float:
+        begin = time.perf_counter()
+        self.denoiser.greedy_stats(self._forward(layout, input_ids, positions))
+        torch.accelerator.synchronize() if self.device.type != "cpu" else None
+        return 1e3 * (time.perf_counter() - begin)
+
+    def _forward(self, layout: ForwardLayout, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Run the model outside the runner's own forward; returns its hidden rows."""
+        num_rows = len(input_ids)
         with set_forward_context(self._per_layer(layout), self.vllm_config, num_tokens=num_rows, slot_mapping={}):
-            self.model(input_ids=input_ids, positions=rows.position)
+            hidden: Tensor = self.model(input_ids=input_ids, positions=positions)
+        return hidden
 
     def _row_ids(self, slots: Tensor, positions: Tensor, block_start: Tensor) -> Tensor:
         """Return the tokens at the given positions: known ones, the canvas in the block, masks behind it.

@@ -1,7 +1,5 @@
-"""What happens after a forward: statistics, unmasking, emission of finished blocks."""
+"""What happens after a forward: canvases advance, finished blocks are emitted."""
 
-from collections.abc import Callable
-from itertools import count
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +10,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dllm import noise, ops
+from vllm_dllm.denoiser import Decision, Nodes
 from vllm_dllm.errors import KernelUnavailable
-from vllm_dllm.unmask.stats import RowSampling, RowStats, Uniform, chunk_rows, row_stats
+from vllm_dllm.state.counters import MAX_DEPTH, REPORT_LEN, Column
+from vllm_dllm.unmask.stats import Uniform
 
 if TYPE_CHECKING:
-    from vllm_dllm.engine.model_state import DllmModelState
+    from vllm_dllm.engine.model_state import DenoiseStep, DllmModelState
 
 
 logger = init_logger("vllm.dllm")
@@ -39,11 +39,8 @@ class DllmSampler:
     # The runner reads this for its token counts; None means that it keeps none.
     penalties_state = SimpleNamespace(output_bin_counts=None)
 
-    def __init__(self, model_state: "DllmModelState", head_logits: Callable[[Tensor], Tensor], vocab_size: int) -> None:
+    def __init__(self, model_state: "DllmModelState") -> None:
         self.model_state = model_state
-        self.head_logits = head_logits
-        self.chunk_rows = chunk_rows(vocab_size)
-        self.draw_uniform = choose_uniform(model_state.device)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """Do nothing: the model state keeps all parameters."""
@@ -52,14 +49,15 @@ class DllmSampler:
         """Do nothing: the model state keeps all parameters."""
 
     def __call__(self, hidden: Tensor, input_batch: InputBatch) -> SamplerOutput:
-        """Advance every denoising request by one step and emit the blocks that are now finished.
+        """Advance every denoising request and emit the blocks that are now finished.
 
         Args:
-            hidden: [num_denoising * block_length, hidden_size], what the model's `compute_logits` hands on.
+            hidden: [num_denoising * num_nodes * block_length, hidden_size], what the model's `compute_logits` hands on.
             input_batch: the step's batch.
 
         Returns: `num_sampled` is block_length for a finished block and 0 otherwise; `num_rejected` is the rest of the
             rows that a denoising request was scheduled, so that both vLLM's counts advance by finished blocks alone.
+            `num_nans` carries the step's report (`state.counters`) to our scheduler: vLLM has no other way for it.
         """
         step = self.model_state.step_of(input_batch)
         if step is None:
@@ -68,50 +66,44 @@ class DllmSampler:
         sampled = torch.zeros(input_batch.num_reqs, state.block_length, dtype=torch.int32, device=hidden.device)
         num_sampled = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
         num_rejected = torch.zeros_like(num_sampled)
-        if num_reqs > 0:
-            params = state.sampling_params(step.slots, step.slots_np, step.block_start)
-            state.unmask(step.slots, params.keys, self._row_stats(hidden, params))
-            is_finished = state.is_finished(step.slots)
-            sampled[:num_reqs] = state.canvas[step.slots]
-            num_sampled[:num_reqs] = is_finished * state.block_length
-            num_rejected[:num_reqs] = state.block_length - num_sampled[:num_reqs]
-            state.reset(step.slots, is_finished)
+        report = torch.zeros(input_batch.num_reqs, REPORT_LEN, dtype=torch.int32, device=hidden.device)
+        if step.nodes is not None:
+            decision = self.model_state.denoiser.advance(step.blocks, step.nodes, hidden)
+            sampled[:num_reqs] = state.canvas[step.blocks.slots]
+            num_sampled[:num_reqs] = decision.is_finished * state.block_length
+            num_rejected[:num_reqs] = step.num_nodes * state.block_length - num_sampled[:num_reqs]
+            report[:num_reqs] = _report(step, step.nodes, decision)
+            self.model_state.denoiser.begin_blocks(step.blocks.slots, decision.is_finished)
         begins = input_batch.idx_mapping[num_reqs : input_batch.num_reqs]
-        state.reset(begins, torch.ones_like(begins, dtype=torch.bool))
-        return _output(sampled, num_sampled, num_rejected)
-
-    def _row_stats(self, hidden: Tensor, params: RowSampling) -> RowStats:
-        """Make the head product chunk by chunk and keep what the policies need of each row."""
-        mask_token_id = self.model_state.state.mask_token_id
-        parts = [
-            row_stats(self.head_logits(rows), params.rows(begin, begin + len(rows)), mask_token_id, self.draw_uniform)
-            for begin, rows in zip(count(0, self.chunk_rows), hidden.split(self.chunk_rows), strict=False)
-        ]
-        return RowStats(torch.cat([p.token_ids for p in parts]), torch.cat([p.confidence for p in parts]))
+        self.model_state.denoiser.begin_blocks(begins, torch.ones_like(begins, dtype=torch.bool))
+        return _output(sampled, num_sampled, num_rejected, report)
 
     def _profile(self, hidden: Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Use as much memory as a real step can, for the run in which vLLM measures it; the result is not used."""
-        num_rows = min(self.chunk_rows, self.model_state.max_num_tokens)
-        zeros = torch.zeros(num_rows, dtype=torch.int64, device=hidden.device)
-        params = RowSampling(
-            temperature=torch.ones(num_rows, dtype=torch.float64, device=hidden.device),
-            top_k=zeros,
-            top_p=torch.full((num_rows,), 0.9, dtype=torch.float64, device=hidden.device),
-            keys=zeros,
-            has_noise=True,
-            has_filter=True,
-        )
-        rows = hidden[:1].expand(num_rows, -1).contiguous()
-        row_stats(self.head_logits(rows), params, self.model_state.state.mask_token_id, self.draw_uniform)
+        denoiser = self.model_state.denoiser
+        num_rows = min(denoiser.chunk_rows, self.model_state.max_num_tokens)
+        denoiser.profile(hidden[:1].expand(num_rows, -1).contiguous())
         none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
-        return _output(none[:, None], none, none)
+        return _output(none[:, None], none, none, None)
 
 
-def _output(sampled: Tensor, num_sampled: Tensor, num_rejected: Tensor) -> SamplerOutput:
+def _report(step: "DenoiseStep", nodes: Nodes, decision: Decision) -> Tensor:
+    """Put together what a step did for each denoising request; [num_reqs, REPORT_LEN] int64."""
+    report = torch.zeros(step.num_reqs, REPORT_LEN, dtype=torch.int64, device=nodes.canvas.device)
+    report[:, Column.FORWARDS] = nodes.is_masked[:, 0].any(1)
+    report[:, Column.REFRESHES] = step.num_refreshes
+    report[:, Column.UNMASKED] = step.num_unmasked + decision.num_unmasked
+    report[:, Column.ACCEPTED] = decision.num_accepted
+    report[:, Column.FINISHED] = decision.is_finished
+    column = Column.PROPOSED - 1 + nodes.depth[:, 1:].clamp(1, MAX_DEPTH)
+    return report.scatter_add_(1, column, nodes.is_valid[:, 1:].long())
+
+
+def _output(sampled: Tensor, num_sampled: Tensor, num_rejected: Tensor, report: Tensor | None) -> SamplerOutput:
     return SamplerOutput(
         sampled_token_ids=sampled,
         logprobs_tensors=None,
-        num_nans=None,
+        num_nans=report,
         num_sampled=num_sampled,
         num_rejected=num_rejected,
     )

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dllm import noise
-from vllm_dllm.unmask.policy import POLICY_IDS, PolicyParams, choose_positions
-from vllm_dllm.unmask.stats import RowSampling, RowStats
+from vllm_dllm.draft.propose import DraftNoise
+from vllm_dllm.noise import stream_keys
+from vllm_dllm.unmask.policy import POLICY_IDS, PolicyParams
+from vllm_dllm.unmask.stats import RowSampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,15 @@ class RequestParams:
     seed: int  # any 64-bit signed value
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The active blocks of some requests."""
+
+    slots: Tensor  # [num_reqs] int64, without repetition
+    slots_np: np.ndarray  # the same on the host
+    start: Tensor  # [num_reqs] int64, absolute position of each block
+
+
 _INTS = ("policy_id", "steps_per_block", "row_len", "top_k", "seed")
 _FLOATS = ("threshold", "factor", "temperature", "top_p")
 
@@ -41,10 +51,8 @@ class CanvasState:
         self.block_length = block_length
         self.mask_token_id = mask_token_id
         self.device = device
-        # [max_num_reqs, block_length]: the active block; the mask token where is_masked.
+        # [max_num_reqs, block_length]: the active block. The mask token is never chosen, so it stands for masked alone.
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)
-        self.is_masked = torch.ones(max_num_reqs, block_length, dtype=torch.bool, device=device)
-        self.step = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)  # [max_num_reqs] within the block
         # Pinned for a GPU, so that the copy does not wait. Nobody writes meanwhile: the scheduler is synchronous.
         is_pinned = device.type == "cuda"
         self._ints_host = torch.zeros(len(_INTS), max_num_reqs, dtype=torch.int64, pin_memory=is_pinned)
@@ -53,7 +61,7 @@ class CanvasState:
         self._ints = torch.zeros_like(self._ints_host, device=device)
         self._floats = torch.zeros_like(self._floats_host, device=device)
         self._is_staged = False
-        self._stream = torch.tensor(noise.STREAM, device=device)
+        self._offsets = torch.arange(block_length, device=device)
 
     def add_request(self, slot: int, params: RequestParams) -> None:
         """Stage a request's parameters; its canvas is masked by `reset` when its first block begins."""
@@ -88,63 +96,49 @@ class CanvasState:
             steps_per_block=self._int("steps_per_block")[slots],
         )
 
-    def sampling_params(self, slots: Tensor, slots_np: np.ndarray, block_start: Tensor) -> RowSampling:
-        """Gather the sampling parameters of every row of the given slots' blocks.
+    def row_sampling(self, blocks: Blocks, num_masked: Tensor) -> RowSampling:
+        """Gather how the rows of some canvases are sampled.
 
         Args:
-            slots: [num_reqs] int64 on the device.
-            slots_np: the same on the host, for the questions that decide which stages run.
-            block_start: [num_reqs] int64, absolute position of each block.
+            blocks: the requests.
+            num_masked: [num_reqs, num_nodes] int64, masked positions of each canvas evaluated for a request.
 
-        Returns: rows in the order of `slots`, block_length each.
+        Returns: rows in the order of requests, nodes, positions.
         """
-        temperature_np = self._floats_np[_FLOATS.index("temperature")][slots_np]
-        has_top_k = self._ints_np[_INTS.index("top_k")][slots_np] > 0
-        has_top_p = self._floats_np[_FLOATS.index("top_p")][slots_np] < 1
+        temperature_np, has_top_k, has_top_p = self._sampling_np(blocks.slots_np)
+        seeds = self._int("seed")[blocks.slots]
+        keys = stream_keys(seeds[:, None, None], self.positions(blocks)[:, None], num_masked[..., None])
+
+        def per_row(per_request: Tensor) -> Tensor:
+            return per_request[blocks.slots, None, None].expand_as(keys).flatten()
+
         return RowSampling(
-            temperature=self._per_row(self._float("temperature")[slots]),
-            top_k=self._per_row(self._int("top_k")[slots]),
-            top_p=self._per_row(self._float("top_p")[slots]),
-            keys=self.noise_keys(slots, block_start).flatten(),
+            temperature=per_row(self._float("temperature")),
+            top_k=per_row(self._int("top_k")),
+            top_p=per_row(self._float("top_p")),
+            keys=keys.flatten(),
             has_noise=bool((temperature_np > 0).any()),
             has_filter=bool(((temperature_np > 0) & (has_top_k | has_top_p)).any()),
         )
 
-    def noise_keys(self, slots: Tensor, block_start: Tensor) -> Tensor:
-        """Return the noise streams of each position for the step that follows the present canvases.
+    def draft_noise(self, blocks: Blocks) -> DraftNoise | None:
+        """Gather what the requests' draws depend on; None when all are greedy and none has the policy `random`."""
+        temperature_np, _, _ = self._sampling_np(blocks.slots_np)
+        policy_np = self._ints_np[_INTS.index("policy_id")][blocks.slots_np]
+        if not (temperature_np > 0).any() and not (policy_np == POLICY_IDS["random"]).any():
+            return None
+        return DraftNoise(
+            seed=self._int("seed")[blocks.slots],
+            position=self.positions(blocks),
+            temperature=self._float("temperature")[blocks.slots],
+            top_k=self._int("top_k")[blocks.slots],
+            top_p=self._float("top_p")[blocks.slots],
+            is_random=self._int("policy_id")[blocks.slots] == POLICY_IDS["random"],
+        )
 
-        Args:
-            slots: [num_reqs] int64.
-            block_start: [num_reqs] int64, absolute position of each block.
-
-        Returns: [num_reqs, block_length] int64.
-        """
-        positions = block_start[:, None] + torch.arange(self.block_length, device=self.device)
-        num_masked = self.is_masked[slots].sum(1)
-        return noise.stream_keys(self._int("seed")[slots][:, None], positions, num_masked[:, None])
-
-    def unmask(self, slots: Tensor, keys: Tensor, stats: RowStats) -> None:
-        """Advance the canvases of the given slots by one step of their policies.
-
-        Args:
-            slots: [num_reqs] int64, without repetition.
-            keys: [num_reqs * block_length] int64, the rows' noise streams in this step.
-            stats: of the same rows.
-        """
-        params = self.policy_params(slots)
-        shape = (slots.shape[0], self.block_length)
-        is_random = (params.policy_id == POLICY_IDS["random"])[:, None]
-        uniform = noise.uniform(keys.view(shape), self._stream)
-        confidence = torch.where(is_random, uniform, stats.confidence.view(shape))
-        is_masked = self.is_masked[slots]
-        chosen = choose_positions(confidence, is_masked, self.step[slots], params)
-        self.canvas[slots] = torch.where(chosen, stats.token_ids.view(shape), self.canvas[slots])
-        self.is_masked[slots] = is_masked & ~chosen
-        self.step[slots] += 1
-
-    def is_finished(self, slots: Tensor) -> Tensor:
-        """Tell whose block has no masked position left; [num_reqs] bool."""
-        return ~self.is_masked[slots].any(1)
+    def positions(self, blocks: Blocks) -> Tensor:
+        """Return the absolute positions of the blocks; [num_reqs, block_length] int64."""
+        return blocks.start[:, None] + self._offsets
 
     def reset(self, slots: Tensor, where: Tensor) -> None:
         """Begin a new block for those of the given slots that `where` marks.
@@ -154,8 +148,6 @@ class CanvasState:
             where: [num_reqs] bool.
         """
         self.canvas[slots] = self.canvas[slots].masked_fill(where[:, None], self.mask_token_id)
-        self.is_masked[slots] = self.is_masked[slots] | where[:, None]
-        self.step[slots] = self.step[slots].masked_fill(where, 0)
 
     def _int(self, name: str) -> Tensor:
         return self._ints[_INTS.index(name)]
@@ -163,5 +155,8 @@ class CanvasState:
     def _float(self, name: str) -> Tensor:
         return self._floats[_FLOATS.index(name)]
 
-    def _per_row(self, per_request: Tensor) -> Tensor:
-        return per_request[:, None].expand(-1, self.block_length).flatten()
+    def _sampling_np(self, slots_np: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the temperatures of some slots, and whether each filters by top_k and by top_p."""
+        temperature = self._floats_np[_FLOATS.index("temperature")][slots_np]
+        has_top_k = self._ints_np[_INTS.index("top_k")][slots_np] > 0
+        return temperature, has_top_k, self._floats_np[_FLOATS.index("top_p")][slots_np] < 1

@@ -1,19 +1,20 @@
-"""How much work the engine did, counted on the host."""
+"""What a step reports of each request."""
 
-from dataclasses import dataclass
+from enum import IntEnum
+
+MAX_DEPTH = 16
+"""Depth up to which drafts are counted apart; deeper ones count as this."""
 
 
-@dataclass(slots=True)
-class Counters:
-    """Forwards that requests took part in, each counted once per request (NFE)."""
+class Column(IntEnum):
+    """Columns of a step's report, `[num_reqs, REPORT_LEN] int32`; those from `PROPOSED` on count drafts by depth."""
 
-    nfe_denoise: int = 0
-    nfe_refresh: int = 0
+    FORWARDS = 0  # 1 where the root had masked positions
+    REFRESHES = 1  # 1 where K/V were recomputed
+    UNMASKED = 2  # positions
+    ACCEPTED = 3  # transitions made through accepted drafts
+    FINISHED = 4  # 1 where the block was emitted
+    PROPOSED = 5  # drafts of depth 1 that were evaluated; the next columns: of depth 2..MAX_DEPTH
 
-    def record_step(self, num_reqs: int) -> None:
-        """Count a denoising forward of `num_reqs` requests."""
-        self.nfe_denoise += num_reqs
 
-    def record_refresh(self, num_reqs: int) -> None:
-        """Count a refresh of `num_reqs` requests."""
-        self.nfe_refresh += num_reqs
+REPORT_LEN = Column.PROPOSED + MAX_DEPTH

@@ -7,6 +7,9 @@ the positions [begin, row_len) of a request that stores their K/V before the ste
 - `dual` with `refresh_every=n` does so again before every n-th step of the block (Fast-dLLM's dual cache for None,
   no cache at all for 1);
 - `prefix` recomputes the block and what follows before every step (Fast-dLLM's prefix cache).
+
+With plain `dual` a refresh is the forward of a block's first step, as in Fast-dLLM: its own logits decide it. Elsewhere
+its logits are dropped, and the block's rows see the same canvas again.
 """
 
 from dataclasses import dataclass
@@ -35,6 +38,11 @@ class RefreshSchedule:
         self.refresh_every = refresh_every
         self._block_start = np.full(max_num_reqs, -1, dtype=np.int64)
         self._step = np.zeros(max_num_reqs, dtype=np.int64)
+
+    @property
+    def decides_step(self) -> bool:
+        """Tell whether a refresh decides the step of the canvas that it saw."""
+        return self.name == "dual" and self.refresh_every is None
 
     def add_request(self, slot: int) -> None:
         """Forget the slot's previous request."""

@@ -51,6 +51,14 @@ class RowStats:
     confidence: Tensor  # [num_rows] float64, its probability, neither tempered nor filtered
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The most probable tokens of some rows, most probable first."""
+
+    token_ids: Tensor  # [..., num_candidates] int64
+    log_probs: Tensor  # [..., num_candidates] float64, neither tempered nor filtered
+
+
 def chunk_rows(vocab_size: int) -> int:
     """Return how many rows of logits are reduced at a time."""
     return max(1, CHUNK_BYTES // (8 * vocab_size))
@@ -76,6 +84,22 @@ def row_stats(logits: Tensor, params: RowSampling, forbidden_id: int, draw_unifo
     below = largest - logits.gather(1, token_ids[:, None]).squeeze(1)
     rest = logits.sub_(largest[:, None]).exp_().scatter_(1, argmax[:, None], 0.0).sum(1)
     return RowStats(token_ids, torch.exp(-below.double()) / (1.0 + rest.double()))
+
+
+def top_candidates(logits: Tensor, num_candidates: int, forbidden_id: int) -> Candidates:
+    """Take the most probable tokens of each row; the order of equal ones is open.
+
+    Args:
+        logits: [num_rows, vocab_size] any float dtype; overwritten.
+        num_candidates: how many, at most `vocab_size`.
+        forbidden_id: an id that has probability 0 (the mask token).
+    """
+    logits = logits.float()
+    logits[:, forbidden_id] = -torch.inf
+    top, token_ids = logits.topk(num_candidates, dim=1)
+    largest = top[:, :1]
+    rest = logits.sub_(largest).exp_().scatter_(1, token_ids[:, :1], 0.0).sum(1, keepdim=True)
+    return Candidates(token_ids, (top - largest).double() - torch.log1p(rest.double()))
 
 
 def _draw(logits: Tensor, params: RowSampling, argmax: Tensor, draw_uniform: Uniform) -> Tensor:

@@ -1,0 +1,231 @@
+"""The batched denoiser with drafts against the plain decoder and the plain statement of Spiffy, on synthetic models.
+
+A synthetic model's logits depend on every token of the block, so a draft accepted wrongly shows in all that follows.
+"""
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_dllm.denoiser import Denoiser, Drafting
+from vllm_dllm.draft.compile import compile_graph
+from vllm_dllm.draft.graph import DraftGraph, Formula
+from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.reference import decode, spiffy
+from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy
+from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.unmask.policy import POLICY_IDS
+
+VOCAB, MASK, EOS = 13, 3, 1
+CPU = torch.device("cpu")
+
+
+class SyntheticModel:
+    """Logits of each position as a random function of the block's tokens; `sharpness` makes it predictable."""
+
+    config = SimpleNamespace(mask_token_id=MASK, eos_token_id=EOS)
+
+    def __init__(self, block_length: int, seed: int, sharpness: float) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.block_length = block_length
+        self.own = sharpness * torch.randn(block_length, VOCAB, generator=generator)
+        self.context = torch.randn(block_length, VOCAB, block_length, VOCAB, generator=generator) / block_length**0.5
+
+    def block_logits(self, canvas: torch.Tensor) -> torch.Tensor:
+        """Map canvases [num_canvases, block_length] to [num_canvases, block_length, VOCAB]."""
+        seen = self.context[torch.arange(self.block_length), canvas].sum(1)
+        return self.own + seen
+
+    def forward(self, ids: torch.Tensor, start: int, kv: object) -> tuple[torch.Tensor, list[object]]:
+        """Predict as `LLaDA.forward`; the generation begins at position 0, and blocks do not see each other."""
+        blocks = ids.view(-1, self.block_length)
+        return self.block_logits(blocks).flatten(0, 1), []
+
+
+@dataclass(frozen=True)
+class Request:
+    policy: str
+    threshold: float
+    steps: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+    def reference(self, block_length: int) -> dict[str, object]:
+        takes_steps = self.policy in {"static", "random"}
+        return {
+            "policy": UnmaskPolicy(
+                self.policy,  # type: ignore[arg-type]  # one of the literals
+                steps=self.steps if takes_steps else None,
+                threshold=self.threshold,
+                confidence_dtype=torch.float64,
+            ),
+            "sampling": Sampling(
+                temperature=self.temperature,
+                seed=self.seed,
+                top_k=self.top_k or None,
+                top_p=self.top_p if self.top_p < 1 else None,
+                forbidden_ids=(MASK,),
+            ),
+            "gen_length": block_length,
+            "block_length": block_length,
+        }
+
+
+def denoise(
+    model: SyntheticModel, requests: list[Request], graph: DraftGraph | None, budget: int
+) -> tuple[list[list[int]], list[int], list[int]]:
+    """Decode one block of all requests together; returns their tokens, forwards and accepted drafts."""
+    block_length, num_reqs = model.block_length, len(requests)
+    state = CanvasState(num_reqs, block_length, MASK, CPU)
+    for slot, r in enumerate(requests):
+        state.add_request(
+            slot,
+            RequestParams(
+                policy_id=POLICY_IDS[r.policy],  # type: ignore[index]  # one of the literals
+                threshold=r.threshold,
+                factor=1.0,
+                steps_per_block=r.steps,
+                row_len=block_length,
+                temperature=r.temperature,
+                top_k=r.top_k,
+                top_p=r.top_p,
+                seed=r.seed,
+            ),
+        )
+    state.apply_staged_writes()
+    drafting = None
+    if graph is not None:
+        drafting = Drafting(compile_graph(graph, CPU), DraftState(state, VOCAB, torch.float32))
+    denoiser = Denoiser(state, drafting, lambda hidden: hidden.clone(), VOCAB)
+    slots = torch.arange(num_reqs)
+    forwards, accepted = torch.zeros(num_reqs, dtype=torch.int64), torch.zeros(num_reqs, dtype=torch.int64)
+    num_drafts = 0  # the first forward is the refresh
+    while (state.canvas == MASK).any():
+        blocks = Blocks(slots, np.arange(num_reqs), torch.zeros(num_reqs, dtype=torch.int64))
+        nodes = denoiser.nodes(blocks, num_drafts)
+        forwards += nodes.is_masked[:, 0].any(1)
+        decision = denoiser.advance(blocks, nodes, model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1))
+        accepted += decision.num_accepted
+        num_drafts = budget if graph is not None else 0
+    return state.canvas.tolist(), forwards.tolist(), accepted.tolist()
+
+
+@st.composite
+def graphs(draw: st.DrawFn, block_length: int) -> DraftGraph:
+    pair = st.tuples(st.integers(0, block_length - 1), st.integers(0, 2))
+    formula = st.lists(pair, min_size=1, max_size=5, unique_by=lambda p: p[0]).map(lambda pairs: tuple(sorted(pairs)))
+    chain = st.integers(1, 6).map(lambda n: tuple((i, 0) for i in range(n)))
+    formulas: list[Formula] = draw(st.lists(formula | chain, min_size=1, max_size=12, unique=True))
+    formulas.sort(key=len)
+    each = {"min_size": len(formulas), "max_size": len(formulas)}
+    counts = draw(st.none() | st.lists(st.integers(0, 90), **each).map(tuple))
+    expected = None if counts is None else tuple(draw(st.lists(st.floats(0, 90), **each)))
+    weight = st.floats(-2, 2)
+    readiness = draw(st.just(Readiness()) | st.builds(Readiness, weight, st.tuples(weight, weight), weight))
+    return DraftGraph(tuple(formulas), None, counts, 100, readiness, expected)
+
+
+@st.composite
+def requests_of(draw: st.DrawFn, block_length: int) -> Request:
+    return Request(
+        policy=draw(st.sampled_from(["static", "random", "threshold", "factor"])),
+        threshold=draw(st.sampled_from([0.1, 0.3, 0.9])),
+        steps=draw(st.integers(1, block_length)),
+        temperature=draw(st.sampled_from([0.0, 0.0, 0.7, 1.0])),
+        top_k=draw(st.sampled_from([0, 0, 4])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.8])),
+        seed=draw(st.integers(-(2**63), 2**63 - 1)),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), block_length=st.sampled_from([1, 4, 7]), sharpness=st.sampled_from([0.0, 3.0, 12.0]))
+def test_drafts_change_forwards_and_no_token(data: st.DataObject, block_length: int, sharpness: float) -> None:
+    model = SyntheticModel(block_length, data.draw(st.integers(0, 99)), sharpness)
+    requests = data.draw(st.lists(requests_of(block_length), min_size=1, max_size=4))
+    graph = data.draw(graphs(block_length))
+    budget = data.draw(st.integers(0, len(graph)))
+    plain, plain_forwards, _ = denoise(model, requests, None, 0)
+    tokens, forwards, accepted = denoise(model, requests, graph, budget)
+    prompt = torch.zeros(0, dtype=torch.int64)
+    assert tokens == plain
+    for i, request in enumerate(requests):
+        options = request.reference(block_length)
+        assert tokens[i] == decode.generate(model, prompt, kv=KvPolicy("dual"), **options).tokens.tolist()  # type: ignore[arg-type]
+        expected = spiffy.generate(model, prompt, graph=graph, budget=budget, **options)  # type: ignore[arg-type]
+        assert expected.tokens.tolist() == tokens[i]
+        assert (forwards[i], accepted[i]) == (expected.nfe, expected.num_accepted)
+        assert forwards[i] + accepted[i] == plain_forwards[i]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("policy", ["static", "random"])
+def test_a_predictable_model_accepts_a_whole_chain(policy: str, temperature: float) -> None:
+    """What depends on no other position is foreseen exactly, noise and random order included."""
+    model = SyntheticModel(8, 0, 5.0)
+    model.context.zero_()
+    chain = DraftGraph(tuple(tuple((i, 0) for i in range(n)) for n in range(1, 8)), tokens_per_step=1)
+    request = Request(policy, 0.9, 8, temperature, 0, 1.0, 5)
+    tokens, forwards, accepted = denoise(model, [request], chain, 7)
+    assert tokens == denoise(model, [request], None, 0)[0]
+    assert (forwards, accepted) == ([2], [6])  # the refresh, and one forward for the seven steps that follow
+
+
+def distribution(model: SyntheticModel, canvas: tuple[int, ...], temperature: float) -> dict[tuple[int, ...], float]:
+    """Return the exact distribution of finished blocks under LLaDA's sampling, one position per step.
+
+    Each masked position draws a token; the position whose draw is most probable (untempered) keeps it.
+    """
+    masked = [i for i, token in enumerate(canvas) if token == MASK]
+    if not masked:
+        return {canvas: 1.0}
+    logits = model.block_logits(torch.tensor([canvas]))[0].double()
+    logits[:, MASK] = -torch.inf
+    tempered, plain = (logits / temperature).softmax(-1), logits.softmax(-1)
+    total: dict[tuple[int, ...], float] = {}
+    for drawn in itertools.product(range(VOCAB), repeat=len(masked)):
+        chance = math.prod(float(tempered[i, token]) for i, token in zip(masked, drawn, strict=True))
+        if chance == 0:
+            continue
+        best = max(range(len(masked)), key=lambda k: (float(plain[masked[k], drawn[k]]), -k))
+        after = list(canvas)
+        after[masked[best]] = drawn[best]
+        total[tuple(after)] = total.get(tuple(after), 0.0) + chance
+    finished: dict[tuple[int, ...], float] = {}
+    for after, chance in total.items():
+        for block, rest in distribution(model, after, temperature).items():
+            finished[block] = finished.get(block, 0.0) + chance * rest
+    return finished
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_sampled_blocks_have_the_decoders_distribution(temperature: float) -> None:
+    """Chi-square of whole blocks, with drafts, against the exact distribution: nothing here draws Gumbel noise."""
+    model = SyntheticModel(3, 4, 2.0)
+    num_draws = 20_000
+    requests = [Request("static", 0.9, 3, temperature, 0, 1.0, seed) for seed in range(num_draws)]
+    graph = DraftGraph((((0, 0),), ((1, 0),), ((0, 1),)), tokens_per_step=1)
+    drawn, _, accepted = denoise(model, requests, graph, 3)
+    assert sum(accepted) > num_draws / 10
+    expected = {block: num_draws * p for block, p in distribution(model, (MASK,) * 3, temperature).items()}
+    assert sum(expected.values()) == pytest.approx(num_draws)
+    counts = Counter(map(tuple, drawn))
+    frequent = [block for block, count in expected.items() if count >= 5]
+    rest = num_draws - sum(expected[block] for block in frequent)
+    observed = [counts[block] for block in frequent] + [num_draws - sum(counts[block] for block in frequent)]
+    wanted = [expected[block] for block in frequent] + [rest]
+    statistic = sum((o - w) ** 2 / w for o, w in zip(observed, wanted, strict=True))
+    degrees = len(wanted) - 1
+    assert degrees > 20
+    assert statistic < degrees + 5 * math.sqrt(2 * degrees)

@@ -1,0 +1,154 @@
+"""Fill the nodes of a draft graph with tokens: guesses of the states that follow a canvas.
+
+Spiffy (arXiv:2509.18085v4) sec. 4.1. Ranks refer to the distribution that made the canvas (the root): to what the last
+forward said of the positions that are masked still. At a temperature, a node is filled step by step, from its first
+parent: each step draws with the noise that the decoder will use when as many positions are masked, which is known
+before (`vllm_dllm.noise`); so is the order of the policy `random`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vllm_dllm import noise
+from vllm_dllm.draft.compile import CompiledGraph, Filling
+from vllm_dllm.draft.prune import Filled, rank_nodes
+from vllm_dllm.unmask.stats import Candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """The canvases that drafts start from, and what the step that made them knew."""
+
+    canvas: Tensor  # [num_reqs, block_length] int64
+    is_masked: Tensor  # [num_reqs, block_length] bool
+    is_new: Tensor  # [num_reqs, block_length] bool, unmasked by that step
+    candidates: Candidates  # [num_reqs, block_length, num_candidates]
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Guessed canvases of some requests, best first."""
+
+    canvas: Tensor  # [num_reqs, num_nodes, block_length] int64
+    is_valid: Tensor  # [num_reqs, num_nodes] bool; invalid ones come last
+    node: Tensor  # [num_reqs, num_nodes] int64, number in the graph
+    depth: Tensor  # [num_reqs, num_nodes] int64, in the graph
+    log_reach: Tensor  # [num_reqs, num_nodes] float64, see draft.prune
+
+
+@dataclass(frozen=True, slots=True)
+class DraftNoise:
+    """What the draws of some requests depend on besides the distribution, as device tensors."""
+
+    seed: Tensor  # [num_reqs] int64
+    position: Tensor  # [num_reqs, block_length] int64, absolute
+    temperature: Tensor  # [num_reqs] float64
+    top_k: Tensor  # [num_reqs] int64, 0 keeps all
+    top_p: Tensor  # [num_reqs] float64, 1 keeps all
+    is_random: Tensor  # [num_reqs] bool, the policy `random`
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """What each step would unmask, position by position, if the distribution stayed as it is."""
+
+    token_ids: Tensor  # [num_reqs, num_draws, block_length, num_vocab_ranks] int64, best first
+    log_probs: Tensor  # [num_reqs, num_draws, block_length, num_vocab_ranks] float64, of these tokens
+    order: Tensor  # [num_reqs, num_draws, block_length] float64, the position rank follows it
+    readiness: Tensor  # [num_reqs, num_draws, block_length] float64
+
+
+def propose(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | None) -> Drafts:
+    """Fill all nodes for every request.
+
+    A node that asks for more masked positions than there are, or leaves none, is invalid: nobody needs the forward of
+    a finished canvas.
+
+    Args:
+        graph: of `num_nodes` nodes.
+        roots: where the drafts start.
+        draft_noise: None when all requests are greedy and none has the policy `random`.
+    """
+    if draft_noise is None:
+        draws, fillings = _greedy_draws(graph, roots), graph.at_once
+    else:
+        draws, fillings = _noisy_draws(graph, roots, draft_noise), graph.by_steps
+    num_reqs, block_length = roots.canvas.shape
+    shape = (num_reqs, 1 + graph.num_nodes)
+    filled = Filled(
+        canvas=roots.canvas[:, None].repeat(1, shape[1], 1),
+        is_masked=roots.is_masked[:, None].repeat(1, shape[1], 1),
+        is_valid=roots.canvas.new_ones(shape, dtype=torch.bool),
+        log_prob=roots.canvas.new_zeros(shape, dtype=torch.float64),
+    )
+    for filling in fillings:
+        _fill(filling, draws, filled)
+    is_random = None if draft_noise is None else draft_noise.is_random
+    ranking = rank_nodes(graph, filled, draws.readiness, is_random)
+    node = ranking.best_first
+    return Drafts(
+        canvas=filled.canvas.gather(1, node[..., None].expand(-1, -1, block_length)),
+        is_valid=ranking.is_valid.gather(1, node - 1),
+        node=node,
+        depth=graph.depth[node],
+        log_reach=ranking.log_reach.gather(1, node - 1),
+    )
+
+
+def _greedy_draws(graph: CompiledGraph, roots: Roots) -> _Draws:
+    """Draw the same at each step."""
+    times, num_ranks = len(graph.num_unmasked), graph.num_vocab_ranks
+    token_ids = roots.candidates.token_ids[:, None].expand(-1, times, -1, -1)
+    log_probs = roots.candidates.log_probs[:, None].expand(-1, times, -1, -1)
+    readiness = graph.readiness.log_odds(log_probs[..., 0], roots.is_new[:, None])
+    return _Draws(token_ids[..., :num_ranks], log_probs[..., :num_ranks], readiness, readiness)
+
+
+def _noisy_draws(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise) -> _Draws:
+    """Order the candidates by Gumbel-max as `unmask.stats.row_stats` will when so many positions are masked.
+
+    top_p sees the candidates alone, so it may keep one that the decoder drops.
+    """
+    num_masked = roots.is_masked.sum(1)
+    masked_then = num_masked[:, None, None] - graph.num_unmasked[:, None]  # [num_reqs, num_draws, 1]
+    keys = noise.stream_keys(draft_noise.seed[:, None, None], draft_noise.position[:, None], masked_then)
+    ids, log_probs = roots.candidates.token_ids[:, None], roots.candidates.log_probs[:, None]
+    temperature = draft_noise.temperature[:, None, None, None]
+    rank = torch.arange(ids.shape[-1], device=ids.device)
+    top_k = draft_noise.top_k[:, None, None, None]
+    tempered = (log_probs / temperature.clamp(min=1e-9)).masked_fill((top_k > 0) & (rank >= top_k), -torch.inf)
+    mass = tempered.softmax(-1)
+    is_out = (mass == 0) | (mass.cumsum(-1) - mass >= draft_noise.top_p[:, None, None, None])
+    scores = log_probs + temperature * noise.gumbel(keys[..., None], ids)
+    scores = scores.masked_fill(is_out & (rank > 0) & (temperature > 0), -torch.inf)
+    best = scores.argsort(dim=-1, descending=True, stable=True)[..., : graph.num_vocab_ranks]
+    token_ids = ids.expand_as(scores).gather(-1, best)
+    log_probs = log_probs.expand_as(scores).gather(-1, best)
+    readiness = graph.readiness.log_odds(log_probs[..., 0], roots.is_new[:, None])
+    uniform = noise.uniform(keys, torch.tensor(noise.STREAM, device=keys.device))
+    order = torch.where(draft_noise.is_random[:, None, None], uniform, readiness)
+    return _Draws(token_ids, log_probs, order, readiness)
+
+
+def _fill(filling: Filling, draws: _Draws, filled: Filled) -> None:
+    """Fill some nodes from their origins, in place."""
+    is_open = filled.is_masked[:, filling.origin]
+    ordered = draws.order[:, filling.draw].masked_fill(~is_open, -torch.inf)
+    order = ordered.argsort(dim=-1, descending=True, stable=True)
+    rank = filling.position_rank.expand(len(order), -1, -1).clamp(max=order.shape[-1] - 1)
+    position = order.gather(-1, rank)  # [num_reqs, num_filled, max_pairs]
+    request = torch.arange(len(order), device=order.device)[:, None, None]
+    draw, vocab_rank = filling.draw[:, None], filling.vocab_rank
+    token_ids = draws.token_ids[request, draw, position, vocab_rank]
+    log_probs = draws.log_probs[request, draw, position, vocab_rank].masked_fill(~filling.is_pair, 0.0)
+    fits = (filling.position_rank < is_open.sum(-1, keepdim=True)) | ~filling.is_pair
+    # A place that stands for no pair writes to a column that is cut off.
+    column = position.masked_fill(~filling.is_pair, order.shape[-1])
+    padded = pad(filled.canvas[:, filling.origin], (0, 1))
+    filled.canvas[:, filling.node] = padded.scatter(-1, column, token_ids)[..., :-1]
+    filled.is_masked[:, filling.node] = pad(is_open, (0, 1)).scatter(-1, column, value=False)[..., :-1]
+    filled.is_valid[:, filling.node] = filled.is_valid[:, filling.origin] & fits.all(-1)
+    filled.log_prob[:, filling.node] = filled.log_prob[:, filling.origin] + log_probs.sum(-1)
