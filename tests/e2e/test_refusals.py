@@ -14,7 +14,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_prefix_caching": True}, "enable_prefix_caching is on"),
     ({"enable_chunked_prefill": True}, "enable_chunked_prefill is on"),
     ({"async_scheduling": True}, "async_scheduling is on"),
-    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config is set"),
+    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "others than 'spiffy' draft left to"),
+    ({"speculative_config": "gone.json"}, "speculative_config is 'gone.json', but there is no such file"),
+    ({"speculative_config": {"method": "spiffy", "budget": 99}}, "speculative_config.budget is 99, allowed are 'auto'"),
+    ({"speculative_config": {"method": "spiffy", "draft_graph": "gone.json"}}, "gone.json is not a file"),
+    (
+        {"speculative_config": {"method": "spiffy"}, "additional_config": {"dllm": {"kv_policy": "prefix"}}},
+        "speculative_config.exactness is 'exact', but additional_config.dllm.kv_policy is 'prefix'",
+    ),
     ({"diffusion_config": {"canvas_length": 16}}, "diffusion_config is set"),
     ({"long_prefill_token_threshold": 16}, "long_prefill_token_threshold is 16"),
     ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls is set"),
@@ -68,6 +75,7 @@ def llm(wild: Path) -> Iterator[Any]:
         ({"extra_args": {"dllm_threshold": float("nan")}}, "dllm_threshold is nan"),
         ({"seed": 1.5}, "seed is 1.5, allowed are whole numbers"),
         ({"extra_args": {1: 2}}, "extra_args is {1: 2}, allowed are objects"),
+        ({"extra_args": 3}, "extra_args is 3, allowed are objects"),
         ({"extra_args": {"dllm_policy": None, "dllm_nonsense": 1}}, "dllm_nonsense is not known"),
     ],
 )

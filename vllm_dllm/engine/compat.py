@@ -6,15 +6,16 @@ vLLM that changed them is told at start, in a sentence.
 
 import functools
 import inspect
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.errors import ConfigError, UnsupportedVllmError
 
 _MARK = "__vllm_dllm_wrapped__"
 
@@ -36,7 +37,8 @@ def wrap(owner: type, name: str, parameters: tuple[str, ...], make: Callable[[An
         )
     wrapper = functools.wraps(original)(make(original))  # type: ignore[arg-type]  # callable, or `missing` would say so
     setattr(wrapper, _MARK, True)
-    setattr(owner, name, wrapper)
+    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
 
 
 def around_argument_defaults(
@@ -53,6 +55,55 @@ def around_argument_defaults(
         return wrapper
 
     wrap(EngineArgs, "_set_default_chunked_prefill_and_prefix_caching_args", ("self", "model_config"), make)
+
+
+def extend_speculative_arguments(read: Callable[[str], object], method: str) -> None:
+    """Let `--speculative-config` take what `read` reads where it is not JSON, and `--spec-method` one more method."""
+
+    def extend(parser: ArgumentParser) -> None:
+        config = parser._option_string_actions["--speculative-config"]
+        read_json: Any = config.type
+
+        def read_any(text: str) -> object:
+            try:
+                return read_json(text)
+            except ArgumentTypeError:
+                if text.lstrip().startswith("{"):
+                    raise
+            try:
+                return read(text)
+            except ConfigError as error:
+                raise ArgumentTypeError(str(error)) from None
+
+        config.type = read_any
+        name: Any = parser._option_string_actions["--spec-method"]
+        name.choices = [*name.choices, method]
+
+    def make(original: Callable[..., ArgumentParser]) -> Callable[..., ArgumentParser]:
+        def wrapper(parser: ArgumentParser) -> ArgumentParser:
+            extended = original(parser)
+            extend(extended)
+            return extended
+
+        return wrapper
+
+    wrap(EngineArgs, "add_cli_args", ("parser",), make)
+
+
+def before_speculative_config(take: Callable[[EngineArgs, ModelConfig], bool]) -> None:
+    """Let `take(args, model_config)` see `speculative_config` before vLLM; where it returns True, vLLM sees none."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(
+            self: EngineArgs, target_model_config: ModelConfig, target_parallel_config: ParallelConfig
+        ) -> SpeculativeConfig | None:
+            if take(self, target_model_config):
+                return None
+            return original(self, target_model_config, target_parallel_config)
+
+        return wrapper
+
+    wrap(EngineArgs, "create_speculative_config", ("self", "target_model_config", "target_parallel_config"), make)
 
 
 def replace_diffusion_check(is_ours: Callable[[ModelConfig], bool], check: Callable[[SamplingParams], None]) -> None:

@@ -1,22 +1,30 @@
 """Configuration of an engine that serves one of our models: what is set, and what is refused at start."""
 
-from collections.abc import Callable
+import json
+import reprlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
-from vllm.config.compilation import CompilationMode, CUDAGraphMode
-from vllm.config.diffusion import DiffusionConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_dllm.config import DllmConfig, parse_server_settings
+from vllm_dllm.engine.step_sizes import set_step_sizes
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.models.interface import family_of
+from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, family_of
+from vllm_dllm.spiffy_config import (
+    METHOD,
+    SpiffySettings,
+    parse_spiffy,
+    read_speculative_config,
+    spiffy_settings,
+    to_json_object,
+)
 
 logger = init_logger("vllm.dllm")
-
-SCHEDULER = "vllm_dllm.engine.scheduler.DllmScheduler"
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
@@ -46,9 +54,9 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "dual batch overlap is on, but diffusion models do not support it; remove --enable-dbo",
     ),
     (
-        lambda c: c.speculative_config,
-        "speculative_config is set to method {c.speculative_config.method!r}, which drafts left to right; a diffusion "
-        "model unmasks in any order; remove --speculative-config",
+        lambda c: spiffy_of(c) and envs.VLLM_RAISE_ON_LOGIT_NANS,
+        "VLLM_RAISE_ON_LOGIT_NANS is set, but with Spiffy the reports of steps travel in the place of its counts; "
+        "allowed is 0; unset it",
     ),
     (
         lambda c: c.diffusion_config,
@@ -131,6 +139,62 @@ def settings_of(vllm_config: VllmConfig) -> DllmConfig:
     return parse_server_settings(additional.get("dllm", {}) if isinstance(additional, dict) else {})
 
 
+def spiffy_of(vllm_config: VllmConfig) -> SpiffySettings | None:
+    """Read what `take_spiffy` put into `additional_config`; None without speculation.
+
+    Raises: ConfigError for a draft graph or a KV policy that does not fit.
+    """
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict) or METHOD not in additional:
+        return None
+    model_config = vllm_config.model_config
+    return spiffy_settings(
+        json.dumps(additional[METHOD]),
+        settings_of(vllm_config),
+        model_config.model,
+        model_config.hf_config.model_type,
+    )
+
+
+def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
+    """Move a `speculative_config` of method `spiffy` to `additional_config`, and leave others to vLLM.
+
+    vLLM's own class admits only its own methods. What the user gave is not changed, so that `args` can be used again.
+
+    Returns: whether there was one.
+
+    Raises: ConfigError for method `spiffy` with another's model, for another method with a model of ours, and for
+        settings that do not pass.
+    """
+    given = read_speculative_config(args.speculative_config)
+    aliases = {"method": args.spec_method, "model": args.spec_model, "num_speculative_tokens": args.spec_tokens}
+    aliases = {name: value for name, value in aliases.items() if value is not None}
+    if given is None and not aliases:
+        return False
+    fields = {str(key).replace("-", "_"): value for key, value in given.items()} if isinstance(given, Mapping) else {}
+    method = aliases.get("method", fields.get("method"))
+    if not is_ours(model_config):
+        if method == METHOD:
+            raise ConfigError(
+                f"speculative_config.method is {METHOD!r}, but {', '.join(model_config.architectures)} is not a "
+                f"diffusion model; allowed are {', '.join(FAMILY_BY_ARCHITECTURE)}; choose another method"
+            )
+        args.speculative_config = given
+        return False
+    if method != METHOD or fields.get("method", METHOD) != METHOD:
+        raise ConfigError(
+            f"speculative_config is {reprlib.repr(given)} with method {method!r}, but a diffusion model unmasks in any "
+            f"order, where others than {METHOD!r} draft left to right; set this method or remove --speculative-config"
+        )
+    if not isinstance(args.additional_config, dict):
+        raise ConfigError(
+            f"additional_config is {args.additional_config!r}, allowed are objects; give one as {{'dllm': {{}}}}"
+        )
+    config = to_json_object(parse_spiffy(fields | aliases))
+    args.additional_config = {**args.additional_config, METHOD: config}
+    return True
+
+
 def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
     """Refuse flags that vLLM turns on by itself for other models, where the user asked for them.
 
@@ -187,55 +251,25 @@ class DllmConfigHook(VerifyAndUpdateConfig):
                 f"additional_config.dllm.block_length is {settings.block_length}, but max_model_len is "
                 f"{vllm_config.model_config.max_model_len}; choose a smaller block_length"
             )
-        vllm_config.model_config.hf_config.canvas_length = settings.block_length
-        vllm_config.diffusion_config = DiffusionConfig(canvas_length=settings.block_length)
-        _set_scheduler(vllm_config, settings)
-        _set_cuda_graphs(vllm_config, settings)
+        spiffy = spiffy_of(vllm_config)
+        set_step_sizes(vllm_config, settings.block_length, spiffy)
         # vLLM's kernel warm-up steps requests with sampling parameters that are refused here (penalties, logprobs),
         # past the end of their generation; without it the runner's few Triton kernels compile in the first request.
         vllm_config.kernel_config.enable_jit_warmup = False
         logger.info(
             "Serving %s by block diffusion: %s", vllm_config.model_config.architectures[0], settings.model_dump_json()
         )
+        if spiffy:
+            _tell_spiffy(spiffy)
 
 
-def _set_scheduler(vllm_config: VllmConfig, settings: DllmConfig) -> None:
-    """Make the token budget large enough for every running request's block and the longest prompt in one step.
-
-    A prompt's rows count against the budget, although they are not computed.
-    """
-    scheduler = vllm_config.scheduler_config
-    scheduler.scheduler_cls = SCHEDULER
-    scheduler.async_scheduling = False
-    needed = scheduler.max_num_seqs * settings.block_length + vllm_config.model_config.max_model_len
-    if scheduler.max_num_batched_tokens < needed:
-        logger.info(
-            "Raising max_num_batched_tokens from %d to %d: max_num_seqs=%d blocks of %d and max_model_len",
-            scheduler.max_num_batched_tokens,
-            needed,
-            scheduler.max_num_seqs,
-            settings.block_length,
-        )
-        scheduler.max_num_batched_tokens = needed
-
-
-def _set_cuda_graphs(vllm_config: VllmConfig, settings: DllmConfig) -> None:
-    """Capture denoising steps whole: their shape is the number of requests times the block length.
-
-    Refreshes differ in shape and run eagerly; nothing is compiled.
-    """
-    compilation = vllm_config.compilation_config
-    compilation.mode = CompilationMode.NONE
-    if vllm_config.model_config.enforce_eager or compilation.cudagraph_mode == CUDAGraphMode.NONE:
-        return
-    compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-    if compilation.cudagraph_capture_sizes is None:
-        most = vllm_config.scheduler_config.max_num_seqs
-        num_reqs = sorted({n for n in (1, 2, 4, *range(8, most, 8), most) if n <= most})
-        compilation.cudagraph_capture_sizes = [n * settings.block_length for n in num_reqs]
-        compilation.max_cudagraph_capture_size = most * settings.block_length
-    elif any(size % settings.block_length for size in compilation.cudagraph_capture_sizes):
-        raise ConfigError(
-            f"cudagraph_capture_sizes are {compilation.cudagraph_capture_sizes}, but a step has block_length "
-            f"{settings.block_length} rows for each request; give multiples of it"
-        )
+def _tell_spiffy(spiffy: SpiffySettings) -> None:
+    logger.info(
+        "Spiffy: draft graph %s with %d nodes, budget %s, tokens are %s",
+        spiffy.source,
+        spiffy.max_nodes,
+        "auto" if spiffy.budget is None else spiffy.budget,
+        "exactly those without speculation" if spiffy.exactness == "exact" else "near those without speculation",
+    )
+    for warning in spiffy.warnings:
+        logger.warning("%s", warning)

@@ -65,6 +65,7 @@ def refuse_unsupported(params: SamplingParams) -> None:
 
     Raises: RequestError naming the parameter, its value and what is allowed.
     """
+    _options(params)
     for name, (is_used, allowed) in _REFUSED.items():
         value = getattr(params, name)
         if is_used(value):
@@ -94,7 +95,6 @@ def refuse_unsupported(params: SamplingParams) -> None:
                 parameter=key,
                 value=(params.extra_args or {})[key],
             )
-    _options(params)
 
 
 def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_model_len: int) -> int:

@@ -1,0 +1,89 @@
+"""How many rows a step may have, and what vLLM sizes by it: its token budget, its buffers and its CUDA graphs."""
+
+from vllm.config import VllmConfig
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.config.diffusion import DiffusionConfig
+from vllm.logger import init_logger
+
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.spiffy_config import SpiffySettings
+
+logger = init_logger("vllm.dllm")
+
+SCHEDULER = "vllm_dllm.engine.scheduler.DllmScheduler"
+
+MAX_DRAFT_ROWS = 2048
+"""Rows of a step beyond which a forward is bound by arithmetic on any device, so that drafts only cost."""
+
+
+def set_step_sizes(vllm_config: VllmConfig, block_length: int, spiffy: SpiffySettings | None) -> None:
+    """Set the most rows of a request, the token budget and the CUDA graphs.
+
+    Raises: ConfigError for capture sizes that no step has.
+    """
+    canvas_length = block_length * (1 + (spiffy.max_nodes if spiffy else 0))
+    vllm_config.model_config.hf_config.canvas_length = canvas_length
+    vllm_config.diffusion_config = DiffusionConfig(canvas_length=canvas_length)
+    num_rows = _step_rows(block_length, vllm_config.scheduler_config.max_num_seqs, spiffy)
+    _set_scheduler(vllm_config, num_rows)
+    _set_cuda_graphs(vllm_config, block_length, num_rows, has_drafts=spiffy is not None)
+
+
+def _step_rows(block_length: int, max_num_seqs: int, spiffy: SpiffySettings | None) -> int:
+    """Return how many rows of blocks a step has at most.
+
+    A fixed budget is granted to every request. With `auto` the scheduler trims the budget to what fits, so that more
+    than `MAX_DRAFT_ROWS` are there only for requests without drafts, or for all drafts of a single one.
+    """
+    roots = max_num_seqs * block_length
+    if spiffy is None:
+        return roots
+    if spiffy.budget is not None:
+        return roots * (1 + spiffy.budget)
+    most = block_length * (1 + spiffy.max_nodes)
+    return max(roots, min(max_num_seqs * most, max(most, MAX_DRAFT_ROWS)))
+
+
+def _set_scheduler(vllm_config: VllmConfig, num_rows: int) -> None:
+    """Make the token budget large enough for the rows of every running request and the longest prompt in one step.
+
+    A prompt's rows count against the budget, although they are not computed.
+    """
+    scheduler = vllm_config.scheduler_config
+    scheduler.scheduler_cls = SCHEDULER
+    scheduler.async_scheduling = False
+    needed = num_rows + vllm_config.model_config.max_model_len
+    if scheduler.max_num_batched_tokens < needed:
+        logger.info(
+            "Raising max_num_batched_tokens from %d to %d: %d rows for max_num_seqs=%d, and max_model_len",
+            scheduler.max_num_batched_tokens,
+            needed,
+            num_rows,
+            scheduler.max_num_seqs,
+        )
+        scheduler.max_num_batched_tokens = needed
+
+
+def _set_cuda_graphs(vllm_config: VllmConfig, block_length: int, num_rows: int, *, has_drafts: bool) -> None:
+    """Capture denoising steps whole: their shape is the number of blocks in them times the block length.
+
+    Without drafts that is one block per request. With drafts each step has its own number of blocks per request, and
+    vLLM's graphs of decoding steps know one number only: `FULL` captures by the number of rows, whoever they belong
+    to. Refreshes differ in shape and run eagerly; nothing is compiled.
+    """
+    compilation = vllm_config.compilation_config
+    compilation.mode = CompilationMode.NONE
+    if vllm_config.model_config.enforce_eager or compilation.cudagraph_mode == CUDAGraphMode.NONE:
+        return
+    compilation.cudagraph_mode = CUDAGraphMode.FULL if has_drafts else CUDAGraphMode.FULL_DECODE_ONLY
+    if compilation.cudagraph_capture_sizes is None:
+        most = num_rows // block_length
+        steps = (2**i * n // 2 for i in range(most.bit_length()) for n in (2, 3)) if has_drafts else range(8, most, 8)
+        num_blocks = sorted({n for n in (1, 2, 4, *steps, most) if n <= most})
+        compilation.cudagraph_capture_sizes = [n * block_length for n in num_blocks]
+        compilation.max_cudagraph_capture_size = most * block_length
+    elif any(size % block_length for size in compilation.cudagraph_capture_sizes):
+        raise ConfigError(
+            f"cudagraph_capture_sizes are {compilation.cudagraph_capture_sizes}, but a step has block_length "
+            f"{block_length} rows for each block in it; give multiples of it"
+        )

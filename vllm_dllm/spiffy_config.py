@@ -1,0 +1,225 @@
+"""Settings of Spiffy, as `speculative_config` gives them: a file, JSON text or an object.
+
+The server's front end reads them once, puts the draft graph in the place of its file's path and passes the whole on as
+JSON (`to_json_object`); every process makes its `SpiffySettings` of that. Nothing here imports vLLM or torch.
+"""
+
+import functools
+import json
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from vllm_dllm.config import STRICT, DllmConfig, InvalidOptionError, explain
+from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
+from vllm_dllm.draft.graph_file import (
+    calibrate_command,
+    check_fit,
+    default_graph,
+    dump_graph,
+    load_graph,
+    parse_graph,
+)
+from vllm_dllm.errors import ConfigError
+
+METHOD = "spiffy"
+DEFAULT_GRAPH = "default"
+DEFAULT_MAX_NODES = 10
+
+Exactness = Literal["exact", "near"]
+
+_NAME = "speculative_config"
+
+
+class SpiffyConfig(BaseModel):
+    """`speculative_config` of method `spiffy`.
+
+    Attributes:
+        method: says that the rest is ours.
+        draft_graph: path of a draft graph's file, its content, or `default`: the graph that comes with the server's
+            policy.
+        budget: draft nodes that a step evaluates, the likeliest of the graph; `auto` chooses how many at every step.
+        max_nodes: the most that `auto` may choose; null is 10, or the budget where that is larger.
+        exactness: `exact` refuses KV policies under which the tokens could differ from those without speculation.
+    """
+
+    model_config = STRICT
+
+    method: Annotated[Literal["spiffy"], Field(description="'spiffy'")]
+    draft_graph: Annotated[
+        str | dict[Any, Any],
+        Field(description="'default', the path of a file of `vllm-dllm calibrate`, and the content of such a file"),
+    ] = DEFAULT_GRAPH
+    budget: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=0, le=MAX_NODES)],
+        Field(description=f"'auto' and whole numbers from 0 to max_nodes, at most {MAX_NODES}"),
+    ] = "auto"
+    max_nodes: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_NODES)] | None,
+        Field(description=f"null and whole numbers from 1 to {MAX_NODES}"),
+    ] = None
+    exactness: Annotated[Exactness, Field(description="'exact' and 'near'")] = "exact"
+
+    @property
+    def fixed_budget(self) -> int | None:
+        """The budget of every step; None where each step has its own."""
+        return None if self.budget == "auto" else self.budget
+
+    @model_validator(mode="after")
+    def _budget_within_nodes(self) -> Self:
+        if self.max_nodes is not None and (self.fixed_budget or 0) > self.max_nodes:
+            raise ValueError(
+                f"budget is {self.budget} but max_nodes is {self.max_nodes}; give a budget of 'auto' or "
+                f"0..{self.max_nodes}, or leave max_nodes out"
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class SpiffySettings:
+    """What the engine needs to know.
+
+    Attributes:
+        graph: the draft graph.
+        budget: draft nodes that every step evaluates, 0..max_nodes; None: chosen per step.
+        max_nodes: most draft nodes that a step evaluates, at most len(graph).
+        exactness: what is true of the tokens under the server's KV policy, not what was asked for.
+        source: where the graph came from, for messages.
+        warnings: sentences on how the graph could suit the server better.
+    """
+
+    graph: DraftGraph
+    budget: int | None
+    max_nodes: int
+    exactness: Exactness
+    source: str
+    warnings: tuple[str, ...]
+
+
+def read_speculative_config(value: object) -> object:
+    """Return what a path or JSON text stands for; anything else is returned as it is.
+
+    The path of a draft graph that stands in a file is relative to this file.
+
+    Raises: InvalidOptionError.
+    """
+    if not isinstance(value, str | Path):
+        return value
+    text, folder = str(value), None
+    if isinstance(value, Path) or not text.lstrip().startswith("{"):
+        try:
+            if not Path(value).is_file():
+                raise _unreadable(text, "there is no such file")
+            text, folder = Path(value).read_text(encoding="utf-8"), Path(value).parent
+        except OSError as error:
+            raise _unreadable(text, f"this file cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise _unreadable(text, f"this file is not UTF-8 text (byte {error.start})") from None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(str(value), f"this is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise _unreadable(str(value), "this holds no object")
+    path = content.get("draft_graph")
+    if folder is not None and isinstance(path, str) and path != DEFAULT_GRAPH:
+        content["draft_graph"] = str(folder / path)
+    return content
+
+
+def _unreadable(value: str, reason: str) -> InvalidOptionError:
+    return InvalidOptionError(
+        f"{_NAME} is {value!r}, but {reason}; allowed are an object, its JSON text and the path of a file that "
+        "holds this text; correct it",
+        _NAME,
+        value,
+    )
+
+
+def parse_spiffy(given: Mapping[str, Any]) -> SpiffyConfig:
+    """Check the fields of a `speculative_config` of method `spiffy`.
+
+    Raises: InvalidOptionError naming the field, what was given, what is allowed and what to do.
+    """
+    try:
+        return SpiffyConfig.model_validate(dict(given))
+    except ValidationError as error:
+        raise explain(error, SpiffyConfig, f"{_NAME}.") from None
+
+
+def to_json_object(config: SpiffyConfig) -> dict[str, Any]:
+    """Return what other processes need to make `SpiffySettings`, with the graph instead of its path.
+
+    Raises: GraphError for a graph that cannot be read.
+    """
+    given, source = config.draft_graph, f"{_NAME}.draft_graph"
+    if given == DEFAULT_GRAPH:
+        return {"config": config.model_dump(), "source": DEFAULT_GRAPH}
+    if isinstance(given, str):
+        graph_file, source = load_graph(given), given
+    else:
+        graph_file = parse_graph(given, source)
+    return {"config": config.model_dump() | {"draft_graph": json.loads(dump_graph(graph_file))}, "source": source}
+
+
+@functools.lru_cache(maxsize=8)
+def spiffy_settings(text: str, server: DllmConfig, model: str, family: str) -> SpiffySettings:
+    """Make the settings of `to_json_object`'s JSON text; once per process.
+
+    Args:
+        text: the JSON text.
+        server: settings of the server.
+        model: name or path of the server's model.
+        family: `model_type` of the server's model.
+
+    Raises: ConfigError for a graph that does not fit the block, and for a KV policy that is not exact where `exact`
+        was asked for.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.keys() != {"config", "source"}:
+        raise ConfigError(
+            f"additional_config.spiffy is {reprlib.repr(content)}, but it is made of {_NAME}; allowed is none; remove "
+            f"it and give {_NAME}"
+        )
+    config, source = parse_spiffy(content["config"]), content["source"]
+    exactness = _exactness(config, server)
+    if source == DEFAULT_GRAPH:
+        graph = default_graph(server.policy, server.block_length).graph
+        warnings = [
+            f"{_NAME}.draft_graph is 'default', which was not made for this model; for a better one run: "
+            f"{calibrate_command(server, model)}"
+        ]
+    else:
+        graph_file = parse_graph(config.draft_graph, source)
+        graph = graph_file.graph
+        warnings = check_fit(graph_file, server, where=source, model=model, family=family)
+    most = config.max_nodes or DEFAULT_MAX_NODES if config.fixed_budget is None else config.fixed_budget
+    return SpiffySettings(
+        graph=graph,
+        budget=None if config.fixed_budget is None else min(config.fixed_budget, len(graph)),
+        max_nodes=min(most, len(graph)),
+        exactness=exactness,
+        source=source,
+        warnings=tuple(warnings),
+    )
+
+
+def _exactness(config: SpiffyConfig, server: DllmConfig) -> Exactness:
+    """Return whether a node's forward is what the decoder would compute: the context must not depend on the block."""
+    if server.kv_policy == "prefix":
+        reason = "kv_policy is 'prefix', which computes the K/V behind the block from the block's tokens at every step"
+    elif server.refresh_every is not None:
+        reason = f"refresh_every is {server.refresh_every}, which computes all K/V anew within a block, from its tokens"
+    else:
+        return "exact"
+    if config.exactness == "exact":
+        raise ConfigError(
+            f"{_NAME}.exactness is 'exact', but additional_config.dllm.{reason}; drafts share these K/V with the true "
+            "block, so that their forwards are not those of the decoder; allowed is kv_policy 'dual' without "
+            f"refresh_every; set it or ask for {_NAME}.exactness 'near'"
+        )
+    return "near"
