@@ -40,8 +40,20 @@ OVERRIDES = {
     ),
 }
 
-# vLLM's must take what we pass by name.
+SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"
+
+# vLLM's must take what we pass by name, and what our overrides of any signature rely on.
 CALLS = {
+    f"{SCHEDULER}.schedule": ["throttle_prefills"],
+    f"{SCHEDULER}.update_from_output": ["scheduler_output", "model_runner_output"],
+    f"{SCHEDULER}.make_stats": ["spec_decoding_stats"],
+    f"{SCHEDULER}.make_spec_decoding_stats": ["num_draft_tokens", "num_accepted_tokens", "request_id"],
+    f"{SCHEDULER}._free_request": ["request"],
+    "vllm.v1.metrics.loggers.StatLoggerManager.__init__": ["vllm_config", "enable_default_loggers", "client_count"],
+    "vllm.v1.engine.core.EngineCore._initialize_effective_attention_block_size": ["self"],
+    "vllm.v1.engine.core.EngineCore.collective_rpc": ["method", "args"],
+    "vllm.engine.arg_utils.EngineArgs.add_cli_args": ["parser"],
+    "vllm.engine.arg_utils.EngineArgs.create_speculative_config": ["target_model_config", "target_parallel_config"],
     "vllm.engine.arg_utils.EngineArgs._set_default_chunked_prefill_and_prefix_caching_args": ["model_config"],
     "vllm.sampling_params.SamplingParams._validate_diffusion": ["model_config"],
     "vllm.sampling_params.SamplingParams.update_from_generation_config": ["generation_config", "eos_token_id"],

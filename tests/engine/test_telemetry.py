@@ -1,0 +1,240 @@
+"""What travels from the scheduler to metrics and outputs: encoding, Prometheus, the log line, the start-up curve."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import prometheus_client
+import pytest
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+from vllm_dllm.draft.budget import CostCurve
+from vllm_dllm.engine import costs, stat_logger
+from vllm_dllm.engine.stat_logger import DllmStatLogger, describe
+from vllm_dllm.engine.telemetry import RequestTotals, StepStats
+from vllm_dllm.state.counters import MAX_DEPTH, REPORT_LEN, Column
+
+SPIFFY = SimpleNamespace(exactness="exact")
+CONFIG = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m", architectures=["LLaDAModelLM"]))
+
+
+def row(forwards: int = 1, refreshes: int = 0, unmasked: int = 1, accepted: int = 0, *proposed: int) -> list[int]:
+    numbers = [0] * REPORT_LEN
+    numbers[: Column.PROPOSED] = [forwards, refreshes, unmasked, accepted, 0]
+    numbers[Column.PROPOSED : Column.PROPOSED + len(proposed)] = proposed
+    return numbers
+
+
+STEP = StepStats.of_step(3, [row(1, 1, 3, 2, 2, 1), row(1, 0, 2, 1, 2, 1), row(1, 0, 1, 0, 2, 1), row(0, 0, 0)])
+
+
+@pytest.fixture
+def logger_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make(spiffy: Any, **kwargs: Any) -> DllmStatLogger:
+        monkeypatch.setattr(stat_logger, "spiffy_of", lambda config: spiffy)
+        return DllmStatLogger(CONFIG, [0, 1], **kwargs)
+
+    unregister_vllm_metrics()
+    yield make
+    unregister_vllm_metrics()
+
+
+def scheduler_stats(stats: StepStats) -> SchedulerStats:
+    spec = SpecDecodingStats(32, num_accepted_tokens_per_pos=stats.encode())
+    return SchedulerStats(spec_decoding_stats=spec)
+
+
+def value(name: str, **labels: str) -> float | None:
+    return prometheus_client.REGISTRY.get_sample_value(name, {"model_name": "m", "engine": "1", **labels})
+
+
+def test_a_step_is_the_sum_of_its_rows() -> None:
+    assert (STEP.forwards, STEP.refreshes, STEP.unmasked, STEP.budgets) == (3, 1, 6, {3: 1})
+    assert STEP.proposed == [6, 3, *[0] * (MAX_DEPTH - 2)]
+
+
+def test_a_walk_of_two_accepts_a_draft_of_each_depth() -> None:
+    assert STEP.accepted == [2, 1, *[0] * (MAX_DEPTH - 2)]
+    assert STEP.total_accepted == 3
+
+
+def test_walks_beyond_the_last_depth_count_there() -> None:
+    stats = StepStats.of_step(20, [row(1, 0, 20, MAX_DEPTH + 2)])
+    assert stats.accepted == [*[1] * (MAX_DEPTH - 1), 3]
+
+
+def test_statistics_survive_the_way_to_the_front_end() -> None:
+    sent = EngineCoreOutputs(scheduler_stats=scheduler_stats(STEP))
+    received = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(sent))
+    assert StepStats.decode(received.scheduler_stats.spec_decoding_stats.num_accepted_tokens_per_pos) == STEP
+
+
+def test_a_step_without_report_says_nothing() -> None:
+    assert StepStats.decode([]) is None
+
+
+def test_a_request_s_numbers_add_up() -> None:
+    totals = RequestTotals()
+    for step in [row(1, 1, 3, 2, 2, 1), row(1, 0, 2, 1, 2, 1)]:
+        totals.add(step)
+    assert totals.as_output("exact") == {
+        "dllm": {"exactness": "exact", "nfe": 3, "nfe_refresh": 1, "proposed": 6, "accepted": 3}
+    }
+
+
+def test_metrics_of_speculation(logger_of: Any) -> None:
+    logger = logger_of(SPIFFY)
+    for _ in range(2):
+        logger.record(scheduler_stats(STEP), None, engine_idx=1)
+    assert value("vllm:dllm_forwards_total") == 6
+    assert value("vllm:dllm_refreshes_total") == 2
+    assert value("vllm:dllm_unmasked_total") == 12
+    assert value("vllm:dllm_tokens_per_forward_sum") == 2 * 6 / 4
+    assert value("vllm:dllm_tokens_per_forward_bucket", le="1.0") == 0
+    assert value("vllm:dllm_tokens_per_forward_bucket", le="1.5") == 2
+    assert value("vllm:dllm_draft_nodes_proposed_total", exactness="exact", depth="1") == 12
+    assert value("vllm:dllm_draft_nodes_accepted_total", exactness="exact", depth="2") == 2
+    assert value("vllm:dllm_draft_nodes_accepted_total", exactness="exact", depth="3") is None
+    assert value("vllm:dllm_steps_total", exactness="exact", budget="3") == 2
+    assert value("vllm:dllm_forwards_total", engine="0") == 0
+
+
+def test_without_speculation_there_are_no_draft_metrics(logger_of: Any) -> None:
+    logger_of(None).record(scheduler_stats(StepStats.of_step(0, [row()])), None, engine_idx=1)
+    assert value("vllm:dllm_forwards_total") == 1
+    names = {metric.name for metric in prometheus_client.REGISTRY.collect()}
+    assert not {name for name in names if "draft" in name or name == "vllm:dllm_steps"}
+
+
+def test_steps_of_others_are_passed_over(logger_of: Any) -> None:
+    logger = logger_of(SPIFFY)
+    for stats in (None, SchedulerStats(), SchedulerStats(spec_decoding_stats=SpecDecodingStats(32))):
+        logger.record(stats, None, engine_idx=1)
+    assert value("vllm:dllm_forwards_total") == 0
+
+
+def test_log_lines() -> None:
+    assert describe(STEP, is_drafting=False) == (
+        "Block diffusion metrics: Tokens/forward: 1.50, Forwards: 3, Refreshes: 1, Blocks: 0"
+    )
+    assert describe(STEP, is_drafting=True) == (
+        "Spiffy metrics: Tokens/forward: 1.50, Forwards: 3, Refreshes: 1, Blocks: 0, Mean accepted: 1.00, "
+        "Per-depth acceptance: 0.667, 0.333, Proposed: 9, Accepted: 3, Mean budget: 3.0 (of 3 to 3)"
+    )
+    assert "Per-depth acceptance: none" in describe(StepStats.of_step(0, [row()]), is_drafting=True)
+
+
+def test_an_interval_is_logged_once(logger_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[Any] = []
+    monkeypatch.setattr(stat_logger.logger, "info", lambda *args: lines.append(args))
+    logger = logger_of(SPIFFY)
+    logger.record(scheduler_stats(STEP), None, engine_idx=0)
+    logger.record(scheduler_stats(StepStats.of_step(1, [row()])), None, engine_idx=1)
+    logger.log()
+    logger.log()
+    assert len(lines) == 1
+    assert "Forwards: 4" in lines[0][1]
+    assert "Mean budget: 2.0 (of 1 to 3)" in lines[0][1]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_default", "clients", "expected"),
+    [
+        ("LLaDAModelLM", True, 1, [True]),
+        ("LLaDAModelLM", True, 2, [False]),
+        ("LLaDAModelLM", False, 1, []),
+        ("LlamaForCausalLM", True, 1, []),
+    ],
+)
+def test_logger_is_added_where_vllm_adds_its_own(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, is_default: bool, clients: int, expected: list[bool]
+) -> None:
+    def init(
+        self: Any, vllm_config: Any, engine_idxs: Any = None, enable_default_loggers: bool = True, client_count: int = 1
+    ) -> None:
+        self.engine_indexes, self.stat_loggers = engine_idxs, []
+
+    monkeypatch.setattr(StatLoggerManager, "__init__", init)
+    monkeypatch.setattr(stat_logger.logger, "isEnabledFor", lambda level: level == logging.INFO)
+    monkeypatch.setattr(stat_logger, "DllmStatLogger", lambda config, engines, is_logging: (engines, is_logging))
+    stat_logger.add_to_vllm()
+    config = SimpleNamespace(model_config=SimpleNamespace(architectures=[architecture]))
+    manager = StatLoggerManager(
+        vllm_config=config, engine_idxs=[0], enable_default_loggers=is_default, client_count=clients
+    )
+    assert manager.stat_loggers == [([0], is_logging) for is_logging in expected]
+
+
+class Engine:
+    """What `measure_curve` sees of an engine."""
+
+    def __init__(self, ms: list[list[float]], max_num_scheduled_tokens: int = 10**6, max_budget: int = 4) -> None:
+        self.ms = iter(ms)
+        self.asked: list[tuple[int, int]] = []
+        self.scheduler = SimpleNamespace(
+            max_num_running_reqs=16,
+            max_budget=max_budget,
+            block_length=32,
+            max_num_scheduled_tokens=max_num_scheduled_tokens,
+            wants_cost_curve=True,
+            set_cost_curve=lambda curve: setattr(self, "curve", curve),
+        )
+
+    def collective_rpc(self, method: Any, args: tuple[Any, ...]) -> list[float]:
+        assert method is costs.measure_point
+        self.asked.append(args[0])
+        return next(self.ms)
+
+    def _initialize_effective_attention_block_size(self) -> None:
+        self.is_complete = True
+
+
+def test_points_of_the_curve_ascend_and_are_few() -> None:
+    assert list(costs.cost_points(16, 4)) == [(1, 1), (1, 2), (1, 3), (1, 5), (4, 5), (16, 5)]
+    assert list(costs.cost_points(1, 1)) == [(1, 1), (1, 2)]
+    for max_num_reqs in range(1, 300, 7):
+        for max_budget in (1, 2, 3, 10, 64):
+            rows = [num_reqs * canvases for num_reqs, canvases in costs.cost_points(max_num_reqs, max_budget)]
+            assert rows == sorted(set(rows))
+            assert len(rows) <= 14
+
+
+def test_the_slowest_rank_counts() -> None:
+    engine = Engine([[1.0, 2.0], [3.0, 2.0], [4.0, 4.0], [5.0, 6.0], [7.0, 7.0], [9.0, 8.0]])
+    expected = ((32, 2.0), (64, 3.0), (96, 4.0), (160, 6.0), (640, 7.0), (2560, 9.0))
+    assert costs.measure_curve(engine) == CostCurve(expected)
+
+
+def test_no_larger_step_is_measured_after_a_slow_one() -> None:
+    engine = Engine([[100.0], [501.0]])
+    assert costs.measure_curve(engine).points == ((32, 100.0), (64, 501.0))
+
+
+def test_no_step_beyond_the_token_budget_is_measured() -> None:
+    engine = Engine([[1.0], [2.0], [3.0]], max_num_scheduled_tokens=100)
+    costs.measure_curve(engine)
+    assert engine.asked == [(1, 1), (1, 2), (1, 3)]
+
+
+def test_an_engine_measures_when_it_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "EngineCore", Engine)
+    costs.measure_at_start()
+    engine = Engine([[1.0]] * 6)
+    engine._initialize_effective_attention_block_size()
+    assert engine.is_complete
+    assert engine.curve.ms(32) == 1.0
+    other = Engine([])
+    other.scheduler = SimpleNamespace()
+    other._initialize_effective_attention_block_size()
+    assert other.asked == []
+
+
+def test_a_worker_measures_one_point() -> None:
+    state = SimpleNamespace(measure_costs=lambda points: [1.5 * len(points)])
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model_state=state))
+    assert costs.measure_point(worker, (1, 2)) == 1.5
