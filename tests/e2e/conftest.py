@@ -36,6 +36,20 @@ def oracle(wild: Path) -> Oracle:
 
 
 @pytest.fixture(scope="session")
+def mild(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a random model that can be foreseen a little."""
+    path = tmp_path_factory.mktemp("mild") / "checkpoint"
+    make_wild_checkpoint(path, mixing=0.05)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mild_oracle(mild: Path) -> Oracle:
+    """The reference decoder on this model."""
+    return Oracle(mild)
+
+
+@pytest.fixture(scope="session")
 def trained() -> Oracle:
     """The reference decoder on the trained model of the repository."""
     return Oracle(CHECKPOINT)

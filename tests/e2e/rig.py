@@ -2,8 +2,10 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import random
+import runpy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +14,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from vllm_dllm.config import generation_length
+from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.reference import spiffy
 from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy, generate
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 
@@ -57,19 +62,23 @@ class Case:
         return SamplingParams(**(values | changes))
 
 
-def make_wild_checkpoint(path: Path) -> None:
+def make_wild_checkpoint(path: Path, mixing: float = 1.0) -> None:
     """Write a random model with the small model's tokenizer: its tokens vary, and depend on everything it sees.
 
-    The trained model answers most of what is not a question with EOS, whatever is wrong with its input.
+    The trained model answers most of what is not a question with EOS, whatever is wrong with its input. The less
+    `mixing`, the less a position's logits depend on the others, and the more drafts come true.
     """
     shutil.copytree(CHECKPOINT, path, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((path / "config.json").read_text())
     config |= {"d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 96}
+    config["max_sequence_length"] = 1024
     (path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
     model = LLaDA(LLaDAConfig.from_json(path / "config.json"))
     generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():
+    for name, weight in model.named_parameters():
         torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.3, generator=generator)
+        if name.endswith("_out.weight") and ".blocks." in name:
+            weight.data *= mixing
     save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -81,28 +90,34 @@ class Oracle:
         self.model = LLaDA.from_pretrained(checkpoint, torch.float32)
 
     def generation(self, case: Case, settings: dict[str, Any]) -> Any:
+        kv = KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"))
+        return generate(self.model, torch.tensor(case.prompt), kv=kv, **self._options(case, settings))
+
+    def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)
-        return generate(
-            self.model,
-            torch.tensor(case.prompt),
-            gen_length=generation_length(len(case.prompt), case.max_tokens, block_length, MAX_MODEL_LEN),
-            block_length=block_length,
-            kv=KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every")),
-            policy=UnmaskPolicy(
+        return {
+            "gen_length": generation_length(len(case.prompt), case.max_tokens, block_length, MAX_MODEL_LEN),
+            "block_length": block_length,
+            "policy": UnmaskPolicy(
                 case.policy,
                 steps=case.steps,
                 threshold=case.threshold,
                 factor=case.factor,
                 confidence_dtype=torch.float64,
             ),
-            sampling=Sampling(
+            "sampling": Sampling(
                 temperature=case.temperature,
                 seed=case.seed,
                 top_k=case.top_k or None,
                 top_p=case.top_p if case.top_p < 1 else None,
                 forbidden_ids=(self.model.config.mask_token_id,),
             ),
-        )
+        }
+
+    def speculative(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
+        """Decode with drafts, under the dual cache."""
+        plain = self._options(case, settings)
+        return spiffy.generate(self.model, torch.tensor(case.prompt), graph=graph, budget=budget, **plain)
 
     def tokens(self, case: Case, settings: dict[str, Any]) -> list[int]:
         tokens: list[int] = self.generation(case, settings).tokens.tolist()
@@ -160,10 +175,28 @@ def engine(checkpoint: Path, settings: dict[str, Any], **changes: Any) -> Iterat
         gc.collect()
 
 
-def run(llm: Any, cases: list[Case]) -> list[list[int]]:
+def run_outputs(llm: Any, cases: list[Case], **changes: Any) -> list[Any]:
     prompts = [{"prompt_token_ids": list(case.prompt)} for case in cases]
-    outputs = llm.generate(prompts, [case.sampling_params() for case in cases], use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return llm.generate(prompts, [case.sampling_params(**changes) for case in cases], use_tqdm=False)
+
+
+def run(llm: Any, cases: list[Case]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in run_outputs(llm, cases)]
+
+
+def questions(count: int) -> list[tuple[int, ...]]:
+    """Return prompts that the trained model was made for."""
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    tasks = runpy.run_path(str(CHECKPOINT.parent / "tasks.py"))
+    rng = random.Random(0)
+    kinds = itertools.islice(itertools.cycle(tasks["TASKS"]), count)
+    texts = [tasks["draw"](kind, rng, held_out=True).question for kind in kinds]
+    return [
+        tuple(
+            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+        )
+        for text in texts
+    ]
 
 
 def model_state(llm: Any) -> Any:

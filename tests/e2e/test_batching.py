@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.rig import MAX_MODEL_LEN, Case, engine, mixed_cases, model_state, run, step_all
+from tests.e2e.rig import MAX_MODEL_LEN, Case, engine, mixed_cases, run, step_all
 
 pytestmark = pytest.mark.engine
 
@@ -95,13 +95,6 @@ def test_end_of_text_and_end_of_turn_stop(llm: Any, oracle: Any) -> None:
     )
     assert request.sampling_params.eos_token_id == tokenizer.eos_token_id
     assert request.sampling_params.stop_token_ids == [config.eot_token_id]
-
-
-def test_metrics_count_denoising_steps_and_tokens(llm: Any) -> None:
-    counters = model_state(llm).counters
-    before = counters.nfe_denoise
-    run(llm, [Case(prompt=(5, 6, 7), max_tokens=16)])
-    assert counters.nfe_denoise - before == 16
 
 
 def test_sampled_tokens_follow_the_models_distribution(llm: Any, oracle: Any) -> None:

@@ -10,55 +10,67 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.rig import Oracle, engine, mixed_cases, run
+from tests.e2e.rig import NUM_SLOTS, Oracle, engine, mixed_cases, run
+from tests.e2e.test_spiffy import random_graph, speculation
 
 pytestmark = pytest.mark.engine
 
-SETTINGS = {"block_length": 8}
-CAPTURED_NUM_REQS = (1, 2, 4, 8, 16)
+BLOCK_LENGTH = 8
+SETTINGS = {"block_length": BLOCK_LENGTH}
 
 
 class EagerGraphs:
-    """Stands for vLLM's graph manager on a device without graphs."""
+    """Stands for vLLM's graph manager on a device without graphs.
 
-    def __init__(self, runner: Any) -> None:
+    Args:
+        runner: the engine's model runner.
+        num_blocks: sizes to capture, in blocks.
+        is_mixed: whether a graph takes any batch of its number of rows, as with `CUDAGraphMode.FULL`, prompts
+            included, or only steps with one block per request.
+    """
+
+    def __init__(self, runner: Any, num_blocks: list[int], *, is_mixed: bool) -> None:
         from vllm.config.compilation import CUDAGraphMode
         from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, prepare_inputs_to_capture
 
         self.runner = runner
+        self.is_mixed = is_mixed
         self.num_replays = 0
         self.graphs = {}
-        for num_reqs in CAPTURED_NUM_REQS:
+        for size in (n * BLOCK_LENGTH for n in num_blocks):
+            num_reqs = min(size, NUM_SLOTS) if is_mixed else size // BLOCK_LENGTH
+            uniform = None if is_mixed else BLOCK_LENGTH
             desc = BatchExecutionDescriptor(
-                cg_mode=CUDAGraphMode.FULL, num_tokens=num_reqs * 8, num_reqs=num_reqs, uniform_token_count=8
+                cg_mode=CUDAGraphMode.FULL, num_tokens=size, num_reqs=num_reqs, uniform_token_count=uniform
             )
             state = prepare_inputs_to_capture(
                 num_reqs,
-                num_reqs * 8,
+                size,
                 runner.model_state,
                 runner.input_buffers,
                 runner.block_tables,
                 runner.attn_groups,
                 runner.kv_cache_config,
                 full_cudagraph=True,
-                max_query_len=8,
+                max_query_len=uniform,
             )
-            self.graphs[num_reqs] = (desc, state)
+            self.graphs[size] = (desc, state)
         self.eager = runner.cudagraph_manager
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.eager, name)
 
     def dispatch(self, num_reqs: int, num_tokens: int, uniform_token_count: int | None, *args: Any, **kw: Any) -> Any:
-        if uniform_token_count != 8:
+        fitting = [size for size in self.graphs if size >= num_tokens]
+        if not fitting or not (self.is_mixed or uniform_token_count == BLOCK_LENGTH):
             return self.eager.dispatch(num_reqs, num_tokens, uniform_token_count, *args, **kw)
-        return self.graphs[min(n for n in CAPTURED_NUM_REQS if n >= num_reqs)][0]
+        return self.graphs[min(fitting)][0]
 
     def run_fullgraph(self, desc: Any) -> torch.Tensor:
         from vllm.forward_context import set_forward_context
 
         self.num_replays += 1
-        metadata, slot_mappings = self.graphs[desc.num_reqs][1]
+        metadata, slot_mappings = self.graphs[desc.num_tokens][1]
         buffers = self.runner.input_buffers
         ids, positions = buffers.input_ids[: desc.num_tokens], buffers.positions[: desc.num_tokens]
         config = self.runner.vllm_config
@@ -67,9 +79,19 @@ class EagerGraphs:
 
 
 def test_replayed_steps_equal_reference(oracle: Oracle, wild: Path) -> None:
-    cases = mixed_cases(8, seed=11)
+    cases = mixed_cases(BLOCK_LENGTH, seed=11)
     with engine(wild, SETTINGS) as llm:
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        graphs = runner.cudagraph_manager = EagerGraphs(runner)
+        graphs = runner.cudagraph_manager = EagerGraphs(runner, [1, 2, 4, 8, 16], is_mixed=False)
         assert run(llm, cases) == [oracle.tokens(case, SETTINGS) for case in cases]
+        assert graphs.num_replays > 16
+
+
+def test_replayed_steps_with_drafts_equal_reference(mild_oracle: Oracle, mild: Path) -> None:
+    cases = mixed_cases(BLOCK_LENGTH, seed=11)
+    config = speculation(random_graph(2, 6, BLOCK_LENGTH), 4)
+    with engine(mild, SETTINGS, speculative_config=config, max_model_len=256) as llm:
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        graphs = runner.cudagraph_manager = EagerGraphs(runner, [1, 3, 7, 12, 24, 48, 80], is_mixed=True)
+        assert run(llm, cases) == [mild_oracle.tokens(case, SETTINGS) for case in cases]
         assert graphs.num_replays > 16

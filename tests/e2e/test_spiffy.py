@@ -1,0 +1,165 @@
+"""Speculation changes forwards and no token: engine with drafts == engine without == reference, in fp32."""
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.rig import CHECKPOINT, NUM_SLOTS, Case, Oracle, engine, mixed_cases, questions, run_outputs, step_all
+from vllm_dllm.draft.graph import DraftGraph, Formula
+from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
+from vllm_dllm.draft.readiness import Readiness
+
+pytestmark = pytest.mark.engine
+
+
+def random_graph(seed: int, num_nodes: int, block_length: int) -> DraftGraph:
+    """Nodes that hang together, with numbers as calibration gives them."""
+    rng = random.Random(seed)
+    formulas: list[Formula] = [tuple((rank, 0) for rank in range(size)) for size in range(4)]
+    while len(formulas) <= num_nodes:
+        parent = rng.choice(formulas)
+        taken = {rank for rank, _ in parent}
+        free = [rank for rank in range(min(block_length, len(parent) + 3)) if rank not in taken]
+        if not free:
+            continue
+        child = tuple(sorted([*parent, (rng.choice(free), rng.choice([0, 0, 0, 1]))]))
+        if child not in formulas:
+            formulas.append(child)
+    counts = tuple(rng.randrange(1, 100) for _ in range(num_nodes))
+    expected = tuple(rng.uniform(1, 100) for _ in range(num_nodes))
+    graph = DraftGraph(tuple(formulas[1:]), None, counts, 100, Readiness(1.7, (1.2, 0.8), -1.0), expected)
+    return parse_graph(json.loads(dump_graph(GraphFile(graph)))).graph  # with parents first
+
+
+def speculation(graph: DraftGraph, budget: int | str, **changes: Any) -> dict[str, Any]:
+    inline = json.loads(dump_graph(GraphFile(graph)))
+    return {"method": "spiffy", "draft_graph": inline, "budget": budget, **changes}
+
+
+def hot(cases: list[Case]) -> list[Case]:
+    """Raise the temperature of every other sampled case to 1."""
+    return [
+        dataclasses.replace(case, temperature=1.0) if case.temperature and i % 2 else case
+        for i, case in enumerate(cases)
+    ]
+
+
+CONFIGS = [(8, 12, 5), (8, 12, 12), (32, 10, 10), (32, 24, 3), (8, 12, "auto")]
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=str)
+def served(request: pytest.FixtureRequest, mild: Path) -> Iterator[Any]:
+    block_length, num_nodes, budget = request.param
+    graph = random_graph(sum(map(str(request.param).count, "123456789")), num_nodes, block_length)
+    settings = {"block_length": block_length}
+    # Rows behind max_model_len are cut, and with them drafts: leave room for most of the rows of these cases.
+    with engine(mild, settings, speculative_config=speculation(graph, budget), max_model_len=1024) as llm:
+        yield llm, settings, graph, budget
+
+
+def test_mixed_batch_equals_reference(served: Any, mild_oracle: Oracle) -> None:
+    llm, settings, graph, budget = served
+    cases = hot(mixed_cases(settings["block_length"], seed=settings["block_length"]))
+    outputs = run_outputs(llm, cases)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [
+        mild_oracle.tokens(case, settings) for case in cases
+    ]
+    took = [output.kv_transfer_params["dllm"] for output in outputs]
+    assert {numbers["exactness"] for numbers in took} == {"exact"}
+    if budget == "auto":
+        return
+    expected = [mild_oracle.speculative(case, settings, graph, budget) for case in cases]
+    assert [(n["nfe"], n["nfe_refresh"], n["accepted"], n["proposed"]) for n in took] == [
+        (e.nfe, e.nfe_refresh, e.num_accepted, e.num_proposed) for e in expected
+    ]
+    assert sum(e.num_accepted for e in expected) >= 8, "too few drafts come true for the test to mean much"
+
+
+def test_preemption_and_aborts_leave_the_others_alone(served: Any, mild_oracle: Oracle) -> None:
+    llm, settings, _, _ = served
+    cases = hot(mixed_cases(settings["block_length"], seed=6)[:8])
+    preempted = []
+
+    def interfere(number: int, llm: Any) -> None:
+        if number % (settings["block_length"] + 5) == 5:
+            preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
+            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+        if number == 3:
+            llm.llm_engine.abort_request(["1"])
+
+    tokens = step_all(llm, cases, interfere)
+    assert sum(preempted) >= 4, "too few were preempted"
+    expected = {str(i): mild_oracle.tokens(case, settings) for i, case in enumerate(cases)}
+    del expected["1"]
+    assert tokens == expected | ({"1": tokens["1"]} if "1" in tokens else {})
+
+
+def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
+    llm, settings, _, _ = served
+    core = llm.llm_engine.engine_core.engine_core
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    for i, case in enumerate(mixed_cases(settings["block_length"], seed=5)):
+        llm.llm_engine.add_request(str(i), {"prompt_token_ids": list(case.prompt)}, case.sampling_params())
+    compared = 0
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        for request in core.scheduler.running:
+            slot = runner.req_states.req_id_to_index.get(request.request_id)
+            if slot is not None:
+                assert int(runner.req_states.num_computed_tokens.gpu[slot]) == request.num_computed_tokens
+                compared += 1
+    assert compared > NUM_SLOTS
+
+
+def test_near_the_end_of_max_model_len_drafts_are_left_out(mild: Path, mild_oracle: Oracle) -> None:
+    """Rows behind max_model_len would have no pages."""
+    settings = {"block_length": 8}
+    graph = random_graph(1, 6, 8)
+    with engine(mild, settings, speculative_config=speculation(graph, 6)) as llm:
+        cases = [Case(prompt=tuple(range(5, 5 + 128 - left)), max_tokens=left) for left in (8, 15, 64, 128 - 20)]
+        outputs = run_outputs(llm, cases)
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    assert tokens == [mild_oracle.tokens(case, settings) for case in cases]
+    assert outputs[3].kv_transfer_params["dllm"]["proposed"] > 0
+
+
+@pytest.mark.parametrize("policy", ["static", "threshold"])
+def test_two_hundred_answers_of_the_trained_model(policy: str, trained: Oracle) -> None:
+    cases = [Case(prompt=prompt, max_tokens=40, policy=policy) for prompt in questions(200)]
+    settings = {"block_length": 32}
+    options = {"max_model_len": 256}
+    with engine(CHECKPOINT, settings, **options) as llm:
+        plain = run_outputs(llm, cases, ignore_eos=False)
+    config = {"method": "spiffy", "budget": 5}
+    with engine(CHECKPOINT, settings | {"policy": policy}, speculative_config=config, **options) as llm:
+        drafted = run_outputs(llm, cases, ignore_eos=False)
+    assert [o.outputs[0].token_ids for o in drafted] == [o.outputs[0].token_ids for o in plain]
+    assert [o.outputs[0].finish_reason for o in drafted] == [o.outputs[0].finish_reason for o in plain]
+    plain_nfe, nfe = (sum(o.kv_transfer_params["dllm"]["nfe"] for o in outputs) for outputs in (plain, drafted))
+    # At the threshold most answers are known at once, and a refresh is all they take.
+    assert nfe < 0.8 * plain_nfe if policy == "static" else nfe <= plain_nfe
+    for case, output in list(zip(cases, drafted, strict=True))[:12]:
+        tokens = list(output.outputs[0].token_ids)
+        assert tokens == trained.tokens(case, settings)[: len(tokens)]
+
+
+@pytest.mark.parametrize("settings", [{"kv_policy": "prefix"}, {"refresh_every": 3}, {"refresh_every": 1}], ids=str)
+def test_near_drafts_answer_and_say_so(settings: dict[str, Any], mild: Path, mild_oracle: Oracle) -> None:
+    graph = random_graph(3, 8, 8)
+    cases = mixed_cases(8, seed=2)[:8]
+    settings = settings | {"block_length": 8}
+    config = speculation(graph, 4, exactness="near")
+    with engine(mild, settings, speculative_config=config, max_model_len=256) as llm:
+        outputs = run_outputs(llm, cases)
+    took = [output.kv_transfer_params["dllm"] for output in outputs]
+    assert {numbers["exactness"] for numbers in took} == {"near"}
+    assert sum(numbers["accepted"] for numbers in took) > 0
+    for case, output, numbers in zip(cases, outputs, took, strict=True):
+        assert len(output.outputs[0].token_ids) == case.max_tokens
+        if numbers["accepted"] == 0:
+            assert list(output.outputs[0].token_ids) == mild_oracle.tokens(case, settings)
