@@ -1,0 +1,70 @@
+"""Servers that are started as a user starts them, and requests to them."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from tests.e2e.rig import CHECKPOINT, MAX_MODEL_LEN, Case
+
+MODEL = "tiny"
+
+
+@contextlib.contextmanager
+def server(log: Path, settings: dict[str, Any], *arguments: str) -> Iterator[openai.OpenAI]:
+    """A client of `vllm serve`, with no variable of ours or vLLM's set."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "TRITON_", "OMP_"))}
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        *("serve", str(CHECKPOINT), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
+        *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16"),
+        *("--kv-cache-memory-bytes", str(64 << 20), "--additional-config", json.dumps({"dllm": settings})),
+        *arguments,
+    ]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            with contextlib.suppress(openai.APIConnectionError):
+                client.models.list()
+                break
+            time.sleep(0.5)
+        yield client
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def complete(client: openai.OpenAI, case: Case, **changes: Any) -> Any:
+    extra: dict[str, Any] = {
+        "top_k": case.top_k,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "vllm_xargs": case.sampling_params().extra_args,
+    }
+    extra |= changes.pop("extra_body", {})
+    values = {
+        "model": MODEL,
+        "prompt": list(case.prompt),
+        "max_tokens": case.max_tokens,
+        "temperature": case.temperature,
+        "top_p": case.top_p,
+        "seed": case.seed,
+        "extra_body": extra,
+    }
+    return client.completions.create(**(values | changes))

@@ -1,0 +1,85 @@
+"""`vllm serve --speculative-config FILE`: the same tokens, what each reply took, and the metrics."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+
+from tests.e2e.http import MODEL, complete, server
+from tests.e2e.rig import Oracle, mixed_cases
+
+pytestmark = pytest.mark.engine
+
+SETTINGS = {"block_length": 8}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "spiffy.json").write_text(json.dumps({"method": "spiffy", "budget": 3}))
+    with server(folder / "log", SETTINGS, "--speculative-config", str(folder / "spiffy.json")) as client:
+        yield client
+
+
+def metrics(client: openai.OpenAI) -> dict[str, dict[str, float]]:
+    """Read our metrics: name -> labels of ours, as text -> value."""
+    text = client._client.get(str(client.base_url).replace("/v1/", "/metrics")).text
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, labels, value in re.findall(r"^vllm:dllm_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        own = [label for label in labels.split(",") if not label.startswith(("engine=", "model_name="))]
+        found[name][",".join(own)] = float(value)
+    return found
+
+
+def test_replies_equal_reference_and_tell_what_they_took(client: openai.OpenAI, trained: Oracle) -> None:
+    cases = mixed_cases(8, seed=1)
+    with ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(lambda case: complete(client, case), cases))
+    assert [reply.choices[0].token_ids for reply in replies] == [trained.tokens(case, SETTINGS) for case in cases]
+    took = [reply.kv_transfer_params["dllm"] for reply in replies]
+    assert {numbers["exactness"] for numbers in took} == {"exact"}
+    plain = [trained.generation(case, SETTINGS).nfe for case in cases]
+    assert [n["nfe"] + n["accepted"] for n in took] == plain
+    assert sum(n["accepted"] for n in took) > 0
+
+
+def test_chat_tells_what_it_took(client: openai.OpenAI) -> None:
+    reply: Any = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Sort 3 1 7 2"}], max_tokens=32
+    )
+    assert reply.choices[0].message.content == "1 2 3 7"
+    assert reply.kv_transfer_params["dllm"]["nfe"] < 32
+
+
+def test_metrics_add_up(client: openai.OpenAI) -> None:
+    cases = mixed_cases(8, seed=2)
+    before = metrics(client)
+    with ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(lambda case: complete(client, case), cases))
+    took = [reply.kv_transfer_params["dllm"] for reply in replies]
+    after = metrics(client)
+    for _ in range(100):  # the server exports its counters a moment after its replies
+        if sum(after["forwards_total"].values()) == sum(metrics(client)["forwards_total"].values()):
+            break
+        after = metrics(client)
+
+    def counted(name: str) -> float:
+        return sum(after[name].values()) - sum(before[name].values())
+
+    assert counted("forwards_total") + counted("refreshes_total") == sum(n["nfe"] for n in took)
+    assert counted("refreshes_total") == sum(n["nfe_refresh"] for n in took)
+    assert counted("draft_nodes_proposed_total") == sum(n["proposed"] for n in took)
+    assert counted("draft_nodes_accepted_total") == sum(n["accepted"] for n in took)
+    assert set(after["steps_total"]) <= {f'budget="{k}",exactness="exact"' for k in range(4)}
+
+
+def test_a_bad_request_is_a_400_and_the_server_lives_on(client: openai.OpenAI) -> None:
+    for bad in ({"dllm_policy": "best"}, {"dllm_budget": 3}, {"dllm_threshold": 2.0}):
+        with pytest.raises(openai.BadRequestError, match="dllm_"):
+            client.completions.create(model=MODEL, prompt="1", max_tokens=8, extra_body={"vllm_xargs": bad})
+    assert client.completions.create(model=MODEL, prompt="1 + 2 = ?", max_tokens=8).choices
