@@ -4,7 +4,7 @@ PY := .venv/bin/python
 CMAKE := .venv/bin/cmake
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-BENCH_ARGS ?=
+BENCH_ARGS ?= --model examples/tiny_llada/checkpoint --prompts examples/tiny_llada/questions.jsonl
 TEST_ARGS ?=
 
 .PHONY: help setup demo test check lint cuda-check bench docs build clean
@@ -27,7 +27,7 @@ endif
 	@CMAKE_ARGS="-DDLLM_CUDA=OFF $$CMAKE_ARGS" $(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup ## serve the small model of the checkout and talk to it
+demo: setup ## serve the small model of the checkout without and with Spiffy, and compare
 	$(PY) examples/demo.py
 
 test: setup ## all tests
@@ -52,7 +52,9 @@ cuda-check: setup
 	fi
 
 bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: BENCH_ARGS)
-	$(PY) -m vllm_dllm.bench $(BENCH_ARGS)
+	.venv/bin/vllm-dllm bench reference $(BENCH_ARGS)
+	.venv/bin/vllm-dllm bench stages $(BENCH_ARGS)
+	.venv/bin/vllm-dllm bench decode $(BENCH_ARGS)
 
 docs: setup ## check the links and commands of the documentation
 	$(PY) -m pytest -q tests/test_docs.py

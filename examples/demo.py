@@ -1,60 +1,71 @@
-"""Serve the small model of this checkout with `vllm serve` and talk to it with the OpenAI client.
+"""Serve the small model of this checkout with `vllm serve`, without and with Spiffy, and talk to it.
 
-Prints each answer, whether it is right, and for three unmasking policies the tokens per second and the forward passes
-per token. `make demo` runs it.
+Prints some answers, then for four settings how many answers are right, the tokens per second, the forwards per token
+and the accepted drafts, and whether Spiffy changed any text: the exit status is 1 if it did. Then it draws how an
+answer comes about. `make demo` runs it.
 """
 
 import contextlib
 import random
-import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from dataclasses import dataclass
 from pathlib import Path
 
+from denoising_picture import draw
 from openai import OpenAI
-from openai.types.chat import ChatCompletion
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "tiny_llada"))
-from tasks import TASKS, Example, draw  # noqa: E402 - an example's module, not a package
+from tasks import TASKS, Example  # noqa: E402 - an example's module, not a package
+from tasks import draw as draw_example  # noqa: E402
 
 CHECKPOINT = HERE / "tiny_llada" / "checkpoint"
+SPIFFY = HERE / "tiny_llada" / "spiffy.json"
 MODEL = "tiny-llada"
 MAX_TOKENS = 64
-BLOCK_LENGTH = 32  # the server's default
-LOG = HERE.parent / "build" / "demo-server.log"
+BUILD = HERE.parent / "build"
+LOG = BUILD / "demo-server.log"
+PICTURE = BUILD / "denoising.svg"
 START_TIMEOUT_S = 240
-POLICIES = {
-    "one token per step": {"dllm_policy": "static"},
-    "two tokens per step": {"dllm_policy": "static", "dllm_steps": 32},
-    "confidence above 0.9": {"dllm_policy": "threshold", "dllm_threshold": 0.9},
-}
+QUESTIONS_PER_TASK = 3
+STATIC: dict[str, object] = {"dllm_policy": "static"}
+THRESHOLD: dict[str, object] = {"dllm_policy": "threshold", "dllm_threshold": 0.9}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a setting made of the questions."""
+
+    texts: list[str]
+    num_tokens: int
+    seconds: float
+    nfe: int  # forwards, refreshes included
+    accepted: int  # drafts
 
 
 @contextlib.contextmanager
-def server() -> Iterator[str]:
-    """Run `vllm serve` until the block ends; yields its address."""
+def server(*options: str) -> Iterator[OpenAI]:
+    """Run `vllm serve` until the block ends; yields a client of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         str(Path(sys.executable).with_name("vllm")),
         *("serve", str(CHECKPOINT), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(128 << 20)),
+        *("--dtype", "float32", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(128 << 20), *options),
     ]
     print("$", " ".join(command), flush=True)
-    LOG.parent.mkdir(exist_ok=True)
+    BUILD.mkdir(exist_ok=True)
     with LOG.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             wait_until_ready(process, f"http://127.0.0.1:{port}")
-            yield f"http://127.0.0.1:{port}"
+            yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         finally:
             process.terminate()
             try:
@@ -74,34 +85,9 @@ def wait_until_ready(process: "subprocess.Popen[bytes]", address: str) -> None:
     sys.exit(f"the server did not start; the end of {LOG}:\n" + "\n".join(LOG.read_text().splitlines()[-30:]))
 
 
-def denoising_steps(address: str) -> int:
-    """Read how many denoising forwards requests took part in, from vLLM's metrics."""
-    metrics = urllib.request.urlopen(f"{address}/metrics", timeout=10).read().decode()
-    found = re.findall(r"^vllm:diffusion_num_denoising_steps_total\{.*\} ([\d.e+]+)$", metrics, re.MULTILINE)
-    return int(sum(map(float, found)))
-
-
-def settled_denoising_steps(address: str) -> int:
-    """Read the same once it stands still: the server exports its counters a moment after its replies."""
-    before, now = -1, denoising_steps(address)
-    while now != before:
-        time.sleep(0.5)
-        before, now = now, denoising_steps(address)
-    return now
-
-
-def ask(client: OpenAI, example: Example, policy: dict[str, object]) -> ChatCompletion:
-    """Ask one question."""
-    return client.chat.completions.create(
-        model=MODEL,
-        messages=[{"role": "user", "content": example.question}],
-        max_tokens=MAX_TOKENS,
-        extra_body={"vllm_xargs": policy},
-    )
-
-
 def show_answers(client: OpenAI, examples: list[Example]) -> None:
     """Stream one answer per task."""
+    print("\nquestions the model was not trained on:")
     for example in examples:
         stream = client.chat.completions.create(
             model=MODEL,
@@ -113,37 +99,72 @@ def show_answers(client: OpenAI, examples: list[Example]) -> None:
         print(f"  {example.question:34} -> {answer:40} {'right' if answer == example.answer else 'WRONG'}", flush=True)
 
 
-def measure(client: OpenAI, address: str, examples: list[Example]) -> None:
-    """Ask all questions at once with each policy, and print what that took."""
-    print(f"\n{len(examples)} questions at once:")
-    print(f"  {'unmasking policy':22} {'right':>6} {'tokens/s':>9} {'forwards/token':>15} {'of them refreshes':>18}")
-    for name, policy in POLICIES.items():
-        steps = settled_denoising_steps(address)
-        begin = time.monotonic()
-        with ThreadPoolExecutor(len(examples)) as pool:
-            replies = list(pool.map(ask, repeat(client), examples, repeat(policy)))
-        seconds = time.monotonic() - begin
-        tokens = sum(reply.usage.completion_tokens for reply in replies if reply.usage)
-        right = sum(
-            reply.choices[0].message.content == example.answer for reply, example in zip(replies, examples, strict=True)
+def measure(client: OpenAI, examples: list[Example], policy: dict[str, object]) -> Result:
+    """Ask the questions one after another."""
+    begin = time.monotonic()
+    replies = [
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": example.question}],
+            max_tokens=MAX_TOKENS,
+            extra_body={"vllm_xargs": policy},
         )
-        # One when a block begins; a reply ends in the block that holds its last token.
-        refreshes = sum(-(-reply.usage.completion_tokens // BLOCK_LENGTH) for reply in replies if reply.usage)
-        forwards = settled_denoising_steps(address) - steps + refreshes
-        share = f"{right}/{len(examples)}"
-        print(f"  {name:22} {share:>6} {tokens / seconds:9.1f} {forwards / tokens:15.2f} {refreshes / forwards:18.1%}")
+        for example in examples
+    ]
+    seconds = time.monotonic() - begin
+    taken = [reply.model_extra["kv_transfer_params"]["dllm"] for reply in replies]
+    return Result(
+        texts=[str(reply.choices[0].message.content) for reply in replies],
+        num_tokens=sum(reply.usage.completion_tokens for reply in replies),
+        seconds=seconds,
+        nfe=sum(numbers["nfe"] for numbers in taken),
+        accepted=sum(numbers["accepted"] for numbers in taken),
+    )
 
 
-def main() -> None:
-    """Run the demonstration."""
+def show(results: dict[str, Result], examples: list[Example]) -> None:
+    """Print a line per setting."""
+    print(f"\n{len(examples)} questions, one after another:")
+    print(f"  {'setting':20} {'right':>6} {'tokens/s':>9} {'forwards/token':>15} {'accepted drafts':>16}")
+    for name, result in results.items():
+        right = sum(text == example.answer for text, example in zip(result.texts, examples, strict=True))
+        speed, nfe = result.num_tokens / result.seconds, result.nfe / result.num_tokens
+        print(f"  {name:20} {f'{right}/{len(examples)}':>6} {speed:9.1f} {nfe:15.2f} {result.accepted:16}")
+
+
+def show_differences(results: dict[str, Result], without: str, drafted: str) -> int:
+    """Print whether two settings gave the same texts; returns how many differ."""
+    pairs = zip(results[without].texts, results[drafted].texts, strict=True)
+    num_different = sum(a != b for a, b in pairs)
+    verdict = "identical" if num_different == 0 else f"{num_different} DIFFERENT"
+    print(f"texts of '{without}' and '{drafted}': {verdict}")
+    return num_different
+
+
+def main() -> int:
+    """Run the demonstration; returns the exit status."""
     rng = random.Random(0)
-    examples = [draw(task, rng, held_out=True) for task in TASKS]
-    with server() as address:
-        client = OpenAI(base_url=f"{address}/v1", api_key="none")
-        print("\nquestions the model was not trained on:")
-        show_answers(client, examples)
-        measure(client, address, [draw(task, rng, held_out=True) for task in TASKS for _ in range(2)])
+    shown = [draw_example(task, rng, held_out=True) for task in TASKS]
+    asked = [draw_example(task, rng, held_out=True) for task in TASKS for _ in range(QUESTIONS_PER_TASK)]
+    results = {}
+    with server() as client:
+        show_answers(client, shown)
+        results["off"] = measure(client, asked, STATIC)
+        results["threshold"] = measure(client, asked, THRESHOLD)
+    print()
+    with server("--speculative-config", str(SPIFFY)) as client:
+        measure(client, shown, STATIC)  # the first requests pay for what is made once, as above
+        results["Spiffy"] = measure(client, asked, STATIC)
+        results["threshold + Spiffy"] = measure(client, asked, THRESHOLD)
+    show({name: results[name] for name in ("off", "threshold", "Spiffy", "threshold + Spiffy")}, asked)
+    num_different = show_differences(results, "off", "Spiffy")
+    num_different += show_differences(results, "threshold", "threshold + Spiffy")
+    forwards = draw(asked[-QUESTIONS_PER_TASK - 1].question, SPIFFY, PICTURE)
+    print(
+        f"how an answer comes about ({', '.join(f'{name}: {n}' for name, n in forwards.items())} forwards): {PICTURE}"
+    )
+    return int(num_different > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

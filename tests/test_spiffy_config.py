@@ -160,7 +160,7 @@ def test_the_default_graph_is_the_policys_and_says_what_is_better(policy: str) -
     found = settings({"draft_graph": "default"}, policy=policy)
     assert found.graph == default_graph(policy).graph  # type: ignore[arg-type]
     assert len(found.warnings) == 1
-    assert "vllm-dllm calibrate --model models/ours" in found.warnings[0]
+    assert "vllm-dllm calibrate models/ours" in found.warnings[0]
     assert f"--policy {policy}" in found.warnings[0]
 
 

@@ -21,7 +21,7 @@ MAX_NESTING = 3
 EXCEPTIONS: dict[str, str] = {}
 """What may break a size rule ("path" or "path::function"), and why."""
 
-MAY_IMPORT_VLLM = {"engine", "models", "plugin", "bench", "cli", "calibrate"}
+MAY_IMPORT_VLLM = {"engine", "models", "plugin", "bench"}
 REFERENCE_MAY_NOT_IMPORT = {"vllm_dllm.engine", "vllm_dllm.models", "vllm_dllm.ops", "vllm_dllm.plugin", "vllm"}
 
 BANNED_NAMES = {"block_table": "page_table", "mask_index": "is_masked", "transfer_index": "unmask", "nfes": "nfe"}

@@ -54,7 +54,7 @@ def test_a_graph_made_for_another_server_warns(update: dict, names: list[str], c
     warnings = check_fit(FILE, PROVENANCE.settings.model_copy(update=update), where="graph.json", model="m")
     assert len(warnings) == len(names) + 1  # and the model
     assert all(warning.startswith("graph.json was calibrated with ") for warning in warnings)
-    assert all("run: vllm-dllm calibrate --model m " in warning and command in warning for warning in warnings)
+    assert all("run: vllm-dllm calibrate m " in warning and command in warning for warning in warnings)
     assert all(any(name in warning for warning in warnings) for name in ["model 'llada-tiny'", *names])
 
 

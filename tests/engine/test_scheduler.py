@@ -38,7 +38,7 @@ def make(budget: int | None = MAX_NODES, running: list[Any] | None = None, spiff
     made.requests = {each.request_id: each for each in made.running}
     made.log_stats, made.num_spec_tokens = True, B
     made._spiffy = SimpleNamespace(exactness="exact", max_nodes=MAX_NODES) if spiffy else None
-    made._rule = BudgetRule(GRAPH, B, budget) if spiffy else None
+    made.rule = BudgetRule(GRAPH, B, budget) if spiffy else None
     made._totals = defaultdict(RequestTotals)
     made._stats = made._updated_at_s = made._host_ms = None
     made._scheduled_at_s = 0.0
@@ -127,8 +127,8 @@ def test_who_wants_a_cost_curve() -> None:
     assert not make(0).wants_cost_curve
     scheduler = make(None)
     scheduler.set_cost_curve(CostCurve(((B, 1.0),)))
-    assert scheduler._rule is not None
-    assert scheduler._rule.curve == CostCurve(((B, 1.0),))
+    assert scheduler.rule is not None
+    assert scheduler.rule.curve == CostCurve(((B, 1.0),))
 
 
 def test_reports_are_taken_from_vllm(stock: SimpleNamespace) -> None:
@@ -183,7 +183,7 @@ def test_an_aborted_request_leaves_nothing() -> None:
 def observed(monkeypatch: pytest.MonkeyPatch, scheduler: DllmScheduler) -> list[tuple[Any, ...]]:
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(
-        scheduler._rule, "observe", lambda n, budget, mean, ms, host_ms: seen.append((n, budget, mean, ms, host_ms))
+        scheduler.rule, "observe", lambda n, budget, mean, ms, host_ms: seen.append((n, budget, mean, ms, host_ms))
     )
     return seen
 

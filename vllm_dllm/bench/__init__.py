@@ -1,1 +1,1 @@
-"""Measurements, each a ratio within one run: `python -m vllm_dllm.bench --model PATH --prompts FILE.jsonl`."""
+"""Measurements behind docs/benchmarks.md, as `vllm-dllm bench`: each figure is a ratio within one run."""

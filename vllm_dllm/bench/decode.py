@@ -1,123 +1,260 @@
-"""Tokens per second and forwards of the engine beside the plain reference decoders, in one run."""
+"""Speculation against none: the same prompts with each budget, in turns, so that a machine's moods hit all alike."""
 
-import argparse
-import time
-from collections.abc import Sequence
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from vllm import LLM, SamplingParams
+from vllm_dllm.bench.process import EngineProcess
+from vllm_dllm.bench.report import Row, Section, Spread
+from vllm_dllm.bench.workload import EngineSpec, Measurement, UnequalTokensError, Workload
+from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.draft.graph_file import GraphFile, dump_graph
+from vllm_dllm.spiffy_config import DEFAULT_GRAPH, DEFAULT_MAX_NODES, METHOD
 
-from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy, generate
-from vllm_dllm.reference.model import LLaDA
-
-Row = dict[str, str | int | float]
-
-POLICIES: dict[str, dict[str, Any]] = {
-    "static, 1 per step": {"dllm_policy": "static"},
-    "threshold 0.9": {"dllm_policy": "threshold", "dllm_threshold": 0.9},
-}
+OFF, AUTO = "off", "auto"
+MIN_STEPS = 10
+"""Fewer steps of a kind are no measurement."""
 
 
-def make_engine(args: argparse.Namespace, max_num_seqs: int) -> LLM:
-    """Start an engine in this process."""
-    return LLM(
-        str(args.model),
-        dtype="float32",
-        max_num_seqs=max_num_seqs,
-        kv_cache_memory_bytes=512 << 20,
-        distributed_executor_backend="uni",
-        additional_config={"dllm": {"block_length": args.block_length}},
-    )
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """An unmasking policy to measure.
 
-
-def encode(llm: LLM, questions: Sequence[str]) -> list[list[int]]:
-    """Put questions into the chat template."""
-    tokenizer = llm.get_tokenizer()
-    texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
-        for q in questions
-    ]
-    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-
-
-def sampling_params(args: argparse.Namespace, policy: dict[str, Any]) -> SamplingParams:
-    """Decode the whole generation greedily, EOS or not, so that everyone makes the same number of tokens."""
-    return SamplingParams(temperature=0.0, max_tokens=args.gen_length, ignore_eos=True, extra_args=policy)
-
-
-def compare(args: argparse.Namespace, questions: Sequence[str]) -> list[Row]:
-    """Measure the reference and the engine on the same prompts, and check that the tokens are equal.
-
-    Raises: RuntimeError when they are not.
+    Attributes:
+        settings: of the server.
+        draft_graph: as in `speculative_config`.
     """
-    llm = make_engine(args, max(args.concurrency))
-    prompts = encode(llm, questions)
-    model = LLaDA.from_pretrained(args.model, torch.float32)
-    rows: list[Row] = []
-    for name, options in POLICIES.items():
-        _engine_row(args, llm, prompts[:1], options, 1)  # the first run pays for what is made once
-        uncached, _ = _reference_row(args, model, prompts, options, KvPolicy("none"))
-        dual, expected = _reference_row(args, model, prompts, options, KvPolicy("dual"))
-        measured = {"reference, no cache": uncached, "reference, dual cache": dual}
-        for concurrency in args.concurrency:
-            row, tokens = _engine_row(args, llm, prompts, options, concurrency)
-            if tokens != expected:
-                raise RuntimeError(f"{name}: the engine's tokens differ from the reference's, {concurrency} at once")
-            measured[f"engine, {concurrency} at once"] = row
-        for decoder, row in measured.items():
-            speed_up = row["tokens/s"] / dual["tokens/s"]
-            rows.append({"policy": name, "decoder": decoder, **row, "speed-up": speed_up})
-    llm.llm_engine.engine_core.shutdown()
-    return rows
+
+    settings: dict[str, Any]
+    draft_graph: str = DEFAULT_GRAPH
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return " ".join(map(str, self.settings.values()))
 
 
-def _reference_row(
-    args: argparse.Namespace, model: LLaDA, prompts: list[list[int]], options: dict[str, Any], kv: KvPolicy
-) -> tuple[dict[str, float], list[list[int]]]:
-    """Decode the prompts one after another."""
-    policy = UnmaskPolicy(
-        options["dllm_policy"], threshold=options.get("dllm_threshold", 0.9), confidence_dtype=torch.float64
-    )
-    sampling = Sampling(forbidden_ids=(model.config.mask_token_id,))
-    outputs, nfe, nfe_refresh, begin = [], 0, 0, time.perf_counter()
-    for prompt in prompts:
-        generation = generate(
-            model,
-            torch.tensor(prompt),
-            gen_length=args.gen_length,
-            block_length=args.block_length,
-            kv=kv,
-            policy=policy,
-            sampling=sampling,
-        )
-        outputs.append(generation.tokens.tolist())
-        nfe += generation.nfe
-        nfe_refresh += generation.nfe_refresh
-    seconds = time.perf_counter() - begin
-    tokens = len(outputs) * args.gen_length
-    row = {"tokens/s": tokens / seconds, "NFE/token": nfe / tokens, "refreshes/token": nfe_refresh / tokens}
-    return row, outputs
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A way to decode: the engine that does it, and the budget that this engine is given for it.
+
+    Engines are `off`, `auto`, `budget` and `chain`; the latter two evaluate any budget up to their largest.
+    """
+
+    engine: str
+    budget: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.engine if self.budget is None else f"{self.engine} {self.budget}"
 
 
-def _engine_row(
-    args: argparse.Namespace, llm: LLM, prompts: list[list[int]], options: dict[str, Any], concurrency: int
-) -> tuple[dict[str, float], list[list[int]]]:
-    """Decode all prompts, `concurrency` of them at a time."""
-    counters = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state.counters
-    before = (counters.nfe_denoise, counters.nfe_refresh)
-    outputs: list[list[int]] = []
-    begin = time.perf_counter()
-    for first in range(0, len(prompts), concurrency):
-        batch = [{"prompt_token_ids": prompt} for prompt in prompts[first : first + concurrency]]
-        replies = llm.generate(batch, sampling_params(args, options), use_tqdm=False)
-        outputs += [list(reply.outputs[0].token_ids) for reply in replies]
-    seconds = time.perf_counter() - begin
-    tokens = len(outputs) * args.gen_length
-    denoise, refresh = counters.nfe_denoise - before[0], counters.nfe_refresh - before[1]
-    row = {
-        "tokens/s": tokens / seconds,
-        "NFE/token": (denoise + refresh) / tokens,
-        "refreshes/token": refresh / tokens,
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What to compare.
+
+    Attributes:
+        workload: the requests.
+        policies: each is measured by itself.
+        budgets: fixed budgets of the draft graph.
+        chain: fixed budgets of a chain graph, as FreeDave (arXiv:2510.00294) and SSD (arXiv:2510.04147) draft.
+        repeats: rounds in which everyone decodes the workload once.
+        dtype: of the engines.
+    """
+
+    workload: Workload
+    policies: tuple[Policy, ...]
+    budgets: tuple[int, ...] = (1, 3, 5)
+    chain: tuple[int, ...] = (3,)
+    repeats: int = 3
+    dtype: str = "float32"
+
+    @property
+    def variants(self) -> list[Variant]:
+        """All ways to decode; the first is what the others are compared with."""
+        fixed = [Variant("budget", budget) for budget in self.budgets]
+        return [Variant(OFF), *fixed, Variant(AUTO), *(Variant("chain", budget) for budget in self.chain)]
+
+    def specs(self, policy: Policy) -> dict[str, EngineSpec]:
+        """Return the engines that a policy's variants need."""
+        speculation: dict[str, dict[str, Any] | None] = {
+            OFF: None,
+            AUTO: {"draft_graph": policy.draft_graph, "budget": AUTO},
+        }
+        if self.budgets:
+            most = max(self.budgets)
+            nodes = max(most, DEFAULT_MAX_NODES)
+            speculation["budget"] = {"draft_graph": policy.draft_graph, "budget": most, "max_nodes": nodes}
+        if self.chain:
+            most = max(self.chain)
+            graph = json.loads(dump_graph(GraphFile(chain_graph(most))))
+            speculation["chain"] = {"draft_graph": graph, "budget": most, "max_nodes": most}
+        return {
+            name: EngineSpec(self.workload, policy.settings, config and {"method": METHOD, **config}, self.dtype)
+            for name, config in speculation.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a measurement is of."""
+
+    policy: str
+    concurrency: int
+    variant: str
+
+
+Runs = dict[Key, list[Measurement]]
+"""Measurements of each kind, one per round."""
+
+
+def chain_graph(num_nodes: int) -> DraftGraph:
+    """Return the graph whose node of depth d has the best d positions, with the most probable tokens."""
+    return DraftGraph(tuple(tuple((rank, 0) for rank in range(depth)) for depth in range(1, num_nodes + 1)))
+
+
+def in_turns(variants: Sequence[Variant], repeats: int) -> Iterator[Variant]:
+    """Yield all variants in each round, forth and back by turns, so that none is always the one behind another."""
+    for number in range(repeats):
+        yield from variants if number % 2 == 0 else reversed(variants)
+
+
+def compare(comparison: Comparison, advance: Callable[[str], None]) -> Runs:
+    """Measure, and check that everyone decodes the same tokens.
+
+    Args:
+        comparison: what to compare.
+        advance: called before each measurement with what it is.
+
+    Raises: UnequalTokensError, and EngineEndedError.
+    """
+    runs: defaultdict[Key, list[Measurement]] = defaultdict(list)
+    for policy in comparison.policies:
+        with ExitStack() as stack:
+            engines: dict[str, EngineProcess] = {}
+            for name, spec in comparison.specs(policy).items():
+                advance(f"{policy.name}: start of {name}")
+                engines[name] = stack.enter_context(EngineProcess(spec))
+            for key, measurement in _measure(comparison, policy, engines, advance):
+                runs[key].append(measurement)
+                check_tokens(runs, key)
+    return dict(runs)
+
+
+def _measure(
+    comparison: Comparison, policy: Policy, engines: dict[str, EngineProcess], advance: Callable[[str], None]
+) -> Iterator[tuple[Key, Measurement]]:
+    """Measure a policy, at each number of requests at once after a warm-up."""
+    for concurrency in comparison.workload.concurrency:
+        for name, engine in engines.items():
+            advance(f"{policy.name}: warm-up of {name}, {concurrency} at once")
+            engine.measure(concurrency, num_prompts=concurrency)
+        for variant in in_turns(comparison.variants, comparison.repeats):
+            advance(f"{policy.name}: {variant.name}, {concurrency} at once")
+            measurement = engines[variant.engine].measure(concurrency, variant.budget)
+            yield Key(policy.name, concurrency, variant.name), measurement
+
+
+def num_measurements(comparison: Comparison) -> int:
+    """Return how often `compare` calls `advance`."""
+    num_engines = len(comparison.specs(comparison.policies[0]))
+    per_concurrency = num_engines + len(comparison.variants) * comparison.repeats
+    return len(comparison.policies) * (num_engines + len(comparison.workload.concurrency) * per_concurrency)
+
+
+def check_tokens(runs: Runs, key: Key) -> None:
+    """Compare the newest measurement of a kind with the policy's very first one, which is without speculation.
+
+    Raises: UnequalTokensError.
+    """
+    first = next(measurements[0] for other, measurements in runs.items() if other.policy == key.policy)
+    for index, (expected, found) in enumerate(zip(first.tokens, runs[key][-1].tokens, strict=True)):
+        if expected != found:
+            raise UnequalTokensError(
+                f"policy {key.policy}, {key.variant}, {key.concurrency} at once: the tokens of prompt {index} (from 0) "
+                f"differ from those without speculation; expected {expected}, found {found}"
+            )
+
+
+def sections(runs: Runs, block_length: int) -> list[Section]:
+    """Make the tables of the measurements."""
+    return [
+        Section("speed: median of the rounds (least to most); ratios are to off of the same round", _speeds(runs)),
+        Section("share of forwards whose drafts came true to this depth", _depths(runs)),
+        Section("milliseconds of a step that only denoises, median", _step_times(runs, block_length)),
+    ]
+
+
+def ratios(runs: Runs, key: Key) -> list[float]:
+    """Return, for each round, the tokens per second as a multiple of those without speculation."""
+    off = runs[Key(key.policy, key.concurrency, OFF)]
+    return [a.tokens_per_s / b.tokens_per_s for a, b in zip(runs[key], off, strict=True)]
+
+
+def _speeds(runs: Runs) -> list[Row]:
+    return [_speed(runs, key) for key in runs]
+
+
+def _speed(runs: Runs, key: Key) -> Row:
+    measurements = runs[key]
+    tokens = sum(measurement.num_tokens for measurement in measurements)
+    forwards = sum(measurement.stats.forwards for measurement in measurements)
+    refreshes = sum(measurement.stats.refreshes for measurement in measurements)
+    proposed = sum(sum(measurement.stats.proposed) for measurement in measurements)
+    accepted = sum(measurement.stats.total_accepted for measurement in measurements)
+    return {
+        "policy": key.policy,
+        "at once": key.concurrency,
+        "drafts": key.variant,
+        "tokens/s": Spread.of([measurement.tokens_per_s for measurement in measurements]),
+        "ratio": Spread.of(ratios(runs, key)),
+        "NFE/token": (forwards + refreshes) / tokens,
+        "refreshes/token": refreshes / tokens,
+        "drafts/forward": proposed / forwards,
+        "accepted/forward": accepted / forwards,
+        "waste": 1 - accepted / proposed if proposed else 0.0,
     }
-    return row, outputs
+
+
+def _depths(runs: Runs) -> list[Row]:
+    """Sum over numbers of requests at once; depths beyond the deepest walk of all are left out."""
+    kinds: defaultdict[tuple[str, str], list[Measurement]] = defaultdict(list)
+    for key, measurements in runs.items():
+        if key.variant != OFF:
+            kinds[key.policy, key.variant] += measurements
+    rows: list[Row] = []
+    for (policy, variant), measurements in kinds.items():
+        forwards = sum(measurement.stats.forwards for measurement in measurements)
+        accepted = [sum(counts) for counts in zip(*(m.stats.accepted for m in measurements), strict=True)]
+        shares = {f"{depth}": count / forwards for depth, count in enumerate(accepted, start=1)}
+        rows.append({"policy": policy, "drafts": variant, **shares})
+    deepest = max((int(name) for row in rows for name, share in row.items() if name.isdecimal() and share), default=1)
+    return [
+        {name: value for name, value in row.items() if not name.isdecimal() or int(name) <= deepest} for row in rows
+    ]
+
+
+def _step_times(runs: Runs, block_length: int) -> list[Row]:
+    """Take all measurements together: what a step costs depends on its rows, not on why they are there."""
+    times: defaultdict[tuple[bool, int, int], list[float]] = defaultdict(list)
+    for key, measurements in runs.items():
+        for measurement in measurements:
+            for (num_reqs, budget), ms in measurement.step_ms.items():
+                times[key.variant == OFF, num_reqs, budget] += ms
+    return [
+        {
+            "engine": OFF if is_off else "with drafts",
+            "requests": num_reqs,
+            "drafts of each": budget,
+            "rows": num_reqs * (1 + budget) * block_length,
+            "steps": len(ms),
+            "ms": statistics.median(ms),
+        }
+        for (is_off, num_reqs, budget), ms in sorted(times.items(), key=lambda item: (not item[0][0], item[0][1:]))
+        if len(ms) >= MIN_STEPS
+    ]

@@ -1,15 +1,16 @@
 """Where the time of a step goes: self time of the stages, measured from inside the process."""
 
-import argparse
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from vllm import LLM
 
-from vllm_dllm.bench.decode import POLICIES, Row, encode, make_engine, sampling_params
-from vllm_dllm.engine import sampler as sampler_module
+from vllm_dllm import denoiser as denoiser_module
+from vllm_dllm.bench.engine import request_params, start_engine
+from vllm_dllm.bench.report import Row, Section
+from vllm_dllm.bench.workload import EngineSpec, Workload
 
 # On a GPU these are kernels; the rest is what the host does in each step.
 DEVICE_STAGES = ("forward", "head product", "row statistics")
@@ -56,41 +57,24 @@ def install(clock: StageClock, llm: LLM) -> None:
     clock.wrap(state, "prepare_attn", "layout")
     clock.wrap(state, "prepare_inputs", "layout")
     clock.wrap(runner.model, "forward", "forward")
-    # Module.__call__ finds `forward` on the instance, but the sampler is called through its class.
-    runner.sampler = _TimedSampler(runner.sampler, clock)
+    clock.wrap(state.denoiser, "advance", "unmask")
+    clock.wrap(state.denoiser, "head_logits", "head product")
+    clock.wrap(denoiser_module, "row_stats", "row statistics")
 
 
-class _TimedSampler:
-    """The sampler with its call timed; everything else is the sampler's."""
-
-    def __init__(self, sampler: Any, clock: StageClock) -> None:
-        self._sampler = sampler
-        self._call = clock.timed(sampler, "unmask and emit")
-        sampler.head_logits = clock.timed(sampler.head_logits, "head product")
-        clock.wrap(sampler_module, "row_stats", "row statistics")
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sampler, name)
-
-
-def stage_times(args: argparse.Namespace, questions: Sequence[str]) -> list[Row]:
-    """Measure steps in which nobody begins a block, at each concurrency."""
-    llm = make_engine(args, max(args.concurrency))
-    prompts = encode(llm, questions)
+def stage_times(workload: Workload) -> list[Section]:
+    """Measure steps in which nobody begins a block, at each concurrency, one token per step."""
+    llm = start_engine(EngineSpec(workload))
     clock = StageClock()
     install(clock, llm)
-    params = sampling_params(args, POLICIES["static, 1 per step"])
     rows: list[Row] = []
-    for concurrency in args.concurrency:
+    for concurrency in workload.concurrency:
         for i in range(concurrency):
-            prompt = {"prompt_token_ids": prompts[i % len(prompts)]}
-            llm.llm_engine.add_request(f"{concurrency}-{i}", prompt, params)
-        rows.append({"requests": concurrency, **_steps_ms(clock, llm, args.block_length)})
+            prompt = {"prompt_token_ids": list(workload.prompts[i % len(workload.prompts)])}
+            llm.llm_engine.add_request(f"{concurrency}-{i}", prompt, request_params(workload, i))
+        rows.append({"requests": concurrency, **_steps_ms(clock, llm, workload.block_length)})
     llm.llm_engine.engine_core.shutdown()
-    return rows
+    return [Section("milliseconds per denoising step, by stage (self time)", rows)]
 
 
 def _steps_ms(clock: StageClock, llm: LLM, block_length: int) -> dict[str, float]:

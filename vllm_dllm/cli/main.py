@@ -4,12 +4,15 @@ import sys
 
 import typer
 
-from vllm_dllm.cli import graph
+from vllm_dllm.cli import bench, graph
+from vllm_dllm.cli.calibrate import calibrate
 from vllm_dllm.cli.console import print_error
 from vllm_dllm.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Tools of vllm-dllm.", pretty_exceptions_enable=False)
+app.command()(calibrate)
 app.add_typer(graph.app, name="graph")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

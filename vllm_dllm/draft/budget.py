@@ -30,7 +30,7 @@ SIBLING_CHANCE = 0.3
 
 
 def prior_accepted(graph: DraftGraph) -> list[float]:
-    """Return, for each budget 0..len(graph), how many transitions drafts are expected to save per request and step.
+    """Return, for each budget 0..len(graph), how many transitions its best nodes are expected to save per step.
 
     A node saves one when it is a true future state: the share of the anchors for which it was one in calibration, and
     where nobody counted `DEPTH_CHANCE ** depth`, with `SIBLING_CHANCE` for each better node of its depth.
@@ -43,6 +43,7 @@ def prior_accepted(graph: DraftGraph) -> list[float]:
         for depth in graph.depths:
             shares.append(DEPTH_CHANCE**depth * SIBLING_CHANCE ** better[depth])
             better[depth] += 1
+    shares.sort(reverse=True)  # a step evaluates the likeliest nodes, wherever they stand in the graph
     # Something of an expectation is left to every draft, since it is divided by when it is corrected.
     return [0.0, *(max(math.fsum(shares[:budget]), 0.01) for budget in range(1, len(graph) + 1))]
 

@@ -40,7 +40,7 @@ class CompiledGraph:
     draw: Tensor  # [num_nodes] int64, index into num_unmasked of the step that leads from the first parent to a node
     is_on_way: Tensor  # [num_nodes, num_nodes] bool: the column's node is the row's, or on its chain of first parents
     readiness: Readiness
-    has_fixed_steps: bool  # every step unmasks as many positions
+    is_one_by_one: bool  # every step unmasks one position
     log_correction: Tensor  # [num_nodes] float64
 
 
@@ -87,7 +87,7 @@ def compile_graph(graph: DraftGraph, device: torch.device) -> CompiledGraph:
             [[m + 1 in ancestors for m in range(len(graph))] for ancestors in way[1:]], device=device
         ),
         readiness=graph.readiness,
-        has_fixed_steps=graph.tokens_per_step is not None,
+        is_one_by_one=graph.tokens_per_step == 1,
         log_correction=torch.tensor(log_corrections(graph), dtype=torch.float64, device=device),
     )
 

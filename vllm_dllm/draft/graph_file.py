@@ -7,6 +7,7 @@ object of the settings is written as JSON first, so that a graph inline is check
 import dataclasses
 import json
 import reprlib
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -268,4 +269,5 @@ def calibrate_command(settings: DllmConfig, model: str | None) -> str:
     if getattr(settings, parameter) is not None:
         options[parameter.replace("_", "-")] = getattr(settings, parameter)
     words = [f"--{name} {value}" for name, value in options.items()]
-    return f"vllm-dllm calibrate --model {model or 'MODEL'} --prompts PROMPTS.jsonl {' '.join(words)} --output FILE"
+    name = shlex.quote(model) if model else "MODEL"
+    return f"vllm-dllm calibrate {name} --prompts PROMPTS.jsonl {' '.join(words)} --output FILE"

@@ -7,7 +7,7 @@ unmasks the positions D has the probability
     prod_{x in D} exp(u_p(x)) P(token of x)  /  Z_p
 
 where u_p is the readiness with p's own positions counted as new, and Z_p sums over all choices the step has: one
-position, or any non-empty set where the number of positions varies. docs/calibration.md compares the two.
+position where each step unmasks one, else any set but the empty one. docs/calibration.md compares the two.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def rank_nodes(graph: CompiledGraph, filled: Filled, readiness: Tensor, is_rando
     is_open = filled.is_masked[:, graph.first_parent]
     new = filled.is_masked[:, :1] & ~is_open
     ready = readiness[:, graph.draw] + graph.readiness.near_new(new)
-    if graph.has_fixed_steps:
+    if graph.is_one_by_one:
         log_z = ready.masked_fill(~is_open, -torch.inf).logsumexp(2)
     else:
         log_one_more = softplus(ready).masked_fill(~is_open, 0.0).sum(2)

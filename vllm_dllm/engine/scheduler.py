@@ -36,7 +36,7 @@ class DllmScheduler(Scheduler):
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_row
         self._spiffy = spiffy_of(self.vllm_config)
-        self._rule = BudgetRule(self._spiffy.graph, self.block_length, self._spiffy.budget) if self._spiffy else None
+        self.rule = BudgetRule(self._spiffy.graph, self.block_length, self._spiffy.budget) if self._spiffy else None
         self._totals: defaultdict[str, RequestTotals] = defaultdict(RequestTotals)
         self._stats: StepStats | None = None
         self._scheduled_at_s = 0.0
@@ -46,7 +46,7 @@ class DllmScheduler(Scheduler):
     @property
     def wants_cost_curve(self) -> bool:
         """Whether the budget is chosen by what steps cost."""
-        return self._rule is not None and self._rule.fixed is None and self.max_budget > 0
+        return self.rule is not None and self.rule.fixed is None and self.max_budget > 0
 
     @property
     def max_budget(self) -> int:
@@ -55,13 +55,13 @@ class DllmScheduler(Scheduler):
 
     def set_cost_curve(self, curve: CostCurve) -> None:
         """Give the rule what steps cost; before, no step has drafts."""
-        assert self._rule is not None, "only who wants a curve is given one"
-        self._rule.curve = curve
+        assert self.rule is not None, "only who wants a curve is given one"
+        self.rule.curve = curve
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Choose the budget, then schedule as vLLM does."""
-        if self._rule is not None:
-            self._trim_drafts(self._rule)
+        if self.rule is not None:
+            self._trim_drafts(self.rule)
         output = super().schedule(*args, **kwargs)
         self._scheduled_at_s = time.perf_counter()
         if self._updated_at_s is not None:
@@ -142,7 +142,7 @@ class DllmScheduler(Scheduler):
         for req_id, row in reports.items():
             if req_id in self.requests:  # it may have been aborted meanwhile
                 self._totals[req_id].add(row)
-        if self._rule is None or stats.forwards == 0:
+        if self.rule is None or stats.forwards == 0:
             return
         is_pure = not (
             stats.refreshes
@@ -150,7 +150,7 @@ class DllmScheduler(Scheduler):
             or output.scheduled_cached_reqs.resumed_req_ids
             or output.preempted_req_ids
         )
-        self._rule.observe(
+        self.rule.observe(
             len(reports),
             budget,
             stats.total_accepted / stats.forwards,

@@ -123,7 +123,7 @@ class _Decoder:
         _, log_confidence, _ = self._draw(log_probs, int(is_open.sum()))
         is_newer = is_new | (self.is_masked(root) & ~is_open)
         ready = self.graph.readiness.log_odds(log_confidence, is_newer)
-        if self.graph.tokens_per_step is not None:
+        if self.graph.tokens_per_step == 1:
             log_z = ready[is_open].logsumexp(0)
         else:
             log_z = torch.log(torch.expm1(torch.nn.functional.softplus(ready[is_open]).sum()))

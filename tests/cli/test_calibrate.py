@@ -1,0 +1,132 @@
+"""`vllm-dllm calibrate` without an engine: what it refuses, how it stops and goes on, what it writes."""
+
+import json
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from tests.calibrate.traces import MASK, random_trace
+from vllm_dllm.cli import calibrate as command
+from vllm_dllm.draft.graph_file import load_graph
+from vllm_dllm.errors import ConfigError
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(command.calibrate)
+
+
+class FakeFacts:
+    family, mask_token_id, eos_token_id = "llada", MASK, 1
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"prompt {i}"}) + "\n" for i in range(8)))
+    return path
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Replace the engine; the list has the numbers of decoded prompts, and "stop" interrupts before the next one."""
+    calls: list = []
+
+    def decode(plan, trace_file):
+        for i in range(len(plan.prompts.conversations)):
+            if i not in trace_file.traces:
+                if "stop" in calls and calls.count("stop") * 3 <= len([c for c in calls if c != "stop"]):
+                    raise KeyboardInterrupt
+                trace_file.append(random_trace(np.random.default_rng(i), prompt_idx=i))
+                calls.append(i)
+        return FakeFacts
+
+    monkeypatch.setattr(command, "_decode", decode)
+    monkeypatch.setattr(command.importlib.metadata, "version", lambda name: "0")
+    return calls
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=True)
+
+
+def options(prompts, output, *more):
+    return ["some/model", "--prompts", prompts, "-o", output, "--block-length", 8, "--nodes", 6, *more]
+
+
+def test_writes_a_graph_with_its_provenance(prompts, decoded, tmp_path):
+    output = tmp_path / "graph.json"
+    result = run(*options(prompts, output, "--budgets", "1,3", "--temperature", 0))
+    assert result.exit_code == 0, result.exception
+    assert decoded == list(range(8))
+    file = load_graph(output)
+    assert file.provenance is not None
+    assert len(file.graph) == 6
+    assert file.graph.expected is not None
+    assert (file.provenance.model, file.provenance.family) == ("some/model", "llada")
+    assert file.provenance.prompts[0].num_prompts == 8
+    nfe = file.provenance.predicted_nfe
+    assert sorted(nfe) == [0, 1, 3]
+    assert nfe[0] == 16.0
+    assert nfe[0] > nfe[1] > nfe[3]
+    assert "2 prompts held out" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graph.json", "prompts.jsonl"]
+
+
+def test_stops_and_goes_on(prompts, decoded, tmp_path):
+    output = tmp_path / "graph.json"
+    decoded.append("stop")
+    result = run(*options(prompts, output))
+    assert result.exit_code == 130
+    assert "stopped after 3 of 8 prompts; the same command goes on from there" in result.stderr
+    assert not output.exists()
+    decoded.remove("stop")
+    assert run(*options(prompts, output)).exit_code == 0
+    assert decoded == list(range(8))
+    alone = tmp_path / "alone.json"
+    assert run(*options(prompts, alone)).exit_code == 0
+    assert output.read_text() == alone.read_text()
+
+
+def test_does_not_go_on_with_other_settings(prompts, decoded, tmp_path):
+    output = tmp_path / "graph.json"
+    decoded.append("stop")
+    run(*options(prompts, output))
+    result = run(*options(prompts, output, "--gen-length", 64))
+    assert isinstance(result.exception, ConfigError)
+    assert "gen-length 256, but now gen-length is 64" in str(result.exception)
+
+
+def test_keeps_traces_and_uses_them_again(prompts, decoded, tmp_path):
+    output = tmp_path / "graph.json"
+    assert run(*options(prompts, output, "--keep-traces")).exit_code == 0
+    before = load_graph(output).graph
+    assert run(*options(prompts, output, "--keep-traces", "--degree", "1")).exit_code == 0
+    assert decoded == list(range(8))
+    assert load_graph(output).graph.formulas != before.formulas
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--policy", "threshold", "--threshold", "2"], "threshold is 2.0, allowed are numbers above 0 and up to 1"),
+        (["--steps-per-block", "9"], "steps_per_block is 9 but block_length is 8"),
+        (["--budgets", "3,x"], "budgets is '3,x'; allowed are whole numbers from 1 to 64"),
+        (["--budgets", "0"], "budgets is '0'; allowed"),
+        (["--picture", "graph.jpg"], "picture is 'graph.jpg'; allowed are paths that end in .svg or .png"),
+        (["-o", "missing/graph.json"], "output is 'missing/graph.json', but there is no folder"),
+    ],
+)
+def test_refuses_before_it_decodes(prompts, decoded, tmp_path, more, text):
+    result = run(*options(prompts, tmp_path / "graph.json", *more))
+    assert isinstance(result.exception, ConfigError)
+    assert text in str(result.exception)
+    assert decoded == []
+
+
+def test_refuses_a_single_prompt(tmp_path, decoded):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"text": "alone"}\n')
+    result = run(*options(path, tmp_path / "graph.json"))
+    assert isinstance(result.exception, ConfigError)
+    assert "has one prompt; give two or more" in str(result.exception)

@@ -1,0 +1,58 @@
+"""The commands of `vllm-dllm bench` with engines, on the small model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.e2e.rig import CHECKPOINT
+from vllm_dllm.bench import reference
+from vllm_dllm.cli import bench
+
+pytestmark = pytest.mark.engine
+
+GIVEN = {
+    "--model": CHECKPOINT,
+    "--prompts": CHECKPOINT.parent / "questions.jsonl",
+    "--num-prompts": 3,
+    "--gen-length": 64,
+    "--concurrency": "2",
+}
+
+
+def run(command: str, **options: object) -> str:
+    words = [str(word) for option in (GIVEN | options).items() for word in option]
+    result = CliRunner().invoke(bench.app, [command, *words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_decode_measures_fewer_forwards_and_equal_tokens(tmp_path: Path) -> None:
+    run("decode", **{"--budgets": "3", "--chain": "", "--repeats": 1, "--out": tmp_path})
+    content = json.loads((tmp_path / "decode.json").read_text())
+    runs = {taken["variant"]: taken for taken in content["runs"]}
+    assert runs.keys() == {"off", "budget 3", "auto"}
+    assert {taken["num_tokens"] for taken in runs.values()} == {3 * 64}
+    # One per token, the refresh of each block among them.
+    assert (runs["off"]["stats"]["forwards"], runs["off"]["stats"]["refreshes"]) == (3 * 62, 3 * 2)
+    drafted = runs["budget 3"]["stats"]
+    assert drafted["refreshes"] == 3 * 2
+    assert drafted["forwards"] + sum(drafted["accepted"]) == 3 * 62, "each draft that came true saves a forward"
+    assert drafted["forwards"] < 0.8 * 3 * 62
+    assert sum(drafted["proposed"]) <= 3 * drafted["forwards"]
+    assert {step["budget"] for step in runs["budget 3"]["steps"]} == {3}
+    assert (tmp_path / "decode.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_reference_and_engine_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "POLICIES", reference.POLICIES[1:])
+    out = run("reference", **{"--num-prompts": 2, "--gen-length": 32})
+    decoders = ("reference, no cache", "reference, dual cache", "engine, 2 at once")
+    assert [out.count(decoder) for decoder in decoders] == [1, 1, 1]
+
+
+def test_stages_of_a_step() -> None:
+    out = run("stages")
+    stages = {"forward", "head product", "row statistics", "runner", "schedule", "host total", "step"}
+    assert {stage for stage in stages if f" {stage} " in out} == stages

@@ -1,0 +1,1 @@
+"""Make a draft graph: decode prompts, see which guesses would have come true, choose the best ones."""

@@ -1,0 +1,92 @@
+"""From traces to a draft graph, and what it is worth on prompts that it has not seen."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vllm_dllm.calibrate.count import Ranking, anchor_paths
+from vllm_dllm.calibrate.fit import fit_readiness
+from vllm_dllm.calibrate.select import Objective, count_formulas, select
+from vllm_dllm.calibrate.simulate import Forwards, count_forwards, draft_blocks, expected_counts, until_eos
+from vllm_dllm.calibrate.trace import PromptTrace
+from vllm_dllm.config import DllmConfig
+from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Forwards by budget: of whole generations, and of their blocks up to the end of the text."""
+
+    whole: Mapping[int, Forwards]
+    until_eos: Mapping[int, Forwards]
+    num_prompts: int
+
+
+def tokens_per_step(settings: DllmConfig) -> int | None:
+    """Return how many positions each step of the policy unmasks, None when that varies."""
+    if settings.policy not in {"static", "random"}:
+        return None
+    steps = settings.steps_per_block or settings.block_length
+    return settings.block_length // steps if settings.block_length % steps == 0 else None
+
+
+def split(num_prompts: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Divide prompts at random into those to calibrate with and those to measure with; at least one of each."""
+    indices = list(range(num_prompts))
+    random.Random(seed).shuffle(indices)
+    num_held_out = min(max(1, round(held_out * num_prompts)), num_prompts - 1)
+    return sorted(indices[num_held_out:]), sorted(indices[:num_held_out])
+
+
+def make_graph(
+    traces: Sequence[PromptTrace], ranking: Ranking, settings: DllmConfig, num_nodes: int, objective: Objective = "gain"
+) -> DraftGraph:
+    """Fit, count and choose.
+
+    Args:
+        traces: to calibrate with.
+        ranking: how the prompts were decoded; its readiness is not used.
+        settings: of the engine that decoded them.
+        num_nodes: at most so many; fewer where the traces show no more.
+        objective: what nodes are chosen by.
+
+    Raises: ConfigError when no step of the traces could have had drafts.
+    """
+    per_step = tokens_per_step(settings)
+    # The order of the policy `random` is known from its noise.
+    if not ranking.is_random:
+        ranking = replace(ranking, readiness=fit_readiness(traces, ranking.mask_token_id, per_step))
+    paths = anchor_paths(traces, ranking)
+    formulas = select(paths, num_nodes, per_step, objective)
+    if not formulas:
+        raise ConfigError(
+            f"no future state of {len(paths)} steps could be drafted: with policy {settings.policy!r} and block_length "
+            f"{settings.block_length} blocks are done too soon; use smaller steps, larger blocks or more prompts"
+        )
+    counts = count_formulas(paths)
+    graph = DraftGraph(
+        formulas=tuple(formulas),
+        tokens_per_step=per_step,
+        counts=tuple(counts[formula] for formula in formulas),
+        num_anchors=len(paths),
+        readiness=ranking.readiness,
+    )
+    return replace(graph, expected=expected_counts(graph, draft_blocks(graph, traces, ranking)))
+
+
+def predict(
+    graph: DraftGraph,
+    traces: Sequence[PromptTrace],
+    ranking: Ranking,
+    eos_token_id: int | None,
+    budgets: Sequence[int],
+) -> Prediction:
+    """Count what the graph would have saved on traces, which should be others than it was made of."""
+    texts = [trace if eos_token_id is None else until_eos(trace, eos_token_id) for trace in traces]
+    whole, until = draft_blocks(graph, traces, ranking), draft_blocks(graph, texts, ranking)
+    return Prediction(
+        whole={budget: count_forwards(whole, budget) for budget in budgets},
+        until_eos={budget: count_forwards(until, budget) for budget in budgets},
+        num_prompts=len(traces),
+    )

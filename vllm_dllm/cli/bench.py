@@ -1,0 +1,246 @@
+"""`vllm-dllm bench`: measure an engine on this machine."""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from vllm_dllm.cli.console import print_line
+from vllm_dllm.config import DllmConfig, parse_server_settings
+from vllm_dllm.draft.graph import MAX_NODES
+from vllm_dllm.draft.graph_file import load_graph
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.spiffy_config import DEFAULT_GRAPH
+
+if TYPE_CHECKING:
+    from vllm_dllm.bench.decode import Comparison, Policy, Runs
+    from vllm_dllm.bench.report import Section
+    from vllm_dllm.bench.workload import Workload
+
+app = typer.Typer(no_args_is_help=True, help="Measure an engine on this machine; figures are ratios within one run.")
+
+_DEFAULT = DllmConfig()
+_FILE_WIDTH = 160
+
+_Model = Annotated[Path, typer.Option(help="Checkpoint.")]
+_Prompts = Annotated[Path, typer.Option(help="JSONL file; each line has text, prompt, question or messages.")]
+_Skip = Annotated[int, typer.Option(min=0, help="Lines left out at the beginning.")]
+_NumPrompts = Annotated[int, typer.Option(min=1, help="Prompts that everyone decodes.")]
+_GenLength = Annotated[int, typer.Option(min=1, help="Tokens per prompt.")]
+_BlockLength = Annotated[int, typer.Option(min=1, help="Positions denoised together.")]
+_Concurrency = Annotated[str, typer.Option(metavar="N,...", help="Requests in flight; each number is measured.")]
+
+
+@app.command()
+def reference(
+    model: _Model,
+    prompts: _Prompts,
+    skip_prompts: _Skip = 0,
+    num_prompts: _NumPrompts = 16,
+    gen_length: _GenLength = 128,
+    block_length: _BlockLength = _DEFAULT.block_length,
+    concurrency: _Concurrency = "1,4,16",
+) -> None:
+    """Measure the engine beside the plain reference decoders; the exit status is 1 when tokens differ."""
+    from vllm_dllm.bench.reference import compare_with_reference
+    from vllm_dllm.bench.workload import UnequalTokensError
+
+    workload = _workload(model, prompts, skip_prompts, num_prompts, gen_length, block_length, concurrency)
+    try:
+        _print(compare_with_reference(workload))
+    except UnequalTokensError as error:
+        _fail(error)
+
+
+@app.command()
+def stages(
+    model: _Model,
+    prompts: _Prompts,
+    skip_prompts: _Skip = 0,
+    num_prompts: _NumPrompts = 16,
+    gen_length: _GenLength = 128,
+    block_length: _BlockLength = _DEFAULT.block_length,
+    concurrency: _Concurrency = "1,4,16",
+) -> None:
+    """Measure where the time of a denoising step goes."""
+    from vllm_dllm.bench.stages import stage_times
+
+    _print(stage_times(_workload(model, prompts, skip_prompts, num_prompts, gen_length, block_length, concurrency)))
+
+
+@app.command()
+def decode(  # noqa: PLR0913 - the options of a command
+    model: _Model,
+    prompts: _Prompts,
+    skip_prompts: _Skip = 0,
+    num_prompts: _NumPrompts = 16,
+    gen_length: _GenLength = 128,
+    block_length: _BlockLength = _DEFAULT.block_length,
+    concurrency: _Concurrency = "1,4,16",
+    policy: Annotated[str, typer.Option(metavar="NAME,...", help="Unmasking policies; each is measured.")] = "static",
+    threshold: Annotated[float, typer.Option(help="Of the policy `threshold`.")] = _DEFAULT.threshold,
+    graph: Annotated[
+        str, typer.Option(metavar="FILE,...", help="Draft graph of all policies, or of each; `default` is one.")
+    ] = "default",
+    budgets: Annotated[
+        str, typer.Option(metavar="N,...", help="Fixed budgets beside `off` and `auto`; '' is none.")
+    ] = "1,3,5",
+    chain: Annotated[
+        str, typer.Option(metavar="N,...", help="Fixed budgets of a chain graph (FreeDave, SSD); '' is none.")
+    ] = "3",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of all requests.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the first prompt; the next has one more.")] = 0,
+    stop_at_eos: Annotated[bool, typer.Option(help="End at EOS, not after --gen-length tokens.")] = False,
+    dtype: Annotated[str, typer.Option(help="Equal tokens can be expected in float32 alone.")] = "float32",
+    kv_cache_mib: Annotated[int, typer.Option(min=1, help="K/V memory of each engine.")] = 512,
+    out: Annotated[Path, typer.Option(help="Folder for decode.md, decode.json and decode.svg.")] = Path("build/bench"),
+) -> None:
+    """Measure speculation against none, everyone in turns; the exit status is 1 when tokens differ."""
+    from vllm_dllm.bench.decode import Comparison, sections
+
+    _check_matplotlib()
+    workload = replace(
+        _workload(model, prompts, skip_prompts, num_prompts, gen_length, block_length, concurrency),
+        temperature=temperature,
+        seed=seed,
+        stop_at_eos=stop_at_eos,
+        kv_cache_mib=kv_cache_mib,
+    )
+    comparison = Comparison(
+        workload,
+        _policies(policy, graph, block_length, threshold),
+        _whole_numbers("--budgets", budgets, MAX_NODES),
+        _whole_numbers("--chain", chain, MAX_NODES),
+        repeats,
+        dtype,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    runs = _compare(comparison)
+    tables = sections(runs, block_length)
+    _print(tables)
+    _write(out, comparison, runs, tables)
+
+
+def _workload(
+    model: Path,
+    prompts: Path,
+    skip_prompts: int,
+    num_prompts: int,
+    gen_length: int,
+    block_length: int,
+    concurrency: str,
+) -> "Workload":
+    from vllm_dllm.bench.workload import Workload, encode
+    from vllm_dllm.calibrate.prompts import read_prompts
+
+    at_once = _whole_numbers("--concurrency", concurrency, 1024)
+    chosen = read_prompts(prompts, skip_prompts + num_prompts).conversations[skip_prompts:]
+    if not chosen or not at_once:
+        raise ConfigError(
+            f"--skip-prompts is {skip_prompts} and --concurrency is {concurrency!r}, which leaves nothing of {prompts} "
+            "to measure; skip fewer prompts and give at least one number"
+        )
+    return Workload(str(model), encode(str(model), chosen), gen_length, block_length, at_once)
+
+
+def _whole_numbers(option: str, text: str, most: int) -> tuple[int, ...]:
+    words = text.split(",") if text else []
+    if not all(word.isdecimal() and 1 <= int(word) <= most for word in words):
+        raise ConfigError(f"{option} is {text!r}, allowed are lists of whole numbers 1..{most} like 1,4,16; correct it")
+    return tuple(map(int, words))
+
+
+def _policies(policy: str, graph: str, block_length: int, threshold: float) -> tuple["Policy", ...]:
+    """Pair each policy with its graph."""
+    from vllm_dllm.bench.decode import Policy
+
+    names, graphs = policy.split(","), graph.split(",")
+    if len(graphs) not in {1, len(names)}:
+        raise ConfigError(
+            f"--graph has {len(graphs)} graphs and --policy {len(names)} policies; give one for all or one for each"
+        )
+    for path in graphs:
+        if path != DEFAULT_GRAPH:
+            load_graph(path)  # refused here, before engines start
+    policies = []
+    for index, name in enumerate(names):
+        settings: dict[str, Any] = {"policy": name} | ({"threshold": threshold} if name == "threshold" else {})
+        parse_server_settings(settings | {"block_length": block_length})
+        policies.append(Policy(settings, graphs[index % len(graphs)]))
+    return tuple(policies)
+
+
+def _compare(comparison: "Comparison") -> "Runs":
+    """Measure under a progress bar."""
+    from vllm_dllm.bench.decode import compare, num_measurements
+    from vllm_dllm.bench.process import EngineEndedError
+    from vllm_dllm.bench.workload import UnequalTokensError
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=num_measurements(comparison))
+
+        def advance(what: str) -> None:
+            progress.update(task, description=what, advance=1)
+
+        try:
+            return compare(comparison, advance)
+        except (UnequalTokensError, EngineEndedError) as error:
+            _fail(error)
+
+
+def _fail(error: RuntimeError) -> NoReturn:
+    """End with exit status 1."""
+    Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+    raise typer.Exit(1) from None
+
+
+def _print(tables: "Sequence[Section]") -> None:
+    from vllm_dllm.bench.report import cell_text, machine
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
+    print_line(machine())
+    for section in tables:
+        table = Table(title=section.title, title_justify="left")
+        for name, value in section.rows[0].items():
+            table.add_column(name, justify="left" if isinstance(value, str) else "right")
+        for row in section.rows:
+            table.add_row(*map(cell_text, row.values()))
+        console.print(table)
+
+
+def _write(out: Path, comparison: "Comparison", runs: "Runs", tables: "Sequence[Section]") -> None:
+    """Write the tables, everything that was measured, and the picture."""
+    from vllm_dllm.bench.plot import draw
+    from vllm_dllm.bench.report import machine, to_markdown
+
+    content = {
+        "machine": machine(),
+        "comparison": asdict(comparison),
+        "tables": [asdict(section) for section in tables],
+        "runs": [
+            {**asdict(key), "round": number, **measurement.as_json()}
+            for key, measurements in runs.items()
+            for number, measurement in enumerate(measurements)
+        ],
+    }
+    (out / "decode.json").write_text(json.dumps(content) + "\n")
+    (out / "decode.md").write_text(f"machine: {machine()}\n\n{to_markdown(tables)}")
+    draw(tables, out / "decode.svg")
+    print_line(f"written: {', '.join(str(out / f'decode.{suffix}') for suffix in ('md', 'json', 'svg'))}")
+
+
+def _check_matplotlib() -> None:
+    """Refuse before anything is measured."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("pictures need matplotlib, which is not installed: pip install 'vllm-dllm[tools]'")

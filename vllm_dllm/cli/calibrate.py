@@ -1,0 +1,264 @@
+"""`vllm-dllm calibrate`: make a draft graph for a model."""
+
+import datetime
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from vllm_dllm import __version__
+from vllm_dllm.calibrate.prompts import Prompts, read_prompts
+from vllm_dllm.config import DllmConfig, InvalidOptionError, PolicyName, parse_server_settings
+from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
+from vllm_dllm.draft.graph_file import GraphFile, save_graph
+from vllm_dllm.draft.graph_schema import PromptsFile, Provenance, Versions
+from vllm_dllm.draft.picture import SUFFIXES, draw_graph
+from vllm_dllm.errors import ConfigError
+
+if TYPE_CHECKING:  # torch and vLLM are loaded when the command runs
+    from vllm_dllm.calibrate.build import Prediction
+    from vllm_dllm.calibrate.record import TraceFile
+    from vllm_dllm.calibrate.trace import PromptTrace
+    from vllm_dllm.engine.recording import ModelFacts
+
+Degree = Literal["gain", "0", "1", "full"]
+_OBJECTIVES: dict[Degree, Literal["gain", "degree-0", "degree-1", "full"]] = {
+    "gain": "gain",
+    "0": "degree-0",
+    "1": "degree-1",
+    "full": "full",
+}
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def calibrate(  # noqa: PLR0913 - the options of a command
+    model: Annotated[str, typer.Argument(help="Name or path of the model.")],
+    prompts: Annotated[Path, typer.Option(help="JSON lines with text, prompt, question or messages.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The graph file to write.")],
+    samples: Annotated[int, typer.Option(min=2, help="Prompts to decode, from the file's beginning.")] = 50,
+    policy: Annotated[PolicyName, typer.Option(help="Unmasking policy.")] = "static",
+    threshold: Annotated[float | None, typer.Option(help="Of the policy `threshold`.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Of the policy `factor`.")] = None,
+    steps_per_block: Annotated[int | None, typer.Option(help="Of `static` and `random`.")] = None,
+    block_length: Annotated[int, typer.Option(help="Positions denoised together.")] = 32,
+    gen_length: Annotated[int, typer.Option(min=1, help="Positions that each prompt generates.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of the requests.")] = 0.0,
+    nodes: Annotated[int, typer.Option(min=1, max=MAX_NODES, help="Nodes of the graph, at most.")] = 32,
+    degree: Annotated[
+        Degree,
+        typer.Option(help="Choose nodes by what each adds, or by counts: its own, its parents', all ancestors'."),
+    ] = "gain",
+    budgets: Annotated[str, typer.Option(help="Budgets to report, with commas between them.")] = "1,3,5,8,10",
+    held_out: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share of the prompts to measure with.")] = 0.25,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split and of the noise.")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the engine.")] = "auto",
+    kv_cache_memory_bytes: Annotated[int | None, typer.Option(min=1, help="Of the engine.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
+    keep_traces: Annotated[bool, typer.Option("--keep-traces", help="Keep the traces file when done.")] = False,
+) -> None:
+    """Decode prompts without drafts, choose the guesses that would have come true, and say what they save.
+
+    Interrupt it at will: the same command goes on where it was.
+    """
+    plan = Plan(
+        model=model,
+        prompts=read_prompts(prompts, samples),
+        output=output,
+        picture=picture,
+        settings=_settings(
+            block_length=block_length,
+            policy=policy,
+            threshold=threshold,
+            factor=factor,
+            steps_per_block=steps_per_block,
+        ),
+        gen_length=gen_length,
+        temperature=temperature,
+        num_nodes=nodes,
+        degree=degree,
+        budgets=_budgets(budgets, nodes),
+        held_out=held_out,
+        seed=seed,
+        concurrency=concurrency,
+        dtype=dtype,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+    )
+    _check_outputs(plan)
+    _run(plan, keep_traces)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The options of a calibration, checked."""
+
+    model: str
+    prompts: Prompts
+    output: Path
+    picture: Path | None
+    settings: DllmConfig
+    gen_length: int
+    temperature: float
+    num_nodes: int
+    degree: Degree
+    budgets: tuple[int, ...]
+    held_out: float
+    seed: int
+    concurrency: int
+    dtype: str
+    kv_cache_memory_bytes: int | None
+
+    @property
+    def trace_settings(self) -> dict[str, object]:
+        """Everything that decides the traces."""
+        return {
+            "model": self.model,
+            "prompts (SHA-256)": self.prompts.sha256,
+            "samples": len(self.prompts.conversations),
+            "gen-length": self.gen_length,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "dtype": self.dtype,
+            **self.settings.model_dump(mode="json"),
+        }
+
+
+def _settings(**given: object) -> DllmConfig:
+    try:
+        return parse_server_settings({name: value for name, value in given.items() if value is not None})
+    except InvalidOptionError as error:
+        raise ConfigError(str(error).replace("additional_config.dllm.", "")) from None
+
+
+def _budgets(text: str, num_nodes: int) -> tuple[int, ...]:
+    budgets = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if not all(1 <= budget <= MAX_NODES for budget in budgets):
+        raise ConfigError(
+            f"budgets is {text!r}; allowed are whole numbers from 1 to {MAX_NODES} with commas between them; give for "
+            "example 3,5,8"
+        )
+    return tuple(sorted({min(budget, num_nodes) for budget in budgets}))
+
+
+def _check_outputs(plan: Plan) -> None:
+    """Refuse before the work what could not be written after it."""
+    for name, path in (("output", plan.output), ("picture", plan.picture)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{name} is {str(path)!r}, but there is no folder {path.absolute().parent}; make it")
+    if plan.picture is not None and plan.picture.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"picture is {str(plan.picture)!r}; allowed are paths that end in {' or '.join(SUFFIXES)}")
+    if len(plan.prompts.conversations) < 2:
+        raise ConfigError(f"{plan.prompts.path} has one prompt; give two or more, since some of them are held out")
+
+
+def _run(plan: Plan, keep_traces: bool) -> None:
+    from vllm_dllm.calibrate.record import TraceFile
+
+    path = plan.output.with_name(plan.output.name + ".traces")
+    with TraceFile(path, plan.trace_settings) as trace_file:
+        try:
+            facts = _decode(plan, trace_file)
+        except KeyboardInterrupt:
+            done, all_prompts = len(trace_file.traces), len(plan.prompts.conversations)
+            text = f"stopped after {done} of {all_prompts} prompts; the same command goes on from there"
+            Console(stderr=True).print(Text(text, style="yellow"), soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from None
+        graph, prediction = _build(plan, facts, list(trace_file.traces.values()))
+        _write(plan, facts, graph, prediction)
+        if not keep_traces:
+            trace_file.remove()
+
+
+def _decode(plan: Plan, trace_file: "TraceFile") -> "ModelFacts":
+    """Decode the prompts whose traces are missing."""
+    # The steps are observed in the engine, so it has to be in this process. vLLM reads this when it is imported.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm_dllm.engine.recording import EngineOptions, RecordingEngine
+
+    options = EngineOptions(plan.model, plan.settings, plan.concurrency, plan.dtype, plan.kv_cache_memory_bytes)
+    engine = RecordingEngine(options)
+    try:
+        conversations = plan.prompts.conversations
+        prompts = {i: engine.encode(messages, plan.gen_length) for i, messages in enumerate(conversations)}
+        missing = {i: ids for i, ids in prompts.items() if i not in trace_file.traces}
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("prompts", total=len(prompts), completed=len(prompts) - len(missing))
+            for trace in engine.decode(missing, plan.gen_length, plan.temperature, plan.seed):
+                trace_file.append(trace)
+                progress.advance(task)
+    finally:
+        engine.close()
+    return engine.facts
+
+
+def _build(plan: Plan, facts: "ModelFacts", traces: Sequence["PromptTrace"]) -> tuple[DraftGraph, "Prediction"]:
+    from vllm_dllm.calibrate.build import make_graph, predict, split
+    from vllm_dllm.calibrate.count import Ranking
+
+    ranking = Ranking(facts.mask_token_id, plan.temperature, plan.settings.policy == "random")
+    by_prompt = sorted(traces, key=lambda trace: trace.prompt_idx)
+    used, held_out = split(len(by_prompt), plan.held_out, plan.seed)
+    graph = make_graph([by_prompt[i] for i in used], ranking, plan.settings, plan.num_nodes, _OBJECTIVES[plan.degree])
+    return graph, predict(graph, [by_prompt[i] for i in held_out], ranking, facts.eos_token_id, plan.budgets)
+
+
+def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Prediction") -> None:
+    import torch
+
+    most = prediction.whole[max(prediction.whole)]
+    generations = prediction.num_prompts
+    provenance = Provenance(
+        model=Path(plan.model).name if Path(plan.model).exists() else plan.model,
+        family=facts.family,
+        settings=plan.settings,
+        temperature=plan.temperature,
+        prompts=(
+            PromptsFile(
+                file=plan.prompts.path.name, sha256=plan.prompts.sha256, num_prompts=len(plan.prompts.conversations)
+            ),
+        ),
+        acceptance_by_depth=most.acceptance,
+        predicted_nfe={0: most.without / generations}
+        | {budget: forwards.with_drafts / generations for budget, forwards in prediction.whole.items()},
+        seed=plan.seed,
+        versions=Versions(vllm_dllm=__version__, vllm=importlib.metadata.version("vllm"), torch=str(torch.__version__)),
+        date=datetime.datetime.now(tz=datetime.UTC).date(),
+    )
+    # What is written is whole: an interruption leaves the old file or none.
+    temporary = plan.output.with_name(plan.output.name + ".new")
+    save_graph(GraphFile(graph, provenance), temporary)
+    temporary.replace(plan.output)
+    if plan.picture is not None:
+        draw_graph(graph, plan.picture, plan.output.name)
+    console = Console()
+    console.print(_table(prediction))
+    console.print(Text(f"{plan.output}: {len(graph)} nodes of {graph.num_anchors:,} states"), soft_wrap=True)
+
+
+def _table(prediction: "Prediction") -> Table:
+    """Show what each budget saves on the prompts that were held out."""
+    table = Table(title=f"{prediction.num_prompts} prompts held out: forwards per generation, refreshes included")
+    for name in ("budget", "without", "with", "ratio", "ratio to EOS", "came true by depth"):
+        table.add_column(name, justify="left" if "depth" in name else "right")
+    for budget, forwards in prediction.whole.items():
+        table.add_row(
+            str(budget),
+            f"{forwards.without / prediction.num_prompts:.1f}",
+            f"{forwards.with_drafts / prediction.num_prompts:.1f}",
+            f"{forwards.ratio:.2f}",
+            f"{prediction.until_eos[budget].ratio:.2f}",
+            " ".join(f"{share:.2f}" for share in forwards.acceptance),
+        )
+    table.caption = "each block's first forward is a refresh, which no draft saves"
+    return table
