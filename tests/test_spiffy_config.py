@@ -51,7 +51,7 @@ def calibrated(model: str = "models/ours", **server: Any) -> dict[str, Any]:
 def test_defaults() -> None:
     found = settings({})
     assert (found.budget, found.max_nodes, found.exactness, found.source) == (None, 10, "exact", "default")
-    assert found.graph.formulas == default_graph("static").graph.formulas[:10]
+    assert found.graph == default_graph("static").graph
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_the_default_graph_is_the_policys_and_says_what_is_better(policy: str) -
 @pytest.mark.parametrize("block_length", [1, 2, 3])
 def test_the_default_graph_fits_short_blocks(block_length: int) -> None:
     graph = settings({"max_nodes": 64}, block_length=block_length).graph
-    assert 0 <= graph.max_position_rank < block_length
+    assert max(rank for formula in graph.formulas for rank, _ in formula) < block_length
     assert graph.parents_first() == graph
 
 

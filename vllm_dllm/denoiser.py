@@ -15,15 +15,13 @@ from torch import Tensor
 
 from vllm_dllm import noise
 from vllm_dllm.draft.compile import CompiledGraph
+from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.draft.propose import Roots, propose
 from vllm_dllm.draft.verify import accept
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.policy import POLICY_IDS, choose_positions
 from vllm_dllm.unmask.stats import Candidates, RowSampling, RowStats, Uniform, chunk_rows, row_stats, top_candidates
-
-NUM_CANDIDATES = 8
-"""Tokens of a row that drafts are made from where its most probable token is not enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +58,7 @@ class Observation:
     blocks: Blocks
     canvas: Tensor  # [num_reqs, block_length] int64, before the step
     next_canvas: Tensor  # [num_reqs, block_length] int64
-    candidates: Candidates  # [num_reqs, block_length, NUM_CANDIDATES]
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What every evaluated canvas becomes."""
-
-    next_canvas: Tensor  # [num_reqs, num_nodes, block_length] int64
-    stats: RowStats  # [num_reqs, num_nodes, block_length]
+    candidates: Candidates  # [num_reqs, block_length, MAX_CANDIDATES]
 
 
 class Denoiser:
@@ -87,9 +77,8 @@ class Denoiser:
         self.head_logits = head_logits
         self.draw_uniform = draw_uniform
         self.chunk_rows = chunk_rows(vocab_size)
-        self.num_candidates = min(NUM_CANDIDATES, vocab_size)
+        self.num_candidates = min(MAX_CANDIDATES, vocab_size)
         self.observer: Callable[[Observation], None] | None = None
-        self._stream = torch.tensor(noise.STREAM, device=state.device)
 
     def nodes(self, blocks: Blocks, num_drafts: int) -> Nodes:
         """Return the present canvases of some requests, and their best `num_drafts` drafts.
@@ -131,10 +120,10 @@ class Denoiser:
             hidden: [num_reqs * num_nodes * block_length, hidden_size], the model's rows for these canvases.
         """
         sampling = self.state.row_sampling(blocks, nodes.is_masked.sum(2))
-        step = self._step(blocks, nodes, hidden, sampling)
-        walk = accept(nodes.canvas, step.next_canvas, nodes.is_valid)
+        next_canvas = self._next_canvas(blocks, nodes, hidden, sampling)
+        walk = accept(nodes.canvas, next_canvas, nodes.is_valid)
         request = torch.arange(len(walk.node), device=hidden.device)
-        canvas = step.next_canvas[request, walk.node]
+        canvas = next_canvas[request, walk.node]
         is_masked = canvas == self.state.mask_token_id
         num_unmasked = nodes.is_masked[:, 0].sum(1) - is_masked.sum(1)
         self.state.canvas[blocks.slots] = canvas
@@ -147,35 +136,27 @@ class Denoiser:
             self.observer(Observation(blocks, nodes.canvas[request, walk.node], canvas, candidates))
         return Decision(num_unmasked, walk.num_accepted, ~is_masked.any(1))
 
-    def greedy_stats(self, hidden: Tensor) -> RowStats:
-        """Reduce hidden rows [num_rows, hidden_size] as a step at temperature 0 does."""
-        none = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        return self._row_stats(
-            hidden, RowSampling(none.double(), none, none + 1.0, none, has_noise=False, has_filter=False)
-        )
-
-    def profile(self, hidden: Tensor) -> None:
-        """Use as much memory as one chunk of a step can, for the run in which vLLM measures it.
+    def reduce(self, hidden: Tensor, *, is_sampled: bool) -> None:
+        """Do a step's work on rows that belong to nobody, for measurements of time and memory.
 
         Args:
-            hidden: [num_rows, hidden_size], at most `chunk_rows` rows.
+            hidden: [num_rows, hidden_size].
+            is_sampled: with noise and filters, which take the most memory.
         """
         zeros = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         ones = torch.ones(len(hidden), dtype=torch.float64, device=hidden.device)
-        self._row_stats(hidden, RowSampling(ones, zeros, 0.9 * ones, zeros, has_noise=True, has_filter=True))
+        self._row_stats(hidden, RowSampling(ones * is_sampled, zeros, 0.9 * ones, zeros, is_sampled, is_sampled))
 
-    def _step(self, blocks: Blocks, nodes: Nodes, hidden: Tensor, sampling: RowSampling) -> _Step:
-        """Apply the requests' policies to every evaluated canvas."""
+    def _next_canvas(self, blocks: Blocks, nodes: Nodes, hidden: Tensor, sampling: RowSampling) -> Tensor:
+        """Apply the requests' policies to every evaluated canvas; [num_reqs, num_nodes, block_length] int64."""
         num_nodes, block_length = nodes.canvas.shape[1:]
         stats = self._row_stats(hidden, sampling)
         params = self.state.policy_params(blocks.slots).repeat(num_nodes)
         is_random = (params.policy_id == POLICY_IDS["random"])[:, None]
-        uniform = noise.uniform(sampling.keys, self._stream).view(-1, block_length)
+        uniform = noise.uniform(sampling.keys, noise.STREAM).view(-1, block_length)
         confidence = torch.where(is_random, uniform, stats.confidence.view(-1, block_length))
         chosen = choose_positions(confidence, nodes.is_masked.flatten(0, 1), params).view_as(nodes.canvas)
-        token_ids = stats.token_ids.view_as(nodes.canvas)
-        stats = RowStats(token_ids, stats.confidence.view_as(nodes.canvas))
-        return _Step(torch.where(chosen, token_ids, nodes.canvas), stats)
+        return torch.where(chosen, stats.token_ids.view_as(nodes.canvas), nodes.canvas)
 
     def _row_stats(self, hidden: Tensor, sampling: RowSampling) -> RowStats:
         """Make the head product chunk by chunk and keep what the policies need of each row."""

@@ -49,12 +49,12 @@ def stream_keys(seeds: Tensor, positions: Tensor, num_masked: Tensor) -> Tensor:
     return _mix((key ^ num_masked) + _GOLDEN)
 
 
-def uniform(keys: Tensor, ids: Tensor) -> Tensor:
+def uniform(keys: Tensor, ids: Tensor | int) -> Tensor:
     """Draw the uniform numbers of the given ids in the given streams.
 
     Args:
         keys: int64, broadcast against `ids`.
-        ids: int64, vocabulary ids or `STREAM`.
+        ids: int64, vocabulary ids; or `STREAM`.
 
     Returns: float64 in the open interval (0, 1): 52 random bits, centred, so that neither bound occurs.
     """

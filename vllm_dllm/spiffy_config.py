@@ -43,7 +43,7 @@ class SpiffyConfig(BaseModel):
         draft_graph: path of a draft graph's file, its content, or `default`: the graph that comes with the server's
             policy.
         budget: draft nodes that a step evaluates, the likeliest of the graph; `auto` chooses how many at every step.
-        max_nodes: the most that `auto` may choose; null is 10, or the budget where that is larger.
+        max_nodes: the most that `auto` may choose; null is 10. A fixed budget may not be larger.
         exactness: `exact` refuses KV policies under which the tokens could differ from those without speculation.
     """
 
@@ -197,6 +197,11 @@ def spiffy_settings(text: str, server: DllmConfig, model: str, family: str) -> S
         graph_file = parse_graph(config.draft_graph, source)
         graph = graph_file.graph
         warnings = check_fit(graph_file, server, where=source, model=model, family=family)
+    if (config.fixed_budget or 0) > len(graph):
+        warnings = [
+            *warnings,
+            f"{_NAME}.budget is {config.budget}, but {source} has {len(graph)} nodes: so many are used",
+        ]
     most = config.max_nodes or DEFAULT_MAX_NODES if config.fixed_budget is None else config.fixed_budget
     return SpiffySettings(
         graph=graph,

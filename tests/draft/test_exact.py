@@ -127,13 +127,17 @@ def graphs(draw: st.DrawFn, block_length: int) -> DraftGraph:
     formula = st.lists(pair, min_size=1, max_size=5, unique_by=lambda p: p[0]).map(lambda pairs: tuple(sorted(pairs)))
     chain = st.integers(1, 6).map(lambda n: tuple((i, 0) for i in range(n)))
     formulas: list[Formula] = draw(st.lists(formula | chain, min_size=1, max_size=12, unique=True))
+    tokens_per_step = draw(st.sampled_from([None, 1, 2]))
+    if tokens_per_step:  # with all that the formulas grow from
+        grown = {f[:size] for f in formulas for size in range(tokens_per_step, len(f) + 1, tokens_per_step)}
+        formulas = sorted(grown) or [tuple((i, 0) for i in range(tokens_per_step))]
     formulas.sort(key=len)
     each = {"min_size": len(formulas), "max_size": len(formulas)}
     counts = draw(st.none() | st.lists(st.integers(0, 90), **each).map(tuple))
     expected = None if counts is None else tuple(draw(st.lists(st.floats(0, 90), **each)))
     weight = st.floats(-2, 2)
     readiness = draw(st.just(Readiness()) | st.builds(Readiness, weight, st.tuples(weight, weight), weight))
-    return DraftGraph(tuple(formulas), None, counts, 100, readiness, expected)
+    return DraftGraph(tuple(formulas), tokens_per_step, counts, 100, readiness, expected)
 
 
 @st.composite

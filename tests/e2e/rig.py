@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from vllm_dllm.config import generation_length
-from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.draft.graph import DraftGraph, Formula
+from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
+from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import spiffy
 from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy, generate
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
@@ -216,3 +218,30 @@ def step_all(llm: Any, cases: list[Case], before_step: Any = None) -> dict[str, 
             if output.finished:
                 finished[output.request_id] = list(output.outputs[0].token_ids)
     return finished
+
+
+def random_graph(seed: int, num_nodes: int, block_length: int, tokens_per_step: int | None = None) -> DraftGraph:
+    """Nodes that hang together, with numbers as calibration gives them."""
+    rng, step = random.Random(seed), tokens_per_step or 1
+    formulas: list[Formula] = [tuple((rank, 0) for rank in range(size * step)) for size in range(4)]
+    while len(formulas) <= num_nodes:
+        parent = rng.choice(formulas)
+        taken = {rank for rank, _ in parent}
+        free = [rank for rank in range(min(block_length, len(parent) + step + 2)) if rank not in taken]
+        if len(free) < step:
+            continue
+        added = [(rank, rng.choice([0, 0, 0, 1])) for rank in rng.sample(free, step)]
+        child = tuple(sorted([*parent, *added]))
+        if child not in formulas:
+            formulas.append(child)
+    counts = tuple(rng.randrange(1, 100) for _ in range(num_nodes))
+    expected = tuple(rng.uniform(1, 100) for _ in range(num_nodes))
+    readiness = Readiness(1.7, (1.2, 0.8), -1.0)
+    graph = DraftGraph(tuple(formulas[1:]), tokens_per_step, counts, 100, readiness, expected)
+    return parse_graph(json.loads(dump_graph(GraphFile(graph)))).graph  # with parents first
+
+
+def speculation(graph: DraftGraph, budget: int | str, **changes: Any) -> dict[str, Any]:
+    """Return a `speculative_config`."""
+    inline = json.loads(dump_graph(GraphFile(graph)))
+    return {"method": "spiffy", "draft_graph": inline, "budget": budget, **changes}

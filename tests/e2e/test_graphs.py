@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.rig import NUM_SLOTS, Oracle, engine, mixed_cases, run
-from tests.e2e.test_spiffy import random_graph, speculation
+from tests.e2e.rig import NUM_SLOTS, Oracle, engine, mixed_cases, random_graph, run, speculation
+from vllm_dllm.attention.layout import ContextBuffers
 
 pytestmark = pytest.mark.engine
 
@@ -35,6 +35,8 @@ class EagerGraphs:
 
         self.runner = runner
         self.is_mixed = is_mixed
+        state = runner.model_state
+        state.context = ContextBuffers(num_blocks[-1], state.max_model_len, state.device)  # as where there are graphs
         self.num_replays = 0
         self.graphs = {}
         for size in (n * BLOCK_LENGTH for n in num_blocks):

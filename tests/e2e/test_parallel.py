@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.rig import Oracle, engine, mixed_cases, run, run_outputs
-from tests.e2e.test_spiffy import random_graph, speculation
+from tests.e2e.rig import Oracle, engine, mixed_cases, random_graph, run, run_outputs, speculation
 
 pytestmark = pytest.mark.engine
 

@@ -1,44 +1,27 @@
 """Speculation changes forwards and no token: engine with drafts == engine without == reference, in fp32."""
 
 import dataclasses
-import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.rig import CHECKPOINT, NUM_SLOTS, Case, Oracle, engine, mixed_cases, questions, run_outputs, step_all
-from vllm_dllm.draft.graph import DraftGraph, Formula
-from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
-from vllm_dllm.draft.readiness import Readiness
+from tests.e2e.rig import (
+    CHECKPOINT,
+    NUM_SLOTS,
+    Case,
+    Oracle,
+    engine,
+    mixed_cases,
+    questions,
+    random_graph,
+    run_outputs,
+    speculation,
+    step_all,
+)
 
 pytestmark = pytest.mark.engine
-
-
-def random_graph(seed: int, num_nodes: int, block_length: int) -> DraftGraph:
-    """Nodes that hang together, with numbers as calibration gives them."""
-    rng = random.Random(seed)
-    formulas: list[Formula] = [tuple((rank, 0) for rank in range(size)) for size in range(4)]
-    while len(formulas) <= num_nodes:
-        parent = rng.choice(formulas)
-        taken = {rank for rank, _ in parent}
-        free = [rank for rank in range(min(block_length, len(parent) + 3)) if rank not in taken]
-        if not free:
-            continue
-        child = tuple(sorted([*parent, (rng.choice(free), rng.choice([0, 0, 0, 1]))]))
-        if child not in formulas:
-            formulas.append(child)
-    counts = tuple(rng.randrange(1, 100) for _ in range(num_nodes))
-    expected = tuple(rng.uniform(1, 100) for _ in range(num_nodes))
-    graph = DraftGraph(tuple(formulas[1:]), None, counts, 100, Readiness(1.7, (1.2, 0.8), -1.0), expected)
-    return parse_graph(json.loads(dump_graph(GraphFile(graph)))).graph  # with parents first
-
-
-def speculation(graph: DraftGraph, budget: int | str, **changes: Any) -> dict[str, Any]:
-    inline = json.loads(dump_graph(GraphFile(graph)))
-    return {"method": "spiffy", "draft_graph": inline, "budget": budget, **changes}
 
 
 def hot(cases: list[Case]) -> list[Case]:
@@ -49,13 +32,13 @@ def hot(cases: list[Case]) -> list[Case]:
     ]
 
 
-CONFIGS = [(8, 12, 5), (8, 12, 12), (32, 10, 10), (32, 24, 3), (8, 12, "auto")]
+CONFIGS = [(8, 12, 5, None), (8, 12, 12, 1), (32, 10, 10, None), (32, 24, 3, 1), (8, 12, "auto", 2)]
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=str)
 def served(request: pytest.FixtureRequest, mild: Path) -> Iterator[Any]:
-    block_length, num_nodes, budget = request.param
-    graph = random_graph(sum(map(str(request.param).count, "123456789")), num_nodes, block_length)
+    block_length, num_nodes, budget, tokens_per_step = request.param
+    graph = random_graph(num_nodes, num_nodes, block_length, tokens_per_step)
     settings = {"block_length": block_length}
     # Rows behind max_model_len are cut, and with them drafts: leave room for most of the rows of these cases.
     with engine(mild, settings, speculative_config=speculation(graph, budget), max_model_len=1024) as llm:
@@ -159,7 +142,8 @@ def test_near_drafts_answer_and_say_so(settings: dict[str, Any], mild: Path, mil
     took = [output.kv_transfer_params["dllm"] for output in outputs]
     assert {numbers["exactness"] for numbers in took} == {"near"}
     assert sum(numbers["accepted"] for numbers in took) > 0
-    for case, output, numbers in zip(cases, outputs, took, strict=True):
-        assert len(output.outputs[0].token_ids) == case.max_tokens
-        if numbers["accepted"] == 0:
-            assert list(output.outputs[0].token_ids) == mild_oracle.tokens(case, settings)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [case.max_tokens for case in cases]
+    exact = [i for i, numbers in enumerate(took) if numbers["accepted"] == 0]
+    assert exact, "all had drafts accepted, and there is nothing to compare"
+    for i in exact:
+        assert list(outputs[i].outputs[0].token_ids) == mild_oracle.tokens(cases[i], settings)

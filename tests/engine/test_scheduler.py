@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_dllm.draft.budget import BudgetRule, CostCurve
+from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.engine import scheduler as module
 from vllm_dllm.engine.scheduler import DllmScheduler
@@ -125,10 +125,6 @@ def test_without_speculation_nothing_is_trimmed() -> None:
 def test_who_wants_a_cost_curve() -> None:
     assert make(None).wants_cost_curve
     assert not make(0).wants_cost_curve
-    scheduler = make(None)
-    scheduler.set_cost_curve(CostCurve(((B, 1.0),)))
-    assert scheduler.rule is not None
-    assert scheduler.rule.curve == CostCurve(((B, 1.0),))
 
 
 def test_reports_are_taken_from_vllm(stock: SimpleNamespace) -> None:

@@ -270,8 +270,8 @@ def test_our_own_field_is_not_for_users(value: object) -> None:
         engine_config(additional_config={"spiffy": value})
 
 
-def test_counting_nans_is_refused_with_spiffy_only(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{}, {"speculative_config": {"method": "spiffy"}}])
+def test_counting_nans_is_refused(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "VLLM_RAISE_ON_LOGIT_NANS", "1")
-    engine_config()
     with pytest.raises(ValueError, match=r"VLLM_RAISE_ON_LOGIT_NANS is set, .* unset it"):
-        engine_config(speculative_config={"method": "spiffy"})
+        engine_config(**changes)

@@ -98,8 +98,8 @@ def test_metrics_of_speculation(logger_of: Any) -> None:
     assert value("vllm:dllm_tokens_per_forward_bucket", le="1.0") == 0
     assert value("vllm:dllm_tokens_per_forward_bucket", le="1.5") == 2
     assert value("vllm:dllm_draft_nodes_proposed_total", exactness="exact", depth="1") == 12
-    assert value("vllm:dllm_draft_nodes_accepted_total", exactness="exact", depth="2") == 2
-    assert value("vllm:dllm_draft_nodes_accepted_total", exactness="exact", depth="3") is None
+    assert value("vllm:dllm_draft_nodes_accepted_total", exactness="exact", steps_ahead="2") == 2
+    assert value("vllm:dllm_draft_nodes_accepted_total", exactness="exact", steps_ahead="3") is None
     assert value("vllm:dllm_steps_total", exactness="exact", budget="3") == 2
     assert value("vllm:dllm_forwards_total", engine="0") == 0
 
@@ -182,7 +182,7 @@ class Engine:
             block_length=32,
             max_num_scheduled_tokens=max_num_scheduled_tokens,
             wants_cost_curve=True,
-            set_cost_curve=lambda curve: setattr(self, "curve", curve),
+            rule=SimpleNamespace(curve=None),
         )
 
     def collective_rpc(self, method: Any, args: tuple[Any, ...]) -> list[float]:
@@ -227,7 +227,7 @@ def test_an_engine_measures_when_it_is_complete(monkeypatch: pytest.MonkeyPatch)
     engine = Engine([[1.0]] * 6)
     engine._initialize_effective_attention_block_size()
     assert engine.is_complete
-    assert engine.curve.ms(32) == 1.0
+    assert engine.scheduler.rule.curve.ms(32) == 1.0
     other = Engine([])
     other.scheduler = SimpleNamespace()
     other._initialize_effective_attention_block_size()
@@ -235,6 +235,6 @@ def test_an_engine_measures_when_it_is_complete(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_worker_measures_one_point() -> None:
-    state = SimpleNamespace(measure_costs=lambda points: [1.5 * len(points)])
+    state = SimpleNamespace(measure_cost=lambda num_reqs, num_nodes: 1.5 * num_nodes)
     worker = SimpleNamespace(model_runner=SimpleNamespace(model_state=state))
-    assert costs.measure_point(worker, (1, 2)) == 1.5
+    assert costs.measure_point(worker, (1, 2)) == 3.0

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.draft.graph import DraftGraph, Formula
-from vllm_dllm.draft.prior import log_corrections
 from vllm_dllm.draft.readiness import Readiness
 
 
@@ -88,7 +87,7 @@ def compile_graph(graph: DraftGraph, device: torch.device) -> CompiledGraph:
         ),
         readiness=graph.readiness,
         is_one_by_one=graph.tokens_per_step == 1,
-        log_correction=torch.tensor(log_corrections(graph), dtype=torch.float64, device=device),
+        log_correction=torch.tensor(graph.log_corrections, dtype=torch.float64, device=device),
     )
 
 

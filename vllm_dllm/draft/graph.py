@@ -10,6 +10,7 @@ A node's parents are the nodes whose formula is a subset of its own: with `token
 many pairs fewer, else the largest subsets. The root, node 0, has the empty formula.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -93,18 +94,17 @@ class DraftGraph:
         return tuple(depths[node] for node in range(1, 1 + len(self)))
 
     @cached_property
-    def max_position_rank(self) -> int:
-        """The largest position rank of any pair; -1 for a graph without nodes."""
-        return max((rank for formula in self.formulas for rank, _ in formula), default=-1)
-
-    @cached_property
     def max_vocab_rank(self) -> int:
         """The largest vocab rank of any pair; 0 for a graph without nodes."""
         return max((rank for formula in self.formulas for _, rank in formula), default=0)
 
-    def first(self, num_nodes: int) -> "DraftGraph":
-        """Return the graph of the best `num_nodes` nodes."""
-        return self.only(range(1, 1 + min(num_nodes, len(self))))
+    @cached_property
+    def log_corrections(self) -> tuple[float, ...]:
+        """For each node the logarithm of how often it came true over how often it was expected to."""
+        if self.counts is None or self.expected is None:
+            return (0.0,) * len(self)
+        # Half an observation on both sides, so that a node nobody saw can still be ranked.
+        return tuple(math.log((n + 0.5) / (m + 0.5)) for n, m in zip(self.counts, self.expected, strict=True))
 
     def only(self, nodes: Sequence[int]) -> "DraftGraph":
         """Return the graph of the given nodes, from 1 on, in the given order."""

@@ -255,7 +255,7 @@ def _compared(settings: DllmConfig, model: str | None, family: str | None) -> di
 def decoding_settings(settings: DllmConfig) -> dict[str, object]:
     """Return the settings that decide which drafts come true: the policy's own parameters, not those it ignores."""
     parameter = _PARAMETERS[settings.policy]
-    values: dict[str, object] = settings.model_dump(include={"block_length", "kv_policy", "refresh_every", "policy"})
+    values: dict[str, object] = settings.model_dump(include={"block_length", "policy"})
     values[parameter] = getattr(settings, parameter)
     if settings.steps_per_block is None and parameter == "steps_per_block":
         values[parameter] = settings.block_length

@@ -128,7 +128,7 @@ def _noisy_draws(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise) ->
     token_ids = ids.expand_as(scores).gather(-1, best)
     log_probs = log_probs.expand_as(scores).gather(-1, best)
     readiness = graph.readiness.log_odds(log_probs[..., 0], roots.is_new[:, None])
-    uniform = noise.uniform(keys, torch.tensor(noise.STREAM, device=keys.device))
+    uniform = noise.uniform(keys, noise.STREAM)
     order = torch.where(draft_noise.is_random[:, None, None], uniform, readiness)
     return _Draws(token_ids, log_probs, order, readiness)
 

@@ -38,6 +38,20 @@ class Ranking:
     best_first: Tensor  # [num_reqs, num_nodes] int64, node numbers; those that may not be evaluated come last
 
 
+def log_choices(ready: Tensor, is_open: Tensor, *, is_one_by_one: bool) -> Tensor:
+    """Return log Z_p: the logarithm of the sum of exp(readiness) over all choices that a step has.
+
+    Args:
+        ready: [..., block_length] float64, readiness.
+        is_open: [..., block_length] bool, positions that the step may choose, at least one.
+        is_one_by_one: whether it chooses one position, else any set but the empty one.
+    """
+    if is_one_by_one:
+        return ready.masked_fill(~is_open, -torch.inf).logsumexp(-1)
+    log_any_set = softplus(ready).masked_fill(~is_open, 0.0).sum(-1)
+    return log_any_set + torch.log(-torch.expm1(-log_any_set))
+
+
 def rank_nodes(graph: CompiledGraph, filled: Filled, readiness: Tensor, is_random: Tensor | None) -> Ranking:
     """Order the nodes of each request by how likely they are reached, each behind its chain of first parents.
 
@@ -51,11 +65,7 @@ def rank_nodes(graph: CompiledGraph, filled: Filled, readiness: Tensor, is_rando
     is_open = filled.is_masked[:, graph.first_parent]
     new = filled.is_masked[:, :1] & ~is_open
     ready = readiness[:, graph.draw] + graph.readiness.near_new(new)
-    if graph.is_one_by_one:
-        log_z = ready.masked_fill(~is_open, -torch.inf).logsumexp(2)
-    else:
-        log_one_more = softplus(ready).masked_fill(~is_open, 0.0).sum(2)
-        log_z = log_one_more + torch.log(-torch.expm1(-log_one_more))
+    log_z = log_choices(ready, is_open, is_one_by_one=graph.is_one_by_one)
     added = is_open & ~filled.is_masked[:, 1:]
     log_step = ready.masked_fill(~added, 0.0).sum(2) - log_z
     if is_random is not None:

@@ -28,14 +28,15 @@ def accept(canvas: Tensor, next_canvas: Tensor, is_valid: Tensor) -> Walk:
         next_canvas: [num_reqs, num_nodes, block_length] int64, what the decoder makes of each.
         is_valid: [num_reqs, num_nodes] bool, False for nodes that must not be accepted.
     """
-    num_reqs, num_nodes, _ = canvas.shape
+    num_nodes = canvas.shape[1]
     came_true = (next_canvas[:, :, None] == canvas[:, None]).all(-1) & is_valid[:, None]
     came_true[:, :, 0] = False  # a finished root stays as it is
-    successor = came_true.byte().argmax(2)  # 0: none
-    node = torch.zeros(num_reqs, 1, dtype=torch.int64, device=canvas.device)
-    num_accepted = torch.zeros_like(node)
-    for _ in range(num_nodes - 1):
-        following = successor.gather(1, node)
-        num_accepted += following > 0
-        node = torch.where(following > 0, following, node)
-    return Walk(node.squeeze(1), num_accepted.squeeze(1))
+    follows, successor = came_true.byte().max(2)
+    itself = torch.arange(num_nodes, device=canvas.device)
+    node = torch.where(follows > 0, successor, itself)
+    num_accepted = follows.long()
+    # Each round doubles the steps that `node` is ahead: log2 of the longest walk, not the walk itself.
+    for _ in range((num_nodes - 1).bit_length()):
+        num_accepted = num_accepted + num_accepted.gather(1, node)
+        node = node.gather(1, node)
+    return Walk(node[:, 0], num_accepted[:, 0])

@@ -1,4 +1,5 @@
-"""Methods of vLLM that are wrapped on every device, one function each; `cpu/` has what only a CPU needs.
+"""Methods of vLLM that are wrapped on every device, one function each; `cpu/` has what only a CPU needs, `costs` and
+`stat_logger` wrap one method each beside what they do.
 
 All were read in 0.32.0 and 0.33.0; only 0.32.0 was run. Wrapping checks the parameters that are relied on, so that a
 vLLM that changed them is told at start, in a sentence.
@@ -12,10 +13,13 @@ from typing import Any
 
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_dllm.errors import ConfigError, UnsupportedVllmError
+
+logger = init_logger("vllm.dllm")
 
 _MARK = "__vllm_dllm_wrapped__"
 
@@ -61,7 +65,11 @@ def extend_speculative_arguments(read: Callable[[str], object], method: str) -> 
     """Let `--speculative-config` take what `read` reads where it is not JSON, and `--spec-method` one more method."""
 
     def extend(parser: ArgumentParser) -> None:
-        config = parser._option_string_actions["--speculative-config"]
+        config = parser._option_string_actions.get("--speculative-config")
+        name: Any = parser._option_string_actions.get("--spec-method")
+        if config is None or name is None or name.choices is None:  # the parser belongs to all models
+            logger.error("--speculative-config of this vLLM is unknown to vllm-dllm: it takes no path and no 'spiffy'")
+            return
         read_json: Any = config.type
 
         def read_any(text: str) -> object:
@@ -76,7 +84,6 @@ def extend_speculative_arguments(read: Callable[[str], object], method: str) -> 
                 raise ArgumentTypeError(str(error)) from None
 
         config.type = read_any
-        name: Any = parser._option_string_actions["--spec-method"]
         name.choices = [*name.choices, method]
 
     def make(original: Callable[..., ArgumentParser]) -> Callable[..., ArgumentParser]:

@@ -54,8 +54,8 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "dual batch overlap is on, but diffusion models do not support it; remove --enable-dbo",
     ),
     (
-        lambda c: spiffy_of(c) and envs.VLLM_RAISE_ON_LOGIT_NANS,
-        "VLLM_RAISE_ON_LOGIT_NANS is set, but with Spiffy the reports of steps travel in the place of its counts; "
+        lambda c: envs.VLLM_RAISE_ON_LOGIT_NANS,
+        "VLLM_RAISE_ON_LOGIT_NANS is set, but diffusion models report their steps in the place of its counts; "
         "allowed is 0; unset it",
     ),
     (
@@ -265,8 +265,9 @@ class DllmConfigHook(VerifyAndUpdateConfig):
 
 def _tell_spiffy(spiffy: SpiffySettings) -> None:
     logger.info(
-        "Spiffy: draft graph %s with %d nodes, budget %s, tokens are %s",
+        "Spiffy: draft graph %s with %d nodes, at most %d drafts per step, budget %s, tokens are %s",
         spiffy.source,
+        len(spiffy.graph),
         spiffy.max_nodes,
         "auto" if spiffy.budget is None else spiffy.budget,
         "exactly those without speculation" if spiffy.exactness == "exact" else "near those without speculation",

@@ -34,7 +34,7 @@ def cost_points(max_num_reqs: int, max_budget: int) -> Iterator[tuple[int, int]]
 
 def measure_point(worker: Any, point: tuple[int, int]) -> float:
     """Run in a worker: return the milliseconds of a step with synthetic canvases."""
-    (ms,) = worker.model_runner.model_state.measure_costs([point])
+    ms: float = worker.model_runner.model_state.measure_cost(*point)
     return ms
 
 
@@ -44,7 +44,8 @@ def measure_curve(engine: EngineCore) -> CostCurve:
     points: list[tuple[int, float]] = []
     for num_reqs, num_canvases in cost_points(scheduler.max_num_running_reqs, scheduler.max_budget):
         rows = num_reqs * num_canvases * scheduler.block_length
-        if points and (rows > scheduler.max_num_scheduled_tokens or points[-1][1] > SLOW_MS):
+        is_slow = len(points) > 1 and points[-1][1] > SLOW_MS  # one point alone would be a flat curve
+        if points and (rows > scheduler.max_num_scheduled_tokens or is_slow):
             break
         points.append((rows, max(engine.collective_rpc(measure_point, args=((num_reqs, num_canvases),)))))
     return CostCurve(tuple(points))
@@ -59,9 +60,10 @@ def measure_at_start() -> None:
     def make(original: Callable[[EngineCore], None]) -> Callable[[EngineCore], None]:
         def wrapper(self: EngineCore) -> None:
             original(self)
-            if getattr(self.scheduler, "wants_cost_curve", False):
+            scheduler = getattr(self, "scheduler", None)
+            if scheduler is not None and getattr(scheduler, "wants_cost_curve", False):
                 curve = measure_curve(self)
-                self.scheduler.set_cost_curve(curve)
+                scheduler.rule.curve = curve
                 steps = ", ".join(f"{rows} rows {ms:.1f}" for rows, ms in curve.points)
                 logger.info("Draft budgets start from these times of a step in ms: %s", steps)
 

@@ -7,7 +7,6 @@ whole row with its masked generation, which is what a bidirectional model needs.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -88,9 +87,11 @@ class DllmModelState(ModelState):
             choose_uniform(device),
         )
         self.kv_policy = RefreshSchedule(self.settings.kv_policy, self.settings.refresh_every, self.max_num_reqs)
-        # A captured graph finds a context for each of its groups.
-        max_num_groups = max(self.max_num_reqs, self.max_num_tokens // self.block_length)
-        self.context = ContextBuffers(max_num_groups, self.max_model_len, device)
+        max_num_contexts = self.max_num_reqs
+        if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            # A captured graph finds a context for each of its groups.
+            max_num_contexts = max(max_num_contexts, self.max_num_tokens // self.block_length)
+        self.context = ContextBuffers(max_num_contexts, self.max_model_len, device)
         self._step: DenoiseStep | None = None
         self._layer_names: list[str] = []
         self._page_size = 0
@@ -271,7 +272,7 @@ class DllmModelState(ModelState):
         )
         input_ids = self._row_ids(blocks.slots[rows.group], rows.position, blocks.start[rows.group])
         hidden = self._forward(layout, input_ids, rows.position)
-        step.num_refreshes[index] = 1
+        step.num_refreshes.index_fill_(0, index, 1)
         if self.kv_policy.decides_step:
             first_row = self._to_device(np.cumsum(own_len_np) - own_len_np) - begin
             block_rows = (first_row[:, None] + self.state.positions(blocks)).flatten()
@@ -279,31 +280,31 @@ class DllmModelState(ModelState):
             step.num_unmasked[index] = self.denoiser.advance(blocks, nodes, hidden[block_rows]).num_unmasked
 
     @torch.inference_mode()
-    def measure_costs(self, points: Sequence[tuple[int, int]]) -> list[float]:
-        """Time forwards with their row statistics, on canvases that belong to nobody.
+    def measure_cost(self, num_reqs: int, num_nodes: int) -> float:
+        """Time a forward with its row statistics, on canvases that belong to nobody.
 
         Args:
-            points: numbers of requests and of canvases for each of them.
+            num_reqs: requests that take part.
+            num_nodes: canvases of each.
 
-        Returns: milliseconds per point, the better of two runs.
+        Returns: milliseconds, the better of two runs.
         """
         width = min(self.max_model_len - self.block_length, 512)
-        measured = []
-        for num_reqs, num_nodes in points:
-            num_rows = num_reqs * num_nodes * self.block_length
-            self.context.clear(0, num_reqs)
-            self.context.is_visible[:num_reqs, :width] = True
-            layout = self.context.layout(num_reqs, num_nodes, width)
-            ids = torch.full((num_rows,), self.state.mask_token_id, device=self.device)
-            positions = torch.arange(num_rows, device=self.device) % self.block_length
-            measured.append(min(self._time_forward(layout, ids, positions) for _ in range(2)))
-        self.context.clear(0, len(self.context.page))
-        return measured
+        self.context.clear(0, num_reqs)
+        self.context.is_visible[:num_reqs, :width] = True
+        layout = self.context.layout(num_reqs, num_nodes, width)
+        num_rows = num_reqs * num_nodes * self.block_length
+        ids = torch.full((num_rows,), self.state.mask_token_id, device=self.device)
+        positions = torch.arange(num_rows, device=self.device) % self.block_length
+        ms = min(self._time_forward(layout, ids, positions) for _ in range(2))
+        self.context.clear(0, num_reqs)
+        return ms
 
     def _time_forward(self, layout: ForwardLayout, input_ids: Tensor, positions: Tensor) -> float:
         begin = time.perf_counter()
-        self.denoiser.greedy_stats(self._forward(layout, input_ids, positions))
-        torch.accelerator.synchronize() if self.device.type != "cpu" else None
+        self.denoiser.reduce(self._forward(layout, input_ids, positions), is_sampled=False)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
         return 1e3 * (time.perf_counter() - begin)
 
     def _forward(self, layout: ForwardLayout, input_ids: Tensor, positions: Tensor) -> Tensor:

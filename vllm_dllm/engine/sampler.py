@@ -82,7 +82,7 @@ class DllmSampler:
         """Use as much memory as a real step can, for the run in which vLLM measures it; the result is not used."""
         denoiser = self.model_state.denoiser
         num_rows = min(denoiser.chunk_rows, self.model_state.max_num_tokens)
-        denoiser.profile(hidden[:1].expand(num_rows, -1).contiguous())
+        denoiser.reduce(hidden[:1].expand(num_rows, -1).contiguous(), is_sampled=True)
         none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
         return _output(none[:, None], none, none, None)
 

@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.config import generation_length
-from vllm_dllm.draft.budget import BudgetRule, CostCurve
+from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.engine.config_hook import settings_of, spiffy_of
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 
@@ -52,11 +52,6 @@ class DllmScheduler(Scheduler):
     def max_budget(self) -> int:
         """The largest budget of any step."""
         return self._spiffy.max_nodes if self._spiffy else 0
-
-    def set_cost_curve(self, curve: CostCurve) -> None:
-        """Give the rule what steps cost; before, no step has drafts."""
-        assert self.rule is not None, "only who wants a curve is given one"
-        self.rule.curve = curve
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Choose the budget, then schedule as vLLM does."""

@@ -20,7 +20,8 @@ class StepStats:
         forwards, refreshes: requests that took part.
         unmasked: positions.
         blocks: emitted.
-        proposed, accepted: drafts of depth 1..MAX_DEPTH that were evaluated, and that were right.
+        proposed: drafts that were evaluated, by depth 1..MAX_DEPTH in the graph.
+        accepted: drafts that came true, by the steps 1..MAX_DEPTH that they were ahead.
     """
 
     budgets: dict[int, int] = field(default_factory=dict)

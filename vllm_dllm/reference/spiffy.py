@@ -16,14 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_dllm.draft.graph import DraftGraph, Formula
-from vllm_dllm.draft.prior import log_corrections
+from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph, Formula
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.decode import Sampling, UnmaskPolicy, filter_logits, static_counts, unmask
 from vllm_dllm.reference.model import LayerKv, LLaDA
-
-NUM_CANDIDATES = 8
-"""Tokens per position that drafts are made from."""
 
 Canvas = tuple[int, ...]
 
@@ -86,7 +82,7 @@ class _Decoder:
                 scores.append(-torch.inf)
             else:
                 scores.append(scores[parents[0]] + self._log_step(parent, node, root, log_probs, is_new))
-            worst.append(min(worst[parents[0]], scores[-1] + log_corrections(self.graph)[number - 1]))
+            worst.append(min(worst[parents[0]], scores[-1] + self.graph.log_corrections[number - 1]))
         found = [m for m in range(1, len(canvases)) if canvases[m] is not None]
         return [canvas for m in sorted(found, key=lambda m: (-worst[m], m)) if (canvas := canvases[m])][: self.budget]
 
@@ -100,7 +96,7 @@ class _Decoder:
         ranked, log_confidence, keys = self._draw(log_probs, int(is_masked.sum()))
         order = self.graph.readiness.log_odds(log_confidence, is_new)
         if self.policy.name == "random":
-            order = uniform(keys, torch.tensor(STREAM))
+            order = uniform(keys, STREAM)
         positions = order.masked_fill(~is_masked, -torch.inf).sort(descending=True, stable=True).indices
         canvas = list(origin)
         for position_rank, vocab_rank in new:
@@ -132,10 +128,10 @@ class _Decoder:
     def _draw(self, log_probs: Tensor, num_masked: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rank the tokens of each position for the step that finds `num_masked` positions masked.
 
-        Returns: token ids [block_length, NUM_CANDIDATES] best first, the log probability of the first of them
+        Returns: token ids [block_length, MAX_CANDIDATES] best first, the log probability of the first of them
             [block_length], and the noise streams [block_length].
         """
-        top, ids = log_probs.topk(min(NUM_CANDIDATES, log_probs.shape[-1]))
+        top, ids = log_probs.topk(min(MAX_CANDIDATES, log_probs.shape[-1]))
         position = self.begin + torch.arange(len(top))
         keys = stream_keys(
             torch.full_like(position, self.sampling.seed), position, torch.full_like(position, num_masked)

@@ -29,7 +29,7 @@ class DraftState:
         """
         self.hidden[slots] = hidden
         self.was_masked[slots] = was_masked
-        self.is_known[slots] = True
+        self.is_known.index_fill_(0, slots, value=True)  # an assignment would wait for the device
 
     def forget(self, slots: Tensor, where: Tensor) -> None:
         """Forget the step of those of the given slots that `where` [num_reqs] bool marks."""
