@@ -16,11 +16,13 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from vllm_dllm.cli.bench import decode
+from vllm_dllm.draft.graph_file import GraphFile, load_graph, save_graph
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 
 TINY = Path(__file__).parent / "tiny_llada"
 WIDTH, HIDDEN = 2048, 4096
 BLOCK_LENGTH = 8
+GEN_LENGTH = 32
 
 
 def make_checkpoint(path: Path) -> None:
@@ -44,6 +46,14 @@ def make_checkpoint(path: Path) -> None:
     save_file(wide, path / "model.safetensors", metadata={"format": "pt"})
 
 
+def save_fitting_graph(path: Path) -> None:
+    """Write the small model's draft graph, less the nodes that name positions a block has not."""
+    file = load_graph(TINY / "graph.json")
+    nodes = enumerate(file.graph.formulas, start=1)
+    fitting = [node for node, formula in nodes if formula[-1][0] < BLOCK_LENGTH]
+    save_graph(GraphFile(file.graph.only(fitting)), path)
+
+
 def main() -> None:
     """Build the model, measure, and remove it."""
     parser = argparse.ArgumentParser(description="Measure speculation where a forward is bound by memory.")
@@ -54,15 +64,18 @@ def main() -> None:
     args = parser.parse_args()
     print(f"the small model, padded with zeros to a width of {WIDTH}: its own answers, a wide model's times\n")
     with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(Path(folder) / "wide")
+        wide, graph = Path(folder) / "wide", Path(folder) / "graph.json"
+        make_checkpoint(wide)
+        save_fitting_graph(graph)
         decode(
-            model=Path(folder) / "wide",
+            model=wide,
             prompts=TINY / "questions.jsonl",
             num_prompts=args.num_prompts,
-            gen_length=4 * BLOCK_LENGTH,
+            gen_length=GEN_LENGTH,
             block_length=BLOCK_LENGTH,
             concurrency="1",
-            budgets="1,3",
+            graph=str(graph),
+            budgets="1,2,3",
             chain="",
             repeats=args.repeats,
             dtype=args.dtype,

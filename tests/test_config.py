@@ -59,6 +59,20 @@ def test_server_settings_are_refused_by_name(settings: object, parts: list[str])
     assert all(part in str(refused.value) for part in parts), str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "begin"),
+    [
+        ({"threshold": 2.0}, "--threshold is 2.0, allowed"),
+        ({"block_length": 0}, "--block-length is 0, allowed"),
+        ({"block_length": 8, "steps_per_block": 9}, "steps_per_block is 9 but block_length is 8"),
+    ],
+)
+def test_settings_given_as_options_are_refused_as_options(settings: object, begin: str) -> None:
+    with pytest.raises(InvalidOptionError) as refused:
+        parse_server_settings(settings, prefix="--")
+    assert str(refused.value).startswith(begin)
+
+
 def test_request_options_are_refused_by_the_users_name() -> None:
     with pytest.raises(InvalidOptionError) as refused:
         parse_request_options({"dllm_threshold": "high"})

@@ -2,10 +2,17 @@
 
 import ast
 import re
+import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
+
+from vllm_dllm.cli import main
+from vllm_dllm.config import DllmConfig
+from vllm_dllm.draft.graph_file import calibrate_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -84,3 +91,68 @@ def test_shell_blocks_call_known_programs(page):
                 continue
             is_ours = words[0].startswith(".venv/bin/") or (ROOT / words[0]).exists()
             assert words[0] in known or is_ours or shutil.which(words[0]), command
+
+
+UsageError = typer.BadParameter.__mro__[1]  # of the copy of click in typer, where it has no public name
+
+
+def parse(command: str) -> None:
+    """Read a `vllm-dllm` command as the program does, without running it.
+
+    Raises: UsageError for a command or an option that does not exist, and for one that is missing.
+    """
+    found, words = typer.main.get_command(main.app), shlex.split(command)[1:]
+    while commands := getattr(found, "commands", None):
+        if not words or words[0] not in commands:
+            raise UsageError(f"no command in {command}")
+        found, words = commands[words[0]], words[1:]
+    found.make_context(command, words)
+
+
+def own_commands(page: Path) -> Iterator[str]:
+    for language, code in CODE_BLOCK.findall(page.read_text()):
+        if language in {"bash", "sh", "console"}:
+            yield from re.findall(r"^(?:\$ )?(vllm-dllm .*)", code.replace("\\\n", " "), re.MULTILINE)
+
+
+def test_our_commands_are_accepted(page):
+    for command in own_commands(page):
+        parse(command)
+
+
+def test_pages_show_every_command():
+    shown = "\n".join(command for page in PAGES for command in own_commands(page))
+    for name in ("calibrate", "graph show", "graph check", "graph merge", "bench decode"):
+        assert f"vllm-dllm {name} " in shown
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        DllmConfig(block_length=8),
+        DllmConfig(policy="random", steps_per_block=4),
+        DllmConfig(policy="threshold", threshold=0.8),
+        DllmConfig(policy="factor", factor=1.5),
+        DllmConfig(kv_policy="prefix"),
+        DllmConfig(refresh_every=4),
+    ],
+    ids=lambda settings: settings.model_dump_json(exclude_defaults=True),
+)
+@pytest.mark.parametrize("model", [None, "/models/with space/llada", "GSAI-ML/LLaDA-8B-Instruct"])
+def test_commands_in_messages_are_accepted(settings, model):
+    parse(calibrate_command(settings, model))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "vllm-dllm calibrate MODEL --prompts P -o F --degree 1",
+        "vllm-dllm calibrate MODEL -o F",
+        "vllm-dllm calibrate MODEL --prompts P -o F --policy best",
+        "vllm-dllm bench decide --model M --prompts P",
+        "vllm-dllm graph",
+    ],
+)
+def test_wrong_commands_are_not_accepted(command):
+    with pytest.raises(UsageError):
+        parse(command)

@@ -110,8 +110,12 @@ class InvalidOptionError(ConfigError):
         self.value = value
 
 
-def parse_server_settings(settings: object) -> DllmConfig:
+def parse_server_settings(settings: object, *, prefix: str = "additional_config.dllm.") -> DllmConfig:
     """Read the value of `additional_config["dllm"]`.
+
+    Args:
+        settings: this value.
+        prefix: what messages put before a field's name; `--` where fields are given as options.
 
     Raises: InvalidOptionError naming the field, what was given, what is allowed and what to do.
     """
@@ -125,7 +129,7 @@ def parse_server_settings(settings: object) -> DllmConfig:
     try:
         return DllmConfig.model_validate(dict(settings))
     except ValidationError as error:
-        raise explain(error, DllmConfig, "additional_config.dllm.") from None
+        raise explain(error, DllmConfig, prefix) from None
 
 
 def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOptions:
@@ -174,9 +178,12 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inva
     finding = error.errors()[0]
     if not finding["loc"]:  # a rule between fields, whose text is already ours
         message = finding["msg"].removeprefix("Value error, ")
-        return InvalidOptionError(f"{prefix.rstrip('.')}: {message}", prefix.rstrip("."), finding["input"])
+        where = prefix.rstrip(".-")
+        return InvalidOptionError(f"{where}: {message}" if where else message, where, finding["input"])
     field = str(finding["loc"][0])
     name, value = prefix + field, finding["input"]
+    if prefix == "--":
+        name = name.replace("_", "-")
     if finding["type"] == "extra_forbidden":
         allowed = ", ".join(prefix + known for known in model.model_fields)
         return InvalidOptionError(f"{name} is not known; allowed are {allowed}; remove or rename it", name, value)

@@ -42,7 +42,7 @@ def _register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    from vllm_dllm.engine import compat, config_hook, costs, cpu, request, stat_logger
+    from vllm_dllm.engine import compat, config_hook, cpu, request, stat_logger
     from vllm_dllm.spiffy_config import METHOD, read_speculative_config
 
     cpu.install_gate(frozenset(FAMILY_BY_ARCHITECTURE))
@@ -51,7 +51,6 @@ def _register() -> None:
     compat.before_speculative_config(config_hook.take_spiffy)
     compat.replace_diffusion_check(config_hook.is_ours, request.refuse_unsupported)
     compat.after_admission(request.finish_admission)
-    costs.measure_at_start()
     stat_logger.add_to_vllm()
     for family in FAMILIES:
         config_class = resolve_name(family.config_class)

@@ -23,6 +23,7 @@ from vllm_dllm.draft.graph_file import (
     dump_graph,
     load_graph,
     parse_graph,
+    refuse_repeated_keys,
 )
 from vllm_dllm.errors import ConfigError
 
@@ -120,7 +121,7 @@ def read_speculative_config(value: object) -> object:
         except UnicodeDecodeError as error:
             raise _unreadable(text, f"this file is not UTF-8 text (byte {error.start})") from None
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=refuse_repeated_keys)
     except (ValueError, RecursionError) as error:
         raise _unreadable(str(value), f"this is not JSON ({error})") from None
     if not isinstance(content, dict):

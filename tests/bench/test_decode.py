@@ -1,5 +1,6 @@
 """`bench decode` without an engine: who decodes when, what is made of it, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from vllm_dllm.bench.decode import (
 from vllm_dllm.bench.plot import draw
 from vllm_dllm.bench.report import Section, Spread, to_markdown
 from vllm_dllm.bench.workload import UnequalTokensError
-from vllm_dllm.spiffy_config import parse_spiffy
+from vllm_dllm.spiffy_config import DEFAULT_MAX_NODES, parse_spiffy
 
 POLICIES = (Policy({"policy": "static"}), Policy({"policy": "threshold", "threshold": 0.8}, "graph.json"))
 COMPARISON = Comparison(WORKLOAD, POLICIES, budgets=(1, 12), chain=(3,), repeats=2)
@@ -43,12 +44,19 @@ def test_engines_are_what_a_user_would_start() -> None:
     configs = {name: parse_spiffy(spec.speculative_config) for name, spec in specs.items() if name != "off"}
     assert {name: (config.budget, config.max_nodes) for name, config in configs.items()} == {
         "auto": ("auto", None),
-        "budget": (12, 12),
-        "chain": (3, 3),
+        "budget": (12, None),
+        "chain": (3, None),
     }
     assert configs["auto"].draft_graph == configs["budget"].draft_graph == "graph.json"
     assert len(configs["chain"].draft_graph["nodes"]) == 3
     assert {json.dumps(spec.settings) for spec in specs.values()} == {'{"policy": "threshold", "threshold": 0.8}'}
+
+
+def test_engines_have_room_for_the_workload_and_the_most_drafts() -> None:
+    few = dataclasses.replace(COMPARISON, budgets=(1,), chain=())
+    for comparison, most_drafts in ((COMPARISON, 12), (few, DEFAULT_MAX_NODES)):
+        rooms = {spec.max_model_len for spec in comparison.specs(POLICIES[0]).values()}
+        assert rooms == {2 + 4 + 2 * (1 + most_drafts)}
 
 
 def test_everyone_decodes_in_each_round_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from tests.calibrate.traces import MASK, make_block, make_trace
-from vllm_dllm.calibrate.count import MAX_PAIRS, Ranking, anchor_paths, block_paths
+from vllm_dllm.calibrate.count import MAX_PAIRS, Decoding, anchor_paths, block_paths
 from vllm_dllm.calibrate.select import count_formulas
 from vllm_dllm.draft.readiness import Readiness
 
 TEXT = [50, 51, 52, 53]
 
 
-def paths(block, **ranking):
-    return block_paths(block, 0, Ranking(MASK, **ranking))
+def paths(block, **decoding):
+    return block_paths(block, 0, Decoding(MASK, **decoding))
 
 
 def test_order_of_confidence_is_a_chain():
@@ -24,7 +24,7 @@ def test_order_of_confidence_is_a_chain():
 def test_two_orders_of_the_same_positions_meet():
     first = make_block(TEXT, [[2], [0], [3], [1]], [0.8, 0.2, 0.9, 0.5])
     second = make_block(TEXT, [[2], [3], [0], [1]], [0.8, 0.2, 0.9, 0.5])
-    counts = count_formulas(anchor_paths([make_trace(first, second)], Ranking(MASK)))
+    counts = count_formulas(anchor_paths([make_trace(first, second)], Decoding(MASK)))
     assert counts == {((0, 0),): 3, ((1, 0),): 1, ((0, 0), (1, 0)): 2}
 
 
@@ -77,7 +77,7 @@ def test_random_policy_knows_its_order(seed):
         steps.append([position])
         masked.remove(position)
     block = make_block(TEXT, steps, [0.8, 0.2, 0.9, 0.5], start=start)
-    found = block_paths(block, seed, Ranking(MASK, is_random=True))
+    found = block_paths(block, seed, Decoding(MASK, is_random=True))
     assert [[len(formula) for formula in path] for path in found] == [[1, 2], [1], []]
     # A pair's rank counts what is masked in the root, ordered by the step's own noise.
     assert all(path[0] == ((0, 0),) for path in found if path)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from vllm_dllm.calibrate.prompts import read_prompts
+from vllm_dllm.calibrate.prompts import encode, read_prompts
 from vllm_dllm.errors import ConfigError
 
 
@@ -56,6 +56,26 @@ def test_a_wrong_line_is_named(tmp_path, line, text):
         read_prompts(path, 50)
     assert text in str(error.value)
     assert str(path) in str(error.value)
+
+
+class FakeTokenizer:
+    """Begins what it encodes with 1, unless it is told not to."""
+
+    def __init__(self, chat_template):
+        self.chat_template = chat_template
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+        assert (tokenize, add_generation_prompt) == (False, True)
+        return "".join(f"[{message['role']}]{message['content']}" for message in messages)
+
+    def encode(self, text, add_special_tokens=True):
+        return [1] * add_special_tokens + list(text.encode())
+
+
+def test_conversations_are_put_into_the_template_where_there_is_one():
+    chat = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    assert encode(FakeTokenizer("a template"), chat) == list(b"[user]a[assistant]b")
+    assert encode(FakeTokenizer(None), chat) == [1, *b"a\nb"]
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -87,6 +87,25 @@ def test_another_file_is_refused(tmp_path, content):
     assert path.read_text() == content
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[:-5], lambda text: text[:40] + text[60:], lambda text: "", str.upper]
+)
+def test_a_damaged_line_is_named(tmp_path, damage):
+    path = tmp_path / "graph.json.traces"
+    with TraceFile(path, SETTINGS) as file:
+        for trace in some_traces(3):
+            file.append(trace)
+    lines = path.read_text().split("\n")
+    lines[2] = damage(lines[2])
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"graph\.json\.traces, line 3 is damaged .*; remove this line to decode"):
+        TraceFile(path, SETTINGS)
+    del lines[2]
+    path.write_text("\n".join(lines))
+    with TraceFile(path, SETTINGS) as file:
+        assert sorted(file.traces) == [0, 2]
+
+
 def steps_of(block):
     return list(zip(block.canvas[:-1], block.canvas[1:], block.token_ids, block.log_probs, strict=True))
 

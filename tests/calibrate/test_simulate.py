@@ -5,7 +5,7 @@ import pytest
 
 from tests.calibrate.traces import MASK, make_block, make_trace, random_trace
 from vllm_dllm.calibrate.build import make_graph, predict, split, tokens_per_step
-from vllm_dllm.calibrate.count import Ranking, anchor_paths
+from vllm_dllm.calibrate.count import Decoding, anchor_paths
 from vllm_dllm.calibrate.select import walk_length
 from vllm_dllm.calibrate.simulate import count_forwards, draft_blocks, until_eos
 from vllm_dllm.config import DllmConfig
@@ -16,8 +16,8 @@ CHAIN = DraftGraph((((0, 0),), ((0, 0), (1, 0)), ((0, 0), (1, 0), (2, 0))), 1)
 TEXT, CONFIDENCE = [50, 51, 52, 53, 54], [0.9, 0.8, 0.7, 0.6, 0.5]
 
 
-def forwards(graph, traces, budget, **ranking):
-    return count_forwards(draft_blocks(graph, traces, Ranking(MASK, **ranking)), budget)
+def forwards(graph, traces, budget, **decoding):
+    return count_forwards(draft_blocks(graph, traces, Decoding(MASK, **decoding)), budget)
 
 
 @pytest.mark.parametrize(("budget", "with_drafts"), [(0, 5), (1, 3), (2, 3), (3, 2)])
@@ -57,10 +57,10 @@ def test_counts_and_proposals_agree(most_per_step, per_step):
     rng = np.random.default_rng(2)
     traces = [random_trace(rng, prompt_idx=i, most_per_step=most_per_step) for i in range(10)]
     settings = DllmConfig(policy="static" if per_step else "threshold", block_length=8)
-    ranking = Ranking(MASK)
-    graph = make_graph(traces, ranking, settings, 12)
+    decoding = Decoding(MASK)
+    graph = make_graph(traces, decoding, settings, 12)
     came_true = np.zeros(1 + len(graph), int)
-    for block in draft_blocks(graph, traces, ranking):
+    for block in draft_blocks(graph, traces, decoding):
         np.add.at(came_true, block.node[block.ahead > 0], 1)
     assert tuple(came_true[1:]) == graph.counts
     assert graph.expected is not None
@@ -70,10 +70,10 @@ def test_counts_and_proposals_agree(most_per_step, per_step):
 def test_a_walk_is_the_leading_part_of_the_path():
     rng = np.random.default_rng(3)
     traces = [random_trace(rng, prompt_idx=i) for i in range(10)]
-    graph = make_graph(traces, Ranking(MASK), DllmConfig(block_length=8), 12)
-    paths = anchor_paths(traces, Ranking(MASK, readiness=graph.readiness))
+    graph = make_graph(traces, Decoding(MASK), DllmConfig(block_length=8), 12)
+    paths = anchor_paths(traces, Decoding(MASK, readiness=graph.readiness))
     lengths = [walk_length(path, set(graph.formulas)) for path in paths]
-    blocks = draft_blocks(graph, traces, Ranking(MASK))
+    blocks = draft_blocks(graph, traces, Decoding(MASK))
     found = [
         next(depth for depth in range(1, 9) if depth not in set(ahead)) - 1 for block in blocks for ahead in block.ahead
     ]
@@ -97,7 +97,7 @@ def test_prediction_has_every_budget_and_the_text_alone():
     eos = TEXT[2]
     block = make_block(TEXT, [[i] for i in range(5)], CONFIDENCE)
     trace = make_trace(block, block)
-    prediction = predict(CHAIN, [trace, trace], Ranking(MASK), eos, [1, 3])
+    prediction = predict(CHAIN, [trace, trace], Decoding(MASK), eos, [1, 3])
     assert {budget: found.with_drafts for budget, found in prediction.whole.items()} == {1: 12, 3: 8}
     assert {budget: found.with_drafts for budget, found in prediction.until_eos.items()} == {1: 6, 3: 4}
     assert until_eos(trace, 999) == trace
@@ -128,4 +128,4 @@ def test_tokens_per_step(settings, expected):
 def test_blocks_that_are_done_at_once_leave_nothing_to_draft():
     trace = make_trace(make_block(TEXT, [[0, 1, 2], [3, 4]], CONFIDENCE))
     with pytest.raises(ConfigError, match="no future state of 1 steps could be drafted"):
-        make_graph([trace], Ranking(MASK), DllmConfig(policy="threshold", block_length=5), 3)
+        make_graph([trace], Decoding(MASK), DllmConfig(policy="threshold", block_length=5), 3)

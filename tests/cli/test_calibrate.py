@@ -101,7 +101,7 @@ def test_keeps_traces_and_uses_them_again(prompts, decoded, tmp_path):
     output = tmp_path / "graph.json"
     assert run(*options(prompts, output, "--keep-traces")).exit_code == 0
     before = load_graph(output).graph
-    assert run(*options(prompts, output, "--keep-traces", "--degree", "1")).exit_code == 0
+    assert run(*options(prompts, output, "--keep-traces", "--objective", "degree-1")).exit_code == 0
     assert decoded == list(range(8))
     assert load_graph(output).graph.formulas != before.formulas
 
@@ -109,12 +109,12 @@ def test_keeps_traces_and_uses_them_again(prompts, decoded, tmp_path):
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (["--policy", "threshold", "--threshold", "2"], "threshold is 2.0, allowed are numbers above 0 and up to 1"),
+        (["--policy", "threshold", "--threshold", "2"], "--threshold is 2.0, allowed are numbers above 0 and up to 1"),
         (["--steps-per-block", "9"], "steps_per_block is 9 but block_length is 8"),
-        (["--budgets", "3,x"], "budgets is '3,x'; allowed are whole numbers from 1 to 64"),
-        (["--budgets", "0"], "budgets is '0'; allowed"),
-        (["--picture", "graph.jpg"], "picture is 'graph.jpg'; allowed are paths that end in .svg or .png"),
-        (["-o", "missing/graph.json"], "output is 'missing/graph.json', but there is no folder"),
+        (["--budgets", "3,x"], "--budgets is '3,x'; allowed are whole numbers from 1 to 64"),
+        (["--budgets", "0"], "--budgets is '0'; allowed"),
+        (["--picture", "graph.jpg"], "--picture is 'graph.jpg'; allowed are paths that end in .svg or .png"),
+        (["-o", "missing/graph.json"], "--output is 'missing/graph.json', but there is no folder"),
     ],
 )
 def test_refuses_before_it_decodes(prompts, decoded, tmp_path, more, text):

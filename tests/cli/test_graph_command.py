@@ -87,12 +87,12 @@ def test_check_takes_what_is_not_given_from_the_calibration(path: Path) -> None:
 
 
 def test_check_warns_of_another_server(path: Path) -> None:
-    status, out, err = run("graph", "check", path, "--policy", "static", "--kv-policy", "prefix")
+    status, out, err = run("graph", "check", path, "--policy", "static", "--model", "hub/other")
     first, second, last = out.splitlines()
     assert (status, err, last) == (0, "", f"{path}: 4 nodes, 2 warnings")
     assert {line.split("calibrated with ")[1].split(",")[0] for line in (first, second)} == {
+        "model 'llada-tiny' but is used with 'other'",
         "policy 'threshold' but is used with 'static'",
-        "kv_policy 'dual' but is used with 'prefix'",
     }
 
 
@@ -100,7 +100,7 @@ def test_check_warns_of_another_server(path: Path) -> None:
     ("options", "part"),
     [
         (("--block-length", 1), "block_length of this server is 1"),
-        (("--threshold", 2), "additional_config.dllm.threshold is 2.0"),
+        (("--threshold", 2), "--threshold is 2.0"),
     ],
 )
 def test_check_fails_for_what_cannot_serve(options: tuple, part: str, path: Path) -> None:

@@ -150,7 +150,8 @@ OURS, THEIRS = SimpleNamespace(architectures=["LLaDAModelLM"]), SimpleNamespace(
 
 def arguments(**values: Any) -> Any:
     names = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
-    return SimpleNamespace(**(dict.fromkeys(names) | {"additional_config": {}} | values))
+    rest = {"additional_config": {}, "per_request_spec_decode_metrics": "none"}
+    return SimpleNamespace(**(dict.fromkeys(names) | rest | values))
 
 
 @pytest.mark.parametrize(
@@ -275,3 +276,30 @@ def test_counting_nans_is_refused(changes: dict[str, Any], monkeypatch: pytest.M
     monkeypatch.setitem(os.environ, "VLLM_RAISE_ON_LOGIT_NANS", "1")
     with pytest.raises(ValueError, match=r"VLLM_RAISE_ON_LOGIT_NANS is set, .* unset it"):
         engine_config(**changes)
+
+
+def test_arguments_may_be_used_again_without_it() -> None:
+    from vllm_dllm.engine.config_hook import take_spiffy
+
+    args = arguments(speculative_config={"method": "spiffy"})
+    assert take_spiffy(args, OURS)
+    assert take_spiffy(args, OURS)
+    args.speculative_config = None
+    assert not take_spiffy(args, OURS)
+    assert "spiffy" not in args.additional_config
+
+
+def test_what_it_is_made_of_is_no_setting() -> None:
+    from vllm_dllm.engine.config_hook import take_spiffy
+
+    args = arguments(additional_config={"spiffy": {"config": {"method": "spiffy"}, "source": "default"}})
+    with pytest.raises(ConfigError, match=r"additional_config\.spiffy is .* give speculative_config"):
+        take_spiffy(args, OURS)
+
+
+def test_vllms_own_numbers_per_request_are_refused() -> None:
+    from vllm_dllm.engine.config_hook import take_spiffy
+
+    args = arguments(speculative_config={"method": "spiffy"}, per_request_spec_decode_metrics="summary")
+    with pytest.raises(ConfigError, match=r"per_request_spec_decode_metrics is 'summary'"):
+        take_spiffy(args, OURS)

@@ -26,7 +26,7 @@ class Policy:
 
     Attributes:
         settings: of the server.
-        draft_graph: as in `speculative_config`.
+        draft_graph: as in `speculative_config`; `default` is the one of this policy.
     """
 
     settings: dict[str, Any]
@@ -42,7 +42,8 @@ class Policy:
 class Variant:
     """A way to decode: the engine that does it, and the budget that this engine is given for it.
 
-    Engines are `off`, `auto`, `budget` and `chain`; the latter two evaluate any budget up to their largest.
+    Engines are `off`, `auto`, `budget` and `chain`, all alive at once; the latter two evaluate any budget up to their
+    largest.
     """
 
     engine: str
@@ -87,15 +88,16 @@ class Comparison:
             AUTO: {"draft_graph": policy.draft_graph, "budget": AUTO},
         }
         if self.budgets:
-            most = max(self.budgets)
-            nodes = max(most, DEFAULT_MAX_NODES)
-            speculation["budget"] = {"draft_graph": policy.draft_graph, "budget": most, "max_nodes": nodes}
+            speculation["budget"] = {"draft_graph": policy.draft_graph, "budget": max(self.budgets)}
         if self.chain:
             most = max(self.chain)
             graph = json.loads(dump_graph(GraphFile(chain_graph(most))))
-            speculation["chain"] = {"draft_graph": graph, "budget": most, "max_nodes": most}
+            speculation["chain"] = {"draft_graph": graph, "budget": most}
+        most_drafts = max(DEFAULT_MAX_NODES, *self.budgets, *self.chain)
         return {
-            name: EngineSpec(self.workload, policy.settings, config and {"method": METHOD, **config}, self.dtype)
+            name: EngineSpec(
+                self.workload, policy.settings, config and {"method": METHOD, **config}, self.dtype, most_drafts
+            )
             for name, config in speculation.items()
         }
 

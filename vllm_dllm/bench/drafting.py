@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_dllm.calibrate.build import make_graph, split
-from vllm_dllm.calibrate.count import Ranking, block_paths
+from vllm_dllm.calibrate.count import Decoding, block_paths
 from vllm_dllm.calibrate.record import TraceFile
 from vllm_dllm.calibrate.select import Objective, select_by_gain, walk_length
 from vllm_dllm.calibrate.simulate import count_forwards, draft_blocks
@@ -35,21 +35,21 @@ class Material:
     used: list[PromptTrace]
     held_out: list[PromptTrace]
     settings: DllmConfig
-    ranking: Ranking
+    decoding: Decoding
 
     def graph(self, num_nodes: int, objective: Objective = "gain") -> DraftGraph:
         """Calibrate on the used traces."""
-        return make_graph(self.used, self.ranking, self.settings, num_nodes, objective)
+        return make_graph(self.used, self.decoding, self.settings, num_nodes, objective)
 
     def pruned(self, graph: DraftGraph, is_coupled: bool = True) -> list[float]:
         """Return the ratio by budget when each step and request evaluates its likeliest drafts."""
-        blocks = draft_blocks(graph, self.held_out, self.ranking, is_coupled)
+        blocks = draft_blocks(graph, self.held_out, self.decoding, is_coupled)
         return [count_forwards(blocks, budget).ratio_of_steps for budget in BUDGETS]
 
     def paths(self, traces: Sequence[PromptTrace], readiness: Readiness, is_tree: bool = False) -> list[BlockPaths]:
         """Return the paths of all blocks; those of a tree tell apart the orders in which a state is reached."""
-        ranking = replace(self.ranking, readiness=readiness)
-        blocks = [block_paths(block, trace.seed, ranking) for trace in traces for block in trace.blocks]
+        decoding = replace(self.decoding, readiness=readiness)
+        blocks = [block_paths(block, trace.seed, decoding) for trace in traces for block in trace.blocks]
         return [[_orders(path) if is_tree else path for path in paths] for paths in blocks]
 
     def fixed(
@@ -72,8 +72,8 @@ def load(path: Path, held_out: float) -> Material:
     settings = DllmConfig.model_validate({key: head[key] for key in DllmConfig.model_fields})
     used, rest = split(len(traces), held_out, head["seed"])
     mask_token_id = int(traces[0].blocks[0].canvas[0, 0])  # a block begins with nothing else
-    ranking = Ranking(mask_token_id, head["temperature"], settings.policy == "random")
-    return Material([traces[i] for i in used], [traces[i] for i in rest], settings, ranking)
+    decoding = Decoding(mask_token_id, head["temperature"], settings.policy == "random")
+    return Material([traces[i] for i in used], [traces[i] for i in rest], settings, decoding)
 
 
 def _orders(path: Sequence[Formula]) -> tuple[Hashable, ...]:
@@ -106,7 +106,7 @@ def ablations(material: Material) -> Iterator[tuple[str, list[float]]]:
     yield "graph by gain", material.fixed(ready)
     for num_nodes in (10, 16, 24, 32, 64):
         yield f"best of {num_nodes} nodes at each step", material.pruned(material.graph(num_nodes))
-    if material.ranking.temperature > 0 or material.ranking.is_random:
+    if material.decoding.temperature > 0 or material.decoding.is_random:
         yield "best of 32, without the decoder's noise", material.pruned(material.graph(32), is_coupled=False)
 
 

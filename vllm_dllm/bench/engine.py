@@ -4,7 +4,8 @@ import os
 import time
 from typing import Any
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, EngineArgs, SamplingParams
+from vllm.config import ModelConfig, ParallelConfig
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
@@ -12,23 +13,44 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm_dllm.bench.workload import EngineSpec, Measurement, Workload
 from vllm_dllm.engine.telemetry import StepStats
 
+PAGE_TOKENS = 128
+"""Tokens of the largest page that vLLM uses by default, a CPU's."""
+
 
 def start_engine(spec: EngineSpec) -> LLM:
-    """Start an engine with room for the workload, and with statistics, as a server has them."""
+    """Start an engine with room for the workload, and with statistics, as a server has them.
+
+    Several can be alive at once: each takes memory for its weights and for the K/V of the requests in flight.
+    """
     # Steps are noted from inside the process; vLLM reads this when an engine is made.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     workload = spec.workload
+    model_config = EngineArgs(workload.model, dtype=spec.dtype).create_model_config()
+    max_model_len = min(spec.max_model_len, model_config.max_model_len)
+    num_seqs = max(workload.concurrency)
+    mib = workload.kv_cache_mib
     return LLM(
         workload.model,
         dtype=spec.dtype,
-        max_num_seqs=max(workload.concurrency),
-        kv_cache_memory_bytes=workload.kv_cache_mib << 20,
+        max_model_len=max_model_len,
+        max_num_seqs=num_seqs,
+        kv_cache_memory_bytes=mib << 20 if mib else kv_bytes(model_config, num_seqs, max_model_len),
+        # vLLM only compares this share with what is free, once the K/V memory is given; others may hold the rest.
+        gpu_memory_utilization=0.01,
         distributed_executor_backend="uni",
         disable_log_stats=False,
         use_tqdm_on_load=False,
         additional_config={"dllm": {**spec.settings, "block_length": workload.block_length}},
         speculative_config=spec.speculative_config,
     )
+
+
+def kv_bytes(model_config: ModelConfig, num_seqs: int, max_model_len: int) -> int:
+    """Return the memory of the K/V of `num_seqs` requests of `max_model_len` tokens, in whole pages."""
+    parallel = ParallelConfig()
+    per_token = 2 * model_config.get_head_size() * model_config.get_num_kv_heads(parallel) * model_config.dtype.itemsize
+    num_pages = num_seqs * -(-max_model_len // PAGE_TOKENS) + 1  # vLLM keeps one for itself
+    return model_config.get_num_layers(parallel) * per_token * PAGE_TOKENS * num_pages
 
 
 def set_budget(llm: LLM, budget: int) -> None:

@@ -1,11 +1,9 @@
 """What is measured, as values: they travel between the processes of a measurement. Nothing here imports vLLM."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_dllm.calibrate.prompts import Message
 from vllm_dllm.engine.telemetry import StepStats
 
 
@@ -25,7 +23,7 @@ class Workload:
         concurrency: how many requests are in flight at once; everything is measured with each of these.
         temperature, seed: of the requests; prompt i has seed + i.
         stop_at_eos: whether a generation ends at EOS; if not, everyone makes the same number of tokens.
-        kv_cache_mib: memory for the K/V of each engine.
+        kv_cache_mib: memory for the K/V of each engine; None is what `concurrency` requests can take.
     """
 
     model: str
@@ -36,7 +34,7 @@ class Workload:
     temperature: float = 0.0
     seed: int = 0
     stop_at_eos: bool = False
-    kv_cache_mib: int = 512
+    kv_cache_mib: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +46,21 @@ class EngineSpec:
         settings: of the server, without the block length.
         speculative_config: None without speculation.
         dtype: of weights and activations.
+        most_drafts: for which a step of a single request has room; the same for engines that are compared.
     """
 
     workload: Workload
     settings: dict[str, Any] = field(default_factory=dict)
     speculative_config: dict[str, Any] | None = None
     dtype: str = "float32"
+    most_drafts: int = 0
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions that the longest prompt, its generation and the drafts of its last block need."""
+        workload = self.workload
+        longest = max(map(len, workload.prompts))
+        return longest + workload.gen_length + workload.block_length * (1 + self.most_drafts)
 
 
 @dataclass(slots=True)
@@ -97,15 +104,3 @@ class Measurement:
                 {"requests": num_reqs, "budget": budget, "ms": ms} for (num_reqs, budget), ms in self.step_ms.items()
             ],
         }
-
-
-def encode(model: str, conversations: Sequence[Sequence[Message]]) -> tuple[tuple[int, ...], ...]:
-    """Put conversations into the chat template of a model; returns token ids."""
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
-    texts = [
-        tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
-        for conversation in conversations
-    ]
-    return tuple(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts)

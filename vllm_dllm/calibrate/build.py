@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vllm_dllm.calibrate.count import Ranking, anchor_paths
+from vllm_dllm.calibrate.count import Decoding, anchor_paths
 from vllm_dllm.calibrate.fit import fit_readiness
 from vllm_dllm.calibrate.select import Objective, count_formulas, select
 from vllm_dllm.calibrate.simulate import Forwards, count_forwards, draft_blocks, expected_counts, until_eos
@@ -40,13 +40,17 @@ def split(num_prompts: int, held_out: float, seed: int) -> tuple[list[int], list
 
 
 def make_graph(
-    traces: Sequence[PromptTrace], ranking: Ranking, settings: DllmConfig, num_nodes: int, objective: Objective = "gain"
+    traces: Sequence[PromptTrace],
+    decoding: Decoding,
+    settings: DllmConfig,
+    num_nodes: int,
+    objective: Objective = "gain",
 ) -> DraftGraph:
     """Fit, count and choose.
 
     Args:
         traces: to calibrate with.
-        ranking: how the prompts were decoded; its readiness is not used.
+        decoding: how the prompts were decoded; its readiness is not used.
         settings: of the engine that decoded them.
         num_nodes: at most so many; fewer where the traces show no more.
         objective: what nodes are chosen by.
@@ -55,9 +59,9 @@ def make_graph(
     """
     per_step = tokens_per_step(settings)
     # The order of the policy `random` is known from its noise.
-    if not ranking.is_random:
-        ranking = replace(ranking, readiness=fit_readiness(traces, ranking.mask_token_id, per_step))
-    paths = anchor_paths(traces, ranking)
+    if not decoding.is_random:
+        decoding = replace(decoding, readiness=fit_readiness(traces, decoding.mask_token_id, per_step))
+    paths = anchor_paths(traces, decoding)
     formulas = select(paths, num_nodes, per_step, objective)
     if not formulas:
         raise ConfigError(
@@ -70,21 +74,21 @@ def make_graph(
         tokens_per_step=per_step,
         counts=tuple(counts[formula] for formula in formulas),
         num_anchors=len(paths),
-        readiness=ranking.readiness,
+        readiness=decoding.readiness,
     )
-    return replace(graph, expected=expected_counts(graph, draft_blocks(graph, traces, ranking)))
+    return replace(graph, expected=expected_counts(graph, draft_blocks(graph, traces, decoding)))
 
 
 def predict(
     graph: DraftGraph,
     traces: Sequence[PromptTrace],
-    ranking: Ranking,
+    decoding: Decoding,
     eos_token_id: int | None,
     budgets: Sequence[int],
 ) -> Prediction:
     """Count what the graph would have saved on traces, which should be others than it was made of."""
     texts = [trace if eos_token_id is None else until_eos(trace, eos_token_id) for trace in traces]
-    whole, until = draft_blocks(graph, traces, ranking), draft_blocks(graph, texts, ranking)
+    whole, until = draft_blocks(graph, traces, decoding), draft_blocks(graph, texts, decoding)
     return Prediction(
         whole={budget: count_forwards(whole, budget) for budget in budgets},
         until_eos={budget: count_forwards(until, budget) for budget in budgets},

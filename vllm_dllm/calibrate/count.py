@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_dllm import noise
-from vllm_dllm.calibrate.select import Path
+from vllm_dllm.calibrate.select import FutureStates
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.draft.graph import MAX_CANDIDATES, Formula, Pair
 from vllm_dllm.draft.readiness import Readiness
@@ -24,8 +24,8 @@ MAX_PAIRS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Ranking:
-    """What orders positions and tokens."""
+class Decoding:
+    """How the prompts were decoded, as far as it orders positions and tokens."""
 
     mask_token_id: int
     temperature: float = 0.0
@@ -33,19 +33,19 @@ class Ranking:
     readiness: Readiness = field(default_factory=Readiness)
 
 
-def anchor_paths(traces: Iterable[PromptTrace], ranking: Ranking) -> list[Path]:
+def anchor_paths(traces: Iterable[PromptTrace], decoding: Decoding) -> list[FutureStates]:
     """Return the path of every anchor, in the order of the traces."""
-    return [path for trace in traces for block in trace.blocks for path in block_paths(block, trace.seed, ranking)]
+    return [path for trace in traces for block in trace.blocks for path in block_paths(block, trace.seed, decoding)]
 
 
-def block_paths(block: BlockTrace, seed: int, ranking: Ranking) -> list[Path]:
+def block_paths(block: BlockTrace, seed: int, decoding: Decoding) -> list[FutureStates]:
     """Return the paths of a block's anchors, one for each step but the last."""
-    is_masked = block.canvas == ranking.mask_token_id  # [num_steps + 1, block_length]
-    return [tuple(_formulas(block, is_masked, anchor, seed, ranking)) for anchor in range(block.num_steps - 1)]
+    is_masked = block.canvas == decoding.mask_token_id  # [num_steps + 1, block_length]
+    return [tuple(_formulas(block, is_masked, anchor, seed, decoding)) for anchor in range(block.num_steps - 1)]
 
 
 def _formulas(
-    block: BlockTrace, is_masked: NDArray[np.bool_], anchor: int, seed: int, ranking: Ranking
+    block: BlockTrace, is_masked: NDArray[np.bool_], anchor: int, seed: int, decoding: Decoding
 ) -> Iterator[Formula]:
     """Yield the formulas of the canvases behind an anchor's root, until one has none or is finished."""
     num_left = is_masked.sum(1)
@@ -54,7 +54,7 @@ def _formulas(
     steps = np.arange(anchor + 1, last - 1)
     if not len(steps):
         return
-    token_order, position_order = _orders(block, is_masked, anchor, num_left[steps], seed, ranking)
+    token_order, position_order = _orders(block, is_masked, anchor, num_left[steps], seed, decoding)
     formula: list[Pair] = []
     for draw, step in enumerate(steps):
         draw = min(draw, len(token_order) - 1)
@@ -80,7 +80,7 @@ def _orders(
     anchor: int,
     num_left: NDArray[np.int64],
     seed: int,
-    ranking: Ranking,
+    decoding: Decoding,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Order tokens and positions as drafts of an anchor do at each of some later steps.
 
@@ -93,18 +93,18 @@ def _orders(
     ids = torch.from_numpy(block.token_ids[anchor].astype(np.int64))[None, :, :MAX_CANDIDATES]
     log_probs = torch.from_numpy(block.log_probs[anchor])[None, :, :MAX_CANDIDATES]
     is_new = torch.from_numpy(is_masked[anchor] & ~is_masked[anchor + 1])
-    if ranking.temperature == 0 and not ranking.is_random:
-        return ids.numpy(), _best_first(ranking.readiness.log_odds(log_probs[..., 0], is_new))
+    if decoding.temperature == 0 and not decoding.is_random:
+        return ids.numpy(), _best_first(decoding.readiness.log_odds(log_probs[..., 0], is_new))
     positions = torch.arange(block.start, block.start + ids.shape[1])
     seeds, left = torch.tensor(seed), torch.from_numpy(num_left)[:, None]
     keys = noise.stream_keys(seeds, positions, left)  # [num_draws, block_length]
-    scores = log_probs + ranking.temperature * noise.gumbel(keys[..., None], ids)
+    scores = log_probs + decoding.temperature * noise.gumbel(keys[..., None], ids)
     order = scores.argsort(dim=-1, descending=True, stable=True)
     drawn = ids.expand_as(scores).gather(-1, order)
-    if ranking.is_random:
+    if decoding.is_random:
         return drawn.numpy(), _best_first(noise.uniform(keys, torch.tensor(noise.STREAM)))
     confidence = log_probs.expand_as(scores).gather(-1, order)[..., 0]
-    return drawn.numpy(), _best_first(ranking.readiness.log_odds(confidence, is_new.expand_as(confidence)))
+    return drawn.numpy(), _best_first(decoding.readiness.log_odds(confidence, is_new.expand_as(confidence)))
 
 
 def _best_first(scores: Tensor) -> NDArray[np.int64]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
+from vllm_dllm.draft.prune import log_choices
 from vllm_dllm.draft.readiness import Readiness
 
 STEPS_AHEAD = 4
@@ -43,7 +43,7 @@ def fit_readiness(traces: Sequence[PromptTrace], mask_token_id: int, tokens_per_
     def loss() -> Tensor:
         optimizer.zero_grad()
         ready = features @ weights
-        log_z = _log_z(ready, is_masked, has_bias)
+        log_z = log_choices(ready, is_masked, is_one_by_one=not has_bias)
         value = (log_z - ready.masked_fill(~is_next, 0.0).sum(1)).mean() + 1e-4 * weights.square().sum()
         value.backward()
         return value
@@ -51,13 +51,6 @@ def fit_readiness(traces: Sequence[PromptTrace], mask_token_id: int, tokens_per_
     optimizer.step(loss)
     slope, beside, further, *bias = (round(weight, 4) for weight in weights.tolist())
     return Readiness(slope, (beside, further), *bias)
-
-
-def _log_z(ready: Tensor, is_masked: Tensor, has_bias: bool) -> Tensor:
-    if not has_bias:
-        return ready.masked_fill(~is_masked, -torch.inf).logsumexp(1)
-    log_one_more = softplus(ready).masked_fill(~is_masked, 0.0).sum(1)
-    return log_one_more + torch.log(-torch.expm1(-log_one_more))
 
 
 def _steps(block: BlockTrace, age: int, mask_token_id: int) -> tuple[Tensor, Tensor, Tensor]:

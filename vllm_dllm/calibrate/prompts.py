@@ -3,8 +3,10 @@
 import hashlib
 import json
 import reprlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from vllm_dllm.errors import ConfigError
 
@@ -13,6 +15,14 @@ Message = dict[str, str]
 
 TEXT_FIELDS = ("text", "prompt", "question")
 _ALLOWED = f"{', '.join(TEXT_FIELDS)} (one text each, the user's message) and messages (a conversation)"
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer of transformers."""
+
+    chat_template: object
+    encode: Callable[..., list[int]]
+    apply_chat_template: Callable[..., str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,19 @@ def read_prompts(path: Path, num_samples: int) -> Prompts:
         raise ConfigError(f"prompts file {path} has no lines; give a file of JSON lines with one of {_ALLOWED}")
     conversations = tuple(_conversation(line, f"{path}, line {number}") for number, line in numbered)
     return Prompts(path, hashlib.sha256(content).hexdigest(), conversations)
+
+
+def encode(tokenizer: Tokenizer, conversation: Sequence[Message]) -> list[int]:
+    """Return the token ids of a conversation in the chat template, or of its texts together where there is none.
+
+    Args:
+        tokenizer: of the model.
+        conversation: its messages.
+    """
+    if tokenizer.chat_template is None:
+        return tokenizer.encode("\n".join(message["content"] for message in conversation))
+    text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _conversation(line: str, where: str) -> tuple[Message, ...]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -25,7 +25,8 @@ class TraceFile:
         path: beside the graph's file.
         settings: of this calibration.
 
-    Raises: ConfigError when the file has the traces of other settings, or cannot be read or written.
+    Raises: ConfigError when the file has the traces of other settings, has a damaged line, or cannot be read or
+        written.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
@@ -37,7 +38,7 @@ class TraceFile:
             complete = lines[:-1]  # what follows the last line end was cut short
             if complete:
                 _check_settings(path, complete[0], settings)
-                self.traces = {trace.prompt_idx: trace for trace in map(unpack, complete[1:])}
+                self.traces = _unpack_all(path, complete[1:])
             temporary = path.with_name(path.name + ".new")
             temporary.write_text("".join(f"{line}\n" for line in complete or [head]), "utf-8")
             temporary.replace(path)
@@ -63,6 +64,20 @@ class TraceFile:
     def __exit__(self, *error: object) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _unpack_all(path: Path, lines: Sequence[str]) -> dict[int, PromptTrace]:
+    traces = {}
+    for number, line in enumerate(lines, start=2):
+        try:
+            trace = unpack(line)
+        except ValueError as error:
+            raise ConfigError(
+                f"{path}, line {number} is damaged ({error}); remove this line to decode its prompt again, or delete "
+                "the file to begin anew"
+            ) from None
+        traces[trace.prompt_idx] = trace
+    return traces
 
 
 def _check_settings(path: Path, head: str, settings: Settings) -> None:

@@ -15,7 +15,7 @@ from vllm_dllm.draft.graph import DraftGraph, Formula
 
 Objective = Literal["gain", "degree-0", "degree-1", "full"]
 
-Path = tuple[Formula, ...]
+FutureStates = tuple[Formula, ...]
 """The formula of each true future state of an anchor, until one that no formula describes."""
 
 Node = TypeVar("Node", bound=Hashable)
@@ -24,7 +24,7 @@ POOL_SIZE = 600
 """The most frequent formulas, from which the sums of counts choose; all others are rarer than any chosen node."""
 
 
-def count_formulas(paths: Iterable[Path]) -> Counter[Formula]:
+def count_formulas(paths: Iterable[FutureStates]) -> Counter[Formula]:
     """Count at how many anchors each formula was a true future state."""
     return Counter(formula for path in paths for formula in path)
 
@@ -93,7 +93,7 @@ def select_by_counts(
 
 
 def select(
-    paths: Sequence[Path], num_nodes: int, tokens_per_step: int | None, objective: Objective = "gain"
+    paths: Sequence[FutureStates], num_nodes: int, tokens_per_step: int | None, objective: Objective = "gain"
 ) -> list[Formula]:
     """Choose at most `num_nodes` formulas, best first; each has a parent among those before it, or the root."""
     if objective == "gain":

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_dllm.calibrate.count import Ranking
+from vllm_dllm.calibrate.count import Decoding
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.draft.compile import CompiledGraph, compile_graph
 from vllm_dllm.draft.graph import DraftGraph
@@ -75,44 +75,44 @@ class BlockDrafts:
 
 
 def draft_blocks(
-    graph: DraftGraph, traces: Sequence[PromptTrace], ranking: Ranking, is_coupled: bool = True
+    graph: DraftGraph, traces: Sequence[PromptTrace], decoding: Decoding, is_coupled: bool = True
 ) -> list[BlockDrafts]:
     """Make the drafts of every anchor of the traces.
 
     Args:
         graph: of at least one node; its readiness orders positions.
         traces: as recorded.
-        ranking: temperature and policy of the traces.
+        decoding: temperature and policy of the traces.
         is_coupled: draw with the decoder's noise, as the engine does; False takes the most probable tokens.
     """
     compiled = compile_graph(graph, torch.device("cpu"))
     return [
-        _block_drafts(compiled, block, _noise(block, trace.seed, ranking) if is_coupled else None, ranking)
+        _block_drafts(compiled, block, _noise(block, trace.seed, decoding) if is_coupled else None, decoding)
         for trace in traces
         for block in trace.blocks
     ]
 
 
-def _noise(block: BlockTrace, seed: int, ranking: Ranking) -> DraftNoise | None:
-    if ranking.temperature == 0 and not ranking.is_random:
+def _noise(block: BlockTrace, seed: int, decoding: Decoding) -> DraftNoise | None:
+    if decoding.temperature == 0 and not decoding.is_random:
         return None
     num_anchors, block_length = block.num_steps - 1, block.canvas.shape[1]
     every = torch.zeros(num_anchors, dtype=torch.int64)
     return DraftNoise(
         seed=every + seed,
         position=torch.arange(block.start, block.start + block_length).expand(num_anchors, -1),
-        temperature=every + ranking.temperature,
+        temperature=every + decoding.temperature,
         top_k=every,
         top_p=every + 1.0,
-        is_random=(every + ranking.is_random).bool(),
+        is_random=(every + decoding.is_random).bool(),
     )
 
 
 def _block_drafts(
-    graph: CompiledGraph, block: BlockTrace, draft_noise: DraftNoise | None, ranking: Ranking
+    graph: CompiledGraph, block: BlockTrace, draft_noise: DraftNoise | None, decoding: Decoding
 ) -> BlockDrafts:
     canvas = torch.from_numpy(block.canvas.astype(np.int64))
-    is_masked = canvas == ranking.mask_token_id
+    is_masked = canvas == decoding.mask_token_id
     ids, log_probs = torch.from_numpy(block.token_ids[:-1].astype(np.int64)), torch.from_numpy(block.log_probs[:-1])
     roots = Roots(canvas[1:-1], is_masked[1:-1], is_masked[:-2] & ~is_masked[1:-1], Candidates(ids, log_probs))
     drafts = propose(graph, roots, draft_noise)

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +48,8 @@ class PromptTrace:
 
 
 _FIELDS = ("canvas", "token_ids", "log_probs")
+_DAMAGE = (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What reading a damaged text raises."""
 
 
 def pack(trace: PromptTrace) -> str:
@@ -60,11 +64,17 @@ def pack(trace: PromptTrace) -> str:
 
 
 def unpack(text: str) -> PromptTrace:
-    """Read what `pack` wrote."""
-    with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as arrays:
-        blocks = tuple(
-            BlockTrace(int(start), *(arrays[f"{field}{i}"] for field in _FIELDS))
-            for i, start in enumerate(arrays["start"])
-        )
-        prompt_idx, seed = map(int, arrays["head"])
+    """Read what `pack` wrote.
+
+    Raises: ValueError for any other text.
+    """
+    try:
+        with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as arrays:
+            blocks = tuple(
+                BlockTrace(int(start), *(arrays[f"{field}{i}"] for field in _FIELDS))
+                for i, start in enumerate(arrays["start"])
+            )
+            prompt_idx, seed = map(int, arrays["head"])
+    except _DAMAGE as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
     return PromptTrace(prompt_idx, seed, blocks)

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -37,43 +37,48 @@ _NumPrompts = Annotated[int, typer.Option(min=1, help="Prompts that everyone dec
 _GenLength = Annotated[int, typer.Option(min=1, help="Tokens per prompt.")]
 _BlockLength = Annotated[int, typer.Option(min=1, help="Positions denoised together.")]
 _Concurrency = Annotated[str, typer.Option(metavar="N,...", help="Requests in flight; each number is measured.")]
+_Dtype = Annotated[
+    str, typer.Option(help="With bfloat16 near ties may round differently with drafts, which is exit status 1.")
+]
+_KvCacheMib = Annotated[
+    int | None, typer.Option(min=1, help="K/V memory of each engine; as much as --concurrency needs unless given.")
+]
 
 
-@app.command()
-def reference(
-    model: _Model,
-    prompts: _Prompts,
-    skip_prompts: _Skip = 0,
-    num_prompts: _NumPrompts = 16,
-    gen_length: _GenLength = 128,
-    block_length: _BlockLength = _DEFAULT.block_length,
-    concurrency: _Concurrency = "1,4,16",
-) -> None:
+def _measures_workload(measure: Callable[["Workload"], None]) -> None:
+    """Make a command of a function; its options say what workload the function is given."""
+
+    @app.command(measure.__name__, help=measure.__doc__)
+    def command(
+        model: _Model,
+        prompts: _Prompts,
+        skip_prompts: _Skip = 0,
+        num_prompts: _NumPrompts = 16,
+        gen_length: _GenLength = 128,
+        block_length: _BlockLength = _DEFAULT.block_length,
+        concurrency: _Concurrency = "1,4,16",
+    ) -> None:
+        measure(_workload(model, prompts, skip_prompts, num_prompts, gen_length, block_length, concurrency))
+
+
+@_measures_workload
+def reference(workload: "Workload") -> None:
     """Measure the engine beside the plain reference decoders; the exit status is 1 when tokens differ."""
     from vllm_dllm.bench.reference import compare_with_reference
     from vllm_dllm.bench.workload import UnequalTokensError
 
-    workload = _workload(model, prompts, skip_prompts, num_prompts, gen_length, block_length, concurrency)
     try:
         _print(compare_with_reference(workload))
     except UnequalTokensError as error:
         _fail(error)
 
 
-@app.command()
-def stages(
-    model: _Model,
-    prompts: _Prompts,
-    skip_prompts: _Skip = 0,
-    num_prompts: _NumPrompts = 16,
-    gen_length: _GenLength = 128,
-    block_length: _BlockLength = _DEFAULT.block_length,
-    concurrency: _Concurrency = "1,4,16",
-) -> None:
+@_measures_workload
+def stages(workload: "Workload") -> None:
     """Measure where the time of a denoising step goes."""
     from vllm_dllm.bench.stages import stage_times
 
-    _print(stage_times(_workload(model, prompts, skip_prompts, num_prompts, gen_length, block_length, concurrency)))
+    _print(stage_times(workload))
 
 
 @app.command()
@@ -88,7 +93,10 @@ def decode(  # noqa: PLR0913 - the options of a command
     policy: Annotated[str, typer.Option(metavar="NAME,...", help="Unmasking policies; each is measured.")] = "static",
     threshold: Annotated[float, typer.Option(help="Of the policy `threshold`.")] = _DEFAULT.threshold,
     graph: Annotated[
-        str, typer.Option(metavar="FILE,...", help="Draft graph of all policies, or of each; `default` is one.")
+        str,
+        typer.Option(
+            metavar="FILE,...", help="Draft graph of all policies, or of each; `default` is each policy's own."
+        ),
     ] = "default",
     budgets: Annotated[
         str, typer.Option(metavar="N,...", help="Fixed budgets beside `off` and `auto`; '' is none.")
@@ -100,11 +108,15 @@ def decode(  # noqa: PLR0913 - the options of a command
     temperature: Annotated[float, typer.Option(min=0.0, help="Of all requests.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the first prompt; the next has one more.")] = 0,
     stop_at_eos: Annotated[bool, typer.Option(help="End at EOS, not after --gen-length tokens.")] = False,
-    dtype: Annotated[str, typer.Option(help="Equal tokens can be expected in float32 alone.")] = "float32",
-    kv_cache_mib: Annotated[int, typer.Option(min=1, help="K/V memory of each engine.")] = 512,
+    dtype: _Dtype = "float32",
+    kv_cache_mib: _KvCacheMib = None,
     out: Annotated[Path, typer.Option(help="Folder for decode.md, decode.json and decode.svg.")] = Path("build/bench"),
 ) -> None:
-    """Measure speculation against none, everyone in turns; the exit status is 1 when tokens differ."""
+    """Measure speculation against none, everyone in turns; the exit status is 1 when tokens differ.
+
+    Four engines are alive at once, each with the model's weights: off, auto, one for all fixed budgets and one for the
+    chains. Where memory is short, --chain '' and --budgets '' leave out the last two.
+    """
     from vllm_dllm.bench.decode import Comparison, sections
 
     _check_matplotlib()
@@ -139,8 +151,10 @@ def _workload(
     block_length: int,
     concurrency: str,
 ) -> "Workload":
-    from vllm_dllm.bench.workload import Workload, encode
-    from vllm_dllm.calibrate.prompts import read_prompts
+    from transformers import PreTrainedTokenizerFast
+
+    from vllm_dllm.bench.workload import Workload
+    from vllm_dllm.calibrate.prompts import encode, read_prompts
 
     at_once = _whole_numbers("--concurrency", concurrency, 1024)
     chosen = read_prompts(prompts, skip_prompts + num_prompts).conversations[skip_prompts:]
@@ -149,7 +163,9 @@ def _workload(
             f"--skip-prompts is {skip_prompts} and --concurrency is {concurrency!r}, which leaves nothing of {prompts} "
             "to measure; skip fewer prompts and give at least one number"
         )
-    return Workload(str(model), encode(str(model), chosen), gen_length, block_length, at_once)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    ids = tuple(tuple(encode(tokenizer, conversation)) for conversation in chosen)
+    return Workload(str(model), ids, gen_length, block_length, at_once)
 
 
 def _whole_numbers(option: str, text: str, most: int) -> tuple[int, ...]:
@@ -174,7 +190,7 @@ def _policies(policy: str, graph: str, block_length: int, threshold: float) -> t
     policies = []
     for index, name in enumerate(names):
         settings: dict[str, Any] = {"policy": name} | ({"threshold": threshold} if name == "threshold" else {})
-        parse_server_settings(settings | {"block_length": block_length})
+        parse_server_settings(settings | {"block_length": block_length}, prefix="--")
         policies.append(Policy(settings, graphs[index % len(graphs)]))
     return tuple(policies)
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,7 +16,8 @@ from rich.text import Text
 
 from vllm_dllm import __version__
 from vllm_dllm.calibrate.prompts import Prompts, read_prompts
-from vllm_dllm.config import DllmConfig, InvalidOptionError, PolicyName, parse_server_settings
+from vllm_dllm.calibrate.select import Objective
+from vllm_dllm.config import DllmConfig, PolicyName, parse_server_settings
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, save_graph
 from vllm_dllm.draft.graph_schema import PromptsFile, Provenance, Versions
@@ -28,14 +29,6 @@ if TYPE_CHECKING:  # torch and vLLM are loaded when the command runs
     from vllm_dllm.calibrate.record import TraceFile
     from vllm_dllm.calibrate.trace import PromptTrace
     from vllm_dllm.engine.recording import ModelFacts
-
-Degree = Literal["gain", "0", "1", "full"]
-_OBJECTIVES: dict[Degree, Literal["gain", "degree-0", "degree-1", "full"]] = {
-    "gain": "gain",
-    "0": "degree-0",
-    "1": "degree-1",
-    "full": "full",
-}
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -54,8 +47,8 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     gen_length: Annotated[int, typer.Option(min=1, help="Positions that each prompt generates.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of the requests.")] = 0.0,
     nodes: Annotated[int, typer.Option(min=1, max=MAX_NODES, help="Nodes of the graph, at most.")] = 32,
-    degree: Annotated[
-        Degree,
+    objective: Annotated[
+        Objective,
         typer.Option(help="Choose nodes by what each adds, or by counts: its own, its parents', all ancestors'."),
     ] = "gain",
     budgets: Annotated[str, typer.Option(help="Budgets to report, with commas between them.")] = "1,3,5,8,10",
@@ -86,7 +79,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
         gen_length=gen_length,
         temperature=temperature,
         num_nodes=nodes,
-        degree=degree,
+        objective=objective,
         budgets=_budgets(budgets, nodes),
         held_out=held_out,
         seed=seed,
@@ -110,7 +103,7 @@ class Plan:
     gen_length: int
     temperature: float
     num_nodes: int
-    degree: Degree
+    objective: Objective
     budgets: tuple[int, ...]
     held_out: float
     seed: int
@@ -134,18 +127,15 @@ class Plan:
 
 
 def _settings(**given: object) -> DllmConfig:
-    try:
-        return parse_server_settings({name: value for name, value in given.items() if value is not None})
-    except InvalidOptionError as error:
-        raise ConfigError(str(error).replace("additional_config.dllm.", "")) from None
+    return parse_server_settings({name: value for name, value in given.items() if value is not None}, prefix="--")
 
 
 def _budgets(text: str, num_nodes: int) -> tuple[int, ...]:
     budgets = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if not all(1 <= budget <= MAX_NODES for budget in budgets):
         raise ConfigError(
-            f"budgets is {text!r}; allowed are whole numbers from 1 to {MAX_NODES} with commas between them; give for "
-            "example 3,5,8"
+            f"--budgets is {text!r}; allowed are whole numbers from 1 to {MAX_NODES} with commas between them; give "
+            "for example 3,5,8"
         )
     return tuple(sorted({min(budget, num_nodes) for budget in budgets}))
 
@@ -154,9 +144,9 @@ def _check_outputs(plan: Plan) -> None:
     """Refuse before the work what could not be written after it."""
     for name, path in (("output", plan.output), ("picture", plan.picture)):
         if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"{name} is {str(path)!r}, but there is no folder {path.absolute().parent}; make it")
+            raise ConfigError(f"--{name} is {str(path)!r}, but there is no folder {path.absolute().parent}; make it")
     if plan.picture is not None and plan.picture.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"picture is {str(plan.picture)!r}; allowed are paths that end in {' or '.join(SUFFIXES)}")
+        raise ConfigError(f"--picture is {str(plan.picture)!r}; allowed are paths that end in {' or '.join(SUFFIXES)}")
     if len(plan.prompts.conversations) < 2:
         raise ConfigError(f"{plan.prompts.path} has one prompt; give two or more, since some of them are held out")
 
@@ -204,13 +194,13 @@ def _decode(plan: Plan, trace_file: "TraceFile") -> "ModelFacts":
 
 def _build(plan: Plan, facts: "ModelFacts", traces: Sequence["PromptTrace"]) -> tuple[DraftGraph, "Prediction"]:
     from vllm_dllm.calibrate.build import make_graph, predict, split
-    from vllm_dllm.calibrate.count import Ranking
+    from vllm_dllm.calibrate.count import Decoding
 
-    ranking = Ranking(facts.mask_token_id, plan.temperature, plan.settings.policy == "random")
+    decoding = Decoding(facts.mask_token_id, plan.temperature, plan.settings.policy == "random")
     by_prompt = sorted(traces, key=lambda trace: trace.prompt_idx)
     used, held_out = split(len(by_prompt), plan.held_out, plan.seed)
-    graph = make_graph([by_prompt[i] for i in used], ranking, plan.settings, plan.num_nodes, _OBJECTIVES[plan.degree])
-    return graph, predict(graph, [by_prompt[i] for i in held_out], ranking, facts.eos_token_id, plan.budgets)
+    graph = make_graph([by_prompt[i] for i in used], decoding, plan.settings, plan.num_nodes, plan.objective)
+    return graph, predict(graph, [by_prompt[i] for i in held_out], decoding, facts.eos_token_id, plan.budgets)
 
 
 def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Prediction") -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_dllm.cli.console import print_error, print_line
-from vllm_dllm.config import DllmConfig, KvPolicyName, PolicyName, parse_server_settings
+from vllm_dllm.config import DllmConfig, PolicyName, parse_server_settings
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph, formula_text
 from vllm_dllm.draft.graph_file import GraphFile, check_fit, load_graph, save_graph
 from vllm_dllm.draft.graph_schema import Provenance
@@ -47,7 +47,6 @@ def check(
     threshold: Annotated[float | None, typer.Option(help="Of the policy `threshold`.")] = None,
     factor: Annotated[float | None, typer.Option(help="Of the policy `factor`.")] = None,
     steps_per_block: Annotated[int | None, typer.Option(help="Of the policies `static` and `random`.")] = None,
-    kv_policy: Annotated[KvPolicyName | None, typer.Option(help="Of the server.")] = None,
 ) -> None:
     """Check a graph, alone or for a server; what is not given is taken to be as in the calibration.
 
@@ -60,7 +59,6 @@ def check(
         "threshold": threshold,
         "factor": factor,
         "steps_per_block": steps_per_block,
-        "kv_policy": kv_policy,
     }
     try:
         graph_file = load_graph(file)
@@ -76,9 +74,9 @@ def check(
 
 def _server_settings(graph_file: GraphFile, given: dict[str, object]) -> DllmConfig:
     if graph_file.provenance is not None:
-        return parse_server_settings(graph_file.provenance.settings.model_dump() | given)
+        return parse_server_settings(graph_file.provenance.settings.model_dump() | given, prefix="--")
     # Any block length serves where none is known.
-    return parse_server_settings({"block_length": 1024} | given)
+    return parse_server_settings({"block_length": 1024} | given, prefix="--")
 
 
 @app.command()

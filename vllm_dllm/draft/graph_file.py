@@ -133,7 +133,7 @@ def save_graph(file: GraphFile, path: str | Path) -> None:
 
 def _parse_text(text: str, where: str) -> GraphFile:
     try:
-        json.loads(text, object_pairs_hook=_refuse_repeated_keys)
+        json.loads(text, object_pairs_hook=refuse_repeated_keys)
     except (ValueError, RecursionError) as error:
         raise GraphError(f"{where} is not JSON of a graph ({error}); {REMEDY}") from None
     schema = read_schema(text, where)
@@ -151,7 +151,8 @@ def _parse_text(text: str, where: str) -> GraphFile:
     return GraphFile(graph.parents_first(), schema.provenance)
 
 
-def _refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make an object of its pairs, as `object_pairs_hook` of `json.loads`; raises ValueError for a repeated key."""
     [(key, times)] = Counter(key for key, _ in pairs).most_common(1) or [("", 0)]
     if times > 1:
         raise ValueError(f"the key {reprlib.repr(key)} is given {times} times in one object")

@@ -26,6 +26,9 @@ from vllm_dllm.spiffy_config import (
 
 logger = init_logger("vllm.dllm")
 
+_TAKEN = "_vllm_dllm_spiffy"
+"""Where arguments remember what `take_spiffy` made of them."""
+
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
 # What cannot work, as (is it asked for, sentence). The sentence says what was given, what is allowed and what to do; it
@@ -166,6 +169,13 @@ def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
     Raises: ConfigError for method `spiffy` with another's model, for another method with a model of ours, and for
         settings that do not pass.
     """
+    if isinstance(args.additional_config, dict) and METHOD in args.additional_config and is_ours(model_config):
+        if args.additional_config[METHOD] is not getattr(args, _TAKEN, None):
+            raise ConfigError(
+                f"additional_config.{METHOD} is {reprlib.repr(args.additional_config[METHOD])}, but it is made of "
+                "speculative_config; allowed is none; remove it and give speculative_config"
+            )
+        args.additional_config = {k: v for k, v in args.additional_config.items() if k != METHOD}  # of an earlier call
     given = read_speculative_config(args.speculative_config)
     aliases = {"method": args.spec_method, "model": args.spec_model, "num_speculative_tokens": args.spec_tokens}
     aliases = {name: value for name, value in aliases.items() if value is not None}
@@ -190,8 +200,14 @@ def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
         raise ConfigError(
             f"additional_config is {args.additional_config!r}, allowed are objects; give one as {{'dllm': {{}}}}"
         )
+    if args.per_request_spec_decode_metrics != "none":
+        raise ConfigError(
+            f"per_request_spec_decode_metrics is {args.per_request_spec_decode_metrics!r}, but it counts drafts that go "
+            "left to right; allowed is 'none'; remove it and read kv_transfer_params of the replies"
+        )
     config = to_json_object(parse_spiffy(fields | aliases))
     args.additional_config = {**args.additional_config, METHOD: config}
+    setattr(args, _TAKEN, config)
     return True
 
 

@@ -54,7 +54,8 @@ def measure_curve(engine: EngineCore) -> CostCurve:
 def measure_at_start() -> None:
     """Give the scheduler its cost curve as soon as an engine has one, before the first request.
 
-    The method that is wrapped is the first that the engine calls on itself when it has both workers and scheduler.
+    Called by the scheduler itself, so that no other model's process imports or wraps anything for it. The method that
+    is wrapped is the first that the engine calls on itself when it has both workers and scheduler.
     """
 
     def make(original: Callable[[EngineCore], None]) -> Callable[[EngineCore], None]:

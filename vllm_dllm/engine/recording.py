@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 
-from vllm_dllm.calibrate.prompts import Message
+from vllm_dllm.calibrate.prompts import Message, encode
 from vllm_dllm.calibrate.record import BlockRecorder
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.config import DllmConfig
@@ -58,21 +58,17 @@ class RecordingEngine:
         self._runner.model_state.denoiser.observer = self._observe
 
     def encode(self, conversation: Sequence[Message], gen_length: int) -> list[int]:
-        """Put a conversation into the model's chat template, or its texts together where the model has none.
+        """Return the token ids of a conversation, see `prompts.encode`.
 
         Raises: ConfigError when the model has no room for it and the generation.
         """
         tokenizer: Any = self._llm.get_tokenizer()
-        if tokenizer.chat_template is None:
-            ids: list[int] = tokenizer.encode("\n".join(message["content"] for message in conversation))
-        else:
-            text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
-            ids = tokenizer.encode(text, add_special_tokens=False)
+        ids = encode(tokenizer, conversation)
         room = self._llm.llm_engine.model_config.max_model_len
         if len(ids) + gen_length > room:
             shown = conversation[-1]["content"][:40]
             raise ConfigError(
-                f"the prompt {shown!r} has {len(ids)} tokens and gen-length is {gen_length}, but the model has "
+                f"the prompt {shown!r} has {len(ids)} tokens and --gen-length is {gen_length}, but the model has "
                 f"room for {room}; remove the prompt or choose a smaller --gen-length"
             )
         return ids

@@ -108,6 +108,11 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         raise RequestError(
             "the prompt has no token ids, allowed are text and token ids; send one of these", parameter="prompt"
         )
+    if request.resumable:
+        raise RequestError(
+            "the request is a session whose prompt goes on, allowed are whole prompts; send one request per prompt",
+            parameter="prompt",
+        )
     prompt_len = len(request.prompt_token_ids)
     assert params.max_tokens is not None, "vLLM fills max_tokens before it makes the request"
     length = generation_length(prompt_len, params.max_tokens, settings.block_length, max_model_len)

@@ -15,6 +15,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.config import generation_length
 from vllm_dllm.draft.budget import BudgetRule
+from vllm_dllm.engine import costs
 from vllm_dllm.engine.config_hook import settings_of, spiffy_of
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 
@@ -36,6 +37,8 @@ class DllmScheduler(Scheduler):
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_row
         self._spiffy = spiffy_of(self.vllm_config)
+        if self._spiffy and self._spiffy.budget is None:
+            costs.measure_at_start()
         self.rule = BudgetRule(self._spiffy.graph, self.block_length, self._spiffy.budget) if self._spiffy else None
         self._totals: defaultdict[str, RequestTotals] = defaultdict(RequestTotals)
         self._stats: StepStats | None = None
@@ -94,7 +97,7 @@ class DllmScheduler(Scheduler):
             return None
         stats = spec_decoding_stats or SpecDecodingStats(self.num_spec_tokens)
         stats.num_drafts += 1
-        stats.num_draft_tokens += num_draft_tokens
+        stats.num_draft_tokens += self.block_length  # vLLM's canvas positions: those of the root, not of drafts
         stats.num_accepted_tokens += num_accepted_tokens
         return stats
 
