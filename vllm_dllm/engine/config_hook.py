@@ -202,8 +202,8 @@ def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
         )
     if args.per_request_spec_decode_metrics != "none":
         raise ConfigError(
-            f"per_request_spec_decode_metrics is {args.per_request_spec_decode_metrics!r}, but it counts drafts that go "
-            "left to right; allowed is 'none'; remove it and read kv_transfer_params of the replies"
+            f"per_request_spec_decode_metrics is {args.per_request_spec_decode_metrics!r}, but it counts drafts that "
+            "go left to right; allowed is 'none'; remove it and read kv_transfer_params of the replies"
         )
     config = to_json_object(parse_spiffy(fields | aliases))
     args.additional_config = {**args.additional_config, METHOD: config}
