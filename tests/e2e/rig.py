@@ -245,3 +245,21 @@ def speculation(graph: DraftGraph, budget: int | str, **changes: Any) -> dict[st
     """Return a `speculative_config`."""
     inline = json.loads(dump_graph(GraphFile(graph)))
     return {"method": "spiffy", "draft_graph": inline, "budget": budget, **changes}
+
+
+def check_counts_while_running(llm: Any, cases: list[Case]) -> None:
+    """Compare the runner's and the scheduler's computed tokens at every step: a forgotten rejection lets them drift."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    states = llm.llm_engine.model_executor.driver_worker.worker.model_runner.req_states
+    compared = 0
+
+    def compare(_number: int, _llm: Any) -> None:
+        nonlocal compared
+        for request in scheduler.running:
+            slot = states.req_id_to_index.get(request.request_id)
+            if slot is not None:
+                assert int(states.num_computed_tokens.gpu[slot]) == request.num_computed_tokens
+                compared += 1
+
+    step_all(llm, cases, compare)
+    assert compared > len(cases)

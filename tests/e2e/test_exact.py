@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.rig import Case, engine, mixed_cases, run, run_outputs, step_all
+from tests.e2e.rig import Case, check_counts_while_running, engine, mixed_cases, run, run_outputs, step_all
 
 pytestmark = pytest.mark.engine
 
@@ -69,22 +69,8 @@ def test_preemption_restarts_the_block_alone(served: Any, oracle: Any) -> None:
 
 
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
-    """A forgotten rejection would let the runner's device count drift from the scheduler's."""
     llm, settings = served
-    core = llm.llm_engine.engine_core.engine_core
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    cases = mixed_cases(settings["block_length"], seed=5)
-    for i, case in enumerate(cases):
-        llm.llm_engine.add_request(str(i), {"prompt_token_ids": list(case.prompt)}, case.sampling_params())
-    compared = 0
-    while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
-        for request in core.scheduler.running:
-            slot = runner.req_states.req_id_to_index.get(request.request_id)
-            if slot is not None:
-                assert int(runner.req_states.num_computed_tokens.gpu[slot]) == request.num_computed_tokens
-                compared += 1
-    assert compared > len(cases)
+    check_counts_while_running(llm, mixed_cases(settings["block_length"], seed=5))
 
 
 def test_the_cache_is_given_back(served: Any) -> None:

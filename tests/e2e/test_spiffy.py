@@ -9,9 +9,9 @@ import pytest
 
 from tests.e2e.rig import (
     CHECKPOINT,
-    NUM_SLOTS,
     Case,
     Oracle,
+    check_counts_while_running,
     engine,
     mixed_cases,
     questions,
@@ -84,19 +84,7 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any, mild_oracle: 
 
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     llm, settings, _, _ = served
-    core = llm.llm_engine.engine_core.engine_core
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    for i, case in enumerate(mixed_cases(settings["block_length"], seed=5)):
-        llm.llm_engine.add_request(str(i), {"prompt_token_ids": list(case.prompt)}, case.sampling_params())
-    compared = 0
-    while llm.llm_engine.has_unfinished_requests():
-        llm.llm_engine.step()
-        for request in core.scheduler.running:
-            slot = runner.req_states.req_id_to_index.get(request.request_id)
-            if slot is not None:
-                assert int(runner.req_states.num_computed_tokens.gpu[slot]) == request.num_computed_tokens
-                compared += 1
-    assert compared > NUM_SLOTS
+    check_counts_while_running(llm, mixed_cases(settings["block_length"], seed=5))
 
 
 def test_near_the_end_of_max_model_len_drafts_are_left_out(mild: Path, mild_oracle: Oracle) -> None:
