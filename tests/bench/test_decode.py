@@ -31,6 +31,14 @@ def test_rounds_go_forth_and_back() -> None:
     assert list(in_turns(variants, 3)) == [a, b, c, c, b, a, a, b, c]
 
 
+def test_without_fixed_budgets_off_and_auto_remain() -> None:
+    comparison = Comparison(WORKLOAD, POLICIES, budgets=(), chain=(), repeats=1)
+    assert comparison.variants == [Variant("off"), Variant("auto")]
+    specs = comparison.specs(POLICIES[0])
+    assert list(specs) == ["off", "auto"]
+    assert {spec.most_drafts for spec in specs.values()} == {DEFAULT_MAX_NODES}
+
+
 def test_chain_has_one_node_per_depth() -> None:
     graph = chain_graph(3)
     assert graph.formulas == (((0, 0),), ((0, 0), (1, 0)), ((0, 0), (1, 0), (2, 0)))

@@ -93,7 +93,7 @@ class Comparison:
             most = max(self.chain)
             graph = json.loads(dump_graph(GraphFile(chain_graph(most))))
             speculation["chain"] = {"draft_graph": graph, "budget": most}
-        most_drafts = max(DEFAULT_MAX_NODES, *self.budgets, *self.chain)
+        most_drafts = max([DEFAULT_MAX_NODES, *self.budgets, *self.chain])
         return {
             name: EngineSpec(
                 self.workload, policy.settings, config and {"method": METHOD, **config}, self.dtype, most_drafts
