@@ -110,7 +110,7 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         )
     if request.resumable:
         raise RequestError(
-            "the request is a session whose prompt goes on, allowed are whole prompts; send one request per prompt",
+            "the prompt arrives in parts, allowed are whole prompts; send one request per prompt",
             parameter="prompt",
         )
     prompt_len = len(request.prompt_token_ids)
