@@ -1,10 +1,12 @@
 """A request's parameters, resolved for a worker."""
 
+from types import SimpleNamespace
+
 import pytest
 from vllm import SamplingParams
 
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.engine.request import RequestError, refuse_unsupported, resolve_params
+from vllm_dllm.engine.request import RequestError, check_admission, refuse_unsupported, resolve_params
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 
@@ -44,3 +46,12 @@ def test_a_refusal_is_an_error_of_vllm_and_of_python() -> None:
     assert isinstance(refused.value, ValueError)
     assert isinstance(refused.value, VLLMClientError)
     assert refused.value.parameter == "logprobs"
+
+
+def test_a_prompt_that_arrives_in_parts_is_refused() -> None:
+    """Its row would grow past the pages and positions that were reserved for it."""
+    request = SimpleNamespace(sampling_params=SamplingParams(max_tokens=8), prompt_token_ids=[5, 6], resumable=True)
+    with pytest.raises(RequestError, match=r"the prompt arrives in parts, allowed are whole prompts"):
+        check_admission(request, DllmConfig(block_length=8), 64)  # type: ignore[arg-type]  # what it reads of a request
+    request.resumable = False
+    assert check_admission(request, DllmConfig(block_length=8), 64) == 8  # type: ignore[arg-type]
