@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "clones.h"
-#include "dllm/ops.h"
+#include "dllm/counter_uniform.h"
 #include "dllm/splitmix.h"
 
 namespace dllm::cpu {

@@ -1,4 +1,4 @@
-#include "dllm/ops.h"
+#include "dllm/counter_uniform.h"
 #include "dllm/splitmix.h"
 #include "launch.h"
 

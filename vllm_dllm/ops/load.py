@@ -1,12 +1,16 @@
 """Find and load the library of native ops; explain its absence."""
 
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from vllm_dllm.errors import KernelUnavailable
-from vllm_dllm.ops import fake
+
+OPS = ("counter_uniform",)
+"""Every op with a kernel. Each has a module of its name here, with its typed function and its `fake`: the shapes and
+dtypes of its results, for tracing."""
 
 NAMESPACE = "vllm_dllm"
 LIBRARY = Path(__file__).parent.parent / "_C.so"
@@ -29,10 +33,10 @@ def load_library(path: Path = LIBRARY) -> None:
         raise KernelUnavailable(
             f"vllm-dllm's native ops do not load with torch {torch.__version__}: {error}; rebuild them: {BUILD_COMMAND}"
         ) from error
-    for op, function in fake.FAKES.items():
+    for op in OPS:
         if not hasattr(getattr(torch.ops, NAMESPACE), op):
             raise KernelUnavailable(f"{path} is older than vllm-dllm and lacks {op}; rebuild it: {BUILD_COMMAND}")
-        torch.library.register_fake(f"{NAMESPACE}::{op}", function)
+        torch.library.register_fake(f"{NAMESPACE}::{op}", import_module(f"vllm_dllm.ops.{op}").fake)
 
 
 _load_once = cache(load_library)

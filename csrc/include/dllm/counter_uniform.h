@@ -1,15 +1,9 @@
-// The kernels' argument structs and launch signatures. Pointers are unchecked: bindings/ checks them.
-//
-// Convention: sizes are counts, strides are in elements, a CUDA launcher returns nullptr or the reason of the failure.
+// counter_uniform: uniform numbers of consecutive ids in counter-based streams.
 #pragma once
 
-#include <cstdint>
-
-struct CUstream_st;  // cudaStream_t is a pointer to it; naming it keeps CUDA headers out of host code
+#include "dllm/types.h"
 
 namespace dllm {
-
-using Stream = CUstream_st*;
 
 // out[row, i] = uniform(keys[row], first_id + i)
 struct CounterUniformArgs {

@@ -1,14 +1,10 @@
-// What the CPU and the CUDA binding of counter_uniform share: checks, output, arguments.
-#pragma once
+#include "dllm/counter_uniform.h"
 
-#include <torch/csrc/stable/ops.h>
-
-#include "check.h"
-#include "dllm/ops.h"
+#include "library.h"
 
 namespace dllm {
 
-inline void check_counter_uniform(const Tensor& keys, int64_t first_id, int64_t num_ids) {
+Tensor counter_uniform(Tensor keys, int64_t first_id, int64_t num_ids) {
   check(keys.dim() == 1, "counter_uniform: keys must be [num_rows], got ", shape(keys),
         "; flatten them and reshape the result");
   check(keys.scalar_type() == ScalarType::Long, "counter_uniform: keys must be int64, got ", keys.scalar_type(),
@@ -16,14 +12,8 @@ inline void check_counter_uniform(const Tensor& keys, int64_t first_id, int64_t 
   check(first_id >= -1, "counter_uniform: first_id is ", first_id,
         "; give a vocabulary id or -1 (the stream's own number)");
   check(num_ids >= 0, "counter_uniform: num_ids is ", num_ids, "; give 0 or more");
-}
-
-inline Tensor empty_counter_uniform(const Tensor& keys, int64_t num_ids) {
-  return torch::stable::new_empty(keys, {keys.size(0), num_ids}, ScalarType::Double);
-}
-
-inline CounterUniformArgs counter_uniform_args(const Tensor& keys, Tensor& out, int64_t first_id) {
-  return {
+  Tensor out = torch::stable::new_empty(keys, {keys.size(0), num_ids}, ScalarType::Double);
+  const CounterUniformArgs args = {
       .keys = keys.const_data_ptr<int64_t>(),
       .key_stride = keys.stride(0),
       .out = out.mutable_data_ptr<double>(),
@@ -31,6 +21,10 @@ inline CounterUniformArgs counter_uniform_args(const Tensor& keys, Tensor& out, 
       .num_ids = out.size(1),
       .first_id = first_id,
   };
+  DLLM_KERNEL(counter_uniform).launch(keys, args);
+  return out;
 }
 
 }  // namespace dllm
+
+DLLM_OP(counter_uniform, "(Tensor keys, int first_id, int num_ids) -> Tensor")

@@ -1,0 +1,70 @@
+// Products of a matrix with a panel: `out[i][lane] = sum_k a[i][k] * b[k][lane]`.
+//
+// A panel holds what belongs to kVecs * kLanes rows of a forward, one row per lane: b[k] and out[i] are vectors over
+// rows. So a row's result is made by the same operations in the same order whatever else is in the panel, and the
+// scalars of `a` are taken from memory as they lie, in either orientation: no transposition, no packing.
+#pragma once
+
+#include "vec.h"
+
+namespace dllm::cpu::DLLM_ISA {
+
+constexpr int kMaxVecs = 3;
+
+// Elements of `a` and `b`: floats.
+struct Float {
+  using Element = float;
+  static VecF multiply_add(float a, const float* b, VecF sum) { return splat(a) * load(b) + sum; }
+};
+
+#if defined(__AVX512BF16__)
+// Elements of `a` and `b`: two bfloat16, neighbours in k.
+struct BFloat16Pair {
+  using Element = int32_t;
+  static VecF multiply_add(int32_t a, const int32_t* b, VecF sum) {
+    const __m512i pairs = reinterpret_cast<__m512i>(*reinterpret_cast<const UnalignedVecI*>(b));
+    return reinterpret_cast<VecF>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                   reinterpret_cast<__m512bh>(_mm512_set1_epi32(a)),
+                                                   reinterpret_cast<__m512bh>(pairs)));
+  }
+};
+#endif
+
+template <typename Element>
+struct Matrix {
+  const Element* data;
+  int64_t row_stride;    // elements from a[i][k] to a[i + 1][k]
+  int64_t depth_stride;  // elements from a[i][k] to a[i][k + 1]
+};
+
+template <typename Number, int kRows, int kVecs>
+inline void tile_product(Matrix<typename Number::Element> a, const typename Number::Element* b, int64_t b_stride,
+                         int64_t depth, float* out, int64_t out_stride) {
+  VecF sum[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
+    for (int vec = 0; vec < kVecs; ++vec) {
+      sum[i][vec] = load(out + i * out_stride + vec * kLanes);
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const typename Number::Element scalar = a.data[i * a.row_stride + k * a.depth_stride];
+#pragma GCC unroll 3
+      for (int vec = 0; vec < kVecs; ++vec) {
+        sum[i][vec] = Number::multiply_add(scalar, b + k * b_stride + vec * kLanes, sum[i][vec]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 3
+    for (int vec = 0; vec < kVecs; ++vec) {
+      store(out + i * out_stride + vec * kLanes, sum[i][vec]);
+    }
+  }
+}
+
+}  // namespace dllm::cpu::DLLM_ISA
