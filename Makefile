@@ -55,6 +55,7 @@ bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: 
 	.venv/bin/vllm-dllm bench reference $(BENCH_ARGS)
 	.venv/bin/vllm-dllm bench stages $(BENCH_ARGS)
 	.venv/bin/vllm-dllm bench decode $(BENCH_ARGS)
+	.venv/bin/vllm-dllm bench kernels --short
 
 docs: setup ## check the links and commands of the documentation
 	$(PY) -m pytest -q tests/test_docs.py

@@ -1,4 +1,4 @@
-"""`vllm-dllm bench`: measure an engine on this machine."""
+"""`vllm-dllm bench`: measure an engine, or the native ops, on this machine."""
 
 import importlib.util
 import json
@@ -21,11 +21,15 @@ from vllm_dllm.errors import ConfigError
 from vllm_dllm.spiffy_config import DEFAULT_GRAPH
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_dllm.bench.decode import Comparison, Policy, Runs
     from vllm_dllm.bench.report import Section
     from vllm_dllm.bench.workload import Workload
 
-app = typer.Typer(no_args_is_help=True, help="Measure an engine on this machine; figures are ratios within one run.")
+app = typer.Typer(
+    no_args_is_help=True, help="Measure an engine or the ops on this machine; figures are ratios within one run."
+)
 
 _DEFAULT = DllmConfig()
 _FILE_WIDTH = 160
@@ -140,6 +144,47 @@ def decode(  # noqa: PLR0913 - the options of a command
     tables = sections(runs, block_length)
     _print(tables)
     _write(out, comparison, runs, tables)
+
+
+@app.command()
+def kernels(
+    short: Annotated[bool, typer.Option("--short", help="A few sizes, some seconds.")] = False,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="`auto` is a GPU if there is one.")] = "auto",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the tables into this Markdown file.")] = None,
+) -> None:
+    """Measure the native ops against torch, vLLM and the machine; the exit status is 1 when results differ.
+
+    Needs no model. `x floor` is the time over the least that memory and arithmetic of the machine allow, measured
+    before; ratios to others say how many times as long they take.
+    """
+    from vllm_dllm.bench.kernels import SHORT, KernelBench, Sizes
+    from vllm_dllm.bench.report import machine, to_markdown
+    from vllm_dllm.bench.turns import UnequalResultsError
+
+    sizes = SHORT if short else Sizes()
+    if repeats is not None:
+        sizes = replace(sizes, num_rounds=repeats)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        bench = KernelBench(sizes, _device(device), lambda what: progress.update(task, description=what))
+        try:
+            tables = list(bench.sections())
+        except UnequalResultsError as error:
+            _fail(error)
+    _print(tables)
+    if out is not None:
+        out.write_text(f"machine: {machine()}\n\n{to_markdown(tables)}")
+
+
+def _device(name: str) -> "torch.device":
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    allowed = {"cpu": "cpu", "auto": "cuda" if has_gpu else "cpu"} | ({"cuda": "cuda"} if has_gpu else {})
+    if name not in allowed:
+        raise ConfigError(f"--device is {name!r}, this machine allows {', '.join(allowed)}; choose one of these")
+    return torch.device(allowed[name])
 
 
 def _workload(

@@ -39,12 +39,13 @@ def load_library(path: Path = LIBRARY) -> None:
         torch.library.register_fake(f"{NAMESPACE}::{op}", import_module(f"vllm_dllm.ops.{op}").fake)
 
 
-_load_once = cache(load_library)
+load_once = cache(load_library)
+"""`load_library` at the first call."""
 
 
 @cache
 def _check(op: str, device_type: str) -> None:
-    _load_once()
+    load_once()
     if device_type == "meta":
         return
     key = _DISPATCH_KEYS.get(device_type)

@@ -1,0 +1,50 @@
+"""What the library says of itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_dllm.ops import library
+
+ROOT = Path(__file__).parents[2]
+LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
+
+
+def isa_under(wanted: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from vllm_dllm.ops.library import cpu_isa; print(cpu_isa())"]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"VLLM_DLLM_ISA": wanted}, capture_output=True, text=True, check=False
+    )
+
+
+def test_an_instruction_set_can_be_chosen():
+    assert isa_under("portable").stdout == "portable\n"
+
+
+def test_an_unknown_instruction_set_is_refused():
+    done = isa_under("mmx")
+    assert done.returncode == 1
+    assert "VLLM_DLLM_ISA is 'mmx', this machine allows portable" in done.stderr
+
+
+@pytest.mark.parametrize("is_bfloat16", [False, True])
+def test_operations_are_counted(is_bfloat16):
+    has_pairs = is_bfloat16 and library.cpu_isa() == "avx512_bf16"
+    per_round = 12 * LANES[library.cpu_isa()] * (4 if has_pairs else 2)
+    assert library.multiply_adds(7, is_bfloat16) == 7 * per_round * torch.get_num_threads()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="the ops are built with CUDA")
+def test_built_for_no_gpu():
+    assert library.cuda_archs() == []
+
+
+@pytest.mark.gpu
+def test_built_for_the_gpu_at_hand():
+    """The library names the architecture of the GPU, or an older one with PTX."""
+    capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    assert min(int(arch.rstrip("af")) for arch in library.cuda_archs()) <= capability

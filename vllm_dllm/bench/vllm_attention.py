@@ -1,0 +1,90 @@
+"""vLLM's own attention on a CPU, as a contestant."""
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from vllm_dllm.bench.attention import PAGE_SIZE, AttentionProblem
+
+
+class VllmCpuAttention:
+    """Each node is a sequence: the pages of its request's context, which nodes share, then pages of its own."""
+
+    def __init__(self, problem: AttentionProblem) -> None:
+        shape = problem.shape
+        self._problem = problem
+        self._out = torch.empty_like(problem.query)
+        self._isa = _get_attn_isa(shape.dtype, PAGE_SIZE, shape.head_dim)
+        self._block_tables = self._layout()
+        num_pages = 1 + int(self._block_tables.max())
+        cache = torch.zeros(num_pages, shape.num_kv_heads, 2 * PAGE_SIZE, shape.head_dim, dtype=shape.dtype)
+        self._key_cache, self._value_cache = cache.chunk(2, dim=2)
+        self._store()
+        self._first_row = torch.arange(0, shape.num_rows + 1, shape.block_length, dtype=torch.int32)
+        self._seq_lens = torch.full((shape.num_nodes,), shape.context_len + shape.block_length, dtype=torch.int32)
+        self._schedule = _custom_ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=shape.num_nodes,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            seq_lens=self._seq_lens,
+            dtype=shape.dtype,
+            query_start_loc=self._first_row,
+            causal=False,
+            sliding_window_size=-1,
+            isa=self._isa,
+            enable_kv_split=True,
+        )
+
+    def attend(self, number: int) -> Tensor:
+        """Attend to the K/V of a data set; [num_rows, num_heads, head_dim]."""
+        _custom_ops.cpu_attention_with_kv_cache(
+            query=self._problem.query,
+            key_cache=self._key_cache,
+            value_cache=self._value_cache,
+            output=self._out,
+            query_start_loc=self._first_row,
+            seq_lens=self._seq_lens,
+            scale=self._problem.scale,
+            causal=False,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=self._block_tables[number],
+            softcap=0.0,
+            scheduler_metadata=self._schedule,
+            s_aux=None,
+        )
+        return self._out
+
+    def _layout(self) -> Tensor:
+        """Return page tables; [num_sets, num_nodes, pages of a context and of own rows] int32."""
+        problem, shape = self._problem, self._problem.shape
+        num_context_pages, num_own_pages = shape.context_len // PAGE_SIZE, -(-shape.block_length // PAGE_SIZE)
+        num_stored = problem.num_sets * shape.num_requests * num_context_pages
+        stored = torch.randperm(num_stored).int().view(problem.num_sets, shape.num_requests, num_context_pages)
+        own = num_stored + torch.arange(shape.num_nodes * num_own_pages, dtype=torch.int32).view(-1, num_own_pages)
+        by_node = stored.repeat_interleave(1 + shape.num_drafts, 1)
+        return torch.cat([by_node, own.expand(problem.num_sets, -1, -1)], dim=2)
+
+    def _store(self) -> None:
+        """Fill the cache, whose inner order is the kernel's own."""
+        problem, shape = self._problem, self._problem.shape
+        context = torch.arange(shape.context_len)
+        own = shape.context_len + torch.arange(shape.block_length)
+        for number in range(problem.num_sets):
+            key_value = problem.gather(number)
+            by_request = self._block_tables[number, :: 1 + shape.num_drafts]
+            self._store_rows(*key_value.chunk(2, dim=-1), by_request, context)
+        self._store_rows(problem.by_node(problem.key), problem.by_node(problem.value), self._block_tables[0], own)
+
+    def _store_rows(self, key: Tensor, value: Tensor, block_table: Tensor, positions: Tensor) -> None:
+        slots = block_table[:, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
+        _custom_ops.cpu_attn_reshape_and_cache(
+            key.flatten(0, 1).contiguous(),
+            value.flatten(0, 1).contiguous(),
+            self._key_cache,
+            self._value_cache,
+            slots.flatten(),
+            self._isa,
+        )

@@ -1,0 +1,34 @@
+"""What the library of native ops says of itself; each function loads it, or raises KernelUnavailable."""
+
+import torch
+
+from vllm_dllm.ops.load import load_once
+
+
+def cpu_isa() -> str:
+    """Return the instruction set that the CPU kernels run with: portable, avx2, avx512 or avx512_bf16.
+
+    Raises: RuntimeError if VLLM_DLLM_ISA names one that the machine does not have.
+    """
+    load_once()
+    isa: str = torch.ops.vllm_dllm.cpu_isa()
+    return isa
+
+
+def cuda_archs() -> list[str]:
+    """Return the architectures that the CUDA kernels are compiled for, like 80 and 90a; none without CUDA."""
+    load_once()
+    archs: str = torch.ops.vllm_dllm.cuda_archs()
+    return archs.split(",") if archs else []
+
+
+def multiply_adds(num_rounds: int, is_bfloat16: bool) -> int:
+    """Multiply and add in registers on all threads of the CPU, and return the number of operations.
+
+    Args:
+        num_rounds: of each thread; a million takes some 2 ms.
+        is_bfloat16: take pairs of bfloat16 where the instruction set has them, float32 elsewhere.
+    """
+    load_once()
+    num_flops: int = torch.ops.vllm_dllm.multiply_adds(num_rounds, is_bfloat16)
+    return num_flops
