@@ -1,22 +1,17 @@
 """A step's decisions for the whole batch: our kernels against the same in tensor code."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vllm_dllm import ops
 from vllm_dllm.bench.turns import Contestant, UnequalResultsError
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph
-from vllm_dllm.draft.propose import DraftNoise, Roots, propose
-from vllm_dllm.draft.verify import accept
+from vllm_dllm.draft.native import BY_OPS, BY_TORCH
+from vllm_dllm.draft.propose import DraftNoise, Roots
 from vllm_dllm.unmask.stats import Candidates
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 FORMULAS = (
     ((0, 0),),
@@ -53,21 +48,11 @@ def propose_contestants(problem: WalkProblem) -> dict[str, Contestant]:
     """
     graph = compile_graph(DraftGraph(FORMULAS, tokens_per_step=1), problem.device)
     roots, draft_noise = _roots(problem), _noise(problem) if problem.has_noise else None
-    op_arguments = (
-        _tensors(graph.packed),
-        (graph.readiness.slope, *graph.readiness.near, graph.readiness.bias),
-        [roots.canvas, roots.is_masked, roots.is_new, *_tensors(roots.candidates)],
-        [] if draft_noise is None else _tensors(draft_noise),
-        graph.is_one_by_one,
-        graph.num_vocab_ranks,
-        len(FORMULAS),
-    )
-    theirs = propose(graph, roots, draft_noise)
-    canvas, is_valid, *_ = ops.propose_nodes(*op_arguments)
-    _check_equal("propose_nodes", [canvas, is_valid], [theirs.canvas, theirs.is_valid])
+    ours, theirs = (way.propose(graph, roots, draft_noise, len(FORMULAS)) for way in (BY_OPS, BY_TORCH))
+    _check_equal("propose_nodes", [ours.canvas, ours.is_valid], [theirs.canvas, theirs.is_valid])
     return {
-        "csrc": lambda _: ops.propose_nodes(*op_arguments),
-        "torch": lambda _: propose(graph, roots, draft_noise),
+        "csrc": lambda _: BY_OPS.propose(graph, roots, draft_noise, len(FORMULAS)),
+        "torch": lambda _: BY_TORCH.propose(graph, roots, draft_noise, len(FORMULAS)),
     }
 
 
@@ -82,11 +67,11 @@ def verify_contestants(problem: WalkProblem) -> dict[str, Contestant]:
     next_canvas = canvas.roll(-1, dims=1)
     next_canvas[::2, num_nodes // 2 :] += 1
     is_valid = torch.ones(shape[:2], dtype=torch.bool, device=problem.device)
-    walk = accept(canvas, next_canvas, is_valid)
-    _check_equal("verify_walk", ops.verify_walk(canvas, next_canvas, is_valid), [walk.node, walk.num_accepted])
+    ours, theirs = (way.accept(canvas, next_canvas, is_valid) for way in (BY_OPS, BY_TORCH))
+    _check_equal("verify_walk", [ours.node, ours.num_accepted], [theirs.node, theirs.num_accepted])
     return {
-        "csrc": lambda _: ops.verify_walk(canvas, next_canvas, is_valid),
-        "torch": lambda _: accept(canvas, next_canvas, is_valid),
+        "csrc": lambda _: BY_OPS.accept(canvas, next_canvas, is_valid),
+        "torch": lambda _: BY_TORCH.accept(canvas, next_canvas, is_valid),
     }
 
 
@@ -112,11 +97,6 @@ def _noise(problem: WalkProblem) -> DraftNoise:
         top_p=0.9 * ones.double(),
         is_random=ones > 1,
     )
-
-
-def _tensors(value: "DataclassInstance") -> list[Tensor]:
-    """Return the fields, in order."""
-    return [getattr(value, field.name) for field in fields(value)]
 
 
 def _check_equal(op: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:

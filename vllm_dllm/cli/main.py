@@ -7,10 +7,12 @@ import typer
 from vllm_dllm.cli import bench, graph
 from vllm_dllm.cli.calibrate import calibrate
 from vllm_dllm.cli.console import print_error
+from vllm_dllm.cli.doctor import doctor
 from vllm_dllm.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Tools of vllm-dllm.", pretty_exceptions_enable=False)
 app.command()(calibrate)
+app.command()(doctor)
 app.add_typer(graph.app, name="graph")
 app.add_typer(bench.app, name="bench")
 

@@ -1,0 +1,205 @@
+"""`vllm-dllm doctor`: what of this installation works, and the command that mends what does not."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vllm_dllm import __version__
+from vllm_dllm.errors import KernelUnavailable, UnsupportedVllmError
+
+Level = Literal["ok", "missing", "broken"]
+
+STYLES: dict[Level, str] = {"ok": "green", "missing": "yellow", "broken": "red"}
+
+INSTALL_VLLM = "`pip install 'vllm>=0.32,<0.34'`"
+
+LIBRARIES = {"flashinfer": "flashinfer-python", "xformers": "xformers", "flash_attn": "flash-attn"}
+"""Optional ones, by module, and how pip calls them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        topic: what.
+        text: what was found; of what is not "ok" also the command that mends it.
+        level: "missing" is slower or less, "broken" means that no model can be served.
+    """
+
+    topic: str
+    text: str
+    level: Level = "ok"
+
+
+def doctor() -> None:
+    """Show what is installed, which kernels are loaded and which attention serves, and how to mend what is missing.
+
+    The exit status is 1 when no model can be served here.
+    """
+    findings = list(examine())
+    console = Console()
+    for finding in findings:
+        line = Text.assemble((f"{finding.level:8}", STYLES[finding.level]), f"{finding.topic:22}", finding.text)
+        console.print(line, soft_wrap=True)
+    if any(finding.level == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything."""
+    yield Finding("vllm-dllm", f"{__version__}, Python {platform.python_version()}")
+    yield vllm()
+    yield plugin()
+    if find_spec("torch") is None:
+        yield Finding("torch", f"is not installed; vLLM brings it: {INSTALL_VLLM}", "broken")
+        return
+    yield torch_build()
+    yield from gpus()
+    yield from kernels()
+    yield from attention()
+    yield from libraries()
+
+
+def vllm() -> Finding:
+    """Look for a vLLM that the plugin was written for."""
+    from vllm_dllm.plugin import check_vllm_version
+
+    try:
+        check_vllm_version()
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("vLLM", f"is not installed; install it: {INSTALL_VLLM}", "broken")
+    except UnsupportedVllmError as error:
+        return Finding("vLLM", f"{error}: {INSTALL_VLLM}", "broken")
+    return Finding("vLLM", importlib.metadata.version("vllm"))
+
+
+def plugin() -> Finding:
+    """Look whether vLLM will load the plugin."""
+    names = [entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")]
+    if "dllm" not in names:
+        return Finding(
+            "plugin",
+            "vLLM will not load it: vllm-dllm is imported from a folder, not installed; install it: "
+            "`pip install vllm-dllm`, in a checkout `make setup`",
+            "broken",
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "dllm" not in allowed.split(","):
+        return Finding(
+            "plugin",
+            f"VLLM_PLUGINS is {allowed!r}, which leaves it out; vLLM loads what is named there: "
+            f"`export VLLM_PLUGINS={','.join(filter(None, [allowed, 'dllm']))}`, or `unset VLLM_PLUGINS`",
+            "broken",
+        )
+    return Finding("plugin", "vLLM loads it at start")
+
+
+def torch_build() -> Finding:
+    """Say which torch is installed."""
+    import torch
+
+    return Finding("torch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}")
+
+
+def gpus() -> Iterator[Finding]:
+    """Look for GPUs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("GPU", "none that torch sees; models are served on the CPU")
+    for number in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(number)
+        yield Finding("GPU", f"{number}: {torch.cuda.get_device_name(number)}, compute capability {major}.{minor}")
+
+
+def kernels() -> Iterator[Finding]:
+    """Look at the library of native ops."""
+    import torch
+
+    from vllm_dllm.ops import library, load
+
+    try:
+        load.load_once()
+        isa = library.cpu_isa()
+    except (KernelUnavailable, RuntimeError) as error:
+        yield Finding("native ops", f"{error}", "missing")
+        return
+    yield Finding("native ops", f"{', '.join(load.OPS)}, from {load.LIBRARY}")
+    yield Finding("CPU kernels", f"run with {isa}; VLLM_DLLM_ISA chooses")
+    capabilities = {torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())}
+    yield from cuda_kernels(library.cuda_archs(), capabilities)
+
+
+def cuda_kernels(archs: Sequence[str], capabilities: Collection[tuple[int, int]]) -> Iterator[Finding]:
+    """Compare what the CUDA kernels are compiled for with the GPUs at hand.
+
+    Args:
+        archs: as CMAKE_CUDA_ARCHITECTURES has them.
+        capabilities: of the GPUs.
+    """
+    from vllm_dllm.ops.load import BUILD_COMMAND
+
+    if not archs:
+        if capabilities:
+            text = f"not built, as torch had no CUDA then; with such a torch and nvcc build them: {BUILD_COMMAND}"
+            yield Finding("CUDA kernels", text, "missing")
+        return
+    unfit = sorted(capability for capability in capabilities if not any(runs_on(arch, capability) for arch in archs))
+    for major, minor in unfit:
+        yield Finding(
+            "CUDA kernels",
+            f"compiled for {', '.join(archs)}, not for compute capability {major}.{minor}; rebuild them: "
+            f"CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES={major}{minor} {BUILD_COMMAND}",
+            "missing",
+        )
+    if not unfit:
+        yield Finding("CUDA kernels", f"compiled for {', '.join(archs)}")
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Tell whether code for an architecture of CMake's runs on a GPU, compiled further by the driver if need be."""
+    name, _, kind = arch.partition("-")
+    number = int(name.rstrip("af"))
+    major, minor = divmod(number, 10)
+    if name.endswith(("a", "f")) or kind == "real":
+        return major == capability[0] and (minor == capability[1] or (minor < capability[1] and name[-1] not in "af"))
+    return (major, minor) <= capability
+
+
+def attention() -> Iterator[Finding]:
+    """Look at each implementation of attention, and which one `auto` takes for a usual model."""
+    import torch
+
+    from vllm_dllm.attention.choose import IMPLEMENTATIONS, choose_attention
+    from vllm_dllm.attention.interface import Setting
+
+    has_gpu = torch.cuda.is_available()
+    device, capability = ("cuda", torch.cuda.get_device_capability()) if has_gpu else ("cpu", None)
+    setting = Setting(device, capability, torch.bfloat16, torch.bfloat16, head_dim=128, page_size=None)
+    for name, implementation in IMPLEMENTATIONS.items():
+        refusal = implementation.support.refusal(setting)
+        if refusal is None:
+            refusal = implementation.unavailable(setting)
+            yield Finding(f"attention {name}", refusal or f"works on {device}", "missing" if refusal else "ok")
+    try:
+        choice = choose_attention("auto", setting)
+    except KernelUnavailable as error:
+        yield Finding("attention", str(error), "broken")
+    else:
+        yield Finding("attention", f"auto takes {choice.label}: {choice.reason} (bfloat16, heads of 128)")
+
+
+def libraries() -> Iterator[Finding]:
+    """Look for optional libraries."""
+    for module, name in LIBRARIES.items():
+        if find_spec(module) is not None:
+            yield Finding(name, importlib.metadata.version(name))
