@@ -2,5 +2,6 @@
 
 from vllm_dllm.ops.counter_uniform import counter_uniform
 from vllm_dllm.ops.load import require
+from vllm_dllm.ops.vocab_stats import vocab_stats
 
-__all__ = ["counter_uniform", "require"]
+__all__ = ["counter_uniform", "require", "vocab_stats"]
