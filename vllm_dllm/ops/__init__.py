@@ -3,5 +3,6 @@
 from vllm_dllm.ops.counter_uniform import counter_uniform
 from vllm_dllm.ops.draft_graph_attention import draft_graph_attention
 from vllm_dllm.ops.load import require
+from vllm_dllm.ops.vocab_stats import vocab_stats
 
-__all__ = ["counter_uniform", "draft_graph_attention", "require"]
+__all__ = ["counter_uniform", "draft_graph_attention", "require", "vocab_stats"]
