@@ -2,5 +2,6 @@
 
 from vllm_dllm.ops.counter_uniform import counter_uniform
 from vllm_dllm.ops.load import require
+from vllm_dllm.ops.verify_walk import verify_walk
 
-__all__ = ["counter_uniform", "require"]
+__all__ = ["counter_uniform", "require", "verify_walk"]
