@@ -2,6 +2,7 @@
 
 from vllm_dllm.ops.counter_uniform import counter_uniform
 from vllm_dllm.ops.load import require
+from vllm_dllm.ops.propose_nodes import propose_nodes
 from vllm_dllm.ops.verify_walk import verify_walk
 
-__all__ = ["counter_uniform", "require", "verify_walk"]
+__all__ = ["counter_uniform", "propose_nodes", "require", "verify_walk"]
