@@ -32,7 +32,9 @@
   STABLE_TORCH_LIBRARY_IMPL(DLLM_LIBRARY, CPU, m) { m.impl(#op, TORCH_BOX(&dllm::op)); } \
   DLLM_IMPL_CUDA(op)
 
-#if defined(DLLM_CUDA) || defined(DLLM_SIMT)
+#if defined(DLLM_SIMT)
+#define DLLM_KERNEL(op) ::dllm::Kernel(#op, nullptr, ::dllm::cuda::op)
+#elif defined(DLLM_CUDA)
 #define DLLM_KERNEL(op) ::dllm::Kernel(#op, ::dllm::cpu::op, ::dllm::cuda::op)
 #else
 #define DLLM_KERNEL(op) ::dllm::Kernel(#op, ::dllm::cpu::op, nullptr)
@@ -48,6 +50,7 @@ struct Kernel {
 
   Kernel(const char* op, Cpu cpu, Cuda cuda) : op(op), cpu(cpu), cuda(cuda) {}
   Kernel(const char* op, Cpu cpu, std::nullptr_t) : op(op), cpu(cpu), cuda(nullptr) {}
+  Kernel(const char* op, std::nullptr_t, Cuda cuda) : op(op), cpu(nullptr), cuda(cuda) {}
 
   // Run on the device of `tensor`, on its current stream.
   void launch(const Tensor& tensor, const Args& args) const {

@@ -22,8 +22,7 @@ const char* counter_uniform(const CounterUniformArgs& args, Stream stream) {
   if (num_items == 0) {
     return nullptr;
   }
-  counter_uniform_kernel<<<num_ctas(num_items), kThreads, 0, stream>>>(args);
-  return launch_error();
+  return launch(counter_uniform_kernel, {.num_ctas = dim3{num_ctas(num_items)}}, stream, args);
 }
 
 }  // namespace dllm::cuda

@@ -26,6 +26,20 @@ class Filling:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedGraph:
+    """The nodes as `ops.propose_nodes` takes them, ordered by positions unmasked in the first parent, then by parent.
+
+    In this order parents precede, and what starts from canvases with as many masks lies together.
+    """
+
+    # [num_nodes, 5] int32: number; place of the first parent in this order, from 1 (0: the root); positions that it
+    # adds to the root; depth; end of the node's pairs, which begin where those of the node before end.
+    nodes: Tensor
+    pairs: Tensor  # [num_pairs, 2] int32: position rank among what the first parent leaves masked, vocab rank
+    log_correction: Tensor  # [num_nodes] float64
+
+
+@dataclass(frozen=True, slots=True)
 class CompiledGraph:
     """A graph of `num_nodes` nodes besides the root, node 0."""
 
@@ -41,6 +55,7 @@ class CompiledGraph:
     readiness: Readiness
     is_one_by_one: bool  # every step unmasks one position
     log_correction: Tensor  # [num_nodes] float64
+    packed: PackedGraph
 
 
 def compile_graph(graph: DraftGraph, device: torch.device) -> CompiledGraph:
@@ -88,6 +103,28 @@ def compile_graph(graph: DraftGraph, device: torch.device) -> CompiledGraph:
         readiness=graph.readiness,
         is_one_by_one=graph.tokens_per_step == 1,
         log_correction=torch.tensor(graph.log_corrections, dtype=torch.float64, device=device),
+        packed=_pack(graph, device),
+    )
+
+
+def _pack(graph: DraftGraph, device: torch.device) -> PackedGraph:
+    formulas: list[Formula] = [(), *graph.formulas]
+    first_parent = [0, *(parents[0] for parents in graph.parents)]
+    order = sorted(
+        range(1, len(formulas)), key=lambda node: (len(formulas[first_parent[node]]), first_parent[node], node)
+    )
+    place = {0: 0, **{node: place for place, node in enumerate(order, 1)}}
+    nodes, pairs = [], []
+    for node in order:
+        parent = first_parent[node]
+        pairs += _added(formulas[node], formulas[parent])
+        nodes.append((node, place[parent], len(formulas[parent]), graph.depths[node - 1], len(pairs)))
+    return PackedGraph(
+        nodes=torch.tensor(nodes, dtype=torch.int32, device=device),
+        pairs=torch.tensor(pairs, dtype=torch.int32, device=device),
+        log_correction=torch.tensor(
+            [graph.log_corrections[node - 1] for node in order], dtype=torch.float64, device=device
+        ),
     )
 
 

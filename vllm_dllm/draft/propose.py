@@ -61,8 +61,10 @@ class _Draws:
     readiness: Tensor  # [num_reqs, num_draws, block_length] float64
 
 
-def propose(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | None) -> Drafts:
-    """Fill all nodes for every request.
+def propose(
+    graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | None, num_drafts: int | None = None
+) -> Drafts:
+    """Fill all nodes for every request and keep the best.
 
     A node that asks for more masked positions than there are, or leaves none, is invalid: nobody needs the forward of
     a finished canvas.
@@ -71,6 +73,7 @@ def propose(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | None) 
         graph: of `num_nodes` nodes.
         roots: where the drafts start.
         draft_noise: None when all requests are greedy and none has the policy `random`.
+        num_drafts: how many to keep; None keeps all.
     """
     if draft_noise is None:
         draws, fillings = _greedy_draws(graph, roots), graph.at_once
@@ -88,7 +91,7 @@ def propose(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | None) 
         _fill(filling, draws, filled)
     is_random = None if draft_noise is None else draft_noise.is_random
     ranking = rank_nodes(graph, filled, draws.readiness, is_random)
-    node = ranking.best_first
+    node = ranking.best_first[:, :num_drafts]
     return Drafts(
         canvas=filled.canvas.gather(1, node[..., None].expand(-1, -1, block_length)),
         is_valid=ranking.is_valid.gather(1, node - 1),

@@ -27,4 +27,14 @@ DLLM_HOST_DEVICE inline double uniform(uint64_t key, int64_t id) {
   return (static_cast<double>(bits) + 0.5) * 0x1p-52;
 }
 
+// The id that reads a stream's own number instead of a vocabulary entry's.
+constexpr int64_t kStream = -1;
+
+// The stream of a row of noise: the request's seed, the absolute position, and the positions that are masked.
+DLLM_HOST_DEVICE inline uint64_t stream_key(int64_t seed, int64_t position, int64_t num_masked) {
+  uint64_t key = mix(static_cast<uint64_t>(seed) + kGolden);
+  key = mix((key ^ static_cast<uint64_t>(position)) + kGolden);
+  return mix((key ^ static_cast<uint64_t>(num_masked)) + kGolden);
+}
+
 }  // namespace dllm

@@ -1,0 +1,76 @@
+// propose_nodes: fill the nodes of a draft graph for each request and keep those that are likeliest reached.
+//
+// What it computes is stated in vllm_dllm/draft/propose.py and prune.py; how, for one request, is in proposal.h.
+#pragma once
+
+#include "dllm/types.h"
+
+namespace dllm {
+
+constexpr int kMaxCandidates = 8;
+
+// One node of the graph besides the root. Nodes lie by (num_unmasked, parent, number), so parents precede.
+struct GraphNode {
+  int32_t number;        // in the graph, from 1
+  int32_t parent;        // the first parent: 0 is the root, i + 1 the node that lies at i
+  int32_t num_unmasked;  // positions that the parent adds to the root
+  int32_t depth;
+  int32_t end_pair;  // the node adds pairs [end_pair of the one before, end_pair) to its parent
+};
+
+struct GraphPair {
+  int32_t position_rank;  // among the positions that are masked in the parent
+  int32_t vocab_rank;
+};
+
+// draft/readiness.py
+struct Readiness {
+  double slope;
+  double near[2];
+  double bias;
+};
+
+// All arrays are contiguous.
+struct ProposeNodesArgs {
+  const GraphNode* nodes;        // [num_nodes]
+  const GraphPair* pairs;        // [num_pairs]
+  const double* log_correction;  // [num_nodes], of nodes as they lie
+  Readiness readiness;
+  bool is_one_by_one;  // every step unmasks one position
+
+  const int64_t* canvas;     // [num_reqs, block_length]
+  const bool* is_masked;     // [num_reqs, block_length]
+  const bool* is_new;        // [num_reqs, block_length]
+  const int64_t* token_ids;  // [num_reqs, block_length, num_candidates], most probable first
+  const double* log_probs;   // [num_reqs, block_length, num_candidates]
+
+  const int64_t* seed;        // [num_reqs]; nullptr: no request has noise, and the five below are not read
+  const int64_t* position;    // [num_reqs, block_length]
+  const double* temperature;  // [num_reqs]
+  const int64_t* top_k;       // [num_reqs], 0 keeps all
+  const double* top_p;        // [num_reqs]
+  const bool* is_random;      // [num_reqs]
+
+  int64_t* out_canvas;    // [num_reqs, num_drafts, block_length]
+  bool* out_is_valid;     // [num_reqs, num_drafts]
+  int64_t* out_node;      // [num_reqs, num_drafts]
+  int64_t* out_depth;     // [num_reqs, num_drafts]
+  double* out_log_reach;  // [num_reqs, num_drafts]
+
+  int64_t num_reqs;
+  int32_t block_length;
+  int32_t num_nodes;
+  int32_t num_drafts;
+  int32_t num_candidates;   // 1..kMaxCandidates
+  int32_t num_vocab_ranks;  // 1 + the largest vocab rank, at most num_candidates
+};
+
+namespace cpu {
+void propose_nodes(const ProposeNodesArgs& args);
+}
+
+namespace cuda {
+const char* propose_nodes(const ProposeNodesArgs& args, Stream stream);
+}
+
+}  // namespace dllm

@@ -1,0 +1,40 @@
+"""The CUDA kernels on a CPU: builds csrc/simt once a session and loads its ops, `torch.ops.vllm_dllm_simt.NAME`."""
+
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+BUILD = ROOT / "build" / "simt"
+
+
+def tool(name: str) -> str:
+    """Find a tool in this environment, then on PATH."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.is_file() else shutil.which(name) or name
+
+
+@cache
+def ops() -> Any:
+    """Return the ops, which take CPU tensors."""
+    torch.ops.load_library(build("simt") / "_simt.so")
+    return torch.ops.vllm_dllm_simt
+
+
+def build(target: str) -> Path:
+    """Build a target where its sources changed; returns the folder that it is in."""
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DDLLM_CUDA=OFF", f"-DTORCH_DIR={torch.__path__[0]}"]
+    generator = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    run(tool("cmake"), "-S", str(ROOT), "-B", str(BUILD), *generator, *options)
+    run(tool("cmake"), "--build", str(BUILD), "--target", target)
+    return BUILD
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
