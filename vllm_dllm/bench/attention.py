@@ -1,9 +1,9 @@
 """Attention of a step's nodes: our kernel against what does the same on this machine."""
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ def contestants(problem: AttentionProblem) -> dict[str, Attend]:
     Raises: UnequalResultsError.
     """
     found = {name: _ours(problem, each) for name, each in IMPLEMENTATIONS.items() if _works(problem, each)}
-    if problem.device.type == "cpu" and importlib.util.find_spec("vllm"):
+    if problem.device.type == "cpu" and find_spec("vllm"):
         found["vLLM"] = _vllm_cpu(problem)
     elif problem.device.type == "cuda":
         found["flex_attention"] = _flex_attention(problem)

@@ -13,7 +13,8 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     """Run `work` and return its highest memory, results included.
 
     On a GPU it is what torch's allocator handed out. On a CPU it is the high-water mark of the process's resident
-    memory, set back before (proc(5), clear_refs), so that what kernels take without torch counts too.
+    memory, set back before (proc(5), clear_refs), so that what kernels take without torch counts too; Linux counts
+    pages in batches, so it is accurate to about half a MiB.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
