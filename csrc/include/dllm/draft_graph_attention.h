@@ -13,10 +13,10 @@ struct RowStrides {
 };
 
 // For each row i and head h, with j over what `visible.h` lets the row see and g the head's K/V head:
-//   out[i, h] = sum_j p_j value_j,  p = softmax_j(scale * <query[i, h], key_j>),  lse[i, h] = log sum_j exp(scale *
-//   <.,.>)
-// A row that sees nothing gives out 0 and lse -inf. Sums are float32, in an order that depends on nothing but the row's
-// own context and node: stored positions ascending, then the node's rows ascending.
+//   s_j = scale * <query[i, h], key_j>,   out[i, h] = sum_j softmax(s)_j value_j,   lse[i, h] = log sum_j exp(s_j)
+// A row that sees nothing, as those behind the last request's nodes, gives out 0 and lse -inf. Sums are float32, in an
+// order that depends on nothing but the row's own context and node: stored positions ascending, then the node's rows
+// ascending.
 struct DraftGraphAttentionArgs {
   FloatType type;             // of query, key, value, kv_cache and out
   const void* query;          // [num_rows, num_heads, head_dim]
@@ -24,12 +24,11 @@ struct DraftGraphAttentionArgs {
   const void* value;          // [num_rows, num_kv_heads, head_dim]
   const void* kv_cache;       // [num_pages, num_kv_heads, page_size, 2 * head_dim], keys before values
   const int32_t* page_table;  // [num_requests, max_pages]
-  const int32_t*
-      first_node;  // [num_requests + 1], contiguous: nodes of request r are [first_node[r], first_node[r + 1])
-  const int32_t* first_row;  // [num_nodes + 1], contiguous: rows of node n are [first_row[n], first_row[n + 1])
-  const Context* context;    // [num_nodes], contiguous
-  void* out;                 // [num_rows, num_heads, head_dim]
-  float* lse;                // [num_rows, num_heads], contiguous; nullptr: not wanted
+  const int32_t* first_node;  // [num_requests + 1], contiguous; of request r: [first_node[r], first_node[r + 1])
+  const int32_t* first_row;   // [num_nodes + 1], contiguous; of node n: [first_row[n], first_row[n + 1])
+  const Context* context;     // [num_nodes], contiguous
+  void* out;                  // [num_rows, num_heads, head_dim]
+  float* lse;                 // [num_rows, num_heads], contiguous; nullptr: not wanted
   RowStrides query_strides;
   RowStrides key_strides;
   RowStrides value_strides;
