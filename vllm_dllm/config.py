@@ -16,6 +16,7 @@ from vllm_dllm.errors import ConfigError
 
 PolicyName = Literal["static", "random", "threshold", "factor"]
 KvPolicyName = Literal["dual", "prefix"]
+AttentionName = Literal["auto", "csrc", "flashinfer", "xformers", "torch"]
 
 REQUEST_PREFIX = "dllm_"
 
@@ -43,6 +44,7 @@ class DllmConfig(BaseModel):
         factor: `factor`'s f, see `unmask.policy`.
         steps_per_block: denoising steps that `static` and `random` spread a block over (LLaDA's steps divided by its
             number of blocks); None is one token per step. A request gives `dllm_steps` for its whole generation.
+        attention: implementation of attention, see `attention.choose`; `auto` takes the best that works here.
     """
 
     model_config = STRICT
@@ -54,6 +56,9 @@ class DllmConfig(BaseModel):
     threshold: _Threshold = 0.9
     factor: _Factor = 1.0
     steps_per_block: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
+    attention: Annotated[AttentionName, Field(description="'auto', 'csrc', 'flashinfer', 'xformers' and 'torch'")] = (
+        "auto"
+    )
 
     @model_validator(mode="after")
     def _steps_fit_block(self) -> Self:

@@ -1,22 +1,28 @@
-"""Index tensors of a forward: where each group of rows finds its context, and where it stores its own K/V.
+"""Who sees whom in a forward, as the small tensors that attention takes, and where a refresh stores its K/V.
 
-A group is the rows of one request that see each other: the block of one node in a denoising step, everything from
-`begin` on in a refresh. The nodes of a request share its context and do not see each other. A context is two intervals
-of positions, [0, prefix_end) and [suffix_begin, suffix_end):
+A *node* is a set of packed rows that see each other: the canvas of a draft-graph node in a denoising step, everything
+from `begin` on in a refresh. Besides, the rows of a node see its *context*, two intervals of their request's stored
+positions, and nothing else (csrc/include/dllm/visible.h):
 
     denoise   0 ......... block_start |  own block  | block_end ......... row_len
               context                                 context
     refresh   0 ......... begin | own rows .............................. row_len
               context (empty when begin is 0)
 
-Columns of the index tensors that stand for no position point at position 0, which every request has stored before it
-attends, so that a hidden column never reads a page of somebody else.
+Nodes of a request are consecutive and share its page table; rows of a node are consecutive. The host knows all lengths
+before the forward, so a layout is made on the host and travels in one copy. Entries of a page table that no context
+needs are never used.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+IntArray = NDArray[np.int64]
+Int32Array = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,138 +34,195 @@ class PagedIndex:
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """The stored positions that groups see, `ForwardLayout.num_nodes` groups each."""
+class HostLayout:
+    """Which rows make which node, which nodes make which request, and what they see; on the host."""
 
-    index: PagedIndex  # [num_contexts, max_context_len]
-    is_visible: Tensor  # [num_contexts, max_context_len] bool
+    first_node: Int32Array  # [num_requests + 1], nodes of request r are [first_node[r], first_node[r + 1])
+    first_row: Int32Array  # [num_nodes + 1], rows of node n are [first_row[n], first_row[n + 1])
+    context: Int32Array  # [num_nodes, 4], positions [begin, end) twice, disjoint and ascending
 
+    @property
+    def num_requests(self) -> int:
+        """Requests, empty ones included."""
+        return len(self.first_node) - 1
 
-@dataclass(frozen=True, slots=True)
-class Ragged:
-    """Groups of different lengths, as a padded rectangle over the packed rows."""
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of all requests."""
+        return len(self.first_row) - 1
 
-    row: Tensor  # [num_groups, max_own_len] int64, the packed row; any row where nothing is
-    is_own: Tensor  # [num_groups, max_own_len] bool
+    @property
+    def own_len(self) -> Int32Array:
+        """Rows of each node, [num_nodes]."""
+        return np.diff(self.first_row)
+
+    @property
+    def context_len(self) -> Int32Array:
+        """Stored positions that each node sees, [num_nodes]."""
+        length: Int32Array = (self.context[:, 1::2] - self.context[:, ::2]).sum(1, dtype=np.int32)
+        return length
+
+    @property
+    def packed(self) -> Int32Array:
+        """All three arrays in one, the context first, since kernels read it 16 bytes at a time."""
+        return np.concatenate([self.context.ravel(), self.first_node, self.first_row])
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardLayout:
-    """All that attention needs to know of a forward, the same for every layer."""
+    """All that attention needs to know of a forward, the same for every layer; fields as in `HostLayout`."""
 
-    num_groups: int
-    num_nodes: int  # groups that share a context, one after another
-    context: Context | None  # None: no group has any
-    ragged: Ragged | None  # None: groups of equal length, one after another
-    store: PagedIndex | None  # [num_rows]; None: nothing is stored
+    page_table: Tensor  # [num_requests, max_pages] int32
+    first_node: Tensor  # [num_requests + 1] int32
+    first_row: Tensor  # [num_nodes + 1] int32
+    context: Tensor  # [num_nodes, 4] int32
+    page_size: int  # positions per page
+    host: HostLayout  # of a captured CUDA graph: that of the capture
 
 
-def paged_index(page_table: Tensor, positions: Tensor, page_size: int) -> PagedIndex:
-    """Look positions up in the page tables.
+def denoise_layout(block_start: IntArray, row_len: IntArray, *, num_nodes: int, block_length: int) -> HostLayout:
+    """Lay out a denoising step: each canvas sees its request's row but the block, and itself.
 
     Args:
-        page_table: [num_groups, max_pages] int32, the pages of each group's request.
-        positions: [num_groups, n] int64.
+        block_start, row_len: [num_requests].
+        num_nodes: canvases of each request.
+        block_length: positions per block.
+    """
+    num_requests = len(block_start)
+    intervals = [np.zeros_like(block_start), block_start, block_start + block_length, row_len]
+    return HostLayout(
+        first_node=np.arange(num_requests + 1, dtype=np.int32) * np.int32(num_nodes),
+        first_row=np.arange(num_requests * num_nodes + 1, dtype=np.int32) * np.int32(block_length),
+        context=np.stack(intervals, 1).astype(np.int32).repeat(num_nodes, 0),
+    )
+
+
+def refresh_layout(begin: IntArray, row_len: IntArray) -> HostLayout:
+    """Lay out a refresh: positions [begin, row_len) of each request see what is stored before them, and themselves.
+
+    Args:
+        begin, row_len: [num_requests].
+    """
+    num_requests = len(begin)
+    return HostLayout(
+        first_node=np.arange(num_requests + 1, dtype=np.int32),
+        first_row=np.concatenate([[0], np.cumsum(row_len - begin)]).astype(np.int32),
+        context=np.stack([np.zeros_like(begin), begin, row_len, row_len], 1).astype(np.int32),
+    )
+
+
+def lone_layout(num_rows: int) -> HostLayout:
+    """Lay out rows of nobody, which see each other and nothing stored."""
+    return refresh_layout(np.zeros(1, dtype=np.int64), np.array([num_rows]))
+
+
+def pad_layout(host: HostLayout, *, num_rows: int, num_requests: int, block_length: int) -> HostLayout:
+    """Fill a denoising step up to a captured shape: padding nodes see only themselves.
+
+    One more request holds them, and the requests after it are empty.
+
+    Args:
+        host: the step, of fewer than `num_requests` requests.
+        num_rows: rows of the result, a multiple of `block_length`.
+        num_requests: requests of the result.
+        block_length: rows of each node.
+    """
+    num_nodes = num_rows // block_length
+    first_node = np.full(num_requests + 1, num_nodes, dtype=np.int32)
+    first_node[: len(host.first_node)] = host.first_node
+    return HostLayout(
+        first_node=first_node,
+        first_row=np.arange(num_nodes + 1, dtype=np.int32) * np.int32(block_length),
+        context=np.pad(host.context, ((0, num_nodes - host.num_nodes), (0, 0))),
+    )
+
+
+def to_device(host: HostLayout, page_table: Tensor, page_size: int) -> ForwardLayout:
+    """Copy a layout to the device of its page table, without waiting for the copy.
+
+    Args:
+        host: the layout.
+        page_table: [num_requests, max_pages] int32.
         page_size: positions per page.
     """
-    page = page_table.gather(1, positions // page_size).long()
-    return PagedIndex(page, positions % page_size)
+    packed = _pinned(host, page_table.device).to(page_table.device, non_blocking=True)
+    return _unpack(packed, host, page_table, page_size)
 
 
-class ContextBuffers:
-    """Persistent context tensors, so that a captured CUDA graph finds every step's context at the same address."""
+class CapturedLayout:
+    """Persistent tensors, so that a captured CUDA graph finds every step's layout at the same addresses.
 
-    def __init__(self, max_num_contexts: int, max_context_len: int, device: torch.device) -> None:
-        shape = (max_num_contexts, max_context_len)
-        self.page = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.offset = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.is_visible = torch.zeros(shape, dtype=torch.bool, device=device)
+    The number of rows alone decides the captured shape: as many nodes as blocks fit, and one request more than could
+    take part, for the padding.
+    """
+
+    def __init__(self, *, max_num_requests: int, max_num_nodes: int, max_pages: int, device: torch.device) -> None:
+        self._page_table = torch.zeros((max_num_requests + 1, max_pages), dtype=torch.int32, device=device)
+        most = 4 * max_num_nodes + (max_num_requests + 2) + (max_num_nodes + 1)
+        self._packed = torch.zeros(most, dtype=torch.int32, device=device)
 
     def fill(
-        self, page_table: Tensor, block_start: Tensor, row_len: Tensor, *, block_length: int, page_size: int, width: int
-    ) -> None:
-        """Write the denoising context of the given requests: their whole row but the block.
+        self, host: HostLayout, page_table: Tensor, *, num_rows: int, block_length: int, page_size: int
+    ) -> ForwardLayout:
+        """Write a denoising step, padded to a captured number of rows, and return where it is.
 
         Args:
-            page_table: [num_reqs, max_pages] int32.
-            block_start: [num_reqs] int64.
-            row_len: [num_reqs] int64.
-            block_length: positions per block.
+            host: the step.
+            page_table: [num_requests, max_pages or more] int32, of the step's requests.
+            num_rows: rows of the captured graph, a multiple of `block_length`.
+            block_length: rows of each node.
             page_size: positions per page.
-            width: columns to write, at least the longest context.
         """
-        num_reqs = block_start.shape[0]
-        column = torch.arange(width, device=block_start.device)
-        is_visible = column < (row_len - block_length)[:, None]
-        positions = torch.where(column < block_start[:, None], column, column + block_length)
-        index = paged_index(page_table, positions.masked_fill_(~is_visible, 0), page_size)
-        self.page[:num_reqs, :width] = index.page
-        self.offset[:num_reqs, :width] = index.offset
-        self.is_visible[:num_reqs, :width] = is_visible
+        num_requests = min(num_rows // block_length, len(self._page_table) - 1) + 1
+        padded = pad_layout(host, num_rows=num_rows, num_requests=num_requests, block_length=block_length)
+        pages = self._page_table[:num_requests]
+        pages[: len(page_table)] = page_table[:, : pages.shape[1]]
+        packed = _pinned(padded, self._packed.device)
+        target = self._packed[: len(packed)]
+        target.copy_(packed, non_blocking=True)
+        return _unpack(target, padded, pages, page_size)
 
-    def clear(self, begin: int, end: int) -> None:
-        """Empty the contexts [begin, end), the padding of a captured batch."""
-        self.page[begin:end].zero_()
-        self.offset[begin:end].zero_()
-        self.is_visible[begin:end] = False
 
-    def layout(self, num_contexts: int, num_nodes: int, width: int) -> ForwardLayout:
-        """Return the layout of a denoising step in which `num_nodes` groups share each of the first contexts."""
-        index = PagedIndex(self.page[:num_contexts, :width], self.offset[:num_contexts, :width])
-        context = Context(index, self.is_visible[:num_contexts, :width])
-        return ForwardLayout(num_contexts * num_nodes, num_nodes, context, None, None)
+def _pinned(host: HostLayout, device: torch.device) -> Tensor:
+    packed = torch.from_numpy(host.packed)
+    return packed.pin_memory() if device.type == "cuda" else packed
+
+
+def _unpack(packed: Tensor, host: HostLayout, page_table: Tensor, page_size: int) -> ForwardLayout:
+    sizes = [host.context.size, len(host.first_node), len(host.first_row)]
+    context, first_node, first_row = packed.split(sizes)
+    return ForwardLayout(page_table, first_node, first_row, context.view(-1, 4), page_size, host)
 
 
 @dataclass(frozen=True, slots=True)
 class RefreshRows:
-    """Packed rows of a refresh: for each group the positions [begin, row_len)."""
+    """Packed rows of a refresh: for each request the positions [begin, row_len)."""
 
-    group: Tensor  # [num_rows] int64
+    request: Tensor  # [num_rows] int64
     position: Tensor  # [num_rows] int64
+
+    def stored_at(self, page_table: Tensor, page_size: int) -> PagedIndex:
+        """Return where each row stores its K/V.
+
+        Args:
+            page_table: [num_requests, max_pages] int32.
+            page_size: positions per page.
+        """
+        page = page_table[self.request, self.position // page_size].long()
+        return PagedIndex(page, self.position % page_size)
 
 
 def refresh_rows(begin: Tensor, row_len: Tensor, num_rows: int) -> RefreshRows:
     """Pack the rows of a refresh.
 
     Args:
-        begin: [num_groups] int64.
-        row_len: [num_groups] int64.
+        begin: [num_requests] int64.
+        row_len: [num_requests] int64.
         num_rows: sum of `row_len - begin`, known to the host.
     """
     own_len = row_len - begin
-    groups = torch.arange(begin.shape[0], device=begin.device)
-    group = torch.repeat_interleave(groups, own_len, output_size=num_rows)
+    requests = torch.arange(begin.shape[0], device=begin.device)
+    request = torch.repeat_interleave(requests, own_len, output_size=num_rows)
     first_row = own_len.cumsum(0) - own_len
     row = torch.arange(num_rows, device=begin.device)
-    return RefreshRows(group, row - first_row[group] + begin[group])
-
-
-def refresh_layout(
-    page_table: Tensor, begin: Tensor, rows: RefreshRows, *, page_size: int, max_own_len: int, max_begin: int
-) -> ForwardLayout:
-    """Lay out a refresh: each group sees its stored positions before `begin` and its own rows, and stores the latter.
-
-    Args:
-        page_table: [num_groups, max_pages] int32.
-        begin: [num_groups] int64.
-        rows: the packed rows.
-        page_size: positions per page.
-        max_own_len: longest group, known to the host.
-        max_begin: largest `begin`, known to the host.
-    """
-    num_groups, device = begin.shape[0], begin.device
-    context = None
-    if max_begin > 0:
-        column = torch.arange(max_begin, device=device)
-        is_visible = column < begin[:, None]
-        positions = column.expand(num_groups, -1).masked_fill(~is_visible, 0)
-        context = Context(paged_index(page_table, positions, page_size), is_visible)
-    in_group = rows.position - begin[rows.group]
-    place = rows.group * max_own_len + in_group
-    row = torch.zeros(num_groups * max_own_len, dtype=torch.int64, device=device)
-    is_own = torch.zeros(num_groups * max_own_len, dtype=torch.bool, device=device)
-    row[place] = torch.arange(place.shape[0], device=device)
-    is_own[place] = True
-    ragged = Ragged(row.view(num_groups, -1), is_own.view(num_groups, -1))
-    page = page_table[rows.group, rows.position // page_size].long()
-    return ForwardLayout(num_groups, 1, context, ragged, PagedIndex(page, rows.position % page_size))
+    return RefreshRows(request, row - first_row[request] + begin[request])

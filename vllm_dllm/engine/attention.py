@@ -1,9 +1,11 @@
-"""vLLM's attention backend interface around `attention.paged`."""
+"""vLLM's attention backend interface around the implementations in `attention`."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -14,26 +16,47 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 
-from vllm_dllm.attention.layout import ForwardLayout
-from vllm_dllm.attention.paged import CHUNK_BYTES, block_attention, store_kv
-from vllm_dllm.engine.config_hook import KV_CACHE_DTYPES
+from vllm_dllm.attention.choose import IMPLEMENTATIONS
+from vllm_dllm.attention.interface import Attention, Heads, Plan
+from vllm_dllm.attention.layout import PagedIndex
+from vllm_dllm.attention.store import store_kv
+from vllm_dllm.engine.config_hook import KV_CACHE_DTYPES, settings_of
 from vllm_dllm.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
 
 
-class DllmMetadataBuilder(AttentionMetadataBuilder[ForwardLayout]):
-    """Present because vLLM asks the backend for a builder; `DllmModelState` makes the metadata."""
+@dataclass(frozen=True, slots=True)
+class ForwardAttention:
+    """What the layers of a forward do: store their rows' K/V, then attend."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    plan: Plan
+    store: PagedIndex | None  # [num_rows]; None: nothing is stored
+
+
+def implementation_of(vllm_config: VllmConfig) -> type[Attention]:
+    """Return the implementation that `DllmConfigHook` chose."""
+    name = settings_of(vllm_config).attention
+    assert name != "auto", "the hook puts its choice in the place of auto"
+    return IMPLEMENTATIONS[name]
+
+
+class DllmMetadataBuilder(AttentionMetadataBuilder[ForwardAttention]):
+    """Present because vLLM asks the backend for a builder; `DllmModelState` makes the metadata."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Return whether the chosen implementation can be captured, in steps of any requests."""
+        has_graphs = implementation_of(vllm_config).support.cuda_graphs
+        return AttentionCGSupport.ALWAYS if has_graphs else AttentionCGSupport.NEVER
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> ForwardLayout:
+    ) -> ForwardAttention:
         """Raise: a caller that reaches this does not know that the model has its own state."""
         raise RuntimeError("attention metadata of a diffusion model is made by DllmModelState.prepare_attn")
 
@@ -67,8 +90,8 @@ class DllmAttentionBackend(AttentionBackend):
         return True
 
 
-class DllmAttentionImpl(AttentionImpl[ForwardLayout]):
-    """One layer's attention, in plain torch."""
+class DllmAttentionImpl(AttentionImpl[ForwardAttention]):
+    """One layer's attention, by the chosen implementation."""
 
     def __init__(
         self,
@@ -97,6 +120,11 @@ class DllmAttentionImpl(AttentionImpl[ForwardLayout]):
         self.scale = scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.implementation = implementation_of(get_current_vllm_config())
+
+    def heads(self, dtype: torch.dtype) -> Heads:
+        """Return what an implementation is made for."""
+        return Heads(self.num_heads, self.num_kv_heads, self.head_size, self.scale, dtype)
 
     def forward(
         self,
@@ -105,20 +133,20 @@ class DllmAttentionImpl(AttentionImpl[ForwardLayout]):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: ForwardLayout | None,
+        attn_metadata: ForwardAttention | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend; the arguments are `attention.paged.block_attention`'s.
+        """Store the rows' K/V if the forward does, and attend; the arguments are those of `Plan.run`.
 
         Without metadata, as in the profiling run before a cache exists, the output is zero, and as much memory is taken
-        for a moment as a step takes for gathered K/V and their concatenation.
+        for a moment as a step may take.
         """
         if attn_metadata is None:
-            query.new_empty(2 * CHUNK_BYTES, dtype=torch.int8)
+            query.new_empty(self.implementation.temporary_bytes(query), dtype=torch.int8)
             return output.zero_()
         if attn_metadata.store is not None:
             store_kv(key, value, kv_cache, attn_metadata.store)
-        output.copy_(block_attention(query, key, value, kv_cache, attn_metadata, self.scale))
+        attn_metadata.plan.run(query, key, value, kv_cache, output)
         return output

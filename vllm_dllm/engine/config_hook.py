@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_dllm.config import DllmConfig, parse_server_settings
+from vllm_dllm.engine.attention_choice import set_attention
 from vllm_dllm.engine.step_sizes import set_step_sizes
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, family_of
@@ -268,6 +269,7 @@ class DllmConfigHook(VerifyAndUpdateConfig):
                 f"{vllm_config.model_config.max_model_len}; choose a smaller block_length"
             )
         spiffy = spiffy_of(vllm_config)
+        set_attention(vllm_config, settings)
         set_step_sizes(vllm_config, settings.block_length, spiffy)
         # vLLM's kernel warm-up steps requests with sampling parameters that are refused here (penalties, logprobs),
         # past the end of their generation; without it the runner's few Triton kernels compile in the first request.

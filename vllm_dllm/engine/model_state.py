@@ -26,12 +26,14 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_dllm.attention.layout import ContextBuffers, ForwardLayout, refresh_layout, refresh_rows
+from vllm_dllm.attention.layout import denoise_layout, refresh_layout, refresh_rows
 from vllm_dllm.denoiser import Denoiser, Drafting, Nodes
 from vllm_dllm.draft.compile import compile_graph
+from vllm_dllm.engine.attention import ForwardAttention
 from vllm_dllm.engine.config_hook import settings_of, spiffy_of
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler, choose_uniform
+from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.spiffy_config import SpiffySettings
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
@@ -87,14 +89,8 @@ class DllmModelState(ModelState):
             choose_uniform(device),
         )
         self.kv_policy = RefreshSchedule(self.settings.kv_policy, self.settings.refresh_every, self.max_num_reqs)
-        max_num_contexts = self.max_num_reqs
-        if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
-            # A captured graph finds a context for each of its groups.
-            max_num_contexts = max(max_num_contexts, self.max_num_tokens // self.block_length)
-        self.context = ContextBuffers(max_num_contexts, self.max_model_len, device)
         self._step: DenoiseStep | None = None
-        self._layer_names: list[str] = []
-        self._page_size = 0
+        self._attention: StepAttention | None = None
         self._req_states: RequestState | None = None
 
     def get_supported_generation_tasks(self) -> tuple[GenerationTask, ...]:
@@ -107,11 +103,14 @@ class DllmModelState(ModelState):
         return DllmSampler(self), None
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
-        """Take note of the cache's layers and page size."""
-        groups = kv_cache_config.kv_cache_groups
-        assert len(groups) == 1, f"all layers attend alike, so they share one cache group; got {len(groups)}"
-        self._layer_names = list(groups[0].layer_names)
-        self._page_size = groups[0].kv_cache_spec.block_size
+        """Get attention ready for the cache."""
+        self._attention = StepAttention(self.vllm_config, kv_cache_config, self.block_length, self.device)
+
+    @property
+    def attention(self) -> StepAttention:
+        """What makes the layers' metadata."""
+        assert self._attention is not None, "a forward with metadata comes after initialize_kv_cache"
+        return self._attention
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Take a request into a slot, a preempted one as if it were new: its finished blocks are now prompt."""
@@ -161,34 +160,25 @@ class DllmModelState(ModelState):
     ) -> dict[str, Any]:
         """Lay the step out for every layer: each canvas sees its request's row but the block, and itself in flight.
 
-        A captured graph reads the persistent context tensors at full width, one context for each group of rows, since
-        it does not know whose they are; the padding of its batch has an empty one. Elsewhere the canvases of a request
-        share a context, and the widest of the batch suffices. vLLM captures with `for_capture` and replays with FULL.
-        The rows of any other dummy batch see each other.
+        A captured graph finds the layout in persistent tensors, padded to the captured number of rows. vLLM captures
+        with `for_capture` and replays with FULL. The rows of any other dummy batch see each other.
         """
-        is_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         step = self.step_of(input_batch)
+        is_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         if step is None and not is_graph:  # a dummy batch, of any number of rows
-            return self._per_layer(ForwardLayout(num_groups=1, num_nodes=1, context=None, ragged=None, store=None))
+            return self.attention.lone(input_batch.num_tokens_after_padding)
         num_reqs, num_nodes = (0, 1) if step is None else (step.num_reqs, step.num_nodes)
-        num_contexts, width = num_reqs, self.max_model_len
-        times = num_nodes if is_graph else 1
-        if step is not None and num_reqs > 0:
-            if not is_graph:
-                width = int(self.state.row_len_np[step.blocks.slots_np].max()) - self.block_length
-            self.context.fill(
-                block_tables[0][:num_reqs].repeat_interleave(times, 0),
-                step.blocks.start.repeat_interleave(times),
-                self.state.row_len[step.blocks.slots].repeat_interleave(times),
-                block_length=self.block_length,
-                page_size=self._page_size,
-                width=width,
-            )
+        none = np.zeros(0, dtype=np.int64)
+        host = denoise_layout(
+            none if step is None else step.block_start_np,
+            none if step is None else self.state.row_len_np[step.blocks.slots_np],
+            num_nodes=num_nodes,
+            block_length=self.block_length,
+        )
+        page_table = block_tables[0][:num_reqs]
         if is_graph:
-            num_contexts = input_batch.num_tokens_after_padding // self.block_length
-            self.context.clear(num_reqs * times, num_contexts)
-            num_nodes = 1
-        return self._per_layer(self.context.layout(num_contexts, num_nodes, width))
+            return self.attention.graph(host, page_table, input_batch.num_tokens_after_padding)
+        return self.attention.eager(host, page_table)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Pass the denoising rows alone to an eagerly run model, and all rows of a dummy batch."""
@@ -260,18 +250,15 @@ class DllmModelState(ModelState):
         index = self._to_device(plan.index)
         begin = self._to_device(plan.begin)
         blocks = Blocks(step.blocks.slots[index], step.blocks.slots_np[plan.index], step.blocks.start[index])
-        num_rows = int(own_len_np.sum())
-        rows = refresh_rows(begin, self.state.row_len[blocks.slots], num_rows)
-        layout = refresh_layout(
-            page_table[index],
-            begin,
-            rows,
-            page_size=self._page_size,
-            max_own_len=int(own_len_np.max()),
-            max_begin=int(plan.begin.max()),
+        rows = refresh_rows(begin, self.state.row_len[blocks.slots], int(own_len_np.sum()))
+        pages = page_table[index]
+        attention = self.attention.eager(
+            refresh_layout(plan.begin, plan.begin + own_len_np),
+            pages,
+            rows.stored_at(pages, self.attention.page_size),
         )
-        input_ids = self._row_ids(blocks.slots[rows.group], rows.position, blocks.start[rows.group])
-        hidden = self._forward(layout, input_ids, rows.position)
+        input_ids = self._row_ids(blocks.slots[rows.request], rows.position, blocks.start[rows.request])
+        hidden = self._forward(attention, input_ids, rows.position)
         step.num_refreshes.index_fill_(0, index, 1)
         if self.kv_policy.decides_step:
             first_row = self._to_device(np.cumsum(own_len_np) - own_len_np) - begin
@@ -289,28 +276,24 @@ class DllmModelState(ModelState):
 
         Returns: milliseconds, the better of two runs.
         """
-        width = min(self.max_model_len - self.block_length, 512)
-        self.context.clear(0, num_reqs)
-        self.context.is_visible[:num_reqs, :width] = True
-        layout = self.context.layout(num_reqs, num_nodes, width)
+        context_len = min(self.max_model_len - self.block_length, 512)
+        attention = self.attention.example(num_reqs, num_nodes, context_len)
         num_rows = num_reqs * num_nodes * self.block_length
         ids = torch.full((num_rows,), self.state.mask_token_id, device=self.device)
         positions = torch.arange(num_rows, device=self.device) % self.block_length
-        ms = min(self._time_forward(layout, ids, positions) for _ in range(2))
-        self.context.clear(0, num_reqs)
-        return ms
+        return min(self._time_forward(attention, ids, positions) for _ in range(2))
 
-    def _time_forward(self, layout: ForwardLayout, input_ids: Tensor, positions: Tensor) -> float:
+    def _time_forward(self, attention: dict[str, ForwardAttention], input_ids: Tensor, positions: Tensor) -> float:
         begin = time.perf_counter()
-        self.denoiser.reduce(self._forward(layout, input_ids, positions), is_sampled=False)
+        self.denoiser.reduce(self._forward(attention, input_ids, positions), is_sampled=False)
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
         return 1e3 * (time.perf_counter() - begin)
 
-    def _forward(self, layout: ForwardLayout, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def _forward(self, attention: dict[str, ForwardAttention], input_ids: Tensor, positions: Tensor) -> Tensor:
         """Run the model outside the runner's own forward; returns its hidden rows."""
         num_rows = len(input_ids)
-        with set_forward_context(self._per_layer(layout), self.vllm_config, num_tokens=num_rows, slot_mapping={}):
+        with set_forward_context(attention, self.vllm_config, num_tokens=num_rows, slot_mapping={}):
             hidden: Tensor = self.model(input_ids=input_ids, positions=positions)
         return hidden
 
@@ -326,9 +309,6 @@ class DllmModelState(ModelState):
         canvas = self.state.canvas[slots, in_block.clamp(0, self.block_length - 1)]
         ids = torch.where(in_block < 0, known, canvas)
         return ids.masked_fill_(in_block >= self.block_length, self.state.mask_token_id)
-
-    def _per_layer(self, layout: ForwardLayout) -> dict[str, ForwardLayout]:
-        return dict.fromkeys(self._layer_names, layout)
 
     def _to_device(self, array: IntArray) -> Tensor:
         return async_tensor_h2d(array, device=self.device)

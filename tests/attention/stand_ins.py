@@ -1,0 +1,142 @@
+"""Stand-ins for libraries: what their documentation says of the calls that we make, in plain torch on a CPU."""
+
+import math
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend from all rows [n, heads, d] to all keys [m, heads, d]; the output and its natural log-sum-exp [n, heads].
+
+    Without keys they are 0 and -inf.
+    """
+    scores = torch.einsum("qhd,khd->qhk", query.double(), key.double()) * scale
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.clamp(min=-1e300)[..., None]).exp()
+    return torch.einsum("qhk,khd->qhd", weights, value.double()).to(query.dtype), lse.float()
+
+
+class Ragged:
+    """`BatchPrefillWithRaggedKVCacheWrapper`."""
+
+    def __init__(self, workspace: Tensor, kv_layout: str, *, backend: str) -> None:
+        assert (workspace.dtype, kv_layout, backend) == (torch.uint8, "NHD", "fa2")
+
+    def plan(
+        self, qo_indptr: Tensor, kv_indptr: Tensor, *, num_qo_heads: int, num_kv_heads: int, **numbers: Any
+    ) -> None:
+        assert qo_indptr.dtype == kv_indptr.dtype == torch.int32
+        assert not numbers.pop("causal")
+        assert numbers.pop("disable_split_kv")
+        assert numbers.keys() == {"head_dim_qk", "sm_scale", "q_data_type", "kv_data_type"}
+        self.qo, self.kv, self.heads, self.numbers = qo_indptr.tolist(), kv_indptr.tolist(), num_qo_heads, numbers
+        self.group = num_qo_heads // num_kv_heads
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, *, out: Tensor | None = None, return_lse: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        assert q.shape == (self.qo[-1], self.heads, self.numbers["head_dim_qk"])
+        assert len(k) == len(v) == self.kv[-1]
+        assert q.dtype == self.numbers["q_data_type"]
+        assert k.dtype == v.dtype == self.numbers["kv_data_type"]
+        out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
+        lse = torch.empty(q.shape[:2])
+        for i in range(len(self.qo) - 1):
+            rows, keys = slice(self.qo[i], self.qo[i + 1]), slice(self.kv[i], self.kv[i + 1])
+            key, value = (part[keys].repeat_interleave(self.group, 1) for part in (k, v))
+            out[rows], lse[rows] = attend(q[rows], key, value, self.numbers["sm_scale"])
+        return (out, lse / math.log(2)) if return_lse else out  # its log-sum-exp has base 2
+
+
+class Paged(Ragged):
+    """`BatchPrefillWithPagedKVCacheWrapper`: the K/V of a group are the entries of its pages, the last one in part."""
+
+    def plan(  # type: ignore[override]
+        self,
+        *,
+        qo_indptr: Tensor,
+        paged_kv_indptr: Tensor,
+        paged_kv_indices: Tensor,
+        paged_kv_last_page_len: Tensor,
+        page_size: int,
+        **numbers: Any,
+    ) -> None:
+        assert paged_kv_indices.dtype == paged_kv_last_page_len.dtype == torch.int32
+        num_pages = paged_kv_indptr.diff()
+        length = (num_pages - 1).clamp(min=0) * page_size + paged_kv_last_page_len
+        offsets = torch.nn.functional.pad(length.cumsum(0), (1, 0)).int()
+        super().plan(qo_indptr, offsets, **numbers)
+        self.page_size, self.indices = page_size, paged_kv_indices.long()
+        assert page_size == 1, "else the entries of a last page would have to be cut here"
+
+    def run(  # type: ignore[override]
+        self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor], *, return_lse: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        k, v = paged_kv_cache
+        assert k.stride() == v.stride()
+        assert k.shape[1] == self.page_size
+        return super().run(q, k[self.indices].flatten(0, 1), v[self.indices].flatten(0, 1), return_lse=return_lse)
+
+
+def merge_state_in_place(v: Tensor, s: Tensor, v_other: Tensor, s_other: Tensor) -> None:
+    assert v.is_contiguous()
+    total = torch.logaddexp2(s, s_other)
+    v.copy_(v * (s - total).exp2()[..., None] + v_other * (s_other - total).exp2()[..., None])
+    s.copy_(total)
+
+
+def flashinfer() -> ModuleType:
+    module = ModuleType("flashinfer")
+    module.BatchPrefillWithRaggedKVCacheWrapper = Ragged  # type: ignore[attr-defined]
+    module.BatchPrefillWithPagedKVCacheWrapper = Paged  # type: ignore[attr-defined]
+    module.merge_state_in_place = merge_state_in_place  # type: ignore[attr-defined]
+    return module
+
+
+class BlockDiagonalMask:
+    """Queries of part i see the keys of part i."""
+
+    def __init__(self, q_seqlen: list[int], kv_seqlen: list[int]) -> None:
+        assert len(q_seqlen) == len(kv_seqlen)
+        assert min([*q_seqlen, *kv_seqlen], default=1) > 0, "no part is empty: kernels differ in what they make of it"
+        self.q_seqlen, self.kv_seqlen = q_seqlen, kv_seqlen
+
+    @classmethod
+    def from_seqlens(cls, q_seqlen: list[int], kv_seqlen: list[int], *, device: torch.device) -> "BlockDiagonalMask":
+        assert device.type == "cpu"
+        return cls(q_seqlen, kv_seqlen)
+
+
+def memory_efficient_attention_partial(
+    query: Tensor, key: Tensor, value: Tensor, attn_bias: BlockDiagonalMask, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend; [1, M, G, H, K] in and out, the log-sum-exp is [1, G, H, M]."""
+    assert query.dim() == key.dim() == value.dim() == 5
+    assert query.shape[2:] == key.shape[2:] == value.shape[2:]
+    assert query.shape[1] == sum(attn_bias.q_seqlen)
+    parts = zip(
+        query[0].flatten(1, 2).split(attn_bias.q_seqlen),
+        key[0].flatten(1, 2).split(attn_bias.kv_seqlen),
+        value[0].flatten(1, 2).split(attn_bias.kv_seqlen),
+        strict=True,
+    )
+    done = [attend(*part, scale) for part in parts]
+    out = torch.cat([part for part, _ in done]).view(query.shape)
+    return out, torch.cat([lse for _, lse in done]).T.view(1, *query.shape[2:4], -1)
+
+
+def merge_attentions(attn_split: list[Tensor], lse_split: list[Tensor], write_lse: bool) -> tuple[Tensor, None]:
+    assert not write_lse
+    weights = torch.stack(lse_split).softmax(0).permute(0, 1, 4, 2, 3)[..., None]
+    return (torch.stack(attn_split) * weights).sum(0).to(attn_split[0].dtype), None
+
+
+def xformers_fmha() -> ModuleType:
+    module = ModuleType("xformers.ops.fmha")
+    module.attn_bias = SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask)  # type: ignore[attr-defined]
+    module.memory_efficient_attention_partial = memory_efficient_attention_partial  # type: ignore[attr-defined]
+    module.merge_attentions = merge_attentions  # type: ignore[attr-defined]
+    return module

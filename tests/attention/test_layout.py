@@ -1,0 +1,98 @@
+"""Layouts: who sees whom, in numbers; the shape and the addresses of a captured one."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.attention.scenes import denoising, ints
+from vllm_dllm.attention.layout import (
+    CapturedLayout,
+    denoise_layout,
+    lone_layout,
+    pad_layout,
+    refresh_layout,
+    refresh_rows,
+    to_device,
+)
+
+
+def test_canvases_of_a_request_see_its_row_but_the_block() -> None:
+    host = denoise_layout(ints(3, 16), ints(11, 24), num_nodes=3, block_length=4)
+    assert host.first_node.tolist() == [0, 3, 6]
+    assert host.first_row.tolist() == [0, 4, 8, 12, 16, 20, 24]
+    assert host.context.tolist() == [[0, 3, 7, 11]] * 3 + [[0, 16, 20, 24]] * 3
+    assert (host.num_requests, host.num_nodes) == (2, 6)
+    assert host.own_len.tolist() == [4] * 6
+    assert host.context_len.tolist() == [7] * 3 + [20] * 3
+
+
+def test_a_refresh_sees_what_precedes_it() -> None:
+    host = refresh_layout(ints(0, 5, 9), ints(4, 12, 10))
+    assert host.first_node.tolist() == [0, 1, 2, 3]
+    assert host.first_row.tolist() == [0, 4, 11, 12]
+    assert host.context_len.tolist() == [0, 5, 9]
+    assert (host.context[:, 0] == 0).all()
+
+
+def test_rows_of_nobody_see_each_other() -> None:
+    host = lone_layout(13)
+    assert (host.num_requests, host.first_row.tolist(), host.context_len.tolist()) == (1, [0, 13], [0])
+
+
+def test_padding_sees_only_itself() -> None:
+    padded = pad_layout(denoising(2, 4), num_rows=44, num_requests=7, block_length=4)
+    assert padded.first_node.tolist() == [0, 2, 4, 6, 8, 11, 11, 11]
+    assert padded.first_row.tolist() == list(range(0, 45, 4))
+    assert padded.context_len[8:].tolist() == [0, 0, 0]
+    assert np.array_equal(padded.context[:8], denoising(2, 4).context)
+
+
+@pytest.mark.parametrize("num_reqs", [0, 1, 5])
+def test_a_captured_shape_is_decided_by_rows_alone(num_reqs: int) -> None:
+    buffers = CapturedLayout(max_num_requests=5, max_num_nodes=9, max_pages=3, device=torch.device("cpu"))
+    start = np.arange(num_reqs, dtype=np.int64)
+    page_table = torch.arange(num_reqs * 4, dtype=torch.int32).view(num_reqs, 4)  # wider than any row needs
+    shapes, addresses = set(), set()
+    for num_nodes in (1, 0):
+        host = denoise_layout(start[:num_nodes], start[:num_nodes] + 8, num_nodes=1, block_length=8)
+        pages = page_table[: host.num_requests]
+        layout = buffers.fill(host, pages, num_rows=56, block_length=8, page_size=16)
+        tensors = (layout.page_table, layout.first_node, layout.first_row, layout.context)
+        shapes.add(tuple(tensor.shape for tensor in tensors))
+        addresses.add(tuple(tensor.data_ptr() for tensor in tensors))
+        assert torch.equal(layout.page_table[: len(pages)], pages[:, :3])
+        assert layout.first_node[-1] == 7
+        assert layout.first_row.tolist() == list(range(0, 57, 8))
+    assert shapes == {((6, 3), (7,), (8,), (7, 4))}
+    assert len(addresses) == 1
+    assert layout.context.data_ptr() % 16 == 0
+
+
+def test_the_largest_captured_step_fits() -> None:
+    buffers = CapturedLayout(max_num_requests=2, max_num_nodes=6, max_pages=2, device=torch.device("cpu"))
+    host = denoise_layout(ints(3, 9), ints(11, 17), num_nodes=3, block_length=8)
+    layout = buffers.fill(host, torch.ones((2, 2), dtype=torch.int32), num_rows=48, block_length=8, page_size=16)
+    assert layout.first_node.tolist() == [0, 3, 6, 6]
+    assert layout.context.tolist() == host.context.tolist()
+
+
+def test_a_layout_travels_as_it_is() -> None:
+    host = denoising(2)
+    table = torch.zeros((4, 6), dtype=torch.int32)
+    layout = to_device(host, table, 16)
+    assert layout.page_table is table
+    for name in ("first_node", "first_row", "context"):
+        assert getattr(layout, name).dtype == torch.int32
+        assert np.array_equal(getattr(layout, name).numpy(), getattr(host, name))
+
+
+@pytest.mark.parametrize("begins", [[0, 0, 0], [0, 5, 12], [3, 3, 3]])
+def test_rows_of_a_refresh_and_where_they_are_stored(begins: list[int]) -> None:
+    row_lens, page_size = [9, 20, 13], 7
+    rows = refresh_rows(torch.tensor(begins), torch.tensor(row_lens), sum(row_lens) - sum(begins))
+    expected = [(i, p) for i in range(3) for p in range(begins[i], row_lens[i])]
+    assert list(zip(rows.request.tolist(), rows.position.tolist(), strict=True)) == expected
+    page_table = torch.randperm(9).int().view(3, 3)
+    index = rows.stored_at(page_table, page_size)
+    assert index.page.tolist() == [int(page_table[i, p // page_size]) for i, p in expected]
+    assert index.offset.tolist() == [p % page_size for _, p in expected]

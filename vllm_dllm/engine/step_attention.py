@@ -1,0 +1,75 @@
+"""The metadata of each forward: its layout, planned by the chosen implementation, the same for every layer."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vllm_dllm.attention.layout import CapturedLayout, HostLayout, PagedIndex, denoise_layout, lone_layout, to_device
+from vllm_dllm.engine.attention import ForwardAttention, implementation_of
+
+
+class StepAttention:
+    """Makes the layers' metadata, once there is a cache."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, block_length: int, device: torch.device
+    ) -> None:
+        groups = kv_cache_config.kv_cache_groups
+        assert len(groups) == 1, f"all layers attend alike, so they share one cache group; got {len(groups)}"
+        self.layer_names = list(groups[0].layer_names)
+        self.page_size = groups[0].kv_cache_spec.block_size
+        self.num_pages = kv_cache_config.num_blocks
+        self.block_length = block_length
+        self.device = device
+        layer = vllm_config.compilation_config.static_forward_context[self.layer_names[0]]
+        heads = layer.impl.heads(vllm_config.model_config.dtype)
+        self.implementation = implementation_of(vllm_config)(heads, layer.kv_cache)
+        self.captured: CapturedLayout | None = None
+        if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            self.prepare_capture(vllm_config)
+
+    def prepare_capture(self, vllm_config: VllmConfig) -> None:
+        """Make the tensors that captured graphs read."""
+        scheduler = vllm_config.scheduler_config
+        self.captured = CapturedLayout(
+            max_num_requests=scheduler.max_num_seqs,
+            max_num_nodes=scheduler.max_num_batched_tokens // self.block_length,
+            max_pages=-(-vllm_config.model_config.max_model_len // self.page_size),
+            device=self.device,
+        )
+
+    def eager(
+        self, host: HostLayout, page_table: Tensor, store: PagedIndex | None = None
+    ) -> dict[str, ForwardAttention]:
+        """Return the metadata of a forward that is run as it comes.
+
+        Args:
+            host: the layout.
+            page_table: [num_requests, max_pages] int32.
+            store: [num_rows], where the rows' K/V go.
+        """
+        layout = to_device(host, page_table, self.page_size)
+        return dict.fromkeys(self.layer_names, ForwardAttention(self.implementation.plan(layout), store))
+
+    def lone(self, num_rows: int) -> dict[str, ForwardAttention]:
+        """Return the metadata of rows that belong to nobody, and see each other."""
+        return self.eager(lone_layout(num_rows), torch.zeros((1, 1), dtype=torch.int32, device=self.device))
+
+    def graph(self, host: HostLayout, page_table: Tensor, num_rows: int) -> dict[str, ForwardAttention]:
+        """Return the metadata of a denoising step that is captured or replayed; arguments as `CapturedLayout.fill`."""
+        assert self.captured is not None, "a graph is captured only where graphs are on"
+        layout = self.captured.fill(
+            host, page_table, num_rows=num_rows, block_length=self.block_length, page_size=self.page_size
+        )
+        return dict.fromkeys(self.layer_names, ForwardAttention(self.implementation.plan(layout), None))
+
+    def example(self, num_reqs: int, num_nodes: int, context_len: int) -> dict[str, ForwardAttention]:
+        """Return the metadata of a denoising step of nobody's canvases, over pages as they would be: all different."""
+        start = np.full(num_reqs, context_len)
+        host = denoise_layout(start, start + self.block_length, num_nodes=num_nodes, block_length=self.block_length)
+        pages_each = -(-context_len // self.page_size)
+        page = torch.arange(num_reqs * pages_each, dtype=torch.int32, device=self.device) % self.num_pages
+        return self.eager(host, page.view(num_reqs, pages_each))
