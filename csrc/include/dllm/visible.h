@@ -29,6 +29,11 @@ DLLM_HOST_DEVICE inline Interval intersect(Interval a, Interval b) {
 
 DLLM_HOST_DEVICE inline bool is_empty(Interval interval) { return interval.end <= interval.begin; }
 
+DLLM_HOST_DEVICE inline bool is_same(const Context& a, const Context& b) {
+  return a.interval[0].begin == b.interval[0].begin && a.interval[0].end == b.interval[0].end &&
+         a.interval[1].begin == b.interval[1].begin && a.interval[1].end == b.interval[1].end;
+}
+
 DLLM_HOST_DEVICE inline bool contains(Interval interval, int32_t position) {
   return interval.begin <= position && position < interval.end;
 }
