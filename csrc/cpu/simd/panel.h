@@ -37,15 +37,23 @@ struct Matrix {
   int64_t depth_stride;  // elements from a[i][k] to a[i][k + 1]
 };
 
-template <typename Number, int kRows, int kVecs>
-inline void tile_product(Matrix<typename Number::Element> a, const typename Number::Element* b, int64_t b_stride,
-                         int64_t depth, float* out, int64_t out_stride) {
+template <typename Element>
+struct Panel {
+  const Element* data;
+  int64_t depth_stride;  // elements from b[k] to b[k + 1]
+  int64_t vec_stride;    // elements from one vector of lanes to the next
+};
+
+// Multiply a register tile. `sums` says where each sum begins and what becomes of it: begin(i, vec), end(i, vec, sum).
+template <typename Number, int kRows, int kVecs, typename Sums>
+inline void tile_product(Matrix<typename Number::Element> a, Panel<typename Number::Element> b, int64_t depth,
+                         const Sums& sums) {
   VecF sum[kRows][kVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 3
     for (int vec = 0; vec < kVecs; ++vec) {
-      sum[i][vec] = load(out + i * out_stride + vec * kLanes);
+      sum[i][vec] = sums.begin(i, vec);
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -54,7 +62,7 @@ inline void tile_product(Matrix<typename Number::Element> a, const typename Numb
       const typename Number::Element scalar = a.data[i * a.row_stride + k * a.depth_stride];
 #pragma GCC unroll 3
       for (int vec = 0; vec < kVecs; ++vec) {
-        sum[i][vec] = Number::multiply_add(scalar, b + k * b_stride + vec * kLanes, sum[i][vec]);
+        sum[i][vec] = Number::multiply_add(scalar, b.data + k * b.depth_stride + vec * b.vec_stride, sum[i][vec]);
       }
     }
   }
@@ -62,9 +70,25 @@ inline void tile_product(Matrix<typename Number::Element> a, const typename Numb
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 3
     for (int vec = 0; vec < kVecs; ++vec) {
-      store(out + i * out_stride + vec * kLanes, sum[i][vec]);
+      sums.end(i, vec, sum[i][vec]);
     }
   }
+}
+
+// Sums that are added to `out`.
+struct AddTo {
+  float* out;
+  int64_t row_stride;
+
+  VecF begin(int i, int vec) const { return load(out + i * row_stride + vec * kLanes); }
+  void end(int i, int vec, VecF sum) const { store(out + i * row_stride + vec * kLanes, sum); }
+};
+
+template <typename Number, int kRows, int kVecs>
+inline void tile_product(Matrix<typename Number::Element> a, const typename Number::Element* b, int64_t b_stride,
+                         int64_t depth, float* out, int64_t out_stride) {
+  tile_product<Number, kRows, kVecs>(a, Panel<typename Number::Element>{b, b_stride, kLanes}, depth,
+                                     AddTo{out, out_stride});
 }
 
 }  // namespace dllm::cpu::DLLM_ISA

@@ -33,7 +33,17 @@ typedef int32_t UnalignedVecI __attribute__((vector_size(4 * kLanes), aligned(4)
 inline VecF load(const float* from) { return *reinterpret_cast<const UnalignedVecF*>(from); }
 inline void store(float* to, VecF vec) { *reinterpret_cast<UnalignedVecF*>(to) = vec; }
 inline VecF splat(float value) { return value - VecF{}; }
+inline VecI splat(int32_t value) { return value - VecI{}; }
 inline VecF max(VecF a, VecF b) { return a > b ? a : b; }
+
+// Which of the lanes [first, first + kLanes) lie in [begin, end).
+inline VecI are_between(int32_t first, int32_t begin, int32_t end) {
+  VecI lane;
+  for (int i = 0; i < kLanes; ++i) {
+    lane[i] = first + i;
+  }
+  return (lane >= splat(begin)) & (lane < splat(end));
+}
 
 // 2^x with a relative error of 2e-7; 0 below 2^-126.
 inline VecF exp2(VecF x) {

@@ -1,0 +1,202 @@
+#include "dllm/draft_graph_attention.h"
+
+#include <cmath>
+#include <optional>
+
+#include "library.h"
+
+namespace dllm {
+namespace {
+
+template <typename... Parts>
+void check_attention(bool condition, const Parts&... parts) {
+  check(condition, "draft_graph_attention: ", parts...);
+}
+
+FloatType float_type(const Tensor& query) {
+  switch (query.scalar_type()) {
+    case ScalarType::Float:
+      return FloatType::kFloat32;
+    case ScalarType::Half:
+      return FloatType::kFloat16;
+    case ScalarType::BFloat16:
+      return FloatType::kBFloat16;
+    default:
+      break;
+  }
+  check_attention(false, "query must be float32, float16 or bfloat16, got ", query.scalar_type(),
+                  "; convert the layer's tensors and its cache to one of these");
+  return {};
+}
+
+// What holds the layer's numbers: of the type and on the device of the query, any strides but the last.
+void check_numbers(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, const Tensor& query) {
+  check_attention(shape(tensor) == list(sizes), name, " must be ", list(sizes), " as the other arguments say, got ",
+                  shape(tensor), "; give tensors of the same rows and the same layer");
+  check_attention(tensor.scalar_type() == query.scalar_type(), name, " must be ", query.scalar_type(),
+                  " as query is, got ", tensor.scalar_type(), "; convert it with .to()");
+  check_attention(tensor.stride(tensor.dim() - 1) == 1 || tensor.numel() == 0, name,
+                  " must be contiguous in its last dimension, got strides ", strides(tensor), "; call .contiguous()");
+  check_attention(tensor.device() == query.device(), name, " must be on the device of query; move all to one device");
+}
+
+// CUDA copies 16 bytes at a time.
+void check_aligned(const char* name, const Tensor& tensor) {
+  bool is_aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
+    is_aligned = is_aligned && tensor.stride(dim) * tensor.element_size() % 16 == 0;
+  }
+  check_attention(is_aligned, name, " has strides ", strides(tensor),
+                  " or begins at an address which are no multiples of ",
+                  "16 bytes, as CUDA needs them; call .contiguous()");
+}
+
+void check_indices(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, const Tensor& query) {
+  check_attention(shape(tensor) == list(sizes), name, " must be ", list(sizes), " as the other arguments say, got ",
+                  shape(tensor), "; make all indices of one layout");
+  check_tensor("draft_graph_attention", name, tensor, ScalarType::Int, query);
+}
+
+void check_dims(const char* name, const Tensor& tensor, int64_t dim, const char* sizes) {
+  check_attention(tensor.dim() == dim, name, " must be ", sizes, ", got ", shape(tensor), "; reshape it");
+}
+
+void check_ascending(const char* name, const int32_t* first, int64_t count, int64_t limit) {
+  check_attention(first[0] == 0, name, " must begin with 0, got ", first[0], "; give running sums");
+  for (int64_t i = 0; i < count; ++i) {
+    check_attention(first[i] <= first[i + 1] && first[i + 1] <= limit, name, " must ascend to at most ", limit,
+                    ", got ", first[i + 1], " after ", first[i], "; give running sums");
+  }
+}
+
+// What a node may read; an interval without positions may hold anything.
+void check_context(const DraftGraphAttentionArgs& args, int32_t request, int32_t node) {
+  const int32_t* pages = args.page_table + request * args.page_table_stride;
+  int64_t least = 0;
+  for (const Interval& seen : args.context[node].interval) {
+    if (is_empty(seen)) {
+      continue;
+    }
+    const int64_t limit = int64_t{args.max_pages} * args.page_size;
+    check_attention(least <= seen.begin && seen.end <= limit, "context of node ", node, " has the interval [",
+                    seen.begin, ", ", seen.end, "), allowed are positions ", least, " to ", limit,
+                    "; give disjoint intervals in ascending order within the page table");
+    least = seen.end;
+    for (int32_t page = seen.begin / args.page_size; page <= (seen.end - 1) / args.page_size; ++page) {
+      check_attention(0 <= pages[page] && pages[page] < args.num_pages, "page_table[", request, "][", page, "] is ",
+                      pages[page], ", the cache has pages 0 to ", args.num_pages - 1, " and node ", node,
+                      " sees that page; give its page, or less context");
+    }
+  }
+}
+
+// Only where reading values costs no synchronisation.
+void check_values(const DraftGraphAttentionArgs& args) {
+  check_ascending("first_node", args.first_node, args.num_requests, args.num_nodes);
+  check_ascending("first_row", args.first_row, args.num_nodes, args.num_rows);
+  for (int32_t request = 0; request < args.num_requests; ++request) {
+    const int32_t first = args.first_node[request];
+    for (int32_t node = first; node < args.first_node[request + 1]; ++node) {
+      const bool is_checked = node > first && is_same(args.context[node], args.context[node - 1]) &&
+                              args.first_row[node - 1] < args.first_row[node];
+      if (!is_checked && args.first_row[node] < args.first_row[node + 1]) {
+        check_context(args, request, node);
+      }
+    }
+  }
+}
+
+RowStrides row_strides(const Tensor& tensor) { return {.row = tensor.stride(0), .head = tensor.stride(1)}; }
+
+}  // namespace
+
+void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cache, Tensor page_table,
+                           Tensor first_node, Tensor first_row, Tensor context, double scale, Tensor out,
+                           std::optional<Tensor> lse) {
+  const FloatType type = float_type(query);
+  check_dims("query", query, 3, "[num_rows, num_heads, head_dim]");
+  check_dims("key", key, 3, "[num_rows, num_kv_heads, head_dim]");
+  check_dims("kv_cache", kv_cache, 4, "[num_pages, num_kv_heads, page_size, 2 * head_dim]");
+  check_dims("page_table", page_table, 2, "[num_requests, max_pages]");
+  check_dims("context", context, 2, "[num_nodes, 4]");
+  const int64_t num_rows = query.size(0);
+  const int64_t num_heads = query.size(1);
+  const int64_t head_dim = query.size(2);
+  const int64_t num_kv_heads = key.size(1);
+  const int64_t page_size = kv_cache.size(2);
+  const int64_t num_requests = page_table.size(0);
+  const int64_t num_nodes = context.size(0);
+  check_attention(head_dim >= 32 && head_dim <= 256 && head_dim % 8 == 0, "head_dim is ", head_dim,
+                  ", allowed are multiples of 8 from 32 to 256; choose another attention for this model");
+  check_attention(num_kv_heads > 0 && num_heads % num_kv_heads == 0, "query has ", num_heads, " heads and key ",
+                  num_kv_heads, ", which must divide them; give the heads of one layer");
+  check_attention(page_size >= 16 && page_size <= 256, "page_size is ", page_size,
+                  ", allowed are 16 to 256; set vLLM's block_size");
+  check_attention(std::isfinite(scale) && scale > 0, "scale is ", scale,
+                  ", it must be positive and finite; give 1 / sqrt(head_dim) or the model's own");
+  check_numbers("query", query, {num_rows, num_heads, head_dim}, query);
+  check_numbers("key", key, {num_rows, num_kv_heads, head_dim}, query);
+  check_numbers("value", value, {num_rows, num_kv_heads, head_dim}, query);
+  check_numbers("kv_cache", kv_cache, {kv_cache.size(0), num_kv_heads, page_size, 2 * head_dim}, query);
+  check_numbers("out", out, {num_rows, num_heads, head_dim}, query);
+  check_indices("page_table", page_table, {num_requests, page_table.size(1)}, query);
+  check_indices("first_node", first_node, {num_requests + 1}, query);
+  check_indices("first_row", first_row, {num_nodes + 1}, query);
+  check_indices("context", context, {num_nodes, 2 * kContextIntervals}, query);
+  if (lse.has_value()) {
+    check_attention(shape(*lse) == list({num_rows, num_heads}), "lse must be ", list({num_rows, num_heads}), ", got ",
+                    shape(*lse), "; give one number for each row and head");
+    check_tensor("draft_graph_attention", "lse", *lse, ScalarType::Float, query);
+  }
+  DraftGraphAttentionArgs args = {
+      .type = type,
+      .query = query.const_data_ptr(),
+      .key = key.const_data_ptr(),
+      .value = value.const_data_ptr(),
+      .kv_cache = kv_cache.const_data_ptr(),
+      .page_table = page_table.const_data_ptr<int32_t>(),
+      .first_node = first_node.const_data_ptr<int32_t>(),
+      .first_row = first_row.const_data_ptr<int32_t>(),
+      .context = reinterpret_cast<const Context*>(context.const_data_ptr<int32_t>()),
+      .out = out.mutable_data_ptr(),
+      .lse = lse.has_value() ? lse->mutable_data_ptr<float>() : nullptr,
+      .workspace = nullptr,
+      .query_strides = row_strides(query),
+      .key_strides = row_strides(key),
+      .value_strides = row_strides(value),
+      .out_strides = row_strides(out),
+      .cache_page_stride = kv_cache.stride(0),
+      .cache_head_stride = kv_cache.stride(1),
+      .cache_position_stride = kv_cache.stride(2),
+      .page_table_stride = page_table.stride(0),
+      .scale = static_cast<float>(scale),
+      .num_rows = static_cast<int32_t>(num_rows),
+      .num_requests = static_cast<int32_t>(num_requests),
+      .num_nodes = static_cast<int32_t>(num_nodes),
+      .num_pages = static_cast<int32_t>(kv_cache.size(0)),
+      .max_pages = static_cast<int32_t>(page_table.size(1)),
+      .page_size = static_cast<int32_t>(page_size),
+      .num_heads = static_cast<int32_t>(num_heads),
+      .num_kv_heads = static_cast<int32_t>(num_kv_heads),
+      .head_dim = static_cast<int32_t>(head_dim),
+  };
+  if (query.is_cpu()) {
+    check_values(args);
+  }
+  std::optional<Tensor> workspace;
+  if (kRunsCudaOnCpu || query.is_cuda()) {
+    for (const auto& [name, tensor] :
+         {std::pair("query", query), {"key", key}, {"value", value}, {"kv_cache", kv_cache}, {"out", out}}) {
+      check_aligned(name, tensor);
+    }
+    workspace = torch::stable::new_empty(query, {attention_workspace(args)}, ScalarType::Float);
+    args.workspace = workspace->mutable_data_ptr<float>();
+  }
+  DLLM_KERNEL(draft_graph_attention).launch(query, args);
+}
+
+}  // namespace dllm
+
+DLLM_OP(draft_graph_attention,
+        "(Tensor query, Tensor key, Tensor value, Tensor kv_cache, Tensor page_table, Tensor first_node, "
+        "Tensor first_row, Tensor context, float scale, Tensor(a!) out, Tensor(b!)? lse=None) -> ()")

@@ -1,0 +1,106 @@
+// How attention holds its operands: what the products of panel.h multiply, from what lies in memory.
+#pragma once
+
+#include "float_type.h"
+#include "panel.h"
+
+namespace dllm::cpu::DLLM_ISA {
+
+// As floats.
+template <typename FloatType>
+struct Floats {
+  using Type = FloatType;
+  using Stored = typename Type::Stored;
+  using Number = Float;
+  static constexpr int kPerElement = 1;
+
+  // Write a row into one lane of a panel.
+  static void spread(const Stored* row, int32_t head_dim, float* lane) {
+    for (int32_t dim = 0; dim < head_dim; dim += kRun) {
+      const RunF run = Type::load(row + dim);
+      for (int i = 0; i < kRun; ++i) {
+        lane[(dim + i) * kLanes] = run[i];
+      }
+    }
+  }
+
+  static void stage_keys(const Stored* const* rows, int32_t num_rows, int32_t head_dim, float* to) {
+    for (int32_t row = 0; row < num_rows; ++row) {
+      for (int32_t dim = 0; dim < head_dim; dim += kRun) {
+        Float32::store(to + row * head_dim + dim, Type::load(rows[row] + dim));
+      }
+    }
+  }
+
+  static void stage_values(const Stored* const* rows, int32_t num_rows, int32_t head_dim, float* to) {
+    stage_keys(rows, num_rows, head_dim, to);
+  }
+
+  // Weights are what they are; returns the depth of the product with them.
+  template <int kVecs>
+  static int64_t pair_up(float*, int64_t, int32_t num_rows) {
+    return num_rows;
+  }
+};
+
+#if defined(__AVX512BF16__)
+// As pairs of bfloat16: keys and queries along head_dim, as they lie, values and weights along positions.
+struct BFloat16Pairs {
+  using Type = BFloat16;
+  using Number = BFloat16Pair;
+  static constexpr int kPerElement = 2;
+
+  typedef int32_t Pair __attribute__((aligned(2), may_alias));
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+  static void spread(const uint16_t* row, int32_t head_dim, int32_t* lane) {
+    for (int32_t dim = 0; dim < head_dim; dim += kPerElement) {
+      lane[dim / kPerElement * kLanes] = *reinterpret_cast<const Pair*>(row + dim);
+    }
+  }
+
+  static void stage_keys(const uint16_t* const* rows, int32_t num_rows, int32_t head_dim, int32_t* to) {
+    auto* bits = reinterpret_cast<UnalignedRunU16*>(to);
+    for (int32_t row = 0; row < num_rows; ++row) {
+      for (int32_t dim = 0; dim < head_dim; dim += kRun) {
+        *bits++ = *reinterpret_cast<const UnalignedRunU16*>(rows[row] + dim);
+      }
+    }
+  }
+
+  // A row without a neighbour is paired with zeros.
+  static void stage_values(const uint16_t* const* rows, int32_t num_rows, int32_t head_dim, int32_t* to) {
+    for (int32_t row = 0; row < num_rows; row += kPerElement) {
+      for (int32_t dim = 0; dim < head_dim; dim += kRun) {
+        const RunU second = row + 1 < num_rows ? load_u16(rows[row + 1] + dim) : RunU{};
+        *reinterpret_cast<UnalignedRunU*>(to) = load_u16(rows[row] + dim) | (second << 16);
+        to += kRun;
+      }
+    }
+  }
+
+  // Round weights and write them over their floats, pair by pair.
+  template <int kVecs>
+  static int64_t pair_up(float* weights, int64_t stride, int32_t num_rows) {
+    const auto half = [](VecF floats) {
+      const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(floats));
+      return __builtin_convertvector(reinterpret_cast<Halves>(rounded), VecI);
+    };
+    for (int32_t row = 0; row < num_rows; row += kPerElement) {
+      for (int vec = 0; vec < kVecs; ++vec) {
+        const float* first = weights + row * stride + vec * kLanes;
+        const VecF second = row + 1 < num_rows ? load(first + stride) : VecF{};
+        float* to = weights + row / kPerElement * stride + vec * kLanes;
+        *reinterpret_cast<UnalignedVecI*>(to) = half(load(first)) | (half(second) << 16);
+      }
+    }
+    return (num_rows + 1) / kPerElement;
+  }
+};
+
+using BFloat16Operands = BFloat16Pairs;
+#else
+using BFloat16Operands = Floats<BFloat16>;
+#endif
+
+}  // namespace dllm::cpu::DLLM_ISA

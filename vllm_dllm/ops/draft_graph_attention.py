@@ -1,0 +1,54 @@
+"""Attention of all nodes of all requests to their paged context and to their own rows."""
+
+import torch
+from torch import Tensor
+
+from vllm_dllm.ops.load import require
+
+
+def draft_graph_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    page_table: Tensor,
+    first_node: Tensor,
+    first_row: Tensor,
+    context: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> None:
+    """Attend from each row to its node's context and to its node's rows, both directions, into `out` and `lse`.
+
+    A row's result does not depend on the other nodes and requests of the call, bit for bit. Rows that see nothing, which
+    are those behind the last request's nodes, get 0 and a log-sum-exp of -inf. Requests and nodes may be empty.
+
+    Args:
+        query: [num_rows, num_heads, head_dim] float32, float16 or bfloat16; head_dim 32..256, a multiple of 8.
+        key, value: [num_rows, num_kv_heads, head_dim] of the same rows; num_kv_heads divides num_heads.
+        kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_dim], keys before values; page_size 16..256. Read only
+            where a context says so.
+        page_table: [num_requests, max_pages] int32; entries that no context needs may be anything.
+        first_node: [num_requests + 1] int32; the nodes of request r are [first_node[r], first_node[r + 1]).
+        first_row: [num_nodes + 1] int32; the rows of node n are [first_row[n], first_row[n + 1]).
+        context: [num_nodes, 4] int32, positions [begin, end) of two disjoint intervals in ascending order.
+        scale: factor of the scores, positive.
+        out: [num_rows, num_heads, head_dim], written.
+        lse: [num_rows, num_heads] float32, written; natural logarithm.
+
+    All float tensors but `lse` are of one dtype and contiguous in the last dimension; the int32 tensors are contiguous.
+
+    Raises:
+        KernelUnavailable: the op is not built for the device of `query`.
+        RuntimeError: an argument breaks the rules above; the message names it. Values of the int32 tensors are checked
+            on the CPU alone.
+    """
+    require("draft_graph_attention", query.device.type)
+    torch.ops.vllm_dllm.draft_graph_attention(
+        query, key, value, kv_cache, page_table, first_node, first_row, context, scale, out, lse
+    )
+
+
+def fake(*arguments: object) -> None:
+    """Return nothing: results go to `out` and `lse`."""
