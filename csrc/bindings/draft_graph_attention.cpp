@@ -40,6 +40,17 @@ void check_numbers(const char* name, const Tensor& tensor, const std::vector<int
   check_attention(tensor.device() == query.device(), name, " must be on the device of query; move all to one device");
 }
 
+// CUDA copies 16 bytes at a time.
+void check_aligned(const char* name, const Tensor& tensor) {
+  bool is_aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
+    is_aligned = is_aligned && tensor.stride(dim) * tensor.element_size() % 16 == 0;
+  }
+  check_attention(is_aligned, name, " has strides ", strides(tensor),
+                  " or begins at an address which are no multiples of ",
+                  "16 bytes, as CUDA needs them; call .contiguous()");
+}
+
 void check_indices(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, const Tensor& query) {
   check_attention(shape(tensor) == list(sizes), name, " must be ", list(sizes), " as the other arguments say, got ",
                   shape(tensor), "; make all indices of one layout");
@@ -137,7 +148,7 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
                     shape(*lse), "; give one number for each row and head");
     check_tensor("draft_graph_attention", "lse", *lse, ScalarType::Float, query);
   }
-  const DraftGraphAttentionArgs args = {
+  DraftGraphAttentionArgs args = {
       .type = type,
       .query = query.const_data_ptr(),
       .key = key.const_data_ptr(),
@@ -149,6 +160,7 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
       .context = reinterpret_cast<const Context*>(context.const_data_ptr<int32_t>()),
       .out = out.mutable_data_ptr(),
       .lse = lse.has_value() ? lse->mutable_data_ptr<float>() : nullptr,
+      .workspace = nullptr,
       .query_strides = row_strides(query),
       .key_strides = row_strides(key),
       .value_strides = row_strides(value),
@@ -170,6 +182,15 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
   };
   if (query.is_cpu()) {
     check_values(args);
+  }
+  std::optional<Tensor> workspace;
+  if (kRunsCudaOnCpu || query.is_cuda()) {
+    for (const auto& [name, tensor] :
+         {std::pair("query", query), {"key", key}, {"value", value}, {"kv_cache", kv_cache}, {"out", out}}) {
+      check_aligned(name, tensor);
+    }
+    workspace = torch::stable::new_empty(query, {attention_workspace(args)}, ScalarType::Float);
+    args.workspace = workspace->mutable_data_ptr<float>();
   }
   DLLM_KERNEL(draft_graph_attention).launch(query, args);
 }

@@ -42,6 +42,12 @@
 
 namespace dllm {
 
+#ifdef DLLM_SIMT
+constexpr bool kRunsCudaOnCpu = true;
+#else
+constexpr bool kRunsCudaOnCpu = false;
+#endif
+
 // A kernel on every device it is built for.
 template <typename Args>
 struct Kernel {

@@ -29,6 +29,7 @@ struct DraftGraphAttentionArgs {
   const Context* context;     // [num_nodes], contiguous
   void* out;                  // [num_rows, num_heads, head_dim]
   float* lse;                 // [num_rows, num_heads], contiguous; nullptr: not wanted
+  float* workspace;           // [attention_workspace(args)], contents lost; CUDA only
   RowStrides query_strides;
   RowStrides key_strides;
   RowStrides value_strides;
@@ -48,6 +49,39 @@ struct DraftGraphAttentionArgs {
   int32_t num_kv_heads;
   int32_t head_dim;
 };
+
+// How CUDA divides the stored positions of a node with at most kSplitRows rows among CTAs: split i takes
+// [i * len, (i + 1) * len), the last one the node's own rows too. Made from the page table's shape, so that a row's
+// sums do not depend on the other requests.
+struct ContextSplit {
+  int32_t num;
+  int32_t len;
+};
+
+constexpr int32_t kSplitRows = 64;   // larger nodes give enough CTAs
+constexpr int32_t kSplitLen = 1024;  // the least
+constexpr int32_t kMaxSplits = 16;   // bounds the workspace
+
+DLLM_HOST_DEVICE inline ContextSplit context_split(const DraftGraphAttentionArgs& args) {
+  constexpr int32_t kMultiple = 64;  // of every tile
+  const int32_t capacity = args.max_pages * args.page_size;
+  const int32_t wanted = (capacity + kSplitLen - 1) / kSplitLen;
+  const int32_t num = wanted < 1 ? 1 : wanted > kMaxSplits ? kMaxSplits : wanted;
+  const int32_t len = (capacity + num - 1) / num;
+  return {num, (len + kMultiple - 1) / kMultiple * kMultiple};
+}
+
+// Rows of the workspace: all, or kSplitRows of each node where these are fewer (see workspace_row).
+DLLM_HOST_DEVICE inline int64_t workspace_rows(const DraftGraphAttentionArgs& args) {
+  const int64_t of_nodes = static_cast<int64_t>(args.num_nodes) * kSplitRows;
+  return args.num_rows < of_nodes ? args.num_rows : of_nodes;
+}
+
+// Floats that the splits need to hand over their sums: out, max and sum of each row and head.
+inline int64_t attention_workspace(const DraftGraphAttentionArgs& args) {
+  const int64_t num_splits = context_split(args).num;
+  return num_splits == 1 ? 0 : num_splits * workspace_rows(args) * args.num_heads * (args.head_dim + 2);
+}
 
 namespace cpu {
 void draft_graph_attention(const DraftGraphAttentionArgs& args);

@@ -1,0 +1,322 @@
+// Parts of draft_graph_attention.cu: what a CTA works on, tiles in shared memory, products of tiles.
+//
+// A query is a row's vector of one head. Those of a request that share a K/V head are numbered row by row and cut into
+// tiles of kQueries; query q of a request is of its row q / heads_per_kv. Four warps take 16 queries each. A thread has
+// two of them, number lane / 4 and lane / 4 + 8 of its warp, and of each matrix with 8 * n columns the n pairs
+// 8 * j + 2 * (lane % 4), as mma.m16n8k16 lays them out; fp32, without tensor cores, keeps the same places.
+#pragma once
+
+#include "dllm/draft_graph_attention.h"
+#include "dllm/softmax_state.h"
+#include "ptx.cuh"
+
+namespace dllm::cuda {
+
+constexpr int kQueries = 64;
+constexpr int kNumThreads = 128;
+constexpr int kDepth = 16;  // columns that one mma sums over
+
+// Stored positions, or own rows, of a tile. 16 for fp32: Q, K and V of head size 256 fit the 99 KB of the smaller GPUs.
+template <typename Float>
+constexpr int kPositions = sizeof(Float) == 2 ? 64 : 16;
+
+__device__ inline int32_t round_up(int32_t value, int32_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// ---- Which queries
+
+struct QueryTile {
+  int32_t request;
+  int32_t first_query;  // of the request
+  Interval rows;        // of the request
+};
+
+__device__ inline int32_t first_row_of(const DraftGraphAttentionArgs& args, int32_t request) {
+  return request <= args.num_requests ? args.first_row[args.first_node[request]] : args.num_rows;
+}
+
+// Find a tile by its number among the tiles of all requests, one request after the other. Rows behind those of the last
+// request are counted as request num_requests; what is behind all tiles is num_requests + 1. All lanes of a warp
+// together.
+__device__ inline QueryTile find_query_tile(const DraftGraphAttentionArgs& args, int32_t tile) {
+  const int lane = threadIdx.x % kWarp;
+  const int32_t heads_per_kv = args.num_heads / args.num_kv_heads;
+  int32_t before = 0;
+  for (int32_t first = 0; first <= args.num_requests; first += kWarp) {
+    const int32_t request = first + lane;
+    const Interval rows = {first_row_of(args, request), first_row_of(args, request + 1)};
+    const int32_t num_tiles = ((rows.end - rows.begin) * heads_per_kv + kQueries - 1) / kQueries;
+    int32_t end = num_tiles;
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int32_t lower = __shfl_up_sync(kAllLanes, end, distance);
+      end += lane >= distance ? lower : 0;
+    }
+    end += before;
+    const unsigned found = __ballot_sync(kAllLanes, tile < end);
+    if (found != 0) {
+      const int owner = __ffs(static_cast<int>(found)) - 1;
+      const int32_t first_tile = __shfl_sync(kAllLanes, end - num_tiles, owner);
+      return {first + owner,
+              (tile - first_tile) * kQueries,
+              {__shfl_sync(kAllLanes, rows.begin, owner), __shfl_sync(kAllLanes, rows.end, owner)}};
+    }
+    before = __shfl_sync(kAllLanes, end, kWarp - 1);
+  }
+  return {args.num_requests + 1, 0, {0, 0}};
+}
+
+// ---- Which keys and values
+
+// Own rows lie in slots, since a node's place among the packed rows must not change its sums: each node begins at a
+// multiple of kDepth, and in a tile that it fits into or at the begin of one.
+struct TileNode {
+  int32_t node;
+  Interval rows;
+  Context context;  // of this split
+  Interval slots;   // of its rows; empty in a split without own rows
+};
+
+struct Plan {
+  TileNode nodes[kQueries];    // those that a tile of queries has rows of, ascending
+  uint8_t contexts[kQueries];  // of which nodes the context is not that of the node before
+  int32_t num_nodes;
+  int32_t num_contexts;
+  int32_t num_slots;
+};
+
+__device__ inline bool is_split(const DraftGraphAttentionArgs& args, Interval node_rows) {
+  return context_split(args).num > 1 && node_rows.end - node_rows.begin <= kSplitRows;
+}
+
+// Limit a node to what split number `split` has of it.
+template <int num_positions>
+__device__ inline void take_share(const DraftGraphAttentionArgs& args, int32_t split, TileNode& node,
+                                  int32_t& num_slots) {
+  const ContextSplit all = context_split(args);
+  const bool splits = is_split(args, node.rows);
+  const Interval share = splits ? Interval{split * all.len, (split + 1) * all.len}
+                                : Interval{0, split == 0 ? args.max_pages * args.page_size : 0};
+  for (Interval& interval : node.context.interval) {
+    interval = intersect(interval, share);
+  }
+  node.slots = {0, 0};
+  if (split == (splits ? all.num - 1 : 0)) {
+    const int32_t num_rows = node.rows.end - node.rows.begin;
+    const int32_t padded = round_up(num_rows, kDepth);
+    if (num_slots % num_positions + padded > num_positions) {
+      num_slots = round_up(num_slots, num_positions);
+    }
+    node.slots = {num_slots, num_slots + num_rows};
+    num_slots += padded;
+  }
+}
+
+// One thread: nodes[row - rows.begin] holds the node whose first row in the tile is `row`; put them side by side.
+template <int num_positions>
+__device__ inline void arrange_nodes(const DraftGraphAttentionArgs& args, Interval rows, int32_t split, Plan& plan) {
+  int32_t num_nodes = 0, num_contexts = 0, num_slots = 0;
+  for (int32_t row = rows.begin; row < rows.end;) {
+    TileNode node = plan.nodes[row - rows.begin];
+    row = node.rows.end;
+    take_share<num_positions>(args, split, node, num_slots);
+    if (num_nodes == 0 || !is_same(node.context, plan.nodes[num_nodes - 1].context)) {
+      plan.contexts[num_contexts++] = static_cast<uint8_t>(num_nodes);
+    }
+    plan.nodes[num_nodes++] = node;
+  }
+  plan.num_nodes = num_nodes;
+  plan.num_contexts = num_contexts;
+  plan.num_slots = num_slots;
+}
+
+// All threads: fill the plan for the rows of a tile of queries.
+template <int num_positions>
+__device__ inline void make_plan(const DraftGraphAttentionArgs& args, int32_t request, Interval rows, int32_t split,
+                                 Plan& plan) {
+  const int32_t end = args.first_node[request + 1];
+  for (int32_t node = args.first_node[request] + static_cast<int32_t>(threadIdx.x); node < end; node += kNumThreads) {
+    const Interval of_node = {args.first_row[node], args.first_row[node + 1]};
+    const Interval inside = intersect(of_node, rows);
+    if (!is_empty(inside)) {
+      plan.nodes[inside.begin - rows.begin] = {node, of_node, args.context[node], {0, 0}};
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    arrange_nodes<num_positions>(args, rows, split, plan);
+  }
+  __syncthreads();
+}
+
+// Where the plan has the node of a row of the tile; of one behind its end, the last node.
+__device__ inline int32_t find_node(const Plan& plan, int32_t row) {
+  int32_t node = 0;
+  while (node + 1 < plan.num_nodes && plan.nodes[node].rows.end <= row) {
+    ++node;
+  }
+  return node;
+}
+
+// Positions, or slots of own rows, [begin, begin + kPositions).
+struct KeyTile {
+  bool is_own;
+  int32_t begin;
+};
+
+// The first tile from `tile` on that holds something visible; behind the last one it is_own and begins at num_slots or
+// later.
+template <int num_positions>
+__device__ inline KeyTile first_visible(const Plan& plan, KeyTile tile) {
+  if (tile.is_own) {
+    return tile;
+  }
+  constexpr int32_t kNone = 0x7fffffff;
+  int32_t next = kNone;
+  for (int32_t i = 0; i < plan.num_contexts; ++i) {
+    for (const Interval& interval : plan.nodes[plan.contexts[i]].context.interval) {
+      const Interval rest = intersect(interval, {tile.begin, kNone});
+      next = is_empty(rest) ? next : min(next, rest.begin);
+    }
+  }
+  return next == kNone ? KeyTile{true, 0} : KeyTile{false, next / num_positions * num_positions};
+}
+
+__device__ inline bool covers(Interval outer, Interval inner) {
+  return outer.begin <= inner.begin && inner.end <= outer.end;
+}
+
+constexpr int64_t kNowhere = -1;
+
+// Where column `i` of a tile comes from: the stored key's place in kv_cache, or a row; kNowhere if no node sees it, so
+// that nothing is read of pages that hold nothing yet.
+__device__ inline int64_t source_of(const DraftGraphAttentionArgs& args, const Plan& plan, int32_t request,
+                                    KeyTile tile, int32_t i) {
+  const int32_t at = tile.begin + i;
+  if (tile.is_own) {
+    for (int32_t node = 0; node < plan.num_nodes; ++node) {
+      if (contains(plan.nodes[node].slots, at)) {
+        return plan.nodes[node].rows.begin + at - plan.nodes[node].slots.begin;
+      }
+    }
+    return kNowhere;
+  }
+  bool is_visible = false;
+  for (int32_t context = 0; context < plan.num_contexts; ++context) {
+    is_visible = is_visible || sees_stored(plan.nodes[plan.contexts[context]].context, at);
+  }
+  if (!is_visible) {
+    return kNowhere;
+  }
+  const int32_t page = args.page_table[request * args.page_table_stride + at / args.page_size];
+  return page * args.cache_page_stride + at % args.page_size * args.cache_position_stride;
+}
+
+// ---- Tiles in shared memory
+
+// [rows, kDim] in chunks of 16 bytes. Chunks change places by row, so that the eight rows of a matrix that ldmatrix
+// reads, at one column, lie in different banks.
+template <typename Float, int kDim>
+__device__ inline Float* chunk_at(Float* tile, int row, int chunk) {
+  constexpr int kChunks = kDim * sizeof(Float) / 16;
+  const int place = chunk ^ (kChunks >= 8 ? row % 8 : row / 2 % 4);
+  return tile + row * kDim + place * (16 / static_cast<int>(sizeof(Float)));
+}
+
+// Begin to copy rows of head_dim numbers; zeros where `row_at` gives no row, and up to kDim. Neighbouring threads copy
+// neighbouring chunks, 128 bytes of a row.
+template <typename Float, int kDim, typename RowAt>
+__device__ inline void copy_rows(Float* tile, int num_rows, int head_dim, RowAt row_at) {
+  constexpr int kPerChunk = 16 / sizeof(Float);
+  constexpr int kChunks = kDim / kPerChunk;
+  constexpr int kRowThreads = kChunks < 8 ? kChunks : 8;
+  const int thread = threadIdx.x;
+  for (int row = thread / kRowThreads; row < num_rows; row += kNumThreads / kRowThreads) {
+    const Float* from = row_at(row);
+    for (int chunk = thread % kRowThreads; chunk < kChunks; chunk += kRowThreads) {
+      const bool is_there = from != nullptr && chunk * kPerChunk < head_dim;
+      copy_async_16(chunk_at<Float, kDim>(tile, row, chunk), is_there ? from + chunk * kPerChunk : from, is_there);
+    }
+  }
+}
+
+// ---- Products, on tensor cores for 16-bit types
+
+// scores = Q K^T, for the 16 queries of a warp that begin at `query`.
+template <typename Float, int kDim, int kPairs>
+__device__ inline void multiply_keys(float (&scores)[kPairs][4], Float* queries, Float* keys, int query) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int k = 0; k < kDim / kDepth; ++k) {
+    uint32_t a[4];
+    load_matrices(a, chunk_at<Float, kDim>(queries, query + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+    for (int j = 0; j < kPairs; j += 2) {
+      uint32_t b[4];
+      load_matrices(b, chunk_at<Float, kDim>(keys, 8 * j + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+      multiply_add<Float>(scores[j], a, b[0], b[1]);
+      multiply_add<Float>(scores[j + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+template <typename Float, int kDim, int kPairs>
+  requires std::is_same_v<Float, float>
+__device__ inline void multiply_keys(float (&scores)[kPairs][4], float* queries, float* keys, int query) {
+  const int lane = threadIdx.x % kWarp;
+  for (int chunk = 0; chunk < kDim / 4; ++chunk) {
+#pragma unroll
+    for (int i = 0; i < 4 * kPairs; ++i) {
+      const int row = query + lane / 4 + i % 4 / 2 * 8;
+      const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      const auto q = *reinterpret_cast<const float4*>(chunk_at<float, kDim>(queries, row, chunk));
+      const auto k = *reinterpret_cast<const float4*>(chunk_at<float, kDim>(keys, column, chunk));
+      float& score = scores[i / 4][i % 4];
+      score = fmaf(q.x, k.x, fmaf(q.y, k.y, fmaf(q.z, k.z, fmaf(q.w, k.w, score))));
+    }
+  }
+}
+
+// out += P V, with P rounded to the type of V.
+template <typename Float, int kDim, int kPairs>
+__device__ inline void add_values(float (&out)[kDim / 8][4], const float (&weights)[kPairs][4], Float* values) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int k = 0; k < kPairs / 2; ++k) {
+    const uint32_t a[4] = {pack<Float>(weights[2 * k][0], weights[2 * k][1]),
+                           pack<Float>(weights[2 * k][2], weights[2 * k][3]),
+                           pack<Float>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
+                           pack<Float>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
+#pragma unroll
+    for (int j = 0; j < kDim / 8; j += 2) {
+      uint32_t b[4];
+      load_matrices_transposed(b, chunk_at<Float, kDim>(values, kDepth * k + lane % 16, j + lane / 16));
+      multiply_add<Float>(out[j], a, b[0], b[1]);
+      multiply_add<Float>(out[j + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+template <typename Float, int kDim, int kPairs>
+  requires std::is_same_v<Float, float>
+__device__ inline void add_values(float (&out)[kDim / 8][4], const float (&weights)[kPairs][4], float* values) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int column = 0; column < 8 * kPairs; ++column) {
+    // A row's weights are spread over the four lanes that have columns of it.
+    const int owner = lane / 4 * 4 + column % 8 / 2;
+    const float low = __shfl_sync(kAllLanes, weights[column / 8][column % 2], owner);
+    const float high = __shfl_sync(kAllLanes, weights[column / 8][2 + column % 2], owner);
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) {
+      const float* chunk = chunk_at<float, kDim>(values, column, 2 * j + lane % 4 / 2);
+      const auto value = *reinterpret_cast<const float2*>(chunk + lane % 2 * 2);
+      out[j][0] = fmaf(low, value.x, out[j][0]);
+      out[j][1] = fmaf(low, value.y, out[j][1]);
+      out[j][2] = fmaf(high, value.x, out[j][2]);
+      out[j][3] = fmaf(high, value.y, out[j][3]);
+    }
+  }
+}
+
+}  // namespace dllm::cuda
