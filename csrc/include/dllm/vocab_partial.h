@@ -10,7 +10,10 @@
 namespace dllm {
 
 DLLM_HOST_DEVICE inline VocabPartial empty_partial() {
-  VocabPartial empty = {.rest = 0.0, .weighted = 0.0, .score = -INFINITY, .token_logit = -INFINITY, .token_id = -1};
+  VocabPartial empty = {};
+  empty.score = -INFINITY;
+  empty.token_logit = -INFINITY;
+  empty.token_id = -1;
   for (int32_t place = 0; place < kMaxCandidates; ++place) {
     empty.top_logit[place] = -INFINITY;
     empty.top_id[place] = -1;
@@ -63,6 +66,13 @@ DLLM_HOST_DEVICE inline void merge_partial(VocabPartial& into, const VocabPartia
   }
 }
 
+// Write a row's token, the first id if there is none.
+DLLM_HOST_DEVICE inline void put_token(const VocabStatsArgs& args, int64_t row, const VocabPartial& partial) {
+  args.token_ids[row] = partial.token_id < 0 ? args.first_id : partial.token_id;
+  args.token_logits[row] = partial.token_logit;
+  args.scores[row] = partial.score;
+}
+
 // Write a row's results.
 DLLM_HOST_DEVICE inline void put_partial(const VocabStatsArgs& args, int64_t row, const VocabPartial& partial) {
   for (int32_t place = 0; place < args.num_candidates; ++place) {
@@ -71,9 +81,7 @@ DLLM_HOST_DEVICE inline void put_partial(const VocabStatsArgs& args, int64_t row
   }
   args.rest[row] = partial.rest;
   args.weighted[row] = partial.weighted;
-  args.token_ids[row] = partial.token_id < 0 ? args.first_id : partial.token_id;
-  args.token_logits[row] = partial.token_logit;
-  args.scores[row] = partial.score;
+  put_token(args, row, partial);
 }
 
 }  // namespace dllm

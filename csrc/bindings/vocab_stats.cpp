@@ -1,0 +1,150 @@
+#include "dllm/vocab_stats.h"
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "library.h"
+
+namespace dllm {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+
+FloatType float_type(const Tensor& rows) {
+  const ScalarType type = rows.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+        "vocab_stats: rows must be float32, float16 or bfloat16, got ", type, "; convert them");
+  return type == ScalarType::Float  ? FloatType::kFloat32
+         : type == ScalarType::Half ? FloatType::kFloat16
+                                    : FloatType::kBFloat16;
+}
+
+void check_matrix(const Tensor& tensor, const char* name, const char* what) {
+  check(tensor.dim() == 2, "vocab_stats: ", name, " must be ", what, ", got ", shape(tensor), "; reshape it");
+  check(tensor.size(1) <= 1 || tensor.stride(1) == 1, "vocab_stats: ", name, " must have a contiguous last dimension, ",
+        "its stride is ", tensor.stride(1), "; call .contiguous()");
+}
+
+void check_weight(const Tensor& weight, const Tensor& rows) {
+  check_matrix(weight, "weight", "[num_ids, hidden_size]");
+  check(weight.scalar_type() == rows.scalar_type(), "vocab_stats: weight must have the dtype of rows, got ",
+        weight.scalar_type(), " and ", rows.scalar_type(), "; convert the rows");
+  check(weight.get_device() == rows.get_device() && weight.is_cuda() == rows.is_cuda(),
+        "vocab_stats: weight must be on the device of rows; move one of them");
+  check(weight.size(1) == rows.size(1) && rows.size(1) > 0,
+        "vocab_stats: rows must be [num_rows, hidden_size] with the hidden_size of the weight, 1 or more, got ",
+        shape(rows), " and ", shape(weight), "; give the rows that this head takes");
+}
+
+void check_sampling(const MaybeTensor& tensor, const char* name, ScalarType type, const Tensor& rows) {
+  check(tensor.has_value(), "vocab_stats: ", name, " is missing beside the other sampling parameters; give it");
+  check(tensor->dim() == 1 && tensor->size(0) == rows.size(0) && tensor->is_contiguous(), "vocab_stats: ", name,
+        " must be [num_rows] and contiguous with num_rows ", rows.size(0), ", got ", shape(*tensor),
+        "; give one value per row");
+  check(tensor->scalar_type() == type, "vocab_stats: ", name, " must be ", type, ", got ", tensor->scalar_type(),
+        "; convert it");
+  check(tensor->get_device() == rows.get_device() && tensor->is_cuda() == rows.is_cuda(), "vocab_stats: ", name,
+        " must be on the device of rows; move it");
+}
+
+VocabSampling sampling_of(const Tensor& rows, const MaybeTensor& keys, const MaybeTensor& temperature,
+                          const MaybeTensor& top_k, const MaybeTensor& top_p, int64_t first_id) {
+  VocabSampling sampling = {};
+  if (keys.has_value() || temperature.has_value()) {
+    check_sampling(keys, "keys", ScalarType::Long, rows);
+    check_sampling(temperature, "temperature", ScalarType::Double, rows);
+    sampling.keys = keys->const_data_ptr<int64_t>();
+    sampling.temperature = temperature->const_data_ptr<double>();
+  }
+  if (top_k.has_value() || top_p.has_value()) {
+    check(sampling.keys != nullptr,
+          "vocab_stats: top_k and top_p filter what is drawn, but keys is None; give keys and temperature, or no "
+          "filter");
+    check(first_id == 0, "vocab_stats: top_k and top_p need the logits of the whole vocabulary, but first_id is ",
+          first_id, "; gather the logits and give them from id 0 on");
+    check_sampling(top_k, "top_k", ScalarType::Long, rows);
+    check_sampling(top_p, "top_p", ScalarType::Double, rows);
+    sampling.top_k = top_k->const_data_ptr<int64_t>();
+    sampling.top_p = top_p->const_data_ptr<double>();
+  }
+  return sampling;
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Allocate the results and enter them in `args`.
+Results new_results(const Tensor& rows, VocabStatsArgs& args) {
+  const auto empty = [&](std::vector<int64_t> sizes, ScalarType type) {
+    return torch::stable::new_empty(rows, sizes, type);
+  };
+  Tensor top_ids = empty({args.num_rows, args.num_candidates}, ScalarType::Long);
+  Tensor top_logits = empty({args.num_rows, args.num_candidates}, ScalarType::Float);
+  Tensor rest = empty({args.num_rows}, ScalarType::Double);
+  Tensor weighted = empty({args.num_rows}, ScalarType::Double);
+  Tensor token_ids = empty({args.num_rows}, ScalarType::Long);
+  Tensor token_logits = empty({args.num_rows}, ScalarType::Float);
+  Tensor scores = empty({args.num_rows}, ScalarType::Double);
+  args.top_ids = top_ids.mutable_data_ptr<int64_t>();
+  args.top_logits = top_logits.mutable_data_ptr<float>();
+  args.rest = rest.mutable_data_ptr<double>();
+  args.weighted = weighted.mutable_data_ptr<double>();
+  args.token_ids = token_ids.mutable_data_ptr<int64_t>();
+  args.token_logits = token_logits.mutable_data_ptr<float>();
+  args.scores = scores.mutable_data_ptr<double>();
+  return {top_ids, top_logits, rest, weighted, token_ids, token_logits, scores};
+}
+
+}  // namespace
+
+Results vocab_stats(Tensor rows, MaybeTensor weight, int64_t first_id, std::vector<int64_t> excluded_ids,
+                    int64_t num_candidates, MaybeTensor keys, MaybeTensor temperature, MaybeTensor top_k,
+                    MaybeTensor top_p) {
+  check_matrix(rows, "rows", "[num_rows, hidden_size], or [num_rows, num_ids] without a weight");
+  const FloatType type = float_type(rows);
+  if (weight.has_value()) {
+    check_weight(*weight, rows);
+  }
+  const int64_t num_ids = weight.has_value() ? weight->size(0) : rows.size(1);
+  check(num_ids > 0 && first_id >= 0 && first_id + num_ids < INT32_MAX, "vocab_stats: ", num_ids, " ids from ",
+        first_id, " on are given; give 1 or more, all in [0, 2^31 - 1)");
+  check(1 <= num_candidates && num_candidates <= kMaxCandidates, "vocab_stats: num_candidates is ", num_candidates,
+        "; give 1 to ", kMaxCandidates);
+  check(excluded_ids.size() <= kMaxExcluded, "vocab_stats: ", excluded_ids.size(),
+        " excluded_ids are given; give at most ", kMaxExcluded);
+  VocabStatsArgs args = {};
+  args.type = type;
+  args.rows = rows.const_data_ptr();
+  args.weight = weight.has_value() ? weight->const_data_ptr() : nullptr;
+  args.row_stride = rows.stride(0);
+  args.weight_stride = weight.has_value() ? weight->stride(0) : 0;
+  args.num_rows = rows.size(0);
+  args.num_ids = num_ids;
+  args.hidden_size = weight.has_value() ? rows.size(1) : 0;
+  args.first_id = first_id;
+  args.num_excluded = static_cast<int32_t>(excluded_ids.size());
+  args.num_candidates = static_cast<int32_t>(num_candidates);
+  args.sampling = sampling_of(rows, keys, temperature, top_k, top_p, first_id);
+  for (size_t i = 0; i < excluded_ids.size(); ++i) {
+    args.excluded_ids[i] = excluded_ids[i];
+  }
+  Results results = new_results(rows, args);
+  if (args.num_rows == 0) {
+    return results;
+  }
+  const int64_t partial_bytes = num_vocab_chunks(num_ids) * args.num_rows * static_cast<int64_t>(sizeof(VocabPartial));
+  const int64_t filter_rows = args.sampling.top_k == nullptr ? 0 : kFilterRows;
+  Tensor partials = torch::stable::new_empty(rows, {partial_bytes}, ScalarType::Byte);
+  Tensor filter_logits = torch::stable::new_empty(rows, {filter_rows, num_ids}, ScalarType::Float);
+  args.partials = static_cast<VocabPartial*>(partials.mutable_data_ptr());
+  args.filter_logits = filter_rows == 0 ? nullptr : filter_logits.mutable_data_ptr<float>();
+  DLLM_KERNEL(vocab_stats).launch(rows, args);
+  return results;
+}
+
+}  // namespace dllm
+
+DLLM_OP(vocab_stats,
+        "(Tensor rows, Tensor? weight, int first_id, int[] excluded_ids, int num_candidates, Tensor? keys, "
+        "Tensor? temperature, Tensor? top_k, Tensor? top_p) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
