@@ -32,7 +32,7 @@ __device__ void draw(const Proposal& proposal, int64_t num_unmasked) {
 
 // One CTA per request.
 __global__ void propose_nodes_kernel(ProposeNodesArgs args) {
-  extern __shared__ double memory[];
+  DLLM_DYNAMIC_SHARED(memory);
   const ProposeScratch scratch = make_scratch(args, memory);
   const Proposal proposal{args, scratch, blockIdx.x};
   const int32_t thread = static_cast<int32_t>(threadIdx.x);
@@ -76,11 +76,10 @@ const char* propose_nodes(const ProposeNodesArgs& args, Stream stream) {
   if (args.num_reqs == 0) {
     return nullptr;
   }
-  const size_t shared_bytes = scratch_bytes(args);
-  cudaFuncSetAttribute(propose_nodes_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       static_cast<int>(shared_bytes));
-  propose_nodes_kernel<<<static_cast<unsigned>(args.num_reqs), kProposeThreads, shared_bytes, stream>>>(args);
-  return launch_error();
+  const Geometry geometry = {.num_ctas = dim3{static_cast<unsigned>(args.num_reqs)},
+                             .num_threads = kProposeThreads,
+                             .shared_bytes = scratch_bytes(args)};
+  return launch(propose_nodes_kernel, geometry, stream, args);
 }
 
 }  // namespace dllm::cuda

@@ -11,7 +11,7 @@ from vllm_dllm.ops.library import multiply_adds
 _READ_BYTES = 256 << 20
 _NUM_ROUNDS = 5
 _NUM_MULTIPLY_ADDS = 4_000_000  # some 10 ms
-_MATRIX = 8192  # where products of matrices on a GPU come closest to its peak; of random numbers, as zeros take less power
+_MATRIX = 8192  # where a GPU comes closest to its peak; random, since products of zeros take less power
 
 
 @dataclass(frozen=True, slots=True)

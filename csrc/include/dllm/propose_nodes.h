@@ -7,8 +7,6 @@
 
 namespace dllm {
 
-constexpr int kMaxCandidates = 8;
-
 // One node of the graph besides the root. Nodes lie by (num_unmasked, parent, number), so parents precede.
 struct GraphNode {
   int32_t number;        // in the graph, from 1

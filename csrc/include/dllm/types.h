@@ -13,6 +13,8 @@ namespace dllm {
 
 using Stream = CUstream_st*;
 
+constexpr int32_t kMaxCandidates = 8;  // tokens of a position that a draft may choose from
+
 enum class FloatType { kFloat32, kFloat16, kBFloat16 };
 
 }  // namespace dllm

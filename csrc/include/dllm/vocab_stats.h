@@ -6,7 +6,6 @@
 
 namespace dllm {
 
-constexpr int32_t kMaxCandidates = 8;
 constexpr uint32_t kMaxExcluded = 8;
 constexpr int64_t kVocabChunk = 1024;  // ids of a partial: enough for a core or a CTA, 2 % of the memory of its logits
 constexpr int64_t kFilterRows = 8;     // rows whose logits exist at a time, of those that top_k or top_p filter
