@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -76,14 +77,14 @@ class AttentionProblem:
         self.shape, self.device = shape, device
         self.num_sets = num_data_sets(shape.context_bytes)
         self.scale = shape.head_dim**-0.5
-        kinds = {"device": device, "dtype": shape.dtype}
-        self.query = torch.randn(shape.num_rows, shape.num_heads, shape.head_dim, **kinds)
-        self.key, self.value = torch.randn(2, shape.num_rows, shape.num_kv_heads, shape.head_dim, **kinds)
+        randn = partial(torch.randn, device=device, dtype=shape.dtype)
+        self.query = randn(shape.num_rows, shape.num_heads, shape.head_dim)
+        self.key, self.value = randn(2, shape.num_rows, shape.num_kv_heads, shape.head_dim)
         self.block_start = shape.context_len // 2
         self.row_len = shape.context_len + shape.block_length
         pages_per_request = -(-self.row_len // PAGE_SIZE)
         num_pages = self.num_sets * shape.num_requests * pages_per_request
-        self.kv_cache = torch.randn(num_pages, shape.num_kv_heads, PAGE_SIZE, 2 * shape.head_dim, **kinds)
+        self.kv_cache = randn(num_pages, shape.num_kv_heads, PAGE_SIZE, 2 * shape.head_dim)
         order = torch.randperm(num_pages, device=device).int()
         self.page_tables = order.view(self.num_sets, shape.num_requests, pages_per_request)
         context = torch.arange(shape.context_len, device=device)
@@ -172,7 +173,8 @@ def _flash(problem: AttentionProblem) -> Attend:
 
     def attend(number: int) -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            result = scaled_dot_product_attention(query, *key_value[number], scale=problem.scale, enable_gqa=True)
+            key, value = key_value[number]
+            result = scaled_dot_product_attention(query, key, value, scale=problem.scale, enable_gqa=True)
         return result.transpose(1, 2).flatten(0, 1)
 
     return attend

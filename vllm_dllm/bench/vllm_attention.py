@@ -16,8 +16,8 @@ class VllmCpuAttention:
         self._problem = problem
         self._out = torch.empty_like(problem.query)
         self._isa = _get_attn_isa(shape.dtype, PAGE_SIZE, shape.head_dim)
-        self._block_tables = self._layout()
-        num_pages = 1 + int(self._block_tables.max())
+        self._page_tables = self._layout()
+        num_pages = 1 + int(self._page_tables.max())
         cache = torch.zeros(num_pages, shape.num_kv_heads, 2 * PAGE_SIZE, shape.head_dim, dtype=shape.dtype)
         self._key_cache, self._value_cache = cache.chunk(2, dim=2)
         self._store()
@@ -39,18 +39,16 @@ class VllmCpuAttention:
 
     def attend(self, number: int) -> Tensor:
         """Attend to the K/V of a data set; [num_rows, num_heads, head_dim]."""
+        visible = (False, None, -1, self._page_tables[number])  # causal, ALiBi slopes, sliding window
         _custom_ops.cpu_attention_with_kv_cache(
-            query=self._problem.query,
-            key_cache=self._key_cache,
-            value_cache=self._value_cache,
-            output=self._out,
-            query_start_loc=self._first_row,
-            seq_lens=self._seq_lens,
-            scale=self._problem.scale,
-            causal=False,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=self._block_tables[number],
+            self._problem.query,
+            self._key_cache,
+            self._value_cache,
+            self._out,
+            self._first_row,
+            self._seq_lens,
+            self._problem.scale,
+            *visible,
             softcap=0.0,
             scheduler_metadata=self._schedule,
             s_aux=None,
@@ -73,13 +71,13 @@ class VllmCpuAttention:
         context = torch.arange(shape.context_len)
         own = shape.context_len + torch.arange(shape.block_length)
         for number in range(problem.num_sets):
-            key_value = problem.gather(number)
-            by_request = self._block_tables[number, :: 1 + shape.num_drafts]
-            self._store_rows(*key_value.chunk(2, dim=-1), by_request, context)
-        self._store_rows(problem.by_node(problem.key), problem.by_node(problem.value), self._block_tables[0], own)
+            key, value = problem.gather(number).chunk(2, dim=-1)
+            by_request = self._page_tables[number, :: 1 + shape.num_drafts]
+            self._store_rows(key, value, by_request, context)
+        self._store_rows(problem.by_node(problem.key), problem.by_node(problem.value), self._page_tables[0], own)
 
-    def _store_rows(self, key: Tensor, value: Tensor, block_table: Tensor, positions: Tensor) -> None:
-        slots = block_table[:, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
+    def _store_rows(self, key: Tensor, value: Tensor, page_table: Tensor, positions: Tensor) -> None:
+        slots = page_table[:, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
         _custom_ops.cpu_attn_reshape_and_cache(
             key.flatten(0, 1).contiguous(),
             value.flatten(0, 1).contiguous(),

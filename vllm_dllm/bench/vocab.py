@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,11 +44,10 @@ class VocabProblem:
     def __init__(self, shape: VocabShape, device: torch.device) -> None:
         self.shape, self.device = shape, device
         self.num_sets = num_data_sets(shape.weight_bytes)
-        kinds = {"device": device, "dtype": shape.dtype}
-        self.rows = torch.randn(shape.num_rows, shape.hidden_size, **kinds)
-        self.weights = torch.randn(self.num_sets, shape.vocab_size, shape.hidden_size, **kinds).mul_(
-            4 / shape.hidden_size**0.5
-        )
+        randn = partial(torch.randn, device=device, dtype=shape.dtype)
+        self.rows = randn(shape.num_rows, shape.hidden_size)
+        self.weights = randn(self.num_sets, shape.vocab_size, shape.hidden_size)
+        self.weights *= 4 / shape.hidden_size**0.5
         self.mask_id = shape.vocab_size - 1
 
 

@@ -168,10 +168,12 @@ def cuda_kernels(archs: Sequence[str], capabilities: Collection[tuple[int, int]]
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Tell whether code for an architecture of CMake's runs on a GPU, compiled further by the driver if need be."""
     name, _, kind = arch.partition("-")
-    number = int(name.rstrip("af"))
-    major, minor = divmod(number, 10)
-    if name.endswith(("a", "f")) or kind == "real":
-        return major == capability[0] and (minor == capability[1] or (minor < capability[1] and name[-1] not in "af"))
+    number, suffix = name.rstrip("af"), name[-1]
+    major, minor = divmod(int(number), 10)
+    if suffix == "a":  # of this very architecture
+        return (major, minor) == capability
+    if suffix == "f" or kind == "real":  # machine code serves later GPUs of its generation
+        return major == capability[0] and minor <= capability[1]
     return (major, minor) <= capability
 
 
