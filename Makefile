@@ -7,7 +7,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 BENCH_ARGS ?= --model examples/tiny_llada/checkpoint --prompts examples/tiny_llada/questions.jsonl
 TEST_ARGS ?=
 
-.PHONY: help setup demo test check lint cuda-check bench docs build clean
+.PHONY: help setup demo test check lint cuda-check cuda-report bench docs build clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,6 +50,9 @@ cuda-check: setup
 	else \
 	  echo "cuda-check: skipped, no nvcc on PATH; the CUDA sources were not compiled"; \
 	fi
+
+cuda-report: ## print registers, shared memory and spills of each CUDA kernel (needs nvcc)
+	python3 scripts/cuda_report.py
 
 bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: BENCH_ARGS)
 	.venv/bin/vllm-dllm bench reference $(BENCH_ARGS)

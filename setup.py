@@ -44,7 +44,7 @@ class CMakeBuild(build_ext):
             args += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         args += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run([cmake, "-S", Path(__file__).parent, "-B", self.build_temp, *args], check=True)
-        subprocess.run([cmake, "--build", self.build_temp, "--parallel"], check=True)
+        subprocess.run([cmake, "--build", self.build_temp, "--parallel", "--target", "_C"], check=True)
 
 
 class PlatformWheel(bdist_wheel):

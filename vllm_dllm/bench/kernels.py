@@ -35,6 +35,7 @@ class Sizes:
     contexts: tuple[int, ...] = (256, 1024, 4096)
     block_lengths: tuple[int, ...] = (8, 32)
     drafts: tuple[int, ...] = (0, 3, 10)
+    at_once: tuple[int, ...] = (1,)  # requests, for attention
     vocab_sizes: tuple[int, ...] = (4096, 32000, 126464)
     hidden_sizes: tuple[int, ...] = (1024, 4096)
     num_rows: tuple[int, ...] = (32, 352)
@@ -85,14 +86,13 @@ class KernelBench:
             yield Section(f"forward of LLaDA-8B's layers, {_text(torch.bfloat16, measured)}", self._stack(measured))
 
     def _attention(self, dtype: torch.dtype, rates: Rates) -> list[Row]:
-        settings = product(HEADS.items(), self.sizes.contexts, self.sizes.block_lengths)
-        return [
-            row
-            for (model, (num_heads, num_kv_heads)), context_len, block_length in settings
-            for row in self._drafts(
-                model, AttentionShape(num_heads, num_kv_heads, 128, dtype, context_len, block_length, 0, 1), rates
-            )
-        ]
+        sizes = self.sizes
+        settings = product(HEADS.items(), sizes.contexts, sizes.block_lengths, sizes.at_once)
+        rows: list[Row] = []
+        for (model, (num_heads, num_kv_heads)), context_len, block_length, at_once in settings:
+            shape = AttentionShape(num_heads, num_kv_heads, 128, dtype, context_len, block_length, 0, at_once)
+            rows += self._drafts(model, shape, rates)
+        return rows
 
     def _drafts(self, model: str, shape: AttentionShape, rates: Rates) -> Iterator[Row]:
         """Measure all numbers of drafts in the same turns."""
@@ -111,6 +111,7 @@ class KernelBench:
                 "heads": model,
                 "context": shape.context_len,
                 "B": shape.block_length,
+                "requests": shape.num_requests,
                 "drafts": drafts,
                 "ms": Spread.of(times[ours]),
                 "x floor": statistics.median(times[ours]) / each.floor_ms(rates),
