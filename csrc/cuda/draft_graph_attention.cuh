@@ -264,6 +264,7 @@ template <typename Float, int kDim, int kPairs>
   requires std::is_same_v<Float, float>
 __device__ inline void multiply_keys(float (&scores)[kPairs][4], float* queries, float* keys, int query) {
   const int lane = threadIdx.x % kWarp;
+#pragma unroll 1
   for (int chunk = 0; chunk < kDim / 4; ++chunk) {
 #pragma unroll
     for (int i = 0; i < 4 * kPairs; ++i) {
@@ -278,8 +279,8 @@ __device__ inline void multiply_keys(float (&scores)[kPairs][4], float* queries,
 }
 
 // out += P V, with P rounded to the type of V.
-template <typename Float, int kDim, int kPairs>
-__device__ inline void add_values(float (&out)[kDim / 8][4], const float (&weights)[kPairs][4], Float* values) {
+template <typename Float, int kDim, int kOutPairs, int kPairs>
+__device__ inline void add_values(float (&out)[kOutPairs][4], const float (&weights)[kPairs][4], Float* values) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int k = 0; k < kPairs / 2; ++k) {
@@ -288,7 +289,7 @@ __device__ inline void add_values(float (&out)[kDim / 8][4], const float (&weigh
                            pack<Float>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
                            pack<Float>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
 #pragma unroll
-    for (int j = 0; j < kDim / 8; j += 2) {
+    for (int j = 0; j < kOutPairs; j += 2) {
       uint32_t b[4];
       load_matrices_transposed(b, chunk_at<Float, kDim>(values, kDepth * k + lane % 16, j + lane / 16));
       multiply_add<Float>(out[j], a, b[0], b[1]);
@@ -297,24 +298,27 @@ __device__ inline void add_values(float (&out)[kDim / 8][4], const float (&weigh
   }
 }
 
-template <typename Float, int kDim, int kPairs>
+template <typename Float, int kDim, int kOutPairs, int kPairs>
   requires std::is_same_v<Float, float>
-__device__ inline void add_values(float (&out)[kDim / 8][4], const float (&weights)[kPairs][4], float* values) {
+__device__ inline void add_values(float (&out)[kOutPairs][4], const float (&weights)[kPairs][4], Float* values) {
   const int lane = threadIdx.x % kWarp;
+  // Column 8 * pair + 2 * owner + parity of a row's weights is in one of the row's four lanes, the owner.
+#pragma unroll 1
+  for (int owner = 0; owner < 4; ++owner) {
 #pragma unroll
-  for (int column = 0; column < 8 * kPairs; ++column) {
-    // A row's weights are spread over the four lanes that have columns of it.
-    const int owner = lane / 4 * 4 + column % 8 / 2;
-    const float low = __shfl_sync(kAllLanes, weights[column / 8][column % 2], owner);
-    const float high = __shfl_sync(kAllLanes, weights[column / 8][2 + column % 2], owner);
+    for (int i = 0; i < 2 * kPairs; ++i) {
+      const float low = __shfl_sync(kAllLanes, weights[i / 2][i % 2], owner, 4);
+      const float high = __shfl_sync(kAllLanes, weights[i / 2][2 + i % 2], owner, 4);
+      const int column = i / 2 * 8 + owner * 2 + i % 2;
 #pragma unroll
-    for (int j = 0; j < kDim / 8; ++j) {
-      const float* chunk = chunk_at<float, kDim>(values, column, 2 * j + lane % 4 / 2);
-      const auto value = *reinterpret_cast<const float2*>(chunk + lane % 2 * 2);
-      out[j][0] = fmaf(low, value.x, out[j][0]);
-      out[j][1] = fmaf(low, value.y, out[j][1]);
-      out[j][2] = fmaf(high, value.x, out[j][2]);
-      out[j][3] = fmaf(high, value.y, out[j][3]);
+      for (int j = 0; j < kOutPairs; ++j) {
+        const float* chunk = chunk_at<float, kDim>(values, column, 2 * j + lane % 4 / 2);
+        const auto value = *reinterpret_cast<const float2*>(chunk + lane % 2 * 2);
+        out[j][0] = fmaf(low, value.x, out[j][0]);
+        out[j][1] = fmaf(low, value.y, out[j][1]);
+        out[j][2] = fmaf(high, value.x, out[j][2]);
+        out[j][3] = fmaf(high, value.y, out[j][3]);
+      }
     }
   }
 }

@@ -50,28 +50,33 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
   }
 }
 
+// A lane's registers of a and b, two numbers each.
 struct Operands {
-  uint32_t a[4];
-  uint32_t b[2];
+  float a[8];
+  float b[4];
 };
 
-// The number of a register pair: `half` 0 is the lower one.
 template <typename Float>
-float part(uint32_t pair, unsigned half) {
-  return to_float(Float{static_cast<uint16_t>(pair >> 16 * half)});
+Operands operands(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t pairs[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  float numbers[12];
+  for (unsigned i = 0; i < 12; ++i) {
+    numbers[i] = to_float(Float{static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16)});
+  }
+  return std::bit_cast<Operands>(numbers);
 }
 
 template <typename Float>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const simt::Lanes<Operands> lanes("mma", {{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const simt::Lanes<Operands> lanes("mma", operands<Float>(a, b0, b1));
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = simt::lane() / 4 + 8 * (i / 2);
     const unsigned column = simt::lane() % 4 * 2 + i % 2;
     float sum = 0.0f;
     for (unsigned k = 0; k < 16; ++k) {
-      const uint32_t a_pair = lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
-      const uint32_t b_pair = lanes[column * 4 + k % 8 / 2].b[k / 8];
-      sum += part<Float>(a_pair, k % 2) * part<Float>(b_pair, k % 2);
+      const float of_a = lanes[row % 8 * 4 + k % 8 / 2].a[k / 8 * 4 + row / 8 * 2 + k % 2];
+      const float of_b = lanes[column * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
+      sum += of_a * of_b;
     }
     c[i] += sum;
   }

@@ -46,7 +46,7 @@ struct Thread {
 };
 
 struct Warp {
-  std::byte values[2][kWarp][kMaxExchange];  // by parity: a fast lane hands over before a slow one has read
+  alignas(16) std::byte values[2][kWarp][kMaxExchange];  // by parity: a fast lane hands over before a slow one has read
 };
 
 struct Cta {

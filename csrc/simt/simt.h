@@ -72,11 +72,7 @@ class Lanes {
   Lanes(const char* operation, const T& value) : values_(exchange(operation, &value, sizeof(T))) {
     static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= kMaxExchange);
   }
-  T operator[](unsigned lane) const {
-    T value;
-    std::memcpy(&value, values_ + lane * kMaxExchange, sizeof(T));
-    return value;
-  }
+  const T& operator[](unsigned lane) const { return *reinterpret_cast<const T*>(values_ + lane * kMaxExchange); }
 
  private:
   const std::byte* values_;
