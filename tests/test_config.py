@@ -50,6 +50,10 @@ def test_keys_of_others_are_left_alone() -> None:
         ({"refresh_every": 0}, ["additional_config.dllm.refresh_every is 0"]),
         ({"kv_policy": "prefix", "refresh_every": 3}, ["refresh_every is 3 but kv_policy is 'prefix'", "leave"]),
         ({"block_length": 8, "steps_per_block": 9}, ["steps_per_block is 9 but block_length is 8", "1..8"]),
+        (
+            {"attention": "fast"},
+            ["additional_config.dllm.attention is 'fast'", "'auto', 'csrc', 'flashinfer', 'xformers'"],
+        ),
         ([], ["additional_config.dllm is []", "block_length"]),
     ],
 )

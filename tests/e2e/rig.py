@@ -72,7 +72,7 @@ def make_wild_checkpoint(path: Path, mixing: float = 1.0) -> None:
     """
     shutil.copytree(CHECKPOINT, path, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((path / "config.json").read_text())
-    config |= {"d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 96}
+    config |= {"d_model": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 96}
     config["max_sequence_length"] = 1024
     (path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
     model = LLaDA(LLaDAConfig.from_json(path / "config.json"))

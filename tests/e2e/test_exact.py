@@ -17,6 +17,7 @@ KV_SETTINGS: list[dict[str, Any]] = [
     {"kv_policy": "prefix"},
 ]
 SETTINGS = [kv | {"block_length": n} for n, kv in itertools.product([8, 32], KV_SETTINGS)]
+SETTINGS.append({"kv_policy": "prefix", "block_length": 8, "attention": "torch"})  # elsewhere it is csrc
 
 
 def name(settings: dict[str, Any]) -> str:

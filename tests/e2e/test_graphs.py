@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tests.e2e.rig import NUM_SLOTS, Oracle, engine, mixed_cases, random_graph, run, speculation
-from vllm_dllm.attention.layout import ContextBuffers
 
 pytestmark = pytest.mark.engine
 
@@ -35,8 +34,7 @@ class EagerGraphs:
 
         self.runner = runner
         self.is_mixed = is_mixed
-        state = runner.model_state
-        state.context = ContextBuffers(num_blocks[-1], state.max_model_len, state.device)  # as where there are graphs
+        runner.model_state.attention.prepare_capture(runner.vllm_config)  # as where there are graphs
         self.num_replays = 0
         self.graphs = {}
         for size in (n * BLOCK_LENGTH for n in num_blocks):

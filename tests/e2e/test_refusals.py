@@ -43,6 +43,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"additional_config": {"dllm": {"kv_policy": "triple"}}}, "additional_config.dllm.kv_policy is 'triple'"),
     ({"additional_config": {"dllm": {"kv_policy": "prefix", "refresh_every": 2}}}, "refresh_every is 2 but kv_policy"),
     ({"additional_config": {"dllm": {"steps_per_block": 40}}}, "steps_per_block is 40 but block_length is 32"),
+    (
+        {"additional_config": {"dllm": {"attention": "flashinfer"}}},
+        "additional_config.dllm.attention is 'flashinfer', but it does not run on cpu",
+    ),
+    ({"additional_config": {"dllm": {"attention": "sdpa"}}}, "additional_config.dllm.attention is 'sdpa', allowed are"),
+    (
+        {"additional_config": {"dllm": {"attention": "csrc"}}, "dtype": "float32", "kv_cache_dtype": "bfloat16"},
+        "additional_config.dllm.attention is 'csrc', but kv_cache_dtype bfloat16 is not the model's float32; change",
+    ),
+    (
+        {"additional_config": {"dllm": {"attention": "csrc"}}, "block_size": 512},
+        "additional_config.dllm.attention is 'csrc', but it does not take pages of 512 positions (--block-size)",
+    ),
     ({"additional_config": {"dllm": 8}}, "additional_config.dllm is 8, allowed is an object"),
 ]
 

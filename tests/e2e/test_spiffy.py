@@ -87,6 +87,16 @@ def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     check_counts_while_running(llm, mixed_cases(settings["block_length"], seed=5))
 
 
+def test_attention_by_torch_gives_the_same(mild: Path, mild_oracle: Oracle) -> None:
+    settings, graph = {"block_length": 8, "attention": "torch"}, random_graph(12, 12, 8)
+    cases = hot(mixed_cases(8, seed=8))
+    with engine(mild, settings, speculative_config=speculation(graph, 5), max_model_len=1024) as llm:
+        outputs = run_outputs(llm, cases)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [
+        mild_oracle.tokens(case, settings) for case in cases
+    ]
+
+
 def test_near_the_end_of_max_model_len_drafts_are_left_out(mild: Path, mild_oracle: Oracle) -> None:
     """Rows behind max_model_len would have no pages."""
     settings = {"block_length": 8}

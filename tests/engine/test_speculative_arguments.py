@@ -238,7 +238,7 @@ def test_without_spiffy_nothing_of_it_is_there() -> None:
 
     config = engine_config()
     assert spiffy_of(config) is None
-    assert config.additional_config == {}
+    assert config.additional_config.keys() == {"dllm"}
 
 
 @pytest.mark.parametrize(

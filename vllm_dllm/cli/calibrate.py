@@ -122,7 +122,7 @@ class Plan:
             "temperature": self.temperature,
             "seed": self.seed,
             "dtype": self.dtype,
-            **self.settings.model_dump(mode="json"),
+            **self.settings.model_dump(mode="json", exclude={"attention"}),  # which changes no token
         }
 
 

@@ -1,0 +1,150 @@
+"""vLLM's side of attention: the choice is told and kept, and what vLLM asks of a backend follows from it."""
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from tests.e2e.rig import CHECKPOINT
+from vllm_dllm.attention import choose
+from vllm_dllm.attention.choose import IMPLEMENTATIONS
+from vllm_dllm.attention.csrc import CsrcAttention
+from vllm_dllm.attention.plain import CHUNK_BYTES, PlainAttention
+from vllm_dllm.config import AttentionName, DllmConfig
+from vllm_dllm.engine import attention, attention_choice
+from vllm_dllm.errors import ConfigError, KernelUnavailable
+
+
+def engine_config(**changes: Any) -> Any:
+    from vllm import EngineArgs
+
+    values = {"model": str(CHECKPOINT), "max_model_len": 128, "load_format": "dummy", "dtype": "float32"}
+    return EngineArgs(**(values | changes)).create_engine_config()
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Our messages; vLLM configures its loggers anew, so that they do not arrive at the root."""
+    ours = logging.getLogger("vllm.dllm")
+    ours.addHandler(caplog.handler)
+    yield caplog
+    ours.removeHandler(caplog.handler)
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_choice, "current_platform", _Gpu)
+    monkeypatch.setattr(CsrcAttention, "unavailable", staticmethod(lambda _: None))
+
+
+class _Gpu:
+    device_type = "cuda"
+
+    @staticmethod
+    def is_cpu() -> bool:
+        return False
+
+    @staticmethod
+    def get_device_capability() -> Any:
+        return SimpleNamespace(major=9, minor=0)
+
+
+def stub_config(settings: dict[str, Any], cudagraph_mode: CUDAGraphMode = CUDAGraphMode.FULL) -> Any:
+    model = SimpleNamespace(dtype=torch.bfloat16, get_head_size=lambda: 128)
+    return SimpleNamespace(
+        model_config=model,
+        cache_config=SimpleNamespace(cache_dtype="auto", block_size=16, user_specified_block_size=True),
+        compilation_config=SimpleNamespace(cudagraph_mode=cudagraph_mode),
+        additional_config={"dllm": settings},
+    )
+
+
+def test_the_choice_is_told_with_its_reason_and_kept(log: pytest.LogCaptureFixture) -> None:
+    settings = {"block_length": 8}
+    config = engine_config(additional_config={"dllm": settings})
+    isa = torch.ops.vllm_dllm.cpu_isa()
+    assert f"Attention: csrc ({isa}): the first of csrc, torch" in log.messages
+    assert config.additional_config == {"dllm": {"block_length": 8, "attention": "csrc"}}
+    assert settings == {"block_length": 8}
+    assert attention.implementation_of(config) is CsrcAttention
+
+
+def test_a_cache_of_another_dtype_is_for_torch(log: pytest.LogCaptureFixture) -> None:
+    config = engine_config(kv_cache_dtype="bfloat16")
+    assert "Attention: torch: csrc: kv_cache_dtype bfloat16 is not the model's float32" in log.messages
+    assert attention.implementation_of(config) is PlainAttention
+
+
+def test_the_named_one_is_taken(log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CsrcAttention, "unavailable", staticmethod(lambda _: pytest.fail("asked for csrc")))
+    config = engine_config(additional_config={"dllm": {"attention": "torch"}})
+    assert "Attention: torch: as set" in log.messages
+    assert attention.implementation_of(config) is PlainAttention
+
+
+def test_a_missing_kernel_is_an_error_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(op: str, device_type: str) -> None:
+        raise KernelUnavailable(f"{op} is not built for {device_type}; build it: `make`")
+
+    monkeypatch.setattr("vllm_dllm.ops.require", missing)
+    with pytest.raises(KernelUnavailable, match=r"'csrc', but draft_graph_attention is not built for cpu; build it"):
+        engine_config(additional_config={"dllm": {"attention": "csrc"}})
+    assert engine_config().additional_config["dllm"]["attention"] == "torch"
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_graphs_are_on_where_they_can_be_captured(
+    name: AttentionName, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(IMPLEMENTATIONS[name], "unavailable", staticmethod(lambda _: None))
+    config = stub_config({"attention": name})
+    attention_choice.set_attention(config, DllmConfig(attention=name))
+    has_graphs = name == "csrc"
+    assert config.compilation_config.cudagraph_mode == (CUDAGraphMode.FULL if has_graphs else CUDAGraphMode.NONE)
+    assert (f"CUDA graphs are off: attention by {name} cannot be captured" in log.messages) is not has_graphs
+    support = attention.DllmMetadataBuilder.get_cudagraph_support(config, None)
+    assert support == (AttentionCGSupport.ALWAYS if has_graphs else AttentionCGSupport.NEVER)
+
+
+def test_the_gpu_is_named(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
+    on_a_gpu(monkeypatch)
+    config = stub_config({})
+    attention_choice.set_attention(config, DllmConfig())
+    assert "Attention: csrc (sm_90): the first of csrc, flashinfer, xformers" in log.messages
+
+
+def test_the_platform_is_one_that_we_know() -> None:
+    assert current_platform.device_type in choose.ORDER
+
+
+@pytest.mark.parametrize(("name", "num_bytes"), [("csrc", 0), ("torch", 2 * CHUNK_BYTES)])
+def test_the_profiling_run_takes_what_a_layer_takes(
+    name: AttentionName, num_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "get_current_vllm_config", lambda: stub_config({"attention": name}))
+    layer: Any = attention.DllmAttentionImpl(4, 32, 0.2, 2)
+    taken: list[int] = []
+
+    class Query:
+        """Counts what is allocated through it."""
+
+        def new_empty(self, size: int, dtype: torch.dtype) -> None:
+            taken.append(size * dtype.itemsize)
+
+    out = torch.full((3, 4, 32), torch.nan)
+    layer.forward(None, Query(), None, None, None, None, out)
+    assert (taken, out.abs().max().item()) == ([num_bytes], 0)
+
+
+def test_additional_config_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = stub_config({})
+    config.additional_config = object()
+    on_a_gpu(monkeypatch)
+    with pytest.raises(ConfigError, match=r"additional_config is .*, allowed are objects"):
+        attention_choice.set_attention(config, DllmConfig())
