@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kCutThreads) vocab_cut_kernel(VocabStatsArgs a
   Cut cut = {-INFINITY, kNoIndex};
   if (temperature > 0.0 && (top_k > 0 || top_p < 1.0)) {
     const float largest = selection.largest();
-    const bool has_candidates = largest > -INFINITY;
+    const bool has_candidates = largest > -INFINITY && largest < INFINITY;
     if (has_candidates && top_k > 0) {
       cut.logit = logit_of(selection.top_k_key(static_cast<uint64_t>(top_k)));
     }

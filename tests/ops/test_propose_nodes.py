@@ -180,6 +180,19 @@ def test_a_request_alone_is_as_in_company(is_noisy):
             assert torch.equal(getattr(alone, field.name)[0], getattr(together, field.name)[request])
 
 
+@pytest.mark.parametrize("where", ["cpu", "simt"])
+@pytest.mark.parametrize("log_prob", [torch.nan, -torch.inf])
+def test_probabilities_that_are_none_give_drafts_that_can_be_evaluated(log_prob, where):
+    given = case(33, None, 4, is_noisy=True)
+    given.roots.candidates.log_probs[:, ::2] = log_prob
+    given = replace(given, graph=replace(given.graph, readiness=Readiness(0.0, (0.0, 0.0), 0.0)))
+    num_nodes = len(given.graph)
+    drafts = drafts_of(given, num_nodes, where)
+    assert torch.equal(drafts.node.sort().values, torch.arange(1, num_nodes + 1).expand(13, -1))
+    choices = torch.cat([given.roots.canvas[..., None], given.roots.candidates.token_ids], -1)
+    assert (drafts.canvas[..., None] == choices[:, None]).any(-1).all()
+
+
 def test_no_requests():
     given = case(7, None, 1, is_noisy=True, num_reqs=0)
     drafts = native_propose(compile_graph(given.graph, CPU), given.roots, given.noise, 3)
