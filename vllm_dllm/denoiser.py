@@ -8,7 +8,6 @@ the unmasking policy makes of every evaluated canvas (`unmask.policy`), how far 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -18,10 +17,12 @@ from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.draft.propose import Roots, propose
 from vllm_dllm.draft.verify import accept
+from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.unmask.head import Head
 from vllm_dllm.unmask.policy import POLICY_IDS, choose_positions
-from vllm_dllm.unmask.stats import Candidates, RowSampling, RowStats, Uniform, chunk_rows, row_stats, top_candidates
+from vllm_dllm.unmask.stats import Candidates, candidates_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +63,18 @@ class Observation:
 
 
 class Denoiser:
-    """Advances canvases by what a model says of them."""
+    """Advances canvases by what a model says of them.
 
-    def __init__(
-        self,
-        state: CanvasState,
-        drafting: Drafting | None,
-        head_logits: Callable[[Tensor], Tensor],
-        vocab_size: int,
-        draw_uniform: Uniform = noise.uniform_rows,
-    ) -> None:
+    Args:
+        state: the canvases.
+        drafting: None: without drafts.
+        head: reduces the model's rows.
+    """
+
+    def __init__(self, state: CanvasState, drafting: Drafting | None, head: Head) -> None:
         self.state = state
         self.drafting = drafting
-        self.head_logits = head_logits
-        self.draw_uniform = draw_uniform
-        self.chunk_rows = chunk_rows(vocab_size)
-        self.num_candidates = min(MAX_CANDIDATES, vocab_size)
+        self.head = head
         self.observer: Callable[[Observation], None] | None = None
 
     def nodes(self, blocks: Blocks, num_drafts: int) -> Nodes:
@@ -91,11 +88,9 @@ class Denoiser:
             one = torch.ones_like(root[:, :1])
             return Nodes(root[:, None], is_masked[:, None], one.bool(), one - 1)
         graph, state = self.drafting.graph, self.drafting.state
-        draft_noise = self.state.draft_noise(blocks)
-        num_candidates = graph.num_vocab_ranks if draft_noise is None else self.num_candidates
-        candidates = self._candidates(state.hidden[blocks.slots], num_candidates)
         is_new = state.was_masked[blocks.slots] & ~is_masked
-        drafts = propose(graph, Roots(root, is_masked, is_new, candidates), draft_noise)
+        roots = Roots(root, is_masked, is_new, state.candidates(blocks.slots))
+        drafts = propose(graph, roots, self.state.draft_noise(blocks))
         canvas = torch.cat([root[:, None], drafts.canvas[:, :num_drafts]], 1)
         is_valid = drafts.is_valid[:, :num_drafts] & state.is_known[blocks.slots, None]
         return Nodes(
@@ -120,19 +115,20 @@ class Denoiser:
             hidden: [num_reqs * num_nodes * block_length, hidden_size], the model's rows for these canvases.
         """
         sampling = self.state.row_sampling(blocks, nodes.is_masked.sum(2))
-        next_canvas = self._next_canvas(blocks, nodes, hidden, sampling)
+        keeps_candidates = self.drafting is not None or self.observer is not None
+        stats = self.head(hidden, sampling, MAX_CANDIDATES if keeps_candidates else 1)
+        next_canvas = self._next_canvas(blocks, nodes, stats, sampling)
         walk = accept(nodes.canvas, next_canvas, nodes.is_valid)
         request = torch.arange(len(walk.node), device=hidden.device)
         canvas = next_canvas[request, walk.node]
         is_masked = canvas == self.state.mask_token_id
         num_unmasked = nodes.is_masked[:, 0].sum(1) - is_masked.sum(1)
         self.state.canvas[blocks.slots] = canvas
-        if self.drafting is not None or self.observer is not None:
-            decided = hidden.view(*nodes.canvas.shape, -1)[request, walk.node]
+        if keeps_candidates:
+            candidates = _candidates_at(stats, nodes, request, walk.node)
         if self.drafting is not None:
-            self.drafting.state.put(blocks.slots, decided, nodes.is_masked[request, walk.node])
+            self.drafting.state.put(blocks.slots, candidates, nodes.is_masked[request, walk.node])
         if self.observer is not None:
-            candidates = self._candidates(decided, self.num_candidates)
             self.observer(Observation(blocks, nodes.canvas[request, walk.node], canvas, candidates))
         return Decision(num_unmasked, walk.num_accepted, ~is_masked.any(1))
 
@@ -145,12 +141,12 @@ class Denoiser:
         """
         zeros = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         ones = torch.ones(len(hidden), dtype=torch.float64, device=hidden.device)
-        self._row_stats(hidden, RowSampling(ones * is_sampled, zeros, 0.9 * ones, zeros, is_sampled, is_sampled))
+        sampling = RowSampling(ones * is_sampled, zeros, 0.9 * ones, zeros, is_sampled, is_sampled)
+        self.head(hidden, sampling, 1 if self.drafting is None else MAX_CANDIDATES)
 
-    def _next_canvas(self, blocks: Blocks, nodes: Nodes, hidden: Tensor, sampling: RowSampling) -> Tensor:
+    def _next_canvas(self, blocks: Blocks, nodes: Nodes, stats: PartialStats, sampling: RowSampling) -> Tensor:
         """Apply the requests' policies to every evaluated canvas; [num_reqs, num_nodes, block_length] int64."""
         num_nodes, block_length = nodes.canvas.shape[1:]
-        stats = self._row_stats(hidden, sampling)
         params = self.state.policy_params(blocks.slots).repeat(num_nodes)
         is_random = (params.policy_id == POLICY_IDS["random"])[:, None]
         uniform = noise.uniform(sampling.keys, noise.STREAM).view(-1, block_length)
@@ -158,26 +154,9 @@ class Denoiser:
         chosen = choose_positions(confidence, nodes.is_masked.flatten(0, 1), params).view_as(nodes.canvas)
         return torch.where(chosen, stats.token_ids.view_as(nodes.canvas), nodes.canvas)
 
-    def _row_stats(self, hidden: Tensor, sampling: RowSampling) -> RowStats:
-        """Make the head product chunk by chunk and keep what the policies need of each row."""
-        mask_token_id = self.state.mask_token_id
-        parts = [
-            row_stats(self.head_logits(rows), sampling.rows(begin, begin + len(rows)), mask_token_id, self.draw_uniform)
-            for begin, rows in zip(count(0, self.chunk_rows), hidden.split(self.chunk_rows), strict=False)
-        ]
-        return RowStats(torch.cat([p.token_ids for p in parts]), torch.cat([p.confidence for p in parts]))
 
-    def _candidates(self, hidden: Tensor, num_candidates: int) -> Candidates:
-        """Make the head product for rows that drafts are made from.
-
-        Args:
-            hidden: [num_reqs, block_length, hidden_size].
-            num_candidates: tokens to keep of each row.
-        """
-        parts = [
-            top_candidates(self.head_logits(rows), num_candidates, self.state.mask_token_id)
-            for rows in hidden.flatten(0, 1).split(self.chunk_rows)
-        ]
-        shape = (*hidden.shape[:2], num_candidates)
-        token_ids = torch.cat([p.token_ids for p in parts]).view(shape)
-        return Candidates(token_ids, torch.cat([p.log_probs for p in parts]).view(shape))
+def _candidates_at(stats: PartialStats, nodes: Nodes, request: Tensor, node: Tensor) -> Candidates:
+    """Take the candidates of one node of each request; [num_reqs, block_length, MAX_CANDIDATES]."""
+    found = candidates_of(stats)
+    token_ids = found.token_ids.view(*nodes.canvas.shape, -1)[request, node]
+    return Candidates(token_ids, found.log_probs.view(*nodes.canvas.shape, -1)[request, node])

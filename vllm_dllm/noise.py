@@ -62,19 +62,6 @@ def uniform(keys: Tensor, ids: Tensor | int) -> Tensor:
     return (bits.to(torch.float64) + 0.5) * 2.0**-52
 
 
-def uniform_rows(keys: Tensor, first_id: int, num_ids: int) -> Tensor:
-    """Draw the uniform numbers of consecutive ids in each stream; the torch twin of `ops.counter_uniform`.
-
-    Args:
-        keys: [num_rows] int64.
-        first_id: vocabulary id of the first column.
-        num_ids: number of columns.
-
-    Returns: [num_rows, num_ids] float64.
-    """
-    return uniform(keys[:, None], torch.arange(first_id, first_id + num_ids, device=keys.device))
-
-
 def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
     """Draw standard Gumbel numbers, `-ln(-ln u)`, for the given ids in the given streams; float64."""
     return -torch.log(-torch.log(uniform(keys, ids)))

@@ -23,6 +23,7 @@ from vllm_dllm.reference import decode, spiffy
 from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
 
 VOCAB, MASK, EOS = 13, 3, 1
@@ -83,7 +84,7 @@ class Request:
 
 
 def denoise(
-    model: SyntheticModel, requests: list[Request], graph: DraftGraph | None, budget: int
+    model: SyntheticModel, requests: list[Request], graph: DraftGraph | None, budget: int, *, is_native: bool = True
 ) -> tuple[list[list[int]], list[int], list[int]]:
     """Decode one block of all requests together; returns their tokens, forwards and accepted drafts."""
     block_length, num_reqs = model.block_length, len(requests)
@@ -106,8 +107,9 @@ def denoise(
     state.apply_staged_writes()
     drafting = None
     if graph is not None:
-        drafting = Drafting(compile_graph(graph, CPU), DraftState(state, VOCAB, torch.float32))
-    denoiser = Denoiser(state, drafting, lambda hidden: hidden.clone(), VOCAB)
+        drafting = Drafting(compile_graph(graph, CPU), DraftState(state))
+    head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
+    denoiser = Denoiser(state, drafting, head)
     slots = torch.arange(num_reqs)
     forwards, accepted = torch.zeros(num_reqs, dtype=torch.int64), torch.zeros(num_reqs, dtype=torch.int64)
     num_drafts = 0  # the first forward is the refresh
@@ -154,14 +156,21 @@ def requests_of(draw: st.DrawFn, block_length: int) -> Request:
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), block_length=st.sampled_from([1, 4, 7]), sharpness=st.sampled_from([0.0, 3.0, 12.0]))
-def test_drafts_change_forwards_and_no_token(data: st.DataObject, block_length: int, sharpness: float) -> None:
+@given(
+    data=st.data(),
+    block_length=st.sampled_from([1, 4, 7]),
+    sharpness=st.sampled_from([0.0, 3.0, 12.0]),
+    is_native=st.booleans(),
+)
+def test_drafts_change_forwards_and_no_token(
+    data: st.DataObject, block_length: int, sharpness: float, is_native: bool
+) -> None:
     model = SyntheticModel(block_length, data.draw(st.integers(0, 99)), sharpness)
     requests = data.draw(st.lists(requests_of(block_length), min_size=1, max_size=4))
     graph = data.draw(graphs(block_length))
     budget = data.draw(st.integers(0, len(graph)))
     plain, plain_forwards, _ = denoise(model, requests, None, 0)
-    tokens, forwards, accepted = denoise(model, requests, graph, budget)
+    tokens, forwards, accepted = denoise(model, requests, graph, budget, is_native=is_native)
     prompt = torch.zeros(0, dtype=torch.int64)
     assert tokens == plain
     for i, request in enumerate(requests):

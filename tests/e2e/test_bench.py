@@ -54,5 +54,5 @@ def test_reference_and_engine_decode_the_same(monkeypatch: pytest.MonkeyPatch) -
 
 def test_stages_of_a_step() -> None:
     out = run("stages")
-    stages = {"forward", "head product", "row statistics", "runner", "schedule", "host total", "step"}
+    stages = {"forward", "row statistics", "runner", "schedule", "host total", "step"}
     assert {stage for stage in stages if f" {stage} " in out} == stages

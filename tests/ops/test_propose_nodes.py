@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops import simt
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph, Formula
 from vllm_dllm.draft.native import native_propose
@@ -107,11 +108,17 @@ def to(value, device):
     return replace(value, **{field.name: to(getattr(value, field.name), device) for field in fields(value)})
 
 
-def check_equal(given: Case, num_drafts: int, device: str) -> Drafts:
+def drafts_of(given: Case, num_drafts: int, where: str) -> Drafts:
+    if where == "simt":
+        return Drafts(*simt.ops().propose_nodes(*arguments(given, num_drafts)))
+    graph = compile_graph(given.graph, torch.device(where))
+    return to(native_propose(graph, to(given.roots, where), to(given.noise, where), num_drafts), "cpu")
+
+
+def check_equal(given: Case, num_drafts: int, where: str) -> Drafts:
     """Compare with the torch twin; returns the drafts."""
     expected = propose(compile_graph(given.graph, CPU), given.roots, given.noise, num_drafts)
-    graph = compile_graph(given.graph, torch.device(device))
-    drafts = to(native_propose(graph, to(given.roots, device), to(given.noise, device), num_drafts), "cpu")
+    drafts = drafts_of(given, num_drafts, where)
     assert torch.equal(drafts.node, expected.node)
     assert torch.equal(drafts.is_valid, expected.is_valid)
     assert torch.equal(drafts.depth, expected.depth)
@@ -129,6 +136,16 @@ def test_equals_the_torch_twin(block_length, tokens_per_step, is_noisy):
         given = case(block_length, tokens_per_step, seed, is_noisy=is_noisy)
         num_valid += int(check_equal(given, len(given.graph), "cpu").is_valid.sum())
     assert num_valid > 0 or block_length == 1  # the only draft of a block of one would be finished
+
+
+@pytest.mark.parametrize("is_noisy", [False, True], ids=["greedy", "noisy"])
+@pytest.mark.parametrize("block_length", BLOCK_LENGTHS)
+def test_the_emulated_kernel_equals_the_cpu_bitwise(block_length, is_noisy):
+    for seed in range(6):
+        given = case(block_length, STEPS[seed % 3], seed, is_noisy=is_noisy)
+        by_cpu, by_cuda = (drafts_of(given, len(given.graph), where) for where in ("cpu", "simt"))
+        for field in fields(Drafts):
+            assert torch.equal(getattr(by_cuda, field.name), getattr(by_cpu, field.name))
 
 
 @pytest.mark.parametrize("num_drafts", [0, 1, 3])
@@ -161,6 +178,19 @@ def test_a_request_alone_is_as_in_company(is_noisy):
         alone = native_propose(graph, only(given.roots, request), only(given.noise, request), 8)
         for field in fields(Drafts):
             assert torch.equal(getattr(alone, field.name)[0], getattr(together, field.name)[request])
+
+
+@pytest.mark.parametrize("where", ["cpu", "simt"])
+@pytest.mark.parametrize("log_prob", [torch.nan, -torch.inf])
+def test_probabilities_that_are_none_give_drafts_that_can_be_evaluated(log_prob, where):
+    given = case(33, None, 4, is_noisy=True)
+    given.roots.candidates.log_probs[:, ::2] = log_prob
+    given = replace(given, graph=replace(given.graph, readiness=Readiness(0.0, (0.0, 0.0), 0.0)))
+    num_nodes = len(given.graph)
+    drafts = drafts_of(given, num_nodes, where)
+    assert torch.equal(drafts.node.sort().values, torch.arange(1, num_nodes + 1).expand(13, -1))
+    choices = torch.cat([given.roots.canvas[..., None], given.roots.candidates.token_ids], -1)
+    assert (drafts.canvas[..., None] == choices[:, None]).any(-1).all()
 
 
 def test_no_requests():

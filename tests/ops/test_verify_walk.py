@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops import simt
 from vllm_dllm.draft.verify import accept
 from vllm_dllm.ops import verify_walk
 
@@ -32,18 +33,22 @@ def random_call(num_reqs: int, num_nodes: int, block_length: int, seed: int) -> 
     return take(content), take(following), torch.rand(num_reqs, num_nodes, generator=generator) < 0.8
 
 
-def check_equal(call: tuple[Tensor, Tensor, Tensor], device: str) -> int:
+def check_equal(call: tuple[Tensor, Tensor, Tensor], where: str) -> int:
     """Compare with the torch twin; returns the longest walk."""
     expected = accept(*call)
-    node, num_accepted = verify_walk(*(tensor.to(device) for tensor in call))
+    if where == "simt":
+        node, num_accepted = simt.ops().verify_walk(*call)
+    else:
+        node, num_accepted = verify_walk(*(tensor.to(where) for tensor in call))
     assert torch.equal(node.cpu(), expected.node)
     assert torch.equal(num_accepted.cpu(), expected.num_accepted)
     return int(num_accepted.max())
 
 
+@pytest.mark.parametrize("where", ["cpu", "simt"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_equals_the_torch_twin(size):
-    longest = max(check_equal(random_call(*size, seed), "cpu") for seed in range(20))
+def test_equals_the_torch_twin(size, where):
+    longest = max(check_equal(random_call(*size, seed), where) for seed in range(20))
     assert longest >= min(size[1] - 1, 3)
 
 

@@ -7,13 +7,12 @@ from typing import Any
 
 from vllm import LLM
 
-from vllm_dllm import denoiser as denoiser_module
 from vllm_dllm.bench.engine import request_params, start_engine
 from vllm_dllm.bench.report import Row, Section
 from vllm_dllm.bench.workload import EngineSpec, Workload
 
 # On a GPU these are kernels; the rest is what the host does in each step.
-DEVICE_STAGES = ("forward", "head product", "row statistics")
+DEVICE_STAGES = ("forward", "row statistics")
 
 
 class StageClock:
@@ -58,8 +57,7 @@ def install(clock: StageClock, llm: LLM) -> None:
     clock.wrap(state, "prepare_inputs", "layout")
     clock.wrap(runner.model, "forward", "forward")
     clock.wrap(state.denoiser, "advance", "unmask")
-    clock.wrap(state.denoiser, "head_logits", "head product")
-    clock.wrap(denoiser_module, "row_stats", "row statistics")
+    clock.wrap(state.denoiser, "head", "row statistics")
 
 
 def stage_times(workload: Workload) -> list[Section]:

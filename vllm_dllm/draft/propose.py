@@ -111,7 +111,7 @@ def _greedy_draws(graph: CompiledGraph, roots: Roots) -> _Draws:
 
 
 def _noisy_draws(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise) -> _Draws:
-    """Order the candidates by Gumbel-max as `unmask.stats.row_stats` will when so many positions are masked.
+    """Order the candidates by Gumbel-max as `ops.vocab_stats` will when so many positions are masked.
 
     top_p sees the candidates alone, so it may keep one that the decoder drops.
     """

@@ -31,8 +31,9 @@ from vllm_dllm.denoiser import Denoiser, Drafting, Nodes
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.engine.attention import ForwardAttention
 from vllm_dllm.engine.config_hook import settings_of, spiffy_of
+from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.request import resolve_params
-from vllm_dllm.engine.sampler import DllmSampler, choose_uniform
+from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.spiffy_config import SpiffySettings
 from vllm_dllm.state.canvas import Blocks, CanvasState
@@ -84,9 +85,7 @@ class DllmModelState(ModelState):
         self.denoiser = Denoiser(
             self.state,
             None if spiffy is None else self._drafting(spiffy),
-            model.head_logits,
-            self.model_config.get_vocab_size(),
-            choose_uniform(device),
+            choose_head(model, self.model_config.get_vocab_size(), mask_token_id, device),
         )
         self.kv_policy = RefreshSchedule(self.settings.kv_policy, self.settings.refresh_every, self.max_num_reqs)
         self._step: DenoiseStep | None = None
@@ -203,9 +202,7 @@ class DllmModelState(ModelState):
         return self._step if self._step is not None and self._step.batch is batch else None
 
     def _drafting(self, spiffy: SpiffySettings) -> Drafting:
-        hidden_size, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-        graph = compile_graph(spiffy.graph, self.device)
-        return Drafting(graph, DraftState(self.state, hidden_size, dtype))
+        return Drafting(compile_graph(spiffy.graph, self.device), DraftState(self.state))
 
     def _denoise_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> DenoiseStep:
         """Find the requests that take a denoising step; the others of the batch begin with their prompt.

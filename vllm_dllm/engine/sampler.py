@@ -5,32 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_dllm import noise, ops
 from vllm_dllm.denoiser import Decision, Nodes
-from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.state.counters import MAX_DEPTH, REPORT_LEN, Column
-from vllm_dllm.unmask.stats import Uniform
 
 if TYPE_CHECKING:
     from vllm_dllm.engine.model_state import DenoiseStep, DllmModelState
-
-
-logger = init_logger("vllm.dllm")
-
-
-def choose_uniform(device: torch.device) -> Uniform:
-    """Take the native noise op where it is built for the device, else its torch twin; the numbers are the same."""
-    try:
-        ops.require("counter_uniform", device.type)
-    except KernelUnavailable as error:
-        logger.warning("Noise is drawn by torch: %s", error)
-        return noise.uniform_rows
-    logger.info("Noise is drawn by the native op for %s.", device.type)
-    return ops.counter_uniform
 
 
 class DllmSampler:
@@ -81,7 +63,7 @@ class DllmSampler:
     def _profile(self, hidden: Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Use as much memory as a real step can, for the run in which vLLM measures it; the result is not used."""
         denoiser = self.model_state.denoiser
-        num_rows = min(denoiser.chunk_rows, self.model_state.max_num_tokens)
+        num_rows = min(denoiser.head.chunk_rows, self.model_state.max_num_tokens)
         denoiser.reduce(hidden[:1].expand(num_rows, -1).contiguous(), is_sampled=True)
         none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
         return _output(none[:, None], none, none, None)

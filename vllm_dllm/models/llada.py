@@ -197,7 +197,7 @@ class LLaDAModelLM(nn.Module):
         return self.transformer(input_ids, positions)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Hand the hidden rows on: the sampler makes the head product in chunks, with `head_logits`."""
+        """Hand the hidden rows on: the sampler reduces them, with the head's weight or with `head_logits`."""
         return hidden
 
     def head_logits(self, hidden: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from vllm_dllm.errors import KernelUnavailable
 
-OPS = ("counter_uniform", "draft_graph_attention", "propose_nodes", "verify_walk", "vocab_stats")
+OPS = ("draft_graph_attention", "propose_nodes", "verify_walk", "vocab_stats")
 """Every op with a kernel. Each has a module of its name here, with its typed function and its `fake`: the shapes and
 dtypes of its results, for tracing."""
 

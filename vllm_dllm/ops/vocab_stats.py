@@ -1,7 +1,7 @@
 """What rows of logits say, from hidden rows and the head's weight, or from logits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,12 +31,22 @@ class RowSampling:
             has_filter=self.has_filter,
         )
 
+    def without_filter(self) -> "RowSampling":
+        """Return the same without top_k and top_p."""
+        return replace(self, has_filter=False)
+
+    def is_filtered(self) -> Tensor:
+        """Tell whose token is drawn among what top_k or top_p leave; [num_rows] bool."""
+        return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1))
+
 
 @dataclass(frozen=True, slots=True)
 class PartialStats:
-    """What rows of logits say of some ids of the vocabulary: enough to say the same of more ids together.
+    """What rows of logits say of some ids of the vocabulary; `merge` says the same of more ids together.
 
-    With `l` a row's logits and `largest` the first of `top_logits`.
+    With `l` a row's logits and `largest` the first of `top_logits`. The sums leave the largest out, so that
+    1 - confidence keeps its relative precision however close to 1 the confidence is, and no two different rows tie at
+    1.0 as they do in a plain float32 softmax.
     """
 
     top_ids: Tensor  # [num_rows, num_candidates] int64, largest logit first, lowest id first of equal ones, -1: none
@@ -46,6 +56,56 @@ class PartialStats:
     token_ids: Tensor  # [num_rows] int64, the drawn token
     token_logits: Tensor  # [num_rows] float32, its logit
     scores: Tensor  # [num_rows] float64, its logit with noise
+
+    @property
+    def confidence(self) -> Tensor:
+        """[num_rows] float64, the probability of the drawn token, neither tempered nor filtered."""
+        return torch.exp(self.token_logits.double() - self.top_logits[:, 0].double()) / (1.0 + self.rest)
+
+    @property
+    def log_probs(self) -> Tensor:
+        """[num_rows, num_candidates] float64 of the candidates, neither tempered nor filtered; -inf: none."""
+        top = self.top_logits.double()
+        return top - top[:, :1] - torch.log1p(self.rest)[:, None]
+
+    @property
+    def log_sum_exp(self) -> Tensor:
+        """[num_rows] float64."""
+        return self.top_logits[:, 0].double() + torch.log1p(self.rest)
+
+    @property
+    def entropy(self) -> Tensor:
+        """[num_rows] float64 in nats, of the distribution neither tempered nor filtered."""
+        return torch.log1p(self.rest) - self.weighted / (1.0 + self.rest)
+
+
+def merge(parts: Sequence[PartialStats]) -> PartialStats:
+    """Put the statistics of consecutive shards of a vocabulary together.
+
+    Args:
+        parts: of the same rows, in the order of their ids, which decides between equal logits and scores.
+    """
+    tops = torch.stack([part.top_logits[:, 0] for part in parts]).double()  # [num_parts, num_rows]
+    rest = torch.stack([part.rest for part in parts])
+    first = tops.argmax(0)
+    is_first = first == torch.arange(len(parts), device=first.device)[:, None]
+    below = (tops - tops.amax(0)).masked_fill(tops == -torch.inf, 0.0)
+    scale = below.exp().masked_fill(tops == -torch.inf, 0.0)
+    mass = scale * (1.0 + rest)
+    weighted = scale * torch.stack([part.weighted for part in parts]) + below * mass
+    logits, order = torch.cat([part.top_logits for part in parts], 1).sort(dim=1, descending=True, stable=True)
+    num_candidates = parts[0].top_ids.shape[1]
+    scores = torch.stack([part.scores for part in parts])
+    drawn = scores.argmax(0, keepdim=True)
+    return PartialStats(
+        top_ids=torch.cat([part.top_ids for part in parts], 1).gather(1, order[:, :num_candidates]),
+        top_logits=logits[:, :num_candidates],
+        rest=torch.where(is_first, rest, mass).sum(0),
+        weighted=weighted.sum(0),
+        token_ids=torch.stack([part.token_ids for part in parts]).gather(0, drawn)[0],
+        token_logits=torch.stack([part.token_logits for part in parts]).gather(0, drawn)[0],
+        scores=scores.gather(0, drawn)[0],
+    )
 
 
 def vocab_stats(
@@ -85,10 +145,10 @@ def vocab_stats(
         first_id,
         excluded_ids,
         num_candidates,
-        noise and noise.keys,
-        noise and noise.temperature,
-        filters and filters.top_k,
-        filters and filters.top_p,
+        noise and noise.keys.contiguous(),
+        noise and noise.temperature.contiguous(),
+        filters and filters.top_k.contiguous(),
+        filters and filters.top_p.contiguous(),
     )
     return PartialStats(*results)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
+from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.unmask.policy import POLICY_IDS, PolicyParams
-from vllm_dllm.unmask.stats import RowSampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,9 @@ namespace dllm {
 constexpr uint8_t kOpen = 255;   // the mask token
 constexpr uint8_t kKnown = 254;  // the root's token
 
+// What is sorted must not be NaN, whatever the probabilities are.
+DLLM_HOST_DEVICE inline double number_or_least(double value) { return value == value ? value : -HUGE_VAL; }
+
 // Memory of one request. Node 0 is the root, i + 1 the node that lies at i.
 struct ProposeScratch {
   double* log_reach;  // [1 + num_nodes]
@@ -154,7 +157,7 @@ struct Proposal {
     const bool* is_new = args.is_new + at(0);
     const double near_new = near(position, [=](int32_t other) { return is_new[other]; });
     scratch.ready[position] = args.readiness.slope * logit + near_new + args.readiness.bias;
-    scratch.order[position] = is_random() ? uniform(key, kStream) : scratch.ready[position];
+    scratch.order[position] = number_or_least(is_random() ? uniform(key, kStream) : scratch.ready[position]);
   }
 
   // Whether masked position a has a better rank than b.
@@ -225,7 +228,7 @@ struct Proposal {
     const bool is_valid = scratch.num_open[node.parent] > 0 && num_open > 0;
     scratch.num_open[index + 1] = is_valid ? num_open : 0;
     const double log_reach = is_valid ? scratch.log_reach[node.parent] + log_step : -HUGE_VAL;
-    const double score = log_reach + args.log_correction[index];
+    const double score = number_or_least(log_reach + args.log_correction[index]);
     scratch.log_reach[index + 1] = log_reach;
     scratch.worst[index + 1] = scratch.worst[node.parent] < score ? scratch.worst[node.parent] : score;
   }

@@ -1,0 +1,188 @@
+"""CUDA's `vocab_stats`, on the emulator, equals the CPU twin and the sums in float64."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops import simt
+from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, vocab_stats
+
+SIZES = [(1, 1), (3, 7), (7, 113), (2, 8192), (2, 8193), (1, 20_011)]
+"""(num_rows, num_ids); a CTA takes 8192 ids."""
+EPS = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Call:
+    rows: Tensor
+    sampling: RowSampling | None = None
+    excluded_ids: tuple[int, ...] = ()
+    num_candidates: int = 8
+    first_id: int = 0
+
+
+def by_cuda(call: Call) -> PartialStats:
+    """Run the CUDA kernels of a call."""
+    noise, filters = call.sampling, call.sampling
+    if noise is not None and not noise.has_filter:
+        filters = None
+    return PartialStats(
+        *simt.ops().vocab_stats(
+            call.rows,
+            None,
+            call.first_id,
+            call.excluded_ids,
+            call.num_candidates,
+            noise and noise.keys,
+            noise and noise.temperature,
+            filters and filters.top_k,
+            filters and filters.top_p,
+        )
+    )
+
+
+def by_cpu(call: Call) -> PartialStats:
+    return vocab_stats(
+        call.rows,
+        None,
+        first_id=call.first_id,
+        excluded_ids=call.excluded_ids,
+        num_candidates=call.num_candidates,
+        sampling=call.sampling,
+    )
+
+
+def check_sums(call: Call, stats: PartialStats) -> None:
+    """Compare with float64.
+
+    Of each term: a rounding of the difference from the largest, two of the exponential and one of the product; and one
+    for each of the 32 float32 sums that it goes through.
+    """
+    logits = call.rows.double()
+    logits[:, [i - call.first_id for i in call.excluded_ids]] = -torch.inf
+    largest, argmax = logits.max(1, keepdim=True)
+    below = logits - largest
+    mass = below.exp().scatter(1, argmax, 0.0)
+    terms = torch.where(mass == 0, 0.0, below * mass)
+    roundings = EPS * (36 - torch.where(mass == 0, 0.0, below))
+    assert ((stats.rest - mass.sum(1)).abs() <= (roundings * mass).sum(1)).all()
+    assert ((stats.weighted - terms.sum(1)).abs() <= (roundings * -terms).sum(1)).all()
+
+
+def check_equal(call: Call) -> PartialStats:
+    stats, expected = by_cuda(call), by_cpu(call)
+    assert torch.equal(stats.top_ids, expected.top_ids)
+    assert torch.equal(stats.top_logits, expected.top_logits)
+    assert torch.equal(stats.token_ids, expected.token_ids)
+    assert torch.equal(stats.token_logits, expected.token_logits)
+    assert torch.equal(stats.scores, expected.scores)
+    return stats
+
+
+def random_logits(num_rows: int, num_ids: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (4 * torch.randn(num_rows, num_ids, generator=generator)).to(dtype)
+
+
+def sampling_of(
+    num_rows: int, temperatures: list[float], *, top_k: list[int] | None = None, top_p: list[float] | None = None
+) -> RowSampling:
+    """Repeat the parameters over the rows."""
+
+    def repeat(values: list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat(num_rows)[:num_rows]
+
+    generator = torch.Generator().manual_seed(num_rows)
+    return RowSampling(
+        temperature=repeat(temperatures, torch.float64),
+        top_k=repeat(top_k or [0], torch.int64),
+        top_p=repeat(top_p or [1.0], torch.float64),
+        keys=torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator),
+        has_noise=True,
+        has_filter=top_k is not None or top_p is not None,
+    )
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_best_ids_and_sums(size, dtype):
+    call = Call(random_logits(*size, dtype), num_candidates=3)
+    check_sums(call, check_equal(call))
+
+
+@pytest.mark.parametrize("num_candidates", [1, 8])
+def test_equal_logits_go_to_the_lowest_id(num_candidates):
+    logits = random_logits(5, 9001).round().clamp(max=3)
+    call = Call(logits, num_candidates=num_candidates)
+    stats = check_equal(call)
+    assert torch.equal(stats.top_ids[:, 0], logits.argmax(1))
+    check_sums(call, stats)
+
+
+def test_excluded_ids_and_a_shard():
+    call = Call(random_logits(4, 8200), excluded_ids=(1000, 1003, 9199), first_id=1000)
+    stats = check_equal(call)
+    assert not set(stats.top_ids.flatten().tolist()) & set(call.excluded_ids)
+    check_sums(call, stats)
+
+
+def test_rows_that_are_not_aligned():
+    rows = random_logits(5, 8300, torch.bfloat16)[:, 3:8230]
+    call = Call(rows, sampling_of(5, [0.7]))
+    check_sums(call, check_equal(call))
+
+
+def test_rows_without_candidates_and_with_nan():
+    rows = torch.full((4, 8200), -torch.inf)
+    rows[1, 8195] = 2.0
+    rows[2] = random_logits(1, 8200)
+    rows[2, 17] = torch.nan
+    rows[3, 4] = torch.nan
+    for sampling in (None, sampling_of(4, [1.0]), sampling_of(4, [1.0], top_k=[3], top_p=[0.9])):
+        stats = check_equal(Call(rows, sampling))
+        assert torch.equal(stats.rest.isnan(), torch.tensor([False, False, True, True]))
+        assert torch.equal(stats.weighted.isnan(), torch.tensor([False, False, True, True]))
+        assert stats.token_ids.tolist()[:2] == [0, 8195]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_drawn_tokens(size):
+    for seed in range(3):
+        check_equal(Call(random_logits(*size, seed=seed), sampling_of(size[0], [1.0, 0.0, 0.3, 1e-3, 50.0])))
+
+
+FILTERS = {
+    "top_k": ([1, 7, 100, 99_999], None),
+    "top_p": (None, [0.9, 0.5, 1e-6, 0.999]),
+    "both": ([50, 7, 0], [0.8, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_filtered_tokens(name, dtype):
+    top_k, top_p = FILTERS[name]
+    for seed in range(3):
+        logits = random_logits(6, 5003, dtype, seed)
+        check_equal(Call(logits, sampling_of(6, [1.0, 0.7, 3.0, 0.0, 20.0], top_k=top_k, top_p=top_p)))
+
+
+def test_a_filter_that_ends_among_equal_logits():
+    """Four ids of a quarter each: top_p keeps the lowest of them."""
+    logits = torch.full((64, 4100), -torch.inf)
+    logits[:, [5, 77, 2049, 4099]] = 1.0
+    for top_p, kept in ((0.2, {5}), (0.5, {5, 77}), (0.7, {5, 77, 2049}), (0.9, {5, 77, 2049, 4099})):
+        stats = by_cuda(Call(logits, sampling_of(64, [1.0], top_p=[top_p])))
+        assert set(stats.token_ids.tolist()) == kept
+
+
+def test_a_row_alone_is_as_in_company():
+    logits = random_logits(5, 8300)
+    sampling = sampling_of(5, [1.0, 0.5], top_k=[0, 9], top_p=[0.9])
+    together = by_cuda(Call(logits, sampling))
+    for row in range(5):
+        alone = by_cuda(Call(logits[row : row + 1], sampling.rows(row, row + 1)))
+        for field in PartialStats.__dataclass_fields__:
+            assert torch.equal(getattr(alone, field)[0], getattr(together, field)[row])
