@@ -15,8 +15,8 @@ from torch import Tensor
 from vllm_dllm import noise
 from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.graph import MAX_CANDIDATES
-from vllm_dllm.draft.propose import Roots, propose
-from vllm_dllm.draft.verify import accept
+from vllm_dllm.draft.native import BY_TORCH, DraftFunctions
+from vllm_dllm.draft.propose import Roots
 from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
@@ -41,6 +41,7 @@ class Drafting:
 
     graph: CompiledGraph
     state: DraftState
+    functions: DraftFunctions = BY_TORCH
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +91,14 @@ class Denoiser:
         graph, state = self.drafting.graph, self.drafting.state
         is_new = state.was_masked[blocks.slots] & ~is_masked
         roots = Roots(root, is_masked, is_new, state.candidates(blocks.slots))
-        drafts = propose(graph, roots, self.state.draft_noise(blocks))
-        canvas = torch.cat([root[:, None], drafts.canvas[:, :num_drafts]], 1)
-        is_valid = drafts.is_valid[:, :num_drafts] & state.is_known[blocks.slots, None]
+        drafts = self.drafting.functions.propose(graph, roots, self.state.draft_noise(blocks), num_drafts)
+        canvas = torch.cat([root[:, None], drafts.canvas], 1)
+        is_valid = drafts.is_valid & state.is_known[blocks.slots, None]
         return Nodes(
             canvas=canvas,
             is_masked=canvas == self.state.mask_token_id,
             is_valid=torch.nn.functional.pad(is_valid, (1, 0), value=True),
-            depth=torch.nn.functional.pad(drafts.depth[:, :num_drafts], (1, 0)),
+            depth=torch.nn.functional.pad(drafts.depth, (1, 0)),
         )
 
     def begin_blocks(self, slots: Tensor, where: Tensor) -> None:
@@ -118,6 +119,7 @@ class Denoiser:
         keeps_candidates = self.drafting is not None or self.observer is not None
         stats = self.head(hidden, sampling, MAX_CANDIDATES if keeps_candidates else 1)
         next_canvas = self._next_canvas(blocks, nodes, stats, sampling)
+        accept = BY_TORCH.accept if self.drafting is None else self.drafting.functions.accept
         walk = accept(nodes.canvas, next_canvas, nodes.is_valid)
         request = torch.arange(len(walk.node), device=hidden.device)
         canvas = next_canvas[request, walk.node]

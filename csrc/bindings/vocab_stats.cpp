@@ -27,6 +27,9 @@ void check_matrix(const Tensor& tensor, const char* name, const char* what) {
 }
 
 void check_weight(const Tensor& weight, const Tensor& rows) {
+  check(!kRunsCudaOnCpu && !rows.is_cuda(),
+        "vocab_stats: a weight is given with rows on a GPU, where the product is the GPU libraries'; allowed is None; "
+        "give logits as rows");
   check_matrix(weight, "weight", "[num_ids, hidden_size]");
   check(weight.scalar_type() == rows.scalar_type(), "vocab_stats: weight must have the dtype of rows, got ",
         weight.scalar_type(), " and ", rows.scalar_type(), "; convert the rows");

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph, Formula
+from vllm_dllm.draft.native import BY_OPS, BY_TORCH
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import decode, spiffy
 from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy
@@ -107,7 +108,8 @@ def denoise(
     state.apply_staged_writes()
     drafting = None
     if graph is not None:
-        drafting = Drafting(compile_graph(graph, CPU), DraftState(state))
+        functions = BY_OPS if is_native else BY_TORCH
+        drafting = Drafting(compile_graph(graph, CPU), DraftState(state), functions)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
     denoiser = Denoiser(state, drafting, head)
     slots = torch.arange(num_reqs)

@@ -240,7 +240,10 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     ),
     "index-dtype": ({"first_row": torch.tensor([0, 2, 6])}, "first_row must be Int, got Long; convert it with .to()"),
     "first-node-size": ({"first_node": int32(0, 2, 2)}, "first_node must be [2] as the other arguments say, got [3]"),
-    "context-size": ({"context": int32([0, 9], [0, 9])}, "context must be [2, 4] as the other arguments say, got [2, 2]"),
+    "context-size": (
+        {"context": int32([0, 9], [0, 9])},
+        "context must be [2, 4] as the other arguments say, got [2, 2]",
+    ),
     "context-strides": (
         {"context": torch.zeros(2, 8, dtype=torch.int32)[:, :4]},
         "context must be contiguous, got strides [8, 1]; call .contiguous()",

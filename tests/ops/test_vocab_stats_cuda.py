@@ -219,6 +219,12 @@ def test_a_row_alone_is_as_in_company(where):
             assert torch.equal(getattr(alone, field.name)[0], getattr(together, field.name)[row])
 
 
+def test_a_weight_is_refused():
+    rows = torch.ones(2, 8)
+    with pytest.raises(RuntimeError, match="a weight is given with rows on a GPU, .*; allowed is None; give logits"):
+        simt.ops().vocab_stats(rows, torch.ones(5, 8), 0, (), 1, None, None, None, None)
+
+
 @pytest.mark.gpu
 def test_cuda_can_be_captured_in_a_graph():
     """A capture fails unless the launches go to the current stream and nothing synchronises."""

@@ -26,7 +26,7 @@ def choose_head(model: "LLaDAModelLM", vocab_size: int, mask_token_id: int, devi
         logger.warning("Row statistics are made by torch: %s", error)
         return LogitsHead(model.head_logits, vocab_size, mask_token_id, is_native=False)
     by_logits = LogitsHead(model.head_logits, vocab_size, mask_token_id, is_native=True)
-    obstacle = _obstacle(model)
+    obstacle = _obstacle(model, device)
     if obstacle is not None:
         logger.info("Row statistics are made by the native op for %s from logits, as %s.", device.type, obstacle)
         return by_logits
@@ -34,8 +34,10 @@ def choose_head(model: "LLaDAModelLM", vocab_size: int, mask_token_id: int, devi
     return WeightHead(_shard(model), by_logits, mask_token_id)
 
 
-def _obstacle(model: "LLaDAModelLM") -> str | None:
-    """Return what the head does besides a product with its weight; None if nothing."""
+def _obstacle(model: "LLaDAModelLM", device: torch.device) -> str | None:
+    """Return why the op does not make the head product itself; None if it can."""
+    if device.type != "cpu":
+        return "there the product is the GPU libraries'"
     head, processor = model.lm_head, model.logits_processor
     if not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
         return f"the head is quantised by {type(head.quant_method).__name__}"

@@ -29,6 +29,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_dllm.attention.layout import denoise_layout, refresh_layout, refresh_rows
 from vllm_dllm.denoiser import Denoiser, Drafting, Nodes
 from vllm_dllm.draft.compile import compile_graph
+from vllm_dllm.draft.native import choose_draft_functions
 from vllm_dllm.engine.attention import ForwardAttention
 from vllm_dllm.engine.config_hook import settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
@@ -202,7 +203,8 @@ class DllmModelState(ModelState):
         return self._step if self._step is not None and self._step.batch is batch else None
 
     def _drafting(self, spiffy: SpiffySettings) -> Drafting:
-        return Drafting(compile_graph(spiffy.graph, self.device), DraftState(self.state))
+        graph = compile_graph(spiffy.graph, self.device)
+        return Drafting(graph, DraftState(self.state), choose_draft_functions(self.device))
 
     def _denoise_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> DenoiseStep:
         """Find the requests that take a denoising step; the others of the batch begin with their prompt.
