@@ -151,7 +151,8 @@ def test_what_breaks_one_node_reaches_no_other(dtype, bad):
 
 def test_scores_beyond_the_range_of_exp():
     case = numeric_case("contexts", torch.float32)
-    assert_close(case, *run(draft_graph_attention, replace(case, query=1000 * case.query)))
+    large = replace(case, query=1000 * case.query)
+    assert_close(large, *run(draft_graph_attention, large))
 
 
 def test_visible_as_written():
@@ -240,7 +241,10 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     ),
     "index-dtype": ({"first_row": torch.tensor([0, 2, 6])}, "first_row must be Int, got Long; convert it with .to()"),
     "first-node-size": ({"first_node": int32(0, 2, 2)}, "first_node must be [2] as the other arguments say, got [3]"),
-    "context-size": ({"context": int32([0, 9], [0, 9])}, "context must be [2, 4] as the other arguments say, got [2, 2]"),
+    "context-size": (
+        {"context": int32([0, 9], [0, 9])},
+        "context must be [2, 4] as the other arguments say, got [2, 2]",
+    ),
     "context-strides": (
         {"context": torch.zeros(2, 8, dtype=torch.int32)[:, :4]},
         "context must be contiguous, got strides [8, 1]; call .contiguous()",
