@@ -7,7 +7,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '
 BENCH_ARGS ?= --model examples/tiny_llada/checkpoint --prompts examples/tiny_llada/questions.jsonl
 TEST_ARGS ?=
 
-.PHONY: help setup demo test check lint cuda-check cuda-report bench docs build clean
+.PHONY: help setup demo test check lint cuda-check cuda-report sanitize bench docs build clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,6 +53,14 @@ cuda-check: setup
 
 cuda-report: ## print registers, shared memory and spills of each CUDA kernel (needs nvcc)
 	python3 scripts/cuda_report.py
+
+# The sanitizers' runtime comes first, as python is built without it; what torch and python never free is no error.
+sanitize: setup ## run the tests of the ops with AddressSanitizer and UBSan
+	$(CMAKE) -S . -B build/sanitize -GNinja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DDLLM_CUDA=OFF \
+	  -DDLLM_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release -DTORCH_DIR="$$($(PY) -c 'import torch; print(torch.__path__[0])')"
+	$(CMAKE) --build build/sanitize --target _C
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 VLLM_DLLM_LIBRARY=$(CURDIR)/build/sanitize/_C.so $(PY) -m pytest -q tests/ops $(TEST_ARGS)
 
 bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: BENCH_ARGS)
 	.venv/bin/vllm-dllm bench reference $(BENCH_ARGS)

@@ -1,5 +1,6 @@
 """Find and load the library of native ops; explain its absence."""
 
+import os
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,9 @@ OPS = ("draft_graph_attention", "propose_nodes", "verify_walk", "vocab_stats")
 dtypes of its results, for tracing."""
 
 NAMESPACE = "vllm_dllm"
-LIBRARY = Path(__file__).parent.parent / "_C.so"
+LIBRARY = Path(os.environ.get("VLLM_DLLM_LIBRARY", Path(__file__).parent.parent / "_C.so"))
+"""Another build of the ops can be named, such as the one with sanitizers (`make sanitize`)."""
+
 BUILD_COMMAND = "`pip install --force-reinstall --no-deps --no-cache-dir vllm-dllm`, in a checkout `make setup`"
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
