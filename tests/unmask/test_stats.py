@@ -1,11 +1,14 @@
-"""Row statistics against a float64 statement of the same, and the reference's filter."""
+"""Row statistics by torch against a float64 statement of the same, and the reference's filter."""
+
+import math
 
 import pytest
 import torch
 
 from vllm_dllm import noise
+from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
 from vllm_dllm.reference.decode import Sampling, choose_tokens
-from vllm_dllm.unmask.stats import RowSampling, chunk_rows, kept_ids, row_stats
+from vllm_dllm.unmask.stats import candidates_of, kept_ids, torch_stats
 
 VOCAB = 113
 
@@ -19,6 +22,10 @@ def sampling(num_rows: int, temperature: float = 0.0, top_k: int = 0, top_p: flo
         has_noise=temperature > 0,
         has_filter=top_k > 0 or top_p < 1,
     )
+
+
+def row_stats(logits: torch.Tensor, params: RowSampling, forbidden_id: int) -> PartialStats:
+    return torch_stats(logits, excluded_ids=[forbidden_id], num_candidates=3, sampling=params)
 
 
 def random_logits(num_rows: int, scale: float = 3.0) -> torch.Tensor:
@@ -91,8 +98,9 @@ def test_top_k_keeps_all_equals_of_the_last() -> None:
     assert kept_ids(logits, sampling(1, 1.0, top_k=2)).tolist() == [[True, True, True, False]]
 
 
-@pytest.mark.parametrize("vocab_size", [259, 4096, 126464, 10**9])
-def test_chunks_stay_below_the_bound(vocab_size: int) -> None:
-    rows = chunk_rows(vocab_size)
-    assert rows >= 1
-    assert rows == 1 or rows * vocab_size * 8 <= 128 << 20
+def test_missing_candidates_have_a_valid_id_and_no_probability() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
+    candidates = candidates_of(row_stats(logits, sampling(1), forbidden_id=2))
+    assert candidates.token_ids.tolist() == [[1, 0, 0]]
+    assert candidates.log_probs[0, :2].exp().tolist() == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e)])
+    assert candidates.log_probs[0, 2] == -torch.inf

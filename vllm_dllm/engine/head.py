@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -54,5 +55,11 @@ def _shard(model: "LLaDAModelLM") -> Shard:
         weight=model.lm_head.weight.data[: indices.num_org_elements],
         first_id=indices.org_vocab_start_index,
         num_shards=get_tensor_model_parallel_world_size(),
-        gather=tensor_model_parallel_all_gather,
+        gather=_all_gather,
     )
+
+
+def _all_gather(columns: Tensor) -> Tensor:
+    """Gather float64 columns of all ranks as pairs of float32, since vLLM's collective on the CPU knows no float64."""
+    gathered: Tensor = tensor_model_parallel_all_gather(columns.view(torch.float32))
+    return gathered.view(torch.float64)

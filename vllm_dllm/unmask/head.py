@@ -101,7 +101,9 @@ class WeightHead:
         """Implement `Head`."""
         if self._shard.num_shards == 1:
             return self._own(hidden, sampling, num_candidates)
-        stats = merge(_gather(self._own(hidden, sampling.without_filter(), num_candidates), self._shard))
+        own = self._own(hidden, sampling.without_filter(), num_candidates)
+        gathered = self._shard.gather(_pack(own)).chunk(self._shard.num_shards, 1)
+        stats = merge([_unpack(packed, own) for packed in gathered])
         if not sampling.has_filter:
             return stats
         whole = self._by_logits(hidden, sampling, num_candidates)
@@ -136,20 +138,18 @@ def _in_chunks(
     return _each(torch.cat, parts)
 
 
-def _gather(own: PartialStats, shard: Shard) -> list[PartialStats]:
-    """Return the statistics of every shard, exchanged as one float64 tensor, which holds ids and float32 exactly."""
-    columns = [getattr(own, field.name) for field in fields(PartialStats)]
-    widths = [column[0].numel() for column in columns]
-    packed = torch.cat([column.double().view(len(column), -1) for column in columns], 1)
-    return [
-        PartialStats(
-            *(
-                part.view_as(column).to(column.dtype)
-                for part, column in zip(gathered.split(widths, 1), columns, strict=True)
-            )
-        )
-        for gathered in shard.gather(packed).chunk(shard.num_shards, 1)
-    ]
+def _pack(stats: PartialStats) -> Tensor:
+    """Put statistics into one tensor [num_rows, n] of float64, which holds ids and float32 exactly."""
+    columns = [getattr(stats, field.name) for field in fields(PartialStats)]
+    return torch.cat([column.double().view(len(column), -1) for column in columns], 1)
+
+
+def _unpack(packed: Tensor, like: PartialStats) -> PartialStats:
+    columns = [getattr(like, field.name) for field in fields(PartialStats)]
+    parts = packed.split([column.numel() // len(column) for column in columns], 1)
+    return PartialStats(
+        *(part.reshape(column.shape).to(column.dtype) for part, column in zip(parts, columns, strict=True))
+    )
 
 
 def _select(where: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -1,0 +1,96 @@
+"""All ways to the statistics of hidden rows agree: by weight, by shards of it, by logits, natively and by torch."""
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_dllm import noise
+from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
+from vllm_dllm.unmask import head as head_module
+from vllm_dllm.unmask.head import LogitsHead, Shard, WeightHead, _pack
+
+VOCAB, HIDDEN, ROWS, MASK = 113, 33, 21, 5
+EXACT = ("top_ids", "token_ids")
+ROUNDED = ("top_logits", "rest", "weighted", "token_logits", "scores")
+GENERATOR = torch.Generator().manual_seed(0)
+WEIGHT = torch.randn(VOCAB, HIDDEN, generator=GENERATOR) / 2
+HIDDEN_ROWS = torch.randn(ROWS, HIDDEN, generator=GENERATOR)
+
+
+def sampling(*, has_filter: bool) -> RowSampling:
+    row = torch.arange(ROWS)
+    half = row.double() / 2
+    return RowSampling(
+        temperature=half % 1.5,
+        top_k=(row % 4) * has_filter,
+        top_p=1.0 - half % 1 * has_filter,
+        keys=noise.stream_keys(torch.tensor(7), row, torch.tensor(3)),
+        has_noise=True,
+        has_filter=has_filter,
+    )
+
+
+def by_logits(*, is_native: bool) -> LogitsHead:
+    return LogitsHead(lambda hidden: hidden @ WEIGHT.t(), VOCAB, MASK, is_native=is_native)
+
+
+def sharded(cut: int) -> WeightHead:
+    """The first of two ranks; the collective is played by the other rank's statistics."""
+    other = WeightHead(Shard(WEIGHT[cut:], cut, 1, lambda own: own), by_logits(is_native=True), MASK)
+
+    def gather(own: Tensor) -> Tensor:
+        theirs = other(HIDDEN_ROWS, sampling(has_filter=False), 3)
+        return torch.cat([own, _pack(theirs)], 1)
+
+    return WeightHead(Shard(WEIGHT[:cut], 0, 2, gather), by_logits(is_native=True), MASK)
+
+
+HEADS: dict[str, Callable[[], LogitsHead | WeightHead]] = {
+    "native logits": lambda: by_logits(is_native=True),
+    "weight": lambda: WeightHead(Shard(WEIGHT, 0, 1, lambda own: own), by_logits(is_native=True), MASK),
+    "two shards": lambda: sharded(64),
+}
+
+
+def assert_close(got: PartialStats, expected: PartialStats) -> None:
+    for name in EXACT:
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    rounding = HIDDEN * 2**-23 * 10  # of float32 sums of so many terms, in logits up to 10
+    for name in ROUNDED:
+        a, b = getattr(got, name).double(), getattr(expected, name).double()
+        assert torch.allclose(a, b, rtol=rounding, atol=rounding), name
+
+
+@pytest.mark.parametrize("has_filter", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_agree(name: str, has_filter: bool) -> None:
+    expected = by_logits(is_native=False)(HIDDEN_ROWS, sampling(has_filter=has_filter), 3)
+    assert_close(HEADS[name]()(HIDDEN_ROWS, sampling(has_filter=has_filter), 3), expected)
+
+
+def test_the_filter_of_one_row_changes_no_other_across_shards() -> None:
+    """Rows without a filter keep the fused product's logits, though others need theirs whole."""
+    plain = sharded(64)(HIDDEN_ROWS, sampling(has_filter=False), 3)
+    filtered = sharded(64)(HIDDEN_ROWS, sampling(has_filter=True), 3)
+    same = ~sampling(has_filter=True).is_filtered()
+    assert 0 < same.sum() < ROWS
+    for field in fields(PartialStats):
+        assert torch.equal(getattr(plain, field.name)[same], getattr(filtered, field.name)[same]), field.name
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_chunks_change_nothing(is_native: bool) -> None:
+    head = by_logits(is_native=is_native)
+    whole = head(HIDDEN_ROWS, sampling(has_filter=True), 3)
+    head.chunk_rows = 4
+    assert_close(head(HIDDEN_ROWS, sampling(has_filter=True), 3), whole)
+
+
+@pytest.mark.parametrize("vocab_size", [259, 4096, 126464, 10**9])
+def test_chunks_of_logits_stay_below_the_bound(vocab_size: int) -> None:
+    rows = LogitsHead(lambda hidden: hidden, vocab_size, MASK, is_native=False).chunk_rows
+    assert rows >= 1
+    assert rows == 1 or rows * vocab_size * 8 <= head_module.LOGITS_BYTES
