@@ -1,7 +1,5 @@
 """vLLM's side of attention: the choice is told and kept, and what vLLM asks of a backend follows from it."""
 
-import logging
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,12 +27,11 @@ def engine_config(**changes: Any) -> Any:
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Our messages; vLLM configures its loggers anew, so that they do not arrive at the root."""
-    ours = logging.getLogger("vllm.dllm")
-    ours.addHandler(caplog.handler)
-    yield caplog
-    ours.removeHandler(caplog.handler)
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged; vLLM configures its loggers anew at the first engine, so that no handler stays."""
+    messages: list[str] = []
+    monkeypatch.setattr(attention_choice.logger, "info", lambda text, *values: messages.append(text % values))
+    return messages
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,26 +61,26 @@ def stub_config(settings: dict[str, Any], cudagraph_mode: CUDAGraphMode = CUDAGr
     )
 
 
-def test_the_choice_is_told_with_its_reason_and_kept(log: pytest.LogCaptureFixture) -> None:
+def test_the_choice_is_told_with_its_reason_and_kept(log: list[str]) -> None:
     settings = {"block_length": 8}
     config = engine_config(additional_config={"dllm": settings})
     isa = torch.ops.vllm_dllm.cpu_isa()
-    assert f"Attention: csrc ({isa}): the first of csrc, torch" in log.messages
+    assert f"Attention: csrc ({isa}): the first of csrc, torch" in log
     assert config.additional_config == {"dllm": {"block_length": 8, "attention": "csrc"}}
     assert settings == {"block_length": 8}
     assert attention.implementation_of(config) is CsrcAttention
 
 
-def test_a_cache_of_another_dtype_is_for_torch(log: pytest.LogCaptureFixture) -> None:
+def test_a_cache_of_another_dtype_is_for_torch(log: list[str]) -> None:
     config = engine_config(kv_cache_dtype="bfloat16")
-    assert "Attention: torch: csrc: kv_cache_dtype bfloat16 is not the model's float32" in log.messages
+    assert "Attention: torch: csrc: kv_cache_dtype bfloat16 is not the model's float32" in log
     assert attention.implementation_of(config) is PlainAttention
 
 
-def test_the_named_one_is_taken(log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_named_one_is_taken(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CsrcAttention, "unavailable", staticmethod(lambda _: pytest.fail("asked for csrc")))
     config = engine_config(additional_config={"dllm": {"attention": "torch"}})
-    assert "Attention: torch: as set" in log.messages
+    assert "Attention: torch: as set" in log
     assert attention.implementation_of(config) is PlainAttention
 
 
@@ -99,7 +96,7 @@ def test_a_missing_kernel_is_an_error_with_its_command(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_graphs_are_on_where_they_can_be_captured(
-    name: AttentionName, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+    name: AttentionName, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     on_a_gpu(monkeypatch)
     monkeypatch.setattr(IMPLEMENTATIONS[name], "unavailable", staticmethod(lambda _: None))
@@ -107,16 +104,16 @@ def test_graphs_are_on_where_they_can_be_captured(
     attention_choice.set_attention(config, DllmConfig(attention=name))
     has_graphs = name == "csrc"
     assert config.compilation_config.cudagraph_mode == (CUDAGraphMode.FULL if has_graphs else CUDAGraphMode.NONE)
-    assert (f"CUDA graphs are off: attention by {name} cannot be captured" in log.messages) is not has_graphs
+    assert (f"CUDA graphs are off: attention by {name} cannot be captured" in log) is not has_graphs
     support = attention.DllmMetadataBuilder.get_cudagraph_support(config, None)
     assert support == (AttentionCGSupport.ALWAYS if has_graphs else AttentionCGSupport.NEVER)
 
 
-def test_the_gpu_is_named(monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture) -> None:
+def test_the_gpu_is_named(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
     on_a_gpu(monkeypatch)
     config = stub_config({})
     attention_choice.set_attention(config, DllmConfig())
-    assert "Attention: csrc (sm_90): the first of csrc, flashinfer, xformers" in log.messages
+    assert "Attention: csrc (sm_90): the first of csrc, flashinfer, xformers" in log
 
 
 def test_the_platform_is_one_that_we_know() -> None:
