@@ -1,5 +1,6 @@
 """The CUDA kernels on a CPU: builds csrc/simt once a session and loads its ops, `torch.ops.vllm_dllm_simt.NAME`."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-BUILD = ROOT / "build" / "simt"
+BUILD = ROOT / os.environ.get("VLLM_DLLM_SIMT_BUILD", "build/simt")
 
 
 def tool(name: str) -> str:
