@@ -31,8 +31,8 @@ struct SegmentShared {
 template <typename Float>
 struct Segment {
   const VocabStatsArgs& args;
-  const Float* row;
-  int64_t request_row;
+  const Float* logits_of_row;
+  int64_t row;
   int64_t begin;  // of the segment, index in the row
   SegmentShared& shared;
 
@@ -140,14 +140,14 @@ struct Segment {
 
   // The best score of a warp's ids. Exact scores, two logarithms in float64, are made of the few ids that may be it.
   __device__ Drawn draw_warp(double temperature, Cut cut) const {
-    const auto key = static_cast<uint64_t>(args.sampling.keys[request_row]);
+    const auto key = static_cast<uint64_t>(args.sampling.keys[row]);
     const auto inverse_temperature = static_cast<float>(1.0 / temperature);
     Drawn best = {-INFINITY, -1};
     float best_score = -INFINITY;
 #pragma unroll 1
     for (int group = 0; group < kIdsPerThread / kGroup; ++group) {
       float logits[kGroup];
-      read_group(args, row, group_begin(group), logits);
+      read_group(args, logits_of_row, group_begin(group), logits);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         const int64_t index = group_begin(group) + i;
@@ -180,7 +180,7 @@ struct Segment {
       const int64_t index = begin + drawn.offset;
       partial.score = drawn.score;
       partial.token_id = drawn.offset < 0 ? -1 : static_cast<int32_t>(args.first_id + index);
-      partial.token_logit = drawn.offset < 0 ? -INFINITY : to_float(row[index]);
+      partial.token_logit = drawn.offset < 0 ? -INFINITY : to_float(logits_of_row[index]);
     }
   }
 };
