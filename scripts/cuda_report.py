@@ -6,6 +6,7 @@ Dynamic shared memory is chosen at the launch and not in it.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,9 @@ def demangled(name: str) -> str:
 
 def main(archs: tuple[str, ...]) -> None:
     """Compile all sources, two at a time."""
+    missing = [program for program in ("nvcc", "c++filt") if shutil.which(program) is None]
+    if missing:
+        raise SystemExit(f"cuda_report: {' and '.join(missing)} not on PATH; install the CUDA toolkit and binutils")
     jobs = list(product(sorted((CSRC / "cuda").glob("*.cu")), archs))
     with ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(lambda job: ptxas_output(*job), jobs))

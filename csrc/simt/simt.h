@@ -18,21 +18,12 @@ struct dim3 {
 
 #define __global__
 #define __device__
-#define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(bytes) alignas(bytes)
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running thread; threads of a CTA are numbered by x alone
 
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
 struct alignas(8) float2 {
   float x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
@@ -113,7 +104,6 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
   dllm::simt::check_mask(mask);
   dllm::simt::exchange("__syncwarp", nullptr, 0);
 }
-inline void __threadfence() {}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
@@ -127,29 +117,16 @@ template <typename T>
 T __shfl_up_sync(unsigned mask, T value, int lanes, int width = 32) {
   return dllm::simt::shuffle("__shfl_up_sync", mask, value, width, [=](int lane) { return lane - lanes; });
 }
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, int lanes, int width = 32) {
-  return dllm::simt::shuffle("__shfl_down_sync", mask, value, width, [=](int lane) { return lane + lanes; });
-}
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const unsigned bit = (predicate != 0 ? 1u : 0u) << dllm::simt::lane();
   return dllm::simt::reduce("__ballot_sync", mask, bit, std::bit_or<>());
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
-inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
-  return dllm::simt::reduce("__reduce_add_sync", mask, value, std::plus<>());
-}
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   return dllm::simt::reduce("__reduce_max_sync", mask, value, [](unsigned a, unsigned b) { return std::max(a, b); });
 }
 
-template <typename T>
-T atomicAdd(T* to, std::type_identity_t<T> value) {
-  const T before = *to;
-  *to += value;
-  return before;
-}
 template <typename T>
 T atomicMax(T* to, std::type_identity_t<T> value) {
   const T before = *to;
@@ -157,16 +134,9 @@ T atomicMax(T* to, std::type_identity_t<T> value) {
   return before;
 }
 
-template <typename T>
-T __ldg(const T* from) {
-  return *from;
-}
-inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
 inline int __ffs(int bits) { return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1; }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
-inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
-inline long long __double_as_longlong(double value) { return std::bit_cast<long long>(value); }
 using std::max;
 using std::min;

@@ -29,7 +29,7 @@ TINY = Sizes(
 
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two data sets suffice where nothing is timed, and vLLM is another test's."""
+    """One data set suffices where nothing is timed, and vLLM is another test's."""
     monkeypatch.setattr("vllm_dllm.bench.turns.COLD_BYTES", 1)
     monkeypatch.setattr(attention, "find_spec", lambda _: None)
 

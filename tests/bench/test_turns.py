@@ -27,7 +27,8 @@ def test_ratios_are_of_the_same_round():
 
 
 def test_rounds_read_more_than_a_cache():
-    assert num_data_sets(1 << 30) == 2
+    assert num_data_sets(1 << 30) == 1
+    assert num_data_sets(COLD_BYTES // 5) == 6
     assert num_data_sets(COLD_BYTES // 5 + 1) == 5
 
 

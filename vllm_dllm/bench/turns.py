@@ -20,8 +20,8 @@ class UnequalResultsError(RuntimeError):
 
 
 def num_data_sets(num_bytes: int) -> int:
-    """Return how many sets of `num_bytes` a round reads, at least 2."""
-    return max(2, -(-COLD_BYTES // num_bytes))
+    """Return how many sets of `num_bytes` a round reads."""
+    return -(-COLD_BYTES // num_bytes)
 
 
 def take_turns(

@@ -197,7 +197,7 @@ def attention() -> Iterator[Finding]:
     except KernelUnavailable as error:
         yield Finding("attention", str(error), "broken")
     else:
-        yield Finding("attention", f"auto takes {choice.label}: {choice.reason} (bfloat16, heads of 128)")
+        yield Finding("attention", f"auto takes {choice.label} for bfloat16 and heads of 128")
 
 
 def libraries() -> Iterator[Finding]:
