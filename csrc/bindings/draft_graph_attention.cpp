@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <optional>
+#include <vector>
 
 #include "library.h"
 
@@ -29,32 +30,30 @@ FloatType float_type(const Tensor& query) {
   return {};
 }
 
-// What holds the layer's numbers: of the type and on the device of the query, any strides but the last.
-void check_numbers(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, const Tensor& query) {
+void check_tensor(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType type,
+                  const Tensor& query) {
   check_attention(shape(tensor) == list(sizes), name, " must be ", list(sizes), " as the other arguments say, got ",
-                  shape(tensor), "; give tensors of the same rows and the same layer");
-  check_attention(tensor.scalar_type() == query.scalar_type(), name, " must be ", query.scalar_type(),
-                  " as query is, got ", tensor.scalar_type(), "; convert it with .to()");
+                  shape(tensor), "; give the tensors of one layer and one layout");
+  check_attention(tensor.scalar_type() == type, name, " must be ", type, ", got ", tensor.scalar_type(),
+                  "; convert it with .to()");
   check_attention(tensor.stride(tensor.dim() - 1) == 1 || tensor.numel() == 0, name,
                   " must be contiguous in its last dimension, got strides ", strides(tensor), "; call .contiguous()");
   check_attention(tensor.device() == query.device(), name, " must be on the device of query; move all to one device");
+}
+
+void check_contiguous(const char* name, const Tensor& tensor) {
+  check_attention(tensor.is_contiguous(), name, " must be contiguous, got strides ", strides(tensor),
+                  "; call .contiguous()");
 }
 
 // CUDA copies 16 bytes at a time.
 void check_aligned(const char* name, const Tensor& tensor) {
   bool is_aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
-    is_aligned = is_aligned && tensor.stride(dim) * tensor.element_size() % 16 == 0;
+    is_aligned = is_aligned && tensor.stride(dim) * static_cast<int64_t>(tensor.element_size()) % 16 == 0;
   }
   check_attention(is_aligned, name, " has strides ", strides(tensor),
-                  " or begins at an address which are no multiples of ",
-                  "16 bytes, as CUDA needs them; call .contiguous()");
-}
-
-void check_indices(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, const Tensor& query) {
-  check_attention(shape(tensor) == list(sizes), name, " must be ", list(sizes), " as the other arguments say, got ",
-                  shape(tensor), "; make all indices of one layout");
-  check_tensor("draft_graph_attention", name, tensor, ScalarType::Int, query);
+                  ", on CUDA all but the last and the address must be multiples of 16 bytes; call .contiguous()");
 }
 
 void check_dims(const char* name, const Tensor& tensor, int64_t dim, const char* sizes) {
@@ -134,19 +133,20 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
                   ", allowed are 16 to 256; set vLLM's block_size");
   check_attention(std::isfinite(scale) && scale > 0, "scale is ", scale,
                   ", it must be positive and finite; give 1 / sqrt(head_dim) or the model's own");
-  check_numbers("query", query, {num_rows, num_heads, head_dim}, query);
-  check_numbers("key", key, {num_rows, num_kv_heads, head_dim}, query);
-  check_numbers("value", value, {num_rows, num_kv_heads, head_dim}, query);
-  check_numbers("kv_cache", kv_cache, {kv_cache.size(0), num_kv_heads, page_size, 2 * head_dim}, query);
-  check_numbers("out", out, {num_rows, num_heads, head_dim}, query);
-  check_indices("page_table", page_table, {num_requests, page_table.size(1)}, query);
-  check_indices("first_node", first_node, {num_requests + 1}, query);
-  check_indices("first_row", first_row, {num_nodes + 1}, query);
-  check_indices("context", context, {num_nodes, 2 * kContextIntervals}, query);
+  const ScalarType numbers = query.scalar_type();
+  check_tensor("query", query, {num_rows, num_heads, head_dim}, numbers, query);
+  check_tensor("key", key, {num_rows, num_kv_heads, head_dim}, numbers, query);
+  check_tensor("value", value, {num_rows, num_kv_heads, head_dim}, numbers, query);
+  check_tensor("kv_cache", kv_cache, {kv_cache.size(0), num_kv_heads, page_size, 2 * head_dim}, numbers, query);
+  check_tensor("out", out, {num_rows, num_heads, head_dim}, numbers, query);
+  check_tensor("page_table", page_table, {num_requests, page_table.size(1)}, ScalarType::Int, query);
+  check_tensor("first_node", first_node, {num_requests + 1}, ScalarType::Int, query);
+  check_tensor("first_row", first_row, {num_nodes + 1}, ScalarType::Int, query);
+  check_tensor("context", context, {num_nodes, 2 * kContextIntervals}, ScalarType::Int, query);
+  check_contiguous("context", context);
   if (lse.has_value()) {
-    check_attention(shape(*lse) == list({num_rows, num_heads}), "lse must be ", list({num_rows, num_heads}), ", got ",
-                    shape(*lse), "; give one number for each row and head");
-    check_tensor("draft_graph_attention", "lse", *lse, ScalarType::Float, query);
+    check_tensor("lse", *lse, {num_rows, num_heads}, ScalarType::Float, query);
+    check_contiguous("lse", *lse);
   }
   DraftGraphAttentionArgs args = {
       .type = type,

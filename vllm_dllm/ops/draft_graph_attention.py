@@ -6,7 +6,7 @@ from torch import Tensor
 from vllm_dllm.ops.load import require
 
 
-def draft_graph_attention(
+def draft_graph_attention(  # noqa: PLR0913 - the arguments of the op, once per layer and step
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -21,8 +21,8 @@ def draft_graph_attention(
 ) -> None:
     """Attend from each row to its node's context and to its node's rows, both directions, into `out` and `lse`.
 
-    A row's result does not depend on the other nodes and requests of the call, bit for bit. Rows that see nothing, which
-    are those behind the last request's nodes, get 0 and a log-sum-exp of -inf. Requests and nodes may be empty.
+    A row's result does not depend on the other nodes and requests of the call, bit for bit. Rows that see nothing,
+    which are those behind the last request's nodes, get 0 and a log-sum-exp of -inf. Requests and nodes may be empty.
 
     Args:
         query: [num_rows, num_heads, head_dim] float32, float16 or bfloat16; head_dim 32..256, a multiple of 8.
@@ -37,7 +37,8 @@ def draft_graph_attention(
         out: [num_rows, num_heads, head_dim], written.
         lse: [num_rows, num_heads] float32, written; natural logarithm.
 
-    All float tensors but `lse` are of one dtype and contiguous in the last dimension; the int32 tensors are contiguous.
+    All float tensors but `lse` are of one dtype. All tensors are contiguous in the last dimension, `context` and `lse`
+    in both.
 
     Raises:
         KernelUnavailable: the op is not built for the device of `query`.

@@ -20,12 +20,22 @@ extern "C" int omp_get_max_threads();
 namespace dllm::cpu::DLLM_ISA {
 namespace {
 
-constexpr int32_t kTile = 64;
+constexpr int32_t kTile = 64;  // of 32, 64 and 128 the fastest: a panel's scores and its query stay in the first cache
 constexpr int32_t kPanelLanes = kMaxVecs * kLanes;
 constexpr int32_t kMaxLanes = 1536;     // 11 nodes of 32 rows and 4 heads in one pass over the context
 constexpr int32_t kItemsPerThread = 4;  // at least, if there are lanes enough: threads end together
+constexpr int32_t kLanesAhead = 8;      // queries that are on their way while one is spread
+constexpr int32_t kRowsAhead = 3;       // K/V to fetch per product: with 24 products per panel a tile arrives in time
 
 static_assert(kMaxLanes % kPanelLanes == 0 && kTile % kTileRows == 0 && kRun % kTileRows == 0);
+
+template <typename Stored>
+inline void prefetch(const Stored* numbers, int32_t count) {
+  constexpr int32_t kCacheLine = 64 / sizeof(Stored);
+  for (int32_t i = 0; i < count; i += kCacheLine) {
+    __builtin_prefetch(numbers + i);
+  }
+}
 
 // Scores of a panel: they begin at 0, whatever was there.
 struct ScoreSums {
@@ -113,6 +123,8 @@ class Chunk {
   void begin() {
     const auto* query = static_cast<const Stored*>(args_.query);
     for (int32_t lane = 0; lane < num_lanes_; ++lane) {
+      const int32_t ahead = lane + kLanesAhead < num_lanes_ ? lane + kLanesAhead : lane;
+      prefetch(lane_pointer(query, args_.query_strides, ahead), args_.head_dim);
       Element* to = query_ + (lane / kLanes) * depth_ * kLanes + lane % kLanes;
       Operands::spread(lane_pointer(query, args_.query_strides, lane), args_.head_dim, to);
     }
@@ -156,7 +168,7 @@ class Chunk {
           continue;
         }
         if (segment.begin != staged.begin || segment.end != staged.end) {
-          stage_stored(segment);
+          stage_stored(segment, seen.end);
           staged = segment;
         }
         attend(lanes, segment.end - segment.begin);
@@ -176,19 +188,33 @@ class Chunk {
     }
   }
 
-  void stage_stored(Interval positions) {
-    const Stored* head = static_cast<const Stored*>(args_.kv_cache) + kv_head_ * args_.cache_head_stride;
-    const int32_t* pages = args_.page_table + request_ * args_.page_table_stride;
+  // `end` is that of the context's interval: up to there a tile ahead is fetched, too.
+  void stage_stored(Interval positions, int32_t end) {
+    num_ahead_ = 0;
     const Stored* key[kTile];
     const Stored* value[kTile];
     for (int32_t position = positions.begin; position < positions.end; ++position) {
-      const int64_t page = pages[position / args_.page_size];
-      const int64_t offset = position % args_.page_size;
       const int32_t i = position - positions.begin;
-      key[i] = head + page * args_.cache_page_stride + offset * args_.cache_position_stride;
+      key[i] = stored_row(position);
       value[i] = key[i] + args_.head_dim;
+      if (position + kTile < end) {
+        ahead_[num_ahead_++] = stored_row(position + kTile);
+      }
     }
     stage(key, value, positions.end - positions.begin);
+  }
+
+  // While staged positions are in use, those a tile ahead come nearer, a few between any two products.
+  void prefetch_stored() {
+    for (int32_t i = 0; i < kRowsAhead && num_ahead_ > 0; ++i) {
+      prefetch(ahead_[--num_ahead_], 2 * args_.head_dim);
+    }
+  }
+
+  const Stored* stored_row(int32_t position) const {
+    const int64_t page = args_.page_table[request_ * args_.page_table_stride + position / args_.page_size];
+    return static_cast<const Stored*>(args_.kv_cache) + page * args_.cache_page_stride +
+           kv_head_ * args_.cache_head_stride + position % args_.page_size * args_.cache_position_stride;
   }
 
   void stage_own(Interval rows) {
@@ -228,46 +254,63 @@ class Chunk {
   template <int kVecs>
   void attend_vecs(int32_t first_vec, Interval lanes, int32_t num_positions) {
     const Panel<Element> query = {query_ + first_vec * depth_ * kLanes, kLanes, depth_ * kLanes};
-    for (int32_t i = 0; i < num_positions; i += kTileRows) {  // beyond num_positions: computed and not used
+    for (int32_t i = 0; i < num_positions; i += kTileRows) {
+      prefetch_stored();
+      // beyond num_positions: computed and not used
       tile_product<Number, kTileRows, kVecs>({key_ + i * depth_, depth_, 1}, query, depth_,
                                              ScoreSums{scores_ + i * kPanelLanes});
     }
     VecI is_concerned[kVecs];
-    VecF factor[kVecs];
     for (int vec = 0; vec < kVecs; ++vec) {
       is_concerned[vec] = are_between((first_vec + vec) * kLanes, lanes.begin, lanes.end);
-      factor[vec] = softmax(state_[first_vec + vec], scores_ + vec * kLanes, is_concerned[vec], num_positions);
     }
+    VecF factor[kVecs];
+    softmax<kVecs>(state_ + first_vec, is_concerned, num_positions, factor);
     const int64_t depth = Operands::template pair_up<kVecs>(scores_, kPanelLanes, num_positions);
     const Panel<Element> weights = {reinterpret_cast<const Element*>(scores_), kPanelLanes, kLanes};
     const int64_t vec_stride = int64_t{args_.head_dim} * kLanes;
     for (int32_t i = 0; i < args_.head_dim; i += kTileRows) {
+      prefetch_stored();
       float* out = out_ + first_vec * vec_stride + i * kLanes;
       tile_product<Number, kTileRows, kVecs>({value_ + i, 1, args_.head_dim}, weights, depth,
                                              OutSums<kVecs>{out, vec_stride, factor, is_concerned});
     }
   }
 
-  // Turn scores into weights, 0 in lanes that are not concerned; returns the factor of all that was summed before.
-  VecF softmax(SoftmaxState<VecF>& state, float* scores, VecI is_concerned, int32_t num_positions) const {
+  // Turn scores into weights, 0 in lanes that are not concerned; `factor` is that of all that was summed before.
+  template <int kVecs>
+  void softmax(SoftmaxState<VecF>* state, const VecI (&is_concerned)[kVecs], int32_t num_positions,
+               VecF (&factor)[kVecs]) {
     const VecF none = splat(kNegativeInfinity);
     const VecF scale = splat(exponent_scale_);
-    VecF top = none;
-    for (int32_t i = 0; i < num_positions; ++i) {
-      top = max(top, load(scores + i * kPanelLanes));
+    VecF top[kVecs];
+    VecF base[kVecs];
+    VecF sum[kVecs];
+    for (int vec = 0; vec < kVecs; ++vec) {
+      top[vec] = none;
+      sum[vec] = VecF{};
     }
-    const VecF factor = exp2(raise_max(state, is_concerned ? top * scale : none));
-    const VecF base = softmax_base(state.max);
-    VecF sum = {};
     for (int32_t i = 0; i < num_positions; ++i) {
-      float* score = scores + i * kPanelLanes;
-      const VecF weight = exp2(load(score) * scale - base);
-      const VecF concerned = is_concerned ? weight : VecF{};
-      store(score, concerned);
-      sum = sum + concerned;
+      for (int vec = 0; vec < kVecs; ++vec) {
+        top[vec] = max(top[vec], load(scores_ + i * kPanelLanes + vec * kLanes));
+      }
     }
-    state.sum = state.sum * factor + sum;
-    return factor;
+    for (int vec = 0; vec < kVecs; ++vec) {
+      factor[vec] = exp2(raise_max(state[vec], is_concerned[vec] ? top[vec] * scale : none));
+      base[vec] = softmax_base(state[vec].max);
+    }
+    for (int32_t i = 0; i < num_positions; ++i) {
+      for (int vec = 0; vec < kVecs; ++vec) {
+        float* score = scores_ + i * kPanelLanes + vec * kLanes;
+        const VecF weight = exp2(load(score) * scale - base[vec]);
+        const VecF concerned = is_concerned[vec] ? weight : VecF{};
+        store(score, concerned);
+        sum[vec] = sum[vec] + concerned;
+      }
+    }
+    for (int vec = 0; vec < kVecs; ++vec) {
+      state[vec].sum = state[vec].sum * factor[vec] + sum[vec];
+    }
   }
 
   void finish() {
@@ -310,6 +353,8 @@ class Chunk {
   int32_t last_node_ = 0;
   int32_t first_lane_ = 0;
   int32_t num_lanes_ = 0;
+  int32_t num_ahead_ = 0;
+  const Stored* ahead_[kTile];  // rows of the cache that are to come, the last first
 };
 
 // Lanes of a chunk: few enough to occupy all threads. No row's result depends on it.

@@ -51,7 +51,7 @@ struct BFloat16Pairs {
   static constexpr int kPerElement = 2;
 
   typedef int32_t Pair __attribute__((aligned(2), may_alias));
-  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+  typedef uint16_t Halves __attribute__((vector_size(4 * kLanes)));
 
   static void spread(const uint16_t* row, int32_t head_dim, int32_t* lane) {
     for (int32_t dim = 0; dim < head_dim; dim += kPerElement) {
@@ -79,19 +79,26 @@ struct BFloat16Pairs {
     }
   }
 
+  static VecI pair(VecF first, VecF second) {
+    const auto apart = reinterpret_cast<Halves>(
+        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+    Halves order;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      order[2 * lane] = lane;
+      order[2 * lane + 1] = kLanes + lane;
+    }
+    return reinterpret_cast<VecI>(__builtin_shuffle(apart, order));
+  }
+
   // Round weights and write them over their floats, pair by pair.
   template <int kVecs>
   static int64_t pair_up(float* weights, int64_t stride, int32_t num_rows) {
-    const auto half = [](VecF floats) {
-      const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(floats));
-      return __builtin_convertvector(reinterpret_cast<Halves>(rounded), VecI);
-    };
     for (int32_t row = 0; row < num_rows; row += kPerElement) {
       for (int vec = 0; vec < kVecs; ++vec) {
         const float* first = weights + row * stride + vec * kLanes;
         const VecF second = row + 1 < num_rows ? load(first + stride) : VecF{};
-        float* to = weights + row / kPerElement * stride + vec * kLanes;
-        *reinterpret_cast<UnalignedVecI*>(to) = half(load(first)) | (half(second) << 16);
+        *reinterpret_cast<UnalignedVecI*>(weights + row / kPerElement * stride + vec * kLanes) =
+            pair(load(first), second);
       }
     }
     return (num_rows + 1) / kPerElement;

@@ -47,11 +47,10 @@ inline VecI are_between(int32_t first, int32_t begin, int32_t end) {
 
 // 2^x with a relative error of 2e-7; 0 below 2^-126.
 inline VecF exp2(VecF x) {
-  const VecF lowest = splat(-126.0f);
-  const VecF clamped = x < lowest ? lowest : x;
-  const VecF magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const VecF n = (clamped + magic) - magic;
-  const VecF f = clamped - n;
+  const VecF clamped = max(splat(-127.0f), x);  // a NaN stays one
+  const VecF magic = splat(12582912.0f);        // 1.5 * 2^23: adding it rounds, and leaves the integer in the low bits
+  const VecF shifted = clamped + magic;
+  const VecF f = clamped - (shifted - magic);
   VecF p = splat(1.535336188319500e-4f);
   p = p * f + splat(1.339887440266574e-3f);
   p = p * f + splat(9.618437357674640e-3f);
@@ -59,9 +58,8 @@ inline VecF exp2(VecF x) {
   p = p * f + splat(2.402264791363012e-1f);
   p = p * f + splat(6.931472028550421e-1f);
   p = p * f + splat(1.0f);
-  const VecI exponent = (__builtin_convertvector(n, VecI) + 127) << 23;
-  const VecF result = p * reinterpret_cast<VecF>(exponent);
-  return x < lowest ? VecF{} : result;
+  const VecI power = (reinterpret_cast<VecI>(shifted) + 127) << 23;  // 0.0 for the lowest
+  return p * reinterpret_cast<VecF>(power);
 }
 
 }  // namespace dllm::cpu::DLLM_ISA
