@@ -41,20 +41,19 @@ void check_tensor(const char* name, const Tensor& tensor, const std::vector<int6
   check_attention(tensor.device() == query.device(), name, " must be on the device of query; move all to one device");
 }
 
+void check_contiguous(const char* name, const Tensor& tensor) {
+  check_attention(tensor.is_contiguous(), name, " must be contiguous, got strides ", strides(tensor),
+                  "; call .contiguous()");
+}
+
 // CUDA copies 16 bytes at a time.
 void check_aligned(const char* name, const Tensor& tensor) {
   bool is_aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
-    is_aligned = is_aligned && tensor.stride(dim) * tensor.element_size() % 16 == 0;
+    is_aligned = is_aligned && tensor.stride(dim) * static_cast<int64_t>(tensor.element_size()) % 16 == 0;
   }
   check_attention(is_aligned, name, " has strides ", strides(tensor),
-                  " or begins at an address which are no multiples of ",
-                  "16 bytes, as CUDA needs them; call .contiguous()");
-}
-
-void check_contiguous(const char* name, const Tensor& tensor) {
-  check_attention(tensor.is_contiguous(), name, " must be contiguous, got strides ", strides(tensor),
-                  "; call .contiguous()");
+                  ", on CUDA all but the last and the address must be multiples of 16 bytes; call .contiguous()");
 }
 
 void check_dims(const char* name, const Tensor& tensor, int64_t dim, const char* sizes) {

@@ -295,7 +295,9 @@ void wait_for_copies(size_t pending_groups) {
   auto& groups = self().groups;
   while (groups.size() > pending_groups) {
     for (const Copy& copy : groups.front()) {
-      std::memcpy(copy.to, copy.from, copy.bytes);
+      if (copy.bytes > 0) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      }
       std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.zero_bytes);
     }
     groups.erase(groups.begin());
