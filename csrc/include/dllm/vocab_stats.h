@@ -2,6 +2,7 @@
 // logits of all rows ever existing together.
 #pragma once
 
+#include "dllm/macros.h"
 #include "dllm/types.h"
 
 namespace dllm {
@@ -65,7 +66,9 @@ struct VocabStatsArgs {
   float* filter_logits;    // [kFilterRows, num_ids] of scratch; nullptr when no row is filtered
 };
 
-inline int64_t num_vocab_chunks(int64_t num_ids) { return (num_ids + kVocabChunk - 1) / kVocabChunk; }
+DLLM_HOST_DEVICE static inline int64_t num_vocab_chunks(int64_t num_ids) {
+  return (num_ids + kVocabChunk - 1) / kVocabChunk;
+}
 
 namespace cpu {
 void vocab_stats(const VocabStatsArgs& args);
