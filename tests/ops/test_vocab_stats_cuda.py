@@ -221,7 +221,7 @@ def test_a_row_alone_is_as_in_company(where):
 
 def test_a_weight_is_refused():
     rows = torch.ones(2, 8)
-    with pytest.raises(RuntimeError, match="a weight is given with rows on a GPU, .*; allowed is None; give logits"):
+    with pytest.raises(RuntimeError, match=r"a weight is given with rows on a GPU, .*; allowed is None; give logits"):
         simt.ops().vocab_stats(rows, torch.ones(5, 8), 0, (), 1, None, None, None, None)
 
 
