@@ -53,8 +53,8 @@ def test_a_captured_shape_is_decided_by_rows_alone(num_reqs: int) -> None:
     start = np.arange(num_reqs, dtype=np.int64)
     page_table = torch.arange(num_reqs * 4, dtype=torch.int32).view(num_reqs, 4)  # wider than any row needs
     shapes, addresses = set(), set()
-    for num_nodes in (1, 0):
-        host = denoise_layout(start[:num_nodes], start[:num_nodes] + 8, num_nodes=1, block_length=8)
+    for count in (num_reqs, 0):
+        host = denoise_layout(start[:count], start[:count] + 8, num_nodes=1, block_length=8)
         pages = page_table[: host.num_requests]
         layout = buffers.fill(host, pages, num_rows=56, block_length=8, page_size=16)
         tensors = (layout.page_table, layout.first_node, layout.first_row, layout.context)
