@@ -141,7 +141,14 @@ def test_a_library_is_imported_only_when_chosen(name: str) -> None:
     ],
 )
 def test_memory_for_a_moment_is_counted(implementation: type[Attention], num_bytes: int) -> None:
-    assert implementation.temporary_bytes(torch.empty(10, 4, 32)) == num_bytes
+    assert implementation.temporary_bytes(torch.empty(10, 4, 32), 4096) == num_bytes
+
+
+@pytest.mark.parametrize(("max_context_len", "num_splits"), [(700, 0), (800, 2), (4096, 5), (10**6, 16)])
+def test_the_workspace_of_the_cuda_kernel_is_counted(max_context_len: int, num_splits: int) -> None:
+    """Where one split is enough, there is none."""
+    query = torch.empty(10, 4, 32, device="meta")
+    assert CsrcAttention.temporary_bytes(query, max_context_len) == 4 * num_splits * 10 * 4 * (32 + 2)
 
 
 @pytest.mark.gpu

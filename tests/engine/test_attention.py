@@ -52,7 +52,7 @@ class _Gpu:
 
 
 def stub_config(settings: dict[str, Any], cudagraph_mode: CUDAGraphMode = CUDAGraphMode.FULL) -> Any:
-    model = SimpleNamespace(dtype=torch.bfloat16, get_head_size=lambda: 128)
+    model = SimpleNamespace(dtype=torch.bfloat16, get_head_size=lambda: 128, max_model_len=64)
     return SimpleNamespace(
         model_config=model,
         cache_config=SimpleNamespace(cache_dtype="auto", block_size=16, user_specified_block_size=True),
@@ -130,6 +130,8 @@ def test_the_profiling_run_takes_what_a_layer_takes(
 
     class Query:
         """Counts what is allocated through it."""
+
+        device = torch.device("cpu")
 
         def new_empty(self, size: int, dtype: torch.dtype) -> None:
             taken.append(size * dtype.itemsize)

@@ -11,6 +11,10 @@ from vllm_dllm.attention.interface import Heads, Setting, Support
 from vllm_dllm.attention.layout import ForwardLayout
 from vllm_dllm.errors import KernelUnavailable
 
+LARGEST_PAGE = 256
+SPLIT_LEN, MAX_SPLITS = 1024, 16
+"""How the CUDA kernel splits a context; as in csrc/include/dllm/draft_graph_attention.h."""
+
 
 class CsrcAttention:
     """`csrc`: `ops.draft_graph_attention`, which shares one pass over the context among a request's nodes."""
@@ -19,7 +23,7 @@ class CsrcAttention:
         device_types={"cpu", "cuda"},
         dtypes={torch.float32, torch.float16, torch.bfloat16},
         head_dims=range(32, 257, 8),
-        page_sizes=range(16, 257),
+        page_sizes=range(16, LARGEST_PAGE + 1),
         casts_cache=False,
         cuda_graphs=True,
         least_capability=(8, 0),
@@ -35,9 +39,13 @@ class CsrcAttention:
         return None
 
     @staticmethod
-    def temporary_bytes(query: Tensor) -> int:
-        """Return 0: the kernel takes nothing of this size."""
-        return 0
+    def temporary_bytes(query: Tensor, max_context_len: int) -> int:
+        """Return the bytes of the CUDA kernel's workspace: what the splits of the context hand over."""
+        num_splits = min(MAX_SPLITS, -(-(max_context_len + LARGEST_PAGE) // SPLIT_LEN))
+        if query.device.type == "cpu" or num_splits == 1:
+            return 0
+        num_rows, num_heads, head_dim = query.shape
+        return 4 * num_splits * num_rows * num_heads * (head_dim + 2)
 
     def __init__(self, heads: Heads, kv_cache: Tensor) -> None:
         self.scale = heads.scale

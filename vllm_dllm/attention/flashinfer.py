@@ -46,7 +46,7 @@ class FlashInferAttention:
         return None
 
     @staticmethod
-    def temporary_bytes(query: Tensor) -> int:
+    def temporary_bytes(query: Tensor, max_context_len: int) -> int:
         """Return the bytes of the context's part of the output; both parts' sums add a few per cent."""
         return query.numel() * query.element_size() * 9 // 8
 

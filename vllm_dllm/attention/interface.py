@@ -92,8 +92,13 @@ class Attention(Protocol):
         """Return why what the implementation needs is not installed, and the command that mends it; None if it is."""
 
     @staticmethod
-    def temporary_bytes(query: Tensor) -> int:
-        """Return how much memory a layer takes for a moment with a query of this size, [num_rows, num_heads, ...]."""
+    def temporary_bytes(query: Tensor, max_context_len: int) -> int:
+        """Return how much memory a layer takes for a moment.
+
+        Args:
+            query: [num_rows, num_heads, head_dim], of as many rows as a forward may have.
+            max_context_len: the most stored positions of a request.
+        """
 
     def __init__(self, heads: Heads, kv_cache: Tensor) -> None: ...
 

@@ -37,7 +37,7 @@ class PlainAttention:
         return None
 
     @staticmethod
-    def temporary_bytes(query: Tensor) -> int:
+    def temporary_bytes(query: Tensor, max_context_len: int) -> int:
         """Return the bytes of a chunk's gathered K/V and of their concatenation with the rows' own."""
         return 2 * CHUNK_BYTES
 

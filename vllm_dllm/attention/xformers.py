@@ -44,7 +44,7 @@ class XformersAttention:
         return None
 
     @staticmethod
-    def temporary_bytes(query: Tensor) -> int:
+    def temporary_bytes(query: Tensor, max_context_len: int) -> int:
         """Return the bytes of a chunk's gathered K/V, and of both parts of the output and their merge."""
         return CHUNK_BYTES + 3 * query.numel() * query.element_size()
 

@@ -120,7 +120,9 @@ class DllmAttentionImpl(AttentionImpl[ForwardAttention]):
         self.scale = scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.implementation = implementation_of(get_current_vllm_config())
+        vllm_config = get_current_vllm_config()
+        self.implementation = implementation_of(vllm_config)
+        self.max_context_len = vllm_config.model_config.max_model_len
 
     def heads(self, dtype: torch.dtype) -> Heads:
         """Return what an implementation is made for."""
@@ -144,7 +146,8 @@ class DllmAttentionImpl(AttentionImpl[ForwardAttention]):
         for a moment as a step may take.
         """
         if attn_metadata is None:
-            query.new_empty(self.implementation.temporary_bytes(query), dtype=torch.int8)
+            num_bytes = self.implementation.temporary_bytes(query, self.max_context_len)
+            query.new_empty(num_bytes, dtype=torch.int8)
             return output.zero_()
         if attn_metadata.store is not None:
             store_kv(key, value, kv_cache, attn_metadata.store)

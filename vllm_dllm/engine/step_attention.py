@@ -27,6 +27,7 @@ class StepAttention:
         layer = vllm_config.compilation_config.static_forward_context[self.layer_names[0]]
         heads = layer.impl.heads(vllm_config.model_config.dtype)
         self.implementation = implementation_of(vllm_config)(heads, layer.kv_cache)
+        self.max_pages = -(-vllm_config.model_config.max_model_len // self.page_size)
         self.captured: CapturedLayout | None = None
         if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             self.prepare_capture(vllm_config)
@@ -37,7 +38,7 @@ class StepAttention:
         self.captured = CapturedLayout(
             max_num_requests=scheduler.max_num_seqs,
             max_num_nodes=scheduler.max_num_batched_tokens // self.block_length,
-            max_pages=-(-vllm_config.model_config.max_model_len // self.page_size),
+            max_pages=self.max_pages,
             device=self.device,
         )
 
@@ -51,7 +52,8 @@ class StepAttention:
             page_table: [num_requests, max_pages] int32.
             store: [num_rows], where the rows' K/V go.
         """
-        layout = to_device(host, page_table, self.page_size)
+        # As wide as a captured graph's: CUDA splits contexts by the width, so that the sums are the same.
+        layout = to_device(host, page_table[:, : self.max_pages], self.page_size)
         return dict.fromkeys(self.layer_names, ForwardAttention(self.implementation.plan(layout), store))
 
     def lone(self, num_rows: int) -> dict[str, ForwardAttention]:
