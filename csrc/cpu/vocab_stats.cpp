@@ -48,7 +48,7 @@ Cut top_k_cut(const float* logits, int64_t num_ids, int64_t top_k) {
 // largest logit tell near which distance the set ends; only the ids there are sorted.
 Cut top_p_cut(const float* logits, int64_t num_ids, double temperature, double top_p, Cut cut) {
   const double largest = *std::max_element(logits, logits + num_ids);
-  if (top_p >= 1.0 || largest == -INFINITY) {
+  if (top_p >= 1.0 || !std::isfinite(largest)) {  // an infinite logit has no distance from others
     return cut;
   }
   const auto mass = [&](int64_t id) { return std::exp((logits[id] - largest) / temperature); };

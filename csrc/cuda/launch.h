@@ -47,7 +47,11 @@ const char* launch(void (*kernel)(Args...), const Geometry& geometry, [[maybe_un
 #ifdef __CUDACC__
   constexpr size_t kWithoutOptIn = 48 << 10;
   if (geometry.shared_bytes > kWithoutOptIn) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(geometry.shared_bytes));
+    const auto bytes = static_cast<int>(geometry.shared_bytes);
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) {
+      return cudaGetErrorString(status);
+    }
   }
   kernel<<<geometry.num_ctas, geometry.num_threads, geometry.shared_bytes, stream>>>(args...);
   const cudaError_t status = cudaGetLastError();

@@ -34,3 +34,16 @@ def test_unknown_device():
 def test_built_without_cuda():
     with pytest.raises(KernelUnavailable, match="vocab_stats was built for the CPU alone"):
         load.require("vocab_stats", "cuda")
+
+
+@pytest.mark.parametrize("op", ["verify_walk", "vocab_stats"])
+def test_a_tensor_on_another_device_is_refused(op):
+    """A lone tensor on `meta` makes torch call the fake, which would leave results unwritten."""
+    canvas = torch.zeros(2, 3, 4, dtype=torch.int64)
+    arguments = {
+        "verify_walk": (canvas, canvas.to("meta"), torch.ones(2, 3, dtype=torch.bool)),
+        "vocab_stats": (torch.ones(2, 8), torch.ones(5, 8, device="meta"), 0, [], 1, None, None, None, None),
+    }
+    load.require(op, "cpu")
+    with pytest.raises(RuntimeError, match=f"{op}: the tensors are on cpu and meta; allowed is one device; move them"):
+        getattr(torch.ops.vllm_dllm, op)(*arguments[op])

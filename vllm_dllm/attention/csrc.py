@@ -10,6 +10,7 @@ from vllm_dllm import ops
 from vllm_dllm.attention.interface import Heads, Setting, Support
 from vllm_dllm.attention.layout import ForwardLayout
 from vllm_dllm.errors import KernelUnavailable
+from vllm_dllm.ops.library import cpu_isa
 
 LARGEST_PAGE = 256
 SPLIT_LEN, MAX_SPLITS = 1024, 16
@@ -34,7 +35,8 @@ class CsrcAttention:
         """Return the reason why the op cannot be called, with the command that builds it."""
         try:
             ops.require("draft_graph_attention", setting.device_type)
-        except KernelUnavailable as error:
+            cpu_isa()
+        except (KernelUnavailable, RuntimeError) as error:  # VLLM_DLLM_ISA may name what this CPU lacks
             return str(error)
         return None
 

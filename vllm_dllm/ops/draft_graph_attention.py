@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_dllm.ops.load import require
+from vllm_dllm.ops.load import check_one_device, require
 
 
 def draft_graph_attention(  # noqa: PLR0913 - the arguments of the op, once per layer and step
@@ -51,5 +51,6 @@ def draft_graph_attention(  # noqa: PLR0913 - the arguments of the op, once per 
     )
 
 
-def fake(*arguments: object) -> None:
+def fake(*arguments: Tensor | float | None) -> None:
     """Return nothing: results go to `out` and `lse`."""
+    check_one_device("draft_graph_attention", *(value for value in arguments if isinstance(value, Tensor)))

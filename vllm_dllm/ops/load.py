@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vllm_dllm.errors import KernelUnavailable
 
@@ -72,3 +73,13 @@ def require(op: str, device_type: str) -> None:
     Raises: KernelUnavailable.
     """
     _check(op, device_type)
+
+
+def check_one_device(op: str, *tensors: Tensor | None) -> None:
+    """Refuse tensors of several devices; a fake does so, since one tensor on `meta` makes torch call it for all.
+
+    Raises: RuntimeError.
+    """
+    devices = sorted({str(tensor.device) for tensor in tensors if tensor is not None})
+    if len(devices) > 1:
+        raise RuntimeError(f"{op}: the tensors are on {' and '.join(devices)}; allowed is one device; move them")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vllm_dllm.ops.load import require
+from vllm_dllm.ops.load import check_one_device, require
 
 
 def propose_nodes(
@@ -56,6 +56,7 @@ def fake(
     num_drafts: int,
 ) -> list[Tensor]:
     """Return empty drafts: canvas, is_valid, node, depth, log_reach."""
+    check_one_device("propose_nodes", *graph, *roots, *draft_noise)
     canvas = roots[0]
     shape = (canvas.shape[0], num_drafts)
     return [

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_dllm.ops.load import require
+from vllm_dllm.ops.load import check_one_device, require
 
 
 def verify_walk(canvas: Tensor, next_canvas: Tensor, is_valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,4 +29,5 @@ def verify_walk(canvas: Tensor, next_canvas: Tensor, is_valid: Tensor) -> tuple[
 
 def fake(canvas: Tensor, next_canvas: Tensor, is_valid: Tensor) -> tuple[Tensor, Tensor]:
     """Return two empty [num_reqs] int64."""
+    check_one_device("verify_walk", canvas, next_canvas, is_valid)
     return canvas.new_empty(canvas.shape[0]), canvas.new_empty(canvas.shape[0])

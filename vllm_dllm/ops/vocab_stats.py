@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vllm_dllm.ops.load import require
+from vllm_dllm.ops.load import check_one_device, require
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +154,10 @@ def vocab_stats(
 
 
 def fake(
-    rows: Tensor, weight: Tensor | None, first_id: int, excluded_ids: list[int], num_candidates: int, *_: Tensor | None
+    rows: Tensor, weight: Tensor | None, first_id: int, excluded_ids: list[int], num_candidates: int, *sampling: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Return empty results of the fields of `PartialStats`."""
+    check_one_device("vocab_stats", rows, weight, *sampling)
     num_rows = rows.shape[0]
     return (
         rows.new_empty((num_rows, num_candidates), dtype=torch.int64),
