@@ -15,10 +15,14 @@ from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph_file import calibrate_command
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/simt/README.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
+]
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TEST_NAME = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 REPO_PATH = re.compile(r"(?<![\w/.-])(?:examples|scripts|tests|docs|csrc|requirements)/[\w./-]*\w")
 
 
@@ -58,6 +62,12 @@ def test_commands_name_things_that_exist(page):
             assert stem.with_suffix(".py").is_file() or (stem / "__main__.py").is_file(), module
         for path in REPO_PATH.findall(code):
             assert (ROOT / path).exists(), path
+
+
+def test_tests_that_pages_name_exist(page):
+    for file, name in TEST_NAME.findall(page.read_text()):
+        found = [path for path in ROOT.glob(f"tests/**/{file}") if f"def {name}(" in path.read_text()]
+        assert found, f"{file}::{name}"
 
 
 def test_python_blocks_parse(page):

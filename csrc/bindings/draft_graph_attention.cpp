@@ -9,41 +9,13 @@
 namespace dllm {
 namespace {
 
-template <typename... Parts>
-void check_attention(bool condition, const Parts&... parts) {
-  check(condition, "draft_graph_attention: ", parts...);
-}
+constexpr const char* kOp = "draft_graph_attention";
 
-FloatType float_type(const Tensor& query) {
-  switch (query.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::kFloat32;
-    case ScalarType::Half:
-      return FloatType::kFloat16;
-    case ScalarType::BFloat16:
-      return FloatType::kBFloat16;
-    default:
-      break;
-  }
-  check_attention(false, "query must be float32, float16 or bfloat16, got ", query.scalar_type(),
-                  "; convert the layer's tensors and its cache to one of these");
-  return {};
-}
-
-void check_tensor(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType type,
-                  const Tensor& query) {
-  check_attention(shape(tensor) == list(sizes), name, " must be ", list(sizes), " as the other arguments say, got ",
-                  shape(tensor), "; give the tensors of one layer and one layout");
-  check_attention(tensor.scalar_type() == type, name, " must be ", type, ", got ", tensor.scalar_type(),
-                  "; convert it with .to()");
-  check_attention(tensor.stride(tensor.dim() - 1) == 1 || tensor.numel() == 0, name,
-                  " must be contiguous in its last dimension, got strides ", strides(tensor), "; call .contiguous()");
-  check_attention(tensor.device() == query.device(), name, " must be on the device of query; move all to one device");
-}
-
-void check_contiguous(const char* name, const Tensor& tensor) {
-  check_attention(tensor.is_contiguous(), name, " must be contiguous, got strides ", strides(tensor),
-                  "; call .contiguous()");
+void check_argument(const char* name, const Tensor& tensor, const Sizes& sizes, ScalarType type, const Tensor& query) {
+  check_shape(kOp, name, tensor, sizes, "give the tensors of one layer and one layout");
+  check_type(kOp, name, tensor, type);
+  check_last_contiguous(kOp, name, tensor);
+  check_device(kOp, name, tensor, query);
 }
 
 // CUDA copies 16 bytes at a time.
@@ -52,19 +24,15 @@ void check_aligned(const char* name, const Tensor& tensor) {
   for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
     is_aligned = is_aligned && tensor.stride(dim) * static_cast<int64_t>(tensor.element_size()) % 16 == 0;
   }
-  check_attention(is_aligned, name, " has strides ", strides(tensor),
-                  ", on CUDA all but the last and the address must be multiples of 16 bytes; call .contiguous()");
-}
-
-void check_dims(const char* name, const Tensor& tensor, int64_t dim, const char* sizes) {
-  check_attention(tensor.dim() == dim, name, " must be ", sizes, ", got ", shape(tensor), "; reshape it");
+  check(is_aligned, kOp, name, " has strides ", strides(tensor),
+        ", on CUDA all but the last and the address must be multiples of 16 bytes; call .contiguous()");
 }
 
 void check_ascending(const char* name, const int32_t* first, int64_t count, int64_t limit) {
-  check_attention(first[0] == 0, name, " must begin with 0, got ", first[0], "; give running sums");
+  check(first[0] == 0, kOp, name, " must begin with 0, got ", first[0], "; give running sums");
   for (int64_t i = 0; i < count; ++i) {
-    check_attention(first[i] <= first[i + 1] && first[i + 1] <= limit, name, " must ascend to at most ", limit,
-                    ", got ", first[i + 1], " after ", first[i], "; give running sums");
+    check(first[i] <= first[i + 1] && first[i + 1] <= limit, kOp, name, " must ascend to at most ", limit, ", got ",
+          first[i + 1], " after ", first[i], "; give running sums");
   }
 }
 
@@ -77,14 +45,14 @@ void check_context(const DraftGraphAttentionArgs& args, int32_t request, int32_t
       continue;
     }
     const int64_t limit = int64_t{args.max_pages} * args.page_size;
-    check_attention(least <= seen.begin && seen.end <= limit, "context of node ", node, " has the interval [",
-                    seen.begin, ", ", seen.end, "), allowed are positions ", least, " to ", limit,
-                    "; give disjoint intervals in ascending order within the page table");
+    check(least <= seen.begin && seen.end <= limit, kOp, "context of node ", node, " has the interval [", seen.begin,
+          ", ", seen.end, "), allowed are positions ", least, " to ", limit,
+          "; give disjoint intervals in ascending order within the page table");
     least = seen.end;
     for (int32_t page = seen.begin / args.page_size; page <= (seen.end - 1) / args.page_size; ++page) {
-      check_attention(0 <= pages[page] && pages[page] < args.num_pages, "page_table[", request, "][", page, "] is ",
-                      pages[page], ", the cache has pages 0 to ", args.num_pages - 1, " and node ", node,
-                      " sees that page; give its page, or less context");
+      check(0 <= pages[page] && pages[page] < args.num_pages, kOp, "page_table[", request, "][", page, "] is ",
+            pages[page], ", the cache has pages 0 to ", args.num_pages - 1, " and node ", node,
+            " sees that page; give its page, or less context");
     }
   }
 }
@@ -112,12 +80,12 @@ RowStrides row_strides(const Tensor& tensor) { return {.row = tensor.stride(0), 
 void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cache, Tensor page_table,
                            Tensor first_node, Tensor first_row, Tensor context, double scale, Tensor out,
                            std::optional<Tensor> lse) {
-  const FloatType type = float_type(query);
-  check_dims("query", query, 3, "[num_rows, num_heads, head_dim]");
-  check_dims("key", key, 3, "[num_rows, num_kv_heads, head_dim]");
-  check_dims("kv_cache", kv_cache, 4, "[num_pages, num_kv_heads, page_size, 2 * head_dim]");
-  check_dims("page_table", page_table, 2, "[num_requests, max_pages]");
-  check_dims("context", context, 2, "[num_nodes, 4]");
+  const FloatType type = float_type(kOp, "query", query);
+  check_dims(kOp, "query", query, 3, "[num_rows, num_heads, head_dim]");
+  check_dims(kOp, "key", key, 3, "[num_rows, num_kv_heads, head_dim]");
+  check_dims(kOp, "kv_cache", kv_cache, 4, "[num_pages, num_kv_heads, page_size, 2 * head_dim]");
+  check_dims(kOp, "page_table", page_table, 2, "[num_requests, max_pages]");
+  check_dims(kOp, "context", context, 2, "[num_nodes, 4]");
   const int64_t num_rows = query.size(0);
   const int64_t num_heads = query.size(1);
   const int64_t head_dim = query.size(2);
@@ -125,28 +93,28 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
   const int64_t page_size = kv_cache.size(2);
   const int64_t num_requests = page_table.size(0);
   const int64_t num_nodes = context.size(0);
-  check_attention(head_dim >= 32 && head_dim <= 256 && head_dim % 8 == 0, "head_dim is ", head_dim,
-                  ", allowed are multiples of 8 from 32 to 256; choose another attention for this model");
-  check_attention(num_kv_heads > 0 && num_heads % num_kv_heads == 0, "query has ", num_heads, " heads and key ",
-                  num_kv_heads, ", which must divide them; give the heads of one layer");
-  check_attention(page_size >= 16 && page_size <= 256, "page_size is ", page_size,
-                  ", allowed are 16 to 256; set vLLM's block_size");
-  check_attention(std::isfinite(scale) && scale > 0, "scale is ", scale,
-                  ", it must be positive and finite; give 1 / sqrt(head_dim) or the model's own");
+  check(head_dim >= 32 && head_dim <= 256 && head_dim % 8 == 0, kOp, "head_dim is ", head_dim,
+        ", allowed are multiples of 8 from 32 to 256; choose another attention for this model");
+  check(num_kv_heads > 0 && num_heads % num_kv_heads == 0, kOp, "query has ", num_heads, " heads and key ",
+        num_kv_heads, ", which must divide them; give the heads of one layer");
+  check(page_size >= 16 && page_size <= 256, kOp, "page_size is ", page_size,
+        ", allowed are 16 to 256; set vLLM's block_size");
+  check(std::isfinite(scale) && scale > 0, kOp, "scale is ", scale,
+        ", it must be positive and finite; give 1 / sqrt(head_dim) or the model's own");
   const ScalarType numbers = query.scalar_type();
-  check_tensor("query", query, {num_rows, num_heads, head_dim}, numbers, query);
-  check_tensor("key", key, {num_rows, num_kv_heads, head_dim}, numbers, query);
-  check_tensor("value", value, {num_rows, num_kv_heads, head_dim}, numbers, query);
-  check_tensor("kv_cache", kv_cache, {kv_cache.size(0), num_kv_heads, page_size, 2 * head_dim}, numbers, query);
-  check_tensor("out", out, {num_rows, num_heads, head_dim}, numbers, query);
-  check_tensor("page_table", page_table, {num_requests, page_table.size(1)}, ScalarType::Int, query);
-  check_tensor("first_node", first_node, {num_requests + 1}, ScalarType::Int, query);
-  check_tensor("first_row", first_row, {num_nodes + 1}, ScalarType::Int, query);
-  check_tensor("context", context, {num_nodes, 2 * kContextIntervals}, ScalarType::Int, query);
-  check_contiguous("context", context);
+  check_argument("query", query, {num_rows, num_heads, head_dim}, numbers, query);
+  check_argument("key", key, {num_rows, num_kv_heads, head_dim}, numbers, query);
+  check_argument("value", value, {num_rows, num_kv_heads, head_dim}, numbers, query);
+  check_argument("kv_cache", kv_cache, {kv_cache.size(0), num_kv_heads, page_size, 2 * head_dim}, numbers, query);
+  check_argument("out", out, {num_rows, num_heads, head_dim}, numbers, query);
+  check_argument("page_table", page_table, {num_requests, page_table.size(1)}, ScalarType::Int, query);
+  check_argument("first_node", first_node, {num_requests + 1}, ScalarType::Int, query);
+  check_argument("first_row", first_row, {num_nodes + 1}, ScalarType::Int, query);
+  check_argument("context", context, {num_nodes, 2 * kContextIntervals}, ScalarType::Int, query);
+  check_contiguous(kOp, "context", context);
   if (lse.has_value()) {
-    check_tensor("lse", *lse, {num_rows, num_heads}, ScalarType::Float, query);
-    check_contiguous("lse", *lse);
+    check_argument("lse", *lse, {num_rows, num_heads}, ScalarType::Float, query);
+    check_contiguous(kOp, "lse", *lse);
   }
   DraftGraphAttentionArgs args = {
       .type = type,

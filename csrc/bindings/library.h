@@ -80,7 +80,7 @@ struct Kernel {
 
  private:
   void check_launch(const char* error) const {
-    check(error == nullptr, op, ": the CUDA launch failed: ", error == nullptr ? "" : error,
+    check(error == nullptr, op, "the CUDA launch failed: ", error == nullptr ? "" : error,
           "; an earlier kernel may be the cause, run again with CUDA_LAUNCH_BLOCKING=1");
   }
 

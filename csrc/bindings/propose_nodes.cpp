@@ -7,17 +7,16 @@
 namespace dllm {
 namespace {
 
-using Sizes = std::vector<int64_t>;
+constexpr const char* kOp = "propose_nodes";
 
 void check_count(const char* name, const std::vector<Tensor>& tensors, size_t expected, const char* names) {
-  check(tensors.size() == expected, "propose_nodes: ", name, " must be ", expected, " tensors, got ", tensors.size(),
-        "; give ", names);
+  check(tensors.size() == expected, kOp, name, " must be ", expected, " tensors, got ", tensors.size(), "; give ",
+        names);
 }
 
 void check_input(const char* name, const Tensor& tensor, ScalarType type, const Sizes& sizes, const Tensor& canvas) {
-  check(shape(tensor) == list(sizes), "propose_nodes: ", name, " must be ", list(sizes), ", got ", shape(tensor),
-        "; sizes follow from roots.canvas, roots.token_ids and graph.nodes");
-  check_tensor("propose_nodes", name, tensor, type, canvas);
+  check_shape(kOp, name, tensor, sizes, "sizes follow from roots.canvas, roots.token_ids and graph.nodes");
+  check_tensor(kOp, name, tensor, type, canvas);
 }
 
 void check_graph(const std::vector<Tensor>& graph, const Tensor& canvas) {
@@ -31,13 +30,12 @@ void check_graph(const std::vector<Tensor>& graph, const Tensor& canvas) {
 void check_roots(const std::vector<Tensor>& roots, int64_t num_vocab_ranks) {
   check_count("roots", roots, 5, "canvas, is_masked, is_new, token_ids and log_probs");
   const Tensor& canvas = roots[0];
-  check(canvas.dim() == 2, "propose_nodes: roots.canvas must be [num_reqs, block_length], got ", shape(canvas),
+  check(canvas.dim() == 2, kOp, "roots.canvas must be [num_reqs, block_length], got ", shape(canvas),
         "; give one canvas for each request");
   const int64_t num_candidates = roots[3].dim() == 3 ? roots[3].size(2) : 0;
-  check(num_vocab_ranks >= 1 && num_vocab_ranks <= num_candidates && num_candidates <= kMaxCandidates,
-        "propose_nodes: roots.token_ids must be [num_reqs, block_length, num_candidates] with num_candidates in ",
-        num_vocab_ranks, "..", kMaxCandidates, ", got ", shape(roots[3]),
-        "; keep as many as the graph has vocab ranks");
+  check(num_vocab_ranks >= 1 && num_vocab_ranks <= num_candidates && num_candidates <= kMaxCandidates, kOp,
+        "roots.token_ids must be [num_reqs, block_length, num_candidates] with num_candidates in ", num_vocab_ranks,
+        "..", kMaxCandidates, ", got ", shape(roots[3]), "; keep as many as the graph has vocab ranks");
   const Sizes positions = {canvas.size(0), canvas.size(1)};
   const Sizes candidates = {canvas.size(0), canvas.size(1), num_candidates};
   check_input("roots.canvas", canvas, ScalarType::Long, positions, canvas);
@@ -75,11 +73,11 @@ std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double>
   const Tensor& canvas = roots[0];
   check_graph(graph, canvas);
   check_noise(draft_noise, canvas);
-  check(readiness.size() == 4, "propose_nodes: readiness must be 4 numbers, got ", readiness.size(),
+  check(readiness.size() == 4, kOp, "readiness must be 4 numbers, got ", readiness.size(),
         "; give slope, near[0], near[1] and bias");
   const int64_t num_nodes = graph[0].size(0);
-  check(num_drafts >= 0 && num_drafts <= num_nodes, "propose_nodes: num_drafts is ", num_drafts, ", the graph has ",
-        num_nodes, " nodes; choose 0..", num_nodes);
+  check(num_drafts >= 0 && num_drafts <= num_nodes, kOp, "num_drafts is ", num_drafts, ", the graph has ", num_nodes,
+        " nodes; choose 0..", num_nodes);
   const Sizes drafts = {canvas.size(0), num_drafts};
   std::vector<Tensor> out = {
       torch::stable::new_empty(canvas, {canvas.size(0), num_drafts, canvas.size(1)}, ScalarType::Long),

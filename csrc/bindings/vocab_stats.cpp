@@ -11,44 +11,29 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-FloatType float_type(const Tensor& rows) {
-  const ScalarType type = rows.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-        "vocab_stats: rows must be float32, float16 or bfloat16, got ", type, "; convert them");
-  return type == ScalarType::Float  ? FloatType::kFloat32
-         : type == ScalarType::Half ? FloatType::kFloat16
-                                    : FloatType::kBFloat16;
-}
+constexpr const char* kOp = "vocab_stats";
 
-void check_matrix(const Tensor& tensor, const char* name, const char* what) {
-  check(tensor.dim() == 2, "vocab_stats: ", name, " must be ", what, ", got ", shape(tensor), "; reshape it");
-  check(tensor.size(1) <= 1 || tensor.stride(1) == 1, "vocab_stats: ", name, " must have a contiguous last dimension, ",
-        "its stride is ", tensor.stride(1), "; call .contiguous()");
+void check_matrix(const char* name, const Tensor& tensor, const char* sizes) {
+  check_dims(kOp, name, tensor, 2, sizes);
+  check_last_contiguous(kOp, name, tensor);
 }
 
 void check_weight(const Tensor& weight, const Tensor& rows) {
-  check(!kRunsCudaOnCpu && !rows.is_cuda(),
-        "vocab_stats: a weight is given with rows on a GPU, where the product is the GPU libraries'; allowed is None; "
+  check(!kRunsCudaOnCpu && !rows.is_cuda(), kOp,
+        "a weight is given with rows on a GPU, where the product is the GPU libraries'; allowed is None; "
         "give logits as rows");
-  check_matrix(weight, "weight", "[num_ids, hidden_size]");
-  check(weight.scalar_type() == rows.scalar_type(), "vocab_stats: weight must have the dtype of rows, got ",
-        weight.scalar_type(), " and ", rows.scalar_type(), "; convert the rows");
-  check(weight.get_device() == rows.get_device() && weight.is_cuda() == rows.is_cuda(),
-        "vocab_stats: weight must be on the device of rows; move one of them");
-  check(weight.size(1) == rows.size(1) && rows.size(1) > 0,
-        "vocab_stats: rows must be [num_rows, hidden_size] with the hidden_size of the weight, 1 or more, got ",
-        shape(rows), " and ", shape(weight), "; give the rows that this head takes");
+  check_matrix("weight", weight, "[num_ids, hidden_size]");
+  check_type(kOp, "weight", weight, rows.scalar_type());
+  check_device(kOp, "weight", weight, rows);
+  check(weight.size(1) == rows.size(1) && rows.size(1) > 0, kOp,
+        "rows must be [num_rows, hidden_size] with the hidden_size of the weight, 1 or more, got ", shape(rows),
+        " and ", shape(weight), "; give the rows that this head takes");
 }
 
 void check_sampling(const MaybeTensor& tensor, const char* name, ScalarType type, const Tensor& rows) {
-  check(tensor.has_value(), "vocab_stats: ", name, " is missing beside the other sampling parameters; give it");
-  check(tensor->dim() == 1 && tensor->size(0) == rows.size(0) && tensor->is_contiguous(), "vocab_stats: ", name,
-        " must be [num_rows] and contiguous with num_rows ", rows.size(0), ", got ", shape(*tensor),
-        "; give one value per row");
-  check(tensor->scalar_type() == type, "vocab_stats: ", name, " must be ", type, ", got ", tensor->scalar_type(),
-        "; convert it");
-  check(tensor->get_device() == rows.get_device() && tensor->is_cuda() == rows.is_cuda(), "vocab_stats: ", name,
-        " must be on the device of rows; move it");
+  check(tensor.has_value(), kOp, name, " is missing beside the other sampling parameters; give it");
+  check_shape(kOp, name, *tensor, {rows.size(0)}, "give one value per row");
+  check_tensor(kOp, name, *tensor, type, rows);
 }
 
 VocabSampling sampling_of(const Tensor& rows, const MaybeTensor& keys, const MaybeTensor& temperature,
@@ -61,11 +46,11 @@ VocabSampling sampling_of(const Tensor& rows, const MaybeTensor& keys, const May
     sampling.temperature = temperature->const_data_ptr<double>();
   }
   if (top_k.has_value() || top_p.has_value()) {
-    check(sampling.keys != nullptr,
-          "vocab_stats: top_k and top_p filter what is drawn, but keys is None; give keys and temperature, or no "
+    check(sampling.keys != nullptr, kOp,
+          "top_k and top_p filter what is drawn, but keys is None; give keys and temperature, or no "
           "filter");
-    check(first_id == 0, "vocab_stats: top_k and top_p need the logits of the whole vocabulary, but first_id is ",
-          first_id, "; gather the logits and give them from id 0 on");
+    check(first_id == 0, kOp, "top_k and top_p need the logits of the whole vocabulary, but first_id is ", first_id,
+          "; gather the logits and give them from id 0 on");
     check_sampling(top_k, "top_k", ScalarType::Long, rows);
     check_sampling(top_p, "top_p", ScalarType::Double, rows);
     sampling.top_k = top_k->const_data_ptr<int64_t>();
@@ -78,9 +63,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 // Allocate the results and enter them in `args`.
 Results new_results(const Tensor& rows, VocabStatsArgs& args) {
-  const auto empty = [&](std::vector<int64_t> sizes, ScalarType type) {
-    return torch::stable::new_empty(rows, sizes, type);
-  };
+  const auto empty = [&](const Sizes& sizes, ScalarType type) { return torch::stable::new_empty(rows, sizes, type); };
   Tensor top_ids = empty({args.num_rows, args.num_candidates}, ScalarType::Long);
   Tensor top_logits = empty({args.num_rows, args.num_candidates}, ScalarType::Float);
   Tensor rest = empty({args.num_rows}, ScalarType::Double);
@@ -103,18 +86,18 @@ Results new_results(const Tensor& rows, VocabStatsArgs& args) {
 Results vocab_stats(Tensor rows, MaybeTensor weight, int64_t first_id, std::vector<int64_t> excluded_ids,
                     int64_t num_candidates, MaybeTensor keys, MaybeTensor temperature, MaybeTensor top_k,
                     MaybeTensor top_p) {
-  check_matrix(rows, "rows", "[num_rows, hidden_size], or [num_rows, num_ids] without a weight");
-  const FloatType type = float_type(rows);
+  check_matrix("rows", rows, "[num_rows, hidden_size], or [num_rows, num_ids] without a weight");
+  const FloatType type = float_type(kOp, "rows", rows);
   if (weight.has_value()) {
     check_weight(*weight, rows);
   }
   const int64_t num_ids = weight.has_value() ? weight->size(0) : rows.size(1);
-  check(num_ids > 0 && first_id >= 0 && first_id + num_ids < INT32_MAX, "vocab_stats: ", num_ids, " ids from ",
-        first_id, " on are given; give 1 or more, all in [0, 2^31 - 1)");
-  check(1 <= num_candidates && num_candidates <= kMaxCandidates, "vocab_stats: num_candidates is ", num_candidates,
+  check(num_ids > 0 && first_id >= 0 && first_id + num_ids < INT32_MAX, kOp, num_ids, " ids from ", first_id,
+        " on are given; give 1 or more, all in [0, 2^31 - 1)");
+  check(1 <= num_candidates && num_candidates <= kMaxCandidates, kOp, "num_candidates is ", num_candidates,
         "; give 1 to ", kMaxCandidates);
-  check(excluded_ids.size() <= kMaxExcluded, "vocab_stats: ", excluded_ids.size(),
-        " excluded_ids are given; give at most ", kMaxExcluded);
+  check(excluded_ids.size() <= kMaxExcluded, kOp, excluded_ids.size(), " excluded_ids are given; give at most ",
+        kMaxExcluded);
   VocabStatsArgs args = {};
   args.type = type;
   args.rows = rows.const_data_ptr();

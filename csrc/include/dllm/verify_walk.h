@@ -21,7 +21,7 @@ struct VerifyWalkArgs {
 
 // The walk of one request. `successor(node)` is the first node that is `node`'s next canvas, 0 where there is none.
 template <typename Successor>
-DLLM_HOST_DEVICE void walk(const VerifyWalkArgs& args, int64_t request, Successor successor) {
+DLLM_HOST_DEVICE inline void walk(const VerifyWalkArgs& args, int64_t request, Successor successor) {
   int64_t node = 0;
   int64_t num_accepted = 0;
   for (int64_t next = 0; num_accepted + 1 < args.num_nodes && (next = successor(node)) != 0; ++num_accepted) {

@@ -42,7 +42,4 @@ DLLM_HOST_DEVICE inline bool sees_stored(const Context& context, int32_t positio
   return contains(context.interval[0], position) || contains(context.interval[1], position);
 }
 
-// `own` are the rows of the query's node.
-DLLM_HOST_DEVICE inline bool sees_row(Interval own, int32_t row) { return contains(own, row); }
-
 }  // namespace dllm

@@ -66,9 +66,7 @@ struct VocabStatsArgs {
   float* filter_logits;    // [kFilterRows, num_ids] of scratch; nullptr when no row is filtered
 };
 
-DLLM_HOST_DEVICE static inline int64_t num_vocab_chunks(int64_t num_ids) {
-  return (num_ids + kVocabChunk - 1) / kVocabChunk;
-}
+DLLM_HOST_DEVICE inline int64_t num_vocab_chunks(int64_t num_ids) { return (num_ids + kVocabChunk - 1) / kVocabChunk; }
 
 namespace cpu {
 void vocab_stats(const VocabStatsArgs& args);
