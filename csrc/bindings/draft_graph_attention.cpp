@@ -99,7 +99,7 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
         num_kv_heads, ", which must divide them; give the heads of one layer");
   check(page_size >= 16 && page_size <= 256, kOp, "page_size is ", page_size,
         ", allowed are 16 to 256; set vLLM's block_size");
-  check(std::isfinite(scale) && scale > 0, kOp, "scale is ", scale,
+  check(std::isnormal(static_cast<float>(scale)) && scale > 0, kOp, "scale is ", scale,
         ", it must be positive and finite; give 1 / sqrt(head_dim) or the model's own");
   const ScalarType numbers = query.scalar_type();
   check_argument("query", query, {num_rows, num_heads, head_dim}, numbers, query);

@@ -27,6 +27,23 @@ void check_graph(const std::vector<Tensor>& graph, const Tensor& canvas) {
   check_input("graph.log_correction", graph[2], ScalarType::Double, num_nodes, canvas);
 }
 
+// Check the numbers of a graph, which tell the kernel where to read.
+void check_values(const ProposeNodesArgs& args, int64_t num_pairs) {
+  for (int32_t i = 0; i < args.num_nodes; ++i) {
+    const GraphNode& node = args.nodes[i];
+    const int32_t first_pair = i == 0 ? 0 : args.nodes[i - 1].end_pair;
+    check(0 <= node.parent && node.parent <= i && first_pair <= node.end_pair && node.end_pair <= num_pairs, kOp,
+          "graph.nodes[", i, "] has parent ", node.parent, " and end_pair ", node.end_pair, ", allowed are 0..", i,
+          " and ", first_pair, "..", num_pairs, "; pack the graph with draft.compile");
+  }
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    const GraphPair& pair = args.pairs[i];
+    check(pair.position_rank >= 0 && 0 <= pair.vocab_rank && pair.vocab_rank < args.num_vocab_ranks, kOp,
+          "graph.pairs[", i, "] is [", pair.position_rank, ", ", pair.vocab_rank, "], allowed are [0 or more, 0..",
+          args.num_vocab_ranks - 1, "]; pack the graph with draft.compile");
+  }
+}
+
 void check_roots(const std::vector<Tensor>& roots, int64_t num_vocab_ranks) {
   check_count("roots", roots, 5, "canvas, is_masked, is_new, token_ids and log_probs");
   const Tensor& canvas = roots[0];
@@ -115,6 +132,9 @@ std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double>
       .num_candidates = static_cast<int32_t>(roots[3].size(2)),
       .num_vocab_ranks = static_cast<int32_t>(num_vocab_ranks),
   };
+  if (canvas.is_cpu()) {
+    check_values(args, graph[1].size(0));
+  }
   DLLM_KERNEL(propose_nodes).launch(canvas, args);
   return out;
 }

@@ -92,7 +92,7 @@ Results vocab_stats(Tensor rows, MaybeTensor weight, int64_t first_id, std::vect
     check_weight(*weight, rows);
   }
   const int64_t num_ids = weight.has_value() ? weight->size(0) : rows.size(1);
-  check(num_ids > 0 && first_id >= 0 && first_id + num_ids < INT32_MAX, kOp, num_ids, " ids from ", first_id,
+  check(num_ids > 0 && first_id >= 0 && first_id < INT32_MAX - num_ids, kOp, num_ids, " ids from ", first_id,
         " on are given; give 1 or more, all in [0, 2^31 - 1)");
   check(1 <= num_candidates && num_candidates <= kMaxCandidates, kOp, "num_candidates is ", num_candidates,
         "; give 1 to ", kMaxCandidates);

@@ -240,6 +240,15 @@ WRONG = {
     "log_probs": ((2, 4, lambda t: t.mT.contiguous().mT), "roots.log_probs must be contiguous, got strides [56, 1, 7]"),
     "noise": ((3, slice(5)), "draft_noise must be 6 tensors, got 5; give the fields of draft.propose.DraftNoise"),
     "position": ((3, 1, lambda t: t[:1]), "draft_noise.position must be [13, 7], got [1, 7]; sizes follow from"),
+    "parent": (
+        (0, 0, lambda t: t.clone().fill_(10**8)),
+        "graph.nodes[0] has parent 100000000 and end_pair 100000000, ",
+    ),
+    "end_pair": (
+        (0, 0, lambda t: t.clone().index_fill_(1, torch.tensor([4]), -1)),
+        "graph.nodes[0] has parent 0 and end",
+    ),
+    "pair": ((0, 1, lambda t: t - 9), "allowed are [0 or more, 0.."),
     "num_drafts": ((6, 99), "num_drafts is 99, the graph has {n} nodes; choose 0..{n}"),
 }
 

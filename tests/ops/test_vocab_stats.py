@@ -186,6 +186,14 @@ def test_what_is_missing_and_what_is_no_number() -> None:
     assert stats.weighted[2].isnan()
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (3, 1.0), (3, 0.5)])
+def test_an_infinite_logit_is_drawn(top_k: int, top_p: float) -> None:
+    logits = torch.randn(2, 1100)
+    logits[:, [77, 1050]] = torch.inf
+    stats = stats_of(logits, None, sampling=sampling_of(2, 1.0, top_k, top_p))
+    assert stats.token_ids.tolist() == [77, 77]
+
+
 @pytest.mark.parametrize("cuts", [[], [1], [33, 1024, 1030]])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_merged_shards_equal_the_whole(cuts: list[int], temperature: float) -> None:
@@ -304,7 +312,7 @@ ROWS, WEIGHT = torch.zeros(7, 33), torch.zeros(113, 33)
     [
         (ROWS[0], WEIGHT, {}, "rows must be [num_rows, hidden_size], or [num_rows, num_ids] without a weight, got"),
         (ROWS.double(), WEIGHT, {}, "rows must be float32, float16 or bfloat16, got Double; convert it with .to()"),
-        (ROWS[:, ::2], None, {}, "rows must be contiguous in its last dimension, got strides [33, 2]; call .contiguous()"),
+        (ROWS[:, ::2], None, {}, "rows must be contiguous in its last dimension, got strides [33, 2]; call"),
         (ROWS, WEIGHT.half(), {}, "weight must be Float, got Half; convert it with .to()"),
         (ROWS, WEIGHT[:, :9], {}, "rows must be [num_rows, hidden_size] with the hidden_size of the weight, 1 or"),
         (ROWS, WEIGHT[:0], {}, "0 ids from 0 on are given; give 1 or more, all in [0, 2^31 - 1)"),
@@ -312,6 +320,7 @@ ROWS, WEIGHT = torch.zeros(7, 33), torch.zeros(113, 33)
         (ROWS, WEIGHT, {"num_candidates": 9}, "num_candidates is 9; give 1 to 8"),
         (ROWS, WEIGHT, {"excluded_ids": list(range(9))}, "9 excluded_ids are given; give at most 8"),
         (ROWS, WEIGHT, {"sampling": sampling_of(5, 1.0)}, "keys must be [7], got [5]; give one value per row"),
+        (ROWS, WEIGHT, {"first_id": 2**63 - 1}, "113 ids from 9223372036854775807 on are given; give 1 or more, all"),
         (ROWS, WEIGHT, {"sampling": sampling_of(7, 1.0, 2), "first_id": 4}, "top_k and top_p need the logits of"),
     ],
     ids=["shape", "dtype", "stride", "weight", "depth", "none", "ids", "candidates", "excluded", "sampling", "filter"],

@@ -154,7 +154,12 @@ def vocab_stats(
 
 
 def fake(
-    rows: Tensor, weight: Tensor | None, first_id: int, excluded_ids: list[int], num_candidates: int, *sampling: Tensor | None
+    rows: Tensor,
+    weight: Tensor | None,
+    first_id: int,
+    excluded_ids: list[int],
+    num_candidates: int,
+    *sampling: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Return empty results of the fields of `PartialStats`."""
     check_one_device("vocab_stats", rows, weight, *sampling)
