@@ -93,7 +93,12 @@ CANVAS, IS_VALID = torch.zeros(2, 3, 4, dtype=torch.int64), torch.ones(2, 3, dty
     [
         (CANVAS[0], CANVAS, IS_VALID, "canvas must be [num_reqs, num_nodes, block_length] with the root, got [3, 4]; "),
         (CANVAS[:, :0], CANVAS, IS_VALID, "canvas must be [num_reqs, num_nodes, block_length] with the root, got [2, "),
-        (CANVAS, CANVAS[:, :2], IS_VALID, "next_canvas must be [2, 3, 4], got [2, 2, 4]; give the next canvas of every node"),
+        (
+            CANVAS,
+            CANVAS[:, :2],
+            IS_VALID,
+            "next_canvas must be [2, 3, 4], got [2, 2, 4]; give the next canvas of every node",
+        ),
         (CANVAS, CANVAS, IS_VALID[:1], "is_valid must be [2, 3], got [1, 3]; give one bool for every node"),
         (CANVAS, CANVAS.int(), IS_VALID, "next_canvas must be Long, got Int; convert it with .to()"),
         (CANVAS, CANVAS, IS_VALID.long(), "is_valid must be Bool, got Long; convert it with .to()"),

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.flashinfer import FlashInferAttention
 from vllm_dllm.attention.interface import Attention, Setting
@@ -11,6 +9,7 @@ from vllm_dllm.attention.plain import PlainAttention
 from vllm_dllm.attention.xformers import XformersAttention
 from vllm_dllm.config import AttentionName
 from vllm_dllm.errors import ConfigError, KernelUnavailable
+from vllm_dllm.ops.library import cpu_isa
 
 IMPLEMENTATIONS: dict[AttentionName, type[Attention]] = {
     "csrc": CsrcAttention,
@@ -82,4 +81,4 @@ def _label(name: AttentionName, setting: Setting) -> str:
         return name
     if setting.capability is not None:
         return f"csrc (sm_{setting.capability[0]}{setting.capability[1]})"
-    return f"csrc ({torch.ops.vllm_dllm.cpu_isa()})"
+    return f"csrc ({cpu_isa()})"
