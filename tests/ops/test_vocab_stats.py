@@ -312,7 +312,7 @@ ROWS, WEIGHT = torch.zeros(7, 33), torch.zeros(113, 33)
     [
         (ROWS[0], WEIGHT, {}, "rows must be [num_rows, hidden_size], or [num_rows, num_ids] without a weight, got"),
         (ROWS.double(), WEIGHT, {}, "rows must be float32, float16 or bfloat16, got Double; convert it with .to()"),
-        (ROWS[:, ::2], None, {}, "rows must be contiguous in its last dimension, got strides [33, 2]; call"),
+        (ROWS[:, ::2], None, {}, "rows must be contiguous in its last dimension, got strides [33, 2]; call .cont"),
         (ROWS, WEIGHT.half(), {}, "weight must be Float, got Half; convert it with .to()"),
         (ROWS, WEIGHT[:, :9], {}, "rows must be [num_rows, hidden_size] with the hidden_size of the weight, 1 or"),
         (ROWS, WEIGHT[:0], {}, "0 ids from 0 on are given; give 1 or more, all in [0, 2^31 - 1)"),

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_dllm.attention.layout import ForwardLayout, Int32Array, PagedIndex
+from vllm_dllm.attention.layout import ForwardLayout, Int32Array, PagedIndex, pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,7 @@ def context_index(layout: ForwardLayout, groups: ContextGroups) -> PagedIndex:
     device = layout.page_table.device
     total = int(groups.context_len.sum())
     table = np.column_stack([groups.request, groups.context, groups.context_len]).astype(np.int64)
-    lengths = torch.from_numpy(table)
-    lengths = lengths.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else lengths
+    lengths = pinned(table, device).to(device, non_blocking=True)
     first = lengths[:, 5].cumsum(0) - lengths[:, 5]
     group = torch.repeat_interleave(lengths[:, 5], output_size=total)
     request, begin0, end0, begin1 = lengths[group, :4].unbind(1)

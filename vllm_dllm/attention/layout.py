@@ -15,6 +15,7 @@ needs are never used.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,7 +146,7 @@ def to_device(host: HostLayout, page_table: Tensor, page_size: int) -> ForwardLa
         page_table: [num_requests, max_pages] int32.
         page_size: positions per page.
     """
-    packed = _pinned(host, page_table.device).to(page_table.device, non_blocking=True)
+    packed = pinned(host.packed, page_table.device).to(page_table.device, non_blocking=True)
     return _unpack(packed, host, page_table, page_size)
 
 
@@ -177,15 +178,16 @@ class CapturedLayout:
         padded = pad_layout(host, num_rows=num_rows, num_requests=num_requests, block_length=block_length)
         pages = self._page_table[:num_requests]
         pages[: len(page_table)] = page_table[:, : pages.shape[1]]
-        packed = _pinned(padded, self._packed.device)
+        packed = pinned(padded.packed, self._packed.device)
         target = self._packed[: len(packed)]
         target.copy_(packed, non_blocking=True)
         return _unpack(target, padded, pages, page_size)
 
 
-def _pinned(host: HostLayout, device: torch.device) -> Tensor:
-    packed = torch.from_numpy(host.packed)
-    return packed.pin_memory() if device.type == "cuda" else packed
+def pinned(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return a tensor from which a copy to a device, with `non_blocking`, does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def _unpack(packed: Tensor, host: HostLayout, page_table: Tensor, page_size: int) -> ForwardLayout:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_dllm.attention.groups import ContextGroups, context_groups, context_index
 from vllm_dllm.attention.interface import Heads, Setting, Support
-from vllm_dllm.attention.layout import ForwardLayout, Int32Array, PagedIndex
+from vllm_dllm.attention.layout import ForwardLayout, Int32Array, PagedIndex, pinned
 
 CHUNK_BYTES = 256 << 20
 """Bound of the K/V that are gathered at a time, as in `plain`."""
@@ -65,8 +65,7 @@ class XformersAttention:
         return XformersPlan(self, own_bias, parts)
 
     def _part(self, layout: ForwardLayout, groups: ContextGroups) -> "ContextPart":
-        rows = torch.from_numpy(groups.rows)
-        rows = rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
+        rows = pinned(groups.rows, self.device).to(self.device, non_blocking=True)
         return ContextPart(rows, context_index(layout, groups), self._bias(groups.num_rows, groups.context_len))
 
     def _bias(self, num_rows: Int32Array, num_keys: Int32Array) -> object:
