@@ -5,9 +5,9 @@
 //   a node's context     [=================)   [===========)
 //   its segments         [==========|======)   |[==========)         one step of online softmax each
 //
-// and then come a node's own rows, in tiles from its first one. A step's segment is seen by all its lanes whole, so
-// there are no masks along positions, and what a row does not see is not even multiplied by 0. Lanes of a vector that
-// the step does not concern keep what they have, bit for bit.
+// Before them come a node's own rows, in tiles from its first one, while the first stored tile is on its way. A step's
+// segment is seen by all its lanes whole, so there are no masks along positions, and what a row does not see is not
+// even multiplied by 0. Lanes of a vector that the step does not concern keep what they have, bit for bit.
 #include "dllm/draft_graph_attention.h"
 
 #include "../thread_scratch.h"
@@ -21,7 +21,6 @@ namespace dllm::cpu::DLLM_ISA {
 namespace {
 
 constexpr int32_t kTile = 64;  // of 32, 64 and 128 the fastest: a panel's scores and its query stay in the first cache
-constexpr int32_t kPanelLanes = kMaxVecs * kLanes;
 constexpr int32_t kMaxLanes = 1536;     // 11 nodes of 32 rows and 4 heads in one pass over the context
 constexpr int32_t kItemsPerThread = 4;  // at least, if there are lanes enough: threads end together
 constexpr int32_t kLanesAhead = 8;      // queries that are on their way while one is spread
@@ -36,29 +35,6 @@ inline void prefetch(const Stored* numbers, int32_t count) {
     __builtin_prefetch(numbers + i);
   }
 }
-
-// Scores of a panel: they begin at 0, whatever was there.
-struct ScoreSums {
-  float* scores;  // [.., kPanelLanes]
-
-  VecF begin(int, int) const { return VecF{}; }
-  void end(int i, int vec, VecF sum) const { store(scores + i * kPanelLanes + vec * kLanes, sum); }
-};
-
-// Weighted sums of values, which begin at what is there times `factor` and are kept where `is_concerned`.
-template <int kVecs>
-struct OutSums {
-  float* out;  // [kVecs, head_dim, kLanes]
-  int64_t vec_stride;
-  const VecF (&factor)[kVecs];
-  const VecI (&is_concerned)[kVecs];
-
-  VecF begin(int i, int vec) const { return load(out + vec * vec_stride + i * kLanes) * factor[vec]; }
-  void end(int i, int vec, VecF sum) const {
-    float* to = out + vec * vec_stride + i * kLanes;
-    store(to, is_concerned[vec] ? sum : load(to));
-  }
-};
 
 // A chunk's work, and the scratch of the thread that does it.
 template <typename Operands>
@@ -100,8 +76,14 @@ class Chunk {
       return;
     }
     begin();
-    attend_context();
+    const Interval context = context_span();
+    int32_t tile = context.begin / kTile * kTile;
+    look_ahead({tile, tile + kTile});
     attend_own();
+    for (; tile < context.end; tile += kTile) {
+      look_ahead({tile + kTile, tile + 2 * kTile});
+      attend_tile({tile, tile + kTile});
+    }
     finish();
   }
 
@@ -137,19 +119,29 @@ class Chunk {
     }
   }
 
-  void attend_context() {
-    int32_t begin = 0x7FFFFFFF;
-    int32_t end = 0;
+  // From the first stored position that a lane sees to the last.
+  Interval context_span() const {
+    Interval span = {0x7FFFFFFF, 0};
     for (int32_t node = first_node_; node < last_node_; ++node) {
       for (const Interval& seen : args_.context[node].interval) {
         if (!is_empty(seen) && !is_empty(lanes_of(node, node + 1))) {
-          begin = seen.begin < begin ? seen.begin : begin;
-          end = seen.end > end ? seen.end : end;
+          span.begin = seen.begin < span.begin ? seen.begin : span.begin;
+          span.end = seen.end > span.end ? seen.end : span.end;
         }
       }
     }
-    for (int32_t position = begin / kTile * kTile; position < end; position += kTile) {
-      attend_tile({position, position + kTile});
+    return is_empty(span) ? Interval{} : span;
+  }
+
+  // Note what is seen of the tile that comes next.
+  void look_ahead(Interval tile) {
+    num_ahead_ = 0;
+    for (int32_t node = first_node_; node < last_node_; ++node) {
+      for (const Interval& seen : args_.context[node].interval) {
+        for (Interval left = intersect(tile, seen); !is_empty(left); tile.begin = ++left.begin) {
+          ahead_[num_ahead_++] = stored_row(left.begin);
+        }
+      }
     }
   }
 
@@ -168,7 +160,7 @@ class Chunk {
           continue;
         }
         if (segment.begin != staged.begin || segment.end != staged.end) {
-          stage_stored(segment, seen.end);
+          stage_stored(segment);
           staged = segment;
         }
         attend(lanes, segment.end - segment.begin);
@@ -188,23 +180,18 @@ class Chunk {
     }
   }
 
-  // `end` is that of the context's interval: up to there a tile ahead is fetched, too.
-  void stage_stored(Interval positions, int32_t end) {
-    num_ahead_ = 0;
+  void stage_stored(Interval positions) {
     const Stored* key[kTile];
     const Stored* value[kTile];
     for (int32_t position = positions.begin; position < positions.end; ++position) {
       const int32_t i = position - positions.begin;
       key[i] = stored_row(position);
       value[i] = key[i] + args_.head_dim;
-      if (position + kTile < end) {
-        ahead_[num_ahead_++] = stored_row(position + kTile);
-      }
     }
     stage(key, value, positions.end - positions.begin);
   }
 
-  // While staged positions are in use, those a tile ahead come nearer, a few between any two products.
+  // While positions are in use, those of the next tile come nearer, a few between any two products.
   void prefetch_stored() {
     for (int32_t i = 0; i < kRowsAhead && num_ahead_ > 0; ++i) {
       prefetch(ahead_[--num_ahead_], 2 * args_.head_dim);
@@ -230,8 +217,11 @@ class Chunk {
   }
 
   void stage(const Stored* const* key, const Stored* const* value, int32_t num_positions) {
-    Operands::stage_keys(key, num_positions, args_.head_dim, key_);
-    Operands::stage_values(value, num_positions, args_.head_dim, value_);
+    Operands::stage_keys(key, num_positions, args_.head_dim, key_, key_row_);
+    Operands::stage_values(value, num_positions, args_.head_dim, value_, value_row_);
+    for (int32_t i = num_positions; i % kTileRows != 0; ++i) {
+      key_row_[i] = key_row_[0];  // its scores are computed and not used
+    }
   }
 
   // One step of online softmax: the staged positions, for lanes that see all of them.
@@ -256,8 +246,7 @@ class Chunk {
     const Panel<Element> query = {query_ + first_vec * depth_ * kLanes, kLanes, depth_ * kLanes};
     for (int32_t i = 0; i < num_positions; i += kTileRows) {
       prefetch_stored();
-      // beyond num_positions: computed and not used
-      tile_product<Number, kTileRows, kVecs>({key_ + i * depth_, depth_, 1}, query, depth_,
+      tile_product<Number, kTileRows, kVecs>(Rows<Element>{key_row_ + i}, query, depth_,
                                              ScoreSums{scores_ + i * kPanelLanes});
     }
     VecI is_concerned[kVecs];
@@ -272,7 +261,7 @@ class Chunk {
     for (int32_t i = 0; i < args_.head_dim; i += kTileRows) {
       prefetch_stored();
       float* out = out_ + first_vec * vec_stride + i * kLanes;
-      tile_product<Number, kTileRows, kVecs>({value_ + i, 1, args_.head_dim}, weights, depth,
+      tile_product<Number, kTileRows, kVecs>(Operands::values(value_, value_row_, args_.head_dim, i), weights, depth,
                                              OutSums<kVecs>{out, vec_stride, factor, is_concerned});
     }
   }
@@ -343,7 +332,7 @@ class Chunk {
   Element* query_;             // [num_vecs, depth, kLanes]
   float* out_;                 // [num_vecs, head_dim, kLanes]
   SoftmaxState<VecF>* state_;  // [num_vecs]
-  Element* key_;               // [kTile, depth]
+  Element* key_;               // [kTile, depth]; unused where the stored are elements
   Element* value_;             // [kTile / kPerElement, head_dim]
   float* scores_;              // [kTile, kPanelLanes]; then the weights, in elements
 
@@ -354,7 +343,9 @@ class Chunk {
   int32_t first_lane_ = 0;
   int32_t num_lanes_ = 0;
   int32_t num_ahead_ = 0;
-  const Stored* ahead_[kTile];  // rows of the cache that are to come, the last first
+  const Stored* ahead_[kTile];    // rows of the cache that are to come, the last first
+  const void* key_row_[kTile];    // of the step, `depth_` elements each
+  const void* value_row_[kTile];  // of the step, unless all are staged
 };
 
 // Lanes of a chunk: few enough to occupy all threads. No row's result depends on it.

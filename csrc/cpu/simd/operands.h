@@ -1,10 +1,37 @@
-// How attention holds its operands: what the products of panel.h multiply, from what lies in memory.
+// How attention holds its operands: what the products of panel.h multiply, from what lies in memory, and what becomes
+// of the sums. Keys and values that are stored as elements are used where they lie; the others are made at `to`, and
+// `staged` says where each row is.
 #pragma once
 
 #include "float_type.h"
 #include "panel.h"
 
 namespace dllm::cpu::DLLM_ISA {
+
+constexpr int32_t kPanelLanes = kMaxVecs * kLanes;
+
+// Scores of a panel: they begin at 0, whatever was there.
+struct ScoreSums {
+  float* scores;  // [.., kPanelLanes]
+
+  VecF begin(int, int) const { return VecF{}; }
+  void end(int i, int vec, VecF sum) const { store(scores + i * kPanelLanes + vec * kLanes, sum); }
+};
+
+// Weighted sums of values, which begin at what is there times `factor` and are kept where `is_concerned`.
+template <int kVecs>
+struct OutSums {
+  float* out;  // [kVecs, head_dim, kLanes]
+  int64_t vec_stride;
+  const VecF (&factor)[kVecs];
+  const VecI (&is_concerned)[kVecs];
+
+  VecF begin(int i, int vec) const { return load(out + vec * vec_stride + i * kLanes) * factor[vec]; }
+  void end(int i, int vec, VecF sum) const {
+    float* to = out + vec * vec_stride + i * kLanes;
+    store(to, is_concerned[vec] ? sum : load(to));
+  }
+};
 
 // As floats.
 template <typename FloatType>
@@ -24,16 +51,30 @@ struct Floats {
     }
   }
 
-  static void stage_keys(const Stored* const* rows, int32_t num_rows, int32_t head_dim, float* to) {
+  static const float* stage(const float* row, int32_t, float*) { return row; }
+
+  static const float* stage(const uint16_t* row, int32_t head_dim, float* to) {
+    for (int32_t dim = 0; dim < head_dim; dim += kRun) {
+      Float32::store(to + dim, Type::load(row + dim));
+    }
+    return to;
+  }
+
+  static void stage_keys(const Stored* const* rows, int32_t num_rows, int32_t head_dim, float* to,
+                         const void** staged) {
     for (int32_t row = 0; row < num_rows; ++row) {
-      for (int32_t dim = 0; dim < head_dim; dim += kRun) {
-        Float32::store(to + row * head_dim + dim, Type::load(rows[row] + dim));
-      }
+      staged[row] = stage(rows[row], head_dim, to + row * head_dim);
     }
   }
 
-  static void stage_values(const Stored* const* rows, int32_t num_rows, int32_t head_dim, float* to) {
-    stage_keys(rows, num_rows, head_dim, to);
+  static void stage_values(const Stored* const* rows, int32_t num_rows, int32_t head_dim, float* to,
+                           const void** staged) {
+    stage_keys(rows, num_rows, head_dim, to, staged);
+  }
+
+  // The staged values, from the dimension `first` on, a row for each.
+  static Columns<float> values(const float*, const void* const* staged, int32_t, int32_t first) {
+    return {staged, first};
   }
 
   // Weights are what they are; returns the depth of the product with them.
@@ -59,17 +100,14 @@ struct BFloat16Pairs {
     }
   }
 
-  static void stage_keys(const uint16_t* const* rows, int32_t num_rows, int32_t head_dim, int32_t* to) {
-    auto* bits = reinterpret_cast<UnalignedRunU16*>(to);
+  static void stage_keys(const uint16_t* const* rows, int32_t num_rows, int32_t, int32_t*, const void** staged) {
     for (int32_t row = 0; row < num_rows; ++row) {
-      for (int32_t dim = 0; dim < head_dim; dim += kRun) {
-        *bits++ = *reinterpret_cast<const UnalignedRunU16*>(rows[row] + dim);
-      }
+      staged[row] = rows[row];
     }
   }
 
   // A row without a neighbour is paired with zeros.
-  static void stage_values(const uint16_t* const* rows, int32_t num_rows, int32_t head_dim, int32_t* to) {
+  static void stage_values(const uint16_t* const* rows, int32_t num_rows, int32_t head_dim, int32_t* to, const void**) {
     for (int32_t row = 0; row < num_rows; row += kPerElement) {
       for (int32_t dim = 0; dim < head_dim; dim += kRun) {
         const RunU second = row + 1 < num_rows ? load_u16(rows[row + 1] + dim) : RunU{};
@@ -77,6 +115,10 @@ struct BFloat16Pairs {
         to += kRun;
       }
     }
+  }
+
+  static Matrix<int32_t> values(const int32_t* made, const void* const*, int32_t head_dim, int32_t first) {
+    return {made + first, 1, head_dim};
   }
 
   static VecI pair(VecF first, VecF second) {

@@ -2,7 +2,8 @@
 //
 // A panel holds what belongs to kVecs * kLanes rows of a forward, one row per lane: b[k] and out[i] are vectors over
 // rows. So a row's result is made by the same operations in the same order whatever else is in the panel, and the
-// scalars of `a` are taken from memory as they lie, in either orientation: no transposition, no packing.
+// scalars of `a` are taken from memory as they lie, in either orientation: no transposition, no packing. `a` is a
+// Matrix, or consists of rows that lie anywhere.
 #pragma once
 
 #include "vec.h"
@@ -35,6 +36,33 @@ struct Matrix {
   const Element* data;
   int64_t row_stride;    // elements from a[i][k] to a[i + 1][k]
   int64_t depth_stride;  // elements from a[i][k] to a[i][k + 1]
+
+  Element operator()(int i, int64_t k) const { return data[i * row_stride + k * depth_stride]; }
+};
+
+// Element k of a row that may be unaligned and of another type.
+template <typename Element>
+inline Element element_of(const void* row, int64_t k) {
+  Element element;
+  __builtin_memcpy(&element, static_cast<const Element*>(row) + k, sizeof(Element));
+  return element;
+}
+
+// a[i] is a row.
+template <typename Element>
+struct Rows {
+  const void* const* row;
+
+  Element operator()(int i, int64_t k) const { return element_of<Element>(row[i], k); }
+};
+
+// a[i] is the column `first` + i of rows.
+template <typename Element>
+struct Columns {
+  const void* const* row;
+  int64_t first;
+
+  Element operator()(int i, int64_t k) const { return element_of<Element>(row[k], first + i); }
 };
 
 template <typename Element>
@@ -45,9 +73,8 @@ struct Panel {
 };
 
 // Multiply a register tile. `sums` says where each sum begins and what becomes of it: begin(i, vec), end(i, vec, sum).
-template <typename Number, int kRows, int kVecs, typename Sums>
-inline void tile_product(Matrix<typename Number::Element> a, Panel<typename Number::Element> b, int64_t depth,
-                         const Sums& sums) {
+template <typename Number, int kRows, int kVecs, typename A, typename Sums>
+inline void tile_product(const A& a, Panel<typename Number::Element> b, int64_t depth, const Sums& sums) {
   VecF sum[kRows][kVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
@@ -59,7 +86,7 @@ inline void tile_product(Matrix<typename Number::Element> a, Panel<typename Numb
   for (int64_t k = 0; k < depth; ++k) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const typename Number::Element scalar = a.data[i * a.row_stride + k * a.depth_stride];
+      const typename Number::Element scalar = a(i, k);
 #pragma GCC unroll 3
       for (int vec = 0; vec < kVecs; ++vec) {
         sum[i][vec] = Number::multiply_add(scalar, b.data + k * b.depth_stride + vec * b.vec_stride, sum[i][vec]);

@@ -15,9 +15,9 @@ struct RowStrides {
 // For each row i and head h, with j over what `visible.h` lets the row see and g the head's K/V head:
 //   s_j = scale * <query[i, h], key_j>,   out[i, h] = sum_j softmax(s)_j value_j,   lse[i, h] = log sum_j exp(s_j)
 // A row that sees nothing, as those behind the last request's nodes, gives out 0 and lse -inf. Sums are float32, in an
-// order that depends on nothing but the row's own context and node: stored positions ascending, then the node's rows
-// ascending, on CUDA in tiles. What no row of a request sees is never read. CUDA weighs a value that one node of a
-// request sees by 0 for the other nodes, so that NaN among these values may reach them.
+// order that depends on nothing but the row's own context and node: stored positions ascending and the node's rows
+// ascending, on CUDA last, in tiles. What no row of a request sees is never read. CUDA weighs a value that one node of
+// a request sees by 0 for the other nodes, so that NaN among these values may reach them.
 struct DraftGraphAttentionArgs {
   FloatType type;             // of query, key, value, kv_cache and out
   const void* query;          // [num_rows, num_heads, head_dim]
