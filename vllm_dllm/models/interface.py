@@ -1,8 +1,11 @@
-"""The model families: what their checkpoints are called, which classes serve them, how they decode by default."""
+"""The model families: what their checkpoints are called, which classes serve them, and what decoding must know.
+
+A family is data. The loop, the state and the sampler are the same for all; where families differ, they read it here.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +16,18 @@ class ModelFamily:
         architecture: the name in a checkpoint's `architectures`.
         model_type: the name in a checkpoint's `model_type`.
         model_class: "module:Class" of the vLLM model.
-        config_class: "module:Class" of the configuration.
-        generation_defaults: published decoding defaults that a checkpoint's generation config may override.
+        config_class: "module:Class" of the configuration, which has `mask_token_id`, `eot_token_id` (the token that
+            ends a turn besides EOS, or None) and, where the checkpoint says it, `block_size`.
+        generation_defaults: published sampling defaults that a checkpoint's generation config may override.
+        decoding_defaults: published values of `DllmConfig`'s fields; a checkpoint's `block_size` comes before them.
+        attention: `bidirectional`: every position sees the whole row, blocks begin behind the prompt. `block_causal`:
+            a position sees its block and the blocks before it, blocks begin at multiples of their length, so that the
+            first one may hold the prompt's end.
+        logit_shift: whether the row of position p predicts the token at p + 1.
+        schedule: how `static` and its kin spread a block over steps: `even`, the remainder first; `timesteps`, Dream's
+            schedule of times from 1 to eps.
+        unmasks_first_alone: whether the first step of a block, with a cache, unmasks the block's first position alone.
+        confidence: `model`: of the distribution as the model gives it. `sampled`: after temperature, top_k and top_p.
     """
 
     architecture: str
@@ -22,6 +35,12 @@ class ModelFamily:
     model_class: str
     config_class: str
     generation_defaults: Mapping[str, Any]
+    decoding_defaults: Mapping[str, Any] = field(default_factory=dict)
+    attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    logit_shift: bool = False
+    schedule: Literal["even", "timesteps"] = "even"
+    unmasks_first_alone: bool = False
+    confidence: Literal["model", "sampled"] = "model"
 
 
 FAMILIES = (
