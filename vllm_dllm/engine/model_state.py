@@ -42,7 +42,7 @@ from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.kv import IntArray, RefreshPlan, RefreshSchedule
 
 if TYPE_CHECKING:
-    from vllm_dllm.models.llada import LLaDAModelLM
+    from vllm_dllm.models.transformer import MaskedDiffusionLM
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class DllmModelState(ModelState):
     num_new_sampled_tokens_per_step = 0
 
     def __init__(
-        self, vllm_config: VllmConfig, model: "LLaDAModelLM", encoder_cache: None, device: torch.device
+        self, vllm_config: VllmConfig, model: "MaskedDiffusionLM", encoder_cache: None, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         if current_platform.is_cpu():
