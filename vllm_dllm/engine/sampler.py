@@ -49,13 +49,17 @@ class DllmSampler:
         num_sampled = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
         num_rejected = torch.zeros_like(num_sampled)
         report = torch.zeros(input_batch.num_reqs, REPORT_LEN, dtype=torch.int32, device=hidden.device)
-        if step.nodes is not None:
-            decision = self.model_state.denoiser.advance(step.blocks, step.nodes, hidden)
-            sampled[:num_reqs] = state.canvas[step.blocks.slots]
-            num_sampled[:num_reqs] = decision.is_finished * state.block_length
-            num_rejected[:num_reqs] = step.num_nodes * state.block_length - num_sampled[:num_reqs]
-            report[:num_reqs] = _report(step, step.nodes, decision)
-            self.model_state.denoiser.begin_blocks(step.blocks.slots, decision.is_finished)
+        begin = 0
+        for group in step.groups if num_reqs else ():
+            rows = hidden[begin : begin + len(group.index_np) * group.num_nodes * state.block_length]
+            begin += len(rows)
+            decision = self.model_state.denoiser.advance(group.blocks, group.nodes, group.evaluated(rows))
+            tail = step.num_known[group.index] - group.blocks.start
+            sampled[:num_reqs][group.index] = _behind(state.canvas[group.blocks.slots], tail)
+            num_sampled[:num_reqs][group.index] = (decision.is_finished * (state.block_length - tail)).int()
+            num_rejected[:num_reqs][group.index] = ...
+            report[:num_reqs][group.index] = _report(step, group, decision)
+            self.model_state.denoiser.begin_blocks(group.blocks.slots, decision.is_finished)
         begins = input_batch.idx_mapping[num_reqs : input_batch.num_reqs]
         self.model_state.denoiser.begin_blocks(begins, torch.ones_like(begins, dtype=torch.bool))
         return _output(sampled, num_sampled, num_rejected, report)
