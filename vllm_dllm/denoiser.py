@@ -152,7 +152,7 @@ class Denoiser:
         params = self.state.policy_params(blocks.slots).repeat(num_nodes)
         is_random = (params.policy_id == POLICY_IDS["random"])[:, None]
         uniform = noise.uniform(sampling.keys, noise.STREAM).view(-1, block_length)
-        confidence = torch.where(is_random, uniform, stats.confidence.view(-1, block_length))
+        confidence = torch.where(is_random, uniform, stats.distribution(sampling).confidence.view(-1, block_length))
         chosen = choose_positions(confidence, nodes.is_masked.flatten(0, 1), params).view_as(nodes.canvas)
         return torch.where(chosen, stats.token_ids.view_as(nodes.canvas), nodes.canvas)
 
