@@ -30,7 +30,7 @@ from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.native import choose_draft_functions
 from vllm_dllm.engine.attention import ForwardAttention
-from vllm_dllm.engine.config_hook import settings_of, spiffy_of
+from vllm_dllm.engine.config_hook import rules_of, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
@@ -63,7 +63,7 @@ class DllmModelState(ModelState):
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
-        self.state = CanvasState(self.max_num_reqs, self.block_length, mask_token_id, device)
+        self.state = CanvasState(self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config))
         self.denoiser = Denoiser(
             self.state,
             None if spiffy is None else self._drafting(spiffy),
@@ -106,6 +106,7 @@ class DllmModelState(ModelState):
             request_id=new_req_data.req_id,
             prompt_len=new_req_data.prompt_len,
             settings=self.settings,
+            rules=self.state.rules,
             max_model_len=self.max_model_len,
         )
         self.state.add_request(req_index, params)
