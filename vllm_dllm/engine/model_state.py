@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_dllm.attention.layout import PagedIndex, empty_layout, stored_rows, storing_layout
+from vllm_dllm.attention.layout import empty_layout, stored_rows, storing_layout
 from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.native import choose_draft_functions
@@ -34,7 +34,7 @@ from vllm_dllm.engine.config_hook import rules_of, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
-from vllm_dllm.engine.step import DenoiseStep, rows_of, split_groups
+from vllm_dllm.engine.step import DenoiseStep, split_groups
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.spiffy_config import SpiffySettings
 from vllm_dllm.state.canvas import Blocks, CanvasState
@@ -129,17 +129,11 @@ class DllmModelState(ModelState):
         if step.num_reqs == 0:
             return
         self._store_before(step, block_tables[0])
-        parts = []
         for group in step.groups:
             group.nodes = self.denoiser.nodes(group.blocks, group.num_drafts)
-            parts.append(rows_of(group, block_tables[0], self.attention.page_size, self._all_token_ids))
-        positions = torch.cat([rows.positions for rows in parts])
-        step.num_rows = len(positions)
-        input_batch.input_ids[: step.num_rows] = torch.cat([rows.input_ids for rows in parts])
-        input_batch.positions[: step.num_rows] = positions
-        if any(group.commits for group in step.groups):
-            pages = torch.cat([rows.pages for rows in parts])
-            step.store = PagedIndex(pages, positions % self.attention.page_size)
+        rows = step.rows(block_tables[0], self.attention.page_size, self._all_token_ids)
+        input_batch.input_ids[: step.num_rows] = rows.input_ids
+        input_batch.positions[: step.num_rows] = rows.positions
 
     def prepare_attn(
         self,
@@ -164,7 +158,7 @@ class DllmModelState(ModelState):
         if step is None:
             host, page_table, store = empty_layout(), block_tables[0][:0], None
         else:
-            host, page_table, store = step.layout(self.block_length), step.page_table(block_tables[0]), step.store
+            host, page_table, store = step.layout(), step.page_table(block_tables[0]), step.store
         if is_graph:
             return self.attention.graph(host, page_table, input_batch.num_tokens_after_padding, store)
         return self.attention.eager(host, page_table, store)
@@ -208,8 +202,13 @@ class DllmModelState(ModelState):
         num_known_np = num_known.cpu().numpy() if self._is_async else batch.num_computed_tokens_np[:num_reqs]
         block_start_np = self.kv_policy.block_start(num_known_np.astype(np.int64))
         blocks = Blocks(slots, slots_np, self.kv_policy.block_start(num_known))
-        num_nodes = np.zeros(0, dtype=np.int64) if num_rows is None else num_rows[:num_reqs] // self.block_length
-        commits = self.kv_policy.commits(slots_np, block_start_np)
+        groups = split_groups(
+            blocks,
+            np.zeros(0, dtype=np.int64) if num_rows is None else num_rows[:num_reqs],
+            self.kv_policy.commits(slots_np, block_start_np),
+            block_length=self.block_length,
+            has_drafts=self.denoiser.drafting is not None,
+        )
         none = torch.zeros(num_reqs, dtype=torch.int64, device=self.device)
         return DenoiseStep(
             batch=batch,
@@ -217,7 +216,7 @@ class DllmModelState(ModelState):
             num_known=num_known,
             block_start_np=block_start_np,
             visible_end_np=self.kv_policy.visible_end(block_start_np, self.state.row_len_np[slots_np]),
-            groups=list(split_groups(blocks, num_nodes, commits, has_drafts=self.denoiser.drafting is not None)),
+            groups=list(groups),
             num_refreshes=none,
             num_unmasked=none.clone(),
         )

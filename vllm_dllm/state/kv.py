@@ -8,8 +8,8 @@ side forward over positions [begin, end) of a request:
   - `dual` with `refresh_every=n` does so again before every n-th step of the block (Fast-dLLM's dual cache for None,
     no cache at all for 1);
   - `prefix` recomputes the block and what follows before every step (Fast-dLLM's prefix cache);
-- under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit. A block
-  that ended is stored by its *commit*, one more node in the first step of the next block.
+- under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit. A
+  block that ended is stored by its *commit*, one more node in the first step of the next block.
 
 With plain `dual` a refresh is the forward of a block's first step, as in Fast-dLLM: its own logits decide it. Elsewhere
 its logits are dropped, and the block's rows see the same canvas again.
@@ -86,7 +86,8 @@ class KvSchedule:
     def commits(self, slots: IntArray, block_start: IntArray) -> BoolArray:
         """Tell whose step stores the block before the present one, to be asked before `plan`; arguments as there."""
         before = self._block_start[slots]
-        return self.is_causal & (before >= 0) & (before != block_start)
+        commits: BoolArray = (before >= 0) & (before != block_start) & self.is_causal
+        return commits
 
     def plan(self, slots: IntArray, block_start: IntArray, row_len: IntArray) -> StorePlan:
         """Take note of a step and decide what is stored before it.
