@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
-from vllm_dllm.reference.model import LayerKv, LLaDA
+from vllm_dllm.reference.layers import LayerKv
+from vllm_dllm.reference.model import LLaDA
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from torch import Tensor
 from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph, Formula
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.decode import Sampling, UnmaskPolicy, filter_logits, static_counts, unmask
-from vllm_dllm.reference.model import LayerKv, LLaDA
+from vllm_dllm.reference.layers import LayerKv
+from vllm_dllm.reference.model import LLaDA
 
 Canvas = tuple[int, ...]
 
