@@ -36,6 +36,7 @@ from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step_attention import StepAttention
+from vllm_dllm.models.interface import family_of
 from vllm_dllm.spiffy_config import SpiffySettings
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
@@ -82,7 +83,7 @@ class DllmModelState(ModelState):
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
-        self.state = CanvasState(self.max_num_reqs, self.block_length, mask_token_id, device)
+        self.state = CanvasState(self.max_num_reqs, self.block_length, mask_token_id, device, self._edge())
         self.denoiser = Denoiser(
             self.state,
             None if spiffy is None else self._drafting(spiffy),
@@ -202,6 +203,12 @@ class DllmModelState(ModelState):
         """Return the step of a real batch; None for a dummy one, which `preprocess_state` does not see."""
         return self._step if self._step is not None and self._step.batch is batch else None
 
+    def _edge(self) -> Tensor | None:
+        family = family_of(self.model_config.architectures)
+        assert family is not None, "the runner makes this state for our models only"
+        shape = (self.max_num_reqs, self.model_config.get_hidden_size())
+        return torch.zeros(shape, dtype=self.dtype, device=self.device) if family.logit_shift else None
+
     def _drafting(self, spiffy: SpiffySettings) -> Drafting:
         graph = compile_graph(spiffy.graph, self.device)
         return Drafting(graph, DraftState(self.state), choose_draft_functions(self.device))
@@ -259,8 +266,12 @@ class DllmModelState(ModelState):
         input_ids = self._row_ids(blocks.slots[rows.request], rows.position, blocks.start[rows.request])
         hidden = self._forward(attention, input_ids, rows.position)
         step.num_refreshes.index_fill_(0, index, 1)
+        first_row = self._to_device(np.cumsum(own_len_np) - own_len_np) - begin
+        if self.state.edge is not None:
+            spans_edge = self._to_device(np.flatnonzero(plan.begin < step.block_start_np[plan.index]))
+            edge_row = (first_row + blocks.start - 1)[spans_edge]
+            self.state.edge[blocks.slots[spans_edge]] = hidden[edge_row]
         if self.kv_policy.decides_step:
-            first_row = self._to_device(np.cumsum(own_len_np) - own_len_np) - begin
             block_rows = (first_row[:, None] + self.state.positions(blocks)).flatten()
             nodes = self.denoiser.nodes(blocks, 0)
             step.num_unmasked[index] = self.denoiser.advance(blocks, nodes, hidden[block_rows]).num_unmasked
