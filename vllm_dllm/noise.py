@@ -62,6 +62,6 @@ def uniform(keys: Tensor, ids: Tensor | int) -> Tensor:
     return (bits.to(torch.float64) + 0.5) * 2.0**-52
 
 
-def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+def gumbel(keys: Tensor, ids: Tensor | int) -> Tensor:
     """Draw standard Gumbel numbers, `-ln(-ln u)`, for the given ids in the given streams; float64."""
     return -torch.log(-torch.log(uniform(keys, ids)))

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +49,12 @@ def stats_of(rows: Tensor, weight: Tensor | None, **options: Any) -> PartialStat
 
 
 def assert_identical(got: PartialStats, expected: PartialStats) -> None:
-    for field in fields(PartialStats):
-        a, b = getattr(got, field.name), getattr(expected, field.name)
-        assert torch.equal(a.nan_to_num(nan=-7), b.nan_to_num(nan=-7)), field.name
+    for number, (a, b) in enumerate(zip(got.tensors, expected.tensors, strict=True)):
+        assert torch.equal(a.nan_to_num(nan=-7), b.nan_to_num(nan=-7)), number
 
 
 def rows_of(stats: PartialStats, index: Tensor) -> PartialStats:
-    return PartialStats(*(getattr(stats, field.name)[index] for field in fields(PartialStats)))
+    return PartialStats(*(tensor[index] for tensor in stats.tensors))
 
 
 def sums(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,17 +101,19 @@ def test_logits_equal_torch(dtype: torch.dtype, num_candidates: int) -> None:
 
 def test_finished_statistics_are_those_of_the_softmax() -> None:
     logits = 4 * torch.randn(7, 113, generator=torch.Generator().manual_seed(2))
-    stats = stats_of(logits, None, sampling=sampling_of(7, 1.0))
+    sampling = sampling_of(7, 1.0)
+    stats = stats_of(logits, None, sampling=sampling)
+    distribution = stats.distribution(sampling)
     log_probs = logits.double().index_fill(1, torch.tensor([MASK]), -torch.inf).log_softmax(1)
     probs = log_probs.exp()
     drawn = probs.gather(1, stats.token_ids[:, None])[:, 0]
     entropy = -torch.where(probs > 0, probs * log_probs, 0).sum(1)
-    assert torch.allclose(stats.confidence, drawn, rtol=EXP_FLOOR, atol=0)
+    assert torch.allclose(distribution.confidence, drawn, rtol=EXP_FLOOR, atol=0)
     assert torch.allclose(stats.log_probs, log_probs.gather(1, stats.top_ids), rtol=0, atol=EXP_FLOOR)
     assert torch.allclose(
         stats.log_sum_exp, logits.double().index_fill(1, torch.tensor([MASK]), -torch.inf).logsumexp(1)
     )
-    assert torch.allclose(stats.entropy, entropy, rtol=10 * EXP_FLOOR, atol=0)
+    assert torch.allclose(distribution.entropy, entropy, rtol=10 * EXP_FLOOR, atol=0)
 
 
 def test_equal_logits_go_to_the_lowest_id() -> None:
@@ -177,12 +177,14 @@ def test_excluded_ids_are_never_drawn() -> None:
 def test_what_is_missing_and_what_is_no_number() -> None:
     logits = torch.full((3, 1100), -torch.inf)
     logits[0, 1050], logits[2, 5], logits[2, 1060] = 1.0, torch.nan, 2.0
-    stats = stats_of(logits, None, num_candidates=2, sampling=sampling_of(3, 1.0))
+    sampling = sampling_of(3, 1.0)
+    stats = stats_of(logits, None, num_candidates=2, sampling=sampling)
     assert stats.top_ids.tolist() == [[1050, -1], [-1, -1], [1060, -1]]
     assert stats.token_ids.tolist() == [1050, 0, 1060]
     assert stats.rest[:2].tolist() == stats.weighted[:2].tolist() == [0.0, 0.0]
-    assert stats.confidence[0] == 1.0
-    assert stats.confidence[1:].isnan().all()
+    distribution = stats.distribution(sampling)
+    assert distribution.confidence[0] == distribution.margin[0] == 1.0
+    assert distribution.confidence[1:].isnan().all()
     assert stats.weighted[2].isnan()
 
 
@@ -204,7 +206,7 @@ def test_merged_shards_equal_the_whole(cuts: list[int], temperature: float) -> N
         stats_of(rows, weight[begin:end], first_id=begin, sampling=sampling)
         for begin, end in zip([0, *cuts], [*cuts, 2100], strict=True)
     ]
-    merged = merge(parts)
+    merged = merge(parts, sampling)
     for name in ("top_ids", "top_logits", "token_ids", "token_logits", "scores"):
         assert torch.equal(getattr(merged, name), getattr(whole, name)), name
     assert torch.allclose(merged.rest, whole.rest, rtol=EXP_FLOOR, atol=0)
@@ -214,7 +216,7 @@ def test_merged_shards_equal_the_whole(cuts: list[int], temperature: float) -> N
 def test_merged_shards_without_a_candidate() -> None:
     logits = torch.full((2, 40), -torch.inf)
     logits[0, 30] = 1.0
-    merged = merge([stats_of(logits[:, i : i + 20], None, first_id=i) for i in (0, 20)])
+    merged = merge([stats_of(logits[:, i : i + 20], None, first_id=i) for i in (0, 20)], sampling_of(2, 0.0))
     assert merged.top_ids[:, 0].tolist() == [30, -1]
     assert merged.token_ids.tolist() == [30, 0]
     assert merged.rest.tolist() == merged.weighted.tolist() == [0.0, 0.0]
@@ -299,7 +301,7 @@ def test_can_be_traced() -> None:
     sampling = sampling_of(7, 1.0)
 
     def confidence(rows: Tensor) -> Tensor:
-        return stats_of(rows, weight, sampling=sampling).confidence
+        return stats_of(rows, weight, sampling=sampling).distribution(sampling).confidence
 
     assert torch.equal(torch.compile(confidence, fullgraph=True, backend="eager")(rows), confidence(rows))
 

@@ -11,11 +11,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_dllm.config import DllmConfig, parse_server_settings
+from vllm_dllm.config import DllmConfig, max_prompt_len, parse_server_settings
 from vllm_dllm.engine.attention_choice import set_attention
 from vllm_dllm.engine.step_sizes import set_step_sizes
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, family_of
+from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, ModelFamily, check_family, family_of
 from vllm_dllm.spiffy_config import (
     METHOD,
     SpiffySettings,
@@ -24,6 +24,7 @@ from vllm_dllm.spiffy_config import (
     spiffy_settings,
     to_json_object,
 )
+from vllm_dllm.unmask.schedule import UnmaskRules
 
 logger = init_logger("vllm.dllm")
 
@@ -138,9 +139,26 @@ def is_ours(model_config: ModelConfig) -> bool:
 
 
 def settings_of(vllm_config: VllmConfig) -> DllmConfig:
-    """Read the server's settings from `additional_config["dllm"]`."""
+    """Read the server's settings from `additional_config["dllm"]`; what is not given is as the model publishes it."""
     additional = vllm_config.additional_config
-    return parse_server_settings(additional.get("dllm", {}) if isinstance(additional, dict) else {})
+    given = additional.get("dllm", {}) if isinstance(additional, dict) else {}
+    model_config = vllm_config.model_config
+    block_size = getattr(model_config.hf_config, "block_size", None)
+    return parse_server_settings(given, defaults=served_family(model_config).settings(block_size))
+
+
+def rules_of(vllm_config: VllmConfig) -> UnmaskRules:
+    """Return what the family fixes of unmasking; without a cache a block's first step is as the others."""
+    family = served_family(vllm_config.model_config)
+    has_cache = settings_of(vllm_config).refresh_every != 1
+    return UnmaskRules(family.schedule, family.unmasks_first_alone and has_cache, family.confidence)
+
+
+def served_family(model_config: ModelConfig) -> ModelFamily:
+    """Return the family of a model of ours."""
+    family = family_of(model_config.architectures)
+    assert family is not None, "asked of our models only"
+    return family
 
 
 def spiffy_of(vllm_config: VllmConfig) -> SpiffySettings | None:
@@ -244,8 +262,7 @@ class DllmConfigHook(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Mark the model as a diffusion model and set its published decoding defaults."""
-        family = family_of(model_config.architectures)
-        assert family is not None, "the hook is registered for our architectures only"
+        family = served_family(model_config)
         model_config.hf_config.canvas_length = DllmConfig().block_length
         if model_config.generation_config == "auto":
             given = {**model_config.try_get_generation_config(), **model_config.override_generation_config}
@@ -263,10 +280,12 @@ class DllmConfigHook(VerifyAndUpdateConfig):
             if is_asked_for(vllm_config):
                 raise ConfigError(sentence.format(c=vllm_config))
         settings = settings_of(vllm_config)
-        if settings.block_length > vllm_config.model_config.max_model_len:
+        check_family(settings, served_family(vllm_config.model_config))
+        if max_prompt_len(settings, vllm_config.model_config.max_model_len) < 0:
             raise ConfigError(
                 f"additional_config.dllm.block_length is {settings.block_length}, but max_model_len is "
-                f"{vllm_config.model_config.max_model_len}; choose a smaller block_length"
+                f"{vllm_config.model_config.max_model_len}, which leaves no room for a prompt; choose a smaller "
+                "block_length"
             )
         spiffy = spiffy_of(vllm_config)
         set_attention(vllm_config, settings)

@@ -31,12 +31,11 @@ from vllm_dllm.denoiser import Denoiser, Drafting, Nodes
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.native import choose_draft_functions
 from vllm_dllm.engine.attention import ForwardAttention
-from vllm_dllm.engine.config_hook import settings_of, spiffy_of
+from vllm_dllm.engine.config_hook import rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step_attention import StepAttention
-from vllm_dllm.models.interface import family_of
 from vllm_dllm.spiffy_config import SpiffySettings
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
@@ -83,7 +82,9 @@ class DllmModelState(ModelState):
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
-        self.state = CanvasState(self.max_num_reqs, self.block_length, mask_token_id, device, self._edge())
+        self.state = CanvasState(
+            self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config), self._edge()
+        )
         self.denoiser = Denoiser(
             self.state,
             None if spiffy is None else self._drafting(spiffy),
@@ -121,6 +122,7 @@ class DllmModelState(ModelState):
             request_id=new_req_data.req_id,
             prompt_len=new_req_data.prompt_len,
             settings=self.settings,
+            rules=self.state.rules,
             max_model_len=self.max_model_len,
         )
         self.state.add_request(req_index, params)
@@ -204,10 +206,10 @@ class DllmModelState(ModelState):
         return self._step if self._step is not None and self._step.batch is batch else None
 
     def _edge(self) -> Tensor | None:
-        family = family_of(self.model_config.architectures)
-        assert family is not None, "the runner makes this state for our models only"
+        if not served_family(self.model_config).logit_shift:
+            return None
         shape = (self.max_num_reqs, self.model_config.get_hidden_size())
-        return torch.zeros(shape, dtype=self.dtype, device=self.device) if family.logit_shift else None
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def _drafting(self, spiffy: SpiffySettings) -> Drafting:
         graph = compile_graph(spiffy.graph, self.device)

@@ -13,7 +13,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_dllm.config import generation_length
+from vllm_dllm.config import row_blocks
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.engine import costs
 from vllm_dllm.engine.config_hook import settings_of, spiffy_of
@@ -33,7 +33,8 @@ class DllmScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.block_length = settings_of(self.vllm_config).block_length
+        self.settings = settings_of(self.vllm_config)
+        self.block_length = self.settings.block_length
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_row
         self._spiffy = spiffy_of(self.vllm_config)
@@ -171,10 +172,10 @@ class DllmScheduler(Scheduler):
 
     def _allocate_row(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """Call `KVCacheManager.allocate_slots` for the row: the rest of it as look-ahead, and no pages for drafts."""
-        row_left = request.num_prompt_tokens + self._generation_length(request) - request.num_computed_tokens
+        row_left = self._row_len(request) - request.num_computed_tokens
         num_new_tokens = min(num_new_tokens, row_left)
         kwargs["num_lookahead_tokens"] = row_left - num_new_tokens
         return self._allocate_slots(request, num_new_tokens, *args, **kwargs)
 
-    def _generation_length(self, request: Request) -> int:
-        return generation_length(request.num_prompt_tokens, request.max_tokens, self.block_length, self.max_model_len)
+    def _row_len(self, request: Request) -> int:
+        return row_blocks(request.num_prompt_tokens, request.max_tokens, self.settings, self.max_model_len).end

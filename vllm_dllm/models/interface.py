@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vllm_dllm.config import DllmConfig, InvalidOptionError
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
@@ -41,6 +43,10 @@ class ModelFamily:
     schedule: Literal["even", "timesteps"] = "even"
     unmasks_first_alone: bool = False
     confidence: Literal["model", "sampled"] = "model"
+
+    def settings(self, block_size: int | None) -> dict[str, Any]:
+        """Return the published values of `DllmConfig`'s fields for a checkpoint that says `block_size`."""
+        return {**self.decoding_defaults, **({} if block_size is None else {"block_length": block_size})}
 
 
 FAMILIES = (
@@ -84,3 +90,24 @@ def family_of(architectures: list[str] | None) -> ModelFamily | None:
         if architecture in FAMILY_BY_ARCHITECTURE:
             return FAMILY_BY_ARCHITECTURE[architecture]
     return None
+
+
+def check_family(settings: DllmConfig, family: ModelFamily) -> None:
+    """Check that a server's KV policy is one for the family's attention.
+
+    Raises: InvalidOptionError.
+    """
+    is_block_causal = family.attention == "block_causal"
+    if is_block_causal == (settings.kv_policy == "block_causal"):
+        return
+    allowed, reason = (
+        ("'block_causal'", "sees nothing behind a block, so that its K/V never change")
+        if is_block_causal
+        else ("'dual' and 'prefix'", "sees what follows a block, so that its K/V change")
+    )
+    raise InvalidOptionError(
+        f"additional_config.dllm.kv_policy is {settings.kv_policy!r}, but {family.architecture} {reason}; allowed are "
+        f"{allowed}; leave kv_policy out",
+        "additional_config.dllm.kv_policy",
+        settings.kv_policy,
+    )
