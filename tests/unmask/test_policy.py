@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dllm.reference.decode import factor_count, static_counts, threshold_count
+from vllm_dllm.reference.policy import factor_count, static_counts, threshold_count
 from vllm_dllm.unmask.policy import POLICY_IDS, PolicyParams, choose_positions, num_to_unmask
 
 
