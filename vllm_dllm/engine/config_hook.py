@@ -140,7 +140,7 @@ def is_ours(model_config: ModelConfig) -> bool:
 
 
 def _is_block_causal(model_config: ModelConfig) -> bool:
-    return _family(model_config).attention == "block_causal"
+    return served_family(model_config).attention == "block_causal"
 
 
 def settings_of(vllm_config: VllmConfig) -> DllmConfig:
