@@ -26,6 +26,7 @@ from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
+from vllm_dllm.unmask.schedule import count_table, reveal_times
 
 VOCAB, MASK, EOS = 13, 3, 1
 CPU = torch.device("cpu")
@@ -97,7 +98,11 @@ def denoise(
                 policy_id=POLICY_IDS[r.policy],  # type: ignore[index]  # one of the literals
                 threshold=r.threshold,
                 factor=1.0,
-                steps_per_block=r.steps,
+                entropy_bound=0.35,
+                alg_temp=0.0,
+                counts=count_table(state.rules, block_length, r.steps),
+                times=reveal_times(state.rules, block_length, r.steps),
+                prompt_len=0,
                 row_len=block_length,
                 temperature=r.temperature,
                 top_k=r.top_k,

@@ -100,9 +100,7 @@ def refuse_unsupported(params: SamplingParams) -> None:
             )
 
 
-def check_admission(
-    request: "EngineCoreRequest", settings: DllmConfig, max_model_len: int, mask_token_id: int
-) -> int:
+def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_model_len: int, mask_token_id: int) -> int:
     """Check what depends on the prompt; returns how many positions the request generates at most.
 
     Raises: RequestError for a prompt that leaves less than one block, or whose tail could not be told from what is
