@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.reference import decode, spiffy
-from vllm_dllm.reference.model import LayerKv, LLaDA
+from vllm_dllm.reference.layers import LayerKv
+from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.spiffy_config import parse_spiffy, read_speculative_config, spiffy_settings, to_json_object
 
 TINY = Path(__file__).parent / "tiny_llada"

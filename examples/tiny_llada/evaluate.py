@@ -8,8 +8,9 @@ import torch
 from tasks import TASKS, draw
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vllm_dllm.reference.decode import KvPolicy, UnmaskPolicy, generate
+from vllm_dllm.reference.decode import KvPolicy, generate
 from vllm_dllm.reference.model import LLaDA
+from vllm_dllm.reference.policy import UnmaskPolicy
 
 
 def answer(model: LLaDA, tokenizer: PreTrainedTokenizerBase, question: str, options: argparse.Namespace) -> str:

@@ -21,7 +21,9 @@ from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.native import BY_OPS, BY_TORCH
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import decode, spiffy
-from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy
+from vllm_dllm.reference.decode import KvPolicy
+from vllm_dllm.reference.policy import UnmaskPolicy
+from vllm_dllm.reference.sampling import Sampling
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import LogitsHead

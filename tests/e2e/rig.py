@@ -21,8 +21,10 @@ from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import spiffy
-from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy, generate
+from vllm_dllm.reference.decode import KvPolicy, generate
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
+from vllm_dllm.reference.policy import UnmaskPolicy
+from vllm_dllm.reference.sampling import Sampling
 
 CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_llada/checkpoint"
 MAX_MODEL_LEN = 128

@@ -10,8 +10,10 @@ from tests.e2e.rig import CHECKPOINT
 from vllm_dllm.calibrate.prompts import read_prompts
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph_file import check_fit, load_graph
-from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy, generate
+from vllm_dllm.reference.decode import KvPolicy, generate
 from vllm_dllm.reference.model import LLaDA
+from vllm_dllm.reference.policy import UnmaskPolicy
+from vllm_dllm.reference.sampling import Sampling
 
 pytestmark = pytest.mark.engine
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from vllm_dllm.noise import STREAM, stream_keys, uniform
-from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy, generate
+from vllm_dllm.reference.decode import KvPolicy, generate
 from vllm_dllm.reference.model import LLaDA
+from vllm_dllm.reference.policy import UnmaskPolicy
+from vllm_dllm.reference.sampling import Sampling
 
 MASK = 3
 PROMPT = torch.tensor([7, 11, MASK, 19, 30])  # holds the mask token, which is an ordinary token there

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaModel
 
-from vllm_dllm.reference.model import LLaDA, LLaDAConfig, RMSNorm
+from vllm_dllm.reference.layers import RMSNorm
+from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 
 LLAMA_NAMES = {
     "attn_norm": "input_layernorm",

@@ -7,31 +7,31 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.noise import stream_keys
-from vllm_dllm.reference.decode import (
-    Sampling,
+from vllm_dllm.reference.policy import (
+    LLADA,
+    Block,
     UnmaskPolicy,
-    choose_tokens,
     factor_count,
-    filter_logits,
     rank_positions,
     static_counts,
     threshold_count,
     unmask,
 )
+from vllm_dllm.reference.sampling import Sampling, choose_tokens, kept_tokens
 
 EOS, EOT = 1, 6
 
 
-def step_logits(logits: Tensor, **changes: object) -> tuple[list[int], list[int]]:
-    """Run `unmask` on a block at position 0 whose positions are all masked."""
-    values = {
-        "first": 0,
-        "static_count": len(logits),
-        "policy": UnmaskPolicy(),
-        "sampling": Sampling(),
-        "eos_id": EOS,
-    }
-    positions, tokens = unmask(logits, torch.ones(len(logits), dtype=torch.bool), **(values | changes))
+def make_block(length: int, count: int, **changes: object) -> Block:
+    """Make a block at position 0 whose first step unmasks `count` positions by the schedule."""
+    values = {"policy": UnmaskPolicy(), "sampling": Sampling(), "rules": LLADA}
+    return Block(begin=0, length=length, num_masked=length, steps=-(-length // count), eos_id=EOS, **(values | changes))
+
+
+def step_logits(logits: Tensor, count: int | None = None, **changes: object) -> tuple[list[int], list[int]]:
+    """Run `unmask` on a block whose positions are all masked; by the schedule it unmasks `count` of them, or all."""
+    block = make_block(len(logits), count or len(logits), **changes)
+    positions, tokens = unmask(logits, torch.ones(len(logits), dtype=torch.bool), first=0, block=block)
     return positions.tolist(), tokens.tolist()
 
 
@@ -123,7 +123,7 @@ def test_forbidden_ids_leave_the_softmax():
 
 
 def test_equal_confidences_go_by_position():
-    assert step_logits(torch.zeros(32, 5), static_count=3) == ([0, 1, 2], [0, 0, 0])
+    assert step_logits(torch.zeros(32, 5), count=3) == ([0, 1, 2], [0, 0, 0])
     confidence = torch.tensor([0.5, 0.9, 0.5, 0.9, 0.1])
     assert rank_positions(confidence, 4, "position").tolist() == [1, 3, 0, 2]
 
@@ -133,8 +133,8 @@ def test_torch_ties_are_those_of_topk_over_the_span(name, num_ranked, count):
     """The tensor has the length of the span, -inf outside the block; the threshold rule ranks all its masks."""
     logits, is_masked = torch.zeros(40, 5), torch.arange(40) >= 8
     policy = UnmaskPolicy(name, tie_break="torch", confidence_dtype=torch.float64)
-    options = {"static_count": 5, "policy": policy, "sampling": Sampling()}
-    positions, _ = unmask(logits, is_masked, first=0, eos_id=EOS, **options)
+    block = Block(8, 32, 32, steps=7, policy=policy, sampling=Sampling(), rules=LLADA, eos_id=EOS)
+    positions, _ = unmask(logits, is_masked, first=0, block=block)
     published = torch.where(is_masked, torch.full((40,), 0.2, dtype=torch.float64), -torch.inf)
     assert torch.equal(positions, published.topk(num_ranked).indices[:count])
 
@@ -161,8 +161,8 @@ def test_samples_follow_the_softmax(temperature):
 
 def kept(logits: list[float], **options: float) -> list[int]:
     """Return the ids that a filter leaves."""
-    filtered = filter_logits(torch.tensor([logits], dtype=torch.float64), Sampling(temperature=1.0, **options))
-    return filtered[0].isfinite().nonzero().flatten().tolist()
+    kept = kept_tokens(torch.tensor([logits], dtype=torch.float64), Sampling(temperature=1.0, **options))
+    return kept[0].nonzero().flatten().tolist()
 
 
 def test_filters_keep_what_their_text_says():

@@ -8,7 +8,7 @@ import torch
 
 from vllm_dllm import noise
 from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
-from vllm_dllm.reference.decode import Sampling, choose_tokens
+from vllm_dllm.reference.sampling import Sampling, choose_tokens
 from vllm_dllm.unmask.stats import candidates_of, kept_ids, torch_stats
 
 VOCAB = 113

@@ -9,8 +9,10 @@ import torch
 from vllm_dllm.bench.process import EngineProcess
 from vllm_dllm.bench.report import Row, Section
 from vllm_dllm.bench.workload import EngineSpec, Measurement, UnequalTokensError, Workload
-from vllm_dllm.reference.decode import KvPolicy, Sampling, UnmaskPolicy, generate
+from vllm_dllm.reference.decode import KvPolicy, generate
 from vllm_dllm.reference.model import LLaDA
+from vllm_dllm.reference.policy import UnmaskPolicy
+from vllm_dllm.reference.sampling import Sampling
 
 POLICIES: tuple[dict[str, Any], ...] = ({"policy": "static"}, {"policy": "threshold", "threshold": 0.9})
 

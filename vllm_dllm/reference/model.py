@@ -2,10 +2,7 @@
 
 LLaDA (arXiv:2502.09992, sec. 2.2 and app. A) is a Llama transformer whose attention sees the whole sequence. The
 parameter names are those of the published checkpoints (`modeling_llada.py`, class `LLaDAModelLM`), so a checkpoint
-loads without a name map.
-
-Shapes: `*` any leading dimensions (none when decoding, a batch when training), `len` positions of this forward,
-`seq_len` positions of the sequence, `heads` query heads, `kv_heads` key heads, `dim` the size of a head.
+loads without a name map. Shapes are named as in `reference.layers`.
 """
 
 import json
@@ -15,11 +12,18 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-LayerKv = tuple[Tensor, Tensor]
-"""Keys (rotated) and values of one layer: two [*, kv_heads, seq_len, dim]."""
+from vllm_dllm.reference.layers import (
+    LayerKv,
+    RMSNorm,
+    attend,
+    load_weights,
+    merge_heads,
+    rotary_angles,
+    rotate,
+    split_heads,
+)
 
 _IMPLEMENTED: dict[str, object] = {
     "block_type": "llama",
@@ -69,35 +73,6 @@ class LLaDAConfig:
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
-class RMSNorm(nn.Module):
-    """Normalise in float32, round to the input's type, then scale."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [*, size] to the same shape."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
-
-
-def rotary_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
-    """Return the rotation angles of the given positions [len]: [len, dim] float32, the second half as the first."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    return torch.outer(positions.float(), frequencies).repeat(1, 2)
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + dim/2) of [*, heads, len, dim] by angles [len, dim], in float32."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (wide * angles.cos() + turned * angles.sin()).to(x.dtype)
-
-
 class Block(nn.Module):
     """One transformer layer (`LLaDALlamaBlock`; the published name, not a decoding block)."""
 
@@ -124,23 +99,12 @@ class Block(nn.Module):
         return x + self.ff_out(F.silu(self.ff_proj(narrow)) * self.up_proj(narrow)), kv
 
     def _attend(self, x: Tensor, angles: Tensor, start: int, kv: LayerKv | None) -> tuple[Tensor, LayerKv]:
-        query = rotate(self._heads(self.q_proj(x)), angles)
-        key = rotate(self._heads(self.k_proj(x)), angles)
-        value = self._heads(self.v_proj(x))
-        if kv is not None:
-            end = start + x.shape[-2]
-            key, value = (
-                torch.cat((old[..., :start, :], new, old[..., end:, :]), dim=-2)
-                for old, new in zip(kv, (key, value), strict=True)
-            )
-        # No mask: each position sees the whole sequence.
-        attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
-        output: Tensor = self.attn_out(attended.transpose(-2, -3).flatten(-2))
-        return output, (key, value)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """Split [*, len, heads * dim] into [*, heads, len, dim]."""
-        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(-2, -3)
+        query = rotate(split_heads(self.q_proj(x), self.head_dim), angles)
+        key = rotate(split_heads(self.k_proj(x), self.head_dim), angles)
+        value = split_heads(self.v_proj(x), self.head_dim)
+        attended, kv = attend(query, key, value, start, kv)
+        output: Tensor = self.attn_out(merge_heads(attended))
+        return output, kv
 
 
 class Transformer(nn.Module):
@@ -192,8 +156,5 @@ class LLaDA(nn.Module):
         folder = Path(path)
         with torch.device("meta"):  # the weights are assigned below, so none are drawn here
             model = cls(LLaDAConfig.from_json(folder / "config.json"))
-        weights: dict[str, Tensor] = {}
-        for shard in sorted(folder.glob("*.safetensors")):
-            weights |= {name: tensor.to(dtype) for name, tensor in load_file(shard).items()}
-        model.load_state_dict(weights, assign=True)
+        load_weights(model, folder, dtype)
         return model.eval()

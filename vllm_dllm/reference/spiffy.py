@@ -1,8 +1,10 @@
 """Spiffy, as published, on top of `reference.decode`: the speculative half of the oracle.
 
-Spiffy (arXiv:2509.18085v4) Algorithm 1, sec. 4.1-4.2 and 4.4.4, for block decoding under the dual cache, where it is
-exact: nothing outside a block depends on the block while it is denoised. Batch of one, one canvas per forward of the
-model; a *call* is what an engine would do in one forward: the root and its drafts.
+Spiffy (arXiv:2509.18085v4) Algorithm 1, sec. 4.1-4.2 and 4.4.4, for block decoding under the dual cache and for
+block-causal models, where it is exact: nothing outside a block depends on the block while it is denoised. Batch of one,
+one canvas per forward of the model; a *call* is what an engine would do in one forward: the root and its drafts. A
+block-causal model's first call of a block has no drafts, since no distribution of that block is known; storing the
+block before it is part of that call and counts nothing.
 
 Where the paper leaves open: drafts extend the canvas that the last distribution led to, in the ranks of that
 distribution; a draft is accepted when it *is* the next canvas, whatever edge led to it; at a temperature each step of
@@ -10,16 +12,20 @@ a draft draws with the noise that the decoder will use then. Other than in the p
 calibrated readiness (`draft.prune`).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph, Formula
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
-from vllm_dllm.reference.decode import Sampling, UnmaskPolicy, filter_logits, static_counts, unmask
-from vllm_dllm.reference.model import LayerKv, LLaDA
+from vllm_dllm.reference.block_causal import decoded_region, store_prompt
+from vllm_dllm.reference.decode import Model, shift, steps_per_block
+from vllm_dllm.reference.layers import LayerKv
+from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy, unmask
+from vllm_dllm.reference.qwen import Qwen
+from vllm_dllm.reference.sampling import Sampling, kept_tokens, remove_tokens
 
 Canvas = tuple[int, ...]
 
@@ -35,41 +41,97 @@ class SpiffyGeneration:
     num_accepted: int  # of them
 
 
+@dataclass(slots=True)
+class _Calls:
+    """What the calls did so far."""
+
+    nfe: int = 0
+    nfe_refresh: int = 0
+    num_proposed: int = 0
+    num_accepted: int = 0
+
+
+class _DualCache:
+    """What a block sees under the dual cache: the keys and values of the refresh that it begins with."""
+
+    def __init__(self, model: Model, logit_shift: bool) -> None:
+        self.model = model
+        self.logit_shift = logit_shift
+
+    def begin_block(self, tokens: Tensor, begin: int, end: int) -> Tensor | None:
+        """Refresh; the refresh sees the block too, all masked, so it predicts it: [end - begin, vocab]."""
+        rows, self.kept = self.model.forward(tokens, 0, None)
+        self.predicted = (shift(rows, rows[:1]) if self.logit_shift else rows)[begin:end]
+        return self.predicted
+
+    def predict(self, canvas: Tensor, begin: int) -> Tensor:
+        """Predict a canvas [block_length] int64 at `begin`: [block_length, vocab]."""
+        rows = self.model.forward(canvas, begin, self.kept)[0]
+        return shift(rows, self.predicted[:1]) if self.logit_shift else rows
+
+
+class _StoredBlocks:
+    """What a block of a block-causal model sees: the blocks before it."""
+
+    def __init__(self, model: Model, kept: list[LayerKv] | None, num_stored: int) -> None:
+        self.model = model
+        self.kept = kept
+        self.num_stored = num_stored  # positions
+
+    def begin_block(self, tokens: Tensor, begin: int, end: int) -> Tensor | None:
+        """Store the block before, if it is not; that predicts nothing."""
+        if self.num_stored < begin:
+            self.kept = self.model.forward(tokens[self.num_stored : begin], self.num_stored, self.kept)[1]
+            self.num_stored = begin
+        return None
+
+    def predict(self, canvas: Tensor, begin: int) -> Tensor:
+        """Predict a canvas [block_length] int64 at `begin`: [block_length, vocab]."""
+        return self.model.forward(canvas, begin, self.kept)[0]
+
+
 @dataclass(frozen=True, slots=True)
 class _Decoder:
     """One block of one request."""
 
-    model: LLaDA
     graph: DraftGraph
     budget: int  # most drafts per call
-    begin: int  # absolute position of the block
-    schedule: Mapping[int, int]  # static policies: positions to unmask by positions masked
-    policy: UnmaskPolicy
-    sampling: Sampling
+    block: Block
+    mask_token_id: int
+    context: _DualCache | _StoredBlocks
 
     def is_masked(self, canvas: Canvas) -> Tensor:
-        return torch.tensor(canvas) == self.model.config.mask_token_id
+        return torch.tensor(canvas) == self.mask_token_id
 
     def next_canvas(self, canvas: Canvas, logits: Tensor) -> Canvas:
         """Take one step of the decoder: logits is [block_length, vocab]."""
-        is_masked = self.is_masked(canvas)
-        chosen, tokens = unmask(
-            logits,
-            is_masked,
-            first=self.begin,
-            static_count=self.schedule.get(int(is_masked.sum()), 1),
-            policy=self.policy,
-            sampling=self.sampling,
-            eos_id=self.model.config.eos_token_id,
-        )
+        chosen, tokens = unmask(logits, self.is_masked(canvas), first=self.block.begin, block=self.block)
         return tuple(torch.tensor(canvas).index_put((chosen,), tokens).tolist())
+
+    def finish(self, canvas: Canvas, logits: Tensor | None, calls: _Calls) -> Canvas:
+        """Take all steps from a canvas on, whose logits an earlier call may have computed."""
+        before: Canvas | None = None
+        if logits is not None:
+            before, canvas = canvas, self.next_canvas(canvas, logits)
+        while self.is_masked(canvas).any():
+            drafts = [] if before is None or logits is None else self.drafts(canvas, before, logits)
+            evaluated = {
+                node: self.context.predict(torch.tensor(node), self.block.begin) for node in [*reversed(drafts), canvas]
+            }
+            calls.nfe += 1
+            calls.num_proposed += len(drafts)
+            calls.num_accepted -= 1  # the root is no draft
+            while canvas in evaluated:
+                before, logits = canvas, evaluated[canvas]
+                canvas = self.next_canvas(canvas, logits)
+                calls.num_accepted += 1
+        return canvas
 
     def drafts(self, root: Canvas, before: Canvas, logits: Tensor) -> list[Canvas]:
         """Guess canvases that follow the root, likeliest first, from the logits that led to it from `before`."""
-        forbidden = torch.tensor(self.sampling.forbidden_ids, dtype=torch.int64)
-        log_probs = logits.double().index_fill(-1, forbidden, -torch.inf).log_softmax(-1)
+        log_probs = remove_tokens(logits.double(), self.block.sampling.forbidden_ids).log_softmax(-1)
         is_new = self.is_masked(before) & ~self.is_masked(root)
-        is_step_by_step = self.sampling.temperature > 0 or self.policy.name == "random"
+        is_step_by_step = self.block.sampling.temperature > 0 or self.block.policy.name == "random"
         formulas: list[Formula] = [(), *self.graph.formulas]
         canvases: list[Canvas | None] = [root]
         scores, worst = [0.0], [0.0]  # of each node: log probability of being reached; least score on the way to it
@@ -95,7 +157,7 @@ class _Decoder:
         is_masked = self.is_masked(origin)
         ranked, log_confidence, keys = self._draw(log_probs, int(is_masked.sum()))
         order = self.graph.readiness.log_odds(log_confidence, is_new)
-        if self.policy.name == "random":
+        if self.block.policy.name == "random":
             order = uniform(keys, STREAM)
         positions = order.masked_fill(~is_masked, -torch.inf).sort(descending=True, stable=True).indices
         canvas = list(origin)
@@ -114,7 +176,7 @@ class _Decoder:
         is_open = self.is_masked(parent)
         added = (is_open & ~self.is_masked(node)).nonzero().squeeze(-1)
         log_tokens = sum(float(log_probs[x, node[x]]) for x in added.tolist())
-        if self.policy.name == "random":  # the positions are known for certain
+        if self.block.policy.name == "random":  # the positions are known for certain
             return log_tokens
         _, log_confidence, _ = self._draw(log_probs, int(is_open.sum()))
         is_newer = is_new | (self.is_masked(root) & ~is_open)
@@ -132,21 +194,20 @@ class _Decoder:
             [block_length], and the noise streams [block_length].
         """
         top, ids = log_probs.topk(min(MAX_CANDIDATES, log_probs.shape[-1]))
-        position = self.begin + torch.arange(len(top))
-        keys = stream_keys(
-            torch.full_like(position, self.sampling.seed), position, torch.full_like(position, num_masked)
-        )
-        scores, temperature = top, self.sampling.temperature
-        if temperature > 0:
-            is_kept = filter_logits(top / temperature, self.sampling) > -torch.inf
-            scores = (top + temperature * gumbel(keys[:, None], ids)).masked_fill(~is_kept, -torch.inf)
+        position = self.block.begin + torch.arange(len(top))
+        sampling = self.block.sampling
+        keys = stream_keys(torch.full_like(position, sampling.seed), position, torch.full_like(position, num_masked))
+        scores = top
+        if sampling.temperature > 0:
+            noisy = top + sampling.temperature * gumbel(keys[:, None], ids)
+            scores = noisy.masked_fill(~kept_tokens(top, sampling), -torch.inf)
         ranked = ids.gather(-1, scores.argsort(dim=-1, descending=True, stable=True))
         return ranked, log_probs.gather(-1, ranked[:, :1]).squeeze(-1), keys
 
 
 @torch.no_grad()
-def generate(
-    model: LLaDA,
+def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
+    model: Model,
     prompt: Tensor,
     *,
     graph: DraftGraph,
@@ -155,48 +216,41 @@ def generate(
     block_length: int,
     policy: UnmaskPolicy,
     sampling: Sampling,
+    rules: Rules = LLADA,
 ) -> SpiffyGeneration:
-    """Generate what `reference.decode.generate` does under the dual cache, in fewer calls.
+    """Generate what `decode.generate` does under the dual cache, or `block_causal.generate`, in fewer calls.
 
     Args:
         model: the model.
         prompt: [prompt_len] int64.
         graph: the draft graph.
         budget: most drafts per call; 0 is the decoder itself.
-        gen_length: positions to generate, a multiple of `block_length`.
+        gen_length: as the decoder's.
         block_length: positions per block.
         policy: the unmasking policy.
         sampling: how tokens are chosen; without guidance.
+        rules: those of the model's family.
     """
-    steps = block_length if policy.steps is None else policy.steps * block_length // gen_length
-    schedule, left = {}, block_length
-    for count in static_counts(block_length, steps):
-        schedule[left] = count
-        left -= count
-    tokens = torch.cat((prompt, prompt.new_full((gen_length,), model.config.mask_token_id)))
-    nfe = nfe_refresh = num_proposed = num_accepted = 0
-    for begin in range(len(prompt), len(tokens), block_length):
-        decoder = _Decoder(model, graph, budget, begin, schedule, policy, sampling)
-        block = slice(begin, begin + block_length)
-        # The refresh sees the block too, all masked: its own logits decide the first step.
-        logits, kept = model.forward(tokens, 0, None)
-        logits = logits[block]
-        nfe, nfe_refresh = nfe + 1, nfe_refresh + 1
-        before: Canvas = tuple(tokens[block].tolist())
-        canvas = decoder.next_canvas(before, logits)
-        while decoder.is_masked(canvas).any():
-            drafts = decoder.drafts(canvas, before, logits)
-            evaluated = {node: _forward(model, node, begin, kept) for node in [*reversed(drafts), canvas]}
-            nfe, num_proposed = nfe + 1, num_proposed + len(drafts)
-            num_accepted -= 1  # the root is no draft
-            while canvas in evaluated:
-                before, logits = canvas, evaluated[canvas]
-                canvas = decoder.next_canvas(before, logits)
-                num_accepted += 1
-        tokens[block] = torch.tensor(canvas)
-    return SpiffyGeneration(tokens[len(prompt) :], nfe, nfe_refresh, num_proposed, num_accepted)
-
-
-def _forward(model: LLaDA, canvas: Canvas, begin: int, kept: list[LayerKv]) -> Tensor:
-    """Predict a block under the K/V that the refresh kept of everything else; [block_length, vocab]."""
-    return model.forward(torch.tensor(canvas), begin, kept)[0]
+    prompt_len = len(prompt)
+    context: _DualCache | _StoredBlocks
+    if rules.attention == "block_causal":
+        steps = policy.steps or block_length
+        first_begin, seq_len = decoded_region(prompt_len, gen_length, block_length)
+        context = _StoredBlocks(model, store_prompt(cast(Qwen, model), prompt, block_length), first_begin)
+    else:
+        steps = steps_per_block(gen_length, block_length, policy.steps)
+        first_begin, seq_len = prompt_len, prompt_len + gen_length
+        context = _DualCache(model, rules.logit_shift)
+    tokens = torch.cat((prompt, prompt.new_full((seq_len - prompt_len,), model.config.mask_token_id)))
+    calls = _Calls()
+    for begin in range(first_begin, seq_len, block_length):
+        end = begin + block_length
+        num_masked = end - max(begin, prompt_len)
+        block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
+        logits = context.begin_block(tokens, begin, end)
+        if logits is not None:
+            calls.nfe += 1
+            calls.nfe_refresh += 1
+        decoder = _Decoder(graph, budget, block, model.config.mask_token_id, context)
+        tokens[begin:end] = torch.tensor(decoder.finish(tuple(tokens[begin:end].tolist()), logits, calls))
+    return SpiffyGeneration(tokens[prompt_len:], **asdict(calls))

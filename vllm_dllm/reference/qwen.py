@@ -1,0 +1,208 @@
+"""The Qwen transformers of Dream and SDAR in plain torch: the model half of their oracle.
+
+Dream (arXiv:2508.15487) is Qwen2 without a causal mask: biases on query, key and value. SDAR (arXiv:2510.06303), and
+TraDo with it, is Qwen3: no biases, query and key normalised per head before they are rotated; a position sees its
+block and the blocks before it. The parameter names are the published ones, so a checkpoint loads without a name map.
+Shapes are named as in `reference.layers`.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_dllm.reference.layers import (
+    LayerKv,
+    RMSNorm,
+    attend,
+    load_weights,
+    merge_heads,
+    rotary_angles,
+    rotate,
+    split_heads,
+)
+
+_IMPLEMENTED: dict[str, object] = {
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "use_sliding_window": False,
+    "attention_bias": False,  # SDAR's; Dream has its biases whatever this says
+}
+"""Fields of config.json that this model has one answer to; another value is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class QwenConfig:
+    """The fields of a checkpoint's config.json that decide the computation, under their published names."""
+
+    architecture: str  # the entry of `architectures`
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    mask_token_id: int
+    eos_token_id: int
+    rope_theta: float
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    block_size: int | None = None  # SDAR: the block length of training
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an architecture that this model is not."""
+        if self.architecture not in ("DreamModel", "SDARForCausalLM"):
+            message = f"architecture is {self.architecture!r}; the reference model is 'DreamModel' or 'SDARForCausalLM'"
+            raise ValueError(message)
+
+    @classmethod
+    def from_json(cls, path: Path) -> "QwenConfig":
+        """Read a checkpoint's config.json; raises ValueError where it asks for another computation."""
+        values: dict[str, Any] = json.loads(path.read_text())
+        for name, implemented in _IMPLEMENTED.items():
+            given = values.get(name, implemented)
+            if given != implemented:
+                message = f"{name} is {given!r} in {path}; the reference model implements {implemented!r} alone."
+                raise ValueError(message)
+        values["architecture"] = values["architectures"][0]
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = values["num_attention_heads"]
+        if values.get("head_dim") is None:
+            values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
+
+
+class Attention(nn.Module):
+    """The parameters under `self_attn`, and what they compute."""
+
+    def __init__(self, config: QwenConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        is_dream = config.architecture == "DreamModel"
+        width = config.hidden_size
+        query_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, query_width, bias=is_dream)
+        self.k_proj = nn.Linear(width, kv_width, bias=is_dream)
+        self.v_proj = nn.Linear(width, kv_width, bias=is_dream)
+        self.o_proj = nn.Linear(query_width, width, bias=False)
+        self.q_norm = nn.Identity() if is_dream else RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = nn.Identity() if is_dream else RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, angles: Tensor, start: int, kv: LayerKv | None, visible: Tensor | None
+    ) -> tuple[Tensor, LayerKv]:
+        """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
+        query = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), angles)
+        key = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), angles)
+        value = split_heads(self.v_proj(x), self.head_dim)
+        attended, kv = attend(query, key, value, start, kv, visible)
+        return self.o_proj(merge_heads(attended)), kv
+
+
+class MLP(nn.Module):
+    """The parameters under `mlp`, and what they compute."""
+
+    def __init__(self, config: QwenConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [*, hidden_size] to the same shape."""
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class Layer(nn.Module):
+    """One transformer layer."""
+
+    def __init__(self, config: QwenConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, angles: Tensor, start: int, kv: LayerKv | None, visible: Tensor | None
+    ) -> tuple[Tensor, LayerKv]:
+        """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
+        attended, kv = self.self_attn(self.input_layernorm(x), angles, start, kv, visible)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+class Decoder(nn.Module):
+    """The parameters under `model`."""
+
+    def __init__(self, config: QwenConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Qwen(nn.Module):
+    """The mask predictor: the logits of each row; under Dream's logit shift they are those of the next position."""
+
+    def __init__(self, config: QwenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        ids: Tensor,
+        start: int = 0,
+        kv: list[LayerKv] | None = None,
+        visible: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, list[LayerKv]]:
+        """Forward the tokens at positions [start, start + len).
+
+        Args:
+            ids: [*, len] int64, the tokens at these positions.
+            start: the position of the first of them; 0 without `kv`.
+            kv: per layer, what an earlier forward returned: of the whole sequence, or of a prefix of at least `start`
+                positions. Keys and values of all other positions are read from it as they are.
+            visible: [len, seq_len] bool, which positions each one sees, `block_causal` for SDAR; None: all.
+            positions: [len] int64, what the tokens are rotated by where a training sequence holds several versions
+                of a position; None: from `start` on.
+
+        Returns: logits [*, len, vocab_size], and per layer the keys and values of the sequence after it.
+        """
+        if positions is None:
+            positions = torch.arange(start, start + ids.shape[-1], device=ids.device)
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        x: Tensor = self.model.embed_tokens(ids)
+        updated: list[LayerKv] = []
+        for index, layer in enumerate(self.model.layers):
+            x, layer_kv = layer(x, angles, start, None if kv is None else kv[index], visible)
+            updated.append(layer_kv)
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(self.model.norm(x), head.weight), updated
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype) -> "Qwen":
+        """Load config.json and the safetensors files of a checkpoint folder, weights cast to `dtype`."""
+        folder = Path(path)
+        with torch.device("meta"):  # the weights are assigned below, so none are drawn here
+            model = cls(QwenConfig.from_json(folder / "config.json"))
+        load_weights(model, folder, dtype)
+        return model.eval()
+
+
+def block_causal(seq_len: int, block_length: int) -> Tensor:
+    """Return which positions each one sees in SDAR: those of its block and of all before; [seq_len, seq_len] bool."""
+    block = torch.arange(seq_len) // block_length
+    return block[:, None] >= block
