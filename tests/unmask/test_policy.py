@@ -27,7 +27,7 @@ def params(
         seed=torch.tensor([7]),
         num_known=torch.tensor([num_known]),
         counts=torch.tensor([count_table(NO_RULES, block_length, steps)]),
-        times=torch.tensor([reveal_times(NO_RULES, block_length, steps)], dtype=torch.float64),
+        times=torch.tensor([reveal_times(block_length, steps)], dtype=torch.float64),
         policies=(policy,),
         has_alg_temp=values["alg_temp"] > 0,
         **{name: torch.tensor([value], dtype=torch.float64) for name, value in values.items()},

@@ -63,9 +63,7 @@ def test_dreams_schedule_ends_with_two(size: int) -> None:
     assert taken(count_table(UnmaskRules("timesteps"), size, size), size) == [1] * (size - 2) + [2]
 
 
-@pytest.mark.parametrize("begin", [0, 1])
-def test_times_end_with_the_last_step(begin: int) -> None:
-    rules = UnmaskRules(unmasks_first_alone=begin == 1)
+def test_times_end_with_the_last_step() -> None:
     times = torch.linspace(1, 1e-3, 6).tolist()
-    assert reveal_times(rules, 7, 5) == (*times[1 + begin : 5], *[0.0] * (3 + begin))
-    assert reveal_times(rules, 3, 1) == (0.0, 0.0, 0.0)
+    assert reveal_times(7, 5) == (*times[1:5], 0.0, 0.0, 0.0)
+    assert reveal_times(3, 1) == (0.0, 0.0, 0.0)
