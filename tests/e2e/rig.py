@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer
 
-from vllm_dllm.config import generation_length
+from vllm_dllm.config import DllmConfig, row_blocks
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
 from vllm_dllm.draft.readiness import Readiness
@@ -114,8 +114,9 @@ class Oracle:
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)
+        blocks = row_blocks(len(case.prompt), case.max_tokens, DllmConfig(block_length=block_length), MAX_MODEL_LEN)
         return {
-            "gen_length": generation_length(len(case.prompt), case.max_tokens, block_length, MAX_MODEL_LEN),
+            "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "policy": UnmaskPolicy(
                 case.policy,
