@@ -1,12 +1,13 @@
 """Settings of a server and options of a request: THE place where both are checked.
 
 A server reads `additional_config={"dllm": {...}}` (`--additional-config '{"dllm": {...}}'`); a request may override
-the unmasking policy through `SamplingParams.extra_args` (`vllm_xargs` over HTTP) with the keys `dllm_policy`,
-`dllm_threshold`, `dllm_factor` and `dllm_steps`. Nothing here imports vLLM or torch.
+the unmasking policy through `SamplingParams.extra_args` (`vllm_xargs` over HTTP) with keys like `dllm_policy`, see
+`RequestOptions`. Nothing here imports vLLM or torch.
 """
 
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,8 +15,19 @@ from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import ConfigError
 
-PolicyName = Literal["static", "random", "threshold", "factor"]
-KvPolicyName = Literal["dual", "prefix"]
+PolicyName = Literal[
+    "static",
+    "random",
+    "threshold",
+    "factor",
+    "margin",
+    "entropy",
+    "origin",
+    "sequential",
+    "dynamic",
+    "entropy_bounded",
+]
+KvPolicyName = Literal["dual", "prefix", "block_causal"]
 AttentionName = Literal["auto", "csrc", "flashinfer", "xformers", "torch"]
 
 REQUEST_PREFIX = "dllm_"
@@ -24,9 +36,10 @@ REQUEST_PREFIX = "dllm_"
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 # Each type's description says what is allowed, in error messages.
-_Policy = Annotated[PolicyName, Field(description="'static', 'random', 'threshold' and 'factor'")]
+_Policy = Annotated[PolicyName, Field(description=", ".join(map(repr, get_args(PolicyName))))]
 _Threshold = Annotated[float, Field(gt=0.0, le=1.0, description="numbers above 0 and up to 1")]
-_Factor = Annotated[float, Field(gt=0.0, allow_inf_nan=False, description="finite numbers above 0")]
+_Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False, description="finite numbers above 0")]
+_AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
 _Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
 
 
@@ -36,25 +49,31 @@ class DllmConfig(BaseModel):
     Attributes:
         block_length: positions denoised together (tokens).
         kv_policy: `dual` freezes the K/V of everything but the block, `prefix` of what precedes it
-            (Fast-dLLM, arXiv:2505.22618).
+            (Fast-dLLM, arXiv:2505.22618); `block_causal`, for models that see nothing behind a block, never computes
+            K/V again.
         refresh_every: with `dual`, recompute all K/V before every n-th step of a block; None only before the first,
             1 before each, which equals decoding without a cache.
         policy: unmasking policy of requests that name none.
-        threshold: `threshold` unmasks every position whose confidence reaches it.
+        threshold: `threshold` unmasks every position whose confidence reaches it, `dynamic` those that exceed it.
         factor: `factor`'s f, see `unmask.policy`.
-        steps_per_block: denoising steps that `static` and `random` spread a block over (LLaDA's steps divided by its
-            number of blocks); None is one token per step. A request gives `dllm_steps` for its whole generation.
+        entropy_bound: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is below it.
+        alg_temp: above 0, `static`, `margin` and `entropy` draw positions by their scores divided by it (Dream).
+        steps_per_block: denoising steps that a block is spread over, by the policies that have a schedule (LLaDA's
+            steps divided by its number of blocks); None is as many as the block has positions. A request gives
+            `dllm_steps` for its whole generation.
         attention: implementation of attention, see `attention.choose`; `auto` takes the best that works here.
     """
 
     model_config = STRICT
 
     block_length: Annotated[int, Field(ge=1, le=1024, description="whole numbers from 1 to 1024")] = 32
-    kv_policy: Annotated[KvPolicyName, Field(description="'dual' and 'prefix'")] = "dual"
+    kv_policy: Annotated[KvPolicyName, Field(description="'dual', 'prefix' and 'block_causal'")] = "dual"
     refresh_every: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
-    factor: _Factor = 1.0
+    factor: _Positive = 1.0
+    entropy_bound: _Positive = 0.35
+    alg_temp: _AlgTemp | None = None
     steps_per_block: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
     attention: Annotated[AttentionName, Field(description="'auto', 'csrc', 'flashinfer', 'xformers' and 'torch'")] = (
         "auto"
@@ -62,19 +81,31 @@ class DllmConfig(BaseModel):
 
     @model_validator(mode="after")
     def _steps_fit_block(self) -> Self:
-        if self.steps_per_block is not None and self.steps_per_block > self.block_length:
+        if self.steps_per_block is None:
+            return self
+        if self.steps_per_block > self.block_length:
             raise ValueError(
                 f"steps_per_block is {self.steps_per_block} but block_length is {self.block_length}, and each step "
                 f"unmasks at least one token; choose 1..{self.block_length}"
+            )
+        if not _is_even(self.policy, self.steps_per_block, self.block_length):
+            raise ValueError(
+                f"steps_per_block is {self.steps_per_block}, but policy 'dynamic' needs one that divides block_length "
+                f"{self.block_length}; choose a divisor or another policy"
             )
         return self
 
     @model_validator(mode="after")
     def _refresh_needs_dual(self) -> Self:
         if self.refresh_every is not None and self.kv_policy != "dual":
+            reason = (
+                "recomputes what follows the block at every step"
+                if self.kv_policy == "prefix"
+                else "never computes K/V again"
+            )
             raise ValueError(
-                f"refresh_every is {self.refresh_every} but kv_policy is {self.kv_policy!r}, which recomputes what "
-                "follows the block at every step; leave refresh_every out or set kv_policy to 'dual'"
+                f"refresh_every is {self.refresh_every} but kv_policy is {self.kv_policy!r}, which {reason}; leave "
+                "refresh_every out or set kv_policy to 'dual'"
             )
         if self.refresh_every is not None and self.refresh_every > self.block_length:
             raise ValueError(
@@ -91,15 +122,23 @@ class RequestOptions(BaseModel):
 
     policy: _Policy | None = None
     threshold: _Threshold | None = None
-    factor: _Factor | None = None
+    factor: _Positive | None = None
+    entropy_bound: _Positive | None = None
+    alg_temp: _AlgTemp | None = None
     steps: _Count | None = None
 
 
 POLICY_OPTIONS: dict[PolicyName, tuple[str, ...]] = {
-    "static": ("steps",),
+    "static": ("steps", "alg_temp"),
     "random": ("steps",),
     "threshold": ("threshold",),
     "factor": ("factor",),
+    "margin": ("steps", "alg_temp"),
+    "entropy": ("steps", "alg_temp"),
+    "origin": ("steps",),
+    "sequential": ("steps",),
+    "dynamic": ("threshold", "steps"),
+    "entropy_bounded": ("entropy_bound",),
 }
 """The options each policy takes; a request that gives another one is refused, since it would have no effect."""
 
@@ -115,12 +154,15 @@ class InvalidOptionError(ConfigError):
         self.value = value
 
 
-def parse_server_settings(settings: object, *, prefix: str = "additional_config.dllm.") -> DllmConfig:
+def parse_server_settings(
+    settings: object, *, prefix: str = "additional_config.dllm.", defaults: Mapping[str, Any] | None = None
+) -> DllmConfig:
     """Read the value of `additional_config["dllm"]`.
 
     Args:
         settings: this value.
         prefix: what messages put before a field's name; `--` where fields are given as options.
+        defaults: the model's values of fields that are not given.
 
     Raises: InvalidOptionError naming the field, what was given, what is allowed and what to do.
     """
@@ -132,7 +174,7 @@ def parse_server_settings(settings: object, *, prefix: str = "additional_config.
             settings,
         )
     try:
-        return DllmConfig.model_validate(dict(settings))
+        return DllmConfig.model_validate({**(defaults or {}), **settings})
     except ValidationError as error:
         raise explain(error, DllmConfig, prefix) from None
 
@@ -208,33 +250,87 @@ def _allowed(field: FieldInfo) -> str:
     return str(found)
 
 
-def generation_length(prompt_len: int, max_tokens: int, block_length: int, max_model_len: int) -> int:
-    """Return how many positions a request generates: whole blocks for `max_tokens` that fit `max_model_len`.
+@dataclass(frozen=True, slots=True)
+class RowBlocks:
+    """The blocks that a request's row is decoded in, one after another.
 
-    LLaDA attends to every masked position of the generation, so this length is part of what the model sees. It is 0
-    for a prompt that leaves less than one block.
+    Attributes:
+        begin: first position of the first one; the prompt's tail lies from here on, where there is one.
+        end: behind the last one, where the row ends.
+        block_length: positions of each.
     """
-    wanted = -(-max_tokens // block_length) * block_length
-    room = (max_model_len - prompt_len) // block_length * block_length
-    return max(min(wanted, room), 0)
+
+    begin: int
+    end: int
+    block_length: int
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return (self.end - self.begin) // self.block_length
 
 
-def split_steps(steps: int, gen_length: int, block_length: int) -> int:
-    """Split the steps of a generation over its blocks, as LLaDA's `generate` does.
+def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model_len: int) -> RowBlocks:
+    """Return the blocks of a request; none for a prompt that leaves no room for one.
 
-    Args:
-        steps: denoising steps of the whole generation.
-        gen_length: positions generated, a multiple of `block_length`.
-        block_length: positions per block.
-
-    Returns: steps of each block, 1..block_length.
-
-    Raises: ValueError when `steps` is not a whole number of steps, at most `block_length`, for each block.
+    As many as `max_tokens` needs and `max_model_len` has room for. A bidirectional model's begin behind the prompt; it
+    attends to every masked position of the row, so the row's length is part of what it sees. Under `block_causal` they
+    begin at multiples of their length, and behind each there is room for another: with the first step of a block,
+    the rows of the block before it are in flight too.
     """
-    num_blocks = gen_length // block_length
-    if steps % num_blocks or steps > gen_length:
-        raise ValueError(
-            f"steps is {steps}, but {gen_length} positions in {num_blocks} blocks of {block_length} need a multiple of "
-            f"{num_blocks} between {num_blocks} and {gen_length}; change steps or max_tokens"
+    block_length = settings.block_length
+    begin, room = prompt_len, max_model_len
+    if settings.kv_policy == "block_causal":
+        begin -= prompt_len % block_length
+        room -= block_length
+    wanted = -(-(prompt_len + max_tokens - begin) // block_length)
+    fitting = (room - begin) // block_length
+    return RowBlocks(begin, begin + max(min(wanted, fitting), 0) * block_length, block_length)
+
+
+def max_prompt_len(settings: DllmConfig, max_model_len: int) -> int:
+    """Return the length of the longest prompt that leaves room for a block; negative where none does."""
+    if settings.kv_policy == "block_causal":
+        return (max_model_len // settings.block_length - 1) * settings.block_length - 1
+    return max_model_len - settings.block_length
+
+
+def request_steps(options: RequestOptions, settings: DllmConfig, blocks: RowBlocks) -> int:
+    """Return the steps of each block of a request, 1..block_length.
+
+    `dllm_steps` are split over the blocks as LLaDA's `generate` does.
+
+    Raises: InvalidOptionError when they are not a whole number of steps, at most `block_length`, for each block, and
+        when the policy is `dynamic` and a block cannot be split evenly over its steps.
+    """
+    block_length, policy = blocks.block_length, options.policy or settings.policy
+    name, value = ("policy", policy) if options.steps is None else ("steps", options.steps)
+    if options.steps is None:
+        steps = settings.steps_per_block or block_length
+    else:
+        num_blocks, most = len(blocks), blocks.end - blocks.begin
+        if options.steps % num_blocks or options.steps > most:
+            raise InvalidOptionError(
+                f"{REQUEST_PREFIX}steps is {options.steps}, but {most} positions in {num_blocks} blocks of "
+                f"{block_length} need a multiple of {num_blocks} between {num_blocks} and {most}; change "
+                f"{REQUEST_PREFIX}steps or max_tokens",
+                REQUEST_PREFIX + name,
+                value,
+            )
+        steps = options.steps // num_blocks
+    if not _is_even(policy, steps, block_length):
+        raise InvalidOptionError(
+            f"{REQUEST_PREFIX}{name} is {value!r}, which gives {steps} steps to a block of {block_length}, but "
+            f"'dynamic' needs steps that divide it; give another {REQUEST_PREFIX}steps or {REQUEST_PREFIX}policy",
+            REQUEST_PREFIX + name,
+            value,
         )
-    return steps // num_blocks
+    return steps
+
+
+def _is_even(policy: PolicyName, steps_per_block: int, block_length: int) -> bool:
+    """Tell whether a policy's steps follow from its canvases.
+
+    Under `dynamic` a block may have any number of masked positions before a step. So it has to be known without the
+    step's index how many the step unmasks at least, as it is where all steps have the same number.
+    """
+    return policy != "dynamic" or block_length % steps_per_block == 0

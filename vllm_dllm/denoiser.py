@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_dllm import noise
 from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.draft.native import BY_TORCH, DraftFunctions
@@ -21,8 +20,11 @@ from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import Head
-from vllm_dllm.unmask.policy import POLICY_IDS, choose_positions
+from vllm_dllm.unmask.policy import Evidence, choose_positions, score_positions
 from vllm_dllm.unmask.stats import Candidates, candidates_of
+
+POLICY_CANDIDATES = 2
+"""Most probable tokens of a row that a policy looks at: `margin` compares two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,8 @@ class Denoiser:
         """
         sampling = self.state.row_sampling(blocks, nodes.is_masked.sum(2))
         keeps_candidates = self.drafting is not None or self.observer is not None
-        stats = self.head(hidden, sampling, MAX_CANDIDATES if keeps_candidates else 1)
+        rows = self.state.predicting_rows(blocks.slots, hidden)
+        stats = self.head(rows, sampling, MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES)
         next_canvas = self._next_canvas(blocks, nodes, stats, sampling)
         accept = BY_TORCH.accept if self.drafting is None else self.drafting.functions.accept
         walk = accept(nodes.canvas, next_canvas, nodes.is_valid)
@@ -143,18 +146,26 @@ class Denoiser:
         """
         zeros = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         ones = torch.ones(len(hidden), dtype=torch.float64, device=hidden.device)
-        sampling = RowSampling(ones * is_sampled, zeros, 0.9 * ones, zeros, is_sampled, is_sampled)
-        self.head(hidden, sampling, 1 if self.drafting is None else MAX_CANDIDATES)
+        wants_sampled = is_sampled and self.state.rules.confidence == "sampled"
+        sampling = RowSampling(ones * is_sampled, zeros, 0.9 * ones, zeros, is_sampled, is_sampled, wants_sampled)
+        self.head(hidden, sampling, POLICY_CANDIDATES if self.drafting is None else MAX_CANDIDATES)
 
     def _next_canvas(self, blocks: Blocks, nodes: Nodes, stats: PartialStats, sampling: RowSampling) -> Tensor:
         """Apply the requests' policies to every evaluated canvas; [num_reqs, num_nodes, block_length] int64."""
         num_nodes, block_length = nodes.canvas.shape[1:]
-        params = self.state.policy_params(blocks.slots).repeat(num_nodes)
-        is_random = (params.policy_id == POLICY_IDS["random"])[:, None]
-        uniform = noise.uniform(sampling.keys, noise.STREAM).view(-1, block_length)
-        confidence = torch.where(is_random, uniform, stats.confidence.view(-1, block_length))
-        chosen = choose_positions(confidence, nodes.is_masked.flatten(0, 1), params).view_as(nodes.canvas)
-        return torch.where(chosen, stats.token_ids.view_as(nodes.canvas), nodes.canvas)
+        params = self.state.policy_params(blocks).repeat(num_nodes)
+        evidence = Evidence(
+            distribution=stats.distribution(sampling),
+            keys=sampling.keys.view(-1, block_length),
+            position=self.state.positions(blocks).repeat_interleave(num_nodes, 0),
+        )
+        is_masked = nodes.is_masked.flatten(0, 1)
+        chosen = choose_positions(score_positions(evidence, params), is_masked, params)
+        if self.state.rules.unmasks_first_alone:
+            is_untouched = is_masked.all(1)
+            chosen &= ~is_untouched[:, None]
+            chosen[:, 0] |= is_untouched
+        return torch.where(chosen.view_as(nodes.canvas), stats.token_ids.view_as(nodes.canvas), nodes.canvas)
 
 
 def _candidates_at(stats: PartialStats, nodes: Nodes, request: Tensor, node: Tensor) -> Candidates:

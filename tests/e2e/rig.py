@@ -5,18 +5,20 @@ import gc
 import itertools
 import json
 import random
+import re
 import runpy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoTokenizer
 
-from vllm_dllm.config import generation_length
+from vllm_dllm.config import DllmConfig, row_blocks
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
 from vllm_dllm.draft.readiness import Readiness
@@ -73,16 +75,29 @@ def make_wild_checkpoint(path: Path, mixing: float = 1.0) -> None:
     The trained model answers most of what is not a question with EOS, whatever is wrong with its input. The less
     `mixing`, the less a position's logits depend on the others, and the more drafts come true.
     """
-    shutil.copytree(CHECKPOINT, path, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((path / "config.json").read_text())
+    config = json.loads((CHECKPOINT / "config.json").read_text())
     config |= {"d_model": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 96}
-    config["max_sequence_length"] = 1024
-    (path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
-    model = LLaDA(LLaDAConfig.from_json(path / "config.json"))
+    config |= {"max_sequence_length": 1024, "torch_dtype": "float32"}
+    write_wild(path, config, lambda file: LLaDA(LLaDAConfig.from_json(file)), mixing)
+
+
+def write_wild(path: Path, config: dict[str, Any], model_of: Callable[[Path], nn.Module], mixing: float) -> None:
+    """Write a random model of any family.
+
+    Args:
+        path: the new folder.
+        config: what its config.json says.
+        model_of: makes the reference model of a config.json.
+        mixing: see `make_wild_checkpoint`.
+    """
+    shutil.copytree(CHECKPOINT, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    (path / "config.json").write_text(json.dumps(config))
+    model = model_of(path / "config.json")
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
-        torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.3, generator=generator)
-        if name.endswith("_out.weight") and ".blocks." in name:
+        is_scale = weight.dim() == 1 and name.endswith("weight")
+        torch.nn.init.normal_(weight, mean=float(is_scale), std=0.3, generator=generator)
+        if re.search(r"\.\d+\..*(_out|o_proj|down_proj)\.weight$", name):
             weight.data *= mixing
     save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
 
@@ -100,8 +115,9 @@ class Oracle:
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)
+        blocks = row_blocks(len(case.prompt), case.max_tokens, DllmConfig(block_length=block_length), MAX_MODEL_LEN)
         return {
-            "gen_length": generation_length(len(case.prompt), case.max_tokens, block_length, MAX_MODEL_LEN),
+            "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "policy": UnmaskPolicy(
                 case.policy,

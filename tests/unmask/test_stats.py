@@ -1,6 +1,7 @@
 """Row statistics by torch against a float64 statement of the same, and the reference's filter."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,10 +38,11 @@ def random_logits(num_rows: int, scale: float = 3.0) -> torch.Tensor:
 def test_greedy_takes_the_first_maximum_and_its_probability(num_rows: int, dtype: torch.dtype) -> None:
     logits = random_logits(num_rows).to(dtype)
     allowed = logits.double().index_fill(1, torch.tensor([5]), -torch.inf)
-    stats = row_stats(logits.clone(), sampling(num_rows), forbidden_id=5)
+    params = sampling(num_rows)
+    stats = row_stats(logits.clone(), params, forbidden_id=5)
     assert stats.token_ids.tolist() == allowed.argmax(1).tolist()
     expected = allowed.softmax(1).amax(1)
-    assert torch.allclose(stats.confidence, expected, rtol=1e-6, atol=0)
+    assert torch.allclose(stats.distribution(params).confidence, expected, rtol=1e-6, atol=0)
 
 
 def test_equal_logits_go_to_the_lowest_id() -> None:
@@ -52,7 +54,7 @@ def test_equal_logits_go_to_the_lowest_id() -> None:
 def test_confidences_near_one_keep_their_order() -> None:
     logits = torch.zeros(3, VOCAB)
     logits[:, 1] = torch.tensor([30.0, 31.0, 29.5])
-    confidence = row_stats(logits, sampling(3), forbidden_id=0).confidence
+    confidence = row_stats(logits, sampling(3), forbidden_id=0).distribution(sampling(3)).confidence
     assert confidence[1] > confidence[0] > confidence[2]
     assert torch.allclose(1 - confidence, 111 * torch.exp(-torch.tensor([30.0, 31.0, 29.5]).double()), rtol=1e-3)
 
@@ -75,7 +77,50 @@ def test_sampled_tokens_equal_reference(temperature: float, top_k: int, top_p: f
     stats = row_stats(logits.clone(), params, forbidden_id=5)
     assert stats.token_ids.tolist() == expected.tolist()
     probs = logits.double().index_fill(1, torch.tensor([5]), -torch.inf).softmax(1)
-    assert torch.allclose(stats.confidence, probs.gather(1, expected[:, None]).squeeze(1), rtol=1e-5)
+    assert torch.allclose(
+        stats.distribution(params).confidence, probs.gather(1, expected[:, None]).squeeze(1), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.5), (20, 0.8), (3, 1e-9)])
+@pytest.mark.parametrize("temperature", [0.0, 1e-9, 0.3, 1.0, 1.7, 1e9])
+def test_sampled_distribution_is_the_filtered_softmax(temperature: float, top_k: int, top_p: float) -> None:
+    logits = random_logits(33)
+    logits[7] = 1.0  # nothing but ties
+    params = replace(sampling(33, temperature, top_k, top_p), wants_sampled=True)
+    stats = row_stats(logits.clone(), params, forbidden_id=5)
+    allowed = logits.double().index_fill(1, torch.tensor([5]), -torch.inf)
+    if temperature > 0:
+        allowed = (allowed / temperature).masked_fill(~kept_ids(allowed.float(), params), -torch.inf)
+    probs = allowed.softmax(1)
+    first, second = probs.topk(2).values.unbind(1)
+    found = stats.distribution(params)
+    assert torch.allclose(found.confidence, probs.gather(1, stats.token_ids[:, None])[:, 0], rtol=1e-5, atol=0)
+    assert torch.allclose(found.margin, first - second, rtol=1e-5, atol=1e-15)
+    assert torch.allclose(found.entropy, torch.special.entr(probs).sum(1), rtol=1e-5, atol=1e-15)
+    if temperature == 0:
+        assert stats.sampled_rest is not None
+        assert torch.equal(stats.sampled_rest, stats.rest)
+
+
+def test_greedy_rows_among_sampled_ones_keep_the_models_distribution() -> None:
+    logits = random_logits(8)
+    params = replace(sampling(8, 0.5, top_k=2), wants_sampled=True)
+    params.temperature[::2] = 0.0
+    found = row_stats(logits.clone(), params, forbidden_id=5).distribution(params)
+    greedy = row_stats(logits.clone(), sampling(8), forbidden_id=5).distribution(sampling(8))
+    for name in ("confidence", "margin", "entropy"):
+        assert torch.equal(getattr(found, name)[::2], getattr(greedy, name)[::2]), name
+        assert (getattr(found, name)[1::2] != getattr(greedy, name)[1::2]).all(), name
+
+
+def test_unwanted_the_distribution_is_the_models_own() -> None:
+    logits = random_logits(8)
+    params = sampling(8, 0.5, top_k=2)
+    stats = row_stats(logits.clone(), params, forbidden_id=5)
+    assert stats.sampled_rest is stats.sampled_weighted is None
+    probs = logits.double().index_fill(1, torch.tensor([5]), -torch.inf).softmax(1)
+    assert torch.allclose(stats.distribution(params).entropy, torch.special.entr(probs).sum(1), rtol=1e-5)
 
 
 def test_rows_at_temperature_zero_ignore_noise_and_filter_of_others() -> None:
@@ -96,6 +141,17 @@ def test_top_p_keeps_the_smallest_set_and_at_least_one() -> None:
 def test_top_k_keeps_all_equals_of_the_last() -> None:
     logits = torch.tensor([[1.0, 0.5, 0.5, 0.0]])
     assert kept_ids(logits, sampling(1, 1.0, top_k=2)).tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_fewer_ids_than_candidates(temperature: float) -> None:
+    """Also a vocabulary of which one id alone is allowed: it has no second."""
+    params = replace(sampling(1, temperature, top_k=2), wants_sampled=True)
+    stats = torch_stats(torch.tensor([[3.0, 1.0]]), excluded_ids=[0], num_candidates=8, sampling=params)
+    assert stats.top_ids.tolist() == [[1] + 7 * [-1]]
+    assert stats.top_logits.tolist() == [[1.0] + 7 * [-torch.inf]]
+    found = stats.distribution(params)
+    assert [found.confidence.item(), found.margin.item(), found.entropy.item()] == [1.0, 1.0, 0.0]
 
 
 def test_missing_candidates_have_a_valid_id_and_no_probability() -> None:

@@ -11,11 +11,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_dllm.config import DllmConfig, parse_server_settings
+from vllm_dllm.config import DllmConfig, max_prompt_len, parse_server_settings
 from vllm_dllm.engine.attention_choice import set_attention
-from vllm_dllm.engine.step_sizes import set_step_sizes
+from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, family_of
+from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, ModelFamily, check_family, family_of
 from vllm_dllm.spiffy_config import (
     METHOD,
     SpiffySettings,
@@ -24,6 +24,7 @@ from vllm_dllm.spiffy_config import (
     spiffy_settings,
     to_json_object,
 )
+from vllm_dllm.unmask.schedule import UnmaskRules
 
 logger = init_logger("vllm.dllm")
 
@@ -96,12 +97,13 @@ _REFUSALS: tuple[_Refusal, ...] = (
     ),
     (
         lambda c: c.cache_config.kv_offloading_size,
-        "kv_offloading_size is {c.cache_config.kv_offloading_size}, but the K/V of a bidirectional model change until "
-        "the request ends; remove it",
+        "kv_offloading_size is {c.cache_config.kv_offloading_size}, but diffusion models store K/V when blocks end, "
+        "not when vLLM counts them; remove it",
     ),
     (
         lambda c: c.kv_transfer_config,
-        "kv_transfer_config is set, but the K/V of a bidirectional model change until the request ends; remove it",
+        "kv_transfer_config is set, but diffusion models store K/V when blocks end, not when vLLM counts them; remove "
+        "it",
     ),
     (
         lambda c: c.cache_config.cache_dtype not in KV_CACHE_DTYPES,
@@ -137,10 +139,31 @@ def is_ours(model_config: ModelConfig) -> bool:
     return family_of(model_config.architectures) is not None
 
 
+def _is_block_causal(model_config: ModelConfig) -> bool:
+    return served_family(model_config).attention == "block_causal"
+
+
 def settings_of(vllm_config: VllmConfig) -> DllmConfig:
-    """Read the server's settings from `additional_config["dllm"]`."""
+    """Read the server's settings from `additional_config["dllm"]`; what is not given is as the model publishes it."""
     additional = vllm_config.additional_config
-    return parse_server_settings(additional.get("dllm", {}) if isinstance(additional, dict) else {})
+    given = additional.get("dllm", {}) if isinstance(additional, dict) else {}
+    model_config = vllm_config.model_config
+    block_size = getattr(model_config.hf_config, "block_size", None)
+    return parse_server_settings(given, defaults=served_family(model_config).settings(block_size))
+
+
+def rules_of(vllm_config: VllmConfig) -> UnmaskRules:
+    """Return what the family fixes of unmasking; without a cache a block's first step is as the others."""
+    family = served_family(vllm_config.model_config)
+    has_cache = settings_of(vllm_config).refresh_every != 1
+    return UnmaskRules(family.schedule, family.unmasks_first_alone and has_cache, family.confidence)
+
+
+def served_family(model_config: ModelConfig) -> ModelFamily:
+    """Return the family of a model of ours."""
+    family = family_of(model_config.architectures)
+    assert family is not None, "asked of our models only"
+    return family
 
 
 def spiffy_of(vllm_config: VllmConfig) -> SpiffySettings | None:
@@ -213,28 +236,31 @@ def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
 
 
 def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
-    """Refuse flags that vLLM turns on by itself for other models, where the user asked for them.
+    """Refuse flags that vLLM turns on by itself for other models, where the user asked for them and they do not fit.
+
+    Prefix caching is on for the models that can, unless the user turns it off.
 
     Raises: ConfigError.
     """
     if not is_ours(model_config):
         return
-    if args.enable_prefix_caching:
+    if args.enable_prefix_caching and not _is_block_causal(model_config):
         raise ConfigError(
             "enable_prefix_caching is on, but the K/V of a bidirectional model depend on what follows the prefix; "
             "allowed is off; remove --enable-prefix-caching"
         )
     if args.enable_chunked_prefill:
         raise ConfigError(
-            "enable_chunked_prefill is on, but a bidirectional model sees its whole prompt at once; allowed is off; "
+            "enable_chunked_prefill is on, but a diffusion model takes its whole prompt at once; allowed is off; "
             "remove --enable-chunked-prefill"
         )
+    if args.enable_prefix_caching is None:
+        args.enable_prefix_caching = _is_block_causal(model_config)
 
 
 def clear_flags(args: EngineArgs, model_config: ModelConfig) -> None:
     """Turn off for our models what vLLM turned on by default."""
     if is_ours(model_config):
-        args.enable_prefix_caching = False
         args.enable_chunked_prefill = False
 
 
@@ -244,8 +270,7 @@ class DllmConfigHook(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Mark the model as a diffusion model and set its published decoding defaults."""
-        family = family_of(model_config.architectures)
-        assert family is not None, "the hook is registered for our architectures only"
+        family = served_family(model_config)
         model_config.hf_config.canvas_length = DllmConfig().block_length
         if model_config.generation_config == "auto":
             given = {**model_config.try_get_generation_config(), **model_config.override_generation_config}
@@ -263,14 +288,18 @@ class DllmConfigHook(VerifyAndUpdateConfig):
             if is_asked_for(vllm_config):
                 raise ConfigError(sentence.format(c=vllm_config))
         settings = settings_of(vllm_config)
-        if settings.block_length > vllm_config.model_config.max_model_len:
+        check_family(settings, served_family(vllm_config.model_config))
+        if max_prompt_len(settings, vllm_config.model_config.max_model_len) < 0:
             raise ConfigError(
                 f"additional_config.dllm.block_length is {settings.block_length}, but max_model_len is "
-                f"{vllm_config.model_config.max_model_len}; choose a smaller block_length"
+                f"{vllm_config.model_config.max_model_len}, which leaves no room for a prompt; choose a smaller "
+                "block_length"
             )
         spiffy = spiffy_of(vllm_config)
+        if settings.kv_policy == "block_causal":
+            set_page_size(vllm_config, settings.block_length)
         set_attention(vllm_config, settings)
-        set_step_sizes(vllm_config, settings.block_length, spiffy)
+        set_step_sizes(vllm_config, settings, spiffy)
         # vLLM's kernel warm-up steps requests with sampling parameters that are refused here (penalties, logprobs),
         # past the end of their generation; without it the runner's few Triton kernels compile in the first request.
         vllm_config.kernel_config.enable_jit_warmup = False

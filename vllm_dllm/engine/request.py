@@ -8,18 +8,21 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_dllm.config import (
+    POLICY_OPTIONS,
     REQUEST_KEYS,
     DllmConfig,
     InvalidOptionError,
     RequestOptions,
     check_policy_options,
-    generation_length,
+    max_prompt_len,
     parse_request_options,
-    split_steps,
+    request_steps,
+    row_blocks,
 )
 from vllm_dllm.engine.config_hook import is_ours, settings_of
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
+from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 
 if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
@@ -97,11 +100,11 @@ def refuse_unsupported(params: SamplingParams) -> None:
             )
 
 
-def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_model_len: int) -> int:
-    """Check what depends on the prompt's length; returns how many positions the request generates.
+def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_model_len: int, mask_token_id: int) -> int:
+    """Check what depends on the prompt; returns how many positions the request generates at most.
 
-    Raises: RequestError for a prompt that leaves less than one block, for options that the policy ignores, and for
-        steps that do not divide over the request's blocks.
+    Raises: RequestError for a prompt that leaves less than one block, or whose tail could not be told from what is
+        masked, for options that the policy ignores, and for steps that do not divide over the request's blocks.
     """
     params = request.sampling_params
     if params is None or request.prompt_token_ids is None:
@@ -113,28 +116,40 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
             "the prompt arrives in parts, allowed are whole prompts; send one request per prompt",
             parameter="prompt",
         )
-    prompt_len = len(request.prompt_token_ids)
     assert params.max_tokens is not None, "vLLM fills max_tokens before it makes the request"
-    length = generation_length(prompt_len, params.max_tokens, settings.block_length, max_model_len)
-    if length == 0:
+    prompt_len = len(request.prompt_token_ids)
+    blocks = row_blocks(prompt_len, params.max_tokens, settings, max_model_len)
+    if not len(blocks):
+        raise _too_long(prompt_len, settings, max_model_len)
+    tail = request.prompt_token_ids[blocks.begin :]
+    if mask_token_id in tail:
         raise RequestError(
-            f"the prompt has {prompt_len} tokens and leaves {max_model_len - prompt_len} of max_model_len "
-            f"{max_model_len}, but a block needs {settings.block_length}; shorten the prompt to at most "
-            f"{max_model_len - settings.block_length} tokens",
+            f"the prompt has the mask token {mask_token_id} at position {blocks.begin + tail.index(mask_token_id)} "
+            f"(from 0), but the block of {settings.block_length} that begins at {blocks.begin} could not tell it from "
+            "what is to be generated; allowed are other tokens there; remove it",
             parameter="prompt",
-            value=prompt_len,
+            value=mask_token_id,
         )
     options = _options(params)
     try:
         check_policy_options(options, settings)
+        request_steps(options, settings, blocks)
     except InvalidOptionError as error:
         raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
-    if options.steps is not None:
-        try:
-            split_steps(options.steps, length, settings.block_length)
-        except ValueError as error:
-            raise RequestError(f"dllm_{error}", parameter="dllm_steps", value=options.steps) from None
-    return length
+    return blocks.end - prompt_len
+
+
+def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int) -> RequestError:
+    needed = f"a block needs {settings.block_length}"
+    if settings.kv_policy == "block_causal":
+        needed += ", beginning at a multiple of it, and as many behind it"
+    longest = max_prompt_len(settings, max_model_len)
+    return RequestError(
+        f"the prompt has {prompt_len} tokens and leaves {max_model_len - prompt_len} of max_model_len "
+        f"{max_model_len}, but {needed}; shorten the prompt to at most {longest} tokens",
+        parameter="prompt",
+        value=prompt_len,
+    )
 
 
 def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") -> None:
@@ -145,8 +160,9 @@ def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") 
     model_config = processor.model_config
     if not is_ours(model_config):
         return
-    length = check_admission(request, settings_of(processor.vllm_config), model_config.max_model_len)
-    eot_token_id = model_config.hf_config.eot_token_id
+    eot_token_id, mask_token_id = model_config.hf_config.eot_token_id, model_config.hf_config.mask_token_id
+    settings = settings_of(processor.vllm_config)
+    length = check_admission(request, settings, model_config.max_model_len, mask_token_id)
     params = request.sampling_params
     assert params is not None, "check_admission refuses requests without"
     params.max_tokens = min(params.max_tokens or length, length)
@@ -155,7 +171,13 @@ def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") 
 
 
 def resolve_params(
-    params: SamplingParams, *, request_id: str, prompt_len: int, settings: DllmConfig, max_model_len: int
+    params: SamplingParams,
+    *,
+    request_id: str,
+    prompt_len: int,
+    settings: DllmConfig,
+    rules: UnmaskRules,
+    max_model_len: int,
 ) -> RequestParams:
     """Merge a request's options into the server's settings.
 
@@ -163,16 +185,20 @@ def resolve_params(
     and after a preemption, without a message between them.
     """
     options = _options(params)
-    length = generation_length(prompt_len, params.max_tokens or 0, settings.block_length, max_model_len)
-    steps_per_block = settings.steps_per_block or settings.block_length
-    if options.steps is not None:
-        steps_per_block = split_steps(options.steps, length, settings.block_length)
+    blocks = row_blocks(prompt_len, params.max_tokens or 0, settings, max_model_len)
+    steps = request_steps(options, settings, blocks)
+    merged = settings.model_copy(update=options.model_dump(exclude={"steps"}, exclude_none=True))
+    has_alg_temp = "alg_temp" in POLICY_OPTIONS[merged.policy]
     return RequestParams(
-        policy_id=POLICY_IDS[options.policy or settings.policy],
-        threshold=options.threshold if options.threshold is not None else settings.threshold,
-        factor=options.factor if options.factor is not None else settings.factor,
-        steps_per_block=steps_per_block,
-        row_len=prompt_len + length,
+        policy_id=POLICY_IDS[merged.policy],
+        threshold=merged.threshold,
+        factor=merged.factor,
+        entropy_bound=merged.entropy_bound,
+        alg_temp=(merged.alg_temp or 0.0) if has_alg_temp else 0.0,
+        counts=count_table(rules, settings.block_length, steps),
+        times=reveal_times(settings.block_length, steps),
+        prompt_len=prompt_len,
+        row_len=blocks.end,
         temperature=params.temperature,
         top_k=min(max(params.top_k, 0), _INT64_MAX),
         top_p=params.top_p,

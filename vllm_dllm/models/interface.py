@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vllm_dllm.config import DllmConfig, InvalidOptionError
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFamily:
@@ -17,7 +19,7 @@ class ModelFamily:
         model_type: the name in a checkpoint's `model_type`.
         model_class: "module:Class" of the vLLM model.
         config_class: "module:Class" of the configuration, which has `mask_token_id`, `eot_token_id` (the token that
-            ends a turn besides EOS, or None) and, where the checkpoint says it, `block_size`.
+            ends a turn besides EOS, or None) and `block_size` where the checkpoint says it.
         generation_defaults: published sampling defaults that a checkpoint's generation config may override.
         decoding_defaults: published values of `DllmConfig`'s fields; a checkpoint's `block_size` comes before them.
         attention: `bidirectional`: every position sees the whole row, blocks begin behind the prompt. `block_causal`:
@@ -42,6 +44,10 @@ class ModelFamily:
     unmasks_first_alone: bool = False
     confidence: Literal["model", "sampled"] = "model"
 
+    def settings(self, block_size: int | None) -> dict[str, Any]:
+        """Return the published values of `DllmConfig`'s fields for a checkpoint that says `block_size`."""
+        return {**self.decoding_defaults, **({} if block_size is None else {"block_length": block_size})}
+
 
 FAMILIES = (
     ModelFamily(
@@ -50,6 +56,28 @@ FAMILIES = (
         model_class="vllm_dllm.models.llada:LLaDAModelLM",
         config_class="vllm_dllm.models.llada_config:LLaDAConfig",
         generation_defaults={"temperature": 0.0},
+    ),
+    ModelFamily(
+        architecture="DreamModel",
+        model_type="Dream",
+        model_class="vllm_dllm.models.transformer:MaskedDiffusionLM",
+        config_class="vllm_dllm.models.dream_config:DreamConfig",
+        generation_defaults={"temperature": 0.2, "top_p": 0.95},
+        decoding_defaults={"policy": "entropy"},
+        logit_shift=True,
+        schedule="timesteps",
+        unmasks_first_alone=True,
+        confidence="sampled",
+    ),
+    ModelFamily(
+        architecture="SDARForCausalLM",
+        model_type="sdar",
+        model_class="vllm_dllm.models.transformer:MaskedDiffusionLM",
+        config_class="vllm_dllm.models.sdar_config:SDARConfig",
+        generation_defaults={"temperature": 1.0},
+        decoding_defaults={"block_length": 4, "kv_policy": "block_causal", "policy": "dynamic", "threshold": 0.85},
+        attention="block_causal",
+        confidence="sampled",
     ),
 )
 
@@ -62,3 +90,24 @@ def family_of(architectures: list[str] | None) -> ModelFamily | None:
         if architecture in FAMILY_BY_ARCHITECTURE:
             return FAMILY_BY_ARCHITECTURE[architecture]
     return None
+
+
+def check_family(settings: DllmConfig, family: ModelFamily) -> None:
+    """Check that a server's KV policy is one for the family's attention.
+
+    Raises: InvalidOptionError.
+    """
+    is_block_causal = family.attention == "block_causal"
+    if is_block_causal == (settings.kv_policy == "block_causal"):
+        return
+    allowed, reason = (
+        ("'block_causal'", "sees nothing behind a block, so that its K/V never change")
+        if is_block_causal
+        else ("'dual' and 'prefix'", "sees what follows a block, so that its K/V change")
+    )
+    raise InvalidOptionError(
+        f"additional_config.dllm.kv_policy is {settings.kv_policy!r}, but {family.architecture} {reason}; allowed are "
+        f"{allowed}; leave kv_policy out",
+        "additional_config.dllm.kv_policy",
+        settings.kv_policy,
+    )

@@ -1,7 +1,7 @@
 """What rows of logits say, from hidden rows and the head's weight, or from logits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -19,17 +19,22 @@ class RowSampling:
     keys: Tensor  # [num_rows] int64, noise.stream_keys
     has_noise: bool  # any temperature > 0
     has_filter: bool  # any top_k or top_p that removes something at a temperature > 0
+    wants_sampled: bool = False  # statistics of the sampled distribution too: softmax(l / temperature), filtered
 
     def rows(self, begin: int, end: int) -> "RowSampling":
         """Return the parameters of rows [begin, end)."""
-        return RowSampling(
+        return replace(
+            self,
             temperature=self.temperature[begin:end],
             top_k=self.top_k[begin:end],
             top_p=self.top_p[begin:end],
             keys=self.keys[begin:end],
-            has_noise=self.has_noise,
-            has_filter=self.has_filter,
         )
+
+    @property
+    def divisor(self) -> Tensor:
+        """[num_rows] float64, what logits are divided by: the temperature, 1 where that is 0."""
+        return torch.where(self.temperature > 0, self.temperature, 1.0)
 
     def without_filter(self) -> "RowSampling":
         """Return the same without top_k and top_p."""
@@ -38,6 +43,35 @@ class RowSampling:
     def is_filtered(self) -> Tensor:
         """Tell whose token is drawn among what top_k or top_p leave; [num_rows] bool."""
         return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """What unmasking policies ask of each row's distribution over the vocabulary: that of probabilities ~ exp(x).
+
+    Of the model's own distribution x is `l - largest`; of the sampled one it is that over the temperature, and the
+    sums are over the ids that the filters keep.
+    """
+
+    rest: Tensor  # [num_rows] float64, sum of exp(x) over all ids but the first candidate, where x is 0
+    weighted: Tensor  # [num_rows] float64, sum of x exp(x)
+    token: Tensor  # [num_rows] float64, x of the drawn token
+    candidates: Tensor  # [num_rows, num_candidates] float64, x of the largest; -inf: none
+
+    @property
+    def confidence(self) -> Tensor:
+        """[num_rows] float64, the probability of the drawn token."""
+        return self.token.exp() / (1.0 + self.rest)
+
+    @property
+    def margin(self) -> Tensor:
+        """[num_rows] float64, by how much the most probable id is above the second; needs two candidates."""
+        return -torch.expm1(self.candidates[:, 1]) / (1.0 + self.rest)
+
+    @property
+    def entropy(self) -> Tensor:
+        """[num_rows] float64 in nats."""
+        return torch.log1p(self.rest) - self.weighted / (1.0 + self.rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +90,31 @@ class PartialStats:
     token_ids: Tensor  # [num_rows] int64, the drawn token
     token_logits: Tensor  # [num_rows] float32, its logit
     scores: Tensor  # [num_rows] float64, its logit with noise
+    # The sums over the ids that the filters keep, of (l - largest) / temperature; those above at temperature 0.
+    sampled_rest: Tensor | None = None  # [num_rows] float64; None: not wanted
+    sampled_weighted: Tensor | None = None  # [num_rows] float64; None: not wanted
 
     @property
-    def confidence(self) -> Tensor:
-        """[num_rows] float64, the probability of the drawn token, neither tempered nor filtered."""
-        return torch.exp(self.token_logits.double() - self.top_logits[:, 0].double()) / (1.0 + self.rest)
+    def tensors(self) -> list[Tensor]:
+        """The fields that there are, in their order; all have one entry per row."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return [value for value in values if value is not None]
+
+    def distribution(self, sampling: RowSampling) -> Distribution:
+        """Return the sampled distribution where that is wanted, else the model's own.
+
+        Args:
+            sampling: of the rows, as it was given for these statistics.
+        """
+        relative = self.top_logits.double()
+        token = self.token_logits.double() - relative[:, 0]
+        relative = relative - relative[:, :1]
+        if self.sampled_rest is None or self.sampled_weighted is None:
+            return Distribution(self.rest, self.weighted, token, relative)
+        relative = relative / sampling.divisor[:, None]
+        # Filters keep the best ids, so the second is left if any is.
+        relative[:, 1:].masked_fill_(self.sampled_rest[:, None] == 0, -torch.inf)
+        return Distribution(self.sampled_rest, self.sampled_weighted, token / sampling.divisor, relative)
 
     @property
     def log_probs(self) -> Tensor:
@@ -73,39 +127,47 @@ class PartialStats:
         """[num_rows] float64."""
         return self.top_logits[:, 0].double() + torch.log1p(self.rest)
 
-    @property
-    def entropy(self) -> Tensor:
-        """[num_rows] float64 in nats, of the distribution neither tempered nor filtered."""
-        return torch.log1p(self.rest) - self.weighted / (1.0 + self.rest)
 
-
-def merge(parts: Sequence[PartialStats]) -> PartialStats:
+def merge(parts: Sequence[PartialStats], sampling: RowSampling) -> PartialStats:
     """Put the statistics of consecutive shards of a vocabulary together.
 
     Args:
         parts: of the same rows, in the order of their ids, which decides between equal logits and scores.
+        sampling: of the rows; none is filtered.
     """
-    tops = torch.stack([part.top_logits[:, 0] for part in parts]).double()  # [num_parts, num_rows]
-    rest = torch.stack([part.rest for part in parts])
-    first = tops.argmax(0)
-    is_first = first == torch.arange(len(parts), device=first.device)[:, None]
-    below = (tops - tops.amax(0)).masked_fill(tops == -torch.inf, 0.0)
-    scale = below.exp().masked_fill(tops == -torch.inf, 0.0)
-    mass = scale * (1.0 + rest)
-    weighted = scale * torch.stack([part.weighted for part in parts]) + below * mass
-    logits, order = torch.cat([part.top_logits for part in parts], 1).sort(dim=1, descending=True, stable=True)
-    num_candidates = parts[0].top_ids.shape[1]
-    scores = torch.stack([part.scores for part in parts])
+    stacked = [torch.stack(columns) for columns in zip(*(part.tensors for part in parts), strict=True)]
+    top_ids, top_logits, rest, weighted, token_ids, token_logits, scores, *sampled = stacked
+    tops = top_logits[..., 0].double()
+    largest, first = tops.max(0)
+    below = (tops - largest).masked_fill(tops == -torch.inf, -torch.inf)  # [num_parts, num_rows]
+    logits, order = top_logits.movedim(0, 1).flatten(1).sort(dim=1, descending=True, stable=True)
+    num_candidates = top_ids.shape[2]
     drawn = scores.argmax(0, keepdim=True)
     return PartialStats(
-        top_ids=torch.cat([part.top_ids for part in parts], 1).gather(1, order[:, :num_candidates]),
-        top_logits=logits[:, :num_candidates],
-        rest=torch.where(is_first, rest, mass).sum(0),
-        weighted=weighted.sum(0),
-        token_ids=torch.stack([part.token_ids for part in parts]).gather(0, drawn)[0],
-        token_logits=torch.stack([part.token_logits for part in parts]).gather(0, drawn)[0],
-        scores=scores.gather(0, drawn)[0],
+        top_ids.movedim(0, 1).flatten(1).gather(1, order[:, :num_candidates]),
+        logits[:, :num_candidates],
+        *_merge_sums(first, below, rest, weighted),
+        token_ids.gather(0, drawn)[0],
+        token_logits.gather(0, drawn)[0],
+        scores.gather(0, drawn)[0],
+        *(_merge_sums(first, below / sampling.divisor, *sampled) if sampled else ()),
     )
+
+
+def _merge_sums(first: Tensor, below: Tensor, rest: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
+    """Rescale each part's sums to the largest of all.
+
+    Args:
+        first: [num_rows] int64, the part with the first candidate.
+        below: [num_parts, num_rows] float64, how far each part's first candidate is below that; -inf: it has none.
+        rest: [num_parts, num_rows] float64, as weighted.
+        weighted: of the parts.
+    """
+    is_first = first == torch.arange(len(below), device=first.device)[:, None]
+    scale = below.exp()
+    mass = scale * (1.0 + rest)
+    shifted = scale * weighted + torch.where(mass == 0, mass, below * mass)
+    return torch.where(is_first, rest, mass).sum(0), shifted.sum(0)
 
 
 def vocab_stats(
@@ -121,7 +183,7 @@ def vocab_stats(
 
     The token of a row is the argmax of `l + temperature * gumbel` in float64, within what top_k and top_p keep, with
     the noise of `noise.gumbel`; at temperature 0, and without sampling, the argmax of `l`. A logit of -inf is no
-    candidate; NaN is none either, but makes `rest` and `weighted` NaN. A row without candidates draws `first_id`.
+    candidate; NaN is none either, but makes the sums NaN. A row without candidates draws `first_id`.
 
     Args:
         rows: [num_rows, hidden_size] float32, float16 or bfloat16, or logits [num_rows, num_ids]; last dim contiguous.
@@ -137,6 +199,7 @@ def vocab_stats(
         RuntimeError: an argument breaks the rules above; the message names it.
     """
     require("vocab_stats", rows.device.type)
+    wants_sampled = sampling is not None and sampling.wants_sampled
     noise = sampling if sampling is not None and sampling.has_noise else None
     filters = noise if noise is not None and noise.has_filter else None
     results = torch.ops.vllm_dllm.vocab_stats(
@@ -145,12 +208,13 @@ def vocab_stats(
         first_id,
         excluded_ids,
         num_candidates,
+        wants_sampled,
         noise and noise.keys.contiguous(),
         noise and noise.temperature.contiguous(),
         filters and filters.top_k.contiguous(),
         filters and filters.top_p.contiguous(),
     )
-    return PartialStats(*results)
+    return PartialStats(*(results if wants_sampled else results[:-2]))
 
 
 def fake(
@@ -159,11 +223,13 @@ def fake(
     first_id: int,
     excluded_ids: list[int],
     num_candidates: int,
+    wants_sampled: bool,
     *sampling: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Return empty results of the fields of `PartialStats`."""
+    """Return empty results of the fields of `PartialStats`; sampled sums that are not wanted have no rows."""
     check_one_device("vocab_stats", rows, weight, *sampling)
     num_rows = rows.shape[0]
+    num_sampled = num_rows if wants_sampled else 0
     return (
         rows.new_empty((num_rows, num_candidates), dtype=torch.int64),
         rows.new_empty((num_rows, num_candidates), dtype=torch.float32),
@@ -172,4 +238,6 @@ def fake(
         rows.new_empty(num_rows, dtype=torch.int64),
         rows.new_empty(num_rows, dtype=torch.float32),
         rows.new_empty(num_rows, dtype=torch.float64),
+        rows.new_empty(num_sampled, dtype=torch.float64),
+        rows.new_empty(num_sampled, dtype=torch.float64),
     )

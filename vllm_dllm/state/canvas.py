@@ -14,6 +14,7 @@ from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.unmask.policy import POLICY_IDS, PolicyParams
+from vllm_dllm.unmask.schedule import UnmaskRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,11 @@ class RequestParams:
     policy_id: int
     threshold: float
     factor: float
-    steps_per_block: int
+    entropy_bound: float
+    alg_temp: float  # 0 draws no positions
+    counts: tuple[int, ...]  # schedule.count_table
+    times: tuple[float, ...]  # schedule.reveal_times
+    prompt_len: int
     row_len: int  # prompt and generation, in positions
     temperature: float
     top_k: int  # 0 keeps all
@@ -40,23 +45,45 @@ class Blocks:
     start: Tensor  # [num_reqs] int64, absolute position of each block
 
 
-_INTS = ("policy_id", "steps_per_block", "row_len", "top_k", "seed")
-_FLOATS = ("threshold", "factor", "temperature", "top_p")
+_INTS = ("policy_id", "prompt_len", "row_len", "top_k", "seed")
+_FLOATS = ("threshold", "factor", "entropy_bound", "alg_temp", "temperature", "top_p")
 
 
 class CanvasState:
-    """Canvases and parameters of up to `max_num_reqs` requests."""
+    """Canvases and parameters of up to `max_num_reqs` requests.
 
-    def __init__(self, max_num_reqs: int, block_length: int, mask_token_id: int, device: torch.device) -> None:
+    Args:
+        max_num_reqs: slots.
+        block_length: positions per block.
+        mask_token_id: what stands for masked in a canvas.
+        device: of all tensors.
+        rules: of the model's family.
+        edge: [max_num_reqs, hidden_size] of a model with a logit shift, else None: the hidden row left of each block,
+            which predicts the block's first token.
+    """
+
+    def __init__(
+        self,
+        max_num_reqs: int,
+        block_length: int,
+        mask_token_id: int,
+        device: torch.device,
+        rules: UnmaskRules = UnmaskRules(),  # noqa: B008 - a frozen value
+        edge: Tensor | None = None,
+    ) -> None:
+        self.rules = rules
         self.block_length = block_length
         self.mask_token_id = mask_token_id
         self.device = device
+        self.edge = edge
         # [max_num_reqs, block_length]: the active block. The mask token is never chosen, so it stands for masked alone.
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)
         # Pinned for a GPU, so that the copy does not wait. Nobody writes meanwhile: the scheduler is synchronous.
         is_pinned = device.type == "cuda"
-        self._ints_host = torch.zeros(len(_INTS), max_num_reqs, dtype=torch.int64, pin_memory=is_pinned)
-        self._floats_host = torch.zeros(len(_FLOATS), max_num_reqs, dtype=torch.float64, pin_memory=is_pinned)
+        # Rows: a parameter each, then the request's table, `counts` or `times`.
+        shapes = ((len(names) + block_length, max_num_reqs) for names in (_INTS, _FLOATS))
+        self._ints_host = torch.zeros(next(shapes), dtype=torch.int64, pin_memory=is_pinned)
+        self._floats_host = torch.zeros(next(shapes), dtype=torch.float64, pin_memory=is_pinned)
         self._ints_np, self._floats_np = self._ints_host.numpy(), self._floats_host.numpy()
         self._ints = torch.zeros_like(self._ints_host, device=device)
         self._floats = torch.zeros_like(self._floats_host, device=device)
@@ -65,8 +92,8 @@ class CanvasState:
 
     def add_request(self, slot: int, params: RequestParams) -> None:
         """Stage a request's parameters; its canvas is masked by `reset` when its first block begins."""
-        self._ints_np[:, slot] = [getattr(params, name) for name in _INTS]
-        self._floats_np[:, slot] = [getattr(params, name) for name in _FLOATS]
+        self._ints_np[:, slot] = [getattr(params, name) for name in _INTS] + list(params.counts)
+        self._floats_np[:, slot] = [getattr(params, name) for name in _FLOATS] + list(params.times)
         self._is_staged = True
 
     def apply_staged_writes(self) -> None:
@@ -87,13 +114,22 @@ class CanvasState:
         row: np.ndarray = self._ints_np[_INTS.index("row_len")]
         return row
 
-    def policy_params(self, slots: Tensor) -> PolicyParams:
-        """Gather the policies of the given slots."""
+    def policy_params(self, blocks: Blocks) -> PolicyParams:
+        """Gather the policies of some requests."""
+        slots, slots_np = blocks.slots, blocks.slots_np
+        policies = set(self._ints_np[_INTS.index("policy_id"), slots_np].tolist())
         return PolicyParams(
             policy_id=self._int("policy_id")[slots],
+            seed=self._int("seed")[slots],
             threshold=self._float("threshold")[slots],
             factor=self._float("factor")[slots],
-            steps_per_block=self._int("steps_per_block")[slots],
+            entropy_bound=self._float("entropy_bound")[slots],
+            alg_temp=self._float("alg_temp")[slots],
+            num_known=(self._int("prompt_len")[slots] - blocks.start).clamp(min=0),
+            counts=self._ints[len(_INTS) :, slots].T,
+            times=self._floats[len(_FLOATS) :, slots].T,
+            policies=tuple(name for name, policy_id in POLICY_IDS.items() if policy_id in policies),
+            has_alg_temp=bool((self._floats_np[_FLOATS.index("alg_temp"), slots_np] > 0).any()),
         )
 
     def row_sampling(self, blocks: Blocks, num_masked: Tensor) -> RowSampling:
@@ -119,6 +155,7 @@ class CanvasState:
             keys=keys.flatten(),
             has_noise=bool((temperature_np > 0).any()),
             has_filter=bool(((temperature_np > 0) & (has_top_k | has_top_p)).any()),
+            wants_sampled=self.rules.confidence == "sampled" and bool((temperature_np > 0).any()),
         )
 
     def draft_noise(self, blocks: Blocks) -> DraftNoise | None:
@@ -139,6 +176,21 @@ class CanvasState:
     def positions(self, blocks: Blocks) -> Tensor:
         """Return the absolute positions of the blocks; [num_reqs, block_length] int64."""
         return blocks.start[:, None] + self._offsets
+
+    def predicting_rows(self, slots: Tensor, hidden: Tensor) -> Tensor:
+        """Return the rows that predict the blocks' positions: these themselves, or those left of them.
+
+        Args:
+            slots: [num_reqs] int64.
+            hidden: [num_reqs * num_nodes * block_length, hidden_size], the rows of the blocks' positions.
+
+        Returns: as many rows, in the same order.
+        """
+        if self.edge is None:
+            return hidden
+        nodes = hidden.view(len(slots), -1, self.block_length, hidden.shape[-1])
+        edge = self.edge[slots, None, None].expand(-1, nodes.shape[1], -1, -1)
+        return torch.cat([edge, nodes[:, :, :-1]], 2).view_as(hidden)
 
     def reset(self, slots: Tensor, where: Tensor) -> None:
         """Begin a new block for those of the given slots that `where` marks.

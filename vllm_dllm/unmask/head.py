@@ -5,7 +5,7 @@ logits of some rows at a time.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Protocol
@@ -21,7 +21,7 @@ LOGITS_BYTES = 128 << 20
 126,464 entries, where the head product of a chunk already costs more in arithmetic than in reading the weights."""
 
 WEIGHT_ROWS = 1024
-"""Rows of a call of the op with a weight: its scratch is some 2 % of the logits."""
+"""Rows of a call of the op with a weight: its scratch is some 3 % of the logits."""
 
 
 class Head(Protocol):
@@ -37,7 +37,7 @@ class Head(Protocol):
         Args:
             hidden: [num_rows, hidden_size].
             sampling: of the rows.
-            num_candidates: 1 to 8, at most the size of the vocabulary.
+            num_candidates: 1 to 8.
         """
 
 
@@ -103,7 +103,7 @@ class WeightHead:
             return self._own(hidden, sampling, num_candidates)
         own = self._own(hidden, sampling.without_filter(), num_candidates)
         gathered = self._shard.gather(_pack(own)).chunk(self._shard.num_shards, 1)
-        stats = merge([_unpack(packed, own) for packed in gathered])
+        stats = merge([_unpack(packed, own) for packed in gathered], sampling.without_filter())
         if not sampling.has_filter:
             return stats
         whole = self._by_logits(hidden, sampling, num_candidates)
@@ -121,9 +121,9 @@ class WeightHead:
         return _in_chunks(hidden, sampling, self.chunk_rows, lambda rows, own: reduce(rows, sampling=own))
 
 
-def _each(call: Callable[[list[Tensor]], Tensor], parts: Sequence[PartialStats]) -> PartialStats:
+def _each(call: Callable[[tuple[Tensor, ...]], Tensor], parts: Sequence[PartialStats]) -> PartialStats:
     """Apply `call` to the tensors that the parts have in each field."""
-    return PartialStats(*(call([getattr(part, field.name) for part in parts]) for field in fields(PartialStats)))
+    return PartialStats(*map(call, zip(*(part.tensors for part in parts), strict=True)))
 
 
 def _in_chunks(
@@ -140,12 +140,11 @@ def _in_chunks(
 
 def _pack(stats: PartialStats) -> Tensor:
     """Put statistics into one tensor [num_rows, n] of float64, which holds ids and float32 exactly."""
-    columns = [getattr(stats, field.name) for field in fields(PartialStats)]
-    return torch.cat([column.double().view(len(column), -1) for column in columns], 1)
+    return torch.cat([column.double().view(len(column), -1) for column in stats.tensors], 1)
 
 
 def _unpack(packed: Tensor, like: PartialStats) -> PartialStats:
-    columns = [getattr(like, field.name) for field in fields(PartialStats)]
+    columns = like.tensors
     parts = packed.split([column.numel() // len(column) for column in columns], 1)
     return PartialStats(
         *(part.reshape(column.shape).to(column.dtype) for part, column in zip(parts, columns, strict=True))

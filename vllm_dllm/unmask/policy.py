@@ -1,91 +1,191 @@
 """Unmasking policies as tensor code over a whole batch.
 
-Every policy unmasks the first k positions of one order: confidence descending, then position ascending. A policy is
-therefore how k follows from the sorted confidences (`num_to_unmask`), and what the confidence is: the probability of
-the chosen token, or for `random` a uniform number. It remembers nothing: the next canvas is a function of the canvas,
-so that a draft of a later canvas can be decided in the same forward.
+A policy is an order of the masked positions and a count: a step unmasks the first ones, highest score first, lowest
+position first among equals, which `torch.topk` leaves open. It remembers nothing: the next canvas is a function of the
+canvas, so that a draft of a later canvas can be decided in the same forward.
 
 Sources: LLaDA `generate` (arXiv:2502.09992) for static and random; Fast-dLLM v1 (arXiv:2505.22618) for threshold and
-factor. `torch.topk` leaves the order of equal confidences open; ours is the lowest position first.
+factor; Dream `diffusion_generate` (arXiv:2508.15487) for margin, entropy, origin and `alg_temp`; SDAR
+`block_diffusion_generate` (arXiv:2510.06303) for sequential, dynamic and entropy_bounded.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vllm_dllm import noise
 from vllm_dllm.config import PolicyName
-
-POLICY_IDS: dict[PolicyName, int] = {"static": 0, "random": 1, "threshold": 2, "factor": 3}
+from vllm_dllm.ops.vocab_stats import Distribution
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyParams:
-    """One policy per request, as device tensors."""
+    """One policy per request, as device tensors; what the host knows of all spares stages that none needs."""
 
     policy_id: Tensor  # [num_reqs] int64, POLICY_IDS
+    seed: Tensor  # [num_reqs] int64
     threshold: Tensor  # [num_reqs] float64
     factor: Tensor  # [num_reqs] float64
-    steps_per_block: Tensor  # [num_reqs] int64, static and random
+    entropy_bound: Tensor  # [num_reqs] float64, nats
+    alg_temp: Tensor  # [num_reqs] float64, 0 draws no positions
+    num_known: Tensor  # [num_reqs] int64, positions of the block that hold the prompt's tail
+    counts: Tensor  # [num_reqs, block_length] int64, schedule.count_table
+    times: Tensor  # [num_reqs, block_length] float64, schedule.reveal_times
+    policies: tuple[PolicyName, ...]  # those of the requests
+    has_alg_temp: bool  # any above 0
 
     def repeat(self, times: int) -> "PolicyParams":
         """Return each request's policy `times` times, one after another."""
-        return PolicyParams(
-            policy_id=self.policy_id.repeat_interleave(times),
-            threshold=self.threshold.repeat_interleave(times),
-            factor=self.factor.repeat_interleave(times),
-            steps_per_block=self.steps_per_block.repeat_interleave(times),
-        )
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return PolicyParams(**values | {name: tensor.repeat_interleave(times, 0) for name, tensor in tensors.items()})
 
 
-def num_to_unmask(confidence: Tensor, num_masked: Tensor, params: PolicyParams) -> Tensor:
-    """Decide how many positions each request unmasks in this step.
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What positions are scored by, those of one canvas per request."""
 
-    static, random: the block length split over `steps_per_block`, the remainder first; the positions that are
-    unmasked already tell which step it is. threshold: all that reach it,
-    at least one. factor: the longest run that satisfies `confidence[n] >= 1 - f / (n + 1)` for the n-th position,
-    at least one; failing at the last position alone unmasks it too, as Fast-dLLM's code does.
+    distribution: Distribution  # [num_reqs * block_length]
+    keys: Tensor  # [num_reqs, block_length] int64, noise streams of the step
+    position: Tensor  # [num_reqs, block_length] int64, absolute
 
-    Args:
-        confidence: [num_reqs, block_length] float64, descending, -inf behind the masked positions.
-        num_masked: [num_reqs] int64, at least 1.
-        params: the requests' policies.
 
-    Returns: [num_reqs] int64, from 1 to num_masked.
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """An order of positions, and how many of them a step unmasks.
+
+    Attributes:
+        score: [num_reqs, block_length] float64 of each position.
+        count: [num_reqs] int64 of the scores in descending order, -inf behind the masked positions, and of
+            `num_masked` [num_reqs]; `choose_positions` keeps it within 1..num_masked.
     """
-    block_length = confidence.shape[1]
-    rank = torch.arange(block_length, device=confidence.device)
-    per_step = block_length // params.steps_per_block
-    in_longer_steps = (per_step + 1) * (block_length % params.steps_per_block)
-    per_step = per_step + (block_length - num_masked < in_longer_steps)
-    reaching = (confidence >= params.threshold[:, None]).sum(1)
+
+    score: Callable[[Evidence, PolicyParams], Tensor]
+    count: Callable[[Tensor, Tensor, PolicyParams], Tensor]
+
+
+def _confidence(evidence: Evidence, _params: PolicyParams) -> Tensor:
+    return evidence.distribution.confidence.view_as(evidence.keys)
+
+
+def _margin(evidence: Evidence, _params: PolicyParams) -> Tensor:
+    return evidence.distribution.margin.view_as(evidence.keys)
+
+
+def _certainty(evidence: Evidence, _params: PolicyParams) -> Tensor:
+    return -evidence.distribution.entropy.view_as(evidence.keys)
+
+
+def _uniform(evidence: Evidence, _params: PolicyParams) -> Tensor:
+    return noise.uniform(evidence.keys, noise.STREAM)
+
+
+def _leftmost(evidence: Evidence, _params: PolicyParams) -> Tensor:
+    return -evidence.position.double()
+
+
+def _earliest(evidence: Evidence, params: PolicyParams) -> Tensor:
+    """Score a position by the step that reveals it: the first one whose end is not after its own time.
+
+    Each position draws its time once. So one that is masked at t is revealed by the step from t to s with the published
+    probability 1 - s / t, whenever it is asked.
+    """
+    keys = noise.stream_keys(params.seed[:, None], evidence.position, torch.zeros_like(evidence.position))
+    own_time = noise.uniform(keys, noise.STREAM)
+    return -torch.searchsorted(-params.times, -own_time).double()
+
+
+def _scheduled(ordered: Tensor, num_masked: Tensor, params: PolicyParams) -> Tensor:
+    num_unmasked = ordered.shape[1] - params.num_known - num_masked
+    return params.counts.gather(1, num_unmasked.clamp(max=ordered.shape[1] - 1)[:, None]).squeeze(1)
+
+
+def _reaching(ordered: Tensor, _num_masked: Tensor, params: PolicyParams) -> Tensor:
+    return (ordered >= params.threshold[:, None]).sum(1)
+
+
+def _exceeding(ordered: Tensor, num_masked: Tensor, params: PolicyParams) -> Tensor:
+    return torch.maximum((ordered > params.threshold[:, None]).sum(1), _scheduled(ordered, num_masked, params))
+
+
+def _factor_run(ordered: Tensor, num_masked: Tensor, params: PolicyParams) -> Tensor:
+    """Count the longest run that satisfies `confidence[n] >= 1 - f / (n + 1)` for the n-th position, from 1.
+
+    Failing at the last position alone unmasks it too, as Fast-dLLM's code does.
+    """
+    rank = torch.arange(ordered.shape[1], device=ordered.device)
     # Rank 0 is always unmasked: Fast-dLLM's first threshold is -1. Ranks behind the masked ones fail by their -inf.
-    fails = confidence < 1.0 - params.factor[:, None] / (rank + 2)
+    fails = ordered < 1.0 - params.factor[:, None] / (rank + 2)
     fails[:, 0] = False
-    run = torch.where(fails, rank, block_length).amin(1)
-    last = num_masked - 1
-    run = torch.where(run == last, num_masked, run)
-    count = torch.where(
-        params.policy_id == POLICY_IDS["threshold"],
-        reaching,
-        torch.where(params.policy_id == POLICY_IDS["factor"], run, per_step),
-    )
-    return torch.minimum(count.clamp(min=1), num_masked)
+    run = torch.where(fails, rank, ordered.shape[1]).amin(1)
+    return torch.where(run == num_masked - 1, num_masked, run)
 
 
-def choose_positions(confidence: Tensor, is_masked: Tensor, params: PolicyParams) -> Tensor:
+def _within_bound(ordered: Tensor, _num_masked: Tensor, params: PolicyParams) -> Tensor:
+    """Count the entropies, ascending, whose running sum is below the bound."""
+    return ((-ordered).cumsum(1) < params.entropy_bound[:, None]).sum(1)
+
+
+def _equal_first(ordered: Tensor, _num_masked: Tensor, _params: PolicyParams) -> Tensor:
+    return (ordered == ordered[:, :1]).sum(1)
+
+
+POLICIES: dict[PolicyName, Policy] = {
+    "static": Policy(_confidence, _scheduled),
+    "random": Policy(_uniform, _scheduled),
+    "threshold": Policy(_confidence, _reaching),
+    "factor": Policy(_confidence, _factor_run),
+    "margin": Policy(_margin, _scheduled),
+    "entropy": Policy(_certainty, _scheduled),
+    "origin": Policy(_earliest, _equal_first),
+    "sequential": Policy(_leftmost, _scheduled),
+    "dynamic": Policy(_confidence, _exceeding),
+    "entropy_bounded": Policy(_certainty, _within_bound),
+}
+
+POLICY_IDS: dict[PolicyName, int] = {name: number for number, name in enumerate(POLICIES)}
+
+
+def score_positions(evidence: Evidence, params: PolicyParams) -> Tensor:
+    """Score positions by the requests' policies; [num_reqs, block_length] float64.
+
+    With `alg_temp` a step draws positions without replacement, with probabilities ~ exp(score / alg_temp): those of
+    the largest sums with Gumbel noise.
+    """
+    score = _by_policy(params, lambda policy: policy.score(evidence, params))
+    if not params.has_alg_temp:
+        return score
+    alg_temp = params.alg_temp[:, None]
+    drawn = score / torch.where(alg_temp > 0, alg_temp, 1.0) + noise.gumbel(evidence.keys, noise.STREAM)
+    return torch.where(alg_temp > 0, drawn, score)
+
+
+def choose_positions(score: Tensor, is_masked: Tensor, params: PolicyParams) -> Tensor:
     """Choose the positions each request unmasks in this step.
 
     Args:
-        confidence: [num_reqs, block_length] float64, of the token chosen at each position.
+        score: [num_reqs, block_length] float64.
         is_masked: [num_reqs, block_length] bool.
         params: the requests' policies.
 
     Returns: [num_reqs, block_length] bool, a subset of `is_masked`; empty for a request without masked positions.
     """
-    confidence = confidence.masked_fill(~is_masked, -torch.inf)
-    ordered, order = torch.sort(confidence, dim=1, descending=True, stable=True)
-    count = num_to_unmask(ordered, is_masked.sum(1), params)
-    rank = torch.arange(confidence.shape[1], device=confidence.device).expand_as(order)
-    chosen = torch.zeros_like(is_masked).scatter_(1, order, rank < count[:, None])
+    ordered, order = torch.sort(score.masked_fill(~is_masked, -torch.inf), dim=1, descending=True, stable=True)
+    num_masked = is_masked.sum(1)
+    count = _by_policy(params, lambda policy: policy.count(ordered, num_masked, params))
+    rank = torch.arange(score.shape[1], device=score.device).expand_as(order)
+    chosen = torch.zeros_like(is_masked).scatter_(1, order, rank < count.clamp(min=1)[:, None])
     return chosen & is_masked
+
+
+def _by_policy(params: PolicyParams, of: Callable[[Policy], Tensor]) -> Tensor:
+    """Evaluate the policies that occur, and take each request's own; [num_reqs, ...]."""
+    first, *others = params.policies
+    values = of(POLICIES[first])
+    for name in others:
+        is_its = (params.policy_id == POLICY_IDS[name]).view(-1, *[1] * (values.dim() - 1))
+        values = torch.where(is_its, of(POLICIES[name]), values)
+    return values

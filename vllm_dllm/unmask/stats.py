@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_dllm.noise import gumbel
 from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
@@ -33,37 +34,50 @@ def torch_stats(
     Args:
         logits: [num_rows, vocab_size] any float dtype; overwritten.
         excluded_ids: ids whose logits count as -inf.
-        num_candidates: how many of the largest logits to keep, at most `vocab_size`.
+        num_candidates: how many of the largest logits to keep.
         sampling: of the rows.
     """
     logits = logits.float()
     logits[:, excluded_ids] = -torch.inf
     largest, argmax = logits.max(dim=1)
-    top_logits, top_ids = logits.topk(num_candidates, dim=1)
+    top_logits, top_ids = logits.topk(min(num_candidates, logits.shape[1]), dim=1)
+    missing = (0, num_candidates - top_ids.shape[1])
+    top_logits, top_ids = pad(top_logits, missing, value=-torch.inf), pad(top_ids, missing)
     scores, token_ids = largest.double(), argmax
+    is_drawn = sampling.temperature > 0
+    kept = kept_ids(logits, sampling) if sampling.has_filter else None
     if sampling.has_noise:
-        is_drawn = sampling.temperature > 0
-        best, drawn = _scores(logits, sampling).max(dim=1)
+        best, drawn = _scores(logits, sampling, kept).max(dim=1)
         scores, token_ids = torch.where(is_drawn, best, scores), torch.where(is_drawn, drawn, token_ids)
     token_logits = logits.gather(1, token_ids[:, None]).squeeze(1)
     below = logits.sub_(largest[:, None])
-    mass = below.exp().scatter_(1, argmax[:, None], 0.0)
+    sums = _sums(below, argmax)
+    sampled: list[Tensor] = []
+    if sampling.wants_sampled:
+        tempered = _filtered(below.double().div_(sampling.divisor[:, None]), kept)
+        drawn_sums = _sums(tempered, argmax)
+        sampled = [torch.where(is_drawn, drawn, own) for drawn, own in zip(drawn_sums, sums, strict=True)]
     return PartialStats(
-        top_ids=top_ids.masked_fill_(top_logits == -torch.inf, -1),
-        top_logits=top_logits,
-        rest=mass.sum(1).double(),
-        weighted=below.mul_(mass).masked_fill_(mass == 0, 0.0).sum(1).double(),
-        token_ids=token_ids,
-        token_logits=token_logits,
-        scores=scores,
+        top_ids.masked_fill_(top_logits == -torch.inf, -1), top_logits, *sums, token_ids, token_logits, scores, *sampled
     )
 
 
-def _scores(logits: Tensor, sampling: RowSampling) -> Tensor:
+def _sums(below: Tensor, argmax: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `rest` and `weighted` of [num_rows, vocab_size] distances from each row's largest logit."""
+    mass = below.exp().scatter_(1, argmax[:, None], 0.0)
+    weighted = (below * mass).masked_fill_(mass == 0, 0.0)
+    return mass.sum(1).double(), weighted.sum(1).double()
+
+
+def _scores(logits: Tensor, sampling: RowSampling, kept: Tensor | None) -> Tensor:
     """Add each row's noise to its logits, and -inf to the ids it filters; [num_rows, vocab_size] float64."""
     scores = gumbel(sampling.keys[:, None], torch.arange(logits.shape[1], device=logits.device))
-    scores.mul_(sampling.temperature[:, None]).add_(logits)
-    return scores.masked_fill_(~kept_ids(logits, sampling), -torch.inf) if sampling.has_filter else scores
+    return _filtered(scores.mul_(sampling.temperature[:, None]).add_(logits), kept)
+
+
+def _filtered(values: Tensor, kept: Tensor | None) -> Tensor:
+    """Overwrite the values of ids that are not kept with -inf; None keeps all."""
+    return values if kept is None else values.masked_fill_(~kept, -torch.inf)
 
 
 def kept_ids(logits: Tensor, params: RowSampling) -> Tensor:
@@ -78,11 +92,10 @@ def kept_ids(logits: Tensor, params: RowSampling) -> Tensor:
 
     Returns: [num_rows, vocab_size] bool.
     """
-    temperature = torch.where(params.temperature > 0, params.temperature, 1.0)
     ordered, order = torch.sort(logits, dim=1, descending=True, stable=True)
     top_k = torch.where(params.top_k > 0, params.top_k, logits.shape[1]).clamp(max=logits.shape[1])
     kth = ordered.gather(1, top_k[:, None] - 1)
-    tempered = (ordered.double() / temperature[:, None]).masked_fill(ordered < kth, -torch.inf)
+    tempered = (ordered.double() / params.divisor[:, None]).masked_fill(ordered < kth, -torch.inf)
     probs = torch.softmax(tempered, dim=1)
     before = probs.cumsum(1) - probs
     keep = (ordered >= kth) & ((before < params.top_p[:, None]) | (params.top_p[:, None] >= 1.0))

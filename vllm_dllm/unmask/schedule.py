@@ -1,0 +1,77 @@
+"""How a block is spread over steps: tables that a request takes along, made on the host when it is added.
+
+Published decoders count steps. A table is read by what the canvas tells instead: the positions of the block that are
+unmasked already. So the next canvas stays a function of the canvas, and a step that would unmask nothing is left out.
+
+Sources: LLaDA `get_num_transfer_tokens` and SDAR for `even`; Dream `diffusion_generate` for `timesteps` and `origin`,
+and Fast-dLLM v1's port of Dream (arXiv:2505.22618) for a block whose first step unmasks its first position alone.
+"""
+
+import functools
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+LAST_TIME = 1e-3
+"""Dream's `eps`: the time before which the last step begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnmaskRules:
+    """What a server fixes of unmasking, for all requests and policies; see `ModelFamily`.
+
+    Attributes:
+        schedule: how steps share a block.
+        unmasks_first_alone: whether a block's first step unmasks its first position alone.
+        confidence: the distribution that confidence, margin and entropy are of.
+    """
+
+    schedule: Literal["even", "timesteps"] = "even"
+    unmasks_first_alone: bool = False
+    confidence: Literal["model", "sampled"] = "model"
+
+
+@functools.lru_cache
+def count_table(rules: UnmaskRules, block_length: int, steps: int) -> tuple[int, ...]:
+    """Return, by the number of positions that are unmasked already, how many the next step unmasks.
+
+    Args:
+        rules: of the server.
+        block_length: positions of a block, and the length of the table.
+        steps: of a block, 1..block_length.
+    """
+    if rules.schedule == "even":
+        counts = [block_length // steps + (step < block_length % steps) for step in range(steps)]
+    else:
+        counts = _timestep_counts(block_length, steps, begins_alone=rules.unmasks_first_alone)
+    return tuple(np.repeat(counts, counts).tolist())
+
+
+@functools.lru_cache
+def reveal_times(block_length: int, steps: int) -> tuple[float, ...]:
+    """Return the times at which the steps of `origin` end, descending, 0 for the last one and behind it.
+
+    Args: as of `count_table`, whose length it has.
+    """
+    times = _times(steps)[1:-1].tolist()
+    return tuple(times + [0.0] * (block_length - len(times)))
+
+
+def _times(steps: int) -> NDArray[np.float32]:
+    """Return when each step begins and the last one ends, in the published dtype; [steps + 1]."""
+    times: NDArray[np.float32] = torch.linspace(1, LAST_TIME, steps + 1).numpy()
+    return times
+
+
+def _timestep_counts(block_length: int, steps: int, *, begins_alone: bool) -> list[int]:
+    """Return what Dream's steps unmask, in float32 as published, without those that unmask nothing."""
+    counts = [1] if begins_alone else []
+    left = block_length - len(counts)
+    for begin, end in pairwise(_times(steps)[len(counts) : -1]):
+        counts.append(int(np.float32(left) * (1 - end / begin)))
+        left -= counts[-1]
+    return [count for count in [*counts, left] if count]
