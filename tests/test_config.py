@@ -7,10 +7,11 @@ from vllm_dllm.config import (
     InvalidOptionError,
     RequestOptions,
     check_policy_options,
-    generation_length,
+    max_prompt_len,
     parse_request_options,
     parse_server_settings,
-    split_steps,
+    request_steps,
+    row_blocks,
 )
 
 
@@ -43,13 +44,20 @@ def test_keys_of_others_are_left_alone() -> None:
         ({"block_length": True}, ["additional_config.dllm.block_length is True", "whole numbers"]),
         (
             {"policy": "best"},
-            ["additional_config.dllm.policy is 'best'", "allowed are 'static', 'random', 'threshold' and 'factor'"],
+            ["additional_config.dllm.policy is 'best'", "allowed are 'static', 'random', 'threshold', 'factor', 'marg"],
         ),
         ({"threshold": float("nan")}, ["additional_config.dllm.threshold is nan"]),
         ({"factor": float("inf")}, ["additional_config.dllm.factor is inf"]),
         ({"refresh_every": 0}, ["additional_config.dllm.refresh_every is 0"]),
         ({"kv_policy": "prefix", "refresh_every": 3}, ["refresh_every is 3 but kv_policy is 'prefix'", "leave"]),
+        ({"kv_policy": "block_causal", "refresh_every": 3}, ["kv_policy is 'block_causal', which never computes K/V"]),
         ({"block_length": 8, "steps_per_block": 9}, ["steps_per_block is 9 but block_length is 8", "1..8"]),
+        (
+            {"block_length": 8, "steps_per_block": 3, "policy": "dynamic"},
+            ["steps_per_block is 3, but policy 'dynamic'", "divisor"],
+        ),
+        ({"entropy_bound": 0}, ["additional_config.dllm.entropy_bound is 0", "finite numbers above 0"]),
+        ({"alg_temp": -1.0}, ["additional_config.dllm.alg_temp is -1.0", "null and finite numbers from 0 on"]),
         (
             {"attention": "fast"},
             ["additional_config.dllm.attention is 'fast'", "'auto', 'csrc', 'flashinfer', 'xformers'"],
@@ -96,18 +104,64 @@ def test_options_of_the_servers_policy_pass() -> None:
     check_policy_options(RequestOptions(threshold=0.5), DllmConfig(policy="threshold"))
 
 
+def test_the_models_values_stand_where_the_user_gives_none() -> None:
+    defaults = {"block_length": 4, "policy": "dynamic", "threshold": 0.85}
+    settings = parse_server_settings({"policy": "static", "block_length": 16}, defaults=defaults)
+    assert (settings.block_length, settings.policy, settings.threshold) == (16, "static", 0.85)
+    assert parse_server_settings({}, defaults=defaults).block_length == 4
+
+
 @pytest.mark.parametrize(
     ("prompt_len", "max_tokens", "expected"),
-    [(10, 1, 8), (10, 8, 8), (10, 9, 16), (10, 1000, 88), (92, 8, 8), (93, 8, 0), (150, 8, 0)],
+    [(10, 1, 18), (10, 8, 18), (10, 9, 26), (10, 1000, 98), (92, 8, 100), (93, 8, 93), (150, 8, 150)],
 )
-def test_generation_is_whole_blocks_that_fit(prompt_len: int, max_tokens: int, expected: int) -> None:
-    assert generation_length(prompt_len, max_tokens, block_length=8, max_model_len=100) == expected
+def test_blocks_begin_behind_the_prompt_and_fit(prompt_len: int, max_tokens: int, expected: int) -> None:
+    blocks = row_blocks(prompt_len, max_tokens, DllmConfig(block_length=8), max_model_len=100)
+    assert (blocks.begin, blocks.end, len(blocks)) == (prompt_len, expected, (expected - prompt_len) // 8)
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "max_tokens", "begin", "end"),
+    [
+        (10, 1, 8, 16),
+        (10, 6, 8, 16),
+        (10, 7, 8, 24),
+        (16, 1, 16, 24),
+        (10, 99, 8, 88),
+        (87, 1, 80, 88),
+        (88, 1, 88, 88),
+    ],
+)
+def test_aligned_blocks_leave_room_for_one_more(prompt_len: int, max_tokens: int, begin: int, end: int) -> None:
+    settings = DllmConfig(block_length=8, kv_policy="block_causal")
+    blocks = row_blocks(prompt_len, max_tokens, settings, max_model_len=100)
+    assert (blocks.begin, blocks.end) == (begin, end)
+    assert max_prompt_len(settings, 100) == 87
+
+
+@pytest.mark.parametrize("kv_policy", ["dual", "block_causal"])
+@pytest.mark.parametrize("block_length", [1, 3, 8])
+def test_the_longest_prompt_leaves_a_block_and_no_more(kv_policy: str, block_length: int) -> None:
+    settings = DllmConfig(block_length=block_length, kv_policy=kv_policy)  # type: ignore[arg-type]  # one of the literals
+    for max_model_len in range(2 * block_length, 40):
+        longest = max_prompt_len(settings, max_model_len)
+        lengths = [len(row_blocks(longest + more, 1, settings, max_model_len)) for more in (0, 1)]
+        assert lengths == [1, 0]
 
 
 def test_steps_are_split_over_blocks() -> None:
-    assert split_steps(8, gen_length=64, block_length=16) == 2
+    settings = DllmConfig(block_length=16)
+    blocks = row_blocks(5, 64, settings, max_model_len=100)
+    assert request_steps(RequestOptions(steps=8), settings, blocks) == 2
+    assert request_steps(RequestOptions(), settings, blocks) == 16
     for steps in (6, 65, 128):
         with pytest.raises(
-            ValueError, match=f"steps is {steps}, but 64 positions in 4 blocks of 16 need a multiple of 4"
+            InvalidOptionError, match=f"dllm_steps is {steps}, but 64 positions in 4 blocks of 16 need a multiple of 4"
         ):
-            split_steps(steps, gen_length=64, block_length=16)
+            request_steps(RequestOptions(steps=steps), settings, blocks)
+
+
+def test_steps_are_split_over_the_block_of_the_tail_too() -> None:
+    settings = DllmConfig(block_length=8, kv_policy="block_causal")
+    blocks = row_blocks(5, 4, settings, max_model_len=100)
+    assert request_steps(RequestOptions(steps=6), settings, blocks) == 3

@@ -59,10 +59,10 @@ VocabSampling sampling_of(const Tensor& rows, const MaybeTensor& keys, const May
   return sampling;
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Allocate the results and enter them in `args`.
-Results new_results(const Tensor& rows, VocabStatsArgs& args) {
+// Allocate the results and enter them in `args`; sampled sums that are not wanted have no rows.
+Results new_results(const Tensor& rows, VocabStatsArgs& args, bool wants_sampled) {
   const auto empty = [&](const Sizes& sizes, ScalarType type) { return torch::stable::new_empty(rows, sizes, type); };
   Tensor top_ids = empty({args.num_rows, args.num_candidates}, ScalarType::Long);
   Tensor top_logits = empty({args.num_rows, args.num_candidates}, ScalarType::Float);
@@ -71,6 +71,9 @@ Results new_results(const Tensor& rows, VocabStatsArgs& args) {
   Tensor token_ids = empty({args.num_rows}, ScalarType::Long);
   Tensor token_logits = empty({args.num_rows}, ScalarType::Float);
   Tensor scores = empty({args.num_rows}, ScalarType::Double);
+  const int64_t num_sampled = wants_sampled ? args.num_rows : 0;
+  Tensor sampled_rest = empty({num_sampled}, ScalarType::Double);
+  Tensor sampled_weighted = empty({num_sampled}, ScalarType::Double);
   args.top_ids = top_ids.mutable_data_ptr<int64_t>();
   args.top_logits = top_logits.mutable_data_ptr<float>();
   args.rest = rest.mutable_data_ptr<double>();
@@ -78,14 +81,16 @@ Results new_results(const Tensor& rows, VocabStatsArgs& args) {
   args.token_ids = token_ids.mutable_data_ptr<int64_t>();
   args.token_logits = token_logits.mutable_data_ptr<float>();
   args.scores = scores.mutable_data_ptr<double>();
-  return {top_ids, top_logits, rest, weighted, token_ids, token_logits, scores};
+  args.sampled_rest = wants_sampled ? sampled_rest.mutable_data_ptr<double>() : nullptr;
+  args.sampled_weighted = wants_sampled ? sampled_weighted.mutable_data_ptr<double>() : nullptr;
+  return {top_ids, top_logits, rest, weighted, token_ids, token_logits, scores, sampled_rest, sampled_weighted};
 }
 
 }  // namespace
 
 Results vocab_stats(Tensor rows, MaybeTensor weight, int64_t first_id, std::vector<int64_t> excluded_ids,
-                    int64_t num_candidates, MaybeTensor keys, MaybeTensor temperature, MaybeTensor top_k,
-                    MaybeTensor top_p) {
+                    int64_t num_candidates, bool wants_sampled, MaybeTensor keys, MaybeTensor temperature,
+                    MaybeTensor top_k, MaybeTensor top_p) {
   check_matrix("rows", rows, "[num_rows, hidden_size], or [num_rows, num_ids] without a weight");
   const FloatType type = float_type(kOp, "rows", rows);
   if (weight.has_value()) {
@@ -114,7 +119,7 @@ Results vocab_stats(Tensor rows, MaybeTensor weight, int64_t first_id, std::vect
   for (size_t i = 0; i < excluded_ids.size(); ++i) {
     args.excluded_ids[i] = excluded_ids[i];
   }
-  Results results = new_results(rows, args);
+  Results results = new_results(rows, args, wants_sampled);
   if (args.num_rows == 0) {
     return results;
   }
@@ -131,6 +136,6 @@ Results vocab_stats(Tensor rows, MaybeTensor weight, int64_t first_id, std::vect
 }  // namespace dllm
 
 DLLM_OP(vocab_stats,
-        "(Tensor rows, Tensor? weight, int first_id, int[] excluded_ids, int num_candidates, Tensor? keys, "
-        "Tensor? temperature, Tensor? top_k, Tensor? top_p) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+        "(Tensor rows, Tensor? weight, int first_id, int[] excluded_ids, int num_candidates, bool wants_sampled, "
+        "Tensor? keys, Tensor? temperature, Tensor? top_k, Tensor? top_p) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")

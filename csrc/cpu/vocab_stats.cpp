@@ -19,8 +19,9 @@ void run(const VocabWork& work) { DLLM_DISPATCH(vocab_work, work) }
 
 void merge_row(const VocabStatsArgs& args, int64_t row) {
   VocabPartial total = empty_partial();
+  const double temperature = sampled_temperature(args, row);
   for (int64_t chunk = 0; chunk < num_vocab_chunks(args.num_ids); ++chunk) {
-    merge_partial(total, args.partials[chunk * args.num_rows + row], args.num_candidates);
+    merge_partial(total, args.partials[chunk * args.num_rows + row], args.num_candidates, temperature);
   }
   put_partial(args, row, total);
 }
@@ -84,10 +85,26 @@ Cut top_p_cut(const float* logits, int64_t num_ids, double temperature, double t
   return cut;
 }
 
+VocabSums kept_sums(const float* logits, int64_t num_ids, double temperature, Cut cut) {
+  const int64_t first = std::max_element(logits, logits + num_ids) - logits;
+  VocabSums sums = {};
+  for (int64_t id = 0; id < num_ids; ++id) {
+    if (id != first && logits[id] > -INFINITY && cut.keeps(logits[id], id)) {
+      const double x = (static_cast<double>(logits[id]) - logits[first]) / temperature;
+      const double mass = std::exp(x);
+      sums.rest += mass;
+      sums.weighted += mass == 0.0 ? 0.0 : x * mass;
+    }
+  }
+  return sums;
+}
+
 void draw_filtered(const VocabStatsArgs& args, int64_t row, float* logits) {
   const VocabSampling& sampling = args.sampling;
   const double temperature = sampling.temperature[row];
-  std::replace_if(logits, logits + args.num_ids, [](float logit) { return std::isnan(logit); }, -INFINITY);
+  const auto is_nan = [](float logit) { return std::isnan(logit); };
+  const bool has_nan = std::any_of(logits, logits + args.num_ids, is_nan);
+  std::replace_if(logits, logits + args.num_ids, is_nan, -INFINITY);
   const Cut top_k = top_k_cut(logits, args.num_ids, sampling.top_k[row]);
   const Cut cut = top_p_cut(logits, args.num_ids, temperature, sampling.top_p[row], top_k);
   VocabPartial drawn = empty_partial();
@@ -104,6 +121,7 @@ void draw_filtered(const VocabStatsArgs& args, int64_t row, float* logits) {
     }
   }
   put_token(args, row, drawn);
+  put_sampled(args, row, has_nan ? VocabSums{NAN, NAN} : kept_sums(logits, args.num_ids, temperature, cut));
 }
 
 }  // namespace

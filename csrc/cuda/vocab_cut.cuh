@@ -27,6 +27,7 @@ struct Cut {
 };
 
 constexpr int64_t kNoIndex = INT64_MAX;
+constexpr Cut kNoCut = {-INFINITY, kNoIndex};
 
 struct CutShared {
   uint64_t totals[kDigits];
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kCutThreads) vocab_cut_kernel(VocabStatsArgs a
   const int64_t top_k = args.sampling.top_k[row];
   const Float* logits = static_cast<const Float*>(args.rows) + row * args.row_stride;
   const Selection<Float> selection = {args, logits, reinterpret_cast<uint64_t*>(memory), shared};
-  Cut cut = {-INFINITY, kNoIndex};
+  Cut cut = kNoCut;
   if (temperature > 0.0 && (top_k > 0 || top_p < 1.0)) {
     const float largest = selection.largest();
     const bool has_candidates = largest > -INFINITY && largest < INFINITY;

@@ -22,8 +22,7 @@ struct Drawn {
 
 struct SegmentShared {
   uint64_t slots[2][kNumWarps];
-  double rest[kNumWarps];
-  double weighted[kNumWarps];
+  VocabSums sums[2][kNumWarps];
   Drawn drawn[kNumWarps];
 };
 
@@ -86,34 +85,35 @@ struct Segment {
     return first;
   }
 
-  // Sum up exponentials, of all candidates but the first.
-  __device__ void put_sums(const float (&logits)[kIdsPerThread], uint64_t first, VocabPartial& partial) const {
+  // Sum up exponentials of all kept candidates but the first.
+  __device__ void put_sums(const float (&logits)[kIdsPerThread], uint64_t first, float inverse_temperature, Cut cut,
+                           VocabSums (&slots)[kNumWarps], VocabSums& result) const {
     const float largest = logit_of(static_cast<uint32_t>(first >> 32));
     const auto first_offset = static_cast<int32_t>(~static_cast<uint32_t>(first));  // -1 where there is none
     float rest = 0.0f;
     float weighted = 0.0f;
 #pragma unroll
     for (int i = 0; i < kIdsPerThread; ++i) {
-      const float below = logits[i] - largest;
-      const bool is_left_out = logits[i] == -INFINITY || offset_of(i) == first_offset;
-      const float mass = is_left_out ? 0.0f : std::exp(below);
+      const float x = (logits[i] - largest) * inverse_temperature;
+      const bool is_cut = !cut.keeps(logits[i], begin + offset_of(i)) && !std::isnan(logits[i]);
+      const bool is_left_out = is_cut || logits[i] == -INFINITY || offset_of(i) == first_offset;
+      const float mass = is_left_out ? 0.0f : std::exp(x);
       rest += mass;
-      weighted += mass == 0.0f ? 0.0f : below * mass;
+      weighted += mass == 0.0f ? 0.0f : x * mass;
     }
     const double warp_rest = warp_sum(static_cast<double>(rest));
     const double warp_weighted = warp_sum(static_cast<double>(weighted));
     if (threadIdx.x % kWarp == 0) {
-      shared.rest[threadIdx.x / kWarp] = warp_rest;
-      shared.weighted[threadIdx.x / kWarp] = warp_weighted;
+      slots[threadIdx.x / kWarp] = {warp_rest, warp_weighted};
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      partial.rest = 0.0;
-      partial.weighted = 0.0;
+      VocabSums sums = {cut.keeps(largest, begin + first_offset) ? 0.0 : -1.0, 0.0};
       for (int warp = 0; warp < kNumWarps; ++warp) {
-        partial.rest += shared.rest[warp];
-        partial.weighted += shared.weighted[warp];
+        sums.rest += slots[warp].rest;
+        sums.weighted += slots[warp].weighted;
       }
+      result = sums;
     }
   }
 
@@ -201,13 +201,16 @@ __global__ void __launch_bounds__(kThreads) vocab_segment_kernel(VocabStatsArgs 
     read_group(args, data, segment.group_begin(i / kGroup), logits + i);
   }
   const uint64_t first = segment.put_top(logits, partial);
-  segment.put_sums(logits, first, partial);
+  segment.put_sums(logits, first, 1.0f, kNoCut, shared.sums[0], partial.model);
 
   const double temperature = args.sampling.keys == nullptr ? 0.0 : args.sampling.temperature[row];
   if (temperature > 0.0) {
     const bool has_cut = args.sampling.top_k != nullptr;
-    segment.put_drawn(partial, temperature,
-                      {has_cut ? args.token_logits[row] : -INFINITY, has_cut ? args.token_ids[row] : kNoIndex});
+    const Cut cut = has_cut ? Cut{args.token_logits[row], args.token_ids[row]} : kNoCut;
+    if (args.sampled_rest != nullptr) {
+      segment.put_sums(logits, first, over_temperature(1.0, temperature), cut, shared.sums[1], partial.sampled);
+    }
+    segment.put_drawn(partial, temperature, cut);
   } else if (threadIdx.x == 0) {
     partial.token_id = partial.top_id[0];
     partial.token_logit = partial.top_logit[0];
@@ -221,15 +224,16 @@ __global__ void vocab_merge_kernel(VocabStatsArgs args, int num_segments) {
   const int64_t row = blockIdx.x;
   const int lane = static_cast<int>(threadIdx.x);
   const int per_lane = (num_segments + kWarp - 1) / kWarp;
+  const double temperature = sampled_temperature(args, row);
   VocabPartial own = empty_partial();
   for (int number = lane * per_lane; number < min((lane + 1) * per_lane, num_segments); ++number) {
-    merge_partial(own, args.partials[number * args.num_rows + row], args.num_candidates);
+    merge_partial(own, args.partials[number * args.num_rows + row], args.num_candidates, temperature);
   }
   merged[lane] = own;
   for (int lanes = 1; lanes < kWarp; lanes *= 2) {
     __syncwarp();
     if (lane % (2 * lanes) == 0) {
-      merge_partial(merged[lane], merged[lane + lanes], args.num_candidates);
+      merge_partial(merged[lane], merged[lane + lanes], args.num_candidates, temperature);
     }
   }
   if (lane == 0) {

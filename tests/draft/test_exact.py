@@ -6,8 +6,9 @@ A synthetic model's logits depend on every token of the block, so a draft accept
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,22 +16,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_dllm.config import POLICY_OPTIONS, PolicyName
 from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.native import BY_OPS, BY_TORCH
 from vllm_dllm.draft.readiness import Readiness
-from vllm_dllm.reference import decode, spiffy
+from vllm_dllm.reference import block_causal, decode, policy, spiffy
 from vllm_dllm.reference.decode import KvPolicy
-from vllm_dllm.reference.policy import UnmaskPolicy
 from vllm_dllm.reference.sampling import Sampling
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
+from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 
 VOCAB, MASK, EOS = 13, 3, 1
 CPU = torch.device("cpu")
+ENTROPY_BOUND = 0.6
+
+LLADA, SDAR = UnmaskRules(), UnmaskRules(confidence="sampled")
+DREAM = UnmaskRules("timesteps", unmasks_first_alone=True, confidence="sampled")
+REFERENCE_RULES = {  # the synthetic model shifts nothing
+    LLADA: policy.LLADA,
+    DREAM: replace(policy.DREAM, logit_shift=False),
+    SDAR: policy.SDAR,
+}
 
 
 class SyntheticModel:
@@ -57,21 +68,25 @@ class SyntheticModel:
 
 @dataclass(frozen=True)
 class Request:
-    policy: str
+    policy: PolicyName
     threshold: float
     steps: int
     temperature: float
     top_k: int
     top_p: float
     seed: int
+    alg_temp: float = 0.0
+    tail: tuple[int, ...] = ()  # of the prompt, known from the start
 
     def reference(self, block_length: int) -> dict[str, object]:
-        takes_steps = self.policy in {"static", "random"}
+        options = POLICY_OPTIONS[self.policy]
         return {
-            "policy": UnmaskPolicy(
-                self.policy,  # type: ignore[arg-type]  # one of the literals
-                steps=self.steps if takes_steps else None,
+            "policy": policy.UnmaskPolicy(
+                self.policy,
+                steps=self.steps if "steps" in options else None,
                 threshold=self.threshold,
+                entropy_bound=ENTROPY_BOUND,
+                alg_temp=self.alg_temp if "alg_temp" in options else None,
                 confidence_dtype=torch.float64,
             ),
             "sampling": Sampling(
@@ -81,25 +96,35 @@ class Request:
                 top_p=self.top_p if self.top_p < 1 else None,
                 forbidden_ids=(MASK,),
             ),
-            "gen_length": block_length,
+            "gen_length": block_length - len(self.tail),
             "block_length": block_length,
         }
 
 
 def denoise(
-    model: SyntheticModel, requests: list[Request], graph: DraftGraph | None, budget: int, *, is_native: bool = True
+    model: SyntheticModel,
+    requests: list[Request],
+    graph: DraftGraph | None,
+    budget: int,
+    *,
+    is_native: bool = True,
+    rules: UnmaskRules = LLADA,
 ) -> tuple[list[list[int]], list[int], list[int]]:
     """Decode one block of all requests together; returns their tokens, forwards and accepted drafts."""
     block_length, num_reqs = model.block_length, len(requests)
-    state = CanvasState(num_reqs, block_length, MASK, CPU)
+    state = CanvasState(num_reqs, block_length, MASK, CPU, rules)
     for slot, r in enumerate(requests):
         state.add_request(
             slot,
             RequestParams(
-                policy_id=POLICY_IDS[r.policy],  # type: ignore[index]  # one of the literals
+                policy_id=POLICY_IDS[r.policy],
                 threshold=r.threshold,
                 factor=1.0,
-                steps_per_block=r.steps,
+                entropy_bound=ENTROPY_BOUND,
+                alg_temp=r.alg_temp if "alg_temp" in POLICY_OPTIONS[r.policy] else 0.0,
+                counts=count_table(rules, block_length, r.steps),
+                times=reveal_times(block_length, r.steps),
+                prompt_len=len(r.tail),
                 row_len=block_length,
                 temperature=r.temperature,
                 top_k=r.top_k,
@@ -107,6 +132,7 @@ def denoise(
                 seed=r.seed,
             ),
         )
+        state.canvas[slot, : len(r.tail)] = torch.tensor(r.tail, dtype=torch.int64)
     state.apply_staged_writes()
     drafting = None
     if graph is not None:
@@ -147,15 +173,20 @@ def graphs(draw: st.DrawFn, block_length: int) -> DraftGraph:
 
 
 @st.composite
-def requests_of(draw: st.DrawFn, block_length: int) -> Request:
+def requests_of(draw: st.DrawFn, block_length: int, rules: UnmaskRules = LLADA) -> Request:
+    name = draw(st.sampled_from(get_args(PolicyName)))
+    is_any = name != "dynamic"
+    token = st.sampled_from([t for t in range(VOCAB) if t != MASK])
     return Request(
-        policy=draw(st.sampled_from(["static", "random", "threshold", "factor"])),
+        policy=name,
         threshold=draw(st.sampled_from([0.1, 0.3, 0.9])),
-        steps=draw(st.integers(1, block_length)),
+        steps=draw(st.sampled_from([n for n in range(1, block_length + 1) if is_any or block_length % n == 0])),
         temperature=draw(st.sampled_from([0.0, 0.0, 0.7, 1.0])),
         top_k=draw(st.sampled_from([0, 0, 4])),
         top_p=draw(st.sampled_from([1.0, 1.0, 0.8])),
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
+        alg_temp=draw(st.sampled_from([0.0, 0.0, 0.5])),
+        tail=tuple(draw(st.lists(token, max_size=block_length - 1))) if rules is SDAR else (),
     )
 
 
@@ -165,30 +196,36 @@ def requests_of(draw: st.DrawFn, block_length: int) -> Request:
     block_length=st.sampled_from([1, 4, 7]),
     sharpness=st.sampled_from([0.0, 3.0, 12.0]),
     is_native=st.booleans(),
+    rules=st.sampled_from([LLADA, DREAM, SDAR]),
 )
 def test_drafts_change_forwards_and_no_token(
-    data: st.DataObject, block_length: int, sharpness: float, is_native: bool
+    data: st.DataObject, block_length: int, sharpness: float, is_native: bool, rules: UnmaskRules
 ) -> None:
     model = SyntheticModel(block_length, data.draw(st.integers(0, 99)), sharpness)
-    requests = data.draw(st.lists(requests_of(block_length), min_size=1, max_size=4))
+    requests = data.draw(st.lists(requests_of(block_length, rules), min_size=1, max_size=4))
     graph = data.draw(graphs(block_length))
     budget = data.draw(st.integers(0, len(graph)))
-    plain, plain_forwards, _ = denoise(model, requests, None, 0)
-    tokens, forwards, accepted = denoise(model, requests, graph, budget, is_native=is_native)
-    prompt = torch.zeros(0, dtype=torch.int64)
+    plain, plain_forwards, _ = denoise(model, requests, None, 0, rules=rules)
+    tokens, forwards, accepted = denoise(model, requests, graph, budget, is_native=is_native, rules=rules)
     assert tokens == plain
     for i, request in enumerate(requests):
         options = request.reference(block_length)
-        assert tokens[i] == decode.generate(model, prompt, kv=KvPolicy("dual"), **options).tokens.tolist()  # type: ignore[arg-type]
-        expected = spiffy.generate(model, prompt, graph=graph, budget=budget, **options)  # type: ignore[arg-type]
-        assert expected.tokens.tolist() == tokens[i]
+        prompt, generated = torch.tensor(request.tail, dtype=torch.int64), tokens[i][len(request.tail) :]
+        assert tokens[i][: len(request.tail)] == list(request.tail)
+        if rules is SDAR:
+            reference = block_causal.generate(model, prompt, **options)  # type: ignore[arg-type]
+        else:
+            reference = decode.generate(model, prompt, kv=KvPolicy("dual"), rules=REFERENCE_RULES[rules], **options)  # type: ignore[arg-type]
+        assert generated == reference.tokens.tolist()
+        expected = spiffy.generate(model, prompt, graph=graph, budget=budget, rules=REFERENCE_RULES[rules], **options)  # type: ignore[arg-type]
+        assert expected.tokens.tolist() == generated
         assert (forwards[i], accepted[i]) == (expected.nfe, expected.num_accepted)
-        assert forwards[i] + accepted[i] == plain_forwards[i]
+        assert forwards[i] + accepted[i] == plain_forwards[i] == reference.nfe
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("policy", ["static", "random"])
-def test_a_predictable_model_accepts_a_whole_chain(policy: str, temperature: float) -> None:
+def test_a_predictable_model_accepts_a_whole_chain(policy: PolicyName, temperature: float) -> None:
     """What depends on no other position is foreseen exactly, noise and random order included."""
     model = SyntheticModel(8, 0, 5.0)
     model.context.zero_()

@@ -115,9 +115,9 @@ class Oracle:
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)
-        server = DllmConfig(block_length=block_length)
+        blocks = row_blocks(len(case.prompt), case.max_tokens, DllmConfig(block_length=block_length), MAX_MODEL_LEN)
         return {
-            "gen_length": len(row_blocks(len(case.prompt), case.max_tokens, server, MAX_MODEL_LEN)) * block_length,
+            "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "rules": self.rules,
             "policy": UnmaskPolicy(

@@ -1,6 +1,8 @@
 """A request's parameters, resolved for a worker."""
 
+import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from vllm import SamplingParams
@@ -9,21 +11,29 @@ from vllm_dllm.config import DllmConfig
 from vllm_dllm.engine.request import RequestError, check_admission, refuse_unsupported, resolve_params
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
+from vllm_dllm.unmask.schedule import UnmaskRules
+
+MASK = 3
 
 
 def resolve(params: SamplingParams, settings: DllmConfig | None = None, request_id: str = "a") -> RequestParams:
     return resolve_params(
-        params, request_id=request_id, prompt_len=10, settings=settings or DllmConfig(), max_model_len=100
+        params,
+        request_id=request_id,
+        prompt_len=10,
+        settings=settings or DllmConfig(),
+        rules=UnmaskRules(),
+        max_model_len=100,
     )
 
 
 def test_options_override_the_servers_settings() -> None:
     settings = DllmConfig(block_length=8, policy="factor", factor=0.5, threshold=0.8, steps_per_block=2)
     plain = resolve(SamplingParams(max_tokens=20), settings)
-    assert (plain.policy_id, plain.factor, plain.steps_per_block) == (POLICY_IDS["factor"], 0.5, 2)
+    assert (plain.policy_id, plain.factor, plain.counts) == (POLICY_IDS["factor"], 0.5, (4,) * 8)
     assert plain.row_len == 10 + 24
     own = {"dllm_policy": "static", "dllm_steps": 12}
-    assert resolve(SamplingParams(max_tokens=20, extra_args=own), settings).steps_per_block == 4
+    assert resolve(SamplingParams(max_tokens=20, extra_args=own), settings).counts == (2,) * 8
     own = {"dllm_policy": "threshold", "dllm_threshold": 0.3}
     assert resolve(SamplingParams(max_tokens=20, extra_args=own), settings).threshold == 0.3
 
@@ -50,8 +60,80 @@ def test_a_refusal_is_an_error_of_vllm_and_of_python() -> None:
 
 def test_a_prompt_that_arrives_in_parts_is_refused() -> None:
     """Its row would grow past the pages and positions that were reserved for it."""
-    request = SimpleNamespace(sampling_params=SamplingParams(max_tokens=8), prompt_token_ids=[5, 6], resumable=True)
+    request = admitted([5, 6], resumable=True)
     with pytest.raises(RequestError, match=r"the prompt arrives in parts, allowed are whole prompts"):
-        check_admission(request, DllmConfig(block_length=8), 64)  # type: ignore[arg-type]  # what it reads of a request
-    request.resumable = False
-    assert check_admission(request, DllmConfig(block_length=8), 64) == 8  # type: ignore[arg-type]
+        check_admission(request, DllmConfig(block_length=8), 64, MASK)
+    assert check_admission(admitted([5, 6]), DllmConfig(block_length=8), 64, MASK) == 8
+
+
+def admitted(prompt: list[int], *, resumable: bool = False, max_tokens: int = 8, **options: object) -> Any:
+    """Return what admission reads of a request."""
+    extra = {f"dllm_{name}": value for name, value in options.items()}
+    params = SamplingParams(max_tokens=max_tokens, extra_args=extra)
+    return SimpleNamespace(sampling_params=params, prompt_token_ids=prompt, resumable=resumable)
+
+
+ALIGNED = DllmConfig(block_length=8, kv_policy="block_causal")
+
+
+def test_aligned_blocks_give_what_the_prompts_tail_leaves() -> None:
+    assert check_admission(admitted([5] * 10, max_tokens=1), ALIGNED, 64, MASK) == 6
+    assert check_admission(admitted([5] * 10, max_tokens=7), ALIGNED, 64, MASK) == 14
+    assert check_admission(admitted([5] * 16, max_tokens=99), ALIGNED, 64, MASK) == 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt", "options", "parameter", "text"),
+    [
+        (
+            DllmConfig(block_length=8),
+            [5] * 57,
+            {},
+            "prompt",
+            "a block needs 8; shorten the prompt to at most 56 tokens",
+        ),
+        (ALIGNED, [5] * 56, {}, "prompt", "as many behind it; shorten the prompt to at most 55 tokens"),
+        (
+            ALIGNED,
+            [5] * 10 + [MASK],
+            {},
+            "prompt",
+            f"the mask token {MASK} at position 10 (from 0), but the block of 8",
+        ),
+        (
+            ALIGNED,
+            [5] * 10,
+            {"steps": 3, "max_tokens": 7},
+            "dllm_steps",
+            "dllm_steps is 3, but 16 positions in 2 blocks",
+        ),
+        (ALIGNED, [5] * 10, {"policy": "dynamic", "steps": 6}, "dllm_steps", "3 steps to a block of 8, but 'dynamic'"),
+        (
+            DllmConfig(block_length=8, steps_per_block=3),
+            [5],
+            {"policy": "dynamic"},
+            "dllm_policy",
+            "dllm_policy is 'dynamic', which gives 3 steps to a block of 8",
+        ),
+        (ALIGNED, [5], {"entropy_bound": 0.5}, "dllm_entropy_bound", "allowed is dllm_steps, dllm_alg_temp; remove"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused_by_name(
+    settings: DllmConfig, prompt: list[int], options: dict[str, Any], parameter: str, text: str
+) -> None:
+    with pytest.raises(RequestError, match=re.escape(text)) as refused:
+        check_admission(admitted(prompt, **options), settings, 64, MASK)
+    assert refused.value.parameter == parameter
+
+
+def test_the_longest_prompt_and_masks_before_the_tail_pass() -> None:
+    assert check_admission(admitted([5] * 55), ALIGNED, 64, MASK) == 1
+    assert check_admission(admitted([MASK] * 8 + [5]), ALIGNED, 64, MASK) == 15
+    assert check_admission(admitted([MASK] * 56), DllmConfig(block_length=8), 64, MASK) == 8
+
+
+def test_positions_are_drawn_under_policies_that_do_so_alone() -> None:
+    settings = DllmConfig(block_length=8, policy="entropy", alg_temp=0.5)
+    assert resolve(SamplingParams(), settings).alg_temp == 0.5
+    assert resolve(SamplingParams(extra_args={"dllm_alg_temp": 0}), settings).alg_temp == 0.0
+    assert resolve(SamplingParams(extra_args={"dllm_policy": "random"}), settings).alg_temp == 0.0

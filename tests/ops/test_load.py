@@ -42,7 +42,7 @@ def test_a_tensor_on_another_device_is_refused(op):
     canvas = torch.zeros(2, 3, 4, dtype=torch.int64)
     arguments = {
         "verify_walk": (canvas, canvas.to("meta"), torch.ones(2, 3, dtype=torch.bool)),
-        "vocab_stats": (torch.ones(2, 8), torch.ones(5, 8, device="meta"), 0, [], 1, None, None, None, None),
+        "vocab_stats": (torch.ones(2, 8), torch.ones(5, 8, device="meta"), 0, [], 1, False, None, None, None, None),
     }
     load.require(op, "cpu")
     with pytest.raises(RuntimeError, match=f"{op}: the tensors are on cpu and meta; allowed is one device; move them"):

@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.sampled import assert_sampled_sums
 from vllm_dllm import noise
 from vllm_dllm.ops import vocab_stats
 from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, merge
@@ -40,6 +43,7 @@ def sampling_of(num_rows: int, temperature: float, top_k: int = 0, top_p: float 
         keys=noise.stream_keys(torch.tensor(seed), torch.arange(num_rows), torch.tensor(3)),
         has_noise=temperature > 0,
         has_filter=top_k > 0 or top_p < 1,
+        wants_sampled=True,
     )
 
 
@@ -147,6 +151,45 @@ def test_tokens_equal_the_torch_twin(temperature: float, top_k: int, top_p: floa
     assert torch.equal(got.top_ids, expected.top_ids)
 
 
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (20, 1.0), (0, 0.8003), (9, 0.8003), (0, 1e-9), (0, 1e-300)]
+)
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-30, 0.03, 0.7, 1.0, 9.0, 1e30, 1e300])
+def test_sampled_sums_are_those_of_the_kept_ids(temperature: float, top_k: int, top_p: float) -> None:
+    """No number of ids is exactly 0.8003 of all, where a temperature makes them equal."""
+    logits = 3 * torch.randn(33, 3001, generator=torch.Generator().manual_seed(6))
+    logits[:, MASK] = -torch.inf
+    logits[3], logits[4, 1000:] = 2.0, -torch.inf
+    sampling = sampling_of(33, temperature, top_k, top_p)
+    sampling.temperature[5] = 0.0
+    sampling.top_k[6::2], sampling.top_p[6::2] = 0, 1.0  # others are filtered in company of these
+    assert_sampled_sums(stats_of(logits, None, excluded_ids=[], sampling=sampling), logits, sampling)
+
+
+def test_sampled_sums_that_nobody_wants_are_not_there() -> None:
+    logits = 3 * torch.randn(33, 1500, generator=torch.Generator().manual_seed(8))
+    sampling = sampling_of(33, 0.7, 20)
+    wanted = stats_of(logits, None, sampling=sampling)
+    unwanted = stats_of(logits, None, sampling=replace(sampling, wants_sampled=False))
+    assert unwanted.sampled_rest is unwanted.sampled_weighted is None
+    assert_identical(unwanted, replace(wanted, sampled_rest=None, sampled_weighted=None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sampled_sums_of_products(dtype: torch.dtype) -> None:
+    """Halved logits at half the temperature, in each path of the product: the same distribution."""
+    rows, weight = head(33, 70, 1100, dtype)
+    for top_k in (0, 9):
+        half, one = sampling_of(33, 0.5, top_k), sampling_of(33, 1.0, top_k)
+        halved = stats_of(rows / 2, weight, sampling=half)
+        whole = stats_of(rows, weight, sampling=one)
+        assert torch.equal(halved.token_ids, whole.token_ids)
+        for a, b in zip(halved.tensors[-2:], whole.tensors[-2:], strict=True):
+            assert torch.equal(a, b)
+        if top_k == 0:
+            assert torch.equal(whole.tensors[-2], whole.rest)
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.47), (4, 0.47)])
 def test_filters_of_equal_logits_equal_the_torch_twin(top_k: int, top_p: float) -> None:
     """top_k keeps all equals of the k-th, top_p the lowest ids of them; no sum of n-ths is exactly top_p."""
@@ -154,7 +197,9 @@ def test_filters_of_equal_logits_equal_the_torch_twin(top_k: int, top_p: float) 
     logits = values[torch.randint(3, (200, 33), generator=torch.Generator().manual_seed(4))]
     sampling = sampling_of(200, 1.0, top_k, top_p)
     expected = torch_stats(logits.clone(), excluded_ids=[MASK], num_candidates=1, sampling=sampling)
-    assert torch.equal(stats_of(logits, None, sampling=sampling).token_ids, expected.token_ids)
+    stats = stats_of(logits, None, sampling=sampling)
+    assert torch.equal(stats.token_ids, expected.token_ids)
+    assert_sampled_sums(stats, logits.index_fill(1, torch.tensor([MASK]), -torch.inf), sampling)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
@@ -174,10 +219,11 @@ def test_excluded_ids_are_never_drawn() -> None:
     assert torch.allclose(stats.rest, torch.tensor(110.0, dtype=torch.float64))
 
 
-def test_what_is_missing_and_what_is_no_number() -> None:
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_what_is_missing_and_what_is_no_number(top_k: int) -> None:
     logits = torch.full((3, 1100), -torch.inf)
     logits[0, 1050], logits[2, 5], logits[2, 1060] = 1.0, torch.nan, 2.0
-    sampling = sampling_of(3, 1.0)
+    sampling = sampling_of(3, 0.7, top_k)
     stats = stats_of(logits, None, num_candidates=2, sampling=sampling)
     assert stats.top_ids.tolist() == [[1050, -1], [-1, -1], [1060, -1]]
     assert stats.token_ids.tolist() == [1050, 0, 1060]
@@ -186,18 +232,23 @@ def test_what_is_missing_and_what_is_no_number() -> None:
     assert distribution.confidence[0] == distribution.margin[0] == 1.0
     assert distribution.confidence[1:].isnan().all()
     assert stats.weighted[2].isnan()
+    for sums in stats.tensors[-2:]:
+        assert sums[:2].tolist() == [0.0, 0.0]
+        assert sums[2].isnan()
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (3, 1.0), (3, 0.5)])
 def test_an_infinite_logit_is_drawn(top_k: int, top_p: float) -> None:
     logits = torch.randn(2, 1100)
     logits[:, [77, 1050]] = torch.inf
-    stats = stats_of(logits, None, sampling=sampling_of(2, 1.0, top_k, top_p))
+    sampling = sampling_of(2, 1.0, top_k, top_p)
+    stats = stats_of(logits, None, sampling=sampling)
     assert stats.token_ids.tolist() == [77, 77]
+    assert stats.distribution(sampling).confidence.isnan().all()
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [33, 1024, 1030]])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 0.4, 1.0])
 def test_merged_shards_equal_the_whole(cuts: list[int], temperature: float) -> None:
     rows, weight = head(33, 33, 2100)
     sampling = sampling_of(33, temperature)
@@ -209,17 +260,19 @@ def test_merged_shards_equal_the_whole(cuts: list[int], temperature: float) -> N
     merged = merge(parts, sampling)
     for name in ("top_ids", "top_logits", "token_ids", "token_logits", "scores"):
         assert torch.equal(getattr(merged, name), getattr(whole, name)), name
-    assert torch.allclose(merged.rest, whole.rest, rtol=EXP_FLOOR, atol=0)
-    assert torch.allclose(merged.weighted, whole.weighted, rtol=EXP_FLOOR, atol=0)
+    for name in ("rest", "weighted", "sampled_rest", "sampled_weighted"):
+        assert torch.allclose(getattr(merged, name), getattr(whole, name), rtol=2 * EXP_FLOOR, atol=0), name
 
 
 def test_merged_shards_without_a_candidate() -> None:
     logits = torch.full((2, 40), -torch.inf)
     logits[0, 30] = 1.0
-    merged = merge([stats_of(logits[:, i : i + 20], None, first_id=i) for i in (0, 20)], sampling_of(2, 0.0))
+    sampling = sampling_of(2, 0.4)
+    merged = merge([stats_of(logits[:, i : i + 20], None, first_id=i, sampling=sampling) for i in (0, 20)], sampling)
     assert merged.top_ids[:, 0].tolist() == [30, -1]
     assert merged.token_ids.tolist() == [30, 0]
     assert merged.rest.tolist() == merged.weighted.tolist() == [0.0, 0.0]
+    assert [sums.tolist() for sums in merged.tensors[-2:]] == 2 * [[0.0, 0.0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -228,15 +281,12 @@ def test_companions_change_nothing(dtype: torch.dtype, has_weight: bool) -> None
     rows, weight = head(211, 66, 1300, dtype)
     if not has_weight:
         rows, weight = (rows @ weight.t()), None  # type: ignore[assignment]
-    sampling = sampling_of(211, 1.0, top_p=0.9)
+    sampling = sampling_of(211, 0.7, top_p=0.9)
     sampling.top_p[::2] = 1.0
     together = stats_of(rows, weight, sampling=sampling)
     for index in ([0], [7], [210], [3, 50, 100], list(range(40, 90))):
-        own = RowSampling(
-            *(getattr(sampling, name)[index] for name in ("temperature", "top_k", "top_p", "keys")),
-            has_noise=True,
-            has_filter=True,
-        )
+        names = ("temperature", "top_k", "top_p", "keys")
+        own = replace(sampling, **{name: getattr(sampling, name)[index] for name in names})
         assert_identical(stats_of(rows[index], weight, sampling=own), rows_of(together, torch.tensor(index)))
 
 
@@ -247,7 +297,7 @@ def test_threads_change_nothing() -> None:
         results = []
         for num_threads in (1, 2, 5):
             torch.set_num_threads(num_threads)
-            results.append(stats_of(rows, weight, sampling=sampling_of(50, 1.0, top_p=0.9)))
+            results.append(stats_of(rows, weight, sampling=sampling_of(50, 0.7, top_p=0.9)))
     finally:
         torch.set_num_threads(before)
     assert_identical(results[1], results[0])
@@ -271,7 +321,7 @@ def test_each_instruction_set(isa: str) -> None:
         "no:cacheprovider",
         __file__,
         "-k",
-        "errors or bound or companions or missing",
+        "errors or bound or companions or missing or sampled",
     ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -290,10 +340,9 @@ def test_opcheck(has_weight: bool) -> None:
     stats_of(rows, weight)
     sampling = sampling_of(7, 1.0, 5)
     drawing = (sampling.keys, sampling.temperature, sampling.top_k, sampling.top_p)
-    for own in (drawing, (None,) * 4):
-        torch.library.opcheck(
-            torch.ops.vllm_dllm.vocab_stats.default, (rows, weight if has_weight else None, 0, [MASK], 8, *own)
-        )
+    for wants_sampled, own in product((False, True), (drawing, (None,) * 4)):
+        args = (rows, weight if has_weight else None, 0, [MASK], 8, wants_sampled, *own)
+        torch.library.opcheck(torch.ops.vllm_dllm.vocab_stats.default, args)
 
 
 def test_can_be_traced() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.ops import simt
+from tests.ops.sampled import assert_sampled_sums
 from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, vocab_stats
 
 SIZES = [(1, 1), (3, 7), (7, 113), (2, 8192), (2, 8193), (1, 20_011)]
@@ -44,11 +45,12 @@ def by_cuda(call: Call, where: str) -> PartialStats:
             call.first_id,
             call.excluded_ids,
             call.num_candidates,
+            noise is not None,
             noise and noise.keys,
             noise and noise.temperature,
             filters and filters.top_k,
             filters and filters.top_p,
-        )
+        )[: 7 if noise is None else 9]
     )
 
 
@@ -81,7 +83,7 @@ def check_sums(call: Call, stats: PartialStats) -> None:
     Of each term: a rounding of the difference from the largest, two of the exponential and one of the product; and one
     for each of the 32 float32 sums that it goes through.
     """
-    logits = call.rows.double()
+    logits = call.rows.double()  # exact
     logits[:, [i - call.first_id for i in call.excluded_ids]] = -torch.inf
     largest, argmax = logits.max(1, keepdim=True)
     below = logits - largest
@@ -90,6 +92,8 @@ def check_sums(call: Call, stats: PartialStats) -> None:
     roundings = EPS * (36 - torch.where(mass == 0, 0.0, below))
     assert ((stats.rest - mass.sum(1)).abs() <= (roundings * mass).sum(1)).all()
     assert ((stats.weighted - terms.sum(1)).abs() <= (roundings * -terms).sum(1)).all()
+    if call.sampling is not None:
+        assert_sampled_sums(stats, logits, call.sampling)
 
 
 def check_equal(call: Call, where: str) -> PartialStats:
@@ -133,6 +137,7 @@ def sampling_of(
         keys=torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator),
         has_noise=True,
         has_filter=top_k is not None or top_p is not None,
+        wants_sampled=True,
     )
 
 
@@ -174,14 +179,25 @@ def test_rows_without_candidates_and_with_nan(where):
     for sampling in (None, sampling_of(4, [1.0]), sampling_of(4, [1.0], top_k=[3], top_p=[0.9])):
         stats = check_equal(Call(rows, sampling), where)
         assert torch.equal(stats.rest.isnan(), torch.tensor([False, False, True, True]))
-        assert torch.equal(stats.weighted.isnan(), torch.tensor([False, False, True, True]))
+        for sums in (stats.weighted, *stats.tensors[7:]):
+            assert torch.equal(sums.isnan(), torch.tensor([False, False, True, True]))
+            assert sums[:2].tolist() == [0.0, 0.0]
         assert stats.token_ids.tolist()[:2] == [0, 8195]
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_drawn_tokens(size, where):
     for seed in range(3):
-        check_equal(Call(random_logits(*size, seed=seed), sampling_of(size[0], [1.0, 0.0, 0.3, 1e-3, 50.0])), where)
+        call = Call(random_logits(*size, seed=seed), sampling_of(size[0], [1.0, 0.0, 0.3, 1e-3, 50.0]))
+        check_sums(call, check_equal(call, where))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e30, 1e300])
+def test_extreme_temperatures(temperature, where):
+    logits = random_logits(3, 8300).round()  # many are the largest
+    logits[0, 5:] = -torch.inf
+    call = Call(logits, sampling_of(3, [temperature]))
+    check_sums(call, by_cuda(call, where))
 
 
 FILTERS = {
@@ -197,7 +213,31 @@ def test_filtered_tokens(name, dtype, where):
     top_k, top_p = FILTERS[name]
     for seed in range(3):
         logits = random_logits(6, 5003, dtype, seed)
-        check_equal(Call(logits, sampling_of(6, [1.0, 0.7, 3.0, 0.0, 20.0], top_k=top_k, top_p=top_p)), where)
+        call = Call(logits, sampling_of(6, [1.0, 0.7, 3.0, 0.0, 20.0], top_k=top_k, top_p=top_p))
+        check_sums(call, check_equal(call, where))
+
+
+def test_segments_of_which_no_id_is_kept(where):
+    """The first of three has the largest logits, and an id that ties with the last that is kept elsewhere."""
+    logits = torch.full((2, 20_000), -1.0)
+    logits[:, [7, 8, 9]] = torch.tensor([3.0, 2.0, 2.0])
+    logits[1] = logits[1].flip(0)
+    call = Call(logits, sampling_of(2, [0.5], top_p=[0.9]))
+    check_sums(call, check_equal(call, where))
+
+
+def test_sampled_sums_that_nobody_wants_are_not_there(where):
+    call = Call(random_logits(5, 8300), sampling_of(5, [0.7], top_k=[9]))
+    wanted = by_cuda(call, where)
+    if where == "simt":
+        sampling = call.sampling
+        own = (sampling.keys, sampling.temperature, sampling.top_k, sampling.top_p)
+        unwanted = simt.ops().vocab_stats(call.rows, None, 0, (), 8, False, *own)
+        assert [len(sums) for sums in unwanted[7:]] == [0, 0]
+    else:
+        unwanted = by_cuda(replace(call, sampling=replace(call.sampling, wants_sampled=False)), where).tensors
+    for a, b in zip(unwanted[:7], wanted.tensors[:7], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_filter_that_ends_among_equal_logits(where):
@@ -222,7 +262,7 @@ def test_a_row_alone_is_as_in_company(where):
 def test_a_weight_is_refused():
     rows = torch.ones(2, 8)
     with pytest.raises(RuntimeError, match=r"a weight is given with rows on a GPU, .*; allowed is None; give logits"):
-        simt.ops().vocab_stats(rows, torch.ones(5, 8), 0, (), 1, None, None, None, None)
+        simt.ops().vocab_stats(rows, torch.ones(5, 8), 0, (), 1, False, None, None, None, None)
 
 
 @pytest.mark.gpu

@@ -1,27 +1,35 @@
 """Canvas state: slots, noise streams and the beginning of blocks."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from vllm_dllm import noise
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.unmask.policy import POLICY_IDS
+from vllm_dllm.unmask.schedule import UnmaskRules
 
 MASK = 3
 
 
-def request(**changes: float) -> RequestParams:
-    values = {
+def request(**changes: Any) -> RequestParams:
+    values: dict[str, Any] = {
         "policy_id": 0,
         "threshold": 0.9,
         "factor": 1.0,
-        "steps_per_block": 4,
+        "entropy_bound": 0.35,
+        "alg_temp": 0.0,
+        "counts": (1, 2, 1, 1),
+        "times": (0.75, 0.5, 0.25, 0.0),
+        "prompt_len": 10,
         "row_len": 20,
         "temperature": 0.0,
         "top_k": 0,
         "top_p": 1.0,
         "seed": 11,
     }
-    return RequestParams(**(values | changes))  # type: ignore[arg-type]
+    return RequestParams(**(values | changes))
 
 
 def state_of(*requests: RequestParams, block_length: int = 4) -> CanvasState:
@@ -48,6 +56,30 @@ def test_parameters_reach_the_device_when_staged_writes_are_applied() -> None:
     assert state.row_len.tolist() == [0, 20]
     params = state.row_sampling(blocks(1), torch.tensor([[4, 2]]))
     assert params.top_p.tolist() == [0.5] * 8
+
+
+def test_policies_are_gathered_with_their_tables_and_the_prompts_tail() -> None:
+    first = request(policy_id=POLICY_IDS["origin"], times=(0.5, 0.0, 0.0, 0.0))
+    state = state_of(first, request(alg_temp=0.5), request(counts=(4, 4, 4, 4), prompt_len=6))
+    params = state.policy_params(Blocks(torch.tensor([2, 0]), np.array([2, 0]), torch.tensor([4, 8])))
+    assert params.policy_id.tolist() == [0, POLICY_IDS["origin"]]
+    assert params.policies == ("static", "origin")
+    assert params.num_known.tolist() == [2, 2]
+    assert params.counts.tolist() == [[4] * 4, [1, 2, 1, 1]]
+    assert params.times.tolist() == [[0.75, 0.5, 0.25, 0.0], [0.5, 0.0, 0.0, 0.0]]
+    assert not params.has_alg_temp
+    assert state.policy_params(blocks(1, start=12)).has_alg_temp
+    assert state.policy_params(blocks(1, start=12)).num_known.tolist() == [0]
+
+
+def test_statistics_of_the_sampled_distribution_are_asked_for_where_a_policy_reads_them() -> None:
+    state = CanvasState(2, 4, MASK, torch.device("cpu"), UnmaskRules(confidence="sampled"))
+    for slot, temperature in enumerate([0.0, 0.7]):
+        state.add_request(slot, request(temperature=temperature))
+    asked = [state.row_sampling(blocks(slot), torch.tensor([[4]])).wants_sampled for slot in range(2)]
+    assert asked == [False, True]
+    other = state_of(request(temperature=0.7))
+    assert not other.row_sampling(blocks(0), torch.tensor([[4]])).wants_sampled
 
 
 def test_reset_begins_a_block_for_the_marked_slots_alone() -> None:

@@ -13,7 +13,7 @@ from vllm_dllm.unmask.head import LogitsHead, Shard, WeightHead, _pack
 
 VOCAB, HIDDEN, ROWS, MASK = 113, 33, 21, 5
 EXACT = ("top_ids", "token_ids")
-ROUNDED = ("top_logits", "rest", "weighted", "token_logits", "scores")
+ROUNDED = ("top_logits", "rest", "weighted", "token_logits", "scores", "sampled_rest", "sampled_weighted")
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(VOCAB, HIDDEN, generator=GENERATOR) / 2
 HIDDEN_ROWS = torch.randn(ROWS, HIDDEN, generator=GENERATOR)
@@ -29,6 +29,7 @@ def sampling(*, has_filter: bool) -> RowSampling:
         keys=noise.stream_keys(torch.tensor(7), row, torch.tensor(3)),
         has_noise=True,
         has_filter=has_filter,
+        wants_sampled=True,
     )
 
 

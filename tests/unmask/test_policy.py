@@ -1,28 +1,70 @@
-"""The batched policies against the reference's rules, one request at a time."""
+"""The batched policies against plain statements of the published rules, one request at a time."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dllm.reference.policy import factor_count, static_counts, threshold_count
-from vllm_dllm.unmask.policy import POLICY_IDS, PolicyParams, choose_positions, num_to_unmask
+from vllm_dllm import noise
+from vllm_dllm.config import PolicyName
+from vllm_dllm.ops.vocab_stats import Distribution
+from vllm_dllm.reference.policy import factor_count, threshold_count
+from vllm_dllm.unmask.policy import POLICY_IDS, Evidence, PolicyParams, choose_positions, score_positions
+from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
+
+NO_RULES = UnmaskRules()
 
 
-def params(policy: str, *, threshold: float = 0.9, factor: float = 1.0, steps: int = 1) -> PolicyParams:
+def params(
+    policy: PolicyName, block_length: int, *, steps: int = 1, num_known: int = 0, **changes: Any
+) -> PolicyParams:
+    values = {"threshold": 0.9, "factor": 1.0, "entropy_bound": 0.35, "alg_temp": 0.0} | changes
     return PolicyParams(
         policy_id=torch.tensor([POLICY_IDS[policy]]),
-        threshold=torch.tensor([threshold], dtype=torch.float64),
-        factor=torch.tensor([factor], dtype=torch.float64),
-        steps_per_block=torch.tensor([steps]),
+        seed=torch.tensor([7]),
+        num_known=torch.tensor([num_known]),
+        counts=torch.tensor([count_table(NO_RULES, block_length, steps)]),
+        times=torch.tensor([reveal_times(block_length, steps)], dtype=torch.float64),
+        policies=(policy,),
+        has_alg_temp=values["alg_temp"] > 0,
+        **{name: torch.tensor([value], dtype=torch.float64) for name, value in values.items()},
     )
 
 
-def count(policy: PolicyParams, confidence: list[float], block_length: int) -> int:
-    """Count for one request whose masked positions have the given descending confidences."""
-    padded = torch.full((1, block_length), -torch.inf, dtype=torch.float64)
-    padded[0, : len(confidence)] = torch.tensor(confidence, dtype=torch.float64)
-    return int(num_to_unmask(padded, torch.tensor([len(confidence)]), policy))
+def together(*alone: PolicyParams) -> PolicyParams:
+    """Put requests into a batch."""
+    tensors = ("policy_id", "seed", "num_known", "counts", "times", "threshold", "factor", "entropy_bound", "alg_temp")
+    return replace(
+        alone[0],
+        **{name: torch.cat([getattr(one, name) for one in alone]) for name in tensors},
+        policies=tuple({name: None for one in alone for name in one.policies}),
+        has_alg_temp=any(one.has_alg_temp for one in alone),
+    )
+
+
+def count(policy: PolicyParams, scores: list[float], block_length: int) -> int:
+    """Count for one request whose masked positions have the given scores."""
+    padded = torch.zeros((1, block_length), dtype=torch.float64)
+    padded[0, : len(scores)] = torch.tensor(scores, dtype=torch.float64)
+    is_masked = torch.arange(block_length)[None] < len(scores)
+    return int(choose_positions(padded, is_masked, policy).sum())
+
+
+def evidence(num_reqs: int, block_length: int, *, start: int = 5, num_masked: int = 3, vocab: int = 4) -> Evidence:
+    """Make random evidence; the drawn token is any."""
+    generator = torch.Generator().manual_seed(0)
+    num_rows = num_reqs * block_length
+    x = 4 * torch.randn(num_rows, vocab, dtype=torch.float64, generator=generator)
+    x = x.sort(dim=1, descending=True).values
+    x = x - x[:, :1]
+    token = x.gather(1, torch.randint(0, vocab, (num_rows, 1), generator=generator)).squeeze(1)
+    distribution = Distribution(x[:, 1:].exp().sum(1), (x * x.exp()).sum(1), token, x)
+    position = (start + torch.arange(block_length)).expand(num_reqs, -1)
+    keys = noise.stream_keys(torch.tensor(7), position, torch.tensor(num_masked))
+    return Evidence(distribution, keys, position)
 
 
 descending = st.lists(
@@ -34,53 +76,169 @@ descending = st.lists(
 @given(confidence=descending, room=st.integers(0, 4), factor=st.sampled_from([0.1, 0.5, 1.0, 2.0]))
 def test_factor_equals_reference(confidence: list[float], room: int, factor: float) -> None:
     expected = factor_count(torch.tensor(confidence, dtype=torch.float64), factor)
-    assert count(params("factor", factor=factor), confidence, len(confidence) + room) == expected
+    block_length = len(confidence) + room
+    assert count(params("factor", block_length, factor=factor), confidence, block_length) == expected
 
 
 @settings(max_examples=300, deadline=None)
 @given(confidence=descending, room=st.integers(0, 4), threshold=st.sampled_from([0.5, 2 / 3, 0.9, 1.0]))
 def test_threshold_equals_reference(confidence: list[float], room: int, threshold: float) -> None:
     expected = threshold_count(torch.tensor(confidence, dtype=torch.float64), threshold)
-    assert count(params("threshold", threshold=threshold), confidence, len(confidence) + room) == expected
+    block_length = len(confidence) + room
+    assert count(params("threshold", block_length, threshold=threshold), confidence, block_length) == expected
+
+
+SCHEDULED: list[PolicyName] = ["static", "random", "margin", "entropy", "sequential"]
 
 
 @pytest.mark.parametrize(("block_length", "steps"), [(8, 8), (8, 3), (32, 5), (7, 2), (1, 1)])
-@pytest.mark.parametrize("policy", ["static", "random"])
-def test_schedule_equals_reference(policy: str, block_length: int, steps: int) -> None:
+@pytest.mark.parametrize("policy", SCHEDULED)
+def test_schedules_are_followed_from_the_positions_left(policy: PolicyName, block_length: int, steps: int) -> None:
     left, counts = block_length, []
-    for _ in range(steps):
-        counts.append(count(params(policy, steps=steps), [0.5] * left, block_length))
+    while left:
+        counts.append(count(params(policy, block_length, steps=steps), [0.5] * left, block_length))
         left -= counts[-1]
-    assert counts == static_counts(block_length, steps)
-    assert left == 0
+    assert counts == [block_length // steps + (step < block_length % steps) for step in range(steps)]
 
 
-def test_equal_confidences_go_to_the_lowest_position() -> None:
+@pytest.mark.parametrize("policy", SCHEDULED)
+def test_a_prompts_tail_does_not_count_as_unmasked(policy: PolicyName) -> None:
+    found = [count(params(policy, 8, steps=3, num_known=3), [0.5] * left, 8) for left in (5, 2)]
+    assert found == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("confidence", "steps", "expected"),
+    [
+        ([0.95, 0.92, 0.91, 0.2], 4, 3),
+        ([0.95, 0.9, 0.3, 0.2], 4, 1),  # 0.9 does not exceed the threshold
+        ([0.95, 0.9, 0.3, 0.2], 2, 2),
+        ([0.2], 2, 1),
+        ([0.5, 0.4, 0.3, 0.2], 1, 4),
+    ],
+)
+def test_dynamic_takes_what_exceeds_the_threshold_or_its_share(
+    confidence: list[float], steps: int, expected: int
+) -> None:
+    assert count(params("dynamic", 4, steps=steps), confidence, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("entropies", "bound", "expected"),
+    [
+        ([0.1, 0.1, 0.2, 0.3], 0.35, 2),
+        ([0.125, 0.125, 0.125, 0.3], 0.375, 2),  # the sum has to stay below the bound
+        ([0.5, 0.6], 0.35, 1),
+        ([0.0, 0.0, 0.0], 0.35, 3),
+    ],
+)
+def test_entropy_bounded_takes_the_lowest_while_their_sum_is_below(
+    entropies: list[float], bound: float, expected: int
+) -> None:
+    policy = params("entropy_bounded", 4, entropy_bound=bound)
+    assert count(policy, [-entropy for entropy in entropies], 4) == expected
+
+
+@pytest.mark.parametrize("steps", [1, 3, 9])
+def test_origin_reveals_as_the_published_draws_do(steps: int) -> None:
+    """A position masked at time t is revealed by the step from t to s if its number is not below s."""
+    size = 9
+    policy = params("origin", size, steps=steps)
+    shown = evidence(1, size)
+    uniform = noise.uniform(noise.stream_keys(torch.tensor(7), shown.position, torch.tensor(0)), noise.STREAM)[0]
+    is_masked = torch.ones(1, size, dtype=torch.bool)
+    times = torch.linspace(1, 1e-3, steps + 1).double()
+    for step in range(steps):
+        is_revealed = uniform >= times[step + 1] if step < steps - 1 else torch.ones(size, dtype=torch.bool)
+        is_revealed &= is_masked[0]
+        if is_revealed.any():
+            chosen = choose_positions(score_positions(shown, policy), is_masked, policy)
+            assert chosen[0].tolist() == is_revealed.tolist()
+            is_masked &= ~chosen
+    assert not is_masked.any()
+
+
+def plain_scores(policy: PolicyName, shown: Evidence) -> torch.Tensor:
+    probs = (shown.distribution.candidates.exp() / (1 + shown.distribution.rest[:, None])).view(*shown.keys.shape, -1)
+    scores = {
+        "static": shown.distribution.token.exp().view(shown.keys.shape)
+        / (1 + shown.distribution.rest.view(shown.keys.shape)),
+        "margin": probs[..., 0] - probs[..., 1],
+        "entropy": (probs * probs.log()).sum(-1),
+        "random": noise.uniform(shown.keys, noise.STREAM),
+        "sequential": -shown.position.double(),
+    }
+    return scores[policy]
+
+
+@pytest.mark.parametrize("policy", SCHEDULED)
+def test_each_policy_has_its_own_order(policy: PolicyName) -> None:
+    shown = evidence(1, 33)
+    found = score_positions(shown, params(policy, 33))
+    order = [
+        scores.sort(descending=True, stable=True).indices.tolist() for scores in (found, plain_scores(policy, shown))
+    ]
+    assert order[0] == order[1]
+
+
+@pytest.mark.parametrize("policy", ["static", "margin", "entropy"])
+def test_alg_temp_draws_positions_by_their_scores(policy: PolicyName) -> None:
+    """Scores over the temperature are log probabilities; noise of the step makes a draw of them."""
+    shown = evidence(1, 7)
+    drawn = score_positions(shown, params(policy, 7, alg_temp=0.25))
+    expected = score_positions(shown, params(policy, 7)) / 0.25 + noise.gumbel(shown.keys, noise.STREAM)
+    assert drawn.tolist() == expected.tolist()
+
+
+def test_positions_are_drawn_with_the_published_probabilities() -> None:
+    num_draws = 20_000
+    scores = torch.tensor([0.1, 0.4, 0.7], dtype=torch.float64)
+    x = torch.full((3 * num_draws, 2), -torch.inf, dtype=torch.float64)
+    x[:, 0] = 0.0
+    token = scores.log().repeat(num_draws)  # confidence is exp(token) alone
+    distribution = Distribution(torch.zeros_like(token), torch.zeros_like(token), token, x)
+    position = torch.arange(3).expand(num_draws, -1)
+    keys = noise.stream_keys(torch.arange(num_draws)[:, None], position, torch.tensor(3))
+    policy = params("static", 3, steps=3, alg_temp=0.5).repeat(num_draws)
+    chosen = choose_positions(score_positions(Evidence(distribution, keys, position), policy), keys == keys, policy)
+    expected = num_draws * torch.softmax(scores / 0.5, 0)
+    statistic = float(((chosen.sum(0) - expected) ** 2 / expected).sum())
+    assert chosen.sum() == num_draws
+    assert statistic < 13.8  # chi-square of two degrees of freedom, at 0.001
+
+
+def test_equal_scores_go_to_the_lowest_position() -> None:
     confidence = torch.tensor([[0.5, 0.9, 0.5, 0.9, 0.9]], dtype=torch.float64)
     is_masked = torch.tensor([[True, False, True, True, True]])
-    chosen = choose_positions(confidence, is_masked, params("static", steps=2))
+    chosen = choose_positions(confidence, is_masked, params("static", 5, steps=2))
     assert chosen.tolist() == [[True, False, False, True, True]]
 
 
-def test_only_masked_positions_are_chosen() -> None:
-    confidence = torch.ones(1, 4, dtype=torch.float64)
-    is_masked = torch.tensor([[False, True, False, False]])
-    chosen = choose_positions(confidence, is_masked, params("static", steps=1))
-    assert chosen.tolist() == is_masked.tolist()
+@pytest.mark.parametrize("policy", list(POLICY_IDS))
+def test_a_step_unmasks_masked_positions_alone_and_at_least_one(policy: PolicyName) -> None:
+    shown = evidence(1, 5)
+    scores = score_positions(shown, params(policy, 5))
+    for num_masked in range(6):
+        is_masked = torch.arange(5)[None] >= 5 - num_masked
+        chosen = choose_positions(scores, is_masked, params(policy, 5, threshold=1.0, entropy_bound=1e-9))
+        assert not (chosen & ~is_masked).any()
+        assert chosen.any() == (num_masked > 0)
 
 
-def test_policies_do_not_see_their_neighbours() -> None:
-    confidence = torch.rand(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    is_masked = torch.rand(4, 8, generator=torch.Generator().manual_seed(1)) < 0.6
+@pytest.mark.parametrize("num_nodes", [1, 3])
+def test_policies_do_not_see_their_neighbours(num_nodes: int) -> None:
+    size = 7
+    alone = [params(name, size, steps=2, threshold=0.6, factor=1.5, entropy_bound=1.0) for name in POLICY_IDS]
+    alone += [params(name, size, steps=3, alg_temp=0.5) for name in ("static", "margin", "entropy")]  # type: ignore[arg-type]
+    shown = evidence(len(alone) * num_nodes, size)
+    mixed = together(*alone).repeat(num_nodes)
+    is_masked = torch.rand(len(shown.keys), size, generator=torch.Generator().manual_seed(1)) < 0.6
     is_masked[:, 0] = True
-    mixed = PolicyParams(
-        policy_id=torch.arange(4),
-        threshold=torch.full((4,), 0.6, dtype=torch.float64),
-        factor=torch.full((4,), 1.5, dtype=torch.float64),
-        steps_per_block=torch.tensor([3, 2, 1, 1]),
-    )
-    together = choose_positions(confidence, is_masked, mixed)
-    for i, name in enumerate(POLICY_IDS):
-        alone = params(name, threshold=0.6, factor=1.5, steps=[3, 2, 1, 1][i])
-        expected = choose_positions(confidence[i : i + 1], is_masked[i : i + 1], alone)
-        assert together[i].tolist() == expected[0].tolist(), name
+    found = choose_positions(score_positions(shown, mixed), is_masked, mixed)
+    for row in range(len(shown.keys)):
+        own = alone[row // num_nodes]
+        rows = slice(row * size, (row + 1) * size)
+        columns = (getattr(shown.distribution, name)[rows] for name in ("rest", "weighted", "token", "candidates"))
+        its = Evidence(Distribution(*columns), shown.keys[row : row + 1], shown.position[row : row + 1])
+        expected = choose_positions(score_positions(its, own), is_masked[row : row + 1], own)
+        assert found[row].tolist() == expected[0].tolist(), own.policies

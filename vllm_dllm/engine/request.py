@@ -196,7 +196,7 @@ def resolve_params(
         entropy_bound=merged.entropy_bound,
         alg_temp=(merged.alg_temp or 0.0) if has_alg_temp else 0.0,
         counts=count_table(rules, settings.block_length, steps),
-        times=reveal_times(rules, settings.block_length, steps),
+        times=reveal_times(settings.block_length, steps),
         prompt_len=prompt_len,
         row_len=blocks.end,
         temperature=params.temperature,

@@ -183,7 +183,7 @@ def vocab_stats(
 
     The token of a row is the argmax of `l + temperature * gumbel` in float64, within what top_k and top_p keep, with
     the noise of `noise.gumbel`; at temperature 0, and without sampling, the argmax of `l`. A logit of -inf is no
-    candidate; NaN is none either, but makes `rest` and `weighted` NaN. A row without candidates draws `first_id`.
+    candidate; NaN is none either, but makes the sums NaN. A row without candidates draws `first_id`.
 
     Args:
         rows: [num_rows, hidden_size] float32, float16 or bfloat16, or logits [num_rows, num_ids]; last dim contiguous.
@@ -199,8 +199,7 @@ def vocab_stats(
         RuntimeError: an argument breaks the rules above; the message names it.
     """
     require("vocab_stats", rows.device.type)
-    if sampling is not None and sampling.wants_sampled:
-        raise NotImplementedError
+    wants_sampled = sampling is not None and sampling.wants_sampled
     noise = sampling if sampling is not None and sampling.has_noise else None
     filters = noise if noise is not None and noise.has_filter else None
     results = torch.ops.vllm_dllm.vocab_stats(
@@ -209,12 +208,13 @@ def vocab_stats(
         first_id,
         excluded_ids,
         num_candidates,
+        wants_sampled,
         noise and noise.keys.contiguous(),
         noise and noise.temperature.contiguous(),
         filters and filters.top_k.contiguous(),
         filters and filters.top_p.contiguous(),
     )
-    return PartialStats(*results)
+    return PartialStats(*(results if wants_sampled else results[:-2]))
 
 
 def fake(
@@ -223,11 +223,13 @@ def fake(
     first_id: int,
     excluded_ids: list[int],
     num_candidates: int,
+    wants_sampled: bool,
     *sampling: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Return empty results of the fields of `PartialStats`."""
+    """Return empty results of the fields of `PartialStats`; sampled sums that are not wanted have no rows."""
     check_one_device("vocab_stats", rows, weight, *sampling)
     num_rows = rows.shape[0]
+    num_sampled = num_rows if wants_sampled else 0
     return (
         rows.new_empty((num_rows, num_candidates), dtype=torch.int64),
         rows.new_empty((num_rows, num_candidates), dtype=torch.float32),
@@ -236,4 +238,6 @@ def fake(
         rows.new_empty(num_rows, dtype=torch.int64),
         rows.new_empty(num_rows, dtype=torch.float32),
         rows.new_empty(num_rows, dtype=torch.float64),
+        rows.new_empty(num_sampled, dtype=torch.float64),
+        rows.new_empty(num_sampled, dtype=torch.float64),
     )

@@ -21,7 +21,7 @@ LOGITS_BYTES = 128 << 20
 126,464 entries, where the head product of a chunk already costs more in arithmetic than in reading the weights."""
 
 WEIGHT_ROWS = 1024
-"""Rows of a call of the op with a weight: its scratch is some 2 % of the logits."""
+"""Rows of a call of the op with a weight: its scratch is some 3 % of the logits."""
 
 
 class Head(Protocol):

@@ -52,12 +52,12 @@ def count_table(rules: UnmaskRules, block_length: int, steps: int) -> tuple[int,
 
 
 @functools.lru_cache
-def reveal_times(rules: UnmaskRules, block_length: int, steps: int) -> tuple[float, ...]:
+def reveal_times(block_length: int, steps: int) -> tuple[float, ...]:
     """Return the times at which the steps of `origin` end, descending, 0 for the last one and behind it.
 
     Args: as of `count_table`, whose length it has.
     """
-    times = _times(steps)[1 + rules.unmasks_first_alone : -1].tolist()
+    times = _times(steps)[1:-1].tolist()
     return tuple(times + [0.0] * (block_length - len(times)))
 
 

@@ -15,6 +15,8 @@ typedef uint64_t VecU64 __attribute__((vector_size(8 * kLanes)));
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2E = 1.44269504f;
+constexpr double kLn2 = 0.69314718055994531;
+constexpr float kLowestLog2 = -127.0f;  // its exp2 is 0
 
 inline VecI splat_id(int64_t id) { return static_cast<int32_t>(id) - VecI{}; }
 
@@ -46,6 +48,13 @@ inline VecF low_log2_rest(VecU64 keys, int64_t id) {
   return __builtin_convertvector(bits, VecF) * 0x1p-23f - (127.0f + 31.0f);
 }
 
+// The VocabSums of each lane, with log2(e) x instead of x.
+struct LaneSums {
+  double rest[kLanes], weighted[kLanes];
+
+  VocabSums of(int lane) const { return {rest[lane], weighted[lane] * kLn2}; }
+};
+
 // kLanes rows. `floor` and `score` outlive a chunk: what an earlier chunk of the thread excels is in no result.
 class VocabLanes {
  public:
@@ -61,17 +70,18 @@ class VocabLanes {
       draws_ |= draws_here_[lane];
       key_[lane] = draws_here_[lane] ? static_cast<uint64_t>(args.sampling.keys[row]) : 0;
       temperature_[lane] = draws_here_[lane] ? args.sampling.temperature[row] : 1.0;
-      slope_[lane] = static_cast<float>(kLog2E / temperature_[lane]);
+      slope_[lane] = over_temperature(kLog2E, temperature_[lane]);
       score_[lane] = -static_cast<double>(kInfinity);
       low_score_[lane] = draws_here_[lane] ? -kInfinity : kInfinity;
     }
+    samples_ = draws_ && args.sampled_rest != nullptr;
   }
 
   void begin_chunk() {
     largest_ = splat(-kInfinity);
     largest_id_ = splat_id(-1);
+    model_ = sampled_ = {};
     for (int lane = 0; lane < kLanes; ++lane) {
-      rest_[lane] = weighted_[lane] = 0.0;
       token_id_[lane] = -1;
       for (int32_t place = 0; place < num_candidates_; ++place) {
         top_logit_[lane][place] = -kInfinity;
@@ -94,8 +104,8 @@ class VocabLanes {
   void end_chunk(const int64_t* rows, int64_t num_rows, VocabPartial* partials) {
     for (int lane = 0; lane < num_rows && lane < kLanes; ++lane) {
       VocabPartial& partial = partials[rows[lane]];
-      partial.rest = rest_[lane];
-      partial.weighted = weighted_[lane];
+      partial.model = model_.of(lane);
+      partial.sampled = sampled_.of(lane);
       for (int32_t place = 0; place < kMaxCandidates; ++place) {
         const bool is_listed = place < num_candidates_;
         partial.top_logit[place] = is_listed ? top_logit_[lane][place] : -kInfinity;
@@ -119,25 +129,34 @@ class VocabLanes {
       largest_ = is_larger ? logit : largest_;
       largest_id_ = is_larger ? splat_id(first_id + i) : largest_id_;
     }
-    const VecF none = splat(-kInfinity);
-    const VecF base = largest_ == none ? VecF{} : largest_;
+    sum_up(model_, splat(kLog2E), before, tile, stride, first_id, num_ids);
+    if (samples_) {
+      sum_up(sampled_, load(slope_), before, tile, stride, first_id, num_ids);
+    }
+  }
+
+  // before: the largest logits so far, to which `sums` belong.
+  void sum_up(LaneSums& sums, VecF slope, VecF before, const float* tile, int64_t stride, int64_t first_id,
+              int num_ids) const {
+    const VecF base = largest_ == splat(-kInfinity) ? VecF{} : largest_;
+    const auto log2_of = [&](VecF logit) { return max(splat(kLowestLog2), (logit - base) * slope); };
     VecF rest{}, weighted{};
     for (int i = 0; i < num_ids; ++i) {
-      const VecF below = load(tile + i * stride) - base;
-      const VecF mass = largest_id_ == splat_id(first_id + i) ? VecF{} : exp2(below * kLog2E);
+      const VecF x = log2_of(load(tile + i * stride));
+      const VecF mass = largest_id_ == splat_id(first_id + i) ? VecF{} : exp2(x);
       rest += mass;
-      weighted += mass == VecF{} ? VecF{} : below * mass;
+      weighted += x * mass;
     }
-    const VecF below = before == none ? VecF{} : before - base;
-    const VecF scale = before == none ? VecF{} : exp2(below * kLog2E);
+    const VecF below = log2_of(before);
+    const VecF scale = exp2(below);
     for (int lane = 0; lane < kLanes; ++lane) {
       if (largest_[lane] > before[lane]) {  // what was the largest joins the rest
-        const double mass = scale[lane] * (1.0 + rest_[lane]);
-        weighted_[lane] = scale[lane] * weighted_[lane] + below[lane] * mass;
-        rest_[lane] = mass;
+        const double mass = scale[lane] * (1.0 + sums.rest[lane]);
+        sums.weighted[lane] = scale[lane] * sums.weighted[lane] + below[lane] * mass;
+        sums.rest[lane] = mass;
       }
-      rest_[lane] += rest[lane];
-      weighted_[lane] += weighted[lane];
+      sums.rest[lane] += rest[lane];
+      sums.weighted[lane] += weighted[lane];
     }
   }
 
@@ -194,7 +213,8 @@ class VocabLanes {
   VecF largest_;
   VecI largest_id_;
   VecU64 key_;
-  double rest_[kLanes], weighted_[kLanes], score_[kLanes], temperature_[kLanes];
+  LaneSums model_, sampled_;
+  double score_[kLanes], temperature_[kLanes];
   float floor_[kLanes];      // the last of num_candidates logits, of this chunk or of earlier ones
   float low_score_[kLanes];  // not above `score_`
   float slope_[kLanes];      // log2(e) / temperature
@@ -204,6 +224,7 @@ class VocabLanes {
   int32_t top_id_[kLanes][kMaxCandidates];
   bool draws_here_[kLanes];
   bool draws_;
+  bool samples_;  // what is drawn from is summed up too
   int32_t num_candidates_;
 };
 

@@ -44,18 +44,26 @@ DLLM_HOST_DEVICE inline void insert_top(float* top_logit, int32_t* top_id, int32
   }
 }
 
-// Add the statistics of later ids to those of earlier ones.
-DLLM_HOST_DEVICE inline void merge_partial(VocabPartial& into, const VocabPartial& later, int32_t num_candidates) {
+// Join sums of two sets of ids, of which the lower's best is at x = `below`; at -inf there is none.
+DLLM_HOST_DEVICE inline VocabSums join(const VocabSums& upper, const VocabSums& lower, double below) {
+  const double scale = std::exp(below);
+  const double mass = scale * (1.0 + lower.rest);  // of all ids of the lower, NaN if it holds one
+  const double weighted = upper.weighted + scale * lower.weighted + (scale == 0.0 ? mass : below * mass);
+  return {upper.rest + mass, weighted};
+}
+
+// Add the statistics of later ids to those of earlier ones, the sampled ones at a temperature above 0.
+DLLM_HOST_DEVICE inline void merge_partial(VocabPartial& into, const VocabPartial& later, int32_t num_candidates,
+                                           double temperature) {
   const bool is_larger = later.top_logit[0] > into.top_logit[0];
   const VocabPartial& upper = is_larger ? later : into;
   const VocabPartial& lower = is_larger ? into : later;
   const bool is_empty = lower.top_logit[0] == -INFINITY;
-  const double below = is_empty ? 0.0 : static_cast<double>(lower.top_logit[0]) - upper.top_logit[0];
-  const double scale = is_empty ? 0.0 : std::exp(below);
-  const double mass = scale * (1.0 + lower.rest);  // of all ids of the lower, NaN if it holds one
-  const double weighted = upper.weighted + scale * lower.weighted + (scale == 0.0 ? mass : below * mass);
-  into.rest = upper.rest + mass;
-  into.weighted = weighted;
+  const double below = is_empty ? -INFINITY : static_cast<double>(lower.top_logit[0]) - upper.top_logit[0];
+  into.model = join(upper.model, lower.model, below);
+  if (temperature > 0.0) {
+    into.sampled = join(upper.sampled, lower.sampled, below / temperature);
+  }
   if (later.score > into.score) {
     into.score = later.score;
     into.token_logit = later.token_logit;
@@ -73,14 +81,23 @@ DLLM_HOST_DEVICE inline void put_token(const VocabStatsArgs& args, int64_t row, 
   args.scores[row] = partial.score;
 }
 
+// Write a row's sums over what it draws from, if they are wanted.
+DLLM_HOST_DEVICE inline void put_sampled(const VocabStatsArgs& args, int64_t row, const VocabSums& sums) {
+  if (args.sampled_rest != nullptr) {
+    args.sampled_rest[row] = sums.rest;
+    args.sampled_weighted[row] = sums.weighted;
+  }
+}
+
 // Write a row's results.
 DLLM_HOST_DEVICE inline void put_partial(const VocabStatsArgs& args, int64_t row, const VocabPartial& partial) {
   for (int32_t place = 0; place < args.num_candidates; ++place) {
     args.top_ids[row * args.num_candidates + place] = partial.top_id[place];
     args.top_logits[row * args.num_candidates + place] = partial.top_logit[place];
   }
-  args.rest[row] = partial.rest;
-  args.weighted[row] = partial.weighted;
+  args.rest[row] = partial.model.rest;
+  args.weighted[row] = partial.model.weighted;
+  put_sampled(args, row, sampled_temperature(args, row) > 0.0 ? partial.sampled : partial.model);
   put_token(args, row, partial);
 }
 

@@ -2,19 +2,27 @@
 // logits of all rows ever existing together.
 #pragma once
 
+#include <cfloat>
+
 #include "dllm/macros.h"
 #include "dllm/types.h"
 
 namespace dllm {
 
 constexpr uint32_t kMaxExcluded = 8;
-constexpr int64_t kVocabChunk = 1024;  // ids of a partial: enough for a core or a CTA, 2 % of the memory of its logits
+constexpr int64_t kVocabChunk = 1024;  // ids of a partial: enough for a core or a CTA, 3 % of the memory of its logits
 constexpr int64_t kFilterRows = 8;     // rows whose logits exist at a time, of those that top_k or top_p filter
+
+// Sums over some ids of a row, of x = 0 for the best of them and less for others.
+struct VocabSums {
+  double rest;      // sum of exp(x) over all ids but the best; -1 if there is none, so that 1 + rest is over all
+  double weighted;  // sum of x * exp(x)
+};
 
 // What a row says of the ids of one chunk of the vocabulary (vocab_partial.h merges them). `largest` is top_logit[0].
 struct VocabPartial {
-  double rest;                      // sum of exp(logit - largest) over all ids but top_id[0]
-  double weighted;                  // sum of (logit - largest) * exp(logit - largest)
+  VocabSums model;                  // x = logit - largest; without ids, rest is 0
+  VocabSums sampled;                // x = (logit - largest) / temperature, of kept ids; unset where nothing is wanted
   double score;                     // of token_id, -inf where there is none
   float token_logit;                // of token_id
   int32_t token_id;                 // the id of the best score, the lowest of equal ones; -1: none
@@ -34,11 +42,14 @@ struct VocabSampling {
 // `type`; without a weight, `rows[i, v]` as they are. Those of excluded ids are -inf. Of each row:
 //   top_ids, top_logits: the num_candidates largest logits above -inf, best first, the lowest id first of equal ones;
 //     places that are left over have id -1 and -inf.
-//   rest, weighted: as in VocabPartial. An exponential of a logit of -inf is 0, and so is its term of `weighted`.
+//   rest, weighted: the VocabSums of x = logit - top_logits[0]. An exponential of a logit of -inf is 0, and so is its
+//     term of `weighted`.
+//   sampled_rest, sampled_weighted: at a temperature above 0 those of x = (logit - top_logits[0]) / temperature, over
+//     the ids that top_k and top_p keep; at 0 again rest and weighted.
 //   token_ids, token_logits, scores: the id of the best score among those that top_k and top_p keep. top_k keeps each
 //     logit that is at least the k-th largest; top_p, of these, the smallest set of largest logits, the lowest id first
 //     of equal ones, whose tempered probability reaches top_p, and at least one id. Filters need the whole vocabulary.
-// A NaN is no candidate and never drawn; it makes `rest` and `weighted` NaN. A row without a logit above -inf takes
+// A NaN is no candidate and never drawn; it makes all sums NaN. A row without a logit above -inf takes
 // first_id, with logit and score -inf.
 // Sums are made by chunks of kVocabChunk ids, and chunks merged in ascending order, whatever the threads and rows.
 struct VocabStatsArgs {
@@ -55,16 +66,29 @@ struct VocabStatsArgs {
   int32_t num_excluded;
   int32_t num_candidates;  // 1 to kMaxCandidates
   VocabSampling sampling;
-  int64_t* top_ids;        // [num_rows, num_candidates], as all results contiguous
-  float* top_logits;       // [num_rows, num_candidates]
-  double* rest;            // [num_rows]
-  double* weighted;        // [num_rows]
-  int64_t* token_ids;      // [num_rows]
-  float* token_logits;     // [num_rows]
-  double* scores;          // [num_rows]
-  VocabPartial* partials;  // [num_chunks, num_rows] of scratch, num_chunks = ceil(num_ids / kVocabChunk)
-  float* filter_logits;    // [kFilterRows, num_ids] of scratch; nullptr when no row is filtered
+  int64_t* top_ids;          // [num_rows, num_candidates], as all results contiguous
+  float* top_logits;         // [num_rows, num_candidates]
+  double* rest;              // [num_rows]
+  double* weighted;          // [num_rows]
+  int64_t* token_ids;        // [num_rows]
+  float* token_logits;       // [num_rows]
+  double* scores;            // [num_rows]
+  double* sampled_rest;      // [num_rows]; nullptr: not wanted
+  double* sampled_weighted;  // [num_rows]; nullptr with sampled_rest
+  VocabPartial* partials;    // [num_chunks, num_rows] of scratch, num_chunks = ceil(num_ids / kVocabChunk)
+  float* filter_logits;      // [kFilterRows, num_ids] of scratch; nullptr when no row is filtered
 };
+
+// The temperature of the sampled sums of a row; 0: they are not wanted, or those of the model.
+DLLM_HOST_DEVICE inline double sampled_temperature(const VocabStatsArgs& args, int64_t row) {
+  return args.sampled_rest == nullptr || args.sampling.keys == nullptr ? 0.0 : args.sampling.temperature[row];
+}
+
+// A number over the temperature as a factor that leaves 0 and -inf as they are, however small or large the temperature.
+DLLM_HOST_DEVICE inline float over_temperature(double number, double temperature) {
+  const double factor = number / temperature;
+  return static_cast<float>(factor > FLT_MAX ? FLT_MAX : factor < FLT_MIN ? FLT_MIN : factor);
+}
 
 DLLM_HOST_DEVICE inline int64_t num_vocab_chunks(int64_t num_ids) { return (num_ids + kVocabChunk - 1) / kVocabChunk; }
 
