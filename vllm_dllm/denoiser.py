@@ -119,7 +119,8 @@ class Denoiser:
         """
         sampling = self.state.row_sampling(blocks, nodes.is_masked.sum(2))
         keeps_candidates = self.drafting is not None or self.observer is not None
-        stats = self.head(hidden, sampling, MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES)
+        rows = self.state.predicting_rows(blocks.slots, hidden)
+        stats = self.head(rows, sampling, MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES)
         next_canvas = self._next_canvas(blocks, nodes, stats, sampling)
         accept = BY_TORCH.accept if self.drafting is None else self.drafting.functions.accept
         walk = accept(nodes.canvas, next_canvas, nodes.is_valid)

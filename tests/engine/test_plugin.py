@@ -30,11 +30,11 @@ def test_registering_again_changes_nothing() -> None:
     assert (SamplingParams._validate_diffusion, InputProcessor.process_inputs) == before
 
 
-def test_architecture_is_found_without_remote_code() -> None:
+def test_architectures_are_found_without_remote_code() -> None:
     from vllm.model_executor.models import ModelRegistry
 
     plugin.register()
-    assert "LLaDAModelLM" in ModelRegistry.get_supported_archs()
+    assert {"LLaDAModelLM", "DreamModel", "SDARForCausalLM"} <= set(ModelRegistry.get_supported_archs())
 
 
 def test_an_unknown_vllm_is_left_alone_and_told(

@@ -73,10 +73,26 @@ def test_every_published_tensor_has_a_place() -> None:
     names = [f"model.transformer.blocks.{i}.{name}.weight" for i in range(32) for name in layer]
     names += [f"model.transformer.{name}.weight" for name in ("wte", "ln_f", "ff_out")]
     mapped = {LLaDAModelLM.hf_to_vllm_mapper.map_name(name) for name in names}
-    expected = {"attention.qkv_proj", "attention.attn_out", "gate_up_proj", "ff_out", "attn_norm", "ff_norm"}
+    expected = {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}
+    expected |= {"input_layernorm", "post_attention_layernorm"}
     assert len(names) == 291
-    assert mapped == {f"transformer.blocks.{i}.{name}.weight" for i in range(32) for name in expected} | {
-        "transformer.wte.weight",
-        "transformer.ln_f.weight",
+    assert mapped == {f"model.layers.{i}.{name}.weight" for i in range(32) for name in expected} | {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
         "lm_head.weight",
     }
+
+
+def test_quantisation_finds_the_layers_it_names() -> None:
+    """vLLM maps the names in a quantisation config by the renames alone, and compares them with modules' prefixes."""
+    from vllm_dllm.models.llada import LLaDAModelLM
+
+    given = ["blocks.7.q_proj", "blocks.7.ff_proj", "blocks.7.up_proj", "blocks.7.ff_out", "ff_out"]
+    mapper = LLaDAModelLM.hf_to_vllm_mapper.get_rename_mapper()
+    assert mapper.apply_list([f"model.transformer.{name}" for name in given]) == [
+        "model.layers.7.self_attn.q_proj",
+        "model.layers.7.mlp.gate_proj",
+        "model.layers.7.mlp.up_proj",
+        "model.layers.7.mlp.down_proj",
+        "lm_head",
+    ]

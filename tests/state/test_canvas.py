@@ -110,3 +110,16 @@ def test_stages_are_skipped_when_no_request_of_the_batch_needs_them() -> None:
         params = state.row_sampling(blocks(slot), torch.tensor([[4]]))
         assert (params.has_noise, params.has_filter) == (has_noise, has_filter)
         assert (state.draft_noise(blocks(slot)) is None) == (slot in {0, 2})
+
+
+def test_rows_predict_their_own_positions_without_a_logit_shift() -> None:
+    hidden = torch.arange(16.0).view(8, 2)
+    assert state_of(request(), request()).predicting_rows(torch.tensor([1, 0]), hidden) is hidden
+
+
+def test_under_a_logit_shift_the_edge_row_stands_in_front_of_every_node() -> None:
+    edge = torch.tensor([[-1.0], [-2.0], [-3.0]])
+    state = CanvasState(3, 4, MASK, torch.device("cpu"), edge=edge)
+    hidden = torch.arange(16.0)[:, None]  # two requests, two nodes each, four positions
+    rows = state.predicting_rows(torch.tensor([2, 0]), hidden)
+    assert rows.flatten().tolist() == [-3, 0, 1, 2, -3, 4, 5, 6, -1, 8, 9, 10, -1, 12, 13, 14]

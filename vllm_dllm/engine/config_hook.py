@@ -144,17 +144,18 @@ def settings_of(vllm_config: VllmConfig) -> DllmConfig:
     given = additional.get("dllm", {}) if isinstance(additional, dict) else {}
     model_config = vllm_config.model_config
     block_size = getattr(model_config.hf_config, "block_size", None)
-    return parse_server_settings(given, defaults=_family(model_config).settings(block_size))
+    return parse_server_settings(given, defaults=served_family(model_config).settings(block_size))
 
 
 def rules_of(vllm_config: VllmConfig) -> UnmaskRules:
     """Return what the family fixes of unmasking; without a cache a block's first step is as the others."""
-    family = _family(vllm_config.model_config)
+    family = served_family(vllm_config.model_config)
     has_cache = settings_of(vllm_config).refresh_every != 1
     return UnmaskRules(family.schedule, family.unmasks_first_alone and has_cache, family.confidence)
 
 
-def _family(model_config: ModelConfig) -> ModelFamily:
+def served_family(model_config: ModelConfig) -> ModelFamily:
+    """Return the family of a model of ours."""
     family = family_of(model_config.architectures)
     assert family is not None, "asked of our models only"
     return family
@@ -261,7 +262,7 @@ class DllmConfigHook(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Mark the model as a diffusion model and set its published decoding defaults."""
-        family = _family(model_config)
+        family = served_family(model_config)
         model_config.hf_config.canvas_length = DllmConfig().block_length
         if model_config.generation_config == "auto":
             given = {**model_config.try_get_generation_config(), **model_config.override_generation_config}
@@ -279,7 +280,7 @@ class DllmConfigHook(VerifyAndUpdateConfig):
             if is_asked_for(vllm_config):
                 raise ConfigError(sentence.format(c=vllm_config))
         settings = settings_of(vllm_config)
-        check_family(settings, _family(vllm_config.model_config))
+        check_family(settings, served_family(vllm_config.model_config))
         if max_prompt_len(settings, vllm_config.model_config.max_model_len) < 0:
             raise ConfigError(
                 f"additional_config.dllm.block_length is {settings.block_length}, but max_model_len is "

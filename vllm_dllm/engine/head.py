@@ -13,12 +13,12 @@ from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.unmask.head import Head, LogitsHead, Shard, WeightHead
 
 if TYPE_CHECKING:
-    from vllm_dllm.models.llada import LLaDAModelLM
+    from vllm_dllm.models.transformer import MaskedDiffusionLM
 
 logger = init_logger("vllm.dllm")
 
 
-def choose_head(model: "LLaDAModelLM", vocab_size: int, mask_token_id: int, device: torch.device) -> Head:
+def choose_head(model: "MaskedDiffusionLM", vocab_size: int, mask_token_id: int, device: torch.device) -> Head:
     """Take the op on the head's weight, on its logits where the weight is not all there is to it, else torch."""
     try:
         ops.require("vocab_stats", device.type)
@@ -34,7 +34,7 @@ def choose_head(model: "LLaDAModelLM", vocab_size: int, mask_token_id: int, devi
     return WeightHead(_shard(model), by_logits, mask_token_id)
 
 
-def _obstacle(model: "LLaDAModelLM", device: torch.device) -> str | None:
+def _obstacle(model: "MaskedDiffusionLM", device: torch.device) -> str | None:
     """Return why the op does not make the head product itself; None if it can."""
     if device.type != "cpu":
         return "there the product is the GPU libraries'"
@@ -50,7 +50,7 @@ def _obstacle(model: "LLaDAModelLM", device: torch.device) -> str | None:
     return None
 
 
-def _shard(model: "LLaDAModelLM") -> Shard:
+def _shard(model: "MaskedDiffusionLM") -> Shard:
     """Return this rank's rows of the weight, without those that pad it."""
     indices = model.lm_head.shard_indices
     return Shard(

@@ -31,7 +31,7 @@ from vllm_dllm.denoiser import Denoiser, Drafting, Nodes
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.native import choose_draft_functions
 from vllm_dllm.engine.attention import ForwardAttention
-from vllm_dllm.engine.config_hook import rules_of, settings_of, spiffy_of
+from vllm_dllm.engine.config_hook import rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
@@ -42,7 +42,7 @@ from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.kv import IntArray, RefreshPlan, RefreshSchedule
 
 if TYPE_CHECKING:
-    from vllm_dllm.models.llada import LLaDAModelLM
+    from vllm_dllm.models.transformer import MaskedDiffusionLM
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class DllmModelState(ModelState):
     num_new_sampled_tokens_per_step = 0
 
     def __init__(
-        self, vllm_config: VllmConfig, model: "LLaDAModelLM", encoder_cache: None, device: torch.device
+        self, vllm_config: VllmConfig, model: "MaskedDiffusionLM", encoder_cache: None, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         if current_platform.is_cpu():
@@ -82,7 +82,9 @@ class DllmModelState(ModelState):
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
-        self.state = CanvasState(self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config))
+        self.state = CanvasState(
+            self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config), self._edge()
+        )
         self.denoiser = Denoiser(
             self.state,
             None if spiffy is None else self._drafting(spiffy),
@@ -203,6 +205,12 @@ class DllmModelState(ModelState):
         """Return the step of a real batch; None for a dummy one, which `preprocess_state` does not see."""
         return self._step if self._step is not None and self._step.batch is batch else None
 
+    def _edge(self) -> Tensor | None:
+        if not served_family(self.model_config).logit_shift:
+            return None
+        shape = (self.max_num_reqs, self.model_config.get_hidden_size())
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
     def _drafting(self, spiffy: SpiffySettings) -> Drafting:
         graph = compile_graph(spiffy.graph, self.device)
         return Drafting(graph, DraftState(self.state), choose_draft_functions(self.device))
@@ -260,8 +268,12 @@ class DllmModelState(ModelState):
         input_ids = self._row_ids(blocks.slots[rows.request], rows.position, blocks.start[rows.request])
         hidden = self._forward(attention, input_ids, rows.position)
         step.num_refreshes.index_fill_(0, index, 1)
+        first_row = self._to_device(np.cumsum(own_len_np) - own_len_np) - begin
+        if self.state.edge is not None:
+            spans_edge = self._to_device(np.flatnonzero(plan.begin < step.block_start_np[plan.index]))
+            edge_row = (first_row + blocks.start - 1)[spans_edge]
+            self.state.edge[blocks.slots[spans_edge]] = hidden[edge_row]
         if self.kv_policy.decides_step:
-            first_row = self._to_device(np.cumsum(own_len_np) - own_len_np) - begin
             block_rows = (first_row[:, None] + self.state.positions(blocks)).flatten()
             nodes = self.denoiser.nodes(blocks, 0)
             step.num_unmasked[index] = self.denoiser.advance(blocks, nodes, hidden[block_rows]).num_unmasked

@@ -19,7 +19,7 @@ class ModelFamily:
         model_type: the name in a checkpoint's `model_type`.
         model_class: "module:Class" of the vLLM model.
         config_class: "module:Class" of the configuration, which has `mask_token_id`, `eot_token_id` (the token that
-            ends a turn besides EOS, or None) and, where the checkpoint says it, `block_size`.
+            ends a turn besides EOS, or None) and `block_size` where the checkpoint says it.
         generation_defaults: published sampling defaults that a checkpoint's generation config may override.
         decoding_defaults: published values of `DllmConfig`'s fields; a checkpoint's `block_size` comes before them.
         attention: `bidirectional`: every position sees the whole row, blocks begin behind the prompt. `block_causal`:
@@ -56,6 +56,28 @@ FAMILIES = (
         model_class="vllm_dllm.models.llada:LLaDAModelLM",
         config_class="vllm_dllm.models.llada_config:LLaDAConfig",
         generation_defaults={"temperature": 0.0},
+    ),
+    ModelFamily(
+        architecture="DreamModel",
+        model_type="Dream",
+        model_class="vllm_dllm.models.transformer:MaskedDiffusionLM",
+        config_class="vllm_dllm.models.dream_config:DreamConfig",
+        generation_defaults={"temperature": 0.2, "top_p": 0.95},
+        decoding_defaults={"policy": "entropy"},
+        logit_shift=True,
+        schedule="timesteps",
+        unmasks_first_alone=True,
+        confidence="sampled",
+    ),
+    ModelFamily(
+        architecture="SDARForCausalLM",
+        model_type="sdar",
+        model_class="vllm_dllm.models.transformer:MaskedDiffusionLM",
+        config_class="vllm_dllm.models.sdar_config:SDARConfig",
+        generation_defaults={"temperature": 1.0},
+        decoding_defaults={"block_length": 4, "kv_policy": "block_causal", "policy": "dynamic", "threshold": 0.85},
+        attention="block_causal",
+        confidence="sampled",
     ),
 )
 

@@ -4,13 +4,13 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from vllm_dllm.errors import ConfigError
+from vllm_dllm.models.checkpoint_fields import refuse_other_arithmetic
 
 PUBLISHED_MASK_TOKEN_ID = 126336
 PUBLISHED_EOT_TOKEN_ID = 126348
 
-# Fields that would change the arithmetic, and the only value the model class implements.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
+# Fields that would change the arithmetic, and the only values that the model class implements.
+_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "activation_type": ("silu",),
     "alibi": (False,),
     "attention_layer_norm": (False,),
@@ -35,6 +35,8 @@ class LLaDAConfig(PretrainedConfig):
     """
 
     model_type = "llada"
+    qkv_bias: ClassVar[bool] = False
+    qk_norm: ClassVar[bool] = False
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
@@ -62,16 +64,12 @@ class LLaDAConfig(PretrainedConfig):
         eot_token_id: int | None = None,
         **fields: Any,
     ) -> None:
-        for name, allowed in _REQUIRED.items():
-            if name in fields and fields[name] not in allowed:
-                raise ConfigError(
-                    f"{name} in the checkpoint's config.json is {fields[name]!r}; the LLaDA model implements "
-                    f"{' or '.join(map(repr, allowed))} only; serve a checkpoint with that value"
-                )
+        refuse_other_arithmetic(fields, _IMPLEMENTED, "LLaDA")
         self.d_model = d_model
         self.n_layers = n_layers
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads if n_kv_heads is not None else n_heads
+        self.head_dim = d_model // n_heads
         self.mlp_hidden_size = mlp_hidden_size
         # The published files give both; the embedding has `embedding_size` rows.
         self.vocab_size = embedding_size if embedding_size is not None else vocab_size

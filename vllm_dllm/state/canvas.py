@@ -50,7 +50,17 @@ _FLOATS = ("threshold", "factor", "entropy_bound", "alg_temp", "temperature", "t
 
 
 class CanvasState:
-    """Canvases and parameters of up to `max_num_reqs` requests."""
+    """Canvases and parameters of up to `max_num_reqs` requests.
+
+    Args:
+        max_num_reqs: slots.
+        block_length: positions per block.
+        mask_token_id: what stands for masked in a canvas.
+        device: of all tensors.
+        rules: of the model's family.
+        edge: [max_num_reqs, hidden_size] of a model with a logit shift, else None: the hidden row left of each block,
+            which predicts the block's first token.
+    """
 
     def __init__(
         self,
@@ -59,11 +69,13 @@ class CanvasState:
         mask_token_id: int,
         device: torch.device,
         rules: UnmaskRules = UnmaskRules(),  # noqa: B008 - a frozen value
+        edge: Tensor | None = None,
     ) -> None:
         self.rules = rules
         self.block_length = block_length
         self.mask_token_id = mask_token_id
         self.device = device
+        self.edge = edge
         # [max_num_reqs, block_length]: the active block. The mask token is never chosen, so it stands for masked alone.
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)
         # Pinned for a GPU, so that the copy does not wait. Nobody writes meanwhile: the scheduler is synchronous.
@@ -164,6 +176,21 @@ class CanvasState:
     def positions(self, blocks: Blocks) -> Tensor:
         """Return the absolute positions of the blocks; [num_reqs, block_length] int64."""
         return blocks.start[:, None] + self._offsets
+
+    def predicting_rows(self, slots: Tensor, hidden: Tensor) -> Tensor:
+        """Return the rows that predict the blocks' positions: these themselves, or those left of them.
+
+        Args:
+            slots: [num_reqs] int64.
+            hidden: [num_reqs * num_nodes * block_length, hidden_size], the rows of the blocks' positions.
+
+        Returns: as many rows, in the same order.
+        """
+        if self.edge is None:
+            return hidden
+        nodes = hidden.view(len(slots), -1, self.block_length, hidden.shape[-1])
+        edge = self.edge[slots, None, None].expand(-1, nodes.shape[1], -1, -1)
+        return torch.cat([edge, nodes[:, :, :-1]], 2).view_as(hidden)
 
     def reset(self, slots: Tensor, where: Tensor) -> None:
         """Begin a new block for those of the given slots that `where` marks.

@@ -1,0 +1,235 @@
+"""The transformer that all families share: Llama's layers, with Qwen2's biases or Qwen3's norms where they have them.
+
+What a layer needs to know it reads from the configuration, under Qwen's field names; `qkv_bias` and `qk_norm` are facts
+of the configuration's class. Modules have the names of Qwen's checkpoints, which Dream and SDAR kept; a family that
+names them otherwise maps its names to these, and vLLM maps those in quantisation configs alike.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+
+from vllm_dllm.engine.attention import DllmAttentionBackend
+
+if TYPE_CHECKING:
+    from vllm_dllm.engine.model_state import DllmModelState
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
+        tp_size = get_tensor_model_parallel_world_size()
+        self.head_dim = head_dim = config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=config.qkv_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * head_dim,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
+        self.has_norms = config.qk_norm
+        self.rotary_emb = get_rope(
+            head_dim,
+            max_position=config.max_position_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        )
+        num_heads = config.num_attention_heads // tp_size
+        num_kv_heads = max(1, config.num_key_value_heads // tp_size)  # ranks beyond their number share them
+        self.split_sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+        self.attn = Attention(
+            num_heads,
+            head_dim,
+            head_dim**-0.5,
+            num_kv_heads=num_kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+            attn_backend=DllmAttentionBackend,
+        )
+
+    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        """Map [num_rows, hidden_size] to the same shape; positions: [num_rows] int64."""
+        qkv, _ = self.qkv_proj(hidden)
+        query, key, value = qkv.split(self.split_sizes, dim=-1)
+        if self.has_norms:
+            query = self.q_norm(query.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            key = self.k_norm(key.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        query, key = self.rotary_emb(positions, query, key)
+        out: Tensor = self.o_proj(self.attn(query, key, value))[0]
+        return out
+
+
+class FeedForward(nn.Module):
+    """The gated feed-forward network."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config, quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [config.intermediate_size] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.act = SiluAndMul()
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.down_proj",
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map [num_rows, hidden_size] to the same shape."""
+        gate_up, _ = self.gate_up_proj(hidden)
+        out: Tensor = self.down_proj(self.act(gate_up))[0]
+        return out
+
+
+class Layer(nn.Module):
+    """One transformer layer."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = SelfAttention(vllm_config, f"{prefix}.self_attn")
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = FeedForward(vllm_config, f"{prefix}.mlp")
+
+    def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Apply the layer; hidden and residual are [num_rows, hidden_size], the residual not yet added."""
+        if residual is None:
+            residual = hidden
+            hidden = self.input_layernorm(hidden)
+        else:
+            hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(positions, hidden)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class Transformer(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.embed_tokens",
+        )
+        self.layers = nn.ModuleList(Layer(vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Return [num_rows, hidden_size] for [num_rows] ids and positions."""
+        hidden, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        out: Tensor = self.norm(hidden, residual)[0]
+        return out
+
+
+class MaskedDiffusionLM(nn.Module):
+    """The model vLLM serves, for every family."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        },
+    )
+    packed_modules_mapping = {  # noqa: RUF012 - the name and type vLLM's quantisation looks for
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.model = Transformer(vllm_config, maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+
+    @staticmethod
+    def get_model_state_cls() -> "type[DllmModelState]":
+        """Name the class that drives the denoising; vLLM's runner asks for it."""
+        from vllm_dllm.engine.model_state import DllmModelState
+
+        return DllmModelState
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Embed [num_rows] ids."""
+        embedded: Tensor = self.model.embed_tokens(input_ids)
+        return embedded
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: None = None,
+    ) -> Tensor:
+        """Return hidden rows [num_rows, hidden_size] for [num_rows] ids and positions.
+
+        The two last arguments belong to vLLM's interface and stay None: pipeline parallelism and prompt embeddings
+        are refused at start.
+        """
+        if input_ids.shape[0] == 0:  # a step of prefills only; zero-row kernels crash on some CPUs
+            return self.model.norm.weight.new_empty(0, self.model.norm.weight.shape[0])
+        return self.model(input_ids, positions)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Hand the hidden rows on: the sampler reduces them, with the head's weight or with `head_logits`."""
+        return hidden
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Return logits [num_rows, vocab_size] of hidden rows [num_rows, hidden_size], whole on every rank."""
+        logits: Tensor = self.logits_processor(self.lm_head, hidden)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors; returns the names of the parameters they filled."""
+        loader = AutoWeightsLoader(self)
+        return set(loader.load_weights(weights, mapper=self.hf_to_vllm_mapper))
