@@ -17,7 +17,7 @@ PICTURE = ROOT / "build/denoising.svg"
 def printed() -> str:
     PICTURE.unlink(missing_ok=True)
     command = [sys.executable, str(ROOT / "examples/demo.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
