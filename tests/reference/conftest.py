@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
+from vllm_dllm.reference.qwen import Qwen, QwenConfig
 
 MakeModel = Callable[..., LLaDA]
+MakeQwen = Callable[..., Qwen]
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    for name, weight in model.named_parameters():
+        is_norm = weight.dim() == 1 and not name.endswith("bias")
+        torch.nn.init.normal_(weight, mean=float(is_norm), std=0.3)
+    return model.eval()
 
 
 @pytest.fixture
@@ -25,10 +34,7 @@ def make_model() -> MakeModel:
             "eos_token_id": 1,
             "max_sequence_length": 64,
         }
-        model = LLaDA(LLaDAConfig(**(values | changes)))
-        for weight in model.parameters():
-            torch.nn.init.normal_(weight, mean=float(weight.dim() == 1), std=0.3)
-        return model.eval()
+        return randomised(LLaDA(LLaDAConfig(**(values | changes))))
 
     return make
 
@@ -36,3 +42,34 @@ def make_model() -> MakeModel:
 @pytest.fixture
 def model(make_model: MakeModel) -> LLaDA:
     return make_model()
+
+
+@pytest.fixture
+def make_qwen() -> MakeQwen:
+    def make(**changes: object) -> Qwen:
+        values = {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": 37,
+            "mask_token_id": 3,
+            "eos_token_id": 1,
+            "rope_theta": 1e4,
+            "max_position_embeddings": 64,
+        }
+        return randomised(Qwen(QwenConfig(**(values | changes))))
+
+    return make
+
+
+@pytest.fixture
+def dream(make_qwen: MakeQwen) -> Qwen:
+    return make_qwen(architecture="DreamModel")
+
+
+@pytest.fixture
+def sdar(make_qwen: MakeQwen) -> Qwen:
+    return make_qwen(architecture="SDARForCausalLM")
