@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.rig import check_counts_while_running, engine, run, run_outputs, step_all
+from tests.e2e.rig import engine, run_outputs
 from tests.e2e.sdar import SdarOracle, sdar_cases
 
 pytestmark = pytest.mark.engine

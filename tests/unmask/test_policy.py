@@ -199,7 +199,8 @@ def test_positions_are_drawn_with_the_published_probabilities() -> None:
     distribution = Distribution(torch.zeros_like(token), torch.zeros_like(token), token, x)
     position = torch.arange(3).expand(num_draws, -1)
     keys = noise.stream_keys(torch.arange(num_draws)[:, None], position, torch.tensor(3))
-    policy = params("static", 3, steps=3, alg_temp=0.5).repeat(num_draws)
+    policy = params("static", 3, steps=3, alg_temp=0.5)
+    policy = together(*[policy] * num_draws)
     chosen = choose_positions(score_positions(Evidence(distribution, keys, position), policy), keys == keys, policy)
     expected = num_draws * torch.softmax(scores / 0.5, 0)
     statistic = float(((chosen.sum(0) - expected) ** 2 / expected).sum())
@@ -231,7 +232,7 @@ def test_policies_do_not_see_their_neighbours(num_nodes: int) -> None:
     alone = [params(name, size, steps=2, threshold=0.6, factor=1.5, entropy_bound=1.0) for name in POLICY_IDS]
     alone += [params(name, size, steps=3, alg_temp=0.5) for name in ("static", "margin", "entropy")]  # type: ignore[arg-type]
     shown = evidence(len(alone) * num_nodes, size)
-    mixed = together(*alone).repeat(num_nodes)
+    mixed = together(*(one for one in alone for _ in range(num_nodes)))
     is_masked = torch.rand(len(shown.keys), size, generator=torch.Generator().manual_seed(1)) < 0.6
     is_masked[:, 0] = True
     found = choose_positions(score_positions(shown, mixed), is_masked, mixed)

@@ -15,6 +15,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.config import row_blocks
 from vllm_dllm.draft.budget import BudgetRule
+from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.engine import costs
 from vllm_dllm.engine.config_hook import settings_of, spiffy_of
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
@@ -48,7 +49,13 @@ class DllmScheduler(Scheduler):
         self._spiffy = spiffy_of(self.vllm_config)
         if self._spiffy and self._spiffy.budget is None:
             costs.measure_at_start()
-        self.rule = BudgetRule(self._spiffy.graph, self.block_length, self._spiffy.budget) if self._spiffy else None
+        is_async = bool(self.vllm_config.scheduler_config.async_scheduling)
+        look_ahead_from = smallest_budget(self.settings, is_async=is_async)
+        self.rule = (
+            BudgetRule(self._spiffy.graph, self.block_length, self._spiffy.budget, look_ahead_from)
+            if self._spiffy
+            else None
+        )
         self._totals: defaultdict[str, RequestTotals] = defaultdict(RequestTotals)
         self._stats: StepStats | None = None
         self._scheduled_at_s = 0.0
@@ -188,7 +195,8 @@ class DllmScheduler(Scheduler):
             if request is None or request.num_stale_output_tokens:  # it was aborted or preempted: the pages are gone
                 continue
             self._stored[req_id] = row[Column.STORED]
-            self._cache_blocks(request, row[Column.STORED])
+            # A block that a look-ahead stored is cached a step later: its tokens are not the request's yet.
+            self._cache_blocks(request, min(row[Column.STORED], request.num_tokens))
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt a request; when it comes back, all that it knows is its prompt."""

@@ -10,8 +10,7 @@ factor; Dream `diffusion_generate` (arXiv:2508.15487) for margin, entropy, origi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,12 +35,6 @@ class PolicyParams:
     times: Tensor  # [num_reqs, block_length] float64, schedule.reveal_times
     policies: tuple[PolicyName, ...]  # those of the requests
     has_alg_temp: bool  # any above 0
-
-    def repeat(self, times: int) -> "PolicyParams":
-        """Return each request's policy `times` times, one after another."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        return PolicyParams(**values | {name: tensor.repeat_interleave(times, 0) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)
