@@ -62,3 +62,11 @@ def wild_sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("wild_sdar") / "checkpoint"
     make_wild_sdar(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def mild_sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a random SDAR model that can be foreseen a little."""
+    path = tmp_path_factory.mktemp("mild_sdar") / "checkpoint"
+    make_wild_sdar(path, mixing=0.05)
+    return path

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
-from tests.e2e.rig import write_wild
+import torch
+
+from tests.e2e.rig import Oracle, write_wild
+from vllm_dllm.config import PolicyName
+from vllm_dllm.reference.policy import DREAM
 from vllm_dllm.reference.qwen import Qwen, QwenConfig
 
 CONFIG = {
@@ -29,8 +33,16 @@ CONFIG = {
     "use_sliding_window": False,
     "torch_dtype": "float32",
 }
+PUBLISHED: tuple[PolicyName, ...] = ("static", "margin", "entropy", "origin", "threshold")
+"""Dream's own policies and the one that Fast-dLLM adds."""
+OTHERS: tuple[PolicyName, ...] = ("random", "factor", "sequential", "dynamic", "entropy_bounded")
 
 
 def make_wild_dream(path: Path, mixing: float = 1.0) -> None:
     """Write a random Dream model, see `rig.make_wild_checkpoint`."""
     write_wild(path, CONFIG, lambda config: Qwen(QwenConfig.from_json(config)), mixing)
+
+
+def dream_oracle(checkpoint: Path) -> Oracle:
+    """Return the reference decoder on a Dream checkpoint."""
+    return Oracle(checkpoint, Qwen.from_pretrained(checkpoint, torch.float32), DREAM)

@@ -4,11 +4,12 @@ import dataclasses
 import gc
 import itertools
 import json
+import math
 import random
 import re
 import runpy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer
 
-from vllm_dllm.config import DllmConfig, row_blocks
+from vllm_dllm.config import POLICY_OPTIONS, DllmConfig, PolicyName, row_blocks
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import spiffy
-from vllm_dllm.reference.decode import KvPolicy, generate
+from vllm_dllm.reference.decode import KvPolicy, Model, generate
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
-from vllm_dllm.reference.policy import UnmaskPolicy
+from vllm_dllm.reference.policy import LLADA, Rules, UnmaskPolicy
 from vllm_dllm.reference.sampling import Sampling
 
 CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_llada/checkpoint"
@@ -39,9 +40,11 @@ class Case:
 
     prompt: tuple[int, ...]
     max_tokens: int
-    policy: str = "static"
+    policy: PolicyName = "static"
     threshold: float = 0.9
     factor: float = 1.0
+    entropy_bound: float = 0.35
+    alg_temp: float | None = None
     steps: int | None = None
     temperature: float = 0.0
     top_k: int = 0
@@ -51,11 +54,8 @@ class Case:
     def sampling_params(self, **changes: Any) -> Any:
         from vllm import SamplingParams
 
-        extra: dict[str, Any] = {"dllm_policy": self.policy}
-        if self.policy in {"threshold", "factor"}:
-            extra[f"dllm_{self.policy}"] = getattr(self, self.policy)
-        if self.steps is not None:
-            extra["dllm_steps"] = self.steps
+        options = {name: getattr(self, name) for name in ("policy", *POLICY_OPTIONS[self.policy])}
+        extra = {f"dllm_{name}": value for name, value in options.items() if value is not None}
         values = {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
@@ -104,9 +104,10 @@ def write_wild(path: Path, config: dict[str, Any], model_of: Callable[[Path], nn
 class Oracle:
     """The reference decoder on a checkpoint."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, model: Model | None = None, rules: Rules = LLADA) -> None:
         self.checkpoint = checkpoint
-        self.model = LLaDA.from_pretrained(checkpoint, torch.float32)
+        self.model = model or LLaDA.from_pretrained(checkpoint, torch.float32)
+        self.rules = rules
 
     def generation(self, case: Case, settings: dict[str, Any]) -> Any:
         kv = KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"))
@@ -118,11 +119,14 @@ class Oracle:
         return {
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
+            "rules": self.rules,
             "policy": UnmaskPolicy(
                 case.policy,
                 steps=case.steps,
                 threshold=case.threshold,
                 factor=case.factor,
+                entropy_bound=case.entropy_bound,
+                alg_temp=case.alg_temp,
                 confidence_dtype=torch.float64,
             ),
             "sampling": Sampling(
@@ -144,7 +148,10 @@ class Oracle:
         return tokens[: case.max_tokens]
 
 
-def mixed_cases(block_length: int, seed: int) -> list[Case]:
+LLADA_POLICIES: tuple[PolicyName, ...] = ("static", "random", "threshold", "factor")
+
+
+def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = LLADA_POLICIES) -> list[Case]:
     """Sixteen requests of odd lengths, all policies, greedy and sampled."""
     rng = random.Random(seed)
     cases = []
@@ -152,8 +159,10 @@ def mixed_cases(block_length: int, seed: int) -> list[Case]:
         prompt = tuple(rng.randrange(4, 100) for _ in range(rng.choice([1, 2, 5, 7, 13, 21, 33, 47])))
         max_tokens = rng.choice([1, 3, block_length - 1, block_length, block_length + 1, 37, 61])
         num_blocks = -(-max_tokens // block_length)
-        policy = ["static", "random", "threshold", "factor"][i % 4]
+        policy = policies[i % len(policies)]
         steps = rng.choice([None, num_blocks, num_blocks * rng.randrange(1, block_length + 1)])
+        if policy == "dynamic" and steps is not None:
+            steps = num_blocks * math.gcd(steps // num_blocks, block_length)
         cases.append(
             Case(
                 prompt=prompt,
@@ -161,8 +170,10 @@ def mixed_cases(block_length: int, seed: int) -> list[Case]:
                 policy=policy,
                 threshold=rng.choice([0.05, 0.3, 0.9]),
                 factor=rng.choice([0.3, 1.0, 1.9]),
-                steps=steps if policy in {"static", "random"} else None,
-                temperature=[0.0, 0.7][(i // 4) % 2],
+                entropy_bound=rng.choice([0.35, 5.0]) if policy == "entropy_bounded" else 0.35,
+                alg_temp=rng.choice([None, 0.3]) if policy in {"margin", "entropy"} else None,
+                steps=steps if "steps" in POLICY_OPTIONS[policy] else None,
+                temperature=[0.0, 0.7][(i // len(policies)) % 2],
                 top_k=rng.choice([0, 0, 5]),
                 top_p=rng.choice([1.0, 1.0, 0.8]),
                 seed=rng.randrange(-(2**63), 2**63),

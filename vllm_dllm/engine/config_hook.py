@@ -68,8 +68,9 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "diffusion_config is set, but it belongs to another model; give additional_config.dllm.block_length instead",
     ),
     (
-        lambda c: c.scheduler_config.async_scheduling,
-        "async_scheduling is on, but the host must know which requests begin a block; remove --async-scheduling",
+        lambda c: c.scheduler_config.async_scheduling and not _is_block_causal(c.model_config),
+        "async_scheduling is on, but the host must know which requests begin a block of a bidirectional model; remove "
+        "--async-scheduling",
     ),
     (
         lambda c: c.scheduler_config.scheduler_cls,

@@ -75,6 +75,7 @@ class DllmModelState(ModelState):
         self.kv_policy = KvSchedule(
             self.settings.kv_policy, self.settings.refresh_every, self.block_length, self.max_num_reqs
         )
+        self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._look_ahead_from = smallest_budget(self.settings, is_async=self._is_async)
         self._step: DenoiseStep | None = None
@@ -219,7 +220,7 @@ class DllmModelState(ModelState):
             np.zeros(0, dtype=np.int64) if num_rows is None else num_rows[:num_reqs],
             self.kv_policy.commits(slots_np, block_start_np),
             block_length=self.block_length,
-            has_drafts=self.denoiser.drafting is not None,
+            max_drafts=self._max_drafts,
             look_ahead_from=self._look_ahead_from,
         )
         none = torch.zeros(num_reqs, dtype=torch.int64, device=self.device)

@@ -5,6 +5,7 @@ from collections import defaultdict
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -35,6 +36,9 @@ class DllmScheduler(Scheduler):
     which begin a block behind one that is not stored yet: they have the rows of both blocks. The worker reports what
     became of them (`state.counters`) where vLLM would report the NaNs of its logits.
     """
+
+    least_canvases = 1
+    """Canvases that a denoising request has rows for at least."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -131,7 +135,7 @@ class DllmScheduler(Scheduler):
         There is room for a budget if all rows fit the token budget beside the longest prompt, and if none lies behind
         `max_model_len`, where vLLM would cut them.
         """
-        denoising = [request for request in self.running if request.spec_token_ids]
+        denoising = self._denoising()
         committing = [request for request in denoising if self._commits(request)]
         drafting = [request for request in denoising if not self._commits(request)]
         _trim(committing, 2 * self.block_length)
@@ -146,7 +150,11 @@ class DllmScheduler(Scheduler):
                 min(len(request.spec_token_ids) for request in drafting),
             )
             budget = self.rule.choose(len(drafting), max(0, rows // self.block_length - 1), len(committing))
-        _trim(drafting, self.block_length * (1 + budget))
+        _trim(drafting, self.block_length * max(1 + budget, self.least_canvases))
+
+    def _denoising(self) -> list[Request]:
+        """Return the running requests that take a denoising step."""
+        return [request for request in self.running if request.spec_token_ids]
 
     def _commits(self, request: Request) -> bool:
         """Tell whether a request's next step stores a block that it emitted."""
@@ -161,7 +169,7 @@ class DllmScheduler(Scheduler):
         """
         drafting = {req_id: row for req_id, row in reports.items() if not row[Column.COMMITS]}
         num_rows = len(output.scheduled_spec_decode_tokens[next(iter(drafting))]) if drafting else self.block_length
-        budget = num_rows // self.block_length - 1
+        budget = min(num_rows // self.block_length - 1, self.max_budget)
         self._stats = stats = StepStats.of_step(budget, list(reports.values()))
         for req_id, row in reports.items():
             if req_id in self.requests:  # it may have been aborted meanwhile
@@ -179,14 +187,13 @@ class DllmScheduler(Scheduler):
             or output.scheduled_cached_reqs.resumed_req_ids
             or output.preempted_req_ids
         )
-        self.rule.observe(
-            len(drafting),
-            budget,
-            stats.total_accepted / forwards,
-            ms=(updated_at_s - self._scheduled_at_s) * 1e3 if is_pure else None,
-            host_ms=self._host_ms if is_pure else None,
-            num_begins=len(reports) - len(drafting),
-        )
+        ms, host_ms = self._step_ms(updated_at_s) if is_pure else (None, None)
+        num_begins = len(reports) - len(drafting)
+        self.rule.observe(len(drafting), budget, stats.total_accepted / forwards, ms, host_ms, num_begins)
+
+    def _step_ms(self, updated_at_s: float) -> tuple[float | None, float | None]:
+        """Return what the step took, and what passed between the step before and this one; None if unknown."""
+        return (updated_at_s - self._scheduled_at_s) * 1e3, self._host_ms
 
     def _cache_stored(self, reports: dict[str, list[int]]) -> None:
         """Offer the pages whose positions are all stored to other requests, before a finished one gives them back."""
@@ -232,6 +239,36 @@ class DllmScheduler(Scheduler):
         if not self._is_causal:
             return row_blocks(request.num_prompt_tokens, request.max_tokens, self.settings, self.max_model_len).end
         return request.num_tokens - request.num_tokens % self.block_length + self.block_length
+
+
+class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
+    """Schedules a step of a block-causal model while the step before is under way.
+
+    It does not know which requests begin a block in the step, so all have room for a block to commit. vLLM's counts
+    take what is under way for accepted until it is known.
+    """
+
+    least_canvases = 2
+
+    def _denoising(self) -> list[Request]:
+        """Leave a request out of the step where its count comes too near to `max_model_len`, until it is known."""
+        denoising = super()._denoising()
+        last = self.max_model_len - self.least_canvases * self.block_length
+        for request in denoising:
+            if request.num_computed_tokens > last:
+                request.next_decode_eligible_step = self.current_step + 2  # `schedule` counts before it compares
+        return [request for request in denoising if request.num_computed_tokens <= last]
+
+    def _commits(self, request: Request) -> bool:
+        return False
+
+    def _paged_end(self, request: Request) -> int:
+        """Add a block to what is known, if the step before may end one."""
+        return super()._paged_end(request) + (self.block_length if request.num_output_placeholders else 0)
+
+    def _step_ms(self, updated_at_s: float) -> tuple[float | None, float | None]:
+        """Return the time from one step's end to the next, in which the host does its part meanwhile."""
+        return None if self._updated_at_s is None else (updated_at_s - self._updated_at_s) * 1e3, None
 
 
 def _trim(requests: list[Request], num_rows: int) -> None:

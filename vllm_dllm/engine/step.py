@@ -125,7 +125,7 @@ def split_groups(
     commits: BoolArray,
     *,
     block_length: int,
-    has_drafts: bool,
+    max_drafts: int,
     look_ahead_from: int | None,
 ) -> Iterator[Group]:
     """Group the requests of a step: those that commit, which have no drafts yet, and the others.
@@ -135,7 +135,7 @@ def split_groups(
         num_rows: [num_reqs], that each was scheduled.
         commits: [num_reqs].
         block_length: rows of a node.
-        has_drafts: whether canvases besides the root are drafts, else they are padding.
+        max_drafts: how many of the canvases besides the root are drafts at most, the others are padding.
         look_ahead_from: the smallest budget with a look-ahead; None: none has one.
 
     Raises: RuntimeError where the rows are not as many for all of a group, or no whole nodes, or too few to commit.
@@ -154,7 +154,7 @@ def split_groups(
         is_all = len(index_np) == len(commits)
         index = slice(None) if is_all else torch.from_numpy(index_np).to(blocks.slots.device, non_blocking=True)
         of_group = Blocks(blocks.slots[index], blocks.slots_np[index_np], blocks.start[index])
-        num_drafts = nodes - 1 if has_drafts and not is_commit else 0
+        num_drafts = 0 if is_commit else min(nodes - 1, max_drafts)
         looks_ahead = look_ahead_from is not None and num_drafts >= look_ahead_from
         num_drafts -= NUM_NODES * looks_ahead
         yield Group(index_np, index, of_group, block_length, nodes, num_drafts, is_commit, looks_ahead)

@@ -12,6 +12,7 @@ from vllm_dllm.spiffy_config import SpiffySettings
 logger = init_logger("vllm.dllm")
 
 SCHEDULER = "vllm_dllm.engine.scheduler.DllmScheduler"
+ASYNC_SCHEDULER = "vllm_dllm.engine.scheduler.DllmAsyncScheduler"
 
 MAX_DRAFT_ROWS = 2048
 """Rows of a step beyond which a forward is bound by arithmetic on any device, so that drafts only cost."""
@@ -73,8 +74,8 @@ def _set_scheduler(vllm_config: VllmConfig, num_rows: int) -> None:
     A prompt's rows count against the budget, although they are not computed.
     """
     scheduler = vllm_config.scheduler_config
-    scheduler.scheduler_cls = SCHEDULER
-    scheduler.async_scheduling = False
+    scheduler.async_scheduling = bool(scheduler.async_scheduling)
+    scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
     needed = num_rows + vllm_config.model_config.max_model_len
     if scheduler.max_num_batched_tokens < needed:
         logger.info(

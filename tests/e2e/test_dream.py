@@ -1,0 +1,148 @@
+"""Dream through the engine equals the reference, in fp32: its policies and ours, its schedule and its logit shift."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.dream import OTHERS, PUBLISHED, dream_oracle, make_wild_dream
+from tests.e2e.rig import (
+    Case,
+    Oracle,
+    check_counts_while_running,
+    engine,
+    mixed_cases,
+    random_graph,
+    run,
+    run_outputs,
+    speculation,
+    step_all,
+)
+from vllm_dllm.reference.decode import KvPolicy, generate
+
+pytestmark = pytest.mark.engine
+
+KV_SETTINGS: list[dict[str, Any]] = [{}, {"refresh_every": 1}, {"refresh_every": 4}, {"kv_policy": "prefix"}]
+SETTINGS = [kv | {"block_length": n} for n, kv in itertools.product([8, 32], KV_SETTINGS)]
+
+
+@pytest.fixture(scope="module")
+def dream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dream") / "checkpoint"
+    make_wild_dream(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def oracle(dream: Path) -> Oracle:
+    return dream_oracle(dream)
+
+
+@pytest.fixture(scope="module")
+def mild_dream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that can be foreseen a little."""
+    path = tmp_path_factory.mktemp("mild_dream") / "checkpoint"
+    make_wild_dream(path, mixing=0.05)
+    return path
+
+
+@pytest.fixture(scope="module")
+def mild_oracle(mild_dream: Path) -> Oracle:
+    return dream_oracle(mild_dream)
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=str)
+def served(request: pytest.FixtureRequest, dream: Path) -> Iterator[Any]:
+    with engine(dream, request.param) as llm:
+        yield llm, request.param
+
+
+def check_cases(llm: Any, oracle: Oracle, cases: list[Case], settings: dict[str, Any]) -> None:
+    """Compare tokens and counts of forwards."""
+    outputs = run_outputs(llm, cases)
+    expected = [oracle.generation(case, settings) for case in cases]
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    assert tokens == [e.tokens.tolist()[: case.max_tokens] for e, case in zip(expected, cases, strict=True)]
+    took = [output.kv_transfer_params["dllm"] for output in outputs]
+    if settings.keys() == {"block_length"}:  # the dual cache, whose refreshes decide a step
+        assert [n["nfe"] for n in took] == [e.nfe for e in expected]
+    else:
+        assert [n["nfe"] - n["nfe_refresh"] for n in took] == [len(e.history) for e in expected]
+    assert len({token for row in tokens for token in row}) > 50, "the model says too little for equality to mean much"
+
+
+@pytest.mark.parametrize("policies", [PUBLISHED, OTHERS], ids=["published", "others"])
+def test_mixed_batch_equals_reference(served: Any, oracle: Oracle, policies: Any) -> None:
+    llm, settings = served
+    check_cases(llm, oracle, mixed_cases(settings["block_length"], seed=12, policies=policies), settings)
+
+
+def test_preemption_restarts_the_block_alone(served: Any, oracle: Oracle) -> None:
+    llm, settings = served
+    cases = mixed_cases(settings["block_length"], seed=6, policies=PUBLISHED)[:8]
+    preempted = []
+
+    def preempt(number: int, llm: Any) -> None:
+        if number % (settings["block_length"] + 5) == 5:
+            preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
+            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+
+    tokens = step_all(llm, cases, preempt)
+    assert sum(preempted) >= len(cases), "too few were preempted"
+    assert tokens == {str(i): oracle.tokens(case, settings) for i, case in enumerate(cases)}
+
+
+def test_a_generation_of_one_block_without_cache_is_dreams_own(dream: Path, oracle: Oracle) -> None:
+    """`diffusion_generate` knows no blocks."""
+    settings = {"block_length": 61, "refresh_every": 1}
+    cases = [dataclasses.replace(case, max_tokens=61) for case in mixed_cases(61, seed=3, policies=PUBLISHED[:-1])]
+    with engine(dream, settings) as llm:
+        tokens = run(llm, cases)
+    assert tokens == [
+        generate(
+            oracle.model,
+            torch.tensor(case.prompt),
+            **oracle._options(case, settings) | {"gen_length": 61, "block_length": 61, "kv": KvPolicy("none")},
+        ).tokens.tolist()
+        for case in cases
+    ]
+
+
+def test_what_is_published_is_the_default(dream: Path, oracle: Oracle) -> None:
+    case = Case(prompt=(5, 6, 7), max_tokens=40, policy="entropy", temperature=0.2, top_p=0.95, seed=4)
+    with engine(dream, {}, generation_config="auto") as llm:
+        default = llm.get_default_sampling_params()
+        assert (default.temperature, default.top_p) == (0.0, 0.95)  # the checkpoint gives a temperature
+        params = case.sampling_params(extra_args={})
+        [output] = llm.generate([{"prompt_token_ids": list(case.prompt)}], params, use_tqdm=False)
+    assert list(output.outputs[0].token_ids) == oracle.tokens(case, {"block_length": 32})
+
+
+@pytest.mark.parametrize(("block_length", "num_nodes", "budget", "per_step"), [(8, 12, 5, None), (32, 24, 3, 1)])
+def test_drafts_change_forwards_and_no_token(
+    mild_dream: Path, mild_oracle: Oracle, block_length: int, num_nodes: int, budget: int, per_step: int | None
+) -> None:
+    graph = random_graph(num_nodes, num_nodes, block_length, per_step)
+    settings = {"block_length": block_length}
+    cases = [
+        case
+        for policies in (PUBLISHED, OTHERS)
+        for case in mixed_cases(block_length, seed=block_length, policies=policies)
+    ]
+    options = {"speculative_config": speculation(graph, budget), "max_model_len": 1024}
+    with engine(mild_dream, settings, **options) as llm:
+        outputs = run_outputs(llm, cases)
+        check_counts_while_running(llm, cases[:8])
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    assert tokens == [mild_oracle.tokens(case, settings) for case in cases]
+    took = [output.kv_transfer_params["dllm"] for output in outputs]
+    assert {numbers["exactness"] for numbers in took} == {"exact"}
+    expected = [mild_oracle.speculative(case, settings, graph, budget) for case in cases]
+    assert [(n["nfe"], n["nfe_refresh"], n["accepted"], n["proposed"]) for n in took] == [
+        (e.nfe, e.nfe_refresh, e.num_accepted, e.num_proposed) for e in expected
+    ]
+    assert sum(e.num_accepted for e in expected) >= 8, "too few drafts come true for the test to mean much"
