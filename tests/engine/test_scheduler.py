@@ -49,7 +49,8 @@ def make(budget: int | None = MAX_NODES, running: list[Any] | None = None, spiff
 
 def row(refreshes: int = 0, accepted: int = 0, proposed: int = MAX_NODES) -> list[int]:
     numbers = [0] * REPORT_LEN
-    numbers[: Column.PROPOSED + 1] = [1, refreshes, 1 + accepted, accepted, 0, proposed]
+    numbers[: Column.FINISHED] = [1, refreshes, 1 + accepted, accepted]
+    numbers[Column.PROPOSED] = proposed
     return numbers
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_dllm.attention.layout import pinned
 from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
@@ -78,15 +79,12 @@ class CanvasState:
         self.edge = edge
         # [max_num_reqs, block_length]: the active block. The mask token is never chosen, so it stands for masked alone.
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)
-        # Pinned for a GPU, so that the copy does not wait. Nobody writes meanwhile: the scheduler is synchronous.
-        is_pinned = device.type == "cuda"
         # Rows: a parameter each, then the request's table, `counts` or `times`.
         shapes = ((len(names) + block_length, max_num_reqs) for names in (_INTS, _FLOATS))
-        self._ints_host = torch.zeros(next(shapes), dtype=torch.int64, pin_memory=is_pinned)
-        self._floats_host = torch.zeros(next(shapes), dtype=torch.float64, pin_memory=is_pinned)
-        self._ints_np, self._floats_np = self._ints_host.numpy(), self._floats_host.numpy()
-        self._ints = torch.zeros_like(self._ints_host, device=device)
-        self._floats = torch.zeros_like(self._floats_host, device=device)
+        self._ints_np = np.zeros(next(shapes), dtype=np.int64)
+        self._floats_np = np.zeros(next(shapes), dtype=np.float64)
+        self._ints = torch.zeros(self._ints_np.shape, dtype=torch.int64, device=device)
+        self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
         self._offsets = torch.arange(block_length, device=device)
 
@@ -99,8 +97,9 @@ class CanvasState:
     def apply_staged_writes(self) -> None:
         """Copy the parameters staged since the last call to the device."""
         if self._is_staged:
-            self._ints.copy_(self._ints_host, non_blocking=True)
-            self._floats.copy_(self._floats_host, non_blocking=True)
+            # From what nobody writes: the next request may come before a GPU has copied.
+            self._ints.copy_(pinned(self._ints_np, self.device), non_blocking=True)
+            self._floats.copy_(pinned(self._floats_np, self.device), non_blocking=True)
             self._is_staged = False
 
     @property
