@@ -1,13 +1,12 @@
 """Drafts across the end of SDAR's blocks change forwards and no token: engine with == without == reference, in fp32."""
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.rig import Case, check_counts_while_running, engine, random_graph, run_outputs, speculation, step_all
+from tests.e2e.rig import engine, random_graph, run_outputs, speculation
 from tests.e2e.sdar import SdarOracle, make_wild_sdar, sdar_cases
 
 pytestmark = pytest.mark.engine
