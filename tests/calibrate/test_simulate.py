@@ -69,6 +69,15 @@ def test_counts_and_proposals_agree(most_per_step, per_step):
     assert all(value > 0 for value in graph.expected)
 
 
+def test_a_node_that_was_chosen_before_its_parent_comes_behind_it():
+    text, confidence = [10, 11, 12, 13, 14], [0.9, 0.8, 0.7, 0.6, 0.5]
+    often, once = [[0], [1, 2], [3, 4]], [[0], [1], [2, 3], [4]]
+    traces = [make_trace(make_block(text, steps, confidence)) for steps in (often, often, once)]
+    graph = make_graph(traces, Decoding(MASK), DllmConfig(policy="threshold", block_length=5), 12)
+    assert {((0, 0),), ((0, 0), (1, 0))} <= set(graph.formulas)
+    assert all(max(parents) <= number for number, parents in enumerate(graph.parents))
+
+
 def test_a_walk_is_the_leading_part_of_the_path():
     rng = np.random.default_rng(3)
     traces = [random_trace(rng, prompt_idx=i) for i in range(10)]

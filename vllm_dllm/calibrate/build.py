@@ -77,7 +77,7 @@ def make_graph(
         counts=tuple(counts[formula] for formula in formulas),
         num_anchors=len(paths),
         readiness=decoding.readiness,
-    )
+    ).parents_first()  # where the tokens of a step vary, a node may have been chosen before its largest subset
     return replace(graph, expected=expected_counts(graph, draft_blocks(graph, traces, decoding)))
 
 
