@@ -12,7 +12,7 @@ from vllm_dllm.attention.layout import (
     ForwardLayout,
     HostLayout,
     denoise_layout,
-    refresh_layout,
+    storing_layout,
     to_device,
 )
 
@@ -31,6 +31,13 @@ def denoising(num_nodes: int, block_length: int = 5) -> HostLayout:
     return denoise_layout(ints(1, 33, 16, 47), ints(6, 70, 21, 90), num_nodes=num_nodes, block_length=block_length)
 
 
+def committing() -> HostLayout:
+    """Requests of a block-causal model, two of which store the block before."""
+    start = ints(5, 35, 0, 40)
+    commits = np.array([True, False, False, True])
+    return denoise_layout(start, start + 5, num_nodes=ints(2, 3, 3, 2), block_length=5, commits=commits)
+
+
 def mixed() -> HostLayout:
     """Nodes of any length and context, an empty node, an empty request, a request whose nodes differ."""
     return HostLayout(
@@ -46,8 +53,10 @@ def mixed() -> HostLayout:
 LAYOUTS = {
     "one canvas": denoising(1),
     "drafts": denoising(3, 4),
-    "whole rows": refresh_layout(ints(0, 0), ints(21, 40)),
-    "ends of rows": refresh_layout(ints(0, 17, 32), ints(9, 33, 53)),
+    "drafts and commits": committing(),
+    "whole rows": storing_layout(ints(0, 0), ints(21, 40)),
+    "ends of rows": storing_layout(ints(0, 17, 32), ints(9, 33, 53)),
+    "prompts": storing_layout(ints(0, 16, 8, 40), ints(12, 28, 8, 44), 4),
     "mixed": mixed(),
 }
 

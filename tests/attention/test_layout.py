@@ -8,10 +8,11 @@ from tests.attention.scenes import denoising, ints
 from vllm_dllm.attention.layout import (
     CapturedLayout,
     denoise_layout,
+    empty_layout,
     lone_layout,
     pad_layout,
-    refresh_layout,
-    refresh_rows,
+    stored_rows,
+    storing_layout,
     to_device,
 )
 
@@ -27,11 +28,33 @@ def test_canvases_of_a_request_see_its_row_but_the_block() -> None:
 
 
 def test_a_refresh_sees_what_precedes_it() -> None:
-    host = refresh_layout(ints(0, 5, 9), ints(4, 12, 10))
+    host = storing_layout(ints(0, 5, 9), ints(4, 12, 10))
     assert host.first_node.tolist() == [0, 1, 2, 3]
     assert host.first_row.tolist() == [0, 4, 11, 12]
     assert host.context_len.tolist() == [0, 5, 9]
     assert (host.context[:, 0] == 0).all()
+
+
+def test_a_prompt_s_blocks_see_the_blocks_before_them() -> None:
+    host = storing_layout(ints(0, 8, 4), ints(8, 12, 4), 4)
+    assert host.first_node.tolist() == [0, 2, 3, 3]
+    assert host.first_row.tolist() == [0, 4, 8, 12]
+    assert host.context.tolist() == [[0, 0, 4, 4], [0, 4, 8, 8], [0, 8, 12, 12]]
+
+
+def test_a_commit_sees_what_precedes_it_and_the_root_sees_the_commit() -> None:
+    start = ints(8, 20, 4)
+    commits = np.array([True, False, True])
+    host = denoise_layout(start, start + 4, num_nodes=ints(2, 3, 2), block_length=4, commits=commits)
+    assert host.first_node.tolist() == [0, 2, 5, 7]
+    assert host.first_row.tolist() == list(range(0, 29, 4))
+    root, other, first = [0, 8, 12, 12], [0, 20, 24, 24], [0, 4, 8, 8]
+    assert host.context.tolist() == [root, [0, 4, 8, 8], *[other] * 3, first, [0, 0, 4, 4]]
+    assert host.context_len.tolist() == [8, 4, 20, 20, 20, 4, 0]
+
+
+def test_a_step_of_nobody_is_empty() -> None:
+    assert (empty_layout().num_requests, empty_layout().num_nodes) == (0, 0)
 
 
 def test_rows_of_nobody_see_each_other() -> None:
@@ -45,6 +68,16 @@ def test_padding_sees_only_itself() -> None:
     assert padded.first_row.tolist() == list(range(0, 45, 4))
     assert padded.context_len[8:].tolist() == [0, 0, 0]
     assert np.array_equal(padded.context[:8], denoising(2, 4).context)
+
+
+def test_requests_with_different_nodes_are_padded_alike() -> None:
+    start = ints(8, 20)
+    host = denoise_layout(start, start + 4, num_nodes=ints(2, 3), block_length=4, commits=np.array([True, False]))
+    padded = pad_layout(host, num_rows=32, num_requests=4, block_length=4)
+    assert padded.first_node.tolist() == [0, 2, 5, 8, 8]
+    assert padded.first_row.tolist() == list(range(0, 33, 4))
+    assert padded.context[:5].tolist() == host.context.tolist()
+    assert padded.context_len[5:].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("num_reqs", [0, 1, 5])
@@ -89,7 +122,7 @@ def test_a_layout_travels_as_it_is() -> None:
 @pytest.mark.parametrize("begins", [[0, 0, 0], [0, 5, 12], [3, 3, 3]])
 def test_rows_of_a_refresh_and_where_they_are_stored(begins: list[int]) -> None:
     row_lens, page_size = [9, 20, 13], 7
-    rows = refresh_rows(torch.tensor(begins), torch.tensor(row_lens), sum(row_lens) - sum(begins))
+    rows = stored_rows(torch.tensor(begins), torch.tensor(row_lens), sum(row_lens) - sum(begins))
     expected = [(i, p) for i in range(3) for p in range(begins[i], row_lens[i])]
     assert list(zip(rows.request.tolist(), rows.position.tolist(), strict=True)) == expected
     page_table = torch.randperm(9).int().view(3, 3)

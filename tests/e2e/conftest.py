@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.rig import CHECKPOINT, Oracle, make_wild_checkpoint
+from tests.e2e.sdar import make_wild_sdar
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,3 +54,19 @@ def mild_oracle(mild: Path) -> Oracle:
 def trained() -> Oracle:
     """The reference decoder on the trained model of the repository."""
     return Oracle(CHECKPOINT)
+
+
+@pytest.fixture(scope="session")
+def wild_sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a random SDAR model."""
+    path = tmp_path_factory.mktemp("wild_sdar") / "checkpoint"
+    make_wild_sdar(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mild_sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a random SDAR model that can be foreseen a little."""
+    path = tmp_path_factory.mktemp("mild_sdar") / "checkpoint"
+    make_wild_sdar(path, mixing=0.05)
+    return path

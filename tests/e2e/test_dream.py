@@ -130,11 +130,7 @@ def test_drafts_change_forwards_and_no_token(
 ) -> None:
     graph = random_graph(num_nodes, num_nodes, block_length, per_step)
     settings = {"block_length": block_length}
-    cases = [
-        case
-        for policies in (PUBLISHED, OTHERS)
-        for case in mixed_cases(block_length, seed=21, policies=policies)
-    ]
+    cases = [case for policies in (PUBLISHED, OTHERS) for case in mixed_cases(block_length, seed=21, policies=policies)]
     options = {"speculative_config": speculation(graph, budget), "max_model_len": 1024}
     with engine(mild_dream, settings, **options) as llm:
         outputs = run_outputs(llm, cases)

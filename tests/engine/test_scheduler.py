@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.engine import scheduler as module
@@ -33,6 +34,7 @@ def request(name: str = "a", num_computed_tokens: int = 8, canvases: int = 1 + M
 def make(budget: int | None = MAX_NODES, running: list[Any] | None = None, spiffy: bool = True) -> DllmScheduler:
     """Make a scheduler of 64 tokens per step and a `max_model_len` of 32, without vLLM's part."""
     made = object.__new__(DllmScheduler)
+    made.settings = DllmConfig(block_length=B)
     made.block_length, made.max_model_len, made.max_num_scheduled_tokens = B, 32, 64
     made.running, made.waiting = running or [], []
     made.requests = {each.request_id: each for each in made.running}
@@ -47,7 +49,8 @@ def make(budget: int | None = MAX_NODES, running: list[Any] | None = None, spiff
 
 def row(refreshes: int = 0, accepted: int = 0, proposed: int = MAX_NODES) -> list[int]:
     numbers = [0] * REPORT_LEN
-    numbers[: Column.PROPOSED + 1] = [1, refreshes, 1 + accepted, accepted, 0, proposed]
+    numbers[: Column.FINISHED] = [1, refreshes, 1 + accepted, accepted]
+    numbers[Column.PROPOSED] = proposed
     return numbers
 
 

@@ -25,7 +25,7 @@ CONFIG = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m", arc
 
 def row(forwards: int = 1, refreshes: int = 0, unmasked: int = 1, accepted: int = 0, *proposed: int) -> list[int]:
     numbers = [0] * REPORT_LEN
-    numbers[: Column.PROPOSED] = [forwards, refreshes, unmasked, accepted, 0]
+    numbers[: Column.FINISHED] = [forwards, refreshes, unmasked, accepted]
     numbers[Column.PROPOSED : Column.PROPOSED + len(proposed)] = proposed
     return numbers
 

@@ -1,13 +1,17 @@
-"""Who sees whom in a forward, as the small tensors that attention takes, and where a refresh stores its K/V.
+"""Who sees whom in a forward, as the small tensors that attention takes, and where rows store their K/V.
 
 A *node* is a set of packed rows that see each other: the canvas of a draft-graph node in a denoising step, everything
-from `begin` on in a refresh. Besides, the rows of a node see its *context*, two intervals of their request's stored
-positions, and nothing else (csrc/include/dllm/visible.h):
+from `begin` on in a refresh, a block of the prompt in a prefill. Besides, the rows of a node see its *context*, two
+intervals of their request's stored positions, and nothing else (csrc/include/dllm/visible.h):
 
-    denoise   0 ......... block_start |  own block  | block_end ......... row_len
-              context                                 context
+    denoise   0 ......... block_start |  own block  | block_end ......... visible_end
+              context                                 context (empty in a block-causal model)
+    commit    0 ......... block_start - B | the block before |
+              context
     refresh   0 ......... begin | own rows .............................. row_len
               context (empty when begin is 0)
+    prefill   0 ......... block_start |  own block  |
+              context, of which the blocks of the same forward are a part: a layer stores before it attends
 
 Nodes of a request are consecutive and share its page table; rows of a node are consecutive. The host knows all lengths
 before the forward, so a layout is made on the host and travels in one copy. Entries of a page table that no context
@@ -81,40 +85,65 @@ class ForwardLayout:
     host: HostLayout  # of a captured CUDA graph: that of the capture
 
 
-def denoise_layout(block_start: IntArray, row_len: IntArray, *, num_nodes: int, block_length: int) -> HostLayout:
-    """Lay out a denoising step: each canvas sees its request's row but the block, and itself.
+def denoise_layout(
+    block_start: IntArray,
+    visible_end: IntArray,
+    *,
+    num_nodes: int | IntArray,
+    block_length: int,
+    commits: NDArray[np.bool_] | None = None,
+) -> HostLayout:
+    """Lay out a denoising step: each canvas sees what its request sees but the block, and itself.
 
     Args:
-        block_start, row_len: [num_requests].
-        num_nodes: canvases of each request.
+        block_start: [num_requests].
+        visible_end: [num_requests], end of the positions that the block sees: of the row, or of the block itself.
+        num_nodes: canvases of each request, or of every one.
         block_length: positions per block.
+        commits: [num_requests], whose last node is the block before the present one; None: nobody's.
     """
     num_requests = len(block_start)
-    intervals = [np.zeros_like(block_start), block_start, block_start + block_length, row_len]
+    num_nodes = np.broadcast_to(num_nodes, num_requests)
+    first_node = np.concatenate([[0], np.cumsum(num_nodes)])
+    intervals = [np.zeros_like(block_start), block_start, block_start + block_length, visible_end]
+    context = np.stack(intervals, 1).repeat(num_nodes, 0)
+    if commits is not None:
+        context[first_node[1:][commits] - 1, 1:] -= block_length
     return HostLayout(
-        first_node=np.arange(num_requests + 1, dtype=np.int32) * np.int32(num_nodes),
-        first_row=np.arange(num_requests * num_nodes + 1, dtype=np.int32) * np.int32(block_length),
-        context=np.stack(intervals, 1).astype(np.int32).repeat(num_nodes, 0),
+        first_node=first_node.astype(np.int32),
+        first_row=np.arange(first_node[-1] + 1, dtype=np.int32) * np.int32(block_length),
+        context=context.astype(np.int32),
     )
 
 
-def refresh_layout(begin: IntArray, row_len: IntArray) -> HostLayout:
-    """Lay out a refresh: positions [begin, row_len) of each request see what is stored before them, and themselves.
+def storing_layout(begin: IntArray, end: IntArray, node_length: int | None = None) -> HostLayout:
+    """Lay out rows that are stored: each node sees what is stored before it, and itself.
 
     Args:
-        begin, row_len: [num_requests].
+        begin, end: [num_requests], the positions of each.
+        node_length: positions of a node; None: a request's positions are one node.
     """
-    num_requests = len(begin)
+    starts = [np.arange(b, e, node_length or max(e - b, 1)) for b, e in zip(begin, end, strict=True)]
+    node_begin = np.concatenate(starts)
+    num_nodes = [len(of_request) for of_request in starts]
+    request_end = end.repeat(num_nodes)
+    node_end = request_end if node_length is None else np.minimum(node_begin + node_length, request_end)
     return HostLayout(
-        first_node=np.arange(num_requests + 1, dtype=np.int32),
-        first_row=np.concatenate([[0], np.cumsum(row_len - begin)]).astype(np.int32),
-        context=np.stack([np.zeros_like(begin), begin, row_len, row_len], 1).astype(np.int32),
+        first_node=np.concatenate([[0], np.cumsum(num_nodes)]).astype(np.int32),
+        first_row=np.concatenate([[0], np.cumsum(node_end - node_begin)]).astype(np.int32),
+        context=np.stack([np.zeros_like(node_begin), node_begin, node_end, node_end], 1).astype(np.int32),
     )
 
 
 def lone_layout(num_rows: int) -> HostLayout:
     """Lay out rows of nobody, which see each other and nothing stored."""
-    return refresh_layout(np.zeros(1, dtype=np.int64), np.array([num_rows]))
+    return storing_layout(np.zeros(1, dtype=np.int64), np.array([num_rows]))
+
+
+def empty_layout() -> HostLayout:
+    """Lay out a step of no requests."""
+    none = np.zeros(0, dtype=np.int64)
+    return denoise_layout(none, none, num_nodes=1, block_length=1)
 
 
 def pad_layout(host: HostLayout, *, num_rows: int, num_requests: int, block_length: int) -> HostLayout:
@@ -197,8 +226,8 @@ def _unpack(packed: Tensor, host: HostLayout, page_table: Tensor, page_size: int
 
 
 @dataclass(frozen=True, slots=True)
-class RefreshRows:
-    """Packed rows of a refresh: for each request the positions [begin, row_len)."""
+class StoredRows:
+    """Packed rows that are stored: for each request the positions [begin, end)."""
 
     request: Tensor  # [num_rows] int64
     position: Tensor  # [num_rows] int64
@@ -214,17 +243,16 @@ class RefreshRows:
         return PagedIndex(page, self.position % page_size)
 
 
-def refresh_rows(begin: Tensor, row_len: Tensor, num_rows: int) -> RefreshRows:
-    """Pack the rows of a refresh.
+def stored_rows(begin: Tensor, end: Tensor, num_rows: int) -> StoredRows:
+    """Pack the rows of a refresh or a prefill.
 
     Args:
-        begin: [num_requests] int64.
-        row_len: [num_requests] int64.
-        num_rows: sum of `row_len - begin`, known to the host.
+        begin, end: [num_requests] int64.
+        num_rows: sum of `end - begin`, known to the host.
     """
-    own_len = row_len - begin
+    own_len = end - begin
     requests = torch.arange(begin.shape[0], device=begin.device)
     request = torch.repeat_interleave(requests, own_len, output_size=num_rows)
     first_row = own_len.cumsum(0) - own_len
     row = torch.arange(num_rows, device=begin.device)
-    return RefreshRows(request, row - first_row[request] + begin[request])
+    return StoredRows(request, row - first_row[request] + begin[request])

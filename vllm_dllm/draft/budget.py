@@ -145,24 +145,26 @@ class BudgetRule:
         self._host_ms = 0.0
         self._batches: defaultdict[int, _Batch] = defaultdict(_Batch)
 
-    def choose(self, num_reqs: int, limit: int) -> int:
+    def choose(self, num_reqs: int, limit: int, num_begins: int = 0) -> int:
         """Return the budget of the next step.
 
         Args:
-            num_reqs: requests that take a denoising step, at least 1.
+            num_reqs: requests that may have drafts in the step, at least 1.
             limit: the largest budget for which there is room.
+            num_begins: requests besides, which begin a block: two canvases each, no drafts.
         """
         limit = min(limit, len(self._prior) - 1)
         if self.fixed is not None:
             return max(0, min(self.fixed, limit))
-        batch = self._batch(num_reqs)
+        batch = self._batch(num_reqs + num_begins)
         batch.num_steps += 1
         if limit <= 0 or self.curve is None:
             return 0
         if batch.num_steps % DECIDE_EVERY:
             return min(batch.budget, limit)
-        ms = [self._ms(self.curve, batch, num_reqs, budget) for budget in range(limit + 1)]
-        rates = [self._transitions(budget) / ms[budget] for budget in range(limit + 1)]
+        rows = [self._rows(num_reqs, budget, num_begins) for budget in range(limit + 1)]
+        ms = [self._host_ms + self.curve.ms(rows[budget]) * batch.cost.of(budget) for budget in range(limit + 1)]
+        rates = [(num_begins + num_reqs * self._transitions(budget)) / ms[budget] for budget in range(limit + 1)]
         best, present = rates.index(max(rates)), min(batch.budget, limit)
         if rates[best] >= (1 + MARGIN) * rates[present]:
             present = best
@@ -170,24 +172,30 @@ class BudgetRule:
         return self._tried(batch, ms, rates)
 
     def observe(
-        self, num_reqs: int, budget: int, mean_accepted: float, ms: float | None = None, host_ms: float | None = None
+        self,
+        num_reqs: int,
+        budget: int,
+        mean_accepted: float,
+        ms: float | None = None,
+        host_ms: float | None = None,
+        num_begins: int = 0,
     ) -> None:
         """Learn from a step.
 
         Args:
-            num_reqs, budget: of the step.
-            mean_accepted: transitions made through drafts, mean of the requests.
+            num_reqs, budget, num_begins: of the step, as in `choose`.
+            mean_accepted: transitions made through drafts, mean of the `num_reqs` requests.
             ms: what the step took; None for one that did something besides denoising, such as a refresh.
             host_ms: what passed between the step before and this one; None if the engine may have waited for work.
         """
         if self.fixed is not None:
             return
-        batch = self._batch(num_reqs)
+        batch = self._batch(num_reqs + num_begins)
         is_usual = budget == batch.budget
         if budget > 0:
             self._accepted.observe(budget, mean_accepted / self._prior[budget], is_usual)
         if ms is not None and self.curve is not None:
-            forecast = self.curve.ms(num_reqs * self._block_length * (1 + budget))
+            forecast = self.curve.ms(self._rows(num_reqs, budget, num_begins))
             batch.cost.observe(budget, ms / forecast, is_usual)
         if host_ms is not None:
             self._host_ms += 0.1 * (min(host_ms, 2 * self._host_ms or host_ms) - self._host_ms)
@@ -195,8 +203,8 @@ class BudgetRule:
     def _batch(self, num_reqs: int) -> _Batch:
         return self._batches[(num_reqs - 1).bit_length()]
 
-    def _ms(self, curve: CostCurve, batch: _Batch, num_reqs: int, budget: int) -> float:
-        return self._host_ms + curve.ms(num_reqs * self._block_length * (1 + budget)) * batch.cost.of(budget)
+    def _rows(self, num_reqs: int, budget: int, num_begins: int) -> int:
+        return self._block_length * (num_reqs * (1 + budget) + 2 * num_begins)
 
     def _transitions(self, budget: int) -> float:
         return 1 + self._prior[budget] * self._accepted.of(budget)

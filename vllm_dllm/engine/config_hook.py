@@ -13,7 +13,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vllm_dllm.config import DllmConfig, max_prompt_len, parse_server_settings
 from vllm_dllm.engine.attention_choice import set_attention
-from vllm_dllm.engine.step_sizes import set_step_sizes
+from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, ModelFamily, check_family, family_of
 from vllm_dllm.spiffy_config import (
@@ -68,8 +68,9 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "diffusion_config is set, but it belongs to another model; give additional_config.dllm.block_length instead",
     ),
     (
-        lambda c: c.scheduler_config.async_scheduling,
-        "async_scheduling is on, but the host must know which requests begin a block; remove --async-scheduling",
+        lambda c: c.scheduler_config.async_scheduling and not _is_block_causal(c.model_config),
+        "async_scheduling is on, but the host must know which requests begin a block of a bidirectional model; remove "
+        "--async-scheduling",
     ),
     (
         lambda c: c.scheduler_config.scheduler_cls,
@@ -97,12 +98,13 @@ _REFUSALS: tuple[_Refusal, ...] = (
     ),
     (
         lambda c: c.cache_config.kv_offloading_size,
-        "kv_offloading_size is {c.cache_config.kv_offloading_size}, but the K/V of a bidirectional model change until "
-        "the request ends; remove it",
+        "kv_offloading_size is {c.cache_config.kv_offloading_size}, but diffusion models store K/V when blocks end, "
+        "not when vLLM counts them; remove it",
     ),
     (
         lambda c: c.kv_transfer_config,
-        "kv_transfer_config is set, but the K/V of a bidirectional model change until the request ends; remove it",
+        "kv_transfer_config is set, but diffusion models store K/V when blocks end, not when vLLM counts them; remove "
+        "it",
     ),
     (
         lambda c: c.cache_config.cache_dtype not in KV_CACHE_DTYPES,
@@ -136,6 +138,10 @@ _REFUSALS: tuple[_Refusal, ...] = (
 def is_ours(model_config: ModelConfig) -> bool:
     """Tell whether a model is served by this plugin."""
     return family_of(model_config.architectures) is not None
+
+
+def _is_block_causal(model_config: ModelConfig) -> bool:
+    return served_family(model_config).attention == "block_causal"
 
 
 def settings_of(vllm_config: VllmConfig) -> DllmConfig:
@@ -231,28 +237,31 @@ def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
 
 
 def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
-    """Refuse flags that vLLM turns on by itself for other models, where the user asked for them.
+    """Refuse flags that vLLM turns on by itself for other models, where the user asked for them and they do not fit.
+
+    Prefix caching is on for the models that can, unless the user turns it off.
 
     Raises: ConfigError.
     """
     if not is_ours(model_config):
         return
-    if args.enable_prefix_caching:
+    if args.enable_prefix_caching and not _is_block_causal(model_config):
         raise ConfigError(
             "enable_prefix_caching is on, but the K/V of a bidirectional model depend on what follows the prefix; "
             "allowed is off; remove --enable-prefix-caching"
         )
     if args.enable_chunked_prefill:
         raise ConfigError(
-            "enable_chunked_prefill is on, but a bidirectional model sees its whole prompt at once; allowed is off; "
+            "enable_chunked_prefill is on, but a diffusion model takes its whole prompt at once; allowed is off; "
             "remove --enable-chunked-prefill"
         )
+    if args.enable_prefix_caching is None:
+        args.enable_prefix_caching = _is_block_causal(model_config)
 
 
 def clear_flags(args: EngineArgs, model_config: ModelConfig) -> None:
     """Turn off for our models what vLLM turned on by default."""
     if is_ours(model_config):
-        args.enable_prefix_caching = False
         args.enable_chunked_prefill = False
 
 
@@ -288,8 +297,10 @@ class DllmConfigHook(VerifyAndUpdateConfig):
                 "block_length"
             )
         spiffy = spiffy_of(vllm_config)
+        if settings.kv_policy == "block_causal":
+            set_page_size(vllm_config, settings.block_length)
         set_attention(vllm_config, settings)
-        set_step_sizes(vllm_config, settings.block_length, spiffy)
+        set_step_sizes(vllm_config, settings, spiffy)
         # vLLM's kernel warm-up steps requests with sampling parameters that are refused here (penalties, logprobs),
         # past the end of their generation; without it the runner's few Triton kernels compile in the first request.
         vllm_config.kernel_config.enable_jit_warmup = False

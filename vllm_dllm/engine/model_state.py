@@ -7,7 +7,6 @@ whole row with its masked generation, which is what a bidirectional model needs.
 """
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +25,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_dllm.attention.layout import denoise_layout, refresh_layout, refresh_rows
-from vllm_dllm.denoiser import Denoiser, Drafting, Nodes
+from vllm_dllm.attention.layout import empty_layout, stored_rows, storing_layout
+from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.native import choose_draft_functions
 from vllm_dllm.engine.attention import ForwardAttention
@@ -35,33 +34,15 @@ from vllm_dllm.engine.config_hook import rules_of, served_family, settings_of, s
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
+from vllm_dllm.engine.step import DenoiseStep, split_groups
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.spiffy_config import SpiffySettings
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
-from vllm_dllm.state.kv import IntArray, RefreshPlan, RefreshSchedule
+from vllm_dllm.state.kv import IntArray, KvSchedule, StorePlan
 
 if TYPE_CHECKING:
     from vllm_dllm.models.transformer import MaskedDiffusionLM
-
-
-@dataclass(slots=True)
-class DenoiseStep:
-    """The requests of a batch that take a denoising step: its first `num_reqs`."""
-
-    batch: InputBatch
-    num_reqs: int
-    num_nodes: int  # canvases evaluated for each request
-    blocks: Blocks
-    block_start_np: IntArray  # [num_reqs], `blocks.start` on the host
-    num_refreshes: Tensor  # [num_reqs] int64, 0 or 1
-    num_unmasked: Tensor  # [num_reqs] int64, positions, by the refresh
-    nodes: Nodes | None = None  # what is evaluated, once the refreshes are done
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the forward."""
-        return 0 if self.nodes is None else self.nodes.canvas.numel()
 
 
 class DllmModelState(ModelState):
@@ -90,7 +71,11 @@ class DllmModelState(ModelState):
             None if spiffy is None else self._drafting(spiffy),
             choose_head(model, self.model_config.get_vocab_size(), mask_token_id, device),
         )
-        self.kv_policy = RefreshSchedule(self.settings.kv_policy, self.settings.refresh_every, self.max_num_reqs)
+        self.kv_policy = KvSchedule(
+            self.settings.kv_policy, self.settings.refresh_every, self.block_length, self.max_num_reqs
+        )
+        self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
+        self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._step: DenoiseStep | None = None
         self._attention: StepAttention | None = None
         self._req_states: RequestState | None = None
@@ -106,7 +91,9 @@ class DllmModelState(ModelState):
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Get attention ready for the cache."""
-        self._attention = StepAttention(self.vllm_config, kv_cache_config, self.block_length, self.device)
+        self._attention = StepAttention(
+            self.vllm_config, kv_cache_config, self.block_length, self.device, stores=self.kv_policy.is_causal
+        )
 
     @property
     def attention(self) -> StepAttention:
@@ -126,7 +113,7 @@ class DllmModelState(ModelState):
             max_model_len=self.max_model_len,
         )
         self.state.add_request(req_index, params)
-        self.kv_policy.add_request(req_index)
+        self.kv_policy.add_request(req_index, new_req_data.num_computed_tokens)
 
     def apply_staged_writes(self) -> None:
         """Copy new requests' parameters to the device."""
@@ -144,11 +131,12 @@ class DllmModelState(ModelState):
         self._step = step
         if step.num_reqs == 0:
             return
-        self._refresh(step, block_tables[0])
-        step.nodes = self.denoiser.nodes(step.blocks, step.num_nodes - 1)
-        input_batch.input_ids[: step.num_rows] = step.nodes.canvas.flatten()
-        positions = self.state.positions(step.blocks)[:, None].expand_as(step.nodes.canvas)
-        input_batch.positions[: step.num_rows] = positions.flatten()
+        self._store_before(step, block_tables[0])
+        for group in step.groups:
+            group.nodes = self.denoiser.nodes(group.blocks, group.num_drafts)
+        rows = step.rows(block_tables[0], self.attention.page_size, self._all_token_ids)
+        input_batch.input_ids[: step.num_rows] = rows.input_ids
+        input_batch.positions[: step.num_rows] = rows.positions
 
     def prepare_attn(
         self,
@@ -170,18 +158,13 @@ class DllmModelState(ModelState):
         is_graph = for_capture or cudagraph_mode == CUDAGraphMode.FULL
         if step is None and not is_graph:  # a dummy batch, of any number of rows
             return self.attention.lone(input_batch.num_tokens_after_padding)
-        num_reqs, num_nodes = (0, 1) if step is None else (step.num_reqs, step.num_nodes)
-        none = np.zeros(0, dtype=np.int64)
-        host = denoise_layout(
-            none if step is None else step.block_start_np,
-            none if step is None else self.state.row_len_np[step.blocks.slots_np],
-            num_nodes=num_nodes,
-            block_length=self.block_length,
-        )
-        page_table = block_tables[0][:num_reqs]
+        if step is None:
+            host, page_table, store = empty_layout(), block_tables[0][:0], None
+        else:
+            host, page_table, store = step.layout(), step.page_table(block_tables[0]), step.store
         if is_graph:
-            return self.attention.graph(host, page_table, input_batch.num_tokens_after_padding)
-        return self.attention.eager(host, page_table)
+            return self.attention.graph(host, page_table, input_batch.num_tokens_after_padding, store)
+        return self.attention.eager(host, page_table, store)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         """Pass the denoising rows alone to an eagerly run model, and all rows of a dummy batch."""
@@ -218,55 +201,72 @@ class DllmModelState(ModelState):
     def _denoise_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> DenoiseStep:
         """Find the requests that take a denoising step; the others of the batch begin with their prompt.
 
-        Their number and where their blocks begin are the scheduler's knowledge, so nothing waits for the device.
+        Their number and where their blocks begin are the scheduler's knowledge, so nothing waits for the device; unless
+        it schedules ahead, and does not know what the step before came to.
         """
         num_rows = batch.num_draft_tokens_per_req
         num_reqs = 0 if num_rows is None else int((num_rows > 0).sum())
-        num_nodes = int(num_rows[0]) // self.block_length if num_rows is not None and num_reqs > 0 else 1
-        if num_rows is not None and (num_rows[:num_reqs] != num_nodes * self.block_length).any():
-            raise RuntimeError(
-                f"vLLM scheduled {num_rows[:num_reqs].tolist()} rows for denoising requests, each needs the same "
-                f"multiple of {self.block_length}; the token budget or max_model_len was changed behind the "
-                "configuration"
-            )
-        slots = batch.idx_mapping[:num_reqs]
+        slots, slots_np = batch.idx_mapping[:num_reqs], batch.idx_mapping_np[:num_reqs]
+        num_known = num_computed_tokens[slots].long()
+        num_known_np = num_known.cpu().numpy() if self._is_async else batch.num_computed_tokens_np[:num_reqs]
+        block_start_np = self.kv_policy.block_start(num_known_np.astype(np.int64))
+        blocks = Blocks(slots, slots_np, self.kv_policy.block_start(num_known))
+        groups = split_groups(
+            blocks,
+            np.zeros(0, dtype=np.int64) if num_rows is None else num_rows[:num_reqs],
+            self.kv_policy.commits(slots_np, block_start_np),
+            block_length=self.block_length,
+            max_drafts=self._max_drafts,
+        )
         none = torch.zeros(num_reqs, dtype=torch.int64, device=self.device)
         return DenoiseStep(
             batch=batch,
-            num_reqs=num_reqs,
-            num_nodes=num_nodes,
-            blocks=Blocks(slots, batch.idx_mapping_np[:num_reqs], num_computed_tokens[slots].long()),
-            block_start_np=batch.num_computed_tokens_np[:num_reqs].astype(np.int64),
+            blocks=blocks,
+            num_known=num_known,
+            block_start_np=block_start_np,
+            visible_end_np=self.kv_policy.visible_end(block_start_np, self.state.row_len_np[slots_np]),
+            groups=list(groups),
             num_refreshes=none,
             num_unmasked=none.clone(),
         )
 
-    def _refresh(self, step: DenoiseStep, page_table: Tensor) -> None:
-        """Recompute the K/V the policy wants fresh, in forwards of at most `max_num_tokens` rows each."""
-        plan = self.kv_policy.plan(step.blocks.slots_np, step.block_start_np)
-        own_len = self.state.row_len_np[step.blocks.slots_np[plan.index]] - plan.begin
+    def _store_before(self, step: DenoiseStep, page_table: Tensor) -> None:
+        """Store the K/V that the step needs, in forwards of at most `max_num_tokens` rows each."""
+        slots_np = step.blocks.slots_np
+        plan = self.kv_policy.plan(slots_np, step.block_start_np, self.state.row_len_np[slots_np])
+        if self.kv_policy.is_causal and len(plan.index):
+            self._fill_tails(step, self._to_device(plan.index))
+        plan = plan[plan.end > plan.begin]
         begin = 0
         while begin < len(plan.index):
-            fits = np.searchsorted(np.cumsum(own_len[begin:]), self.max_num_tokens, side="right")
+            fits = np.searchsorted(np.cumsum((plan.end - plan.begin)[begin:]), self.max_num_tokens, side="right")
             end = begin + max(1, int(fits))
-            part = RefreshPlan(plan.index[begin:end], plan.begin[begin:end])
-            self._refresh_forward(step, part, page_table, own_len[begin:end])
+            self._refresh_forward(step, plan[begin:end], page_table)
             begin = end
 
-    def _refresh_forward(self, step: DenoiseStep, plan: RefreshPlan, page_table: Tensor, own_len_np: IntArray) -> None:
+    def _fill_tails(self, step: DenoiseStep, index: Tensor) -> None:
+        """Put the prompt's end, where it lies in the first block of a request, into its canvas."""
+        slots, positions = step.blocks.slots[index], self.state.positions(step.blocks)[index]
+        is_known = positions < step.num_known[index, None]
+        known = self._all_token_ids[slots[:, None], positions].long()
+        self.state.canvas[slots] = torch.where(is_known, known, self.state.canvas[slots])
+
+    def _refresh_forward(self, step: DenoiseStep, plan: StorePlan, page_table: Tensor) -> None:
         """Run the model over the packed rows of some requests and store their K/V; let it decide a step if it does."""
-        index = self._to_device(plan.index)
-        begin = self._to_device(plan.begin)
+        index, begin, end = (self._to_device(array) for array in (plan.index, plan.begin, plan.end))
+        own_len_np = plan.end - plan.begin
         blocks = Blocks(step.blocks.slots[index], step.blocks.slots_np[plan.index], step.blocks.start[index])
-        rows = refresh_rows(begin, self.state.row_len[blocks.slots], int(own_len_np.sum()))
+        rows = stored_rows(begin, end, int(own_len_np.sum()))
         pages = page_table[index]
         attention = self.attention.eager(
-            refresh_layout(plan.begin, plan.begin + own_len_np),
+            storing_layout(plan.begin, plan.end, self.block_length if self.kv_policy.is_causal else None),
             pages,
             rows.stored_at(pages, self.attention.page_size),
         )
         input_ids = self._row_ids(blocks.slots[rows.request], rows.position, blocks.start[rows.request])
         hidden = self._forward(attention, input_ids, rows.position)
+        if self.kv_policy.is_causal:
+            return
         step.num_refreshes.index_fill_(0, index, 1)
         first_row = self._to_device(np.cumsum(own_len_np) - own_len_np) - begin
         if self.state.edge is not None:
@@ -315,12 +315,17 @@ class DllmModelState(ModelState):
         Args:
             slots, positions, block_start: [num_rows] int64.
         """
-        assert self._req_states is not None, "custom_sampler ran when the model was loaded"
-        known = self._req_states.all_token_ids.gpu[slots, positions].long()
+        known = self._all_token_ids[slots, positions].long()
         in_block = positions - block_start
         canvas = self.state.canvas[slots, in_block.clamp(0, self.block_length - 1)]
         ids = torch.where(in_block < 0, known, canvas)
         return ids.masked_fill_(in_block >= self.block_length, self.state.mask_token_id)
+
+    @property
+    def _all_token_ids(self) -> Tensor:
+        assert self._req_states is not None, "custom_sampler ran when the model was loaded"
+        token_ids: Tensor = self._req_states.all_token_ids.gpu
+        return token_ids
 
     def _to_device(self, array: IntArray) -> Tensor:
         return async_tensor_h2d(array, device=self.device)

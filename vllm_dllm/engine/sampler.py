@@ -8,11 +8,12 @@ from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_dllm.denoiser import Decision, Nodes
+from vllm_dllm.denoiser import Decision
+from vllm_dllm.engine.step import DenoiseStep, Group
 from vllm_dllm.state.counters import MAX_DEPTH, REPORT_LEN, Column
 
 if TYPE_CHECKING:
-    from vllm_dllm.engine.model_state import DenoiseStep, DllmModelState
+    from vllm_dllm.engine.model_state import DllmModelState
 
 
 class DllmSampler:
@@ -34,30 +35,36 @@ class DllmSampler:
         """Advance every denoising request and emit the blocks that are now finished.
 
         Args:
-            hidden: [num_denoising * num_nodes * block_length, hidden_size], what the model's `compute_logits` hands on.
+            hidden: [num_rows, hidden_size], of the step's groups, what the model's `compute_logits` hands on.
             input_batch: the step's batch.
 
-        Returns: `num_sampled` is block_length for a finished block and 0 otherwise; `num_rejected` is the rest of the
-            rows that a denoising request was scheduled, so that both vLLM's counts advance by finished blocks alone.
-            `num_nans` carries the step's report (`state.counters`) to our scheduler: vLLM has no other way for it.
+        Returns: `num_sampled` is what was unknown of a finished block and 0 otherwise; `num_rejected` is the rest of
+            the rows that a denoising request was scheduled, so that both vLLM's counts advance by finished blocks
+            alone. `num_nans` carries the step's report (`state.counters`) to our scheduler: vLLM has no other way for
+            it.
         """
         step = self.model_state.step_of(input_batch)
         if step is None:
             return self._profile(hidden, input_batch)
-        state, num_reqs = self.model_state.state, step.num_reqs
+        state, denoiser = self.model_state.state, self.model_state.denoiser
         sampled = torch.zeros(input_batch.num_reqs, state.block_length, dtype=torch.int32, device=hidden.device)
         num_sampled = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
         num_rejected = torch.zeros_like(num_sampled)
         report = torch.zeros(input_batch.num_reqs, REPORT_LEN, dtype=torch.int32, device=hidden.device)
-        if step.nodes is not None:
-            decision = self.model_state.denoiser.advance(step.blocks, step.nodes, hidden)
-            sampled[:num_reqs] = state.canvas[step.blocks.slots]
-            num_sampled[:num_reqs] = decision.is_finished * state.block_length
-            num_rejected[:num_reqs] = step.num_nodes * state.block_length - num_sampled[:num_reqs]
-            report[:num_reqs] = _report(step, step.nodes, decision)
-            self.model_state.denoiser.begin_blocks(step.blocks.slots, decision.is_finished)
-        begins = input_batch.idx_mapping[num_reqs : input_batch.num_reqs]
-        self.model_state.denoiser.begin_blocks(begins, torch.ones_like(begins, dtype=torch.bool))
+        for group, rows in step.split(hidden):
+            assert group.nodes is not None, "the forward ran on them"
+            decision = denoiser.advance(group.blocks, group.nodes, group.evaluated(rows))
+            index, tail = group.index, (step.num_known[group.index] - group.blocks.start)[:, None]
+            columns = torch.arange(state.block_length, device=hidden.device) + tail
+            emitted = state.canvas[group.blocks.slots].gather(1, columns.clamp(max=state.block_length - 1)).int()
+            num_emitted = (decision.is_finished * (state.block_length - tail[:, 0])).int()
+            sampled[: step.num_reqs][index] = emitted
+            num_sampled[: step.num_reqs][index] = num_emitted
+            num_rejected[: step.num_reqs][index] = group.num_nodes * state.block_length - num_emitted
+            report[: step.num_reqs][index] = _report(step, group, decision).int()
+            denoiser.begin_blocks(group.blocks.slots, decision.is_finished)
+        begins = input_batch.idx_mapping[step.num_reqs : input_batch.num_reqs]
+        denoiser.begin_blocks(begins, torch.ones_like(begins, dtype=torch.bool))
         return _output(sampled, num_sampled, num_rejected, report)
 
     def _profile(self, hidden: Tensor, input_batch: InputBatch) -> SamplerOutput:
@@ -69,14 +76,18 @@ class DllmSampler:
         return _output(none[:, None], none, none, None)
 
 
-def _report(step: "DenoiseStep", nodes: Nodes, decision: Decision) -> Tensor:
-    """Put together what a step did for each denoising request; [num_reqs, REPORT_LEN] int64."""
-    report = torch.zeros(step.num_reqs, REPORT_LEN, dtype=torch.int64, device=nodes.canvas.device)
+def _report(step: DenoiseStep, group: Group, decision: Decision) -> Tensor:
+    """Put together what a step did for each request of a group; [num_reqs, REPORT_LEN] int64."""
+    nodes = group.nodes
+    assert nodes is not None, "the forward ran on them"
+    report = torch.zeros(len(nodes.canvas), REPORT_LEN, dtype=torch.int64, device=nodes.canvas.device)
     report[:, Column.FORWARDS] = nodes.is_masked[:, 0].any(1)
-    report[:, Column.REFRESHES] = step.num_refreshes
-    report[:, Column.UNMASKED] = step.num_unmasked + decision.num_unmasked
+    report[:, Column.REFRESHES] = step.num_refreshes[group.index]
+    report[:, Column.UNMASKED] = step.num_unmasked[group.index] + decision.num_unmasked
     report[:, Column.ACCEPTED] = decision.num_accepted
     report[:, Column.FINISHED] = decision.is_finished
+    report[:, Column.STORED] = group.blocks.start
+    report[:, Column.COMMITS] = int(group.commits)
     column = Column.PROPOSED - 1 + nodes.depth[:, 1:].clamp(1, MAX_DEPTH)
     return report.scatter_add_(1, column, nodes.is_valid[:, 1:].long())
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -18,25 +19,36 @@ from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.engine import costs
 from vllm_dllm.engine.config_hook import settings_of, spiffy_of
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
+from vllm_dllm.state.counters import Column
 
 
 class DllmScheduler(Scheduler):
-    """Reserves the pages of a request's whole generation, and gives each step a budget of drafts.
+    """Gives requests the pages that their K/V need, and each step a budget of drafts.
 
     A bidirectional model stores K/V for the masked positions of the whole generation, so a request takes all its
-    pages when it is admitted and never needs another. What is left of the token budget and of `max_model_len` is
-    always enough for whole blocks, so that a running request is never cut.
+    pages when it is admitted and never needs another. A block-causal model stores finished blocks alone, so a request
+    takes pages as its blocks begin, and a page is cached for other requests once all its positions are stored, as the
+    worker reports. What is left of the token budget and of `max_model_len` is always enough for whole blocks, so that a
+    running request is never cut.
 
-    With speculation a denoising request has the rows of 1 + K canvases, K the same for the whole batch. The worker
-    reports what became of them (`state.counters`) where vLLM would report the NaNs of its logits.
+    With speculation a denoising request has the rows of 1 + K canvases, K the same for all in the batch but those
+    which begin a block behind one that is not stored yet: they have the rows of both blocks. The worker reports what
+    became of them (`state.counters`) where vLLM would report the NaNs of its logits.
     """
+
+    least_canvases = 1
+    """Canvases that a denoising request has rows for at least."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = settings_of(self.vllm_config)
         self.block_length = self.settings.block_length
+        self._is_causal = self.settings.kv_policy == "block_causal"
+        self._stored: dict[str, int] = {}  # of running requests of a block-causal model: positions with K/V
         self._allocate_slots = self.kv_cache_manager.allocate_slots
-        self.kv_cache_manager.allocate_slots = self._allocate_row
+        self._cache_blocks = self.kv_cache_manager.cache_blocks
+        self.kv_cache_manager.allocate_slots = self._allocate_pages
+        self.kv_cache_manager.cache_blocks = _cache_nothing
         self._spiffy = spiffy_of(self.vllm_config)
         if self._spiffy and self._spiffy.budget is None:
             costs.measure_at_start()
@@ -58,9 +70,8 @@ class DllmScheduler(Scheduler):
         return self._spiffy.max_nodes if self._spiffy else 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        """Choose the budget, then schedule as vLLM does."""
-        if self.rule is not None:
-            self._trim_drafts(self.rule)
+        """Choose the rows of the requests, then schedule as vLLM does."""
+        self._choose_rows()
         output = super().schedule(*args, **kwargs)
         self._scheduled_at_s = time.perf_counter()
         if self._updated_at_s is not None:
@@ -111,57 +122,92 @@ class DllmScheduler(Scheduler):
         self._stats = None
         return super().make_stats(spec_decoding_stats, *args, **kwargs)
 
-    def _trim_drafts(self, rule: BudgetRule) -> None:
-        """Leave each request that takes a denoising step the rows of the step's budget.
+    def _choose_rows(self) -> None:
+        """Leave each request that takes a denoising step the rows of its canvases.
 
         There is room for a budget if all rows fit the token budget beside the longest prompt, and if none lies behind
         `max_model_len`, where vLLM would cut them.
         """
-        denoising = [request for request in self.running if request.spec_token_ids]
-        if not denoising:
+        denoising = self._denoising()
+        committing = [request for request in denoising if self._commits(request)]
+        drafting = [request for request in denoising if not self._commits(request)]
+        _trim(committing, 2 * self.block_length)
+        if not drafting:
             return
-        tokens = self.max_num_scheduled_tokens - (self.max_model_len if self.waiting else 0)
-        rows = min(
-            tokens // len(denoising),
-            self.max_model_len - max(request.num_computed_tokens for request in denoising),
-            min(len(request.spec_token_ids) for request in denoising),
-        )
-        budget = rule.choose(len(denoising), max(0, rows // self.block_length - 1))
-        for request in denoising:
-            request.spec_token_ids = request.spec_token_ids[: self.block_length * (1 + budget)]
+        budget = 0
+        if self.rule is not None:
+            tokens = self.max_num_scheduled_tokens - (self.max_model_len if self.waiting else 0)
+            rows = min(
+                (tokens - 2 * self.block_length * len(committing)) // len(drafting),
+                self.max_model_len - max(request.num_computed_tokens for request in drafting),
+                min(len(request.spec_token_ids) for request in drafting),
+            )
+            budget = self.rule.choose(len(drafting), max(0, rows // self.block_length - 1), len(committing))
+        _trim(drafting, self.block_length * max(1 + budget, self.least_canvases))
+
+    def _denoising(self) -> list[Request]:
+        """Return the running requests that take a denoising step."""
+        return [request for request in self.running if request.spec_token_ids]
+
+    def _commits(self, request: Request) -> bool:
+        """Tell whether a request's next step stores a block that it emitted."""
+        stored = self._stored.get(request.request_id)
+        return stored is not None and request.num_computed_tokens >= stored + self.block_length
 
     def _take_reports(self, output: SchedulerOutput, reports: dict[str, list[int]], updated_at_s: float) -> None:
         """Add up what the step did and tell the rule.
 
-        A step's time counts only if it did nothing but denoise: no refresh, nobody new, resumed or preempted.
+        A step's time counts only if it did nothing but denoise: no refresh or prefill, nobody new, resumed or
+        preempted.
         """
-        num_rows = len(next(iter(output.scheduled_spec_decode_tokens.values())))
-        budget = num_rows // self.block_length - 1
+        drafting = {req_id: row for req_id, row in reports.items() if not row[Column.COMMITS]}
+        num_rows = len(output.scheduled_spec_decode_tokens[next(iter(drafting))]) if drafting else self.block_length
+        budget = min(num_rows // self.block_length - 1, self.max_budget)
         self._stats = stats = StepStats.of_step(budget, list(reports.values()))
         for req_id, row in reports.items():
             if req_id in self.requests:  # it may have been aborted meanwhile
                 self._totals[req_id].add(row)
-        if self.rule is None or stats.forwards == 0:
+        has_prefill = self._is_causal and not reports.keys() <= self._stored.keys()
+        if self._is_causal:
+            self._cache_stored(reports)
+        forwards = sum(row[Column.FORWARDS] for row in drafting.values())
+        if self.rule is None or forwards == 0:
             return
         is_pure = not (
-            stats.refreshes
+            has_prefill
+            or stats.refreshes
             or output.scheduled_new_reqs
             or output.scheduled_cached_reqs.resumed_req_ids
             or output.preempted_req_ids
         )
-        self.rule.observe(
-            len(reports),
-            budget,
-            stats.total_accepted / stats.forwards,
-            ms=(updated_at_s - self._scheduled_at_s) * 1e3 if is_pure else None,
-            host_ms=self._host_ms if is_pure else None,
-        )
+        ms, host_ms = self._step_ms(updated_at_s) if is_pure else (None, None)
+        num_begins = len(reports) - len(drafting)
+        self.rule.observe(len(drafting), budget, stats.total_accepted / forwards, ms, host_ms, num_begins)
+
+    def _step_ms(self, updated_at_s: float) -> tuple[float | None, float | None]:
+        """Return what the step took, and what passed between the step before and this one; None if unknown."""
+        return (updated_at_s - self._scheduled_at_s) * 1e3, self._host_ms
+
+    def _cache_stored(self, reports: dict[str, list[int]]) -> None:
+        """Offer the pages whose positions are all stored to other requests, before a finished one gives them back."""
+        for req_id, row in reports.items():
+            request = self.requests.get(req_id)
+            if request is None or request.num_stale_output_tokens:  # it was aborted or preempted: the pages are gone
+                continue
+            self._stored[req_id] = row[Column.STORED]
+            self._cache_blocks(request, row[Column.STORED])
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Preempt a request; when it comes back, all that it knows is its prompt."""
+        self._stored.pop(request.request_id, None)
+        super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(
         self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Free a request; its last output says what it took."""
         kv_transfer_params, ec_transfer_params = super()._free_request(request, *args, **kwargs)
+        self._stored.pop(request.request_id, None)
         totals = self._totals.pop(request.request_id, None)
         if totals is not None:
             kv_transfer_params = self._as_output(totals)
@@ -170,12 +216,57 @@ class DllmScheduler(Scheduler):
     def _as_output(self, totals: RequestTotals) -> dict[str, Any]:
         return totals.as_output(self._spiffy.exactness if self._spiffy else None)
 
-    def _allocate_row(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
-        """Call `KVCacheManager.allocate_slots` for the row: the rest of it as look-ahead, and no pages for drafts."""
-        row_left = self._row_len(request) - request.num_computed_tokens
-        num_new_tokens = min(num_new_tokens, row_left)
-        kwargs["num_lookahead_tokens"] = row_left - num_new_tokens
+    def _allocate_pages(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+        """Call `KVCacheManager.allocate_slots` for the positions that get K/V, by a look-ahead that may be negative.
+
+        vLLM would cache what it takes for computed now.
+        """
+        scheduled = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0) + num_new_tokens
+        kwargs["num_lookahead_tokens"] = self._paged_end(request) - scheduled
+        kwargs["delay_cache_blocks"] = True
         return self._allocate_slots(request, num_new_tokens, *args, **kwargs)
 
-    def _row_len(self, request: Request) -> int:
-        return row_blocks(request.num_prompt_tokens, request.max_tokens, self.settings, self.max_model_len).end
+    def _paged_end(self, request: Request) -> int:
+        """Return up to where a request has pages: to the end of its row, or of its block in a block-causal model."""
+        if not self._is_causal:
+            return row_blocks(request.num_prompt_tokens, request.max_tokens, self.settings, self.max_model_len).end
+        return request.num_tokens - request.num_tokens % self.block_length + self.block_length
+
+
+class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
+    """Schedules a step of a block-causal model while the step before is under way.
+
+    It does not know which requests begin a block in the step, so all have room for a block to commit. vLLM's counts
+    take what is under way for accepted until it is known.
+    """
+
+    least_canvases = 2
+
+    def _denoising(self) -> list[Request]:
+        """Leave a request out of the step where its count comes too near to `max_model_len`, until it is known."""
+        denoising = super()._denoising()
+        last = self.max_model_len - self.least_canvases * self.block_length
+        for request in denoising:
+            if request.num_computed_tokens > last:
+                request.next_decode_eligible_step = self.current_step + 2  # `schedule` counts before it compares
+        return [request for request in denoising if request.num_computed_tokens <= last]
+
+    def _commits(self, request: Request) -> bool:
+        return False
+
+    def _paged_end(self, request: Request) -> int:
+        """Add a block to what is known, if the step before may end one."""
+        return super()._paged_end(request) + (self.block_length if request.num_output_placeholders else 0)
+
+    def _step_ms(self, updated_at_s: float) -> tuple[float | None, float | None]:
+        """Return the time from one step's end to the next, in which the host does its part meanwhile."""
+        return None if self._updated_at_s is None else (updated_at_s - self._updated_at_s) * 1e3, None
+
+
+def _trim(requests: list[Request], num_rows: int) -> None:
+    for request in requests:
+        request.spec_token_ids = request.spec_token_ids[:num_rows]
+
+
+def _cache_nothing(request: Request, num_computed_tokens: int) -> None:
+    """Stand for `KVCacheManager.cache_blocks` where vLLM calls it: it does not know what is stored."""

@@ -9,13 +9,20 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_dllm.attention.layout import CapturedLayout, HostLayout, PagedIndex, denoise_layout, lone_layout, to_device
 from vllm_dllm.engine.attention import ForwardAttention, implementation_of
+from vllm_dllm.engine.step import NULL_PAGE
 
 
 class StepAttention:
     """Makes the layers' metadata, once there is a cache."""
 
     def __init__(
-        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, block_length: int, device: torch.device
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        block_length: int,
+        device: torch.device,
+        *,
+        stores: bool,
     ) -> None:
         groups = kv_cache_config.kv_cache_groups
         assert len(groups) == 1, f"all layers attend alike, so they share one cache group; got {len(groups)}"
@@ -24,11 +31,13 @@ class StepAttention:
         self.num_pages = kv_cache_config.num_blocks
         self.block_length = block_length
         self.device = device
+        self.stores = stores
         layer = vllm_config.compilation_config.static_forward_context[self.layer_names[0]]
         heads = layer.impl.heads(vllm_config.model_config.dtype)
         self.implementation = implementation_of(vllm_config)(heads, layer.kv_cache)
         self.max_pages = -(-vllm_config.model_config.max_model_len // self.page_size)
         self.captured: CapturedLayout | None = None
+        self.captured_store: PagedIndex | None = None
         if vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             self.prepare_capture(vllm_config)
 
@@ -41,6 +50,9 @@ class StepAttention:
             max_pages=self.max_pages,
             device=self.device,
         )
+        if self.stores:
+            nowhere = torch.zeros(scheduler.max_num_batched_tokens, dtype=torch.int64, device=self.device)
+            self.captured_store = PagedIndex(nowhere, nowhere.clone())
 
     def eager(
         self, host: HostLayout, page_table: Tensor, store: PagedIndex | None = None
@@ -50,7 +62,7 @@ class StepAttention:
         Args:
             host: the layout.
             page_table: [num_requests, max_pages] int32.
-            store: [num_rows], where the rows' K/V go.
+            store: [num_rows], where the rows' K/V go; None: nowhere.
         """
         # As wide as a captured graph's: CUDA splits contexts by the width, so that the sums are the same.
         layout = to_device(host, page_table[:, : self.max_pages], self.page_size)
@@ -60,13 +72,32 @@ class StepAttention:
         """Return the metadata of rows that belong to nobody, and see each other."""
         return self.eager(lone_layout(num_rows), torch.zeros((1, 1), dtype=torch.int32, device=self.device))
 
-    def graph(self, host: HostLayout, page_table: Tensor, num_rows: int) -> dict[str, ForwardAttention]:
-        """Return the metadata of a denoising step that is captured or replayed; arguments as `CapturedLayout.fill`."""
+    def graph(
+        self, host: HostLayout, page_table: Tensor, num_rows: int, store: PagedIndex | None
+    ) -> dict[str, ForwardAttention]:
+        """Return the metadata of a denoising step that is captured or replayed.
+
+        Args:
+            host, page_table, num_rows: as in `CapturedLayout.fill`.
+            store: [num_rows or fewer], as in `eager`; rows without store into the page that belongs to nobody.
+        """
         assert self.captured is not None, "a graph is captured only where graphs are on"
         layout = self.captured.fill(
             host, page_table, num_rows=num_rows, block_length=self.block_length, page_size=self.page_size
         )
-        return dict.fromkeys(self.layer_names, ForwardAttention(self.implementation.plan(layout), None))
+        captured = self._fill_store(store, num_rows)
+        return dict.fromkeys(self.layer_names, ForwardAttention(self.implementation.plan(layout), captured))
+
+    def _fill_store(self, store: PagedIndex | None, num_rows: int) -> PagedIndex | None:
+        """Write where a captured step stores, and return where it is written."""
+        if self.captured_store is None:
+            return None
+        captured = PagedIndex(self.captured_store.page[:num_rows], self.captured_store.offset[:num_rows])
+        captured.page.fill_(NULL_PAGE)
+        if store is not None:
+            captured.page[: len(store.page)] = store.page
+            captured.offset[: len(store.offset)] = store.offset
+        return captured
 
     def example(self, num_reqs: int, num_nodes: int, context_len: int) -> dict[str, ForwardAttention]:
         """Return the metadata of a denoising step of nobody's canvases, over pages as they would be: all different."""

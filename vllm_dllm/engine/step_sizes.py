@@ -5,32 +5,56 @@ from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.spiffy_config import SpiffySettings
 
 logger = init_logger("vllm.dllm")
 
 SCHEDULER = "vllm_dllm.engine.scheduler.DllmScheduler"
+ASYNC_SCHEDULER = "vllm_dllm.engine.scheduler.DllmAsyncScheduler"
 
 MAX_DRAFT_ROWS = 2048
 """Rows of a step beyond which a forward is bound by arithmetic on any device, so that drafts only cost."""
 
 
-def set_step_sizes(vllm_config: VllmConfig, block_length: int, spiffy: SpiffySettings | None) -> None:
+def set_step_sizes(vllm_config: VllmConfig, settings: DllmConfig, spiffy: SpiffySettings | None) -> None:
     """Set the most rows of a request, the token budget and the CUDA graphs.
 
     Raises: ConfigError for capture sizes that no step has.
     """
-    canvas_length = block_length * (1 + (spiffy.max_nodes if spiffy else 0))
-    vllm_config.model_config.hf_config.canvas_length = canvas_length
-    vllm_config.diffusion_config = DiffusionConfig(canvas_length=canvas_length)
+    block_length = settings.block_length
+    is_causal = settings.kv_policy == "block_causal"
+    # The block before may be stored by the first step of a block.
+    most = 1 + max(spiffy.max_nodes if spiffy else 0, int(is_causal))
+    vllm_config.model_config.hf_config.canvas_length = most * block_length
+    vllm_config.diffusion_config = DiffusionConfig(canvas_length=most * block_length)
     num_rows = _step_rows(block_length, vllm_config.scheduler_config.max_num_seqs, spiffy)
+    if is_causal:
+        num_rows = max(num_rows, 2 * block_length * vllm_config.scheduler_config.max_num_seqs)
     _set_scheduler(vllm_config, num_rows)
-    _set_cuda_graphs(vllm_config, block_length, num_rows, has_drafts=spiffy is not None)
+    _set_cuda_graphs(vllm_config, block_length, num_rows, is_uniform=spiffy is None and not is_causal)
+
+
+def set_page_size(vllm_config: VllmConfig, block_length: int) -> None:
+    """Let pages hold whole blocks where they are cached: a prefill begins behind the pages that a request finds.
+
+    Raises: ConfigError for a page size that the user chose and that cuts blocks.
+    """
+    cache = vllm_config.cache_config
+    if not cache.enable_prefix_caching or cache.block_size % block_length == 0:
+        return
+    if cache.user_specified_block_size:
+        raise ConfigError(
+            f"block_size is {cache.block_size}, but prefix caching needs pages of whole blocks of block_length "
+            f"{block_length}; allowed are its multiples; give one with --block-size or turn off prefix caching"
+        )
+    cache.block_size = -(-cache.block_size // block_length) * block_length
+    cache.user_specified_block_size = True
 
 
 def _step_rows(block_length: int, max_num_seqs: int, spiffy: SpiffySettings | None) -> int:
-    """Return how many rows of blocks a step has at most.
+    """Return how many rows a step has at most, of blocks that are denoised.
 
     A fixed budget is granted to every request. With `auto` the scheduler trims the budget to what fits, so that more
     than `MAX_DRAFT_ROWS` are there only for requests without drafts, or for all drafts of a single one.
@@ -50,8 +74,8 @@ def _set_scheduler(vllm_config: VllmConfig, num_rows: int) -> None:
     A prompt's rows count against the budget, although they are not computed.
     """
     scheduler = vllm_config.scheduler_config
-    scheduler.scheduler_cls = SCHEDULER
-    scheduler.async_scheduling = False
+    scheduler.async_scheduling = bool(scheduler.async_scheduling)
+    scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
     needed = num_rows + vllm_config.model_config.max_model_len
     if scheduler.max_num_batched_tokens < needed:
         logger.info(
@@ -64,21 +88,21 @@ def _set_scheduler(vllm_config: VllmConfig, num_rows: int) -> None:
         scheduler.max_num_batched_tokens = needed
 
 
-def _set_cuda_graphs(vllm_config: VllmConfig, block_length: int, num_rows: int, *, has_drafts: bool) -> None:
+def _set_cuda_graphs(vllm_config: VllmConfig, block_length: int, num_rows: int, *, is_uniform: bool) -> None:
     """Capture denoising steps whole: their shape is the number of blocks in them times the block length.
 
-    Without drafts that is one block per request. With drafts each step has its own number of blocks per request, and
-    vLLM's graphs of decoding steps know one number only: `FULL` captures by the number of rows, whoever they belong
-    to. Refreshes differ in shape and run eagerly; nothing is compiled.
+    Where steps are uniform that is one block per request. With drafts, or blocks to commit, each step has its own
+    number of blocks per request, and vLLM's graphs of decoding steps know one number only: `FULL` captures by the
+    number of rows, whoever they belong to. Refreshes and prefills differ in shape and run eagerly; nothing is compiled.
     """
     compilation = vllm_config.compilation_config
     compilation.mode = CompilationMode.NONE
     if vllm_config.model_config.enforce_eager or compilation.cudagraph_mode == CUDAGraphMode.NONE:
         return
-    compilation.cudagraph_mode = CUDAGraphMode.FULL if has_drafts else CUDAGraphMode.FULL_DECODE_ONLY
+    compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY if is_uniform else CUDAGraphMode.FULL
     if compilation.cudagraph_capture_sizes is None:
         most = num_rows // block_length
-        steps = (2**i * n // 2 for i in range(most.bit_length()) for n in (2, 3)) if has_drafts else range(8, most, 8)
+        steps = range(8, most, 8) if is_uniform else (2**i * n // 2 for i in range(most.bit_length()) for n in (2, 3))
         num_blocks = sorted({n for n in (1, 2, 4, *steps, most) if n <= most})
         compilation.cudagraph_capture_sizes = [n * block_length for n in num_blocks]
         compilation.max_cudagraph_capture_size = most * block_length

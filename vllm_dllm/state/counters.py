@@ -14,7 +14,9 @@ class Column(IntEnum):
     UNMASKED = 2  # positions
     ACCEPTED = 3  # transitions made through accepted drafts
     FINISHED = 4  # 1 where the block was emitted
-    PROPOSED = 5  # drafts of depth 1 that were evaluated; the next columns: of depth 2..MAX_DEPTH
+    STORED = 5  # positions before the block; those of a block-causal model have their K/V in the cache by now
+    COMMITS = 6  # 1 where the K/V of the block before were stored
+    PROPOSED = 7  # drafts of depth 1 that were evaluated; the next columns: of depth 2..MAX_DEPTH
 
 
 REPORT_LEN = Column.PROPOSED + MAX_DEPTH

@@ -1,0 +1,131 @@
+"""SDAR in the engine == its reference decoder, token for token, in fp32, whatever happens around a request."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.rig import MAX_MODEL_LEN, Case, check_counts_while_running, engine, run, run_outputs, step_all
+from tests.e2e.sdar import SdarOracle, sdar_cases
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module", params=[4, 8, 16, 32])
+def served(request: pytest.FixtureRequest, wild_sdar: Path) -> Iterator[Any]:
+    settings = {"block_length": request.param}
+    with engine(wild_sdar, settings, block_size=max(request.param, 16)) as llm:
+        yield llm, settings, SdarOracle(wild_sdar)
+
+
+def test_mixed_batch_equals_reference(served: Any) -> None:
+    llm, settings, oracle = served
+    cases = sdar_cases(settings["block_length"], seed=settings["block_length"])
+    outputs = run_outputs(llm, cases)
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    assert tokens == [oracle.tokens(case, settings) for case in cases]
+    assert len({token for row in tokens for token in row}) > 50, "the model says too little for equality to mean much"
+    took = [output.kv_transfer_params["dllm"] for output in outputs]
+    expected = [oracle.generation(case, settings) for case in cases]
+    assert [(n["nfe"], n["nfe_refresh"]) for n in took] == [(e.nfe, 0) for e in expected]
+    assert {(n["exactness"], n["proposed"], n["accepted"]) for n in took} == {(None, 0, 0)}
+
+
+def test_order_and_neighbours_do_not_matter(served: Any) -> None:
+    llm, settings, oracle = served
+    cases = sdar_cases(settings["block_length"], seed=4)[:5]
+    expected = [oracle.tokens(case, settings) for case in cases]
+    assert run(llm, cases[::-1])[::-1] == expected
+    assert [run(llm, [case])[0] for case in cases] == expected
+
+
+def test_preemption_and_aborts_leave_the_others_alone(served: Any) -> None:
+    llm, settings, oracle = served
+    cases = sdar_cases(settings["block_length"], seed=6)[:8]
+    preempted = []
+
+    def interfere(number: int, llm: Any) -> None:
+        if number % 7 == 5:
+            preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
+            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+        if number == 3:
+            llm.llm_engine.abort_request(["1"])
+
+    tokens = step_all(llm, cases, interfere)
+    assert sum(preempted) >= 8, "too few were preempted"
+    expected = {str(i): oracle.tokens(case, settings) for i, case in enumerate(cases)}
+    del expected["1"]
+    assert tokens == expected | ({"1": tokens["1"]} if "1" in tokens else {})
+
+
+def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
+    llm, settings, _ = served
+    check_counts_while_running(llm, sdar_cases(settings["block_length"], seed=5))
+
+
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_generation_ends_with_the_blocks_that_fit(served: Any, more: int) -> None:
+    """Behind the last block there is room for another, which is where vLLM would cut rows."""
+    llm, settings, oracle = served
+    block_length = settings["block_length"]
+    case = Case(prompt=tuple(range(5, 5 + MAX_MODEL_LEN - 3 * block_length - more)), max_tokens=MAX_MODEL_LEN)
+    tokens = run(llm, [case])[0]
+    assert len(tokens) == 2 * block_length + more
+    assert tokens == oracle.tokens(case, settings)
+
+
+def test_stop_tokens_and_lengths_trim_inside_a_block(served: Any) -> None:
+    llm, settings, oracle = served
+    case = Case(prompt=(5, 6, 7), max_tokens=24, temperature=1.0, seed=1)
+    tokens = oracle.tokens(case, settings)
+    stop = tokens[10]
+    prompt = [{"prompt_token_ids": list(case.prompt)}]
+    output = llm.generate(prompt, case.sampling_params(stop_token_ids=[stop]), use_tqdm=False)[0].outputs[0]
+    assert list(output.token_ids) == tokens[: tokens.index(stop) + 1]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+
+
+def test_the_mask_token_is_refused_in_a_tail_alone(served: Any) -> None:
+    llm, settings, oracle = served
+    mask, block_length = oracle.model.config.mask_token_id, settings["block_length"]
+    case = Case(prompt=(mask, 9) * (block_length // 2) + (7,), max_tokens=9)
+    assert run(llm, [case]) == [oracle.tokens(case, settings)]
+    with pytest.raises(ValueError, match="the prompt has the mask token 3 at position 1 "):
+        run(llm, [Case(prompt=(9, mask), max_tokens=9)])
+
+
+def test_the_checkpoint_says_the_block_length_and_its_family_the_policy(wild_sdar: Path) -> None:
+    case = Case(prompt=tuple(range(5, 18)), max_tokens=30, policy="dynamic", threshold=0.85)
+    with engine(wild_sdar, {"attention": "torch"}) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": list(case.prompt)}], case.sampling_params(extra_args=None), use_tqdm=False
+        )
+    expected = SdarOracle(wild_sdar).generation(case, {})
+    assert list(outputs[0].outputs[0].token_ids) == expected.tokens.tolist()[: case.max_tokens]
+    assert outputs[0].kv_transfer_params["dllm"]["nfe"] == expected.nfe
+
+
+def test_more_requests_than_pages(wild_sdar: Path) -> None:
+    """Requests take pages as their blocks begin, so that some run out of them and are preempted."""
+    settings, oracle = {"block_length": 8}, SdarOracle(wild_sdar)
+    cases = sdar_cases(8, seed=7)
+    num_pages = 12
+    assert sum(-(-(len(case.prompt) + case.max_tokens) // 16) for case in cases) > 2 * num_pages
+    with engine(wild_sdar, settings, num_gpu_blocks_override=num_pages) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        preempted = []
+        original = scheduler._preempt_request
+        scheduler._preempt_request = lambda *args, **kwargs: (preempted.append(1), original(*args, **kwargs))
+        assert run(llm, cases) == [oracle.tokens(case, settings) for case in cases]
+        assert preempted, "nobody ran out of pages"
+        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_pages - 1
+        assert not scheduler._stored
+
+
+def test_two_ranks_equal_reference(wild_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, oracle = {"block_length": 4}, SdarOracle(wild_sdar)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    cases = sdar_cases(4, seed=8)
+    with engine(wild_sdar, settings, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        assert run(llm, cases) == [oracle.tokens(case, settings) for case in cases]

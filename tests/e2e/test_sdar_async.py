@@ -1,0 +1,124 @@
+"""Async scheduling changes when the host learns of tokens, and no token: async == sync == reference, in fp32."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.rig import Case, engine, random_graph, run_outputs, speculation, step_all
+from tests.e2e.sdar import SdarOracle, sdar_cases
+
+pytestmark = pytest.mark.engine
+
+MAX_MODEL_LEN = 128
+CONFIGS = [(4, None), (8, None), (8, 1), (4, 5), (8, "auto")]
+"""Block length, budget."""
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=str)
+def served(request: pytest.FixtureRequest, mild_sdar: Path) -> Iterator[Any]:
+    block_length, budget = request.param
+    settings = {"block_length": block_length}
+    config = None if budget is None else speculation(random_graph(3, 8, block_length), budget)
+    options = {"speculative_config": config, "async_scheduling": True, "max_num_seqs": 7}
+    with engine(mild_sdar, settings, **options) as llm:
+        yield llm, settings
+
+
+@pytest.fixture(scope="module")
+def oracle(mild_sdar: Path) -> SdarOracle:
+    return SdarOracle(mild_sdar, MAX_MODEL_LEN)
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def test_mixed_batch_equals_reference(served: Any, oracle: SdarOracle) -> None:
+    llm, settings = served
+    assert llm.llm_engine.vllm_config.max_concurrent_batches == 2
+    cases = sdar_cases(settings["block_length"], seed=settings["block_length"])
+    for _ in range(2):  # the second time prompts are found in the cache
+        outputs = run_outputs(llm, cases)
+        assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, settings) for case in cases]
+        took = [output.kv_transfer_params["dllm"] for output in outputs]
+        expected = [oracle.generation(case, settings).nfe for case in cases]
+        assert [n["nfe"] + n["accepted"] for n in took] == expected
+    assert any(output.num_cached_tokens for output in outputs)
+    assert not scheduler_of(llm)._stored
+
+
+def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle: SdarOracle) -> None:
+    llm, settings = served
+    cases = sdar_cases(settings["block_length"], seed=6)[:8]
+    preempted = []
+
+    def interfere(number: int, llm: Any) -> None:
+        if number % 6 == 4:
+            preempted.append(len(scheduler_of(llm).running))
+            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+        if number == 3:
+            llm.llm_engine.abort_request(["1"])
+
+    tokens = step_all(llm, cases, interfere)
+    assert sum(preempted) >= 4, "too few were preempted"
+    expected = {str(i): oracle.tokens(case, settings) for i, case in enumerate(cases)}
+    del expected["1"]
+    assert tokens == expected | ({"1": tokens["1"]} if "1" in tokens else {})
+
+
+def test_near_the_end_of_max_model_len(served: Any, oracle: SdarOracle) -> None:
+    """The host counts what is under way: there a request waits until it knows."""
+    llm, settings = served
+    lefts = (2 * settings["block_length"] + 1, 37, 64, 109)
+    cases = [Case(tuple(range(5, 5 + MAX_MODEL_LEN - left)), max_tokens=left) for left in lefts]
+    outputs = run_outputs(llm, cases)
+    assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, settings) for case in cases]
+
+
+def test_stop_tokens_trim_inside_a_block(served: Any, oracle: SdarOracle) -> None:
+    llm, settings = served
+    case = Case(prompt=(5, 6, 7), max_tokens=24, temperature=1.0, seed=1)
+    tokens = oracle.tokens(case, settings)
+    prompt = [{"prompt_token_ids": list(case.prompt)}]
+    for stop in tokens[9:12]:
+        output = llm.generate(prompt, case.sampling_params(stop_token_ids=[stop]), use_tqdm=False)[0].outputs[0]
+        assert list(output.token_ids) == tokens[: tokens.index(stop) + 1]
+
+
+def test_a_conversation_finds_its_own_answers(served: Any, oracle: SdarOracle) -> None:
+    llm, settings = served
+    block_length = settings["block_length"]
+    prompt, cached, expected = tuple(range(105, 115)), [], [0]
+    for turn in range(4):
+        case = Case(prompt=prompt, max_tokens=15, temperature=0.7, seed=turn)
+        (output,) = run_outputs(llm, [case])
+        answer = tuple(output.outputs[0].token_ids)
+        assert list(answer) == oracle.tokens(case, settings)
+        cached.append(output.num_cached_tokens)
+        expected.append((len(prompt) + len(answer) - 1) // block_length * block_length // 16 * 16)
+        prompt += (*answer, 5, 6, 7)
+    assert cached == expected[:-1]
+
+
+def test_more_requests_than_pages(mild_sdar: Path, oracle: SdarOracle) -> None:
+    """Requests are preempted while a step of theirs is under way."""
+    settings, num_pages = {"block_length": 8}, 12
+    cases = sdar_cases(8, seed=7)
+    with engine(mild_sdar, settings, async_scheduling=True, num_gpu_blocks_override=num_pages) as llm:
+        scheduler = scheduler_of(llm)
+        under_way = []
+        original = scheduler._preempt_request
+
+        def preempt(request: Any, *args: Any, **kwargs: Any) -> None:
+            under_way.append(request.num_in_flight_tokens)
+            original(request, *args, **kwargs)
+
+        scheduler._preempt_request = preempt
+        for _ in range(2):
+            outputs = run_outputs(llm, cases)
+            assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, settings) for case in cases]
+        assert any(under_way), "nobody was preempted while a step was under way"
+        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_pages - 1
+        assert not scheduler._stored

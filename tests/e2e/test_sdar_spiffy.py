@@ -1,0 +1,106 @@
+"""Drafts of a block-causal model change forwards and no token: engine with drafts == without == reference, in fp32."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.rig import Case, check_counts_while_running, engine, random_graph, run_outputs, speculation, step_all
+from tests.e2e.sdar import SdarOracle, sdar_cases
+
+pytestmark = pytest.mark.engine
+
+MAX_MODEL_LEN = 256
+CONFIGS = [(4, 8, 1, None), (4, 10, 6, None), (8, 12, 5, 1), (8, 12, "auto", 2), (16, 12, 12, None)]
+"""Block length, nodes, budget, tokens per step. A budget of 1 makes drafts and commits look alike to vLLM."""
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=str)
+def served(request: pytest.FixtureRequest, mild_sdar: Path) -> Iterator[Any]:
+    block_length, num_nodes, budget, tokens_per_step = request.param
+    graph = random_graph(num_nodes, num_nodes, block_length, tokens_per_step)
+    settings = {"block_length": block_length}
+    config = speculation(graph, budget)
+    with engine(mild_sdar, settings, speculative_config=config, max_model_len=MAX_MODEL_LEN) as llm:
+        yield llm, settings, graph, budget
+
+
+@pytest.fixture(scope="module")
+def oracle(mild_sdar: Path) -> SdarOracle:
+    return SdarOracle(mild_sdar, MAX_MODEL_LEN)
+
+
+def test_mixed_batch_equals_reference(served: Any, oracle: SdarOracle) -> None:
+    llm, settings, graph, budget = served
+    cases = sdar_cases(settings["block_length"], seed=settings["block_length"])
+    outputs = run_outputs(llm, cases)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [
+        oracle.tokens(case, settings) for case in cases
+    ]
+    took = [output.kv_transfer_params["dllm"] for output in outputs]
+    assert {numbers["exactness"] for numbers in took} == {"exact"}
+    if budget == "auto":
+        return
+    expected = [oracle.speculative(case, settings, graph, budget) for case in cases]
+    assert [(n["nfe"], n["nfe_refresh"], n["accepted"], n["proposed"]) for n in took] == [
+        (e.nfe, 0, e.num_accepted, e.num_proposed) for e in expected
+    ]
+    assert sum(e.num_accepted for e in expected) >= 8, "too few drafts come true for the test to mean much"
+
+
+def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle: SdarOracle) -> None:
+    llm, settings, _, _ = served
+    cases = sdar_cases(settings["block_length"], seed=6)[:8]
+    preempted = []
+
+    def interfere(number: int, llm: Any) -> None:
+        if number % 6 == 4:
+            preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
+            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+        if number == 3:
+            llm.llm_engine.abort_request(["1"])
+
+    tokens = step_all(llm, cases, interfere)
+    assert sum(preempted) >= 4, "too few were preempted"
+    expected = {str(i): oracle.tokens(case, settings) for i, case in enumerate(cases)}
+    del expected["1"]
+    assert tokens == expected | ({"1": tokens["1"]} if "1" in tokens else {})
+
+
+def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
+    llm, settings, _, _ = served
+    check_counts_while_running(llm, sdar_cases(settings["block_length"], seed=5))
+
+
+def test_near_the_end_of_max_model_len_drafts_are_left_out(served: Any, oracle: SdarOracle) -> None:
+    """Rows behind max_model_len would be cut."""
+    llm, settings, _, _ = served
+    lefts = (2 * settings["block_length"] + 1, 37, 64, 109)
+    cases = [Case(tuple(range(5, 5 + MAX_MODEL_LEN - left)), max_tokens=left) for left in lefts]
+    outputs = run_outputs(llm, cases)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [
+        oracle.tokens(case, settings) for case in cases
+    ]
+
+
+def test_attention_by_torch_gives_the_same(mild_sdar: Path) -> None:
+    settings, graph = {"block_length": 8, "attention": "torch"}, random_graph(12, 12, 8)
+    oracle, cases = SdarOracle(mild_sdar), sdar_cases(8, seed=8)
+    with engine(mild_sdar, settings, speculative_config=speculation(graph, 3)) as llm:
+        outputs = run_outputs(llm, cases)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [
+        oracle.tokens(case, settings) for case in cases
+    ]
+
+
+def test_two_ranks_equal_reference(mild_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, graph = {"block_length": 4}, random_graph(4, 6, 4)
+    oracle, cases = SdarOracle(mild_sdar, MAX_MODEL_LEN), sdar_cases(4, seed=8)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_model_len": MAX_MODEL_LEN}
+    with engine(mild_sdar, settings, speculative_config=speculation(graph, 3), **options) as llm:
+        outputs = run_outputs(llm, cases)
+    expected = [oracle.speculative(case, settings, graph, 3) for case in cases]
+    assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, settings) for case in cases]
+    assert [o.kv_transfer_params["dllm"]["accepted"] for o in outputs] == [e.num_accepted for e in expected]
