@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.ops import simt
-from tests.ops.sampled import assert_sampled_sums
+from tests.ops.vocab import assert_sampled_sums
 from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, vocab_stats
 
 SIZES = [(1, 1), (3, 7), (7, 113), (2, 8192), (2, 8193), (1, 20_011)]
