@@ -208,7 +208,7 @@ def test_positions_are_drawn_with_the_published_probabilities() -> None:
     assert statistic < 13.8  # chi-square of two degrees of freedom, at 0.001
 
 
-def test_equal_confidences_go_to_the_lowest_position() -> None:
+def test_equal_scores_go_to_the_lowest_position() -> None:
     confidence = torch.tensor([[0.5, 0.9, 0.5, 0.9, 0.9]], dtype=torch.float64)
     is_masked = torch.tensor([[True, False, True, True, True]])
     chosen = choose_positions(confidence, is_masked, params("static", 5, steps=2))
