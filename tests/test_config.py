@@ -128,15 +128,15 @@ def test_blocks_begin_behind_the_prompt_and_fit(prompt_len: int, max_tokens: int
         (10, 7, 8, 24),
         (16, 1, 16, 24),
         (10, 99, 8, 88),
-        (87, 1, 80, 88),
-        (88, 1, 88, 88),
+        (84, 1, 80, 88),
+        (85, 1, 80, 80),
     ],
 )
 def test_aligned_blocks_leave_room_for_one_more(prompt_len: int, max_tokens: int, begin: int, end: int) -> None:
     settings = DllmConfig(block_length=8, kv_policy="block_causal")
     blocks = row_blocks(prompt_len, max_tokens, settings, max_model_len=100)
     assert (blocks.begin, blocks.end) == (begin, end)
-    assert max_prompt_len(settings, 100) == 87
+    assert max_prompt_len(settings, 100) == 84
 
 
 @pytest.mark.parametrize("kv_policy", ["dual", "block_causal"])

@@ -1,9 +1,10 @@
-"""What happens before a forward: refreshes, canvases into the input buffers, attention metadata.
+"""What happens before a forward: refreshes and prefills, canvases into the input buffers, attention metadata.
 
 vLLM's runner calls, for each step: `preprocess_state`, `prepare_attn`, `prepare_inputs`, the model, the sampler. Its
-batch begins with the requests that take a denoising step, `block_length` rows for each canvas that is evaluated;
-requests whose prompt was just scheduled follow. A prompt's own rows are never computed: the first refresh computes the
-whole row with its masked generation, which is what a bidirectional model needs.
+batch begins with the requests that take a denoising step, `block_length` rows for each of their nodes; requests whose
+prompt was just scheduled follow. The rows that vLLM schedules for a prompt are never computed: before the request's
+first denoising step a side forward computes what the model needs, a bidirectional one the whole row with its masked
+generation, a block-causal one the prompt's whole blocks.
 """
 
 import time
