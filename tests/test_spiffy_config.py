@@ -164,6 +164,23 @@ def test_the_default_graph_is_the_policys_and_says_what_is_better(policy: str) -
     assert f"--policy {policy}" in found.warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("policy", "block_length", "family", "made_for"),
+    [
+        ("dynamic", 4, "sdar", ("sdar", "dynamic", 4)),
+        ("dynamic", 32, "sdar", ("sdar", "dynamic", 8)),
+        ("static", 5, "sdar", ("sdar", "static", 4)),
+        ("sequential", 16, "sdar", ("sdar", "static", 8)),
+        ("static", 8, "llada", ("llada", "static", 32)),
+        ("threshold", 8, "sdar", ("llada", "threshold", 32)),  # the policy counts before the family
+        ("entropy", 32, "Dream", ("llada", "static", 32)),
+    ],
+)
+def test_the_default_graph_is_the_most_similar(policy, block_length, family, made_for) -> None:
+    made = default_graph(policy, block_length, family).provenance
+    assert (made.family, made.settings.policy, made.settings.block_length) == made_for
+
+
 @pytest.mark.parametrize("block_length", [1, 2, 3])
 def test_the_default_graph_fits_short_blocks(block_length: int) -> None:
     graph = settings({"max_nodes": 64}, block_length=block_length).graph

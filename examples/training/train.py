@@ -12,7 +12,7 @@ import llada
 import sdar
 import torch
 from data import BOS, EOS, make_batch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizer import build
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -84,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--output", type=Path, help="default: the checkpoint of the repository")
+    parser.add_argument("--weights", type=Path, help="model.safetensors to go on from; default: random weights")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -103,7 +104,10 @@ def main() -> None:
     generation = {"bos_token_id": BOS, "do_sample": False, "eos_token_id": EOS, "pad_token_id": EOS, "temperature": 0.0}
     (options.output / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     model = family.make_model(config)
-    initialise(model, family)
+    if options.weights:
+        model.load_state_dict({name: weight.float() for name, weight in load_file(options.weights).items()})
+    else:
+        initialise(model, family)
     train(model, family, tokenizer, options)
 
 

@@ -37,7 +37,18 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(calibrate)
     words = [folder / "model", "--prompts", folder / "prompts.jsonl", "-o", folder / "graph.json", "--keep-traces"]
-    words += ["--gen-length", GEN_LENGTH, "--block-length", BLOCK_LENGTH, "--threshold", 0.3, "--concurrency", 3]
+    words += [
+        "--dtype",
+        "float32",
+        "--gen-length",
+        GEN_LENGTH,
+        "--block-length",
+        BLOCK_LENGTH,
+        "--threshold",
+        0.3,
+        "--concurrency",
+        3,
+    ]
     with pytest.MonkeyPatch.context() as patch:
         start = recording.LLM
         patch.setattr(recording, "LLM", lambda *args, **kwargs: started.update(kwargs) or start(*args, **kwargs))
