@@ -225,7 +225,9 @@ class DllmScheduler(Scheduler):
         return totals.as_output(self._spiffy.exactness if self._spiffy else None)
 
     def _allocate_pages(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
-        """Call `KVCacheManager.allocate_slots` for the positions that get K/V, by a look-ahead that may be negative.
+        """Call `KVCacheManager.allocate_slots` for the positions that get K/V.
+
+        What differs from the scheduled tokens is vLLM's number of lookahead tokens, which may be negative.
 
         vLLM would cache what it takes for computed now.
         """
