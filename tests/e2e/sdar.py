@@ -88,13 +88,16 @@ def sdar_cases(block_length: int, seed: int) -> list[Case]:
     return cases
 
 
-def check_preemption_and_aborts(llm: Any, oracle: SdarOracle, settings: dict[str, Any]) -> None:
-    """Abort a request and preempt all others time and again; their tokens stay those of the reference."""
+def check_preemption_and_aborts(
+    llm: Any, oracle: SdarOracle, settings: dict[str, Any], every: int | None = None
+) -> None:
+    """Abort a request and preempt all others after so many steps; their tokens stay those of the reference."""
+    every = every or settings["block_length"] + 5
     cases = sdar_cases(settings["block_length"], seed=6)[:8]
     preempted = []
 
     def interfere(number: int, llm: Any) -> None:
-        if number % (settings["block_length"] + 5) == 5:
+        if number % every == 5:
             preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
             assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
         if number == 3:

@@ -64,7 +64,10 @@ def test_near_the_end_of_max_model_len_drafts_are_left_out(served: Any, oracle: 
     """Rows behind max_model_len would be cut."""
     llm, settings, _, _ = served
     lefts = (2 * settings["block_length"] + 1, 37, 64, 109)
-    cases = [Case(tuple(range(5, 5 + MAX_MODEL_LEN - left)), max_tokens=left) for left in lefts]
+    cases = [
+        Case(tuple(range(5, 5 + MAX_MODEL_LEN - left)), max_tokens=left, policy="sequential", temperature=0.7)
+        for left in lefts
+    ]
     outputs = run_outputs(llm, cases)
     assert [list(output.outputs[0].token_ids) for output in outputs] == [
         oracle.tokens(case, settings) for case in cases
