@@ -1,5 +1,6 @@
 """Async scheduling changes when the host learns of tokens, and no token: async == sync == reference, in fp32."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle: SdarO
     preempted = []
 
     def interfere(number: int, llm: Any) -> None:
-        if number % 6 == 4:
+        if number % (settings["block_length"] + 5) == 5:
             preempted.append(len(scheduler_of(llm).running))
             assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
         if number == 3:
@@ -105,7 +106,7 @@ def test_a_conversation_finds_its_own_answers(served: Any, oracle: SdarOracle) -
 def test_more_requests_than_pages(mild_sdar: Path, oracle: SdarOracle) -> None:
     """Requests are preempted while a step of theirs is under way."""
     settings, num_pages = {"block_length": 8}, 12
-    cases = sdar_cases(8, seed=7)
+    cases = [dataclasses.replace(case, max_tokens=30 + i, steps=None) for i, case in enumerate(sdar_cases(8, seed=7))]
     with engine(mild_sdar, settings, async_scheduling=True, num_gpu_blocks_override=num_pages) as llm:
         scheduler = scheduler_of(llm)
         under_way = []

@@ -55,7 +55,7 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle: SdarO
     preempted = []
 
     def interfere(number: int, llm: Any) -> None:
-        if number % 6 == 4:
+        if number % (settings["block_length"] + 5) == 5:
             preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
             assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
         if number == 3:
