@@ -126,7 +126,7 @@ class CanvasState:
             alg_temp=self._float("alg_temp")[slots],
             num_known=(self._int("prompt_len")[slots] - blocks.start).clamp(min=0),
             counts=self._ints[len(_INTS) :, slots].T,
-            times=self._floats[len(_FLOATS) :, slots].T,
+            times=self._floats[len(_FLOATS) :, slots].T.contiguous(),
             policies=tuple(name for name, policy_id in POLICY_IDS.items() if policy_id in policies),
             has_alg_temp=bool((self._floats_np[_FLOATS.index("alg_temp"), slots_np] > 0).any()),
         )
