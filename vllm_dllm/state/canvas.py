@@ -127,7 +127,7 @@ class CanvasState:
             alg_temp=parameters["alg_temp"],
             num_known=(parameters["prompt_len"] - blocks.start).clamp(min=0),
             counts=ints[len(_INTS) :].T,
-            times=floats[len(_FLOATS) :].T,
+            times=floats[len(_FLOATS) :].T.contiguous(),  # as searchsorted wants them
             policies=tuple(name for name, policy_id in POLICY_IDS.items() if policy_id in policies),
             has_alg_temp=bool((self._floats_np[_FLOATS.index("alg_temp"), slots_np] > 0).any()),
         )
