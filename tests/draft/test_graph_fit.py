@@ -26,7 +26,7 @@ def test_there_is_a_graph_for_each_policy(policy: PolicyName) -> None:
     file = default_graph(policy)
     assert ((0, 0),) in file.graph.formulas
     assert file.provenance is not None
-    own = {"static", "random", "threshold", "factor"}
+    own = {"static", "random", "threshold", "factor", "dynamic"}
     alike = "static" if policy in {"margin", "entropy", "sequential"} else "threshold"
     assert file.provenance.settings.policy == (policy if policy in own else alike)
 
