@@ -280,8 +280,8 @@ def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model
 
     As many as `max_tokens` needs and `max_model_len` has room for. A bidirectional model's begin behind the prompt; it
     attends to every masked position of the row, so the row's length is part of what it sees. Under `block_causal` they
-    begin at multiples of their length, and behind each there is room for another: with the first step of a block,
-    the rows of the block before it are in flight too.
+    begin at multiples of their length, and behind each, and behind the prompt, there is room for another: the rows of
+    two blocks may be in flight, and vLLM counts them from the last known token on.
     """
     block_length = settings.block_length
     begin, room = prompt_len, max_model_len
@@ -289,15 +289,13 @@ def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model
         begin -= prompt_len % block_length
         room -= block_length
     wanted = -(-(prompt_len + max_tokens - begin) // block_length)
-    fitting = (room - begin) // block_length
-    return RowBlocks(begin, begin + max(min(wanted, fitting), 0) * block_length, block_length)
+    fitting = (room - begin) // block_length if prompt_len <= max_prompt_len(settings, max_model_len) else 0
+    return RowBlocks(begin, begin + min(wanted, fitting) * block_length, block_length)
 
 
 def max_prompt_len(settings: DllmConfig, max_model_len: int) -> int:
-    """Return the length of the longest prompt that leaves room for a block; negative where none does."""
-    if settings.kv_policy == "block_causal":
-        return (max_model_len // settings.block_length - 1) * settings.block_length - 1
-    return max_model_len - settings.block_length
+    """Return the length of the longest prompt that leaves room for a block; below 1 where none does."""
+    return max_model_len - settings.block_length * (2 if settings.kv_policy == "block_causal" else 1)
 
 
 def request_steps(options: RequestOptions, settings: DllmConfig, blocks: RowBlocks) -> int:

@@ -290,7 +290,7 @@ class DllmConfigHook(VerifyAndUpdateConfig):
                 raise ConfigError(sentence.format(c=vllm_config))
         settings = settings_of(vllm_config)
         check_family(settings, served_family(vllm_config.model_config))
-        if max_prompt_len(settings, vllm_config.model_config.max_model_len) < 0:
+        if max_prompt_len(settings, vllm_config.model_config.max_model_len) < 1:
             raise ConfigError(
                 f"additional_config.dllm.block_length is {settings.block_length}, but max_model_len is "
                 f"{vllm_config.model_config.max_model_len}, which leaves no room for a prompt; choose a smaller "

@@ -142,7 +142,7 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
 def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int) -> RequestError:
     needed = f"a block needs {settings.block_length}"
     if settings.kv_policy == "block_causal":
-        needed += ", beginning at a multiple of it, and as many behind it"
+        needed += " and as many behind it"
     longest = max_prompt_len(settings, max_model_len)
     return RequestError(
         f"the prompt has {prompt_len} tokens and leaves {max_model_len - prompt_len} of max_model_len "
