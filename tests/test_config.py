@@ -143,7 +143,7 @@ def test_aligned_blocks_leave_room_for_one_more(prompt_len: int, max_tokens: int
 @pytest.mark.parametrize("block_length", [1, 3, 8])
 def test_the_longest_prompt_leaves_a_block_and_no_more(kv_policy: str, block_length: int) -> None:
     settings = DllmConfig(block_length=block_length, kv_policy=kv_policy)  # type: ignore[arg-type]  # one of the literals
-    for max_model_len in range(2 * block_length, 40):
+    for max_model_len in range(2 * block_length + 1, 40):
         longest = max_prompt_len(settings, max_model_len)
         lengths = [len(row_blocks(longest + more, 1, settings, max_model_len)) for more in (0, 1)]
         assert lengths == [1, 0]

@@ -80,13 +80,16 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle: SdarO
 def test_near_the_end_of_max_model_len(served: Any, oracle: SdarOracle) -> None:
     """The host counts what is under way: there a request waits until it knows."""
     llm, settings = served
-    lefts = (2 * settings["block_length"] + 1, 37, 64, 109)
+    room = 2 * settings["block_length"]
+    lefts = (room, room + 1, 37, 64, 109)
     cases = [
         Case(tuple(range(5, 5 + MAX_MODEL_LEN - left)), max_tokens=left, policy="sequential", temperature=0.7)
         for left in lefts
     ]
     outputs = run_outputs(llm, cases)
     assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, settings) for case in cases]
+    with pytest.raises(ValueError, match=f"shorten the prompt to at most {MAX_MODEL_LEN - room} tokens"):
+        run_outputs(llm, [Case(tuple(range(5, 6 + MAX_MODEL_LEN - room)), max_tokens=1)])  # it would wait forever
 
 
 def test_stop_tokens_trim_inside_a_block(served: Any, oracle: SdarOracle) -> None:
