@@ -27,7 +27,7 @@ endif
 	@CMAKE_ARGS="-DDLLM_CUDA=OFF $$CMAKE_ARGS" $(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup ## serve the small model of the checkout without and with Spiffy, and compare
+demo: setup ## serve the small models of the checkout without and with Spiffy, and compare
 	$(PY) examples/demo.py
 
 test: setup ## all tests

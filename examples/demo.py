@@ -1,8 +1,8 @@
-"""Serve the small model of this checkout with `vllm serve`, without and with Spiffy, and talk to it.
+"""Serve the small models of this checkout with `vllm serve`, without and with Spiffy, and talk to them.
 
-Prints some answers, then for four settings how many answers are right, the tokens per second, the forwards per token
-and the accepted drafts, and whether Spiffy changed any text: the exit status is 1 if it did. Then it draws how an
-answer comes about. `make demo` runs it.
+Prints some answers, then for four settings of each model how many answers are right, the tokens per second, the
+forwards per token and the accepted drafts, and whether Spiffy changed any text: the exit status is 1 if it did. Then it
+draws how an answer comes about. `make demo` runs it.
 """
 
 import contextlib
@@ -20,13 +20,11 @@ from denoising_picture import draw
 from openai import OpenAI
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "tiny_llada"))
+sys.path.insert(0, str(HERE / "training"))
 from tasks import TASKS, Example  # noqa: E402 - an example's module, not a package
 from tasks import draw as draw_example  # noqa: E402
 
-CHECKPOINT = HERE / "tiny_llada" / "checkpoint"
-SPIFFY = HERE / "tiny_llada" / "spiffy.json"
-MODEL = "tiny-llada"
+MODEL = "tiny"
 MAX_TOKENS = 64
 BUILD = HERE.parent / "build"
 LOG = BUILD / "demo-server.log"
@@ -35,6 +33,12 @@ START_TIMEOUT_S = 240
 QUESTIONS_PER_TASK = 3
 STATIC: dict[str, object] = {"dllm_policy": "static"}
 THRESHOLD: dict[str, object] = {"dllm_policy": "threshold", "dllm_threshold": 0.9}
+DYNAMIC: dict[str, object] = {"dllm_policy": "dynamic", "dllm_threshold": 0.9}
+MODELS = {
+    "LLaDA": (HERE / "tiny_llada", {"static": STATIC, "threshold": THRESHOLD}),
+    "SDAR": (HERE / "tiny_sdar", {"static": STATIC, "dynamic": DYNAMIC}),
+}
+"""Name: folder, and the unmasking policies to show."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,16 @@ class Result:
 
 
 @contextlib.contextmanager
-def server(*options: str) -> Iterator[OpenAI]:
-    """Run `vllm serve` until the block ends; yields a client of it."""
+def server(folder: Path, *options: str) -> Iterator[OpenAI]:
+    """Run `vllm serve` on the checkpoint of a folder until the block ends; yields a client of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(CHECKPOINT), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--max-num-seqs", "16", "--kv-cache-memory-bytes", str(128 << 20), *options),
+        *("serve", str(folder / "checkpoint"), "--served-model-name", MODEL),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-num-seqs", "16"),
+        *("--kv-cache-memory-bytes", str(128 << 20), *options),
     ]
     print("$", " ".join(command), flush=True)
     BUILD.mkdir(exist_ok=True)
@@ -125,20 +130,40 @@ def measure(client: OpenAI, examples: list[Example], policy: dict[str, object]) 
 def show(results: dict[str, Result], examples: list[Example]) -> None:
     """Print a line per setting."""
     print(f"\n{len(examples)} questions, one after another:")
-    print(f"  {'setting':20} {'right':>6} {'tokens/s':>9} {'forwards/token':>15} {'accepted drafts':>16}")
+    print(f"  {'setting':26} {'right':>6} {'tokens/s':>9} {'forwards/token':>15} {'accepted drafts':>16}")
     for name, result in results.items():
         right = sum(text == example.answer for text, example in zip(result.texts, examples, strict=True))
         speed, nfe = result.num_tokens / result.seconds, result.nfe / result.num_tokens
-        print(f"  {name:20} {f'{right}/{len(examples)}':>6} {speed:9.1f} {nfe:15.2f} {result.accepted:16}")
+        print(f"  {name:26} {f'{right}/{len(examples)}':>6} {speed:9.1f} {nfe:15.2f} {result.accepted:16}")
 
 
-def show_differences(results: dict[str, Result], without: str, drafted: str) -> int:
-    """Print whether two settings gave the same texts; returns how many differ."""
-    pairs = zip(results[without].texts, results[drafted].texts, strict=True)
-    num_different = sum(a != b for a, b in pairs)
-    verdict = "identical" if num_different == 0 else f"{num_different} DIFFERENT"
-    print(f"texts of '{without}' and '{drafted}': {verdict}")
-    return num_different
+def count_differences(results: dict[str, Result]) -> int:
+    """Print of each setting whether Spiffy gave the same texts; returns how many differ."""
+    total = 0
+    for name, result in results.items():
+        if drafted := results.get(f"{name} + Spiffy"):
+            num_different = sum(a != b for a, b in zip(result.texts, drafted.texts, strict=True))
+            verdict = "identical" if num_different == 0 else f"{num_different} DIFFERENT"
+            print(f"texts of '{name}' and '{name} + Spiffy': {verdict}")
+            total += num_different
+    return total
+
+
+def run(name: str, shown: list[Example], asked: list[Example]) -> dict[str, Result]:
+    """Serve a model without and with Spiffy; returns what each setting made of the questions."""
+    folder, policies = MODELS[name]
+    results = {}
+    for suffix in ("", " + Spiffy"):
+        options = ("--speculative-config", str(folder / "spiffy.json")) if suffix else ()
+        print()
+        with server(folder, *options) as client:
+            if suffix:
+                measure(client, shown, STATIC)  # the first requests pay for what is made once, as the shown ones do
+            else:
+                show_answers(client, shown)
+            for policy, values in policies.items():
+                results[f"{name} {policy}{suffix}"] = measure(client, asked, values)
+    return results
 
 
 def main() -> int:
@@ -147,19 +172,11 @@ def main() -> int:
     shown = [draw_example(task, rng, held_out=True) for task in TASKS]
     asked = [draw_example(task, rng, held_out=True) for task in TASKS for _ in range(QUESTIONS_PER_TASK)]
     results = {}
-    with server() as client:
-        show_answers(client, shown)
-        results["off"] = measure(client, asked, STATIC)
-        results["threshold"] = measure(client, asked, THRESHOLD)
-    print()
-    with server("--speculative-config", str(SPIFFY)) as client:
-        measure(client, shown, STATIC)  # the first requests pay for what is made once, as above
-        results["Spiffy"] = measure(client, asked, STATIC)
-        results["threshold + Spiffy"] = measure(client, asked, THRESHOLD)
-    show({name: results[name] for name in ("off", "threshold", "Spiffy", "threshold + Spiffy")}, asked)
-    num_different = show_differences(results, "off", "Spiffy")
-    num_different += show_differences(results, "threshold", "threshold + Spiffy")
-    forwards = draw(asked[-QUESTIONS_PER_TASK - 1].question, SPIFFY, PICTURE)
+    for name in MODELS:
+        results |= run(name, shown, asked)
+    show(results, asked)
+    num_different = count_differences(results)
+    forwards = draw(asked[-QUESTIONS_PER_TASK - 1].question, MODELS["LLaDA"][0] / "spiffy.json", PICTURE)
     print(
         f"how an answer comes about ({', '.join(f'{name}: {n}' for name, n in forwards.items())} forwards): {PICTURE}"
     )

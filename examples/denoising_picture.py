@@ -1,6 +1,6 @@
 """Draw how a block of text comes about, forward by forward, without and with Spiffy.
 
-Both halves come from the reference decoders on the small model of this checkout. They go through the same canvases,
+Both halves come from the reference decoders on the small LLaDA of this checkout. They go through the same canvases,
 with Spiffy through several of them per forward.
 
     .venv/bin/python examples/denoising_picture.py "Reverse jay jay dog" build/denoising.svg

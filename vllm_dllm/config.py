@@ -142,6 +142,12 @@ POLICY_OPTIONS: dict[PolicyName, tuple[str, ...]] = {
 }
 """The options each policy takes; a request that gives another one is refused, since it would have no effect."""
 
+
+def policy_settings(policy: PolicyName) -> tuple[str, ...]:
+    """Return the fields of `DllmConfig` that a policy reads."""
+    return tuple("steps_per_block" if option == "steps" else option for option in POLICY_OPTIONS[policy])
+
+
 REQUEST_KEYS = tuple(REQUEST_PREFIX + name for name in RequestOptions.model_fields)
 
 

@@ -153,7 +153,7 @@ class Denoiser:
     def _next_canvas(self, blocks: Blocks, nodes: Nodes, stats: PartialStats, sampling: RowSampling) -> Tensor:
         """Apply the requests' policies to every evaluated canvas; [num_reqs, num_nodes, block_length] int64."""
         num_nodes, block_length = nodes.canvas.shape[1:]
-        params = self.state.policy_params(blocks).repeat(num_nodes)
+        params = self.state.policy_params(blocks, num_nodes)
         evidence = Evidence(
             distribution=stats.distribution(sampling),
             keys=sampling.keys.view(-1, block_length),

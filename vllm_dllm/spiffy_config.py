@@ -41,8 +41,8 @@ class SpiffyConfig(BaseModel):
 
     Attributes:
         method: says that the rest is ours.
-        draft_graph: path of a draft graph's file, its content, or `default`: the graph that comes with the server's
-            policy.
+        draft_graph: path of a draft graph's file, its content, or `default`: the shipped graph that suits the server's
+            policy, model family and block length best.
         budget: draft nodes that a step evaluates, the likeliest of the graph; `auto` chooses how many at every step.
         max_nodes: the most that `auto` may choose; null is 10. A fixed budget may not be larger.
         exactness: `exact` refuses KV policies under which the tokens could differ from those without speculation.
@@ -189,7 +189,7 @@ def spiffy_settings(text: str, server: DllmConfig, model: str, family: str) -> S
     config, source = parse_spiffy(content["config"]), content["source"]
     exactness = _exactness(config, server)
     if source == DEFAULT_GRAPH:
-        graph = default_graph(server.policy, server.block_length).graph
+        graph = default_graph(server.policy, server.block_length, family).graph
         warnings = [
             f"{_NAME}.draft_graph is 'default', which was not made for this model; for a better one run: "
             f"{calibrate_command(server, model)}"

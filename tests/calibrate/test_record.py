@@ -140,3 +140,13 @@ def test_a_block_that_one_step_finishes_is_recorded_once():
     recorder.observe(0, block.start, step)
     recorder.observe(0, block.start, (step[1], step[1], *step[2:]))
     assert [block.num_steps for block in found] == [1]
+
+
+def test_a_block_that_begins_with_the_prompts_tail_is_recorded_whole():
+    block = make_block([50, 51, 52], [[1], [2]], [0.5, 0.9, 0.2])
+    block.canvas[:, 0] = 50
+    found = []
+    recorder = BlockRecorder(MASK, lambda slot, block: found.append(block))
+    for step in [steps_of(block)[0], *steps_of(block)]:  # once before a preemption
+        recorder.observe(0, block.start, step)
+    assert [one.canvas.tolist() for one in found] == [[[50, MASK, MASK], [50, 51, MASK], [50, 51, 52]]]

@@ -11,7 +11,9 @@ from vllm_dllm.calibrate.simulate import count_forwards, draft_blocks, until_eos
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.unmask.schedule import UnmaskRules
 
+EVEN, DREAM = UnmaskRules(), UnmaskRules("timesteps", unmasks_first_alone=True)
 CHAIN = DraftGraph((((0, 0),), ((0, 0), (1, 0)), ((0, 0), (1, 0), (2, 0))), 1)
 TEXT, CONFIDENCE = [50, 51, 52, 53, 54], [0.9, 0.8, 0.7, 0.6, 0.5]
 
@@ -67,6 +69,15 @@ def test_counts_and_proposals_agree(most_per_step, per_step):
     assert all(value > 0 for value in graph.expected)
 
 
+def test_a_node_that_was_chosen_before_its_parent_comes_behind_it():
+    text, confidence = [10, 11, 12, 13, 14], [0.9, 0.8, 0.7, 0.6, 0.5]
+    often, once = [[0], [1, 2], [3, 4]], [[0], [1], [2, 3], [4]]
+    traces = [make_trace(make_block(text, steps, confidence)) for steps in (often, often, once)]
+    graph = make_graph(traces, Decoding(MASK), DllmConfig(policy="threshold", block_length=5), 12)
+    assert {((0, 0),), ((0, 0), (1, 0))} <= set(graph.formulas)
+    assert all(max(parents) <= number for number, parents in enumerate(graph.parents))
+
+
 def test_a_walk_is_the_leading_part_of_the_path():
     rng = np.random.default_rng(3)
     traces = [random_trace(rng, prompt_idx=i) for i in range(10)]
@@ -112,17 +123,22 @@ def test_split(num_prompts, held_out, expected):
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "rules", "expected"),
     [
-        ({}, 1),
-        ({"steps_per_block": 16}, 2),
-        ({"steps_per_block": 24}, None),
-        ({"policy": "random"}, 1),
-        ({"policy": "threshold"}, None),
+        ({}, EVEN, 1),
+        ({"steps_per_block": 16}, EVEN, 2),
+        ({"steps_per_block": 24}, EVEN, None),
+        ({"steps_per_block": 11}, EVEN, 3),  # the last step takes two
+        ({"steps_per_block": 1}, EVEN, 32),
+        ({"policy": "random"}, EVEN, 1),
+        ({"policy": "entropy"}, DREAM, 1),  # and two in the last one
+        ({"policy": "entropy", "steps_per_block": 8}, DREAM, None),
+        ({"policy": "threshold"}, EVEN, None),
+        ({"policy": "dynamic"}, EVEN, None),
     ],
 )
-def test_tokens_per_step(settings, expected):
-    assert tokens_per_step(DllmConfig(**settings)) == expected
+def test_tokens_per_step(settings, rules, expected):
+    assert tokens_per_step(DllmConfig(**settings), rules) == expected
 
 
 def test_blocks_that_are_done_at_once_leave_nothing_to_draft():

@@ -11,13 +11,14 @@ from tests.calibrate.traces import MASK, random_trace
 from vllm_dllm.cli import calibrate as command
 from vllm_dllm.draft.graph_file import load_graph
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.unmask.schedule import UnmaskRules
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(command.calibrate)
 
 
 class FakeFacts:
-    family, mask_token_id, eos_token_id = "llada", MASK, 1
+    family, mask_token_id, eos_token_id, rules = "llada", MASK, 1, UnmaskRules()
 
 
 @pytest.fixture
@@ -42,6 +43,8 @@ def decoded(monkeypatch):
         return FakeFacts
 
     monkeypatch.setattr(command, "_decode", decode)
+    published = {"architectures": ["LLaDAModelLM"]}
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", lambda model: (published, {}))
     monkeypatch.setattr(command.importlib.metadata, "version", lambda name: "0")
     return calls
 
@@ -111,6 +114,8 @@ def test_keeps_traces_and_uses_them_again(prompts, decoded, tmp_path):
     [
         (["--policy", "threshold", "--threshold", "2"], "--threshold is 2.0, allowed are numbers above 0 and up to 1"),
         (["--steps-per-block", "9"], "steps_per_block is 9 but block_length is 8"),
+        (["--policy", "dynamic", "--steps-per-block", "3"], "steps_per_block is 3, but policy 'dynamic'"),
+        (["--alg-temp", "-1"], "--alg-temp is -1.0, allowed are null and finite numbers from 0 on"),
         (["--budgets", "3,x"], "--budgets is '3,x'; allowed are whole numbers from 1 to 64"),
         (["--budgets", "0"], "--budgets is '0'; allowed"),
         (["--picture", "graph.jpg"], "--picture is 'graph.jpg'; allowed are paths that end in .svg or .png"),

@@ -7,6 +7,7 @@ import pytest
 
 from tests.draft.example_graph import FILE, GRAPH, PROVENANCE
 from vllm_dllm.config import DllmConfig, PolicyName
+from vllm_dllm.draft import graph_file
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.graph_file import (
     GraphFile,
@@ -15,7 +16,7 @@ from vllm_dllm.draft.graph_file import (
     dump_graph,
     parse_graph,
 )
-from vllm_dllm.draft.graph_schema import PromptsFile
+from vllm_dllm.draft.graph_schema import PromptsFile, Provenance
 from vllm_dllm.draft.merge import merge_graphs
 from vllm_dllm.errors import GraphError
 
@@ -24,7 +25,37 @@ from vllm_dllm.errors import GraphError
 def test_there_is_a_graph_for_each_policy(policy: PolicyName) -> None:
     file = default_graph(policy)
     assert ((0, 0),) in file.graph.formulas
-    assert file.provenance is None or file.provenance.settings.policy == policy
+    assert file.provenance is not None
+    own = {"static", "random", "threshold", "factor"}
+    alike = "static" if policy in {"margin", "entropy", "sequential"} else "threshold"
+    assert file.provenance.settings.policy == (policy if policy in own else alike)
+
+
+def shipped(policy: PolicyName, family: str, block_length: int) -> tuple[Provenance, GraphFile]:
+    settings = PROVENANCE.settings.model_copy(update={"policy": policy, "block_length": block_length})
+    made = PROVENANCE.model_copy(update={"settings": settings, "family": family})
+    return made, GraphFile(GRAPH, made)
+
+
+@pytest.mark.parametrize(
+    ("policy", "family", "block_length", "expected"),
+    [
+        ("dynamic", "sdar", 4, ("dynamic", "sdar", 4)),
+        ("dynamic", "sdar", 5, ("dynamic", "sdar", 4)),
+        ("dynamic", "sdar", 16, ("dynamic", "sdar", 32)),
+        ("dynamic", "Dream", 32, ("dynamic", "sdar", 32)),  # the policy decides before the family
+        ("static", "sdar", 32, ("static", "llada", 32)),
+        ("margin", "Dream", 8, ("static", "llada", 32)),
+    ],
+)
+def test_the_default_graph_is_the_one_that_suits_best(
+    policy: PolicyName, family: str, block_length: int, expected: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [("dynamic", "sdar", 4), ("dynamic", "sdar", 32), ("static", "llada", 32), ("threshold", "Dream", 8)]
+    monkeypatch.setattr(graph_file, "_shipped_graphs", lambda: [shipped(*file) for file in files])  # type: ignore[arg-type]
+    made = default_graph(policy, block_length, family).provenance
+    assert made is not None
+    assert (made.settings.policy, made.family, made.settings.block_length) == expected
 
 
 @pytest.mark.parametrize("policy", get_args(PolicyName))
@@ -46,6 +77,11 @@ def test_a_graph_fits_the_server_it_was_made_for() -> None:
     [
         ({"threshold": 0.9}, ["threshold 0.8"], "--policy threshold --threshold 0.9"),
         ({"policy": "static"}, ["policy 'threshold'"], "--block-length 16 --policy static --output"),
+        (
+            {"policy": "dynamic", "steps_per_block": 2},
+            ["policy 'threshold'"],
+            "--policy dynamic --threshold 0.8 --steps-per-block 2 --output",
+        ),
         ({"policy": "random", "steps_per_block": 4}, ["policy 'threshold'"], "--policy random --steps-per-block 4"),
         ({"block_length": 8, "kv_policy": "prefix"}, ["block_length 16"], "--block-length 8"),
     ],

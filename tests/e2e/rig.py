@@ -29,7 +29,8 @@ from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 from vllm_dllm.reference.policy import LLADA, Rules, UnmaskPolicy
 from vllm_dllm.reference.sampling import Sampling
 
-CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_llada/checkpoint"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CHECKPOINT = EXAMPLES / "tiny_llada/checkpoint"
 MAX_MODEL_LEN = 128
 NUM_SLOTS = 16
 
@@ -218,7 +219,7 @@ def run(llm: Any, cases: list[Case]) -> list[list[int]]:
 def questions(count: int) -> list[tuple[int, ...]]:
     """Return prompts that the trained model was made for."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    tasks = runpy.run_path(str(CHECKPOINT.parent / "tasks.py"))
+    tasks = runpy.run_path(str(EXAMPLES / "training/tasks.py"))
     rng = random.Random(0)
     kinds = itertools.islice(itertools.cycle(tasks["TASKS"]), count)
     texts = [tasks["draw"](kind, rng, held_out=True).question for kind in kinds]

@@ -23,26 +23,30 @@ def printed() -> str:
 
 
 def test_answers_are_right(printed: str) -> None:
-    assert len(re.findall(r"-> .* right$", printed, re.MULTILINE)) >= 5
+    assert len(re.findall(r"-> .* right$", printed, re.MULTILINE)) >= 11  # of six questions to each model
 
 
 def test_table_has_a_line_per_setting(printed: str) -> None:
     lines = re.findall(r"^  (\S.*\S) +(\d+)/(\d+) +([\d.]+) +([\d.]+) +(\d+)$", printed, re.MULTILINE)
     rows = {line[0].strip(): line[1:] for line in lines}
-    assert list(rows) == ["off", "threshold", "Spiffy", "threshold + Spiffy"]
+    settings = ["LLaDA static", "LLaDA threshold", "SDAR static", "SDAR dynamic"]
+    assert sorted(rows) == sorted([*settings, *(f"{setting} + Spiffy" for setting in settings)])
     assert all(int(right) >= 0.9 * int(num_questions) for right, num_questions, *_ in rows.values())
     nfe = {name: float(row[3]) for name, row in rows.items()}
-    assert nfe["threshold"] < nfe["off"]
-    assert nfe["Spiffy"] < 0.8 * nfe["off"]
-    assert nfe["threshold + Spiffy"] <= nfe["threshold"]
     accepted = {name: int(row[4]) for name, row in rows.items()}
-    assert (accepted["off"], accepted["threshold"]) == (0, 0)
-    assert accepted["Spiffy"] > 0
+    assert nfe["LLaDA threshold"] < nfe["LLaDA static"]
+    assert nfe["SDAR dynamic"] < nfe["SDAR static"]
+    for setting in settings:
+        assert accepted[setting] == 0
+        assert nfe[f"{setting} + Spiffy"] <= nfe[setting]
+    for setting in ("LLaDA static", "SDAR static"):
+        assert accepted[f"{setting} + Spiffy"] > 0
+        assert nfe[f"{setting} + Spiffy"] < 0.8 * nfe[setting]
 
 
-def test_texts_are_identical(printed: str) -> None:
-    assert "texts of 'off' and 'Spiffy': identical" in printed
-    assert "texts of 'threshold' and 'threshold + Spiffy': identical" in printed
+@pytest.mark.parametrize("setting", ["LLaDA static", "LLaDA threshold", "SDAR static", "SDAR dynamic"])
+def test_texts_are_identical(printed: str, setting: str) -> None:
+    assert f"texts of '{setting}' and '{setting} + Spiffy': identical" in printed
 
 
 def test_picture_shows_both(printed: str) -> None:

@@ -52,7 +52,13 @@ class _Gpu:
 
 
 def stub_config(settings: dict[str, Any], cudagraph_mode: CUDAGraphMode = CUDAGraphMode.FULL) -> Any:
-    model = SimpleNamespace(dtype=torch.bfloat16, get_head_size=lambda: 128, max_model_len=64)
+    model = SimpleNamespace(
+        architectures=["LLaDAModelLM"],
+        hf_config=SimpleNamespace(),
+        dtype=torch.bfloat16,
+        get_head_size=lambda: 128,
+        max_model_len=64,
+    )
     return SimpleNamespace(
         model_config=model,
         cache_config=SimpleNamespace(cache_dtype="auto", block_size=16, user_specified_block_size=True),

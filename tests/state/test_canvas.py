@@ -61,15 +61,17 @@ def test_parameters_reach_the_device_when_staged_writes_are_applied() -> None:
 def test_policies_are_gathered_with_their_tables_and_the_prompts_tail() -> None:
     first = request(policy_id=POLICY_IDS["origin"], times=(0.5, 0.0, 0.0, 0.0))
     state = state_of(first, request(alg_temp=0.5), request(counts=(4, 4, 4, 4), prompt_len=6))
-    params = state.policy_params(Blocks(torch.tensor([2, 0]), np.array([2, 0]), torch.tensor([4, 8])))
+    params = state.policy_params(Blocks(torch.tensor([2, 0]), np.array([2, 0]), torch.tensor([4, 8])), 1)
     assert params.policy_id.tolist() == [0, POLICY_IDS["origin"]]
     assert params.policies == ("static", "origin")
     assert params.num_known.tolist() == [2, 2]
     assert params.counts.tolist() == [[4] * 4, [1, 2, 1, 1]]
     assert params.times.tolist() == [[0.75, 0.5, 0.25, 0.0], [0.5, 0.0, 0.0, 0.0]]
     assert not params.has_alg_temp
-    assert state.policy_params(blocks(1, start=12)).has_alg_temp
-    assert state.policy_params(blocks(1, start=12)).num_known.tolist() == [0]
+    assert state.policy_params(blocks(1, start=12), 1).has_alg_temp
+    assert state.policy_params(blocks(1, 2, start=12), 3).num_known.tolist() == [0] * 6
+    nodes = state.policy_params(blocks(2, 0, start=4), 2)
+    assert (nodes.num_known.tolist(), nodes.counts[:, 1].tolist()) == ([2, 2, 6, 6], [4, 4, 2, 2])
 
 
 def test_statistics_of_the_sampled_distribution_are_asked_for_where_a_policy_reads_them() -> None:

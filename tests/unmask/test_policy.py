@@ -34,12 +34,13 @@ def params(
     )
 
 
-def together(*alone: PolicyParams) -> PolicyParams:
-    """Put requests into a batch."""
+def together(*alone: PolicyParams, times: int = 1) -> PolicyParams:
+    """Put requests into a batch, each of them with as many canvases."""
     tensors = ("policy_id", "seed", "num_known", "counts", "times", "threshold", "factor", "entropy_bound", "alg_temp")
+    columns = {name: torch.cat([getattr(one, name) for one in alone]) for name in tensors}
     return replace(
         alone[0],
-        **{name: torch.cat([getattr(one, name) for one in alone]) for name in tensors},
+        **{name: column.repeat_interleave(times, 0) for name, column in columns.items()},
         policies=tuple({name: None for one in alone for name in one.policies}),
         has_alg_temp=any(one.has_alg_temp for one in alone),
     )
@@ -199,7 +200,7 @@ def test_positions_are_drawn_with_the_published_probabilities() -> None:
     distribution = Distribution(torch.zeros_like(token), torch.zeros_like(token), token, x)
     position = torch.arange(3).expand(num_draws, -1)
     keys = noise.stream_keys(torch.arange(num_draws)[:, None], position, torch.tensor(3))
-    policy = params("static", 3, steps=3, alg_temp=0.5).repeat(num_draws)
+    policy = together(params("static", 3, steps=3, alg_temp=0.5), times=num_draws)
     chosen = choose_positions(score_positions(Evidence(distribution, keys, position), policy), keys == keys, policy)
     expected = num_draws * torch.softmax(scores / 0.5, 0)
     statistic = float(((chosen.sum(0) - expected) ** 2 / expected).sum())
@@ -231,7 +232,7 @@ def test_policies_do_not_see_their_neighbours(num_nodes: int) -> None:
     alone = [params(name, size, steps=2, threshold=0.6, factor=1.5, entropy_bound=1.0) for name in POLICY_IDS]
     alone += [params(name, size, steps=3, alg_temp=0.5) for name in ("static", "margin", "entropy")]  # type: ignore[arg-type]
     shown = evidence(len(alone) * num_nodes, size)
-    mixed = together(*alone).repeat(num_nodes)
+    mixed = together(*alone, times=num_nodes)
     is_masked = torch.rand(len(shown.keys), size, generator=torch.Generator().manual_seed(1)) < 0.6
     is_masked[:, 0] = True
     found = choose_positions(score_positions(shown, mixed), is_masked, mixed)

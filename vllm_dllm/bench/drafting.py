@@ -71,7 +71,7 @@ def load(path: Path, held_out: float) -> Material:
         traces = [trace_file.traces[i] for i in sorted(trace_file.traces)]
     settings = DllmConfig.model_validate({key: head[key] for key in DllmConfig.model_fields if key in head})
     used, rest = split(len(traces), held_out, head["seed"])
-    mask_token_id = int(traces[0].blocks[0].canvas[0, 0])  # a block begins with nothing else
+    mask_token_id = int(traces[0].blocks[0].canvas[0, -1])  # where every block begins masked
     decoding = Decoding(mask_token_id, head["temperature"], settings.policy == "random")
     return Material([traces[i] for i in used], [traces[i] for i in rest], settings, decoding)
 

@@ -5,16 +5,13 @@ import time
 from typing import Any
 
 from vllm import LLM, EngineArgs, SamplingParams
-from vllm.config import ModelConfig, ParallelConfig
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_dllm.bench.workload import EngineSpec, Measurement, Workload
+from vllm_dllm.engine.kv_memory import kv_bytes
 from vllm_dllm.engine.telemetry import StepStats
-
-PAGE_TOKENS = 128
-"""Tokens of the largest page that vLLM uses by default, a CPU's."""
 
 
 def start_engine(spec: EngineSpec) -> LLM:
@@ -43,14 +40,6 @@ def start_engine(spec: EngineSpec) -> LLM:
         additional_config={"dllm": {**spec.settings, "block_length": workload.block_length}},
         speculative_config=spec.speculative_config,
     )
-
-
-def kv_bytes(model_config: ModelConfig, num_seqs: int, max_model_len: int) -> int:
-    """Return the memory of the K/V of `num_seqs` requests of `max_model_len` tokens, in whole pages."""
-    parallel = ParallelConfig()
-    per_token = 2 * model_config.get_head_size() * model_config.get_num_kv_heads(parallel) * model_config.dtype.itemsize
-    num_pages = num_seqs * -(-max_model_len // PAGE_TOKENS) + 1  # vLLM keeps one for itself
-    return model_config.get_num_layers(parallel) * per_token * PAGE_TOKENS * num_pages
 
 
 def set_budget(llm: LLM, budget: int) -> None:

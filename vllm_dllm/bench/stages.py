@@ -2,11 +2,12 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm import LLM
 
+from vllm_dllm.bench.decode import Policy
 from vllm_dllm.bench.engine import request_params, start_engine
 from vllm_dllm.bench.report import Row, Section
 from vllm_dllm.bench.workload import EngineSpec, Workload
@@ -60,18 +61,23 @@ def install(clock: StageClock, llm: LLM) -> None:
     clock.wrap(state.denoiser, "head", "row statistics")
 
 
-def stage_times(workload: Workload) -> list[Section]:
-    """Measure steps in which nobody begins a block, at each concurrency, one token per step."""
-    llm = start_engine(EngineSpec(workload))
-    clock = StageClock()
-    install(clock, llm)
+def stage_times(workload: Workload, policies: Sequence[Policy]) -> list[Section]:
+    """Measure steps in which nobody begins a block, at each concurrency.
+
+    All requests have the same prompt, so that their blocks begin together.
+    """
     rows: list[Row] = []
-    for concurrency in workload.concurrency:
-        for i in range(concurrency):
-            prompt = {"prompt_token_ids": list(workload.prompts[i % len(workload.prompts)])}
-            llm.llm_engine.add_request(f"{concurrency}-{i}", prompt, request_params(workload, i))
-        rows.append({"requests": concurrency, **_steps_ms(clock, llm, workload.block_length)})
-    llm.llm_engine.engine_core.shutdown()
+    for policy in policies:
+        llm = start_engine(EngineSpec(workload, policy.settings))
+        clock = StageClock()
+        install(clock, llm)
+        for concurrency in workload.concurrency:
+            for i in range(concurrency):
+                prompt = {"prompt_token_ids": list(workload.prompts[0])}
+                llm.llm_engine.add_request(f"{concurrency}-{i}", prompt, request_params(workload, i))
+            stages = _steps_ms(clock, llm, workload.block_length)
+            rows.append({"policy": policy.name, "requests": concurrency, **stages})
+        llm.llm_engine.engine_core.shutdown()
     return [Section("milliseconds per denoising step, by stage (self time)", rows)]
 
 
@@ -80,19 +86,26 @@ def _steps_ms(clock: StageClock, llm: LLM, block_length: int) -> dict[str, float
 
     Raises: ValueError when there is one block only.
     """
-    num_steps, total = 0, defaultdict[str, float](float)
-    number = 0
+    total = defaultdict[str, float](float)
+    num_steps, num_ends, was_end = 0, 0, False
     while llm.llm_engine.has_unfinished_requests():
         clock.seconds.clear()
+        before = _computed_tokens(llm)
         llm.llm_engine.step()
-        # Step 0 takes the prompts in; then each block's first step refreshes. Block 0 warms up.
-        if number > block_length and (number - 1) % block_length:
+        # A block begins behind the step that took in the prompt or ended the block before. Block 0 warms up.
+        if num_ends > 1 and not was_end:
             num_steps += 1
             for stage, seconds in clock.seconds.items():
                 total[stage] += seconds
-        number += 1
+        was_end = _computed_tokens(llm) != before
+        num_ends += was_end
     if num_steps == 0:
         raise ValueError(f"a generation has one block of {block_length}, two or more are needed; raise --gen-length")
     stages = {stage: 1e3 * seconds / num_steps for stage, seconds in sorted(total.items())}
     host = sum(ms for stage, ms in stages.items() if stage not in DEVICE_STAGES)
     return {**stages, "host total": host, "step": sum(stages.values())}
+
+
+def _computed_tokens(llm: LLM) -> list[int]:
+    running = llm.llm_engine.engine_core.engine_core.scheduler.running
+    return [request.num_computed_tokens for request in running]

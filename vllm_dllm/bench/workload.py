@@ -57,10 +57,10 @@ class EngineSpec:
 
     @property
     def max_model_len(self) -> int:
-        """Positions that the longest prompt, its generation and the drafts of its last block need."""
+        """Positions that the longest prompt, its generation and what is in flight with its last block need."""
         workload = self.workload
         longest = max(map(len, workload.prompts))
-        return longest + workload.gen_length + workload.block_length * (1 + self.most_drafts)
+        return longest + workload.gen_length + workload.block_length * (2 + self.most_drafts)
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from vllm_dllm.calibrate.trace import PromptTrace
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.unmask.schedule import UnmaskRules, count_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,13 @@ class Prediction:
     num_prompts: int
 
 
-def tokens_per_step(settings: DllmConfig) -> int | None:
-    """Return how many positions each step of the policy unmasks, None when that varies."""
-    if settings.policy not in {"static", "random"}:
+def tokens_per_step(settings: DllmConfig, rules: UnmaskRules) -> int | None:
+    """Return how many positions each step of the policy unmasks but a block's last, None when that varies."""
+    if settings.policy not in {"static", "random", "margin", "entropy", "sequential"}:
         return None
-    steps = settings.steps_per_block or settings.block_length
-    return settings.block_length // steps if settings.block_length % steps == 0 else None
+    counts = count_table(rules, settings.block_length, settings.steps_per_block or settings.block_length)
+    found = set(counts[: -counts[-1]]) or {counts[-1]}
+    return found.pop() if len(found) == 1 else None
 
 
 def split(num_prompts: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
@@ -57,7 +59,7 @@ def make_graph(
 
     Raises: ConfigError when no step of the traces could have had drafts.
     """
-    per_step = tokens_per_step(settings)
+    per_step = tokens_per_step(settings, decoding.rules)
     # The order of the policy `random` is known from its noise.
     if not decoding.is_random:
         decoding = replace(decoding, readiness=fit_readiness(traces, decoding.mask_token_id, per_step))
@@ -75,7 +77,7 @@ def make_graph(
         counts=tuple(counts[formula] for formula in formulas),
         num_anchors=len(paths),
         readiness=decoding.readiness,
-    )
+    ).parents_first()  # where the tokens of a step vary, a node may have been chosen before its largest subset
     return replace(graph, expected=expected_counts(graph, draft_blocks(graph, traces, decoding)))
 
 

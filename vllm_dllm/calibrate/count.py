@@ -18,6 +18,7 @@ from vllm_dllm.calibrate.select import FutureStates
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.draft.graph import MAX_CANDIDATES, Formula, Pair
 from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.unmask.schedule import UnmaskRules
 
 MAX_PAIRS = 16
 """Longer formulas are not counted: no graph of 64 nodes has use for them."""
@@ -31,6 +32,7 @@ class Decoding:
     temperature: float = 0.0
     is_random: bool = False  # the policy `random`
     readiness: Readiness = field(default_factory=Readiness)
+    rules: UnmaskRules = field(default_factory=UnmaskRules)
 
 
 def anchor_paths(traces: Iterable[PromptTrace], decoding: Decoding) -> list[FutureStates]:

@@ -109,9 +109,10 @@ class BlockRecorder:
         self._steps: dict[int, list[_Step]] = {}
 
     def observe(self, slot: int, start: int, step: "_Step") -> None:
-        """Take a step of the request in a slot; one from an all masked canvas begins a block, also after preemption.
+        """Take a step of the request in a slot; one that does not go on from the last one begins a block.
 
-        A step of a finished canvas, as after a refresh that unmasked all of a block, is none.
+        So does the first step after a preemption, which begins its block anew. A step of a finished canvas, as after a
+        refresh that unmasked all of a block, is none.
 
         Args:
             slot: of the request.
@@ -121,9 +122,9 @@ class BlockRecorder:
         before, after = step[:2]
         if not (before == self._mask_token_id).any():
             return
-        if (before == self._mask_token_id).all():
-            self._steps[slot] = []
-        steps = self._steps[slot]
+        steps = self._steps.setdefault(slot, [])
+        if steps and (steps[-1][1] != before).any():
+            steps.clear()
         steps.append(step)
         if not (after == self._mask_token_id).any():
             canvas = np.stack([steps[0][0], *(step[1] for step in steps)]).astype(np.int32)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,10 +13,18 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from vllm_dllm.cli import bench_options
 from vllm_dllm.cli.console import print_line
-from vllm_dllm.config import DllmConfig, parse_server_settings
+from vllm_dllm.cli.server_settings import (
+    AlgTemp,
+    BlockLength,
+    EntropyBound,
+    Factor,
+    StepsPerBlock,
+    Threshold,
+    given_settings,
+)
 from vllm_dllm.draft.graph import MAX_NODES
-from vllm_dllm.draft.graph_file import load_graph
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.spiffy_config import DEFAULT_GRAPH
 
@@ -31,7 +39,6 @@ app = typer.Typer(
     no_args_is_help=True, help="Measure an engine or the ops on this machine; figures are ratios within one run."
 )
 
-_DEFAULT = DllmConfig()
 _FILE_WIDTH = 160
 
 _Model = Annotated[Path, typer.Option(help="Checkpoint.")]
@@ -39,7 +46,15 @@ _Prompts = Annotated[Path, typer.Option(help="JSONL file; each line has text, pr
 _Skip = Annotated[int, typer.Option(min=0, help="Lines left out at the beginning.")]
 _NumPrompts = Annotated[int, typer.Option(min=1, help="Prompts that everyone decodes.")]
 _GenLength = Annotated[int, typer.Option(min=1, help="Tokens per prompt.")]
-_BlockLength = Annotated[int, typer.Option(min=1, help="Positions denoised together.")]
+_Policies = Annotated[str, typer.Option(metavar="NAME,...", help="Unmasking policies; each is measured.")]
+_Graphs = Annotated[
+    str,
+    typer.Option(metavar="FILE,...", help="Draft graph of all policies, or of each; `default` is each policy's own."),
+]
+_Budgets = Annotated[str, typer.Option(metavar="N,...", help="Fixed budgets beside `off` and `auto`; '' is none.")]
+_Chain = Annotated[
+    str, typer.Option(metavar="N,...", help="Fixed budgets of a chain graph (FreeDave, SSD); '' is none.")
+]
 _Concurrency = Annotated[str, typer.Option(metavar="N,...", help="Requests in flight; each number is measured.")]
 _Dtype = Annotated[
     str, typer.Option(help="With bfloat16 near ties may round differently with drafts, which is exit status 1.")
@@ -49,40 +64,57 @@ _KvCacheMib = Annotated[
 ]
 
 
-def _measures_workload(measure: Callable[["Workload"], None]) -> None:
-    """Make a command of a function; its options say what workload the function is given."""
+def _measures_workload(policies: str) -> Callable[[Callable[["Workload", "tuple[Policy, ...]"], None]], None]:
+    """Make a command of a function; its options say what workload and which policies the function is given.
 
-    @app.command(measure.__name__, help=measure.__doc__)
-    def command(
-        model: _Model,
-        prompts: _Prompts,
-        skip_prompts: _Skip = 0,
-        num_prompts: _NumPrompts = 16,
-        gen_length: _GenLength = 128,
-        block_length: _BlockLength = _DEFAULT.block_length,
-        concurrency: _Concurrency = "1,4,16",
-    ) -> None:
-        measure(_workload(model, prompts, skip_prompts, num_prompts, gen_length, block_length, concurrency))
+    Args:
+        policies: default of `--policy`.
+    """
+
+    def add(measure: Callable[["Workload", "tuple[Policy, ...]"], None]) -> None:
+        @app.command(measure.__name__, help=measure.__doc__)
+        def command(  # noqa: PLR0913 - the options of a command
+            model: _Model,
+            prompts: _Prompts,
+            skip_prompts: _Skip = 0,
+            num_prompts: _NumPrompts = 16,
+            gen_length: _GenLength = 128,
+            block_length: BlockLength = None,
+            concurrency: _Concurrency = "1,4,16",
+            policy: _Policies = policies,
+            threshold: Threshold = None,
+            factor: Factor = None,
+            entropy_bound: EntropyBound = None,
+            alg_temp: AlgTemp = None,
+            steps_per_block: StepsPerBlock = None,
+        ) -> None:
+            given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
+            measure(
+                bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),
+                bench_options.policies(model, policy, DEFAULT_GRAPH, given),
+            )
+
+    return add
 
 
-@_measures_workload
-def reference(workload: "Workload") -> None:
+@_measures_workload("static,threshold")
+def reference(workload: "Workload", policies: "tuple[Policy, ...]") -> None:
     """Measure the engine beside the plain reference decoders; the exit status is 1 when tokens differ."""
     from vllm_dllm.bench.reference import compare_with_reference
     from vllm_dllm.bench.workload import UnequalTokensError
 
     try:
-        _print(compare_with_reference(workload))
+        _print(compare_with_reference(workload, policies))
     except UnequalTokensError as error:
         _fail(error)
 
 
-@_measures_workload
-def stages(workload: "Workload") -> None:
+@_measures_workload("static")
+def stages(workload: "Workload", policies: "tuple[Policy, ...]") -> None:
     """Measure where the time of a denoising step goes."""
     from vllm_dllm.bench.stages import stage_times
 
-    _print(stage_times(workload))
+    _print(stage_times(workload, policies))
 
 
 @app.command()
@@ -92,22 +124,17 @@ def decode(  # noqa: PLR0913 - the options of a command
     skip_prompts: _Skip = 0,
     num_prompts: _NumPrompts = 16,
     gen_length: _GenLength = 128,
-    block_length: _BlockLength = _DEFAULT.block_length,
+    block_length: BlockLength = None,
     concurrency: _Concurrency = "1,4,16",
-    policy: Annotated[str, typer.Option(metavar="NAME,...", help="Unmasking policies; each is measured.")] = "static",
-    threshold: Annotated[float, typer.Option(help="Of the policy `threshold`.")] = _DEFAULT.threshold,
-    graph: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE,...", help="Draft graph of all policies, or of each; `default` is each policy's own."
-        ),
-    ] = "default",
-    budgets: Annotated[
-        str, typer.Option(metavar="N,...", help="Fixed budgets beside `off` and `auto`; '' is none.")
-    ] = "1,3,5",
-    chain: Annotated[
-        str, typer.Option(metavar="N,...", help="Fixed budgets of a chain graph (FreeDave, SSD); '' is none.")
-    ] = "3",
+    policy: _Policies = "static",
+    threshold: Threshold = None,
+    factor: Factor = None,
+    entropy_bound: EntropyBound = None,
+    alg_temp: AlgTemp = None,
+    steps_per_block: StepsPerBlock = None,
+    graph: _Graphs = "default",
+    budgets: _Budgets = "1,3,5",
+    chain: _Chain = "3",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of all requests.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the first prompt; the next has one more.")] = 0,
@@ -124,8 +151,9 @@ def decode(  # noqa: PLR0913 - the options of a command
     from vllm_dllm.bench.decode import Comparison, sections
 
     _check_matplotlib()
+    given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
     workload = replace(
-        _workload(model, prompts, skip_prompts, num_prompts, gen_length, block_length, concurrency),
+        bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),
         temperature=temperature,
         seed=seed,
         stop_at_eos=stop_at_eos,
@@ -133,15 +161,15 @@ def decode(  # noqa: PLR0913 - the options of a command
     )
     comparison = Comparison(
         workload,
-        _policies(policy, graph, block_length, threshold),
-        _whole_numbers("--budgets", budgets, MAX_NODES),
-        _whole_numbers("--chain", chain, MAX_NODES),
+        bench_options.policies(model, policy, graph, given),
+        bench_options.whole_numbers("--budgets", budgets, MAX_NODES),
+        bench_options.whole_numbers("--chain", chain, MAX_NODES),
         repeats,
         dtype,
     )
     out.mkdir(parents=True, exist_ok=True)
     runs = _compare(comparison)
-    tables = sections(runs, block_length)
+    tables = sections(runs, workload.block_length)
     _print(tables)
     _write(out, comparison, runs, tables)
 
@@ -185,59 +213,6 @@ def _device(name: str) -> "torch.device":
     if name not in allowed:
         raise ConfigError(f"--device is {name!r}, this machine allows {', '.join(allowed)}; choose one of these")
     return torch.device(allowed[name])
-
-
-def _workload(
-    model: Path,
-    prompts: Path,
-    skip_prompts: int,
-    num_prompts: int,
-    gen_length: int,
-    block_length: int,
-    concurrency: str,
-) -> "Workload":
-    from transformers import PreTrainedTokenizerFast
-
-    from vllm_dllm.bench.workload import Workload
-    from vllm_dllm.calibrate.prompts import encode, read_prompts
-
-    at_once = _whole_numbers("--concurrency", concurrency, 1024)
-    chosen = read_prompts(prompts, skip_prompts + num_prompts).conversations[skip_prompts:]
-    if not chosen or not at_once:
-        raise ConfigError(
-            f"--skip-prompts is {skip_prompts} and --concurrency is {concurrency!r}, which leaves nothing of {prompts} "
-            "to measure; skip fewer prompts and give at least one number"
-        )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
-    ids = tuple(tuple(encode(tokenizer, conversation)) for conversation in chosen)
-    return Workload(str(model), ids, gen_length, block_length, at_once)
-
-
-def _whole_numbers(option: str, text: str, most: int) -> tuple[int, ...]:
-    words = text.split(",") if text else []
-    if not all(word.isdecimal() and 1 <= int(word) <= most for word in words):
-        raise ConfigError(f"{option} is {text!r}, allowed are lists of whole numbers 1..{most} like 1,4,16; correct it")
-    return tuple(map(int, words))
-
-
-def _policies(policy: str, graph: str, block_length: int, threshold: float) -> tuple["Policy", ...]:
-    """Pair each policy with its graph."""
-    from vllm_dllm.bench.decode import Policy
-
-    names, graphs = policy.split(","), graph.split(",")
-    if len(graphs) not in {1, len(names)}:
-        raise ConfigError(
-            f"--graph has {len(graphs)} graphs and --policy {len(names)} policies; give one for all or one for each"
-        )
-    for path in graphs:
-        if path != DEFAULT_GRAPH:
-            load_graph(path)  # refused here, before engines start
-    policies = []
-    for index, name in enumerate(names):
-        settings: dict[str, Any] = {"policy": name} | ({"threshold": threshold} if name == "threshold" else {})
-        parse_server_settings(settings | {"block_length": block_length}, prefix="--")
-        policies.append(Policy(settings, graphs[index % len(graphs)]))
-    return tuple(policies)
 
 
 def _compare(comparison: "Comparison") -> "Runs":

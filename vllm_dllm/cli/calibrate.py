@@ -17,7 +17,17 @@ from rich.text import Text
 from vllm_dllm import __version__
 from vllm_dllm.calibrate.prompts import Prompts, read_prompts
 from vllm_dllm.calibrate.select import Objective
-from vllm_dllm.config import DllmConfig, PolicyName, parse_server_settings
+from vllm_dllm.cli.server_settings import (
+    AlgTemp,
+    BlockLength,
+    EntropyBound,
+    Factor,
+    StepsPerBlock,
+    Threshold,
+    given_settings,
+    server_settings,
+)
+from vllm_dllm.config import DllmConfig, PolicyName
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, save_graph
 from vllm_dllm.draft.graph_schema import PromptsFile, Provenance, Versions
@@ -39,11 +49,13 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     prompts: Annotated[Path, typer.Option(help="JSON lines with text, prompt, question or messages.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The graph file to write.")],
     samples: Annotated[int, typer.Option(min=2, help="Prompts to decode, from the file's beginning.")] = 50,
-    policy: Annotated[PolicyName, typer.Option(help="Unmasking policy.")] = "static",
-    threshold: Annotated[float | None, typer.Option(help="Of the policy `threshold`.")] = None,
-    factor: Annotated[float | None, typer.Option(help="Of the policy `factor`.")] = None,
-    steps_per_block: Annotated[int | None, typer.Option(help="Of `static` and `random`.")] = None,
-    block_length: Annotated[int, typer.Option(help="Positions denoised together.")] = 32,
+    policy: Annotated[PolicyName | None, typer.Option(help="Unmasking policy; the model's own unless given.")] = None,
+    threshold: Threshold = None,
+    factor: Factor = None,
+    entropy_bound: EntropyBound = None,
+    alg_temp: AlgTemp = None,
+    steps_per_block: StepsPerBlock = None,
+    block_length: BlockLength = None,
     gen_length: Annotated[int, typer.Option(min=1, help="Positions that each prompt generates.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of the requests.")] = 0.0,
     nodes: Annotated[int, typer.Option(min=1, max=MAX_NODES, help="Nodes of the graph, at most.")] = 32,
@@ -56,7 +68,9 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the noise.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
     dtype: Annotated[str, typer.Option(help="Of the engine.")] = "auto",
-    kv_cache_memory_bytes: Annotated[int | None, typer.Option(min=1, help="Of the engine.")] = None,
+    kv_cache_memory_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Of the engine; as much as --concurrency needs unless given.")
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
     keep_traces: Annotated[bool, typer.Option("--keep-traces", help="Keep the traces file when done.")] = False,
 ) -> None:
@@ -64,18 +78,13 @@ def calibrate(  # noqa: PLR0913 - the options of a command
 
     Interrupt it at will: the same command goes on where it was.
     """
+    given = given_settings(policy, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
     plan = Plan(
         model=model,
         prompts=read_prompts(prompts, samples),
         output=output,
         picture=picture,
-        settings=_settings(
-            block_length=block_length,
-            policy=policy,
-            threshold=threshold,
-            factor=factor,
-            steps_per_block=steps_per_block,
-        ),
+        settings=server_settings(model, given),
         gen_length=gen_length,
         temperature=temperature,
         num_nodes=nodes,
@@ -126,10 +135,6 @@ class Plan:
         }
 
 
-def _settings(**given: object) -> DllmConfig:
-    return parse_server_settings({name: value for name, value in given.items() if value is not None}, prefix="--")
-
-
 def _budgets(text: str, num_nodes: int) -> tuple[int, ...]:
     budgets = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if not all(1 <= budget <= MAX_NODES for budget in budgets):
@@ -175,16 +180,22 @@ def _decode(plan: Plan, trace_file: "TraceFile") -> "ModelFacts":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm_dllm.engine.recording import EngineOptions, RecordingEngine
 
-    options = EngineOptions(plan.model, plan.settings, plan.concurrency, plan.dtype, plan.kv_cache_memory_bytes)
-    engine = RecordingEngine(options)
+    options = EngineOptions(
+        model=plan.model,
+        settings=plan.settings,
+        gen_length=plan.gen_length,
+        concurrency=plan.concurrency,
+        dtype=plan.dtype,
+        kv_cache_memory_bytes=plan.kv_cache_memory_bytes,
+    )
+    engine = RecordingEngine(options, plan.prompts.conversations)
     try:
-        conversations = plan.prompts.conversations
-        prompts = {i: engine.encode(messages, plan.gen_length) for i, messages in enumerate(conversations)}
-        missing = {i: ids for i, ids in prompts.items() if i not in trace_file.traces}
+        missing = [i for i in range(len(engine.prompts)) if i not in trace_file.traces]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("prompts", total=len(prompts), completed=len(prompts) - len(missing))
-            for trace in engine.decode(missing, plan.gen_length, plan.temperature, plan.seed):
+            completed = len(engine.prompts) - len(missing)
+            task = progress.add_task("prompts", total=len(engine.prompts), completed=completed)
+            for trace in engine.decode(missing, plan.temperature, plan.seed):
                 trace_file.append(trace)
                 progress.advance(task)
     finally:
@@ -196,7 +207,8 @@ def _build(plan: Plan, facts: "ModelFacts", traces: Sequence["PromptTrace"]) -> 
     from vllm_dllm.calibrate.build import make_graph, predict, split
     from vllm_dllm.calibrate.count import Decoding
 
-    decoding = Decoding(facts.mask_token_id, plan.temperature, plan.settings.policy == "random")
+    is_random = plan.settings.policy == "random"
+    decoding = Decoding(facts.mask_token_id, plan.temperature, is_random, rules=facts.rules)
     by_prompt = sorted(traces, key=lambda trace: trace.prompt_idx)
     used, held_out = split(len(by_prompt), plan.held_out, plan.seed)
     graph = make_graph([by_prompt[i] for i in used], decoding, plan.settings, plan.num_nodes, plan.objective)
@@ -250,5 +262,5 @@ def _table(prediction: "Prediction") -> Table:
             f"{prediction.until_eos[budget].ratio:.2f}",
             " ".join(f"{share:.2f}" for share in forwards.acceptance),
         )
-    table.caption = "each block's first forward is a refresh, which no draft saves"
+    table.caption = "no draft saves a block's first forward"
     return table

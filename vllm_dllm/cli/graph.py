@@ -9,6 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_dllm.cli.console import print_error, print_line
+from vllm_dllm.cli.server_settings import (
+    AlgTemp,
+    EntropyBound,
+    Factor,
+    StepsPerBlock,
+    Threshold,
+    given_settings,
+)
 from vllm_dllm.config import DllmConfig, PolicyName, parse_server_settings
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph, formula_text
 from vllm_dllm.draft.graph_file import GraphFile, check_fit, load_graph, save_graph
@@ -39,30 +47,26 @@ def show(
 
 
 @app.command()
-def check(
+def check(  # noqa: PLR0913 - the options of a command
     file: _File,
     model: Annotated[str | None, typer.Option(help="Name or path of the model to be served.")] = None,
     block_length: Annotated[int | None, typer.Option(help="Of the server.")] = None,
     policy: Annotated[PolicyName | None, typer.Option(help="Of the server.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="Of the policy `threshold`.")] = None,
-    factor: Annotated[float | None, typer.Option(help="Of the policy `factor`.")] = None,
-    steps_per_block: Annotated[int | None, typer.Option(help="Of the policies `static` and `random`.")] = None,
+    threshold: Threshold = None,
+    factor: Factor = None,
+    entropy_bound: EntropyBound = None,
+    alg_temp: AlgTemp = None,
+    steps_per_block: StepsPerBlock = None,
 ) -> None:
     """Check a graph, alone or for a server; what is not given is taken to be as in the calibration.
 
     The exit status is 1 for a graph that cannot be used, and 0 for one that can, even where it was calibrated for
     something else and a warning says so.
     """
-    given = {
-        "block_length": block_length,
-        "policy": policy,
-        "threshold": threshold,
-        "factor": factor,
-        "steps_per_block": steps_per_block,
-    }
+    given = given_settings(policy, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
     try:
         graph_file = load_graph(file)
-        settings = _server_settings(graph_file, {name: value for name, value in given.items() if value is not None})
+        settings = _server_settings(graph_file, given)
         warnings = check_fit(graph_file, settings, where=str(file), model=model)
     except ConfigError as error:
         print_error(error)

@@ -5,7 +5,9 @@ object of the settings is written as JSON first, so that a graph inline is check
 """
 
 import dataclasses
+import functools
 import json
+import math
 import reprlib
 import shlex
 from collections import Counter
@@ -15,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from vllm_dllm.config import DllmConfig, PolicyName
+from vllm_dllm.config import DllmConfig, PolicyName, policy_settings
 from vllm_dllm.draft.graph import DraftGraph, formula_text
 from vllm_dllm.draft.graph_schema import MAX_POSITION_RANK, REMEDY, SCHEMA_VERSION, GraphSchema, Provenance, read_schema
 from vllm_dllm.draft.readiness import BY_CONFIDENCE, Readiness
@@ -25,13 +27,15 @@ T = TypeVar("T")
 
 MAX_FILE_BYTES = 1 << 20
 
-_PARAMETERS = {
-    "static": "steps_per_block",
-    "random": "steps_per_block",
-    "threshold": "threshold",
-    "factor": "factor",
+_LIKE: dict[PolicyName, PolicyName] = {
+    "margin": "static",
+    "entropy": "static",
+    "sequential": "static",
+    "origin": "threshold",
+    "dynamic": "threshold",
+    "entropy_bounded": "threshold",
 }
-"""The setting that each policy reads."""
+"""Policies that may lack a graph of their own, and the one whose steps are most like theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +86,38 @@ def parse_graph(value: object, where: str = "draft_graph") -> GraphFile:
     return _parse_text(text, where)
 
 
-def default_graph(policy: PolicyName, block_length: int = MAX_POSITION_RANK + 1) -> GraphFile:
-    """Return the graph for models without one of their own, less the nodes that name positions a block has not."""
-    name = f"default-{policy}.json"
-    file = _parse_text(resources.files("vllm_dllm.draft").joinpath("graphs", name).read_text("utf-8"), name)
+def default_graph(policy: PolicyName, block_length: int = MAX_POSITION_RANK + 1, family: str = "llada") -> GraphFile:
+    """Return the graph for models without one of their own, less the nodes that name positions a block has not.
+
+    Of those that are shipped it is one of the policy, else of one whose steps are alike; of these one of the family,
+    and of these the one with the most similar block length.
+
+    Args:
+        policy: of the server.
+        block_length: of the server.
+        family: `model_type` of the server's model.
+    """
+
+    def distance(made: Provenance) -> tuple[bool, bool, bool, float]:
+        settings = made.settings
+        is_alike = settings.policy in {policy, _LIKE.get(policy, policy)}
+        ratio = abs(math.log(settings.block_length / block_length))
+        return not is_alike, settings.policy != policy, made.family != family, ratio
+
+    _, file = min(((distance(made), file) for made, file in _shipped_graphs()), key=lambda found: found[0])
     graph = file.graph
     # A parent's position ranks are among its child's, so what stays hangs on the root as before.
     fitting = [node for node, formula in enumerate(graph.formulas, start=1) if formula[-1][0] < block_length]
     return GraphFile(graph.only(fitting), file.provenance)
+
+
+@functools.lru_cache(maxsize=1)
+def _shipped_graphs() -> tuple[tuple[Provenance, GraphFile], ...]:
+    """Read the graphs of this package, in the order of their names."""
+    folder = resources.files("vllm_dllm.draft").joinpath("graphs")
+    paths = sorted((path for path in folder.iterdir() if path.name.endswith(".json")), key=lambda path: path.name)
+    files = [_parse_text(path.read_text("utf-8"), path.name) for path in paths]
+    return tuple((file.provenance, file) for file in files if file.provenance is not None)
 
 
 def dump_graph(file: GraphFile) -> str:
@@ -255,20 +283,21 @@ def _compared(settings: DllmConfig, model: str | None, family: str | None) -> di
 
 def decoding_settings(settings: DllmConfig) -> dict[str, object]:
     """Return the settings that decide which drafts come true: the policy's own parameters, not those it ignores."""
-    parameter = _PARAMETERS[settings.policy]
-    values: dict[str, object] = settings.model_dump(include={"block_length", "policy"})
-    values[parameter] = getattr(settings, parameter)
-    if settings.steps_per_block is None and parameter == "steps_per_block":
-        values[parameter] = settings.block_length
+    values: dict[str, object] = settings.model_dump(
+        include={"block_length", "policy", *policy_settings(settings.policy)}
+    )
+    if "steps_per_block" in values:
+        values["steps_per_block"] = settings.steps_per_block or settings.block_length
+    if "alg_temp" in values:
+        values["alg_temp"] = settings.alg_temp or 0.0
     return values
 
 
 def calibrate_command(settings: DllmConfig, model: str | None) -> str:
     """Return the command that makes a graph for a server."""
-    parameter = _PARAMETERS[settings.policy]
-    options = {"block-length": settings.block_length, "policy": settings.policy}
-    if getattr(settings, parameter) is not None:
-        options[parameter.replace("_", "-")] = getattr(settings, parameter)
-    words = [f"--{name} {value}" for name, value in options.items()]
+    options = settings.model_dump(
+        include={"block_length", "policy", *policy_settings(settings.policy)}, exclude_none=True
+    )
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
     name = shlex.quote(model) if model else "MODEL"
     return f"vllm-dllm calibrate {name} --prompts PROMPTS.jsonl {' '.join(words)} --output FILE"

@@ -3,7 +3,8 @@
 Spiffy (arXiv:2509.18085v4) sec. 4.1. Ranks refer to the distribution that made the canvas (the root): to what the last
 forward said of the positions that are masked still. At a temperature, a node is filled step by step, from its first
 parent: each step draws with the noise that the decoder will use when as many positions are masked, which is known
-before (`vllm_dllm.noise`); so is the order of the policy `random`.
+before (`vllm_dllm.noise`); so is the order of the policy `random`. The order of `sequential`, `origin` and `alg_temp`
+could be known too; there as elsewhere readiness orders the positions, so that fewer drafts come true.
 """
 
 from dataclasses import dataclass

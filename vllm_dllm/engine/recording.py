@@ -1,25 +1,39 @@
 """Decode prompts without drafts in an engine of this process, and record every step for a calibration."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, EngineArgs, SamplingParams
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_dllm.calibrate.prompts import Message, encode
 from vllm_dllm.calibrate.record import BlockRecorder
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
-from vllm_dllm.config import DllmConfig
+from vllm_dllm.config import DllmConfig, row_blocks
 from vllm_dllm.denoiser import Observation
+from vllm_dllm.engine.config_hook import rules_of
+from vllm_dllm.engine.kv_memory import kv_bytes
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.unmask.schedule import UnmaskRules
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the engine of a calibration is started with."""
+    """What the engine of a calibration is started with.
+
+    Attributes:
+        model: name or path.
+        settings: of the server.
+        gen_length: positions that each prompt generates.
+        concurrency: requests at a time.
+        dtype: of weights and activations.
+        kv_cache_memory_bytes: for the K/V; None is what `concurrency` requests of the longest prompt need.
+    """
 
     model: str
     settings: DllmConfig
+    gen_length: int
     concurrency: int
     dtype: str
     kv_cache_memory_bytes: int | None
@@ -32,6 +46,7 @@ class ModelFacts:
     family: str
     mask_token_id: int
     eos_token_id: int | None
+    rules: UnmaskRules
 
 
 class RecordingEngine:
@@ -39,57 +54,55 @@ class RecordingEngine:
 
     Args:
         options: what it is started with. One process at a time: the steps are observed in place.
+        conversations: the prompts; the engine has room for the longest one and its generation.
+
+    Raises: ConfigError when the model has no room for a prompt and its generation.
     """
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: EngineOptions, conversations: Sequence[Sequence[Message]]) -> None:
+        model_config = EngineArgs(options.model, dtype=options.dtype).create_model_config()
+        tokenizer: Any = cached_tokenizer_from_config(model_config)
+        self._gen_length = options.gen_length
+        self.prompts = [encode(tokenizer, conversation) for conversation in conversations]
+        for ids, conversation in zip(self.prompts, conversations, strict=True):
+            _check_room(ids, conversation[-1]["content"], options, model_config.max_model_len)
+        longest = max(map(len, self.prompts))
+        needed = longest + options.gen_length + 2 * options.settings.block_length
+        max_model_len = min(needed, model_config.max_model_len)
         self._llm = LLM(
             options.model,
             dtype=options.dtype,
+            max_model_len=max_model_len,
             max_num_seqs=options.concurrency,
-            kv_cache_memory_bytes=options.kv_cache_memory_bytes,
+            kv_cache_memory_bytes=options.kv_cache_memory_bytes
+            or kv_bytes(model_config, options.concurrency, max_model_len),
+            # vLLM only compares this share with what is free, once the K/V memory is given; others may hold the rest.
+            gpu_memory_utilization=0.01,
             distributed_executor_backend="uni",
             additional_config={"dllm": options.settings.model_dump(exclude_none=True)},
         )
         self._runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
         config = self._llm.llm_engine.model_config.hf_config
-        self.facts = ModelFacts(config.model_type, config.mask_token_id, config.eos_token_id)
+        rules = rules_of(self._llm.llm_engine.vllm_config)
+        self.facts = ModelFacts(config.model_type, config.mask_token_id, config.eos_token_id, rules)
         self._blocks: dict[str, list[BlockTrace]] = {}
         self._recorder = BlockRecorder(config.mask_token_id, self._keep)
         self._runner.model_state.denoiser.observer = self._observe
 
-    def encode(self, conversation: Sequence[Message], gen_length: int) -> list[int]:
-        """Return the token ids of a conversation, see `prompts.encode`.
-
-        Raises: ConfigError when the model has no room for it and the generation.
-        """
-        tokenizer: Any = self._llm.get_tokenizer()
-        ids = encode(tokenizer, conversation)
-        room = self._llm.llm_engine.model_config.max_model_len
-        if len(ids) + gen_length > room:
-            shown = conversation[-1]["content"][:40]
-            raise ConfigError(
-                f"the prompt {shown!r} has {len(ids)} tokens and --gen-length is {gen_length}, but the model has "
-                f"room for {room}; remove the prompt or choose a smaller --gen-length"
-            )
-        return ids
-
-    def decode(
-        self, prompts: dict[int, list[int]], gen_length: int, temperature: float, seed: int
-    ) -> Iterator[PromptTrace]:
-        """Decode prompts and yield the trace of each as it ends.
+    def decode(self, indices: Iterable[int], temperature: float, seed: int) -> Iterator[PromptTrace]:
+        """Decode prompts, EOS or not, and yield the trace of each as it ends.
 
         Args:
-            prompts: prompt_idx -> token ids.
-            gen_length: positions that each generates, EOS or not.
+            indices: of the prompts to decode.
             temperature: of all requests.
             seed: prompt i draws with seed + i.
         """
         engine = self._llm.llm_engine
-        for prompt_idx, ids in prompts.items():
+        for prompt_idx in indices:
             params = SamplingParams(
-                temperature=temperature, max_tokens=gen_length, ignore_eos=True, seed=seed + prompt_idx
+                temperature=temperature, max_tokens=self._gen_length, ignore_eos=True, seed=seed + prompt_idx
             )
-            engine.add_request(str(prompt_idx), {"prompt_token_ids": ids}, params)
+            engine.add_request(str(prompt_idx), {"prompt_token_ids": self.prompts[prompt_idx]}, params)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
@@ -111,3 +124,13 @@ class RecordingEngine:
         # vLLM appends a random suffix to the ids that a user gives.
         request_id = self._runner.req_states.index_to_req_id[slot].split("-")[0]
         self._blocks.setdefault(request_id, []).append(block)
+
+
+def _check_room(ids: Sequence[int], text: str, options: EngineOptions, max_model_len: int) -> None:
+    blocks = row_blocks(len(ids), options.gen_length, options.settings, max_model_len)
+    if blocks.end < len(ids) + options.gen_length:
+        raise ConfigError(
+            f"the prompt {text[:40]!r} has {len(ids)} tokens and --gen-length is {options.gen_length}, but the model "
+            f"has room for {max_model_len} in blocks of {options.settings.block_length}; remove the prompt or choose a "
+            "smaller --gen-length"
+        )

@@ -1,0 +1,86 @@
+"""What the options of `vllm-dllm bench` that describe a workload become."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_dllm.cli.server_settings import server_settings
+from vllm_dllm.config import policy_settings
+from vllm_dllm.draft.graph_file import load_graph
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.spiffy_config import DEFAULT_GRAPH
+
+if TYPE_CHECKING:
+    from vllm_dllm.bench.decode import Policy
+    from vllm_dllm.bench.workload import Workload
+
+
+def workload(
+    model: Path,
+    prompts: Path,
+    skip_prompts: int,
+    num_prompts: int,
+    gen_length: int,
+    settings: Mapping[str, object],
+    concurrency: str,
+) -> "Workload":
+    """Read the prompts and the model's block length.
+
+    Args:
+        settings: fields of `DllmConfig`.
+
+    Raises: ConfigError when nothing is left to measure.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    from vllm_dllm.bench.workload import Workload
+    from vllm_dllm.calibrate.prompts import encode, read_prompts
+
+    at_once = whole_numbers("--concurrency", concurrency, 1024)
+    chosen = read_prompts(prompts, skip_prompts + num_prompts).conversations[skip_prompts:]
+    if not chosen or not at_once:
+        raise ConfigError(
+            f"--skip-prompts is {skip_prompts} and --concurrency is {concurrency!r}, which leaves nothing of {prompts} "
+            "to measure; skip fewer prompts and give at least one number"
+        )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    ids = tuple(tuple(encode(tokenizer, conversation)) for conversation in chosen)
+    of_block = {name: value for name, value in settings.items() if name == "block_length"}
+    return Workload(str(model), ids, gen_length, server_settings(str(model), of_block).block_length, at_once)
+
+
+def whole_numbers(option: str, text: str, most: int) -> tuple[int, ...]:
+    """Read a list like `1,4,16`; an empty text is none."""
+    words = text.split(",") if text else []
+    if not all(word.isdecimal() and 1 <= int(word) <= most for word in words):
+        raise ConfigError(f"{option} is {text!r}, allowed are lists of whole numbers 1..{most} like 1,4,16; correct it")
+    return tuple(map(int, words))
+
+
+def policies(model: Path, policy: str, graph: str, settings: Mapping[str, object]) -> "tuple[Policy, ...]":
+    """Pair each policy with its graph, and with those of the settings that it reads.
+
+    Args:
+        model: path.
+        policy: names, with commas between them.
+        graph: one for all of them, or one for each.
+        settings: fields of `DllmConfig`.
+
+    Raises: ConfigError for what is not allowed.
+    """
+    from vllm_dllm.bench.decode import Policy
+
+    names, graphs = policy.split(","), graph.split(",")
+    if len(graphs) not in {1, len(names)}:
+        raise ConfigError(
+            f"--graph has {len(graphs)} graphs and --policy {len(names)} policies; give one for all or one for each"
+        )
+    for path in graphs:
+        if path != DEFAULT_GRAPH:
+            load_graph(path)  # refused here, before engines start
+    paired = []
+    for index, name in enumerate(names):
+        server = server_settings(str(model), {**settings, "policy": name})
+        values = server.model_dump(include={"policy", *policy_settings(server.policy)}, exclude_none=True)
+        paired.append(Policy(values, graphs[index % len(graphs)]))
+    return tuple(paired)

@@ -1,0 +1,67 @@
+"""Options that are settings of a server, and the settings that they make with those that a model publishes."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import typer
+
+from vllm_dllm.config import DllmConfig, PolicyName, parse_server_settings
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, family_of
+
+Threshold = Annotated[float | None, typer.Option(help="Of the policies `threshold` and `dynamic`.")]
+Factor = Annotated[float | None, typer.Option(help="Of the policy `factor`.")]
+EntropyBound = Annotated[float | None, typer.Option(help="Of the policy `entropy_bounded`.")]
+AlgTemp = Annotated[float | None, typer.Option(help="Of the policies `static`, `margin` and `entropy`.")]
+StepsPerBlock = Annotated[int | None, typer.Option(help="Of the policies with a schedule.")]
+BlockLength = Annotated[int | None, typer.Option(help="Positions denoised together; the model's own unless given.")]
+
+
+def given_settings(
+    policy: PolicyName | None,
+    block_length: int | None,
+    threshold: float | None,
+    factor: float | None,
+    entropy_bound: float | None,
+    alg_temp: float | None,
+    steps_per_block: int | None,
+) -> dict[str, object]:
+    """Return the fields of `DllmConfig` that options have a value for."""
+    values = {
+        "policy": policy,
+        "block_length": block_length,
+        "threshold": threshold,
+        "factor": factor,
+        "entropy_bound": entropy_bound,
+        "alg_temp": alg_temp,
+        "steps_per_block": steps_per_block,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def server_settings(model: str, given: Mapping[str, object]) -> DllmConfig:
+    """Return the settings given as options; what is not given is as the model publishes it.
+
+    Args:
+        model: name or path.
+        given: field of `DllmConfig` -> value.
+
+    Raises: ConfigError for a model that cannot be read or is none of ours, and for values that are not allowed.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ConfigError(
+            f"the configuration of model {model!r} cannot be read ({reason}); give the name or the path of a checkpoint"
+        ) from None
+    architectures = config.get("architectures")
+    family = family_of(architectures)
+    if family is None:
+        raise ConfigError(
+            f"model {model!r} has architectures {architectures!r}, allowed are {', '.join(FAMILY_BY_ARCHITECTURE)}; "
+            "give another model"
+        )
+    return parse_server_settings(given, prefix="--", defaults=family.settings(config.get("block_size")))
