@@ -191,6 +191,14 @@ def test_alg_temp_draws_positions_by_their_scores(policy: PolicyName) -> None:
     assert drawn.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("policy", ["static", "margin", "entropy"])
+def test_a_temperature_so_low_that_scores_overflow_still_unmasks(policy: PolicyName) -> None:
+    one = params(policy, 7, steps=7, alg_temp=5e-324)
+    is_masked = torch.tensor([[False, False, True, True, False, True, False]])
+    chosen = choose_positions(score_positions(evidence(1, 7), one), is_masked, one)
+    assert chosen.tolist() == [[position == 2 for position in range(7)]]
+
+
 def test_positions_are_drawn_with_the_published_probabilities() -> None:
     num_draws = 20_000
     scores = torch.tensor([0.1, 0.4, 0.7], dtype=torch.float64)

@@ -153,7 +153,8 @@ def score_positions(evidence: Evidence, params: PolicyParams) -> Tensor:
         return score
     alg_temp = params.alg_temp[:, None]
     drawn = score / torch.where(alg_temp > 0, alg_temp, 1.0) + noise.gumbel(evidence.keys, noise.STREAM)
-    return torch.where(alg_temp > 0, drawn, score)
+    # The quotient may overflow; -inf stands for positions that are not masked.
+    return torch.where(alg_temp > 0, drawn.clamp(min=torch.finfo(drawn.dtype).min), score)
 
 
 def choose_positions(score: Tensor, is_masked: Tensor, params: PolicyParams) -> Tensor:
