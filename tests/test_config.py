@@ -128,22 +128,22 @@ def test_blocks_begin_behind_the_prompt_and_fit(prompt_len: int, max_tokens: int
         (10, 7, 8, 24),
         (16, 1, 16, 24),
         (10, 99, 8, 88),
-        (87, 1, 80, 88),
-        (88, 1, 88, 88),
+        (84, 1, 80, 88),
+        (85, 1, 80, 80),
     ],
 )
 def test_aligned_blocks_leave_room_for_one_more(prompt_len: int, max_tokens: int, begin: int, end: int) -> None:
     settings = DllmConfig(block_length=8, kv_policy="block_causal")
     blocks = row_blocks(prompt_len, max_tokens, settings, max_model_len=100)
     assert (blocks.begin, blocks.end) == (begin, end)
-    assert max_prompt_len(settings, 100) == 87
+    assert max_prompt_len(settings, 100) == 84
 
 
 @pytest.mark.parametrize("kv_policy", ["dual", "block_causal"])
 @pytest.mark.parametrize("block_length", [1, 3, 8])
 def test_the_longest_prompt_leaves_a_block_and_no_more(kv_policy: str, block_length: int) -> None:
     settings = DllmConfig(block_length=block_length, kv_policy=kv_policy)  # type: ignore[arg-type]  # one of the literals
-    for max_model_len in range(2 * block_length, 40):
+    for max_model_len in range(2 * block_length + 1, 40):
         longest = max_prompt_len(settings, max_model_len)
         lengths = [len(row_blocks(longest + more, 1, settings, max_model_len)) for more in (0, 1)]
         assert lengths == [1, 0]

@@ -280,24 +280,24 @@ def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model
 
     As many as `max_tokens` needs and `max_model_len` has room for. A bidirectional model's begin behind the prompt; it
     attends to every masked position of the row, so the row's length is part of what it sees. Under `block_causal` they
-    begin at multiples of their length, and behind each there is room for another: with the first step of a block,
-    the rows of the block before it are in flight too.
+    begin at multiples of their length, and behind each there is room for another.
     """
-    block_length = settings.block_length
-    begin, room = prompt_len, max_model_len
-    if settings.kv_policy == "block_causal":
-        begin -= prompt_len % block_length
-        room -= block_length
+    block_length, is_causal = settings.block_length, settings.kv_policy == "block_causal"
+    begin = prompt_len - prompt_len % block_length if is_causal else prompt_len
     wanted = -(-(prompt_len + max_tokens - begin) // block_length)
-    fitting = (room - begin) // block_length
-    return RowBlocks(begin, begin + max(min(wanted, fitting), 0) * block_length, block_length)
+    fitting = (max_model_len - begin) // block_length - is_causal
+    if prompt_len > max_prompt_len(settings, max_model_len):
+        fitting = 0
+    return RowBlocks(begin, begin + min(wanted, fitting) * block_length, block_length)
 
 
 def max_prompt_len(settings: DllmConfig, max_model_len: int) -> int:
-    """Return the length of the longest prompt that leaves room for a block; negative where none does."""
-    if settings.kv_policy == "block_causal":
-        return (max_model_len // settings.block_length - 1) * settings.block_length - 1
-    return max_model_len - settings.block_length
+    """Return the length of the longest prompt that leaves room for what its first step has in flight.
+
+    That is a block. Under `block_causal` it is two, counted from the known tokens as vLLM counts: with the first step
+    of a block the rows of the block before it are in flight, and with async scheduling any step has as many.
+    """
+    return max_model_len - settings.block_length * (1 + (settings.kv_policy == "block_causal"))
 
 
 def request_steps(options: RequestOptions, settings: DllmConfig, blocks: RowBlocks) -> int:

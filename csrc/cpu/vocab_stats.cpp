@@ -85,6 +85,7 @@ Cut top_p_cut(const float* logits, int64_t num_ids, double temperature, double t
   return cut;
 }
 
+// The sampled sums, ids ascending.
 VocabSums kept_sums(const float* logits, int64_t num_ids, double temperature, Cut cut) {
   const int64_t first = std::max_element(logits, logits + num_ids) - logits;
   VocabSums sums = {};
@@ -102,9 +103,7 @@ VocabSums kept_sums(const float* logits, int64_t num_ids, double temperature, Cu
 void draw_filtered(const VocabStatsArgs& args, int64_t row, float* logits) {
   const VocabSampling& sampling = args.sampling;
   const double temperature = sampling.temperature[row];
-  const auto is_nan = [](float logit) { return std::isnan(logit); };
-  const bool has_nan = std::any_of(logits, logits + args.num_ids, is_nan);
-  std::replace_if(logits, logits + args.num_ids, is_nan, -INFINITY);
+  std::replace_if(logits, logits + args.num_ids, [](float logit) { return std::isnan(logit); }, -INFINITY);
   const Cut top_k = top_k_cut(logits, args.num_ids, sampling.top_k[row]);
   const Cut cut = top_p_cut(logits, args.num_ids, temperature, sampling.top_p[row], top_k);
   VocabPartial drawn = empty_partial();
@@ -121,7 +120,10 @@ void draw_filtered(const VocabStatsArgs& args, int64_t row, float* logits) {
     }
   }
   put_token(args, row, drawn);
-  put_sampled(args, row, has_nan ? VocabSums{NAN, NAN} : kept_sums(logits, args.num_ids, temperature, cut));
+  if (args.sampled_rest != nullptr) {
+    const bool had_nan = std::isnan(args.rest[row]);
+    put_sampled(args, row, had_nan ? VocabSums{NAN, NAN} : kept_sums(logits, args.num_ids, temperature, cut));
+  }
 }
 
 }  // namespace

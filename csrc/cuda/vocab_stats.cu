@@ -90,12 +90,13 @@ struct Segment {
                            VocabSums (&slots)[kNumWarps], VocabSums& result) const {
     const float largest = logit_of(static_cast<uint32_t>(first >> 32));
     const auto first_offset = static_cast<int32_t>(~static_cast<uint32_t>(first));  // -1 where there is none
+    const auto last_offset = static_cast<int32_t>(min(max(cut.index - begin, int64_t{-1}), int64_t{kSegment}));
     float rest = 0.0f;
     float weighted = 0.0f;
 #pragma unroll
     for (int i = 0; i < kIdsPerThread; ++i) {
       const float x = (logits[i] - largest) * inverse_temperature;
-      const bool is_cut = !cut.keeps(logits[i], begin + offset_of(i)) && !std::isnan(logits[i]);
+      const bool is_cut = logits[i] < cut.logit || (logits[i] == cut.logit && offset_of(i) > last_offset);
       const bool is_left_out = is_cut || logits[i] == -INFINITY || offset_of(i) == first_offset;
       const float mass = is_left_out ? 0.0f : std::exp(x);
       rest += mass;

@@ -32,10 +32,9 @@ def denoising(num_nodes: int, block_length: int = 5) -> HostLayout:
 
 
 def committing() -> HostLayout:
-    """Requests of a block-causal model, two of which store the block before."""
+    """Requests of a block-causal model, two of which store the block before, and one looks ahead."""
     start = ints(5, 35, 0, 40)
-    commits = np.array([True, False, False, True])
-    return denoise_layout(start, start + 5, num_nodes=ints(2, 3, 3, 2), block_length=5, commits=commits)
+    return denoise_layout(start, start + 5, num_nodes=ints(2, 3, 3, 2), block_length=5, last_shift=ints(-5, 0, 5, -5))
 
 
 def mixed() -> HostLayout:

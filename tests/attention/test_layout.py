@@ -44,13 +44,19 @@ def test_a_prompt_s_blocks_see_the_blocks_before_them() -> None:
 
 def test_a_commit_sees_what_precedes_it_and_the_root_sees_the_commit() -> None:
     start = ints(8, 20, 4)
-    commits = np.array([True, False, True])
-    host = denoise_layout(start, start + 4, num_nodes=ints(2, 3, 2), block_length=4, commits=commits)
+    host = denoise_layout(start, start + 4, num_nodes=ints(2, 3, 2), block_length=4, last_shift=ints(-4, 0, -4))
     assert host.first_node.tolist() == [0, 2, 5, 7]
     assert host.first_row.tolist() == list(range(0, 29, 4))
     root, other, first = [0, 8, 12, 12], [0, 20, 24, 24], [0, 4, 8, 8]
     assert host.context.tolist() == [root, [0, 4, 8, 8], *[other] * 3, first, [0, 0, 4, 4]]
     assert host.context_len.tolist() == [8, 4, 20, 20, 20, 4, 0]
+
+
+def test_a_next_root_sees_the_block_s_end() -> None:
+    start = ints(8, 0)
+    host = denoise_layout(start, start + 4, num_nodes=3, block_length=4, last_shift=ints(4, 4))
+    assert host.context.tolist() == [*[[0, 8, 12, 12]] * 2, [0, 12, 16, 16], *[[0, 0, 4, 4]] * 2, [0, 4, 8, 8]]
+    assert host.context_len.tolist() == [8, 8, 12, 0, 0, 4]
 
 
 def test_a_step_of_nobody_is_empty() -> None:
@@ -72,7 +78,7 @@ def test_padding_sees_only_itself() -> None:
 
 def test_requests_with_different_nodes_are_padded_alike() -> None:
     start = ints(8, 20)
-    host = denoise_layout(start, start + 4, num_nodes=ints(2, 3), block_length=4, commits=np.array([True, False]))
+    host = denoise_layout(start, start + 4, num_nodes=ints(2, 3), block_length=4, last_shift=ints(-4, 0))
     padded = pad_layout(host, num_rows=32, num_requests=4, block_length=4)
     assert padded.first_node.tolist() == [0, 2, 5, 8, 8]
     assert padded.first_row.tolist() == list(range(0, 33, 4))

@@ -64,7 +64,7 @@ def test_engines_have_room_for_the_workload_and_the_most_drafts() -> None:
     few = dataclasses.replace(COMPARISON, budgets=(1,), chain=())
     for comparison, most_drafts in ((COMPARISON, 12), (few, DEFAULT_MAX_NODES)):
         rooms = {spec.max_model_len for spec in comparison.specs(POLICIES[0]).values()}
-        assert rooms == {2 + 4 + 2 * (1 + most_drafts)}
+        assert rooms == {2 + 4 + 2 * (2 + most_drafts)}
 
 
 def test_everyone_decodes_in_each_round_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ def test_this_environment(monkeypatch):
     assert [finding for finding in found.values() if finding.level == "broken"] == []
     assert found["vLLM"].text == importlib.metadata.version("vllm")
     assert torch.__version__ in found["torch"].text
+    assert "LLaDAModelLM, DreamModel, SDARForCausalLM" in found["plugin"].text
     assert found["native ops"] == Finding("native ops", f"{', '.join(load.OPS)}, from {load.LIBRARY}")
 
 

@@ -108,6 +108,19 @@ def test_prior_without_counts_falls_with_depth_and_with_every_sibling() -> None:
     assert prior_accepted(graph) == pytest.approx([0, 0.6, 0.6 + 0.36, 0.6 + 0.36 + 0.6 * 0.3])
 
 
+def test_a_look_ahead_takes_the_place_of_two_nodes() -> None:
+    graph = chain(5, (80, 50, 20, 10, 5), 100)
+    assert prior_accepted(graph, 4) == pytest.approx([0, 0.8, 1.3, 1.5, 0.8 + 0.5 + 0.2, 0.8 + 0.5 + 0.2 + 0.2])
+
+
+def test_a_budget_grows_up_to_where_steps_look_ahead() -> None:
+    """Two drafts less are no hindrance."""
+    rule = BudgetRule(chain(8), B, look_ahead_from=5)
+    rule.curve = curve(flat)
+    _, budgets = Machine(flat, [0.8] * 8).run(rule, 400)
+    assert usual(budgets[200:]) >= 5
+
+
 def test_a_node_that_was_never_right_still_has_an_expectation_to_correct() -> None:
     assert prior_accepted(chain(2, (0, 0), 50)) == [0, 0.01, 0.01]
 

@@ -1,5 +1,6 @@
 """A random Dream model, and the reference decoder on it."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ OTHERS: tuple[PolicyName, ...] = ("random", "factor", "sequential", "dynamic", "
 def make_wild_dream(path: Path, mixing: float = 1.0) -> None:
     """Write a random Dream model, see `rig.make_wild_checkpoint`."""
     write_wild(path, CONFIG, lambda config: Qwen(QwenConfig.from_json(config)), mixing)
+    # Dream's own names no temperature either.
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 1}))
 
 
 def dream_oracle(checkpoint: Path) -> Oracle:

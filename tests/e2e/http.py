@@ -19,7 +19,9 @@ MODEL = "tiny"
 
 
 @contextlib.contextmanager
-def server(log: Path, settings: dict[str, Any], *arguments: str) -> Iterator[openai.OpenAI]:
+def server(
+    log: Path, settings: dict[str, Any], *arguments: str, checkpoint: Path = CHECKPOINT
+) -> Iterator[openai.OpenAI]:
     """A client of `vllm serve`, with no variable of ours or vLLM's set."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -27,7 +29,7 @@ def server(log: Path, settings: dict[str, Any], *arguments: str) -> Iterator[ope
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "TRITON_", "OMP_"))}
     command = [
         str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(CHECKPOINT), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
+        *("serve", str(checkpoint), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16"),
         *("--kv-cache-memory-bytes", str(64 << 20), "--additional-config", json.dumps({"dllm": settings})),
         *arguments,

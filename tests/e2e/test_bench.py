@@ -7,7 +7,6 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.e2e.rig import CHECKPOINT
-from vllm_dllm.bench import reference
 from vllm_dllm.cli import bench
 
 pytestmark = pytest.mark.engine
@@ -45,9 +44,9 @@ def test_decode_measures_fewer_forwards_and_equal_tokens(tmp_path: Path) -> None
     assert (tmp_path / "decode.svg").read_text().lstrip().startswith("<?xml")
 
 
-def test_reference_and_engine_decode_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "POLICIES", reference.POLICIES[1:])
-    out = run("reference", **{"--num-prompts": 2, "--gen-length": 32})
+def test_reference_and_engine_decode_the_same() -> None:
+    out = run("reference", **{"--num-prompts": 2, "--gen-length": 32, "--policy": "threshold"})
+    assert "threshold 0.9" in out
     decoders = ("reference, no cache", "reference, dual cache", "engine, 2 at once")
     assert [out.count(decoder) for decoder in decoders] == [1, 1, 1]
 

@@ -37,7 +37,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_prompt_embeds": True}, "prompt embeddings are on"),
     ({"logits_processors": ["a:B"]}, "logits_processors are set"),
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is"),
-    ({"max_model_len": 16}, "block_length is 32, but max_model_len is 16"),
+    ({"max_model_len": 32}, "block_length is 32, but max_model_len is 32"),
     ({"additional_config": {"dllm": {"block_len": 8}}}, "additional_config.dllm.block_len is not known; allowed are"),
     ({"additional_config": {"dllm": {"block_length": "8"}}}, "additional_config.dllm.block_length is '8'"),
     ({"additional_config": {"dllm": {"kv_policy": "triple"}}}, "additional_config.dllm.kv_policy is 'triple'"),

@@ -1,18 +1,19 @@
 """SDAR in the engine == its reference decoder, token for token, in fp32, whatever happens around a request."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.rig import MAX_MODEL_LEN, Case, check_counts_while_running, engine, run, run_outputs, step_all
-from tests.e2e.sdar import SdarOracle, sdar_cases
+from tests.e2e.rig import MAX_MODEL_LEN, Case, check_counts_while_running, engine, run, run_outputs
+from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module", params=[4, 8, 16, 32])
+@pytest.fixture(scope="module", params=[4, 8, 32])
 def served(request: pytest.FixtureRequest, wild_sdar: Path) -> Iterator[Any]:
     settings = {"block_length": request.param}
     with engine(wild_sdar, settings, block_size=max(request.param, 16)) as llm:
@@ -42,21 +43,7 @@ def test_order_and_neighbours_do_not_matter(served: Any) -> None:
 
 def test_preemption_and_aborts_leave_the_others_alone(served: Any) -> None:
     llm, settings, oracle = served
-    cases = sdar_cases(settings["block_length"], seed=6)[:8]
-    preempted = []
-
-    def interfere(number: int, llm: Any) -> None:
-        if number % 7 == 5:
-            preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
-            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
-        if number == 3:
-            llm.llm_engine.abort_request(["1"])
-
-    tokens = step_all(llm, cases, interfere)
-    assert sum(preempted) >= 8, "too few were preempted"
-    expected = {str(i): oracle.tokens(case, settings) for i, case in enumerate(cases)}
-    del expected["1"]
-    assert tokens == expected | ({"1": tokens["1"]} if "1" in tokens else {})
+    check_preemption_and_aborts(llm, oracle, settings)
 
 
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
@@ -109,9 +96,8 @@ def test_the_checkpoint_says_the_block_length_and_its_family_the_policy(wild_sda
 def test_more_requests_than_pages(wild_sdar: Path) -> None:
     """Requests take pages as their blocks begin, so that some run out of them and are preempted."""
     settings, oracle = {"block_length": 8}, SdarOracle(wild_sdar)
-    cases = sdar_cases(8, seed=7)
+    cases = [dataclasses.replace(case, max_tokens=30 + i, steps=None) for i, case in enumerate(sdar_cases(8, seed=7))]
     num_pages = 12
-    assert sum(-(-(len(case.prompt) + case.max_tokens) // 16) for case in cases) > 2 * num_pages
     with engine(wild_sdar, settings, num_gpu_blocks_override=num_pages) as llm:
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         preempted = []
@@ -121,11 +107,3 @@ def test_more_requests_than_pages(wild_sdar: Path) -> None:
         assert preempted, "nobody ran out of pages"
         assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_pages - 1
         assert not scheduler._stored
-
-
-def test_two_ranks_equal_reference(wild_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, oracle = {"block_length": 4}, SdarOracle(wild_sdar)
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    cases = sdar_cases(4, seed=8)
-    with engine(wild_sdar, settings, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
-        assert run(llm, cases) == [oracle.tokens(case, settings) for case in cases]

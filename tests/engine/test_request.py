@@ -92,7 +92,7 @@ def test_aligned_blocks_give_what_the_prompts_tail_leaves() -> None:
             "prompt",
             "a block needs 8; shorten the prompt to at most 56 tokens",
         ),
-        (ALIGNED, [5] * 56, {}, "prompt", "as many behind it; shorten the prompt to at most 55 tokens"),
+        (ALIGNED, [5] * 49, {}, "prompt", "as much behind it need 16; shorten the prompt to at most 48 tokens"),
         (
             ALIGNED,
             [5] * 10 + [MASK],
@@ -127,7 +127,7 @@ def test_what_cannot_be_decoded_is_refused_by_name(
 
 
 def test_the_longest_prompt_and_masks_before_the_tail_pass() -> None:
-    assert check_admission(admitted([5] * 55), ALIGNED, 64, MASK) == 1
+    assert check_admission(admitted([5] * 48), ALIGNED, 64, MASK) == 8
     assert check_admission(admitted([MASK] * 8 + [5]), ALIGNED, 64, MASK) == 15
     assert check_admission(admitted([MASK] * 56), DllmConfig(block_length=8), 64, MASK) == 8
 

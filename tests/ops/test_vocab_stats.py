@@ -13,48 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.sampled import assert_sampled_sums
-from vllm_dllm import noise
-from vllm_dllm.ops import vocab_stats
-from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, merge
+from tests.ops.vocab import DTYPES, MASK, assert_identical, assert_sampled_sums, head, sampling_of, stats_of
+from vllm_dllm.ops.vocab_stats import PartialStats, merge
 from vllm_dllm.unmask.stats import torch_stats
 
 ROOT = Path(__file__).parents[2]
-MASK = 3
 SIZES = [(1, 1, 1), (7, 33, 113), (33, 113, 1025), (195, 70, 259), (2, 1030, 64)]
 """(num_rows, hidden_size, num_ids): beyond one work of rows, one slice of the depth, one chunk of ids, and below."""
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXP_FLOOR = 4e-6
 """Relative error of a float32 exp(-d) for d <= 30: rounding d * log2(e) costs d * 2^-24, the polynomial 2e-7."""
-
-
-def head(num_rows: int, hidden_size: int, num_ids: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(num_rows + hidden_size + num_ids)
-    rows = torch.randn(num_rows, hidden_size, generator=generator)
-    weight = torch.randn(num_ids, hidden_size, generator=generator) * 3 / hidden_size**0.5
-    return rows.to(dtype), weight.to(dtype)
-
-
-def sampling_of(num_rows: int, temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 7) -> RowSampling:
-    return RowSampling(
-        temperature=torch.full((num_rows,), temperature, dtype=torch.float64),
-        top_k=torch.full((num_rows,), top_k),
-        top_p=torch.full((num_rows,), top_p, dtype=torch.float64),
-        keys=noise.stream_keys(torch.tensor(seed), torch.arange(num_rows), torch.tensor(3)),
-        has_noise=temperature > 0,
-        has_filter=top_k > 0 or top_p < 1,
-        wants_sampled=True,
-    )
-
-
-def stats_of(rows: Tensor, weight: Tensor | None, **options: Any) -> PartialStats:
-    defaults: dict[str, Any] = {"excluded_ids": [MASK], "num_candidates": 8, "sampling": None}
-    return vocab_stats(rows, weight, **(defaults | options))
-
-
-def assert_identical(got: PartialStats, expected: PartialStats) -> None:
-    for number, (a, b) in enumerate(zip(got.tensors, expected.tensors, strict=True)):
-        assert torch.equal(a.nan_to_num(nan=-7), b.nan_to_num(nan=-7)), number
 
 
 def rows_of(stats: PartialStats, index: Tensor) -> PartialStats:
@@ -149,45 +116,6 @@ def test_tokens_equal_the_torch_twin(temperature: float, top_k: int, top_p: floa
     assert torch.equal(got.token_logits, expected.token_logits)
     assert torch.allclose(got.scores, expected.scores, rtol=1e-14, atol=1e-14)  # two float64 logarithms
     assert torch.equal(got.top_ids, expected.top_ids)
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (20, 1.0), (0, 0.8003), (9, 0.8003), (0, 1e-9), (0, 1e-300)]
-)
-@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-30, 0.03, 0.7, 1.0, 9.0, 1e30, 1e300])
-def test_sampled_sums_are_those_of_the_kept_ids(temperature: float, top_k: int, top_p: float) -> None:
-    """No number of ids is exactly 0.8003 of all, where a temperature makes them equal."""
-    logits = 3 * torch.randn(33, 3001, generator=torch.Generator().manual_seed(6))
-    logits[:, MASK] = -torch.inf
-    logits[3], logits[4, 1000:] = 2.0, -torch.inf
-    sampling = sampling_of(33, temperature, top_k, top_p)
-    sampling.temperature[5] = 0.0
-    sampling.top_k[6::2], sampling.top_p[6::2] = 0, 1.0  # others are filtered in company of these
-    assert_sampled_sums(stats_of(logits, None, excluded_ids=[], sampling=sampling), logits, sampling)
-
-
-def test_sampled_sums_that_nobody_wants_are_not_there() -> None:
-    logits = 3 * torch.randn(33, 1500, generator=torch.Generator().manual_seed(8))
-    sampling = sampling_of(33, 0.7, 20)
-    wanted = stats_of(logits, None, sampling=sampling)
-    unwanted = stats_of(logits, None, sampling=replace(sampling, wants_sampled=False))
-    assert unwanted.sampled_rest is unwanted.sampled_weighted is None
-    assert_identical(unwanted, replace(wanted, sampled_rest=None, sampled_weighted=None))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sampled_sums_of_products(dtype: torch.dtype) -> None:
-    """Halved logits at half the temperature, in each path of the product: the same distribution."""
-    rows, weight = head(33, 70, 1100, dtype)
-    for top_k in (0, 9):
-        half, one = sampling_of(33, 0.5, top_k), sampling_of(33, 1.0, top_k)
-        halved = stats_of(rows / 2, weight, sampling=half)
-        whole = stats_of(rows, weight, sampling=one)
-        assert torch.equal(halved.token_ids, whole.token_ids)
-        for a, b in zip(halved.tensors[-2:], whole.tensors[-2:], strict=True):
-            assert torch.equal(a, b)
-        if top_k == 0:
-            assert torch.equal(whole.tensors[-2], whole.rest)
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.47), (4, 0.47)])
@@ -320,8 +248,9 @@ def test_each_instruction_set(isa: str) -> None:
         "-p",
         "no:cacheprovider",
         __file__,
+        __file__.replace(".py", "_sampled.py"),
         "-k",
-        "errors or bound or companions or missing or sampled",
+        "errors or bound or companions or missing or kept",
     ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.ops import simt
-from tests.ops.sampled import assert_sampled_sums
+from tests.ops.vocab import assert_sampled_sums
 from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, vocab_stats
 
 SIZES = [(1, 1), (3, 7), (7, 113), (2, 8192), (2, 8193), (1, 20_011)]
@@ -217,12 +217,13 @@ def test_filtered_tokens(name, dtype, where):
         check_sums(call, check_equal(call, where))
 
 
-def test_segments_of_which_no_id_is_kept(where):
-    """The first of three has the largest logits, and an id that ties with the last that is kept elsewhere."""
-    logits = torch.full((2, 20_000), -1.0)
-    logits[:, [7, 8, 9]] = torch.tensor([3.0, 2.0, 2.0])
+@pytest.mark.parametrize("low", [-1.0, -9.0])
+def test_a_filter_that_ends_in_a_segment(low, where):
+    """The last kept id ties with others of its segment, and of segments of which all ids or none are kept."""
+    logits = torch.full((2, 20_000), low)
+    logits[:, [7, 8192, 9_000]] = torch.tensor([2.0, 2.0, 3.0])
     logits[1] = logits[1].flip(0)
-    call = Call(logits, sampling_of(2, [0.5], top_p=[0.9]))
+    call = Call(logits, sampling_of(2, [0.5], top_p=[0.85]))
     check_sums(call, check_equal(call, where))
 
 

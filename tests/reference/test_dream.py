@@ -168,16 +168,24 @@ def test_cached_equals_block_generate(dream, kv_name, steps, threshold, sampling
     assert (first[1:] == MASK).all()
 
 
-def test_a_spans_first_position_is_predicted_by_the_refresh(dream):
+def test_a_spans_first_position_is_predicted_by_the_refresh(make_qwen):
     """Without Dream's first step alone, the edge is needed: the row left of the block, as the refresh saw it."""
-    rules, lengths = Rules(logit_shift=True), {"gen_length": 8, "block_length": 4}
-    sampling = Sampling(**NO_MASK)
+    torch.manual_seed(1)  # a model that unmasks the block's first position last
+    model, begin = make_qwen(architecture="DreamModel"), len(PROMPT)
     with torch.no_grad():
-        refreshed, _ = dream(torch.tensor(PROMPT + [MASK] * 8))
-    generated = generate(dream, torch.tensor(PROMPT), kv=KvPolicy("dual"), sampling=sampling, rules=rules, **lengths)
-    first = generated.history[:4, 0]
-    assert first[0] == MASK, "the first position is unmasked after the refresh's own step"
-    assert first[3] == refreshed[len(PROMPT) - 1].index_fill(0, torch.tensor(MASK), -torch.inf).argmax()
+        refreshed = model(torch.tensor(PROMPT + [MASK] * 8))[0].index_fill(1, torch.tensor(MASK), -torch.inf)
+    generated = generate(
+        model,
+        torch.tensor(PROMPT),
+        gen_length=8,
+        block_length=4,
+        kv=KvPolicy("dual"),
+        sampling=Sampling(**NO_MASK),
+        rules=Rules(logit_shift=True),
+    )
+    edge, own = refreshed[begin - 1].argmax(), refreshed[begin].argmax()
+    assert edge != own
+    assert generated.history[:4, 0].tolist() == [MASK, MASK, MASK, edge]
 
 
 @pytest.mark.parametrize("num_positions", [8, 32, 100, 256, 512])

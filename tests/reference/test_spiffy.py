@@ -64,5 +64,7 @@ def test_a_stored_blocks_first_call_has_no_drafts(sdar):
     """Blocks of two: the first call draws one position, the second the other, and a finished canvas is no draft."""
     policy, sampling = UnmaskPolicy("sequential"), SAMPLINGS["greedy"]
     options = {"policy": policy, "sampling": sampling, "gen_length": 6, "block_length": 2, "rules": SDAR}
-    found = spiffy.generate(sdar, PROMPT[:6], graph=GRAPH, budget=5, **options)
+    found = spiffy.generate(sdar, PROMPT[:6], graph=GRAPH, budget=4, **options)
     assert (found.nfe, found.nfe_refresh, found.num_proposed) == (6, 0, 0)
+    found = spiffy.generate(sdar, PROMPT[:6], graph=GRAPH, budget=5, **options)
+    assert (found.nfe + found.num_accepted, found.num_proposed) == (6, 2), "two of three blocks have one behind them"

@@ -69,7 +69,9 @@ def test_policies_are_gathered_with_their_tables_and_the_prompts_tail() -> None:
     assert params.times.tolist() == [[0.75, 0.5, 0.25, 0.0], [0.5, 0.0, 0.0, 0.0]]
     assert not params.has_alg_temp
     assert state.policy_params(blocks(1, start=12)).has_alg_temp
-    assert state.policy_params(blocks(1, start=12)).num_known.tolist() == [0]
+    assert state.policy_params(blocks(1, 2, start=12)).num_known.tolist() == [0, 0]
+    nodes = state.policy_params(blocks(2, 2, 0, 0, start=4))
+    assert (nodes.num_known.tolist(), nodes.counts[:, 1].tolist()) == ([2, 2, 6, 6], [4, 4, 2, 2])
 
 
 def test_statistics_of_the_sampled_distribution_are_asked_for_where_a_policy_reads_them() -> None:

@@ -34,12 +34,13 @@ def params(
     )
 
 
-def together(*alone: PolicyParams) -> PolicyParams:
-    """Put requests into a batch."""
+def together(*alone: PolicyParams, times: int = 1) -> PolicyParams:
+    """Put requests into a batch, each of them with as many canvases."""
     tensors = ("policy_id", "seed", "num_known", "counts", "times", "threshold", "factor", "entropy_bound", "alg_temp")
+    columns = {name: torch.cat([getattr(one, name) for one in alone]) for name in tensors}
     return replace(
         alone[0],
-        **{name: torch.cat([getattr(one, name) for one in alone]) for name in tensors},
+        **{name: column.repeat_interleave(times, 0) for name, column in columns.items()},
         policies=tuple({name: None for one in alone for name in one.policies}),
         has_alg_temp=any(one.has_alg_temp for one in alone),
     )
@@ -190,6 +191,14 @@ def test_alg_temp_draws_positions_by_their_scores(policy: PolicyName) -> None:
     assert drawn.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("policy", ["static", "margin", "entropy"])
+def test_a_temperature_so_low_that_scores_overflow_still_unmasks(policy: PolicyName) -> None:
+    one = params(policy, 7, steps=7, alg_temp=5e-324)
+    is_masked = torch.tensor([[False, False, True, True, False, True, False]])
+    chosen = choose_positions(score_positions(evidence(1, 7), one), is_masked, one)
+    assert chosen.tolist() == [[position == 2 for position in range(7)]]
+
+
 def test_positions_are_drawn_with_the_published_probabilities() -> None:
     num_draws = 20_000
     scores = torch.tensor([0.1, 0.4, 0.7], dtype=torch.float64)
@@ -199,7 +208,7 @@ def test_positions_are_drawn_with_the_published_probabilities() -> None:
     distribution = Distribution(torch.zeros_like(token), torch.zeros_like(token), token, x)
     position = torch.arange(3).expand(num_draws, -1)
     keys = noise.stream_keys(torch.arange(num_draws)[:, None], position, torch.tensor(3))
-    policy = params("static", 3, steps=3, alg_temp=0.5).repeat(num_draws)
+    policy = together(params("static", 3, steps=3, alg_temp=0.5), times=num_draws)
     chosen = choose_positions(score_positions(Evidence(distribution, keys, position), policy), keys == keys, policy)
     expected = num_draws * torch.softmax(scores / 0.5, 0)
     statistic = float(((chosen.sum(0) - expected) ** 2 / expected).sum())
@@ -207,7 +216,7 @@ def test_positions_are_drawn_with_the_published_probabilities() -> None:
     assert statistic < 13.8  # chi-square of two degrees of freedom, at 0.001
 
 
-def test_equal_confidences_go_to_the_lowest_position() -> None:
+def test_equal_scores_go_to_the_lowest_position() -> None:
     confidence = torch.tensor([[0.5, 0.9, 0.5, 0.9, 0.9]], dtype=torch.float64)
     is_masked = torch.tensor([[True, False, True, True, True]])
     chosen = choose_positions(confidence, is_masked, params("static", 5, steps=2))
@@ -231,7 +240,7 @@ def test_policies_do_not_see_their_neighbours(num_nodes: int) -> None:
     alone = [params(name, size, steps=2, threshold=0.6, factor=1.5, entropy_bound=1.0) for name in POLICY_IDS]
     alone += [params(name, size, steps=3, alg_temp=0.5) for name in ("static", "margin", "entropy")]  # type: ignore[arg-type]
     shown = evidence(len(alone) * num_nodes, size)
-    mixed = together(*alone).repeat(num_nodes)
+    mixed = together(*alone, times=num_nodes)
     is_masked = torch.rand(len(shown.keys), size, generator=torch.Generator().manual_seed(1)) < 0.6
     is_masked[:, 0] = True
     found = choose_positions(score_positions(shown, mixed), is_masked, mixed)

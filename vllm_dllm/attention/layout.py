@@ -8,6 +8,8 @@ intervals of their request's stored positions, and nothing else (csrc/include/dl
               context                                 context (empty in a block-causal model)
     commit    0 ......... block_start - B | the block before |
               context
+    next root 0 ......... block_end | the block behind |
+              context, of which the block's end is stored in the same forward (draft/look_ahead.py)
     refresh   0 ......... begin | own rows .............................. row_len
               context (empty when begin is 0)
     prefill   0 ......... block_start |  own block  |
@@ -91,7 +93,7 @@ def denoise_layout(
     *,
     num_nodes: int | IntArray,
     block_length: int,
-    commits: NDArray[np.bool_] | None = None,
+    last_shift: IntArray | None = None,
 ) -> HostLayout:
     """Lay out a denoising step: each canvas sees what its request sees but the block, and itself.
 
@@ -100,15 +102,16 @@ def denoise_layout(
         visible_end: [num_requests], end of the positions that the block sees: of the row, or of the block itself.
         num_nodes: canvases of each request, or of every one.
         block_length: positions per block.
-        commits: [num_requests], whose last node is the block before the present one; None: nobody's.
+        last_shift: [num_requests], by how many positions the block of each one's last node lies behind the others'
+            (before them, if negative); None: nowhere.
     """
     num_requests = len(block_start)
     num_nodes = np.broadcast_to(num_nodes, num_requests)
     first_node = np.concatenate([[0], np.cumsum(num_nodes)])
     intervals = [np.zeros_like(block_start), block_start, block_start + block_length, visible_end]
     context = np.stack(intervals, 1).repeat(num_nodes, 0)
-    if commits is not None:
-        context[first_node[1:][commits] - 1, 1:] -= block_length
+    if last_shift is not None:
+        context[first_node[1:] - 1, 1:] += last_shift[:, None]
     return HostLayout(
         first_node=first_node.astype(np.int32),
         first_row=np.arange(first_node[-1] + 1, dtype=np.int32) * np.int32(block_length),

@@ -1,11 +1,9 @@
-"""What drafts across a block's end would be worth to a block-causal model, on traces that `vllm-dllm calibrate` left.
+"""What the look-ahead (`draft.look_ahead`) is worth to a block-causal model, on traces that `vllm-dllm calibrate` left.
 
     python -m vllm_dllm.bench.across graph.json.traces --eos-token-id 151643
 
-A step could also evaluate the block's likeliest end, as a block to commit, and the next block's masked canvas, which
-sees it: where the block ends so, the next one's first step is decided already. This takes the rows of two drafts, so
-it is compared with two more drafts inside the block. For traces of temperature 0: the likeliest end is then known from
-the tokens alone. Calibrates on a part of the prompts and measures on the others.
+It takes the rows of two drafts, so it is compared with two more drafts inside the block. For traces of temperature 0:
+the likeliest end is then known from the tokens alone. Calibrates on a part of the prompts and measures on the others.
 """
 
 import argparse
@@ -17,15 +15,16 @@ import numpy as np
 from vllm_dllm.bench.drafting import BUDGETS, Material, load
 from vllm_dllm.calibrate.simulate import BlockDrafts, draft_blocks, until_eos, walks
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
+from vllm_dllm.draft.look_ahead import NUM_NODES
 from vllm_dllm.errors import ConfigError
 
-NUM_NODES = 32
+GRAPH_NODES = 32
 
 
 def count_across(
     traces: Sequence[PromptTrace], drafts: Sequence[BlockDrafts], budget: int, mask_token_id: int
 ) -> tuple[int, int]:
-    """Count forwards when each forward with drafts also evaluates the block's likeliest end and the next block.
+    """Count forwards when each forward with drafts also looks ahead.
 
     Args:
         traces: decoded at temperature 0.
@@ -33,7 +32,7 @@ def count_across(
         budget: drafts inside the block.
         mask_token_id: what a masked position holds.
 
-    Returns: forwards without drafts across, and with them.
+    Returns: forwards without looking ahead, and with it.
     """
     remaining = iter(drafts)
     within = across = 0
@@ -62,14 +61,14 @@ def rows(material: Material, eos_token_id: int | None) -> list[tuple[int, float,
     """
     if material.decoding.temperature > 0 or material.decoding.is_random:
         raise ConfigError("the traces are of a temperature or of policy 'random'; give some of temperature 0")
-    graph = material.graph(NUM_NODES)
+    graph = material.graph(GRAPH_NODES)
     texts = [trace if eos_token_id is None else until_eos(trace, eos_token_id) for trace in material.held_out]
     drafts = draft_blocks(graph, texts, material.decoding)
     num_steps = sum(block.num_steps for trace in texts for block in trace.blocks)
     table = []
     for budget in BUDGETS:
         within, across = count_across(texts, drafts, budget, material.decoding.mask_token_id)
-        more, _ = count_across(texts, drafts, budget + 2, material.decoding.mask_token_id)
+        more, _ = count_across(texts, drafts, budget + NUM_NODES, material.decoding.mask_token_id)
         table.append((budget, num_steps / within, num_steps / more, num_steps / across))
     return table
 

@@ -15,6 +15,7 @@ from vllm_dllm.bench.decode import Policy
 from vllm_dllm.bench.process import EngineProcess
 from vllm_dllm.bench.report import Row, Section
 from vllm_dllm.bench.workload import EngineSpec, Measurement, UnequalTokensError, Workload
+from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.interface import family_of
 from vllm_dllm.reference import block_causal
 from vllm_dllm.reference.decode import Generation, KvPolicy, generate
@@ -59,6 +60,11 @@ def _decoders(workload: Workload, policy: Policy, model: Any, rules: Rules) -> d
         "policy": unmask,
         "sampling": Sampling(forbidden_ids=(model.config.mask_token_id,)),
     }
+    if rules.attention == "bidirectional" and workload.gen_length % block_length:
+        raise ConfigError(
+            f"--gen-length is {workload.gen_length}, but the reference decodes whole blocks of {block_length}; give a "
+            "multiple of it"
+        )
     if rules.attention == "block_causal":
         return {"reference": partial(block_causal.generate, model, **common)}
     return {

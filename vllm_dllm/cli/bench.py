@@ -47,6 +47,14 @@ _Skip = Annotated[int, typer.Option(min=0, help="Lines left out at the beginning
 _NumPrompts = Annotated[int, typer.Option(min=1, help="Prompts that everyone decodes.")]
 _GenLength = Annotated[int, typer.Option(min=1, help="Tokens per prompt.")]
 _Policies = Annotated[str, typer.Option(metavar="NAME,...", help="Unmasking policies; each is measured.")]
+_Graphs = Annotated[
+    str,
+    typer.Option(metavar="FILE,...", help="Draft graph of all policies, or of each; `default` is each policy's own."),
+]
+_Budgets = Annotated[str, typer.Option(metavar="N,...", help="Fixed budgets beside `off` and `auto`; '' is none.")]
+_Chain = Annotated[
+    str, typer.Option(metavar="N,...", help="Fixed budgets of a chain graph (FreeDave, SSD); '' is none.")
+]
 _Concurrency = Annotated[str, typer.Option(metavar="N,...", help="Requests in flight; each number is measured.")]
 _Dtype = Annotated[
     str, typer.Option(help="With bfloat16 near ties may round differently with drafts, which is exit status 1.")
@@ -124,18 +132,9 @@ def decode(  # noqa: PLR0913 - the options of a command
     entropy_bound: EntropyBound = None,
     alg_temp: AlgTemp = None,
     steps_per_block: StepsPerBlock = None,
-    graph: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE,...", help="Draft graph of all policies, or of each; `default` is each policy's own."
-        ),
-    ] = "default",
-    budgets: Annotated[
-        str, typer.Option(metavar="N,...", help="Fixed budgets beside `off` and `auto`; '' is none.")
-    ] = "1,3,5",
-    chain: Annotated[
-        str, typer.Option(metavar="N,...", help="Fixed budgets of a chain graph (FreeDave, SSD); '' is none.")
-    ] = "3",
+    graph: _Graphs = "default",
+    budgets: _Budgets = "1,3,5",
+    chain: _Chain = "3",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of all requests.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the first prompt; the next has one more.")] = 0,

@@ -100,7 +100,9 @@ def plugin() -> Finding:
             f"`export VLLM_PLUGINS={','.join(filter(None, [allowed, 'dllm']))}`, or `unset VLLM_PLUGINS`",
             "broken",
         )
-    return Finding("plugin", "vLLM loads it at start")
+    from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE
+
+    return Finding("plugin", f"vLLM loads it at start, with {', '.join(FAMILY_BY_ARCHITECTURE)}")
 
 
 def torch_build() -> Finding:

@@ -3,7 +3,8 @@
 Spiffy (arXiv:2509.18085v4) sec. 4.1. Ranks refer to the distribution that made the canvas (the root): to what the last
 forward said of the positions that are masked still. At a temperature, a node is filled step by step, from its first
 parent: each step draws with the noise that the decoder will use when as many positions are masked, which is known
-before (`vllm_dllm.noise`); so is the order of the policy `random`.
+before (`vllm_dllm.noise`); so is the order of the policy `random`. The order of `sequential`, `origin` and `alg_temp`
+could be known too; there as elsewhere readiness orders the positions, so that fewer drafts come true.
 """
 
 from dataclasses import dataclass
@@ -101,6 +102,30 @@ def propose(
     )
 
 
+def likeliest_end(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | None) -> Tensor:
+    """Finish canvases by the likeliest token of each masked position; [num_reqs, block_length] int64.
+
+    At a temperature that is the token which its draw will give, if positions become ready in the present order, or,
+    where steps unmask as many as they like, if the next step unmasks all.
+
+    Args:
+        graph: says how positions become ready.
+        roots: the canvases.
+        draft_noise: as in `propose`.
+    """
+    token_ids = roots.candidates.token_ids
+    if draft_noise is None:
+        return torch.where(roots.is_masked, token_ids[..., 0], roots.canvas)
+    masked_then = roots.is_masked.sum(1)[:, None, None]
+    if graph.is_one_by_one:
+        ready = graph.readiness.log_odds(roots.candidates.log_probs[..., 0], roots.is_new)
+        order = ready.masked_fill(~roots.is_masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        masked_then = masked_then - order.argsort(-1)[:, None]
+    _, scores = _noisy_scores(roots, draft_noise, masked_then)
+    best = scores[:, 0].argsort(dim=-1, descending=True, stable=True)[..., :1]
+    return torch.where(roots.is_masked, token_ids.gather(-1, best).squeeze(-1), roots.canvas)
+
+
 def _greedy_draws(graph: CompiledGraph, roots: Roots) -> _Draws:
     """Draw the same at each step."""
     times, num_ranks = len(graph.num_unmasked), graph.num_vocab_ranks
@@ -111,12 +136,31 @@ def _greedy_draws(graph: CompiledGraph, roots: Roots) -> _Draws:
 
 
 def _noisy_draws(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise) -> _Draws:
-    """Order the candidates by Gumbel-max as `ops.vocab_stats` will when so many positions are masked.
-
-    top_p sees the candidates alone, so it may keep one that the decoder drops.
-    """
+    """Order the candidates by their scores when so many positions are masked."""
     num_masked = roots.is_masked.sum(1)
     masked_then = num_masked[:, None, None] - graph.num_unmasked[:, None]  # [num_reqs, num_draws, 1]
+    keys, scores = _noisy_scores(roots, draft_noise, masked_then)
+    best = scores.argsort(dim=-1, descending=True, stable=True)[..., : graph.num_vocab_ranks]
+    token_ids = roots.candidates.token_ids[:, None].expand_as(scores).gather(-1, best)
+    log_probs = roots.candidates.log_probs[:, None].expand_as(scores).gather(-1, best)
+    readiness = graph.readiness.log_odds(log_probs[..., 0], roots.is_new[:, None])
+    uniform = noise.uniform(keys, noise.STREAM)
+    order = torch.where(draft_noise.is_random[:, None, None], uniform, readiness)
+    return _Draws(token_ids, log_probs, order, readiness)
+
+
+def _noisy_scores(roots: Roots, draft_noise: DraftNoise, masked_then: Tensor) -> tuple[Tensor, Tensor]:
+    """Score the candidates by Gumbel-max as `ops.vocab_stats` will when so many positions are masked.
+
+    top_p sees the candidates alone, so it may keep one that the decoder drops.
+
+    Args:
+        roots, draft_noise: of the requests.
+        masked_then: [num_reqs, num_draws, block_length or 1] int64, positions.
+
+    Returns: the noise streams [num_reqs, num_draws, block_length] int64, and the scores [num_reqs, num_draws,
+        block_length, num_candidates] float64.
+    """
     keys = noise.stream_keys(draft_noise.seed[:, None, None], draft_noise.position[:, None], masked_then)
     ids, log_probs = roots.candidates.token_ids[:, None], roots.candidates.log_probs[:, None]
     temperature = draft_noise.temperature[:, None, None, None]
@@ -126,14 +170,7 @@ def _noisy_draws(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise) ->
     mass = tempered.softmax(-1)
     is_out = (mass == 0) | (mass.cumsum(-1) - mass >= draft_noise.top_p[:, None, None, None])
     scores = log_probs + temperature * noise.gumbel(keys[..., None], ids)
-    scores = scores.masked_fill(is_out & (rank > 0) & (temperature > 0), -torch.inf)
-    best = scores.argsort(dim=-1, descending=True, stable=True)[..., : graph.num_vocab_ranks]
-    token_ids = ids.expand_as(scores).gather(-1, best)
-    log_probs = log_probs.expand_as(scores).gather(-1, best)
-    readiness = graph.readiness.log_odds(log_probs[..., 0], roots.is_new[:, None])
-    uniform = noise.uniform(keys, noise.STREAM)
-    order = torch.where(draft_noise.is_random[:, None, None], uniform, readiness)
-    return _Draws(token_ids, log_probs, order, readiness)
+    return keys, scores.masked_fill(is_out & (rank > 0) & (temperature > 0), -torch.inf)
 
 
 def _fill(filling: Filling, draws: _Draws, filled: Filled) -> None:

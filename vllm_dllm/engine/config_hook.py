@@ -24,7 +24,7 @@ from vllm_dllm.spiffy_config import (
     spiffy_settings,
     to_json_object,
 )
-from vllm_dllm.unmask.schedule import UnmaskRules
+from vllm_dllm.unmask.schedule import UnmaskRules, unmask_rules
 
 logger = init_logger("vllm.dllm")
 
@@ -154,10 +154,8 @@ def settings_of(vllm_config: VllmConfig) -> DllmConfig:
 
 
 def rules_of(vllm_config: VllmConfig) -> UnmaskRules:
-    """Return what the family fixes of unmasking; without a cache a block's first step is as the others."""
-    family = served_family(vllm_config.model_config)
-    has_cache = settings_of(vllm_config).refresh_every != 1
-    return UnmaskRules(family.schedule, family.unmasks_first_alone and has_cache, family.confidence)
+    """Return what the family fixes of unmasking."""
+    return unmask_rules(served_family(vllm_config.model_config), settings_of(vllm_config))
 
 
 def served_family(model_config: ModelConfig) -> ModelFamily:
@@ -290,7 +288,7 @@ class DllmConfigHook(VerifyAndUpdateConfig):
                 raise ConfigError(sentence.format(c=vllm_config))
         settings = settings_of(vllm_config)
         check_family(settings, served_family(vllm_config.model_config))
-        if max_prompt_len(settings, vllm_config.model_config.max_model_len) < 0:
+        if max_prompt_len(settings, vllm_config.model_config.max_model_len) < 1:
             raise ConfigError(
                 f"additional_config.dllm.block_length is {settings.block_length}, but max_model_len is "
                 f"{vllm_config.model_config.max_model_len}, which leaves no room for a prompt; choose a smaller "

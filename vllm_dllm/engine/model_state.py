@@ -1,9 +1,10 @@
-"""What happens before a forward: refreshes, canvases into the input buffers, attention metadata.
+"""What happens before a forward: refreshes and prefills, canvases into the input buffers, attention metadata.
 
 vLLM's runner calls, for each step: `preprocess_state`, `prepare_attn`, `prepare_inputs`, the model, the sampler. Its
-batch begins with the requests that take a denoising step, `block_length` rows for each canvas that is evaluated;
-requests whose prompt was just scheduled follow. A prompt's own rows are never computed: the first refresh computes the
-whole row with its masked generation, which is what a bidirectional model needs.
+batch begins with the requests that take a denoising step, `block_length` rows for each of their nodes; requests whose
+prompt was just scheduled follow. The rows that vLLM schedules for a prompt are never computed: before the request's
+first denoising step a side forward computes what the model needs, a bidirectional one the whole row with its masked
+generation, a block-causal one the prompt's whole blocks.
 """
 
 import time
@@ -28,6 +29,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_dllm.attention.layout import empty_layout, stored_rows, storing_layout
 from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
+from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.draft.native import choose_draft_functions
 from vllm_dllm.engine.attention import ForwardAttention
 from vllm_dllm.engine.config_hook import rules_of, served_family, settings_of, spiffy_of
@@ -76,6 +78,7 @@ class DllmModelState(ModelState):
         )
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
+        self._look_ahead_from = smallest_budget(self.settings, is_async=self._is_async)
         self._step: DenoiseStep | None = None
         self._attention: StepAttention | None = None
         self._req_states: RequestState | None = None
@@ -127,13 +130,15 @@ class DllmModelState(ModelState):
         num_computed_tokens: Tensor,
     ) -> None:
         """Refresh what the step needs fresh, then put the canvases where the prompt tokens of the batch would be."""
+        if self._step is not None:
+            self.kv_policy.come_over(*self._step.came_over())
         step = self._denoise_step(input_batch, num_computed_tokens)
         self._step = step
         if step.num_reqs == 0:
             return
         self._store_before(step, block_tables[0])
         for group in step.groups:
-            group.nodes = self.denoiser.nodes(group.blocks, group.num_drafts)
+            group.nodes = self.denoiser.nodes(group.blocks, group.num_drafts, looks_ahead=group.looks_ahead)
         rows = step.rows(block_tables[0], self.attention.page_size, self._all_token_ids)
         input_batch.input_ids[: step.num_rows] = rows.input_ids
         input_batch.positions[: step.num_rows] = rows.positions
@@ -217,6 +222,7 @@ class DllmModelState(ModelState):
             self.kv_policy.commits(slots_np, block_start_np),
             block_length=self.block_length,
             max_drafts=self._max_drafts,
+            look_ahead_from=self._look_ahead_from,
         )
         none = torch.zeros(num_reqs, dtype=torch.int64, device=self.device)
         return DenoiseStep(

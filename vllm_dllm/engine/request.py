@@ -140,13 +140,11 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
 
 
 def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int) -> RequestError:
-    needed = f"a block needs {settings.block_length}"
-    if settings.kv_policy == "block_causal":
-        needed += ", beginning at a multiple of it, and as many behind it"
     longest = max_prompt_len(settings, max_model_len)
+    what = "a block and as much behind it need" if settings.kv_policy == "block_causal" else "a block needs"
     return RequestError(
         f"the prompt has {prompt_len} tokens and leaves {max_model_len - prompt_len} of max_model_len "
-        f"{max_model_len}, but {needed}; shorten the prompt to at most {longest} tokens",
+        f"{max_model_len}, but {what} {max_model_len - longest}; shorten the prompt to at most {longest} tokens",
         parameter="prompt",
         value=prompt_len,
     )

@@ -56,13 +56,14 @@ class DllmSampler:
             decision = denoiser.advance(group.blocks, group.nodes, group.evaluated(rows))
             index, tail = group.index, (step.num_known[group.index] - group.blocks.start)[:, None]
             columns = torch.arange(state.block_length, device=hidden.device) + tail
-            emitted = state.canvas[group.blocks.slots].gather(1, columns.clamp(max=state.block_length - 1)).int()
+            emitted = decision.canvas.gather(1, columns.clamp(max=state.block_length - 1)).int()
             num_emitted = (decision.is_finished * (state.block_length - tail[:, 0])).int()
             sampled[: step.num_reqs][index] = emitted
             num_sampled[: step.num_reqs][index] = num_emitted
             num_rejected[: step.num_reqs][index] = group.num_nodes * state.block_length - num_emitted
             report[: step.num_reqs][index] = _report(step, group, decision).int()
-            denoiser.begin_blocks(group.blocks.slots, decision.is_finished)
+            denoiser.begin_blocks(group.blocks.slots, decision.is_finished & ~decision.came_over)
+            group.came_over = decision.came_over if group.looks_ahead else None
         begins = input_batch.idx_mapping[step.num_reqs : input_batch.num_reqs]
         denoiser.begin_blocks(begins, torch.ones_like(begins, dtype=torch.bool))
         return _output(sampled, num_sampled, num_rejected, report)
@@ -81,15 +82,16 @@ def _report(step: DenoiseStep, group: Group, decision: Decision) -> Tensor:
     nodes = group.nodes
     assert nodes is not None, "the forward ran on them"
     report = torch.zeros(len(nodes.canvas), REPORT_LEN, dtype=torch.int64, device=nodes.canvas.device)
-    report[:, Column.FORWARDS] = nodes.is_masked[:, 0].any(1)
+    is_masked = nodes.is_masked[:, 0].any(1)
+    report[:, Column.FORWARDS] = is_masked | decision.came_over
     report[:, Column.REFRESHES] = step.num_refreshes[group.index]
     report[:, Column.UNMASKED] = step.num_unmasked[group.index] + decision.num_unmasked
     report[:, Column.ACCEPTED] = decision.num_accepted
     report[:, Column.FINISHED] = decision.is_finished
-    report[:, Column.STORED] = group.blocks.start
+    report[:, Column.STORED] = group.blocks.start + decision.came_over * group.block_length
     report[:, Column.COMMITS] = int(group.commits)
     column = Column.PROPOSED - 1 + nodes.depth[:, 1:].clamp(1, MAX_DEPTH)
-    return report.scatter_add_(1, column, nodes.is_valid[:, 1:].long())
+    return report.scatter_add_(1, column, (nodes.is_valid[:, 1:] & is_masked[:, None]).long())
 
 
 def _output(sampled: Tensor, num_sampled: Tensor, num_rejected: Tensor, report: Tensor | None) -> SamplerOutput:

@@ -16,6 +16,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.config import row_blocks
 from vllm_dllm.draft.budget import BudgetRule
+from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.engine import costs
 from vllm_dllm.engine.config_hook import settings_of, spiffy_of
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
@@ -52,7 +53,13 @@ class DllmScheduler(Scheduler):
         self._spiffy = spiffy_of(self.vllm_config)
         if self._spiffy and self._spiffy.budget is None:
             costs.measure_at_start()
-        self.rule = BudgetRule(self._spiffy.graph, self.block_length, self._spiffy.budget) if self._spiffy else None
+        is_async = bool(self.vllm_config.scheduler_config.async_scheduling)
+        look_ahead_from = smallest_budget(self.settings, is_async=is_async)
+        self.rule = (
+            BudgetRule(self._spiffy.graph, self.block_length, self._spiffy.budget, look_ahead_from)
+            if self._spiffy
+            else None
+        )
         self._totals: defaultdict[str, RequestTotals] = defaultdict(RequestTotals)
         self._stats: StepStats | None = None
         self._scheduled_at_s = 0.0
@@ -195,7 +202,8 @@ class DllmScheduler(Scheduler):
             if request is None or request.num_stale_output_tokens:  # it was aborted or preempted: the pages are gone
                 continue
             self._stored[req_id] = row[Column.STORED]
-            self._cache_blocks(request, row[Column.STORED])
+            # A block that a look-ahead stored is cached a step later: its tokens are not the request's yet.
+            self._cache_blocks(request, min(row[Column.STORED], request.num_tokens))
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt a request; when it comes back, all that it knows is its prompt."""
@@ -217,8 +225,9 @@ class DllmScheduler(Scheduler):
         return totals.as_output(self._spiffy.exactness if self._spiffy else None)
 
     def _allocate_pages(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
-        """Call `KVCacheManager.allocate_slots` for the positions that get K/V, by a look-ahead that may be negative.
+        """Call `KVCacheManager.allocate_slots` for the positions that get K/V.
 
+        The difference from the scheduled tokens is vLLM's number of lookahead tokens, which may be negative.
         vLLM would cache what it takes for computed now.
         """
         scheduled = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0) + num_new_tokens

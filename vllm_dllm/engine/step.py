@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_dllm.attention.layout import HostLayout, PagedIndex, denoise_layout
 from vllm_dllm.denoiser import Nodes
+from vllm_dllm.draft.look_ahead import NUM_NODES
 from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.kv import BoolArray, IntArray
 
@@ -20,16 +21,22 @@ NULL_PAGE = 0
 
 @dataclass(slots=True)
 class Group:
-    """Requests of a step with equally many nodes: the evaluated canvases, then padding or the block to commit."""
+    """Requests of a step with equally many nodes: the evaluated canvases, then padding or the block to commit.
+
+    Of a look-ahead the end comes before the evaluated canvases, so that it shares its context with what follows, and
+    the next root is the last of them.
+    """
 
     index_np: IntArray  # [num_reqs], in the batch
     index: Tensor | slice  # the same on the device
     blocks: Blocks
     block_length: int  # rows of a node
     num_nodes: int  # of each request in the forward
-    num_drafts: int  # of each request, evaluated besides the root
+    num_drafts: int  # of each request, evaluated besides the root, without a look-ahead
     commits: bool  # whether the last node is the block before the present one, to be stored
+    looks_ahead: bool  # whether the first node is the block's end, to be stored, and the last one the next root
     nodes: Nodes | None = None  # what is evaluated, once what must be stored before is stored
+    came_over: Tensor | None = None  # [num_reqs] bool, whose look-ahead came true, once that is known
 
     @property
     def num_rows(self) -> int:
@@ -38,10 +45,16 @@ class Group:
 
     def evaluated(self, hidden: Tensor) -> Tensor:
         """Take the rows of the evaluated canvases out of the group's rows [num_rows, ...]."""
-        if self.num_nodes == 1 + self.num_drafts:
+        first, num_evaluated = int(self.looks_ahead), 1 + self.num_drafts + self.looks_ahead
+        if self.num_nodes == num_evaluated:
             return hidden
         by_node = hidden.unflatten(0, (-1, self.num_nodes, self.block_length))
-        return by_node[:, : 1 + self.num_drafts].flatten(0, 2)
+        return by_node[:, first : first + num_evaluated].flatten(0, 2)
+
+    @property
+    def last_shift(self) -> int:
+        """Positions by which the block of the last node lies behind the present one."""
+        return self.block_length * (self.looks_ahead - self.commits)
 
 
 @dataclass(slots=True)
@@ -72,7 +85,7 @@ class DenoiseStep:
             self.visible_end_np[order],
             num_nodes=np.repeat([group.num_nodes for group in self.groups], size),
             block_length=self.groups[0].block_length,
-            commits=np.repeat([group.commits for group in self.groups], size),
+            last_shift=np.repeat([group.last_shift for group in self.groups], size),
         )
 
     @property
@@ -85,11 +98,19 @@ class DenoiseStep:
         rows = hidden.split([group.num_rows for group in self.groups])
         return ((group, of_group) for group, of_group in zip(self.groups, rows, strict=True) if len(of_group))
 
+    def came_over(self) -> tuple[IntArray, IntArray]:
+        """Return the slots and starts of the blocks that look-aheads stored; waits for the step if it had any."""
+        has_left = np.zeros(self.num_reqs, dtype=bool)
+        for group in self.groups:
+            if group.came_over is not None:
+                has_left[group.index_np] = group.came_over.cpu().numpy()
+        return self.blocks.slots_np[has_left], self.block_start_np[has_left]
+
     def rows(self, page_table: Tensor, page_size: int, all_token_ids: Tensor) -> "Rows":
         """Return the rows of the forward, and keep where they are stored; arguments as in `rows_of`."""
         parts = [rows_of(group, page_table, page_size, all_token_ids) for group in self.groups]
         rows = Rows(*(torch.cat(of_groups) for of_groups in zip(*parts, strict=True)))
-        if any(group.commits for group in self.groups):
+        if any(group.last_shift for group in self.groups):
             self.store = PagedIndex(rows.pages, rows.positions % page_size)
         return rows
 
@@ -99,7 +120,13 @@ class DenoiseStep:
 
 
 def split_groups(
-    blocks: Blocks, num_rows: IntArray, commits: BoolArray, *, block_length: int, max_drafts: int
+    blocks: Blocks,
+    num_rows: IntArray,
+    commits: BoolArray,
+    *,
+    block_length: int,
+    max_drafts: int,
+    look_ahead_from: int | None,
 ) -> Iterator[Group]:
     """Group the requests of a step: those that commit, which have no drafts yet, and the others.
 
@@ -109,6 +136,7 @@ def split_groups(
         commits: [num_reqs].
         block_length: rows of a node.
         max_drafts: how many of the canvases besides the root are drafts at most, the others are padding.
+        look_ahead_from: the smallest budget with a look-ahead; None: none has one.
 
     Raises: RuntimeError where the rows are not as many for all of a group, or no whole nodes, or too few to commit.
     """
@@ -127,7 +155,9 @@ def split_groups(
         index = slice(None) if is_all else torch.from_numpy(index_np).to(blocks.slots.device, non_blocking=True)
         of_group = Blocks(blocks.slots[index], blocks.slots_np[index_np], blocks.start[index])
         num_drafts = 0 if is_commit else min(nodes - 1, max_drafts)
-        yield Group(index_np, index, of_group, block_length, nodes, num_drafts, is_commit)
+        looks_ahead = look_ahead_from is not None and num_drafts >= look_ahead_from
+        num_drafts -= NUM_NODES * looks_ahead
+        yield Group(index_np, index, of_group, block_length, nodes, num_drafts, is_commit, looks_ahead)
 
 
 class Rows(NamedTuple):
@@ -149,14 +179,17 @@ def rows_of(group: Group, page_table: Tensor, page_size: int, all_token_ids: Ten
     """
     assert group.nodes is not None, "the nodes are made before the rows"
     canvas = group.nodes.canvas
+    if group.nodes.end is not None:
+        canvas = torch.cat([group.nodes.end[:, None], canvas], 1)
     padding = canvas[:, :1].expand(-1, group.num_nodes - canvas.shape[1], -1)
     canvas = torch.cat([canvas, padding], 1)
     position = group.blocks.start[:, None] + torch.arange(group.block_length, device=canvas.device)
     positions = position[:, None].repeat(1, group.num_nodes, 1)
+    positions[:, -1] += group.last_shift
     pages = torch.full_like(positions, NULL_PAGE)
     if group.commits:
-        before = position - group.block_length
-        canvas[:, -1] = all_token_ids[group.blocks.slots[:, None], before]
-        positions[:, -1] = before
-        pages[:, -1] = page_table[group.index].gather(1, before // page_size)
+        canvas[:, -1] = all_token_ids[group.blocks.slots[:, None], positions[:, -1]]
+    if group.last_shift:
+        stored = -1 if group.commits else 0
+        pages[:, stored] = page_table[group.index].gather(1, positions[:, stored] // page_size)
     return Rows(canvas.flatten(), positions.flatten(), pages.flatten())

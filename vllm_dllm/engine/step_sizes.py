@@ -4,6 +4,7 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.errors import ConfigError
@@ -74,7 +75,9 @@ def _set_scheduler(vllm_config: VllmConfig, num_rows: int) -> None:
     A prompt's rows count against the budget, although they are not computed.
     """
     scheduler = vllm_config.scheduler_config
-    scheduler.async_scheduling = bool(scheduler.async_scheduling)
+    if scheduler.async_scheduling and current_platform.is_cpu():
+        logger.info("async_scheduling has no effect: vLLM schedules one step after the other on a CPU")
+    scheduler.async_scheduling = bool(scheduler.async_scheduling) and not current_platform.is_cpu()
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
     needed = num_rows + vllm_config.model_config.max_model_len
     if scheduler.max_num_batched_tokens < needed:

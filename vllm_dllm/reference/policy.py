@@ -24,21 +24,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vllm_dllm.config import PolicyName
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.sampling import Sampling, choose_tokens, remove_tokens, sampled_logits
 
-PolicyName = Literal[
-    "static",
-    "random",
-    "threshold",
-    "factor",
-    "margin",
-    "entropy",
-    "origin",
-    "sequential",
-    "dynamic",
-    "entropy_bounded",
-]
 _UNSCHEDULED = ("threshold", "factor", "entropy_bounded")
 _WITH_ALG_TEMP = ("static", "margin", "entropy")
 

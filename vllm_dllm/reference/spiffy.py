@@ -6,6 +6,10 @@ one canvas per forward of the model; a *call* is what an engine would do in one 
 block-causal model's first call of a block has no drafts, since no distribution of that block is known; storing the
 block before it is part of that call and counts nothing.
 
+A block-causal model's calls with at least `MIN_BUDGET` drafts look ahead (ours): in place of the last two they evaluate
+the likeliest end of the block, and the next block, all masked, under that end. If the block ends so in this call, its
+first step is decided by what the call computed. That counts as one draft.
+
 Where the paper leaves open: drafts extend the canvas that the last distribution led to, in the ranks of that
 distribution; a draft is accepted when it *is* the next canvas, whatever edge led to it; at a temperature each step of
 a draft draws with the noise that the decoder will use then. Other than in the paper, position ranks and pruning go by
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph, Formula
+from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.block_causal import decoded_region, store_prompt
 from vllm_dllm.reference.decode import Model, shift, steps_per_block
@@ -37,7 +42,7 @@ class SpiffyGeneration:
     tokens: Tensor  # [gen_length] int64
     nfe: int  # calls, refreshes included
     nfe_refresh: int
-    num_proposed: int  # drafts evaluated
+    num_proposed: int  # drafts evaluated, look-aheads among them
     num_accepted: int  # of them
 
 
@@ -95,7 +100,8 @@ class _Decoder:
     """One block of one request."""
 
     graph: DraftGraph
-    budget: int  # most drafts per call
+    num_drafts: int  # most per call
+    looks_ahead: bool
     block: Block
     mask_token_id: int
     context: _DualCache | _StoredBlocks
@@ -108,24 +114,49 @@ class _Decoder:
         chosen, tokens = unmask(logits, self.is_masked(canvas), first=self.block.begin, block=self.block)
         return tuple(torch.tensor(canvas).index_put((chosen,), tokens).tolist())
 
-    def finish(self, canvas: Canvas, logits: Tensor | None, calls: _Calls) -> Canvas:
-        """Take all steps from a canvas on, whose logits an earlier call may have computed."""
+    def finish(self, canvas: Canvas, logits: Tensor | None, calls: _Calls) -> tuple[Canvas, bool]:
+        """Take all steps from a canvas on, whose logits an earlier call may have computed.
+
+        Returns: the finished canvas, and whether the last call foresaw it.
+        """
         before: Canvas | None = None
         if logits is not None:
             before, canvas = canvas, self.next_canvas(canvas, logits)
+        end: Canvas | None = None
         while self.is_masked(canvas).any():
-            drafts = [] if before is None or logits is None else self.drafts(canvas, before, logits)
+            drafts: list[Canvas] = []
+            if before is not None and logits is not None:
+                drafts = self.drafts(canvas, before, logits)
+                end = self.end(canvas, before, logits) if self.looks_ahead else None
             evaluated = {
                 node: self.context.predict(torch.tensor(node), self.block.begin) for node in [*reversed(drafts), canvas]
             }
             calls.nfe += 1
-            calls.num_proposed += len(drafts)
+            calls.num_proposed += len(drafts) + (end is not None)
             calls.num_accepted -= 1  # the root is no draft
             while canvas in evaluated:
                 before, logits = canvas, evaluated[canvas]
                 canvas = self.next_canvas(canvas, logits)
                 calls.num_accepted += 1
-        return canvas
+        return canvas, canvas == end
+
+    def end(self, root: Canvas, before: Canvas, logits: Tensor) -> Canvas:
+        """Guess how the block ends: with the likeliest tokens, or those that the draws would give.
+
+        Draws with the noise of the step in which a position has its turn, in the order of readiness, or, where steps
+        unmask as many as they like, with that of the next step.
+        """
+        log_probs = remove_tokens(logits.double(), self.block.sampling.forbidden_ids).log_softmax(-1)
+        is_masked = self.is_masked(root)
+        is_new = self.is_masked(before) & ~is_masked
+        ready = self.graph.readiness.log_odds(log_probs.max(-1).values, is_new).masked_fill(~is_masked, -torch.inf)
+        canvas = list(root)
+        num_masked = int(is_masked.sum())
+        for turn, position in enumerate(ready.sort(descending=True, stable=True).indices[:num_masked].tolist()):
+            masked_then = num_masked - turn if self.graph.tokens_per_step == 1 else num_masked
+            ranked, _, _ = self._draw(log_probs, masked_then)
+            canvas[position] = int(ranked[position, 0])
+        return tuple(canvas)
 
     def drafts(self, root: Canvas, before: Canvas, logits: Tensor) -> list[Canvas]:
         """Guess canvases that follow the root, likeliest first, from the logits that led to it from `before`."""
@@ -146,7 +177,9 @@ class _Decoder:
                 scores.append(scores[parents[0]] + self._log_step(parent, node, root, log_probs, is_new))
             worst.append(min(worst[parents[0]], scores[-1] + self.graph.log_corrections[number - 1]))
         found = [m for m in range(1, len(canvases)) if canvases[m] is not None]
-        return [canvas for m in sorted(found, key=lambda m: (-worst[m], m)) if (canvas := canvases[m])][: self.budget]
+        return [canvas for m in sorted(found, key=lambda m: (-worst[m], m)) if (canvas := canvases[m])][
+            : self.num_drafts
+        ]
 
     def _extend(
         self, origin: Canvas | None, old: Formula, new: Formula, log_probs: Tensor, is_new: Tensor
@@ -224,7 +257,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         model: the model.
         prompt: [prompt_len] int64.
         graph: the draft graph.
-        budget: most drafts per call; 0 is the decoder itself.
+        budget: most drafts per call, the look-ahead counted as `NUM_NODES`; 0 is the decoder itself.
         gen_length: as the decoder's.
         block_length: positions per block.
         policy: the unmasking policy.
@@ -242,6 +275,9 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         first_begin, seq_len = prompt_len, prompt_len + gen_length
         context = _DualCache(model, rules.logit_shift)
     tokens = torch.cat((prompt, prompt.new_full((seq_len - prompt_len,), model.config.mask_token_id)))
+    has_look_ahead = rules.attention == "block_causal" and budget >= MIN_BUDGET and block_length <= MAX_BLOCK_LENGTH
+    num_drafts = budget - NUM_NODES * has_look_ahead
+    is_foreseen = False
     calls = _Calls()
     for begin in range(first_begin, seq_len, block_length):
         end = begin + block_length
@@ -251,6 +287,11 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         if logits is not None:
             calls.nfe += 1
             calls.nfe_refresh += 1
-        decoder = _Decoder(graph, budget, block, model.config.mask_token_id, context)
-        tokens[begin:end] = torch.tensor(decoder.finish(tuple(tokens[begin:end].tolist()), logits, calls))
+        elif is_foreseen:  # the last call computed this
+            logits = context.predict(tokens[begin:end], begin)
+        looks_ahead = has_look_ahead and end < seq_len
+        decoder = _Decoder(graph, num_drafts, looks_ahead, block, model.config.mask_token_id, context)
+        canvas, is_foreseen = decoder.finish(tuple(tokens[begin:end].tolist()), logits, calls)
+        calls.num_accepted += is_foreseen
+        tokens[begin:end] = torch.tensor(canvas)
     return SpiffyGeneration(tokens[prompt_len:], **asdict(calls))

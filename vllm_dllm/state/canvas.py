@@ -80,9 +80,8 @@ class CanvasState:
         # [max_num_reqs, block_length]: the active block. The mask token is never chosen, so it stands for masked alone.
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)
         # Rows: a parameter each, then the request's table, `counts` or `times`.
-        shapes = ((len(names) + block_length, max_num_reqs) for names in (_INTS, _FLOATS))
-        self._ints_np = np.zeros(next(shapes), dtype=np.int64)
-        self._floats_np = np.zeros(next(shapes), dtype=np.float64)
+        self._ints_np = np.zeros((len(_INTS) + block_length, max_num_reqs), dtype=np.int64)
+        self._floats_np = np.zeros((len(_FLOATS) + block_length, max_num_reqs), dtype=np.float64)
         self._ints = torch.zeros(self._ints_np.shape, dtype=torch.int64, device=device)
         self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
@@ -114,19 +113,21 @@ class CanvasState:
         return row
 
     def policy_params(self, blocks: Blocks) -> PolicyParams:
-        """Gather the policies of some requests."""
-        slots, slots_np = blocks.slots, blocks.slots_np
+        """Gather the policies of the requests of some canvases; a request may have several."""
+        slots_np = blocks.slots_np
+        ints, floats = self._ints[:, blocks.slots], self._floats[:, blocks.slots]
+        parameters = dict(zip(_INTS, ints, strict=False)) | dict(zip(_FLOATS, floats, strict=False))
         policies = set(self._ints_np[_INTS.index("policy_id"), slots_np].tolist())
         return PolicyParams(
-            policy_id=self._int("policy_id")[slots],
-            seed=self._int("seed")[slots],
-            threshold=self._float("threshold")[slots],
-            factor=self._float("factor")[slots],
-            entropy_bound=self._float("entropy_bound")[slots],
-            alg_temp=self._float("alg_temp")[slots],
-            num_known=(self._int("prompt_len")[slots] - blocks.start).clamp(min=0),
-            counts=self._ints[len(_INTS) :, slots].T,
-            times=self._floats[len(_FLOATS) :, slots].T,
+            policy_id=parameters["policy_id"],
+            seed=parameters["seed"],
+            threshold=parameters["threshold"],
+            factor=parameters["factor"],
+            entropy_bound=parameters["entropy_bound"],
+            alg_temp=parameters["alg_temp"],
+            num_known=(parameters["prompt_len"] - blocks.start).clamp(min=0),
+            counts=ints[len(_INTS) :].T,
+            times=floats[len(_FLOATS) :].T.contiguous(),  # as searchsorted wants them
             policies=tuple(name for name, policy_id in POLICY_IDS.items() if policy_id in policies),
             has_alg_temp=bool((self._floats_np[_FLOATS.index("alg_temp"), slots_np] > 0).any()),
         )

@@ -9,7 +9,8 @@ side forward over positions [begin, end) of a request:
     no cache at all for 1);
   - `prefix` recomputes the block and what follows before every step (Fast-dLLM's prefix cache);
 - under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit. A
-  block that ended is stored by its *commit*, one more node in the first step of the next block.
+  block that ended is stored by its *commit*, one more node in the first step of the next block, unless a look-ahead
+  (`draft.look_ahead`) stored it before.
 
 With plain `dual` a refresh is the forward of a block's first step, as in Fast-dLLM: its own logits decide it. Elsewhere
 its logits are dropped, and the block's rows see the same canvas again.
@@ -88,6 +89,16 @@ class KvSchedule:
         before = self._block_start[slots]
         commits: BoolArray = (before >= 0) & (before != block_start) & self.is_causal
         return commits
+
+    def come_over(self, slots: IntArray, block_start: IntArray) -> None:
+        """Take note of blocks that a step stored and left behind; slots that were given away since do not count.
+
+        Args:
+            slots: [num_reqs].
+            block_start: [num_reqs], where the blocks began.
+        """
+        slots = slots[self._block_start[slots] == block_start]
+        self._block_start[slots] += self.block_length
 
     def plan(self, slots: IntArray, block_start: IntArray, row_len: IntArray) -> StorePlan:
         """Take note of a step and decide what is stored before it.

@@ -10,8 +10,7 @@ factor; Dream `diffusion_generate` (arXiv:2508.15487) for margin, entropy, origi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,34 +22,28 @@ from vllm_dllm.ops.vocab_stats import Distribution
 
 @dataclass(frozen=True, slots=True)
 class PolicyParams:
-    """One policy per request, as device tensors; what the host knows of all spares stages that none needs."""
+    """One policy per canvas, as device tensors; what the host knows of all spares stages that none needs."""
 
-    policy_id: Tensor  # [num_reqs] int64, POLICY_IDS
-    seed: Tensor  # [num_reqs] int64
-    threshold: Tensor  # [num_reqs] float64
-    factor: Tensor  # [num_reqs] float64
-    entropy_bound: Tensor  # [num_reqs] float64, nats
-    alg_temp: Tensor  # [num_reqs] float64, 0 draws no positions
-    num_known: Tensor  # [num_reqs] int64, positions of the block that hold the prompt's tail
-    counts: Tensor  # [num_reqs, block_length] int64, schedule.count_table
-    times: Tensor  # [num_reqs, block_length] float64, schedule.reveal_times
+    policy_id: Tensor  # [num_canvases] int64, POLICY_IDS
+    seed: Tensor  # [num_canvases] int64
+    threshold: Tensor  # [num_canvases] float64
+    factor: Tensor  # [num_canvases] float64
+    entropy_bound: Tensor  # [num_canvases] float64, nats
+    alg_temp: Tensor  # [num_canvases] float64, 0 draws no positions
+    num_known: Tensor  # [num_canvases] int64, positions of the block that hold the prompt's tail
+    counts: Tensor  # [num_canvases, block_length] int64, schedule.count_table
+    times: Tensor  # [num_canvases, block_length] float64, schedule.reveal_times
     policies: tuple[PolicyName, ...]  # those of the requests
     has_alg_temp: bool  # any above 0
-
-    def repeat(self, times: int) -> "PolicyParams":
-        """Return each request's policy `times` times, one after another."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        return PolicyParams(**values | {name: tensor.repeat_interleave(times, 0) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What positions are scored by, those of one canvas per request."""
+    """What the positions of some canvases are scored by."""
 
-    distribution: Distribution  # [num_reqs * block_length]
-    keys: Tensor  # [num_reqs, block_length] int64, noise streams of the step
-    position: Tensor  # [num_reqs, block_length] int64, absolute
+    distribution: Distribution  # [num_canvases * block_length]
+    keys: Tensor  # [num_canvases, block_length] int64, noise streams of the step
+    position: Tensor  # [num_canvases, block_length] int64, absolute
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +51,9 @@ class Policy:
     """An order of positions, and how many of them a step unmasks.
 
     Attributes:
-        score: [num_reqs, block_length] float64 of each position.
-        count: [num_reqs] int64 of the scores in descending order, -inf behind the masked positions, and of
-            `num_masked` [num_reqs]; `choose_positions` keeps it within 1..num_masked.
+        score: [num_canvases, block_length] float64 of each position.
+        count: [num_canvases] int64 of the scores in descending order, -inf behind the masked positions, and of
+            `num_masked` [num_canvases]; `choose_positions` keeps it within 1..num_masked.
     """
 
     score: Callable[[Evidence, PolicyParams], Tensor]
@@ -95,7 +88,7 @@ def _earliest(evidence: Evidence, params: PolicyParams) -> Tensor:
     """
     keys = noise.stream_keys(params.seed[:, None], evidence.position, torch.zeros_like(evidence.position))
     own_time = noise.uniform(keys, noise.STREAM)
-    return -torch.searchsorted(-params.times, -own_time).double()
+    return -torch.searchsorted((-params.times).contiguous(), -own_time).double()
 
 
 def _scheduled(ordered: Tensor, num_masked: Tensor, params: PolicyParams) -> Tensor:
@@ -150,7 +143,7 @@ POLICY_IDS: dict[PolicyName, int] = {name: number for number, name in enumerate(
 
 
 def score_positions(evidence: Evidence, params: PolicyParams) -> Tensor:
-    """Score positions by the requests' policies; [num_reqs, block_length] float64.
+    """Score positions by their policies; [num_canvases, block_length] float64.
 
     With `alg_temp` a step draws positions without replacement, with probabilities ~ exp(score / alg_temp): those of
     the largest sums with Gumbel noise.
@@ -160,18 +153,19 @@ def score_positions(evidence: Evidence, params: PolicyParams) -> Tensor:
         return score
     alg_temp = params.alg_temp[:, None]
     drawn = score / torch.where(alg_temp > 0, alg_temp, 1.0) + noise.gumbel(evidence.keys, noise.STREAM)
-    return torch.where(alg_temp > 0, drawn, score)
+    # The quotient may overflow; -inf stands for positions that are not masked.
+    return torch.where(alg_temp > 0, drawn.clamp(min=torch.finfo(drawn.dtype).min), score)
 
 
 def choose_positions(score: Tensor, is_masked: Tensor, params: PolicyParams) -> Tensor:
-    """Choose the positions each request unmasks in this step.
+    """Choose the positions of each canvas that this step unmasks.
 
     Args:
-        score: [num_reqs, block_length] float64.
-        is_masked: [num_reqs, block_length] bool.
-        params: the requests' policies.
+        score: [num_canvases, block_length] float64.
+        is_masked: [num_canvases, block_length] bool.
+        params: the policies.
 
-    Returns: [num_reqs, block_length] bool, a subset of `is_masked`; empty for a request without masked positions.
+    Returns: [num_canvases, block_length] bool, a subset of `is_masked`; empty for a canvas without masked positions.
     """
     ordered, order = torch.sort(score.masked_fill(~is_masked, -torch.inf), dim=1, descending=True, stable=True)
     num_masked = is_masked.sum(1)
@@ -182,7 +176,7 @@ def choose_positions(score: Tensor, is_masked: Tensor, params: PolicyParams) -> 
 
 
 def _by_policy(params: PolicyParams, of: Callable[[Policy], Tensor]) -> Tensor:
-    """Evaluate the policies that occur, and take each request's own; [num_reqs, ...]."""
+    """Evaluate the policies that occur, and take each canvas's own; [num_canvases, ...]."""
     first, *others = params.policies
     values = of(POLICIES[first])
     for name in others:

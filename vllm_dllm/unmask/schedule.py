@@ -10,11 +10,15 @@ and Fast-dLLM v1's port of Dream (arXiv:2505.22618) for a block whose first step
 import functools
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from vllm_dllm.config import DllmConfig
+    from vllm_dllm.models.interface import ModelFamily
 
 LAST_TIME = 1e-3
 """Dream's `eps`: the time before which the last step begins."""
@@ -33,6 +37,12 @@ class UnmaskRules:
     schedule: Literal["even", "timesteps"] = "even"
     unmasks_first_alone: bool = False
     confidence: Literal["model", "sampled"] = "model"
+
+
+def unmask_rules(family: "ModelFamily", settings: "DllmConfig") -> UnmaskRules:
+    """Return what a family fixes of unmasking; without a cache a block's first step is as the others."""
+    has_cache = settings.refresh_every != 1
+    return UnmaskRules(family.schedule, family.unmasks_first_alone and has_cache, family.confidence)
 
 
 @functools.lru_cache

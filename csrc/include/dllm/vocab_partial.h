@@ -81,12 +81,10 @@ DLLM_HOST_DEVICE inline void put_token(const VocabStatsArgs& args, int64_t row, 
   args.scores[row] = partial.score;
 }
 
-// Write a row's sums over what it draws from, if they are wanted.
+// Write a row's sums over what it draws from.
 DLLM_HOST_DEVICE inline void put_sampled(const VocabStatsArgs& args, int64_t row, const VocabSums& sums) {
-  if (args.sampled_rest != nullptr) {
-    args.sampled_rest[row] = sums.rest;
-    args.sampled_weighted[row] = sums.weighted;
-  }
+  args.sampled_rest[row] = sums.rest;
+  args.sampled_weighted[row] = sums.weighted;
 }
 
 // Write a row's results.
@@ -97,7 +95,9 @@ DLLM_HOST_DEVICE inline void put_partial(const VocabStatsArgs& args, int64_t row
   }
   args.rest[row] = partial.model.rest;
   args.weighted[row] = partial.model.weighted;
-  put_sampled(args, row, sampled_temperature(args, row) > 0.0 ? partial.sampled : partial.model);
+  if (args.sampled_rest != nullptr) {
+    put_sampled(args, row, sampled_temperature(args, row) > 0.0 ? partial.sampled : partial.model);
+  }
   put_token(args, row, partial);
 }
 

@@ -1,0 +1,49 @@
+"""What commands take from a checkpoint's configuration where the user gives no option."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_dllm.cli.server_settings import given_settings, server_settings
+from vllm_dllm.errors import ConfigError
+
+
+def checkpoint(folder: Path, **config: object) -> str:
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"architectures": ["LLaDAModelLM"]}, (32, "static", "dual", 0.9)),
+        ({"architectures": ["DreamModel"]}, (32, "entropy", "dual", 0.9)),
+        ({"architectures": ["SDARForCausalLM"]}, (4, "dynamic", "block_causal", 0.85)),
+        ({"architectures": ["SDARForCausalLM"], "block_size": 16}, (16, "dynamic", "block_causal", 0.85)),
+    ],
+)
+def test_the_model_decides_what_is_not_given(
+    config: dict[str, object], expected: tuple[object, ...], tmp_path: Path
+) -> None:
+    found = server_settings(checkpoint(tmp_path, **config), {})
+    assert (found.block_length, found.policy, found.kv_policy, found.threshold) == expected
+
+
+def test_an_option_wins(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path, architectures=["SDARForCausalLM"], block_size=16)
+    given = given_settings("static", 8, None, None, None, 0.5, None)
+    found = server_settings(model, given)
+    assert (found.block_length, found.policy, found.alg_temp, found.threshold) == (8, "static", 0.5, 0.85)
+
+
+def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path, architectures=["LlamaForCausalLM"])
+    with pytest.raises(ConfigError, match=r"has architectures \['LlamaForCausalLM'\], allowed are LLaDAModelLM, Dream"):
+        server_settings(model, {})
+    with pytest.raises(
+        ConfigError, match=r"the configuration of model .* cannot be read .*; give the name or the path"
+    ):
+        server_settings(str(tmp_path / "missing"), {})
+    with pytest.raises(ConfigError, match="--block-length is 0, allowed are whole numbers from 1 to 1024"):
+        server_settings(checkpoint(tmp_path, architectures=["DreamModel"]), {"block_length": 0})

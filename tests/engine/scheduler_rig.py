@@ -1,0 +1,125 @@
+"""A scheduler without vLLM's part, which is a stand-in."""
+
+import itertools
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_dllm.config import DllmConfig
+from vllm_dllm.draft.budget import BudgetRule
+from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.engine import scheduler as module
+from vllm_dllm.engine.scheduler import DllmScheduler
+from vllm_dllm.engine.telemetry import RequestTotals
+from vllm_dllm.state.counters import REPORT_LEN, Column
+
+B = 4
+MAX_NODES = 3
+GRAPH = DraftGraph((((0, 0),), ((0, 0), (1, 0)), ((0, 0), (1, 0), (2, 0))), 1)
+
+
+def request(name: str = "a", num_computed_tokens: int = 8, canvases: int = 1 + MAX_NODES) -> Any:
+    return SimpleNamespace(
+        request_id=name,
+        num_computed_tokens=num_computed_tokens,
+        num_tokens=num_computed_tokens,
+        num_prompt_tokens=8,
+        max_tokens=8,
+        num_stale_output_tokens=0,
+        num_output_placeholders=0,
+        spec_token_ids=[-1] * (B * canvases),
+    )
+
+
+def make(
+    budget: int | None = MAX_NODES,
+    running: list[Any] | None = None,
+    spiffy: bool = True,
+    causal: bool = False,
+    scheduler: type[DllmScheduler] = DllmScheduler,
+) -> Any:
+    """Make a scheduler of 64 tokens per step and a `max_model_len` of 32, without vLLM's part."""
+    made = object.__new__(scheduler)
+    made.settings = DllmConfig(block_length=B, kv_policy="block_causal" if causal else "dual")
+    made._is_causal, made._stored, made.current_step = causal, {}, 7
+    made.block_length, made.max_model_len, made.max_num_scheduled_tokens = B, 32, 64
+    made.running, made.waiting = running or [], []
+    made.requests = {each.request_id: each for each in made.running}
+    made.log_stats, made.num_spec_tokens = True, B
+    made._spiffy = SimpleNamespace(exactness="exact", max_nodes=MAX_NODES) if spiffy else None
+    made.rule = BudgetRule(GRAPH, B, budget) if spiffy else None
+    made._totals = defaultdict(RequestTotals)
+    made._stats = made._updated_at_s = made._host_ms = None
+    made._scheduled_at_s = 0.0
+    return made
+
+
+def row(
+    refreshes: int = 0, accepted: int = 0, proposed: int = MAX_NODES, stored: int = 8, commits: int = 0
+) -> list[int]:
+    numbers = [0] * REPORT_LEN
+    numbers[: Column.PROPOSED + 1] = [1, refreshes, 1 + accepted, accepted, 0, stored, commits, proposed]
+    return numbers
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Stand in for vLLM's scheduler; requests named in `emits` and `finishes` have an output."""
+    stock = SimpleNamespace(emits=[], finishes=[], reports=None, clock=itertools.count())
+
+    def update(self: DllmScheduler, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
+        stock.reports = model_runner_output.num_nans_in_logits
+        outputs = []
+        for name in stock.emits + stock.finishes:
+            params = None
+            if name in stock.finishes:
+                params, _ = self._free_request(self.requests[name])
+                self.running = [each for each in self.running if each.request_id != name]
+            outputs.append(SimpleNamespace(request_id=name, kv_transfer_params=params))
+        return {0: SimpleNamespace(outputs=outputs)}
+
+    def free(self: DllmScheduler, freed: Any) -> tuple[None, None]:
+        del self.requests[freed.request_id]
+        return None, None
+
+    monkeypatch.setattr(Scheduler, "schedule", lambda self: [each.spec_token_ids for each in self.running])
+    monkeypatch.setattr(Scheduler, "update_from_output", update)
+    monkeypatch.setattr(Scheduler, "_free_request", free)
+    monkeypatch.setattr(Scheduler, "make_stats", lambda self, spec_decoding_stats: spec_decoding_stats)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(stock.clock) / 1e3)
+    return stock
+
+
+def step(scheduler: DllmScheduler, reports: dict[str, list[int]], **kwargs: Any) -> Any:
+    output = SimpleNamespace(
+        scheduled_spec_decode_tokens={name: [-1] * (B * (1 + MAX_NODES)) for name in reports},
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+        preempted_req_ids=None,
+    )
+    vars(output).update(kwargs)
+    scheduler.schedule()
+    return scheduler.update_from_output(output, SimpleNamespace(num_nans_in_logits=reports))[0].outputs
+
+
+def observed(monkeypatch: pytest.MonkeyPatch, scheduler: DllmScheduler) -> list[tuple[Any, ...]]:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        scheduler.rule,
+        "observe",
+        lambda n, budget, mean, ms, host_ms, begins: seen.append((n, budget, mean, ms, host_ms, begins)),
+    )
+    return seen
+
+
+def allocated(scheduler: Any, request: Any, num_new_tokens: int, **kwargs: Any) -> int:
+    """Return up to where an allocation has pages; what is allocated may not be cached yet."""
+    seen: dict[str, Any] = {}
+    scheduler._allocate_slots = lambda request, num_new_tokens, **kwargs: seen.update(kwargs)
+    scheduler._allocate_pages(request, num_new_tokens, **kwargs)
+    assert seen["delay_cache_blocks"]
+    hit: int = kwargs.get("num_new_computed_tokens", 0)
+    end: int = request.num_computed_tokens + hit + num_new_tokens + seen["num_lookahead_tokens"]
+    return end
