@@ -12,7 +12,7 @@ from tests.e2e.sdar import SdarOracle, sdar_cases
 pytestmark = pytest.mark.engine
 
 MAX_MODEL_LEN = 256
-CONFIGS = [(4, 8, 1, None), (4, 10, 6, None), (8, 12, 5, 1), (8, 12, "auto", 2), (16, 12, 12, None)]
+CONFIGS = [(4, 8, 1, None), (4, 10, 6, None), (8, 12, 5, 1), (8, 12, "auto", 2), (16, 12, 6, None)]
 """Block length, nodes, budget, tokens per step. A budget of 1 makes drafts and commits look alike to vLLM."""
 
 
