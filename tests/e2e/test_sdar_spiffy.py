@@ -12,7 +12,7 @@ from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
 pytestmark = pytest.mark.engine
 
 MAX_MODEL_LEN = 256
-CONFIGS = [(4, 8, 1, None), (8, 12, 5, 1), (8, 12, "auto", 2), (16, 12, 12, None)]
+CONFIGS = [(4, 8, 1, None), (8, 12, 5, 1), (8, 12, "auto", 2), (16, 12, 6, None)]
 """Block length, nodes, budget, tokens per step. A budget of 1 makes drafts and commits look alike to vLLM; with 5 and
 more, blocks of 4 and 8 look ahead."""
 

@@ -75,8 +75,13 @@ def _set_scheduler(vllm_config: VllmConfig, num_rows: int) -> None:
     A prompt's rows count against the budget, although they are not computed.
     """
     scheduler = vllm_config.scheduler_config
-    if scheduler.async_scheduling and current_platform.is_cpu():
-        logger.info("async_scheduling has no effect: vLLM schedules one step after the other on a CPU")
+    if scheduler.async_scheduling:
+        logger.info(
+            "async_scheduling: %s",
+            "vLLM has none on a CPU, steps are scheduled one after the other"
+            if current_platform.is_cpu()
+            else "a step is scheduled while the one before runs, and waits for it to know where its blocks begin",
+        )
     scheduler.async_scheduling = bool(scheduler.async_scheduling) and not current_platform.is_cpu()
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
     needed = num_rows + vllm_config.model_config.max_model_len
