@@ -227,7 +227,8 @@ class DllmScheduler(Scheduler):
     def _allocate_pages(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """Call `KVCacheManager.allocate_slots` for the positions that get K/V.
 
-        What vLLM takes for lookahead tokens, which may be fewer than none, makes up the difference. vLLM would cache what it takes for computed now.
+        What vLLM takes for lookahead tokens, which may be fewer than none, makes up the difference. vLLM would cache
+        what it takes for computed now.
         """
         scheduled = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0) + num_new_tokens
         kwargs["num_lookahead_tokens"] = self._paged_end(request) - scheduled
