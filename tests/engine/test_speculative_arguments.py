@@ -228,9 +228,9 @@ def test_a_single_request_may_have_all_its_drafts() -> None:
         speculative_config=GIVEN | {"budget": "auto", "max_nodes": 10},
         max_num_seqs=1,
         max_num_batched_tokens=128,
-        additional_config={"dllm": {"block_length": 128}},
+        additional_config={"dllm": {"block_length": 64}},
     )
-    assert config.scheduler_config.max_num_batched_tokens == 128 * 11 + 128
+    assert config.scheduler_config.max_num_batched_tokens == 64 * 11 + 128
 
 
 def test_without_spiffy_nothing_of_it_is_there() -> None:
@@ -255,14 +255,14 @@ def test_graphs_are_captured_by_number_of_blocks(has_drafts: bool, mode: str, nu
 
     compilation = SimpleNamespace(mode=None, cudagraph_mode=None, cudagraph_capture_sizes=None)
     config: Any = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(enforce_eager=False))
-    _set_cuda_graphs(config, 32, 50 * 32, has_drafts=has_drafts)
+    _set_cuda_graphs(config, 32, 50 * 32, is_uniform=not has_drafts)
     assert compilation.mode == CompilationMode.NONE
     assert compilation.cudagraph_mode == CUDAGraphMode[mode]
     assert compilation.cudagraph_capture_sizes == [32 * n for n in num_blocks]
     assert compilation.max_cudagraph_capture_size == 1600
     compilation.cudagraph_capture_sizes = [32, 40]
     with pytest.raises(ConfigError, match=r"cudagraph_capture_sizes are \[32, 40\]"):
-        _set_cuda_graphs(config, 32, 50 * 32, has_drafts=has_drafts)
+        _set_cuda_graphs(config, 32, 50 * 32, is_uniform=not has_drafts)
 
 
 @pytest.mark.parametrize("value", [{}, 8, {"method": "spiffy"}])
