@@ -67,7 +67,7 @@ def count(came_over: list[torch.Tensor]) -> int:
 
 def test_look_aheads_come_true_in_a_mixed_batch(served: Any, oracle: SdarOracle, came_over: list[torch.Tensor]) -> None:
     llm, settings, graph = served
-    cases = sdar_cases(settings["block_length"], seed=3)
+    cases = sdar_cases(settings["block_length"], seed=1)
     outputs = run_outputs(llm, cases)
     assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, settings) for case in cases]
     expected = [oracle.speculative(case, settings, graph, BUDGET) for case in cases]
