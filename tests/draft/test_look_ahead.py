@@ -1,5 +1,6 @@
 """The batched denoiser with look-aheads against the decoder and the plain statement of Spiffy, over several blocks."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -186,13 +187,14 @@ def test_a_predictable_model_takes_one_forward_per_chain(temperature: float) -> 
     assert (row.num_over, row.took.tolist()) == (6, [8, 6, 6])
 
 
-def test_a_forward_that_emits_a_block_decides_the_one_behind_it() -> None:
-    """The first block takes two steps, each other one a single step, whose canvas is emitted a forward later."""
-    model = ChainModel(4, 3, 12.0)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_blocks_that_end_at_once_count_one_forward_each(steps: int) -> None:
+    """A next root's step may finish its block; the forward that emits it decides the block behind it."""
+    model = ChainModel(4, 3, 5.0)
     model.context.zero_()
-    model.own[3] = 0.0
-    model.behind.zero_()
-    model.behind[..., 7] = 10.0
-    (row,) = decode(model, [Request("threshold", 0.9, 4, 0.0, 0, 1.0, 5)], CHAIN, 5, 6, is_native=True)
-    assert row.tokens[4:] == [7] * 20
-    assert (row.num_over, row.took.tolist()) == (5, [6, 1, 1])
+    request = replace(Request("threshold", 0.01, 4, 0.0, 0, 1.0, 5), threshold=0.01 if steps == 1 else 0.9)
+    (row,) = decode(model, [request], CHAIN, 5, 6, is_native=True)
+    options = reference_options(request, model, 6)
+    plain = block_causal.generate(model, torch.tensor([], dtype=torch.int64), **options)
+    assert row.tokens == plain.tokens.tolist()
+    assert row.took[:2].sum() == plain.nfe
