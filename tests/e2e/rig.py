@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer
 
-from vllm_dllm.config import POLICY_OPTIONS, DllmConfig, PolicyName, row_blocks
+from vllm_dllm.blocks import row_blocks
+from vllm_dllm.config import POLICY_OPTIONS, DllmConfig, PolicyName
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
 from vllm_dllm.draft.readiness import Readiness

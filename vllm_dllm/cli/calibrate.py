@@ -22,12 +22,13 @@ from vllm_dllm.cli.server_settings import (
     BlockLength,
     EntropyBound,
     Factor,
+    Policy,
     StepsPerBlock,
     Threshold,
     given_settings,
     server_settings,
 )
-from vllm_dllm.config import DllmConfig, PolicyName
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, save_graph
 from vllm_dllm.draft.graph_schema import PromptsFile, Provenance, Versions
@@ -49,7 +50,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     prompts: Annotated[Path, typer.Option(help="JSON lines with text, prompt, question or messages.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The graph file to write.")],
     samples: Annotated[int, typer.Option(min=2, help="Prompts to decode, from the file's beginning.")] = 50,
-    policy: Annotated[PolicyName | None, typer.Option(help="Unmasking policy; the model's own unless given.")] = None,
+    policy: Policy = None,
     threshold: Threshold = None,
     factor: Factor = None,
     entropy_bound: EntropyBound = None,

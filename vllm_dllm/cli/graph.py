@@ -13,11 +13,12 @@ from vllm_dllm.cli.server_settings import (
     AlgTemp,
     EntropyBound,
     Factor,
+    Policy,
     StepsPerBlock,
     Threshold,
     given_settings,
 )
-from vllm_dllm.config import DllmConfig, PolicyName, parse_server_settings
+from vllm_dllm.config import DllmConfig, parse_server_settings
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph, formula_text
 from vllm_dllm.draft.graph_file import GraphFile, check_fit, load_graph, save_graph
 from vllm_dllm.draft.graph_schema import Provenance
@@ -51,7 +52,7 @@ def check(  # noqa: PLR0913 - the options of a command
     file: _File,
     model: Annotated[str | None, typer.Option(help="Name or path of the model to be served.")] = None,
     block_length: Annotated[int | None, typer.Option(help="Of the server.")] = None,
-    policy: Annotated[PolicyName | None, typer.Option(help="Of the server.")] = None,
+    policy: Policy = None,
     threshold: Threshold = None,
     factor: Factor = None,
     entropy_bound: EntropyBound = None,
