@@ -270,7 +270,7 @@ def _allowed(field: FieldInfo) -> str:
         metadata.description
         for option in get_args(field.annotation)
         for metadata in getattr(option, "__metadata__", ())
-        if metadata.description
+        if isinstance(metadata, FieldInfo) and metadata.description
     )
     assert found, "every type above is described"
     return str(found)
