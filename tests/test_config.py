@@ -93,7 +93,7 @@ def test_request_options_are_refused_by_the_users_name() -> None:
     with pytest.raises(InvalidOptionError) as refused:
         parse_request_options({"dllm_threshold": "high"})
     assert (refused.value.parameter, refused.value.value) == ("dllm_threshold", "high")
-    with pytest.raises(InvalidOptionError, match="dllm_policy is 'greedy', allowed are 'static', .*'low_confidence'"):
+    with pytest.raises(InvalidOptionError, match=r"dllm_policy is 'greedy', allowed are 'static', .*'low_confidence'"):
         parse_request_options({"dllm_policy": "greedy"})
 
 

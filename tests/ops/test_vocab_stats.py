@@ -105,7 +105,7 @@ def test_strides() -> None:
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8, 1e-9])
 @pytest.mark.parametrize("top_k", [0, 1, 20, 5000])
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.01, 0.7, 1.0, 2.0])  # to the ends of what requests may have
 def test_tokens_equal_the_torch_twin(temperature: float, top_k: int, top_p: float) -> None:
     logits = 3 * torch.randn(33, 3001, generator=torch.Generator().manual_seed(3))
     sampling = sampling_of(33, temperature, top_k, top_p)

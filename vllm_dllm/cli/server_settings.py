@@ -10,9 +10,19 @@ from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, family_of
 
 _POLICIES = (*get_args(PolicyName), *POLICY_ALIASES)
+
+
+def _policy(name: str) -> str:
+    if name not in _POLICIES:
+        raise typer.BadParameter(f"{name!r}, allowed are {', '.join(_POLICIES)}")
+    return name
+
+
 Policy = Annotated[
     str | None,
-    typer.Option(metavar="POLICY", help=f"Of the server; the model's own unless given: {', '.join(_POLICIES)}."),
+    typer.Option(
+        parser=_policy, metavar="POLICY", help=f"Of the server; the model's own unless given: {', '.join(_POLICIES)}."
+    ),
 ]
 Threshold = Annotated[float | None, typer.Option(help="Of the policies `threshold` and `dynamic`.")]
 Factor = Annotated[float | None, typer.Option(help="Of the policy `factor`.")]
