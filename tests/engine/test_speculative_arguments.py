@@ -103,6 +103,9 @@ def test_a_form_that_cannot_be_read_is_an_error_of_the_option(parser: Any, capsy
         assert "error: argument --speculative-config/-sc: " in message
         assert reason in message
     assert "path of a file" not in message  # JSON keeps vLLM's own words
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--spec-method", "spify"])
+    assert "'spify' is not known; did you mean 'spiffy'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -165,9 +168,13 @@ def arguments(**values: Any) -> Any:
         (THEIRS, {"speculative_config": "spiffy.json"}, "LlamaForCausalLM is not a diffusion model"),
         (OURS, {"speculative_config": {"method": "ngram"}}, "method 'ngram'"),
         (OURS, {"speculative_config": {"budget": 3}}, "method None"),
+        (OURS, {"speculative_config": {"method": "spify"}}, "did you mean 'spiffy'?"),
+        (THEIRS, {"speculative_config": {"method": "Spiffy"}}, "did you mean 'spiffy'?"),
+        (THEIRS, {"spec_method": "spify"}, "method is 'spify', which neither vLLM nor vllm-dllm knows"),
+        (OURS, {"speculative_config": {"metod": "spiffy"}}, "'metod' is not known, did you mean 'method'?"),
         (OURS, {"speculative_config": [1]}, "speculative_config is [1]"),
         (OURS, {"speculative_config": GIVEN, "spec_method": "ngram"}, "method 'ngram'"),
-        (OURS, {"spec_method": "spiffy", "spec_tokens": 3}, "num_speculative_tokens is not known; allowed are"),
+        (OURS, {"spec_method": "spiffy", "spec_tokens": 3}, "num_speculative_tokens is 3, but drafts of"),
         (OURS, {"speculative_config": GIVEN, "additional_config": 8}, "additional_config is 8"),
         (OURS, {"speculative_config": GIVEN | {1: 2}}, "speculative_config.1 is not known"),
     ],
@@ -181,7 +188,13 @@ def test_what_cannot_be_taken_is_refused(model: Any, values: dict[str, Any], sen
 
 
 @pytest.mark.parametrize(
-    ("model", "values"), [(THEIRS, {}), (OURS, {}), (THEIRS, {"speculative_config": {"method": "ngram"}})]
+    ("model", "values"),
+    [
+        (THEIRS, {}),
+        (OURS, {}),
+        (THEIRS, {"speculative_config": {"method": "ngram"}}),
+        (THEIRS, {"speculative_config": {"method": "sufix"}}),
+    ],
 )
 def test_everything_else_is_left_to_vllm(model: Any, values: dict[str, Any]) -> None:
     from vllm_dllm.engine.config_hook import take_spiffy

@@ -77,7 +77,7 @@ def policies(model: Path, policy: str, graph: str, settings: Mapping[str, object
         )
     for path in graphs:
         if path != DEFAULT_GRAPH:
-            load_graph(path)  # refused here, before engines start
+            load_graph(path, [DEFAULT_GRAPH])  # refused here, before engines start
     paired = []
     for index, name in enumerate(names):
         server = server_settings(str(model), {**settings, "policy": name})

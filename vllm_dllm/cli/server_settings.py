@@ -6,7 +6,7 @@ from typing import Annotated, get_args
 import typer
 
 from vllm_dllm.config import POLICY_ALIASES, DllmConfig, PolicyName, parse_server_settings
-from vllm_dllm.errors import ConfigError
+from vllm_dllm.errors import ConfigError, did_you_mean
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, family_of
 
 _POLICIES = (*get_args(PolicyName), *POLICY_ALIASES)
@@ -14,7 +14,8 @@ _POLICIES = (*get_args(PolicyName), *POLICY_ALIASES)
 
 def _policy(name: str) -> str:
     if name not in _POLICIES:
-        raise typer.BadParameter(f"{name!r}, allowed are {', '.join(_POLICIES)}")
+        todo = did_you_mean(name, _POLICIES, "give one of these")
+        raise typer.BadParameter(f"{name!r}, allowed are {', '.join(_POLICIES)}; {todo}")
     return name
 
 

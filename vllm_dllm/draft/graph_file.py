@@ -21,7 +21,7 @@ from vllm_dllm.config import DllmConfig, PolicyName, policy_settings
 from vllm_dllm.draft.graph import DraftGraph, formula_text
 from vllm_dllm.draft.graph_schema import MAX_POSITION_RANK, REMEDY, SCHEMA_VERSION, GraphSchema, Provenance, read_schema
 from vllm_dllm.draft.readiness import BY_CONFIDENCE, Readiness
-from vllm_dllm.errors import GraphError
+from vllm_dllm.errors import GraphError, did_you_mean_file
 
 T = TypeVar("T")
 
@@ -46,17 +46,20 @@ class GraphFile:
     provenance: Provenance | None = None
 
 
-def load_graph(path: str | Path) -> GraphFile:
+def load_graph(path: str | Path, words: Sequence[str] = ()) -> GraphFile:
     """Read a graph file.
+
+    Args:
+        path: of the file.
+        words: what the user might have given instead, of which the path may be a typo.
 
     Raises: GraphError naming the file, the path inside it, what was given, what is allowed and what to do.
     """
     where = str(path)
     try:
         if not Path(path).is_file():
-            raise GraphError(
-                f"{where} is not a file; give the path of a graph file, as 'vllm-dllm calibrate' writes it"
-            )
+            todo = "give the path of a graph file, as 'vllm-dllm calibrate' writes it"
+            raise GraphError(f"{where} is not a file; {did_you_mean_file(path, todo, words)}")
         with Path(path).open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:

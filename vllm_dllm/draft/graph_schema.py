@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails
 
 from vllm_dllm.config import STRICT, DllmConfig
 from vllm_dllm.draft.graph import MAX_CANDIDATES, MAX_NODES
-from vllm_dllm.errors import GraphError
+from vllm_dllm.errors import GraphError, did_you_mean
 
 SCHEMA_VERSION = 1
 MAX_POSITION_RANK = 1023
@@ -149,7 +149,9 @@ def read_schema(text: str, where: str) -> GraphSchema:
     try:
         return GraphSchema.model_validate_json(text)
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False)[0], where) from None
+        findings = error.errors(include_url=False)
+        # A field that is missing may be there under a name that is not known.
+        raise _explain(min(findings, key=lambda finding: finding["type"] != "extra_forbidden"), where) from None
 
 
 def _explain(finding: ErrorDetails, where: str) -> GraphError:
@@ -163,7 +165,8 @@ def _explain(finding: ErrorDetails, where: str) -> GraphError:
     if kind == "value_error":  # a rule between settings, whose text is already ours
         return GraphError(f"{subject}: {finding['msg'].removeprefix('Value error, ')}")
     if kind == "extra_forbidden":
-        return GraphError(f"{subject} is not known; allowed are {', '.join(owner.model_fields)}; remove or rename it")
+        todo = did_you_mean(location[-1], owner.model_fields, "remove or rename it")
+        return GraphError(f"{subject} is not known; allowed are {', '.join(owner.model_fields)}; {todo}")
     if kind == "missing":
         return GraphError(f"{subject} is missing; allowed are {description}; {REMEDY}")
     given = f"has {len(value)} entries" if kind in {"too_long", "too_short"} else f"is {reprlib.repr(value)}"

@@ -11,19 +11,23 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config.speculative import SpeculativeMethod
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.renderers.base import BaseRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_dllm.errors import ConfigError, UnsupportedVllmError
+from vllm_dllm.errors import ConfigError, UnsupportedVllmError, nearest
 
 logger = init_logger("vllm.dllm")
+
+SPECULATIVE_METHODS: tuple[str, ...] = get_args(SpeculativeMethod)
+"""Those of vLLM."""
 
 _MARK = "__vllm_dllm_wrapped__"
 
@@ -111,6 +115,7 @@ def extend_speculative_arguments(read: Callable[[str], object], method: str) -> 
 
         config.type = read_any
         name.choices = [*name.choices, method]
+        name.type = _method_reader(method)
 
     def make(original: Callable[..., ArgumentParser]) -> Callable[..., ArgumentParser]:
         def wrapper(parser: ArgumentParser) -> ArgumentParser:
@@ -121,6 +126,17 @@ def extend_speculative_arguments(read: Callable[[str], object], method: str) -> 
         return wrapper
 
     wrap(EngineArgs, "add_cli_args", ("parser",), make)
+
+
+def _method_reader(method: str) -> Callable[[str], str]:
+    """Make what reads `--spec-method`: a typo of our method is told before argparse lists all that are allowed."""
+
+    def read_method(text: str) -> str:
+        if text != method and nearest(text, [*SPECULATIVE_METHODS, method]) == method:
+            raise ArgumentTypeError(f"{text!r} is not known; did you mean {method!r}?")
+        return text
+
+    return read_method
 
 
 def before_speculative_config(take: Callable[[EngineArgs, ModelConfig], bool]) -> None:

@@ -11,12 +11,14 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from vllm_dllm.additional_config import settings_in
 from vllm_dllm.blocks import max_prompt_len
 from vllm_dllm.config import DllmConfig, parse_server_settings
 from vllm_dllm.engine.attention_choice import set_attention
+from vllm_dllm.engine.compat import SPECULATIVE_METHODS
 from vllm_dllm.engine.generation_defaults import set_generation_defaults
 from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
-from vllm_dllm.errors import ConfigError
+from vllm_dllm.errors import ConfigError, did_you_mean, nearest
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, ModelFamily, check_family, family_of
 from vllm_dllm.spiffy_config import (
     METHOD,
@@ -148,8 +150,7 @@ def _is_block_causal(model_config: ModelConfig) -> bool:
 
 def settings_of(vllm_config: VllmConfig) -> DllmConfig:
     """Read the server's settings from `additional_config["dllm"]`; what is not given is as the model publishes it."""
-    additional = vllm_config.additional_config
-    given = additional.get("dllm", {}) if isinstance(additional, dict) else {}
+    given = settings_in(vllm_config.additional_config)
     model_config = vllm_config.model_config
     block_size = getattr(model_config.hf_config, "block_size", None)
     return parse_server_settings(given, defaults=served_family(model_config).settings(block_size))
@@ -209,17 +210,16 @@ def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
     fields = {str(key).replace("-", "_"): value for key, value in given.items()} if isinstance(given, Mapping) else {}
     method = aliases.get("method", fields.get("method"))
     if not is_ours(model_config):
-        if method == METHOD:
-            raise ConfigError(
-                f"speculative_config.method is {METHOD!r}, but {', '.join(model_config.architectures)} is not a "
-                f"diffusion model; allowed are {', '.join(FAMILY_BY_ARCHITECTURE)}; choose another method"
-            )
+        _refuse_for_others(method, model_config)
         args.speculative_config = given
         return False
     if method != METHOD or fields.get("method", METHOD) != METHOD:
+        otherwise = "set this method or remove --speculative-config"
+        if method is None and (meant := nearest("method", fields)):
+            otherwise = f"{meant!r} is not known, did you mean 'method'?"
         raise ConfigError(
             f"speculative_config is {reprlib.repr(given)} with method {method!r}, but a diffusion model unmasks in any "
-            f"order, where others than {METHOD!r} draft left to right; set this method or remove --speculative-config"
+            f"order, where others than {METHOD!r} draft left to right; {did_you_mean(method, [METHOD], otherwise)}"
         )
     if not isinstance(args.additional_config, dict):
         raise ConfigError(
@@ -234,6 +234,20 @@ def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
     args.additional_config = {**args.additional_config, METHOD: config}
     setattr(args, _TAKEN, config)
     return True
+
+
+def _refuse_for_others(method: object, model_config: ModelConfig) -> None:
+    """Refuse method `spiffy`, and typos of it, for a model that is not ours."""
+    if method == METHOD:
+        raise ConfigError(
+            f"speculative_config.method is {METHOD!r}, but {', '.join(model_config.architectures)} is not a "
+            f"diffusion model; allowed are {', '.join(FAMILY_BY_ARCHITECTURE)}; choose another method"
+        )
+    if nearest(method, [*SPECULATIVE_METHODS, METHOD]) == METHOD:
+        raise ConfigError(
+            f"speculative_config.method is {method!r}, which neither vLLM nor vllm-dllm knows; allowed are "
+            f"{', '.join(SPECULATIVE_METHODS)}, and {METHOD!r} for diffusion models; did you mean {METHOD!r}?"
+        )
 
 
 def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
