@@ -45,7 +45,8 @@ def did_you_mean_file(missing: str | Path, otherwise: str, words: Iterable[str] 
     """Do the same for the path of a file that is not there, by its folder's files and by words that stand for one."""
     folder = Path(missing).parent
     files = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
-    return did_you_mean(Path(missing).name, [*files, *words], otherwise)
+    meant = nearest(Path(missing).name, [*files, *words], STRICT_LIKENESS)
+    return f"did you mean {meant!r}?" if meant else otherwise
 
 
 def _folded(word: str) -> str:

@@ -180,7 +180,7 @@ def arguments(**values: Any) -> Any:
     ],
 )
 def test_what_cannot_be_taken_is_refused(model: Any, values: dict[str, Any], sentence: str) -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     with pytest.raises(ConfigError) as refused:
         take_spiffy(arguments(**values), model)
@@ -197,7 +197,7 @@ def test_what_cannot_be_taken_is_refused(model: Any, values: dict[str, Any], sen
     ],
 )
 def test_everything_else_is_left_to_vllm(model: Any, values: dict[str, Any]) -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     args = arguments(**values)
     before = copy.deepcopy(vars(args))
@@ -206,7 +206,7 @@ def test_everything_else_is_left_to_vllm(model: Any, values: dict[str, Any]) -> 
 
 
 def test_a_path_works_for_other_methods() -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     args = arguments(speculative_config=Path("other.json"))
     assert not take_spiffy(args, THEIRS)
@@ -292,7 +292,7 @@ def test_counting_nans_is_refused(changes: dict[str, Any], monkeypatch: pytest.M
 
 
 def test_arguments_may_be_used_again_without_it() -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     args = arguments(speculative_config={"method": "spiffy"})
     assert take_spiffy(args, OURS)
@@ -303,7 +303,7 @@ def test_arguments_may_be_used_again_without_it() -> None:
 
 
 def test_what_it_is_made_of_is_no_setting() -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     args = arguments(additional_config={"spiffy": {"config": {"method": "spiffy"}, "source": "default"}})
     with pytest.raises(ConfigError, match=r"additional_config\.spiffy is .* give speculative_config"):
@@ -311,7 +311,7 @@ def test_what_it_is_made_of_is_no_setting() -> None:
 
 
 def test_vllms_own_numbers_per_request_are_refused() -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     args = arguments(speculative_config={"method": "spiffy"}, per_request_spec_decode_metrics="summary")
     with pytest.raises(ConfigError, match=r"per_request_spec_decode_metrics is 'summary'"):
