@@ -8,7 +8,7 @@ from pathlib import Path
 LIKENESS = 0.7
 """Of two words, from which on one may be a typo of the other, as `difflib` counts: of four letters one may differ."""
 
-STRICT_LIKENESS = 0.85
+STRICT_LIKENESS = 0.8
 """The same where a word that is nobody's typo belongs to somebody else."""
 
 

@@ -25,6 +25,7 @@ from vllm_dllm.draft.graph_file import (
     parse_graph,
     refuse_repeated_keys,
 )
+from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.errors import ConfigError, did_you_mean_file, nearest
 
 METHOD = "spiffy"
@@ -178,7 +179,9 @@ def to_json_object(config: SpiffyConfig) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def spiffy_settings(text: str, server: DllmConfig, model: str, family: str) -> SpiffySettings:
+def spiffy_settings(
+    text: str, server: DllmConfig, model: str, family: str, shape: ModelShape | None = None
+) -> SpiffySettings:
     """Make the settings of `to_json_object`'s JSON text; once per process.
 
     Args:
@@ -186,6 +189,7 @@ def spiffy_settings(text: str, server: DllmConfig, model: str, family: str) -> S
         server: settings of the server.
         model: name or path of the server's model.
         family: `model_type` of the server's model.
+        shape: of the server's model.
 
     Raises: ConfigError for a graph that does not fit the block, and for a KV policy that is not exact where `exact`
         was asked for.
@@ -207,7 +211,7 @@ def spiffy_settings(text: str, server: DllmConfig, model: str, family: str) -> S
     else:
         graph_file = parse_graph(config.draft_graph, source)
         graph = graph_file.graph
-        warnings = check_fit(graph_file, server, where=source, model=model, family=family)
+        warnings = check_fit(graph_file, server, where=source, model=model, family=family, shape=shape)
     if (config.fixed_budget or 0) > len(graph):
         warnings = [
             *warnings,

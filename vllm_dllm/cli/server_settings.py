@@ -5,9 +5,9 @@ from typing import Annotated, get_args
 
 import typer
 
+from vllm_dllm.cli.inputs import family_for, read_config
 from vllm_dllm.config import POLICY_ALIASES, DllmConfig, PolicyName, parse_server_settings
-from vllm_dllm.errors import ConfigError, did_you_mean
-from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, family_of
+from vllm_dllm.errors import did_you_mean
 
 _POLICIES = (*get_args(PolicyName), *POLICY_ALIASES)
 
@@ -64,20 +64,7 @@ def server_settings(model: str, given: Mapping[str, object]) -> DllmConfig:
 
     Raises: ConfigError for a model that cannot be read or is none of ours, and for values that are not allowed.
     """
-    from transformers import PretrainedConfig
-
-    try:
-        config, _ = PretrainedConfig.get_config_dict(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ConfigError(
-            f"the configuration of model {model!r} cannot be read ({reason}); give the name or the path of a checkpoint"
-        ) from None
-    architectures = config.get("architectures")
-    family = family_of(architectures)
-    if family is None:
-        raise ConfigError(
-            f"model {model!r} has architectures {architectures!r}, allowed are {', '.join(FAMILY_BY_ARCHITECTURE)}; "
-            "give another model"
-        )
-    return parse_server_settings(given, prefix="--", defaults=family.settings(config.get("block_size")))
+    config = read_config(model)
+    return parse_server_settings(
+        given, prefix="--", defaults=family_for(model, config).settings(config.get("block_size"))
+    )

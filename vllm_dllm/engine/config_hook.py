@@ -13,6 +13,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm_dllm.additional_config import settings_in
 from vllm_dllm.blocks import max_prompt_len
 from vllm_dllm.config import DllmConfig, parse_server_settings
+from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.engine.attention_choice import set_attention
 from vllm_dllm.engine.generation_defaults import check_generation_defaults, family_defaults
 from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
@@ -170,6 +171,7 @@ def spiffy_of(vllm_config: VllmConfig) -> SpiffySettings | None:
         settings_of(vllm_config),
         model_config.model,
         model_config.hf_config.model_type,
+        ModelShape.of(model_config.hf_config.to_dict()),
     )
 
 
