@@ -97,7 +97,7 @@ def picture_of(states: list[Tensor], roots: list[tuple[int, ...]], mask_token_id
     begins = [0, *(rows.index(root) for root in roots), len(rows) - 1]
     origin = torch.full((len(begins) - 1, BLOCK_LENGTH), MASKED)
     for number, (begin, end) in enumerate(pairwise(begins)):
-        # The last state of a forward follows from the last draft that came true.
+        # The last state of a forward follows from the last accepted draft.
         before, drafted, after = (states[index] != mask_token_id for index in (begin, end - 1, end))
         origin[number] = after.long() * MODEL
         origin[number, drafted] = DRAFT

@@ -75,7 +75,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
     keep_traces: Annotated[bool, typer.Option("--keep-traces", help="Keep the traces file when done.")] = False,
 ) -> None:
-    """Decode prompts without drafts, choose the guesses that would have come true, and say what they save.
+    """Decode prompts without drafts, choose the guesses that would have been right, and say what they save.
 
     Interrupt it at will: the same command goes on where it was.
     """
@@ -252,7 +252,7 @@ def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Pred
 def _table(prediction: "Prediction") -> Table:
     """Show what each budget saves on the prompts that were held out."""
     table = Table(title=f"{prediction.num_prompts} prompts held out: forwards per generation, refreshes included")
-    for name in ("budget", "without", "with", "ratio", "ratio to EOS", "came true by depth"):
+    for name in ("budget", "without", "with", "ratio", "ratio to EOS", "accepted by depth"):
         table.add_column(name, justify="left" if "depth" in name else "right")
     for budget, forwards in prediction.whole.items():
         table.add_row(

@@ -36,7 +36,7 @@ def show(
     file: _File,
     picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
 ) -> None:
-    """Show a graph's nodes, how often they came true, and where the counts come from."""
+    """Show a graph's nodes, how often they were a true future state, and where the counts come from."""
     graph_file = load_graph(file)
     console = Console()
     console.print(_node_table(graph_file.graph))
