@@ -1,4 +1,4 @@
-"""`draft_graph_attention` against plain torch, on every instruction set of the machine, and what must never matter."""
+"""`draft_graph_attention` against plain torch, on each instruction set of the build, and what must never matter."""
 
 import itertools
 import os
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.ops.attention_cases import Case, Heads, Nodes, assert_close, make_case, poisoned_results, run
 from vllm_dllm.ops import draft_graph_attention
+from vllm_dllm.ops.library import built_isas, cpu_isa
 
 CONTEXTS: list[list[tuple[int, int]]] = [
     [(0, 0)],
@@ -43,19 +44,15 @@ NUMERIC: dict[str, tuple[Heads, list[Nodes]]] = {
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
-
 
 def numeric_case(name: str, dtype: torch.dtype, layout: str = "HND") -> Case:
     heads, requests = NUMERIC[name]
     return make_case(heads, requests, dtype, layout=layout)
 
 
-def machine_isas() -> list[str]:
+def other_isas() -> list[str]:
     """The best one is what this process runs with; the others are tested in processes of their own."""
-    torch.manual_seed(0)
-    run(draft_graph_attention, make_case(SMALL, [[(1, [(0, 1)])]], torch.float32))
-    return ISAS[: ISAS.index(torch.ops.vllm_dllm.cpu_isa())]
+    return built_isas()[: built_isas().index(cpu_isa())]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,7 +69,7 @@ def test_equals_torch_with_odd_strides(dtype):
     assert_close(case, *run(draft_graph_attention, case.with_garbage()))
 
 
-@pytest.mark.parametrize("isa", machine_isas())
+@pytest.mark.parametrize("isa", other_isas())
 def test_other_instruction_sets(isa):
     tests = [f"{__file__}::{name}" for name in ("test_equals_torch", "test_node_alone_equals_node_in_the_batch")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]

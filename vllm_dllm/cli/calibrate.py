@@ -32,7 +32,7 @@ from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, save_graph
 from vllm_dllm.draft.graph_schema import PromptsFile, Provenance, Versions
-from vllm_dllm.draft.picture import SUFFIXES, draw_graph
+from vllm_dllm.draft.picture import SUFFIXES, draw_graph, title_of
 from vllm_dllm.errors import ConfigError
 
 if TYPE_CHECKING:  # torch and vLLM are loaded when the command runs
@@ -243,7 +243,7 @@ def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Pred
     save_graph(GraphFile(graph, provenance), temporary)
     temporary.replace(plan.output)
     if plan.picture is not None:
-        draw_graph(graph, plan.picture, plan.output.name)
+        draw_graph(graph, plan.picture, title_of(GraphFile(graph, provenance)))
     console = Console()
     console.print(_table(prediction))
     console.print(Text(f"{plan.output}: {len(graph)} nodes of {graph.num_anchors:,} states"), soft_wrap=True)

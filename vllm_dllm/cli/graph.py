@@ -23,7 +23,7 @@ from vllm_dllm.draft.graph import MAX_NODES, DraftGraph, formula_text
 from vllm_dllm.draft.graph_file import GraphFile, check_fit, load_graph, save_graph
 from vllm_dllm.draft.graph_schema import Provenance
 from vllm_dllm.draft.merge import merge_graphs
-from vllm_dllm.draft.picture import draw_graph
+from vllm_dllm.draft.picture import draw_graph, title_of
 from vllm_dllm.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Look at draft graphs, check them and merge them.")
@@ -43,7 +43,7 @@ def show(
     if graph_file.provenance is not None:
         console.print(_provenance_table(graph_file.provenance))
     if picture is not None:
-        draw_graph(graph_file.graph, picture, file.name)
+        draw_graph(graph_file.graph, picture, title_of(graph_file))
         print_line(f"picture: {picture}")
 
 
