@@ -6,8 +6,11 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BENCH_ARGS ?= --model examples/tiny_llada/checkpoint --prompts examples/tiny_llada/questions.jsonl
 TEST_ARGS ?=
+WORKERS ?= 2
+# Tests of a group share a process; groups begin in the order of collection (tests/suite/order.py).
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: help setup demo test check lint cuda-check cuda-report sanitize bench docs build clean
+.PHONY: help setup demo test test-all check lint cuda-check cuda-report sanitize bench docs build clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,11 +33,14 @@ endif
 demo: setup ## serve the small models of the checkout without and with Spiffy, and compare
 	$(PY) examples/demo.py
 
-test: setup ## all tests
-	$(PY) -m pytest $(TEST_ARGS)
+test: setup ## all tests, of the slow ones those whose sources changed
+	$(PYTEST) --slow changed $(TEST_ARGS)
+
+test-all: setup ## all tests; where they pass, the slow ones need not run again until their sources change
+	$(PYTEST) --slow all $(TEST_ARGS)
 
 check: lint cuda-check ## format, lint, types, CUDA compilation, tests without an engine
-	$(PY) -m pytest -q -m "not engine" $(TEST_ARGS)
+	$(PYTEST) -q -m "not engine" $(TEST_ARGS)
 
 lint: setup
 	$(PY) -m ruff format --check .

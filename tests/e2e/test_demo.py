@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("demo"), pytest.mark.xdist_group("server")]
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "build/denoising.svg"

@@ -1,12 +1,14 @@
 """Start-up refuses what cannot work, in one sentence; offline refusals are ValueErrors."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.rig import CHECKPOINT, Case, engine, run
+from tests.e2e.rig import CHECKPOINT, Case, run, shared_engine
+
+SETTINGS = {"block_length": 8}
+pytestmark = pytest.mark.xdist_group(f"llada {SETTINGS}")
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_lora": True}, "LoRA is on"),
@@ -71,10 +73,9 @@ def test_start_is_refused_with_a_sentence(changes: dict[str, Any], sentence: str
     assert sentence in str(refused.value)
 
 
-@pytest.fixture(scope="module")
-def llm(wild: Path) -> Iterator[Any]:
-    with engine(wild, {"block_length": 8}) as llm:
-        yield llm
+@pytest.fixture
+def llm(wild: Path) -> Any:
+    return shared_engine(wild, SETTINGS)
 
 
 @pytest.mark.engine
