@@ -10,8 +10,11 @@ TEST_ARGS ?=
 ISAS ?= native
 # Without compiled modules every start of an engine compiles vLLM and torch anew, three times.
 unexport PYTHONDONTWRITEBYTECODE
+WORKERS ?= 2
+# Tests of a group share a process; groups begin in the order of collection (tests/suite/order.py).
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: FORCE help setup demo test check lint cuda-check cuda-report sanitize bench docs build clean
+.PHONY: FORCE help setup demo test test-all check lint cuda-check cuda-report sanitize bench docs build clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,11 +47,14 @@ demo: ## serve the small models of the checkout without and with Spiffy, and com
 	@begin=$$(date +%s); $(MAKE) --silent --no-print-directory -j3 .venv/.ops .venv/.serve && \
 	  $(PY) examples/demo.py --setup-seconds $$(($$(date +%s) - begin))
 
-test: setup ## all tests
-	$(PY) -m pytest $(TEST_ARGS)
+test: setup ## all tests, of the slow ones those whose sources changed
+	$(PYTEST) --slow changed $(TEST_ARGS)
+
+test-all: setup ## all tests; where they pass, the slow ones need not run again until their sources change
+	$(PYTEST) --slow all $(TEST_ARGS)
 
 check: lint cuda-check ## format, lint, types, CUDA compilation, tests without an engine
-	$(PY) -m pytest -q -m "not engine" $(TEST_ARGS)
+	$(PYTEST) -q -m "not engine" $(TEST_ARGS)
 
 lint: setup
 	$(PY) -m ruff format --check .

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("demo"), pytest.mark.xdist_group("server")]
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "build/denoising.svg"

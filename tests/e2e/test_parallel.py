@@ -7,9 +7,10 @@ import pytest
 
 from tests.e2e.rig import Oracle, engine, mixed_cases, random_graph, run, run_outputs, speculation
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("both cores")]
 
 
+@pytest.mark.slow("configurations")
 def test_two_ranks_equal_reference(oracle: Oracle, wild: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"block_length": 8}
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")

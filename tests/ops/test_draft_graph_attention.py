@@ -1,10 +1,7 @@
-"""`draft_graph_attention` against plain torch, on each instruction set of the build, and what must never matter."""
+"""`draft_graph_attention` against plain torch, and what must never matter."""
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +10,6 @@ from torch import Tensor
 
 from tests.ops.attention_cases import Case, Heads, Nodes, assert_close, make_case, poisoned_results, run
 from vllm_dllm.ops import draft_graph_attention
-from vllm_dllm.ops.library import built_isas, cpu_isa
 
 CONTEXTS: list[list[tuple[int, int]]] = [
     [(0, 0)],
@@ -50,11 +46,6 @@ def numeric_case(name: str, dtype: torch.dtype, layout: str = "HND") -> Case:
     return make_case(heads, requests, dtype, layout=layout)
 
 
-def other_isas() -> list[str]:
-    """The best one is what this process runs with; the others are tested in processes of their own."""
-    return built_isas()[: built_isas().index(cpu_isa())]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NUMERIC)
 def test_equals_torch(name, dtype):
@@ -67,14 +58,6 @@ def test_equals_torch_with_odd_strides(dtype):
     case = numeric_case("commit-node", dtype, layout="NHD")
     assert not case.query.is_contiguous()
     assert_close(case, *run(draft_graph_attention, case.with_garbage()))
-
-
-@pytest.mark.parametrize("isa", other_isas())
-def test_other_instruction_sets(isa):
-    tests = [f"{__file__}::{name}" for name in ("test_equals_torch", "test_node_alone_equals_node_in_the_batch")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, env=os.environ | {"VLLM_DLLM_ISA": isa}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
 
 
 def test_written_where_strides_say():
