@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("readme"), pytest.mark.xdist_group("server")]
 
 
 def test_the_offline_example_is_a_script(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "answers": ("vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/denoiser.py", "examples/tiny_llada/**"),
     "bench": ("vllm_dllm/bench/**", "vllm_dllm/cli/*bench*.py", "tests/bench/**", "tests/e2e/test_bench.py"),
     "configurations": ("vllm_dllm/engine/**", "vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/attention/**"),
-    "demo": ("examples/**", "tests/e2e/test_demo.py"),
+    "demo": ("examples/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
     "fuzz": ("vllm_dllm/config.py", "vllm_dllm/engine/request.py", "tests/e2e/test_spiffy_config.py"),
     "isas": (
         *("CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "setup.py", "vllm_dllm/ops/**"),
         *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**", "tests/ops/*", "tests/test_wheel.py"),
     ),
+    "readme": ("README.md", "tests/e2e/test_readme.py"),
 }
 """What each group tests that no other test does: files, as globs in the repository."""
 
