@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -50,8 +51,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    check_groups(session)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    if node.config.option.dist == "loadgroup":
+        check_groups(ids)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -214,6 +214,11 @@ def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = L
     return cases
 
 
+def short(cases: list[Case]) -> list[Case]:
+    """Return six cases of at most 24 tokens, for engines with slow steps: two ranks on two busy cores."""
+    return [dataclasses.replace(case, max_tokens=min(case.max_tokens, 24), steps=None) for case in cases[:6]]
+
+
 def run_outputs(llm: Any, cases: list[Case], **changes: Any) -> list[Any]:
     prompts = [{"prompt_token_ids": list(case.prompt)} for case in cases]
     return llm.generate(prompts, [case.sampling_params(**changes) for case in cases], use_tqdm=False)

@@ -18,6 +18,7 @@ from tests.e2e.rig import (
     run,
     run_outputs,
     shared_engine,
+    short,
     speculation,
     step_all,
 )
@@ -155,10 +156,11 @@ def test_two_ranks_with_drafts_equal_reference(
     """The K/V heads are split, and each rank keeps the edge rows."""
     settings: dict[str, Any] = {"block_length": 8}
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    cases, graph = mixed_cases(8, seed=8, policies=PUBLISHED), random_graph(4, 6, 8)
+    cases, graph = short(mixed_cases(8, seed=8, policies=PUBLISHED)), random_graph(4, 6, 8)
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_model_len": 256}
     with engine(mild_dream, settings, speculative_config=speculation(graph, 6), **options) as llm:
         outputs = run_outputs(llm, cases)
     assert [list(o.outputs[0].token_ids) for o in outputs] == [mild_oracle.tokens(case, settings) for case in cases]
     expected = [mild_oracle.speculative(case, settings, graph, 6) for case in cases]
     assert [o.kv_transfer_params["dllm"]["accepted"] for o in outputs] == [e.num_accepted for e in expected]
+    assert any(e.num_accepted for e in expected)

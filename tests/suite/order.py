@@ -10,9 +10,9 @@ FIRST = ("server", "both cores")
 
 
 def group_of(item: pytest.Item) -> str:
-    """Return the group that a test names by `xdist_group`, else its file."""
-    marker = item.get_closest_marker("xdist_group")
-    return str(marker.args[0]) if marker else item.nodeid.partition("::")[0]
+    """Return the group that a test names by `xdist_group`, else its file; several names are one, as in xdist."""
+    names = {str(marker.args[0]) for marker in item.iter_markers("xdist_group")}
+    return "_".join(sorted(names)) or item.nodeid.partition("::")[0]
 
 
 def group_items(items: list[pytest.Item]) -> None:
@@ -33,15 +33,14 @@ def group_items(items: list[pytest.Item]) -> None:
     items[:] = [item for name in sorted(groups, key=rank) for item in groups[name]]
 
 
-def check_groups(session: pytest.Session) -> None:
-    """Check that xdist took the groups over: it hands them on in the tests' names.
+def check_groups(ids: list[str]) -> None:
+    """Check that xdist took the groups over; its workers hand them on in the tests' names, as `NAME@GROUP`.
 
     Raises: pytest.UsageError where a version of pytest or xdist does not, and would run each test anywhere.
     """
-    if getattr(session.config.option, "loadgroup", False):
-        for item in session.items:
-            if not item.nodeid.endswith(f"@{group_of(item)}"):
-                raise pytest.UsageError(f"xdist lost the group of {item.nodeid}; install requirements/dev.txt")
+    lost = [name for name in ids if "@" not in name.rpartition("]")[2]]
+    if lost:
+        raise pytest.UsageError(f"xdist lost the group of {lost[0]}; install the pins of requirements/dev.txt")
 
 
 def configurations(name: str, usual: Iterable[Any], slow: Iterable[Any] = ()) -> list[Any]:
