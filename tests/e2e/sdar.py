@@ -57,10 +57,9 @@ class SdarOracle(Oracle):
     """
 
     def __init__(self, checkpoint: Path, max_model_len: int = MAX_MODEL_LEN) -> None:
-        super().__init__(checkpoint, Qwen.from_pretrained(checkpoint, torch.float32), SDAR)
-        self.max_model_len = max_model_len
+        super().__init__(checkpoint, Qwen.from_pretrained(checkpoint, torch.float32), SDAR, max_model_len)
 
-    def generation(self, case: Case, settings: dict[str, Any]) -> Any:
+    def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
         options = self._options(case, settings)
         del options["rules"]
         return generate(self.model, torch.tensor(case.prompt), **options)

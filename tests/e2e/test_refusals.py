@@ -2,14 +2,16 @@
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.e2e.rig import CHECKPOINT, Case, engine, run
+from tests.e2e.rig import CHECKPOINT, Case, run, shared_engine
+
+SETTINGS = {"block_length": 8}
+pytestmark = pytest.mark.xdist_group(f"llada {SETTINGS}")
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_lora": True}, "LoRA is on"),
@@ -97,10 +99,9 @@ def test_a_checkpoints_own_penalty_is_left_out(tmp_path: Path) -> None:
     assert config.model_config.get_diff_sampling_param() == {"temperature": 0.5}
 
 
-@pytest.fixture(scope="module")
-def llm(wild: Path) -> Iterator[Any]:
-    with engine(wild, {"block_length": 8}) as llm:
-        yield llm
+@pytest.fixture
+def llm(wild: Path) -> Any:
+    return shared_engine(wild, SETTINGS)
 
 
 @pytest.mark.engine

@@ -34,7 +34,7 @@ from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, save_graph
 from vllm_dllm.draft.graph_schema import PromptsFile, Provenance, Versions
-from vllm_dllm.draft.picture import draw_graph
+from vllm_dllm.draft.picture import draw_graph, title_of
 from vllm_dllm.errors import ConfigError
 
 if TYPE_CHECKING:  # torch and vLLM are loaded when the command runs
@@ -77,7 +77,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
     keep_traces: Annotated[bool, typer.Option("--keep-traces", help="Keep the traces file when done.")] = False,
 ) -> None:
-    """Decode prompts without drafts, choose the guesses that would have come true, and say what they save.
+    """Decode prompts without drafts, choose the guesses that would have been right, and say what they save.
 
     Interrupt it at will: the same command goes on where it was.
     """
@@ -241,7 +241,7 @@ def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Pred
     save_graph(GraphFile(graph, provenance), temporary)
     temporary.replace(plan.output)
     if plan.picture is not None:
-        draw_graph(graph, plan.picture, plan.output.name)
+        draw_graph(graph, plan.picture, title_of(GraphFile(graph, provenance)))
     console = Console()
     console.print(_table(prediction))
     console.print(Text(f"{plan.output}: {len(graph)} nodes of {graph.num_anchors:,} states"), soft_wrap=True)
@@ -250,7 +250,7 @@ def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Pred
 def _table(prediction: "Prediction") -> Table:
     """Show what each budget saves on the prompts that were held out."""
     table = Table(title=f"{prediction.num_prompts} prompts held out: forwards per generation, refreshes included")
-    for name in ("budget", "without", "with", "ratio", "ratio to EOS", "came true by depth"):
+    for name in ("budget", "without", "with", "ratio", "ratio to EOS", "accepted by depth"):
         table.add_column(name, justify="left" if "depth" in name else "right")
     for budget, forwards in prediction.whole.items():
         table.add_row(

@@ -24,7 +24,7 @@ from vllm_dllm.draft.graph import MAX_NODES, DraftGraph, formula_text
 from vllm_dllm.draft.graph_file import GraphFile, check_fit, load_graph, save_graph
 from vllm_dllm.draft.graph_schema import ModelShape, Provenance
 from vllm_dllm.draft.merge import merge_graphs
-from vllm_dllm.draft.picture import draw_graph
+from vllm_dllm.draft.picture import draw_graph, title_of
 from vllm_dllm.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Look at draft graphs, check them and merge them.")
@@ -37,7 +37,7 @@ def show(
     file: _File,
     picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
 ) -> None:
-    """Show a graph's nodes, how often they came true, and where the counts come from."""
+    """Show a graph's nodes, how often they were a true future state, and where the counts come from."""
     if picture is not None:
         check_picture("--picture", picture)
     graph_file = load_graph(file)
@@ -46,7 +46,7 @@ def show(
     if graph_file.provenance is not None:
         console.print(_provenance_table(graph_file.provenance))
     if picture is not None:
-        draw_graph(graph_file.graph, picture, file.name)
+        draw_graph(graph_file.graph, picture, title_of(graph_file))
         print_line(f"picture: {picture}")
 
 

@@ -292,8 +292,8 @@ def check_fit(
     if "shape" in made and "shape" in here and not (_is_hub_name(provenance.model) and model and _is_hub_name(model)):
         del made["model"]
     return [
-        f"{where} was calibrated with {name} {made[name]!r} but is used with {value!r}, so fewer drafts may come true; "
-        f"for a graph of this server run: {calibrate_command(settings, model)}"
+        f"{where} was calibrated with {name} {made[name]!r} but is used with {value!r}, so fewer drafts may be "
+        f"accepted; for a graph of this server run: {calibrate_command(settings, model)}"
         for name, value in here.items()
         if name in made and made[name] != value
     ]

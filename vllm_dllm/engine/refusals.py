@@ -52,7 +52,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 """vLLM's own range above 0, which it keeps when parameters are made, and not when they are changed later. In it the
-native ops and torch draw the same tokens; near the ends of float32 they do not."""
+native ops and torch draw the same tokens; at 1e38 they do not."""
 
 _FOREIGN_PREFIX = "diffusion_"
 """Keys of vLLM's own diffusion model in `extra_args`; its admission check would let them pass unused."""
