@@ -8,7 +8,7 @@ from pathlib import Path
 LIKENESS = 0.7
 """Of two words, from which on one may be a typo of the other, as `difflib` counts: of four letters one may differ."""
 
-STRICT_LIKENESS = 0.8
+STRICT_LIKENESS = 0.85
 """The same where a word that is nobody's typo belongs to somebody else."""
 
 
@@ -45,7 +45,7 @@ def did_you_mean_file(missing: str | Path, otherwise: str, words: Iterable[str] 
     """Do the same for the path of a file that is not there, by its folder's files and by words that stand for one."""
     folder = Path(missing).parent
     files = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
-    meant = nearest(Path(missing).name, [*files, *words], STRICT_LIKENESS)
+    meant = nearest(Path(missing).name, [*files, *words])
     return f"did you mean {meant!r}?" if meant else otherwise
 
 

@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
 
 MODELS = [
     ("/nope", "model '/nope' is not there: no such folder"),
-    ("./emtpy", "no such folder; did you mean 'empty'?"),
+    ("./emtpy", "; did you mean 'empty'?"),
     ("no-such/model", "there is no folder of this name, and the hub does not give it"),
     ("file", "is a file; allowed are folders"),
     ("empty", "the configuration of model 'empty' cannot be read"),
@@ -85,7 +85,10 @@ def test_a_model_that_cannot_be_read(command: str, model: str, part: str, monkey
         ((*DECODE, "no_tokenizer"), "the tokenizer of model 'no_tokenizer' cannot be read"),
         ((*DECODE, MODEL, "--dtype", "float31"), "'float31' is not one of"),
         ((*CALIBRATE, MODEL, "-o", "g.json", "--dtype", "fp16"), "'fp16' is not one of"),
-        ((*CALIBRATE, MODEL, "-o", "g.json", "--polcy", "static"), "No such option: --polcy (Possible options: --policy)"),
+        (
+            (*CALIBRATE, MODEL, "-o", "g.json", "--polcy", "static"),
+            "No such option: --polcy (Possible options: --policy)",
+        ),
         (("docter",), "Did you mean 'doctor'?"),
         (("graph", "chek"), "Did you mean 'check'?"),
     ],

@@ -46,9 +46,10 @@ def _download(model: str, name: str) -> Path:
         return Path(hf_hub_download(model, name))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split("\n", 1)[0].split())
+        todo = did_you_mean_file(model, "give the path of a checkpoint, or download it where the hub can be reached")
         raise ConfigError(
             f"the configuration of model {model!r} cannot be read: there is no folder of this name, and the hub does "
-            f"not give it ({reason}); give the path of a checkpoint, or download it where the hub can be reached"
+            f"not give it ({reason}); {todo}"
         ) from None
 
 
