@@ -137,8 +137,12 @@ class DllmModelState(ModelState):
         if step.num_reqs == 0:
             return
         self._store_before(step, block_tables[0])
+        step.leave_out_finished()
         for group in step.groups:
             group.nodes = self.denoiser.nodes(group.blocks, group.num_drafts, looks_ahead=group.looks_ahead)
+        input_batch.logits_indices = input_batch.logits_indices[: step.num_rows]
+        if step.num_rows == 0:
+            return
         rows = step.rows(block_tables[0], self.attention.page_size, self._all_token_ids)
         input_batch.input_ids[: step.num_rows] = rows.input_ids
         input_batch.positions[: step.num_rows] = rows.positions
@@ -234,6 +238,7 @@ class DllmModelState(ModelState):
             groups=list(groups),
             num_refreshes=none,
             num_unmasked=none.clone(),
+            is_finished_np=np.zeros(num_reqs, dtype=bool),
         )
 
     def _store_before(self, step: DenoiseStep, page_table: Tensor) -> None:
@@ -282,7 +287,10 @@ class DllmModelState(ModelState):
         if self.kv_policy.decides_step:
             block_rows = (first_row[:, None] + self.state.positions(blocks)).flatten()
             nodes = self.denoiser.nodes(blocks, 0)
-            step.num_unmasked[index] = self.denoiser.advance(blocks, nodes, hidden[block_rows]).num_unmasked
+            decision = self.denoiser.advance(blocks, nodes, hidden[block_rows])
+            step.num_unmasked[index] = decision.num_unmasked
+            if self.device.type == "cpu":  # elsewhere the host would wait, and a captured step has its rows anyway
+                step.is_finished_np[plan.index] = decision.is_finished.numpy()
 
     @torch.inference_mode()
     def measure_cost(self, num_reqs: int, num_nodes: int) -> float:

@@ -1,7 +1,7 @@
 """The requests of a batch that take a denoising step, and the rows that they have in its forward."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_dllm.attention.layout import HostLayout, PagedIndex, denoise_layout
+from vllm_dllm.attention.layout import HostLayout, PagedIndex, denoise_layout, empty_layout
 from vllm_dllm.denoiser import Nodes
 from vllm_dllm.draft.look_ahead import NUM_NODES
 from vllm_dllm.state.canvas import Blocks
@@ -31,7 +31,8 @@ class Group:
     index: Tensor | slice  # the same on the device
     blocks: Blocks
     block_length: int  # rows of a node
-    num_nodes: int  # of each request in the forward
+    num_scheduled: int  # rows of each request that vLLM counts
+    num_nodes: int  # of each request in the forward; 0: its block is finished, nothing is left to compute
     num_drafts: int  # of each request, evaluated besides the root, without a look-ahead
     commits: bool  # whether the last node is the block before the present one, to be stored
     looks_ahead: bool  # whether the first node is the block's end, to be stored, and the last one the next root
@@ -51,6 +52,17 @@ class Group:
         by_node = hidden.unflatten(0, (-1, self.num_nodes, self.block_length))
         return by_node[:, first : first + num_evaluated].flatten(0, 2)
 
+    def parts(self, is_left_out: BoolArray) -> Iterator["Group"]:
+        """Yield the group without the requests that `is_left_out` [num_reqs] marks, then these, without rows."""
+        for is_out in (False, True):
+            own_np = np.flatnonzero(is_left_out == is_out)
+            if len(own_np):
+                device = self.blocks.slots.device
+                own, index = (torch.from_numpy(array).to(device) for array in (own_np, self.index_np[own_np]))
+                blocks = Blocks(self.blocks.slots[own], self.blocks.slots_np[own_np], self.blocks.start[own])
+                part = replace(self, index_np=self.index_np[own_np], index=index, blocks=blocks)
+                yield replace(part, num_nodes=0, num_drafts=0) if is_out else part
+
     @property
     def last_shift(self) -> int:
         """Positions by which the block of the last node lies behind the present one."""
@@ -69,6 +81,7 @@ class DenoiseStep:
     groups: list[Group]  # the forward's rows are in their order
     num_refreshes: Tensor  # [num_reqs] int64, 0 or 1
     num_unmasked: Tensor  # [num_reqs] int64, positions, by the refresh
+    is_finished_np: BoolArray  # [num_reqs], by the refresh, as far as the host knows
     store: PagedIndex | None = None  # [num_rows], where the forward stores K/V; None: nowhere
 
     @property
@@ -76,16 +89,24 @@ class DenoiseStep:
         """Requests that take the step."""
         return len(self.block_start_np)
 
+    def leave_out_finished(self) -> None:
+        """Take blocks that are finished before the forward out of it."""
+        if self.is_finished_np.any():
+            self.groups = [part for group in self.groups for part in group.parts(self.is_finished_np[group.index_np])]
+
     def layout(self) -> HostLayout:
         """Say who sees whom."""
-        order = np.concatenate([group.index_np for group in self.groups])
-        size = [len(group.index_np) for group in self.groups]
+        groups = self._evaluated
+        if not groups:
+            return empty_layout()
+        order = np.concatenate([group.index_np for group in groups])
+        size = [len(group.index_np) for group in groups]
         return denoise_layout(
             self.block_start_np[order],
             self.visible_end_np[order],
-            num_nodes=np.repeat([group.num_nodes for group in self.groups], size),
-            block_length=self.groups[0].block_length,
-            last_shift=np.repeat([group.last_shift for group in self.groups], size),
+            num_nodes=np.repeat([group.num_nodes for group in groups], size),
+            block_length=groups[0].block_length,
+            last_shift=np.repeat([group.last_shift for group in groups], size),
         )
 
     @property
@@ -94,9 +115,9 @@ class DenoiseStep:
         return sum(group.num_rows for group in self.groups)
 
     def split(self, hidden: Tensor) -> Iterator[tuple[Group, Tensor]]:
-        """Yield the groups that have rows, and their rows of the forward's [num_rows, hidden_size]."""
+        """Yield the groups that have requests, and their rows of the forward's [num_rows, hidden_size]."""
         rows = hidden.split([group.num_rows for group in self.groups])
-        return ((group, of_group) for group, of_group in zip(self.groups, rows, strict=True) if len(of_group))
+        return ((group, of_group) for group, of_group in zip(self.groups, rows, strict=True) if len(group.index_np))
 
     def came_over(self) -> tuple[IntArray, IntArray]:
         """Return the slots and starts of the blocks that look-aheads stored; waits for the step if it had any."""
@@ -108,7 +129,7 @@ class DenoiseStep:
 
     def rows(self, page_table: Tensor, page_size: int, all_token_ids: Tensor) -> "Rows":
         """Return the rows of the forward, and keep where they are stored; arguments as in `rows_of`."""
-        parts = [rows_of(group, page_table, page_size, all_token_ids) for group in self.groups]
+        parts = [rows_of(group, page_table, page_size, all_token_ids) for group in self._evaluated]
         rows = Rows(*(torch.cat(of_groups) for of_groups in zip(*parts, strict=True)))
         if any(group.last_shift for group in self.groups):
             self.store = PagedIndex(rows.pages, rows.positions % page_size)
@@ -116,7 +137,11 @@ class DenoiseStep:
 
     def page_table(self, of_batch: Tensor) -> Tensor:
         """Return the page table [num_reqs, max_pages] in the order of the forward's rows."""
-        return torch.cat([of_batch[: self.num_reqs][group.index] for group in self.groups])
+        return torch.cat([of_batch[:0], *(of_batch[: self.num_reqs][group.index] for group in self._evaluated)])
+
+    @property
+    def _evaluated(self) -> list[Group]:
+        return [group for group in self.groups if group.num_rows]
 
 
 def split_groups(
@@ -157,7 +182,8 @@ def split_groups(
         num_drafts = 0 if is_commit else min(nodes - 1, max_drafts)
         looks_ahead = look_ahead_from is not None and num_drafts >= look_ahead_from
         num_drafts -= NUM_NODES * looks_ahead
-        yield Group(index_np, index, of_group, block_length, nodes, num_drafts, is_commit, looks_ahead)
+        num_scheduled = nodes * block_length
+        yield Group(index_np, index, of_group, block_length, num_scheduled, nodes, num_drafts, is_commit, looks_ahead)
 
 
 class Rows(NamedTuple):
