@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from vllm_dllm.engine.attention import DllmAttentionBackend
+from vllm_dllm.models.checkpoint_tensors import checked_tensors, needed_tensors
 
 if TYPE_CHECKING:
     from vllm_dllm.engine.model_state import DllmModelState
@@ -191,6 +192,9 @@ class MaskedDiffusionLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.needed_tensors = needed_tensors(config)
+        self.is_quantised = vllm_config.quant_config is not None
+        self.is_loaded = False
 
     @staticmethod
     def get_model_state_cls() -> "type[DllmModelState]":
@@ -230,6 +234,17 @@ class MaskedDiffusionLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint's tensors; returns the names of the parameters they filled."""
-        loader = AutoWeightsLoader(self)
-        return set(loader.load_weights(weights, mapper=self.hf_to_vllm_mapper))
+        """Load a checkpoint's tensors; returns the names of the parameters they filled.
+
+        The first call gives all of them; later ones, which renew weights, may give a part.
+
+        Raises: ConfigError for a checkpoint whose tensors are not the model's.
+        """
+        rename = self.hf_to_vllm_mapper.get_rename_mapper()
+        named = ((name, (rename.apply_list([name]) or [name])[0], tensor) for name, tensor in weights)
+        checked = checked_tensors(
+            named, self.needed_tensors, is_quantised=self.is_quantised, is_whole=not self.is_loaded
+        )
+        loaded = set(AutoWeightsLoader(self).load_weights(checked, mapper=self.hf_to_vllm_mapper))
+        self.is_loaded = True
+        return loaded
