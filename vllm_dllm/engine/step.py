@@ -1,7 +1,7 @@
 """The requests of a batch that take a denoising step, and the rows that they have in its forward."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -52,17 +52,6 @@ class Group:
         by_node = hidden.unflatten(0, (-1, self.num_nodes, self.block_length))
         return by_node[:, first : first + num_evaluated].flatten(0, 2)
 
-    def parts(self, is_left_out: BoolArray) -> Iterator["Group"]:
-        """Yield the group without the requests that `is_left_out` [num_reqs] marks, then these, without rows."""
-        for is_out in (False, True):
-            own_np = np.flatnonzero(is_left_out == is_out)
-            if len(own_np):
-                device = self.blocks.slots.device
-                own, index = (torch.from_numpy(array).to(device) for array in (own_np, self.index_np[own_np]))
-                blocks = Blocks(self.blocks.slots[own], self.blocks.slots_np[own_np], self.blocks.start[own])
-                part = replace(self, index_np=self.index_np[own_np], index=index, blocks=blocks)
-                yield replace(part, num_nodes=0, num_drafts=0) if is_out else part
-
     @property
     def last_shift(self) -> int:
         """Positions by which the block of the last node lies behind the present one."""
@@ -78,21 +67,17 @@ class DenoiseStep:
     num_known: Tensor  # [num_reqs] int64, tokens; those behind `blocks.start` are the tail of a prompt
     block_start_np: IntArray  # [num_reqs], `blocks.start` on the host
     visible_end_np: IntArray  # [num_reqs], end of what the blocks see
-    groups: list[Group]  # the forward's rows are in their order
+    commits_np: BoolArray  # [num_reqs], who stores the block before
     num_refreshes: Tensor  # [num_reqs] int64, 0 or 1
     num_unmasked: Tensor  # [num_reqs] int64, positions, by the refresh
     is_finished_np: BoolArray  # [num_reqs], by the refresh, as far as the host knows
+    groups: list[Group] = field(default_factory=list)  # once that is known; the forward's rows are in their order
     store: PagedIndex | None = None  # [num_rows], where the forward stores K/V; None: nowhere
 
     @property
     def num_reqs(self) -> int:
         """Requests that take the step."""
         return len(self.block_start_np)
-
-    def leave_out_finished(self) -> None:
-        """Take blocks that are finished before the forward out of it."""
-        if self.is_finished_np.any():
-            self.groups = [part for group in self.groups for part in group.parts(self.is_finished_np[group.index_np])]
 
     def layout(self) -> HostLayout:
         """Say who sees whom."""
@@ -115,9 +100,8 @@ class DenoiseStep:
         return sum(group.num_rows for group in self.groups)
 
     def split(self, hidden: Tensor) -> Iterator[tuple[Group, Tensor]]:
-        """Yield the groups that have requests, and their rows of the forward's [num_rows, hidden_size]."""
-        rows = hidden.split([group.num_rows for group in self.groups])
-        return ((group, of_group) for group, of_group in zip(self.groups, rows, strict=True) if len(group.index_np))
+        """Yield the groups, and their rows of the forward's [num_rows, hidden_size]."""
+        return zip(self.groups, hidden.split([group.num_rows for group in self.groups]), strict=True)
 
     def came_over(self) -> tuple[IntArray, IntArray]:
         """Return the slots and starts of the blocks that look-aheads stored; waits for the step if it had any."""
@@ -148,28 +132,30 @@ def split_groups(
     blocks: Blocks,
     num_rows: IntArray,
     commits: BoolArray,
+    is_finished: BoolArray,
     *,
     block_length: int,
     max_drafts: int,
     look_ahead_from: int | None,
 ) -> Iterator[Group]:
-    """Group the requests of a step: those that commit, which have no drafts yet, and the others.
+    """Group the requests of a step: those that commit, which have no drafts yet, the others, and those without rows.
 
     Args:
         blocks: of the requests.
         num_rows: [num_reqs], that each was scheduled.
         commits: [num_reqs].
+        is_finished: [num_reqs], whose block is finished before the forward; none of them commits.
         block_length: rows of a node.
         max_drafts: how many of the canvases besides the root are drafts at most, the others are padding.
         look_ahead_from: the smallest budget with a look-ahead; None: none has one.
 
     Raises: RuntimeError where the rows are not as many for all of a group, or no whole nodes, or too few to commit.
     """
-    for is_commit in (True, False) if commits.any() else (False,):
-        index_np = np.flatnonzero(commits == is_commit)
-        if not len(index_np) and len(commits):
+    for is_commit, is_out in ((True, False), (False, False), (False, True)):
+        index_np = np.flatnonzero((commits == is_commit) & (is_finished == is_out))
+        if not len(index_np):
             continue
-        nodes = int(num_rows[index_np[0]]) // block_length if len(index_np) else 1
+        nodes = int(num_rows[index_np[0]]) // block_length
         if (num_rows[index_np] != nodes * block_length).any() or nodes < 1 + is_commit:
             raise RuntimeError(
                 f"vLLM scheduled {num_rows[index_np].tolist()} rows for requests that need the same multiple of "
@@ -179,11 +165,13 @@ def split_groups(
         is_all = len(index_np) == len(commits)
         index = slice(None) if is_all else torch.from_numpy(index_np).to(blocks.slots.device, non_blocking=True)
         of_group = Blocks(blocks.slots[index], blocks.slots_np[index_np], blocks.start[index])
-        num_drafts = 0 if is_commit else min(nodes - 1, max_drafts)
+        num_drafts = 0 if is_commit or is_out else min(nodes - 1, max_drafts)
         looks_ahead = look_ahead_from is not None and num_drafts >= look_ahead_from
         num_drafts -= NUM_NODES * looks_ahead
-        num_scheduled = nodes * block_length
-        yield Group(index_np, index, of_group, block_length, num_scheduled, nodes, num_drafts, is_commit, looks_ahead)
+        num_nodes = 0 if is_out else nodes
+        yield Group(
+            index_np, index, of_group, block_length, nodes * block_length, num_nodes, num_drafts, is_commit, looks_ahead
+        )
 
 
 class Rows(NamedTuple):
