@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from vllm_dllm.draft.verify import Walk
 
 from vllm_dllm.bench import attention, walk
 from vllm_dllm.bench.attention import AttentionProblem, AttentionShape, contestants
@@ -11,7 +12,6 @@ from vllm_dllm.bench.kernels import KernelBench, Sizes
 from vllm_dllm.bench.turns import UnequalResultsError
 from vllm_dllm.bench.walk import WalkProblem, verify_contestants
 from vllm_dllm.cli.bench import kernels
-from vllm_dllm.draft.verify import Walk
 from vllm_dllm.errors import ConfigError
 
 CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ from vllm_dllm.config import POLICY_OPTIONS, PolicyName
 from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph, Formula
-from vllm_dllm.draft.native import BY_OPS, BY_TORCH
+from vllm_dllm.draft.native import native_propose
+from vllm_dllm.draft.propose import propose
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import block_causal, decode, policy, spiffy
 from vllm_dllm.reference.decode import KvPolicy
@@ -30,6 +31,7 @@ from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
+from vllm_dllm.unmask.walk import native_walk, walk
 
 VOCAB, MASK, EOS = 13, 3, 1
 CPU = torch.device("cpu")
@@ -136,10 +138,9 @@ def denoise(
     state.apply_staged_writes()
     drafting = None
     if graph is not None:
-        functions = BY_OPS if is_native else BY_TORCH
-        drafting = Drafting(compile_graph(graph, CPU), DraftState(state), functions)
+        drafting = Drafting(compile_graph(graph, CPU), DraftState(state), native_propose if is_native else propose)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
-    denoiser = Denoiser(state, drafting, head)
+    denoiser = Denoiser(state, drafting, head, native_walk if is_native else walk)
     slots = torch.arange(num_reqs)
     forwards, accepted = torch.zeros(num_reqs, dtype=torch.int64), torch.zeros(num_reqs, dtype=torch.int64)
     num_drafts = 0  # the first forward is the refresh

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 from torch import Tensor
+from vllm_dllm.draft.verify import accept
 
 from tests.ops import simt
-from vllm_dllm.draft.verify import accept
 from vllm_dllm.ops import verify_walk
 
 SIZES = [(1, 1, 4), (1, 2, 1), (3, 5, 7), (7, 11, 32), (33, 33, 8), (2, 65, 113)]

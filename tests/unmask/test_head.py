@@ -27,7 +27,6 @@ def sampling(*, has_filter: bool) -> RowSampling:
         top_k=(row % 4) * has_filter,
         top_p=1.0 - half % 1 * has_filter,
         keys=noise.stream_keys(torch.tensor(7), row, torch.tensor(3)),
-        has_noise=True,
         has_filter=has_filter,
         wants_sampled=True,
     )

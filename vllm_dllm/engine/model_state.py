@@ -31,7 +31,7 @@ from vllm_dllm.attention.layout import empty_layout, stored_rows, storing_layout
 from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.look_ahead import smallest_budget
-from vllm_dllm.draft.native import choose_draft_functions
+from vllm_dllm.draft.native import choose_propose
 from vllm_dllm.engine.attention import ForwardAttention
 from vllm_dllm.engine.config_hook import rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
@@ -43,6 +43,7 @@ from vllm_dllm.spiffy_config import SpiffySettings
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.kv import IntArray, KvSchedule, StorePlan
+from vllm_dllm.unmask.walk import choose_walk
 
 if TYPE_CHECKING:
     from vllm_dllm.models.transformer import MaskedDiffusionLM
@@ -73,6 +74,7 @@ class DllmModelState(ModelState):
             self.state,
             None if spiffy is None else self._drafting(spiffy),
             choose_head(model, self.model_config.get_vocab_size(), mask_token_id, device),
+            choose_walk(device),
         )
         self.kv_policy = KvSchedule(
             self.settings.kv_policy, self.settings.refresh_every, self.block_length, self.max_num_reqs
@@ -206,7 +208,7 @@ class DllmModelState(ModelState):
 
     def _drafting(self, spiffy: SpiffySettings) -> Drafting:
         graph = compile_graph(spiffy.graph, self.device)
-        return Drafting(graph, DraftState(self.state), choose_draft_functions(self.device))
+        return Drafting(graph, DraftState(self.state), choose_propose(self.device))
 
     def _denoise_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> DenoiseStep:
         """Find the requests that take a denoising step; the others of the batch begin with their prompt.
@@ -292,10 +294,10 @@ class DllmModelState(ModelState):
             self.state.edge[blocks.slots[spans_edge]] = hidden[edge_row]
         if self.kv_policy.decides_step:
             block_rows = (first_row[:, None] + self.state.positions(blocks)).flatten()
-            decision = self.denoiser.advance(blocks, self.denoiser.nodes(blocks, 0), hidden[block_rows])
-            step.num_unmasked[index] = decision.num_unmasked
+            done = self.denoiser.advance(blocks, self.denoiser.nodes(blocks, 0), hidden[block_rows])
+            step.num_unmasked[index] = done.num_unmasked
             if self.device.type == "cpu":  # elsewhere the host would wait, and a captured step has its rows anyway
-                step.is_finished_np[plan.index] = decision.is_finished.numpy()
+                step.is_finished_np[plan.index] = done.is_finished.numpy()
 
     @torch.inference_mode()
     def measure_cost(self, num_reqs: int, num_nodes: int) -> float:

@@ -10,10 +10,10 @@ from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_dllm.attention.layout import HostLayout, PagedIndex, denoise_layout, empty_layout
-from vllm_dllm.denoiser import Nodes
 from vllm_dllm.draft.look_ahead import NUM_NODES
 from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.kv import BoolArray, IntArray
+from vllm_dllm.unmask.walk import Nodes
 
 NULL_PAGE = 0
 """vLLM's page that belongs to nobody: what is stored there is never read."""

@@ -11,13 +11,12 @@ from vllm_dllm.ops.load import check_one_device, require
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """How each row's token is drawn, as device tensors; `has_*` are known to the host and spare whole stages."""
+    """How each row's token is drawn, as device tensors; what the host knows spares whole stages."""
 
     temperature: Tensor  # [num_rows] float64, 0 takes the most probable token
     top_k: Tensor  # [num_rows] int64, 0 keeps all
     top_p: Tensor  # [num_rows] float64, 1 keeps all
-    keys: Tensor  # [num_rows] int64, noise.stream_keys
-    has_noise: bool  # any temperature > 0
+    keys: Tensor | None  # [num_rows] int64, noise.stream_keys; None: no temperature is above 0
     has_filter: bool  # any top_k or top_p that removes something at a temperature > 0
     wants_sampled: bool = False  # statistics of the sampled distribution too: softmax(l / temperature), filtered
 
@@ -28,8 +27,13 @@ class RowSampling:
             temperature=self.temperature[begin:end],
             top_k=self.top_k[begin:end],
             top_p=self.top_p[begin:end],
-            keys=self.keys[begin:end],
+            keys=None if self.keys is None else self.keys[begin:end],
         )
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether any temperature is above 0."""
+        return self.keys is not None
 
     @property
     def divisor(self) -> Tensor:
@@ -100,21 +104,21 @@ class PartialStats:
         values = (getattr(self, field.name) for field in fields(self))
         return [value for value in values if value is not None]
 
-    def distribution(self, sampling: RowSampling) -> Distribution:
+    def distribution(self, divisor: Tensor) -> Distribution:
         """Return the sampled distribution where that is wanted, else the model's own.
 
         Args:
-            sampling: of the rows, as it was given for these statistics.
+            divisor: [num_rows] float64, that of the sampling that was given for these statistics.
         """
         relative = self.top_logits.double()
         token = self.token_logits.double() - relative[:, 0]
         relative = relative - relative[:, :1]
         if self.sampled_rest is None or self.sampled_weighted is None:
             return Distribution(self.rest, self.weighted, token, relative)
-        relative = relative / sampling.divisor[:, None]
+        relative = relative / divisor[:, None]
         # Filters keep the best ids, so the second is left if any is.
         relative[:, 1:].masked_fill_(self.sampled_rest[:, None] == 0, -torch.inf)
-        return Distribution(self.sampled_rest, self.sampled_weighted, token / sampling.divisor, relative)
+        return Distribution(self.sampled_rest, self.sampled_weighted, token / divisor, relative)
 
     @property
     def log_probs(self) -> Tensor:
@@ -209,7 +213,7 @@ def vocab_stats(
         excluded_ids,
         num_candidates,
         wants_sampled,
-        noise and noise.keys.contiguous(),
+        noise and noise.keys,
         noise and noise.temperature.contiguous(),
         filters and filters.top_k.contiguous(),
         filters and filters.top_p.contiguous(),

@@ -71,6 +71,7 @@ def _sums(below: Tensor, argmax: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scores(logits: Tensor, sampling: RowSampling, kept: Tensor | None) -> Tensor:
     """Add each row's noise to its logits, and -inf to the ids it filters; [num_rows, vocab_size] float64."""
+    assert sampling.keys is not None, "no row has noise"
     scores = gumbel(sampling.keys[:, None], torch.arange(logits.shape[1], device=logits.device))
     return _filtered(scores.mul_(sampling.temperature[:, None]).add_(logits), kept)
 
