@@ -65,13 +65,14 @@ def test_policies_are_gathered_with_their_tables_and_the_prompts_tail() -> None:
     assert params.policy_id.tolist() == [0, POLICY_IDS["origin"]]
     assert params.policies == ("static", "origin")
     assert params.num_known.tolist() == [2, 2]
-    assert params.counts.tolist() == [[4] * 4, [1, 2, 1, 1]]
-    assert params.times.tolist() == [[0.75, 0.5, 0.25, 0.0], [0.5, 0.0, 0.0, 0.0]]
+    assert params.counts.T.tolist() == [[4] * 4, [1, 2, 1, 1]]
+    assert params.times.T.tolist() == [[0.75, 0.5, 0.25, 0.0], [0.5, 0.0, 0.0, 0.0]]
     assert not params.has_alg_temp
     assert state.policy_params(blocks(1, start=12)).has_alg_temp
     assert state.policy_params(blocks(1, 2, start=12)).num_known.tolist() == [0, 0]
-    nodes = state.policy_params(blocks(2, 2, 0, 0, start=4))
-    assert (nodes.num_known.tolist(), nodes.counts[:, 1].tolist()) == ([2, 2, 6, 6], [4, 4, 2, 2])
+    early = state.policy_params(blocks(2, 0, start=4))
+    assert (early.num_known.tolist(), early.counts[1].tolist()) == ([2, 6], [4, 2])
+    assert early.of_next_block(4).num_known.tolist() == [0, 2]
 
 
 def test_statistics_of_the_sampled_distribution_are_asked_for_where_a_policy_reads_them() -> None:
@@ -92,13 +93,13 @@ def test_reset_begins_a_block_for_the_marked_slots_alone() -> None:
 
 
 def test_streams_depend_on_seed_position_and_progress() -> None:
-    state = state_of(request(seed=1), request(seed=2))
+    state = state_of(request(seed=1, temperature=0.7), request(seed=2, temperature=0.7))
     streams = [keys(state, 0, 1), keys(state, 0, 1, start=4), keys(state, 0, 1, num_masked=3)]
     assert len(set(torch.cat(streams).tolist())) == 24
 
 
 def test_streams_of_a_node_are_those_of_its_canvas() -> None:
-    state = state_of(request(seed=1), request(seed=2))
+    state = state_of(request(seed=1, temperature=0.7), request(seed=2, temperature=0.7))
     together = state.row_sampling(blocks(0, 1, start=8), torch.tensor([[4, 3], [2, 1]])).keys.view(2, 2, 4)
     for slot, node, num_masked in [(0, 0, 4), (0, 1, 3), (1, 0, 2), (1, 1, 1)]:
         assert together[slot, node].tolist() == keys(state, slot, start=8, num_masked=num_masked).tolist()

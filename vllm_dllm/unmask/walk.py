@@ -142,12 +142,14 @@ def _walk_in_block(
     nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id: int, rules: UnmaskRules
 ) -> Trajectory:
     num_reqs, num_nodes, _ = nodes.canvas.shape
+    num_in_block = num_nodes - (nodes.end is not None)
     request = torch.arange(num_reqs, device=nodes.canvas.device)
     canvas, node, num_steps = nodes.canvas[:, 0], torch.zeros_like(request), torch.zeros_like(request)
     path = nodes.canvas.new_full((num_reqs, num_nodes), -1)
     step = torch.full_like(canvas, -1)
-    goes_on, follower = nodes.is_masked[:, 0].any(1), node
-    for place in range(num_nodes):
+    is_finished, follower = ~nodes.is_masked[:, 0].any(1), node
+    goes_on = ~is_finished
+    for place in range(num_in_block):
         if canvas.is_cpu and not goes_on.any():  # elsewhere the host would wait
             break
         node = torch.where(goes_on, follower, node)
@@ -158,9 +160,9 @@ def _walk_in_block(
         num_steps = num_steps + goes_on
         came_true = (canvas[:, None] == nodes.canvas).all(-1) & nodes.is_valid
         came_true[:, 0] = False
-        follows, follower = came_true.byte().max(1)
-        goes_on = goes_on & (follows > 0)
-    is_finished = (canvas != mask_token_id).all(1)
+        follows, follower = came_true[:, :num_in_block].byte().max(1)
+        is_finished = (canvas != mask_token_id).all(1)
+        goes_on = goes_on & ~is_finished & (follows > 0)
     return Trajectory(
         canvas=canvas,
         next_canvas=canvas,

@@ -314,8 +314,13 @@ DLLM_HOST_DEVICE inline void walk(const DecideWalkArgs& args, const WalkScratch&
     scratch.canvas[offset] = root[offset];
     args.out_step[request * length + offset] = -1;
   });
+  const int64_t num_in_block = num_nodes - (args.end != nullptr);
   int64_t num_steps = 0;
-  bool goes_on = team.any(length, [&](int64_t offset) { return root[offset] == args.mask_token_id; });
+  const auto has_masks = [&] {
+    return team.any(length, [&](int64_t offset) { return scratch.canvas[offset] == args.mask_token_id; });
+  };
+  bool is_finished = !has_masks();
+  bool goes_on = !is_finished;
   while (goes_on) {
     decide(args, scratch, at, team);
     const int64_t* canvas = args.canvas + (request * num_nodes + at.node) * length;
@@ -326,14 +331,14 @@ DLLM_HOST_DEVICE inline void walk(const DecideWalkArgs& args, const WalkScratch&
     });
     team.once([&] { path[num_steps] = at.node; });
     ++num_steps;
-    const int64_t found = team.find(num_nodes, length, [&](int64_t node, int64_t offset) {
+    is_finished = !has_masks();
+    const int64_t found = team.find(num_in_block, length, [&](int64_t node, int64_t offset) {
       return is_valid[node] && root[node * length + offset] == scratch.canvas[offset];
     });
-    goes_on = found < num_nodes && num_steps < num_nodes;  // canvases may follow each other in a circle
+    // Canvases that follow each other in a circle, which no policy makes, end too.
+    goes_on = !is_finished && found < num_in_block && num_steps < num_in_block;
     at.node = goes_on ? found : at.node;
   }
-  const bool is_finished =
-      !team.any(length, [&](int64_t offset) { return scratch.canvas[offset] == args.mask_token_id; });
   const bool came_over =
       args.end != nullptr && is_finished && is_valid[num_nodes - 1] &&
       !team.any(length, [&](int64_t offset) { return args.end[request * length + offset] != scratch.canvas[offset]; });
