@@ -14,16 +14,31 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 
 from vllm_dllm.engine.attention import DllmAttentionBackend
+from vllm_dllm.models.checkpoint_tensors import Shape, TensorCount, embedding_name, head_name, needed_tensors
+from vllm_dllm.models.rope_fields import table_arguments
 
 if TYPE_CHECKING:
     from vllm_dllm.engine.model_state import DllmModelState
+
+
+FILLED_BY_VLLM = ("g_idx",)
+"""Parameters of quantised modules that a checkpoint may leave out: vLLM gives them the value of one that has none."""
 
 
 class SelfAttention(nn.Module):
@@ -54,11 +69,8 @@ class SelfAttention(nn.Module):
             self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
         self.has_norms = config.qk_norm
-        self.rotary_emb = get_rope(
-            head_dim,
-            max_position=config.max_position_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        )
+        max_position, rope = table_arguments(config.rope_parameters, config.max_position_embeddings)
+        self.rotary_emb = get_rope(head_dim, max_position, rope_parameters=rope)
         num_heads = config.num_attention_heads // tp_size
         num_kv_heads = max(1, config.num_key_value_heads // tp_size)  # ranks beyond their number share them
         self.split_sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
@@ -180,7 +192,10 @@ class MaskedDiffusionLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
+        self.config = config = vllm_config.model_config.hf_config
+        self.quant_config = vllm_config.quant_config  # vLLM's loader asks it for the names of scales
+        # Weights that replace others, as a trainer's do, come in parts; so do all that follow dummies.
+        self.takes_part = vllm_config.load_config.load_format == "dummy"
         self.model = Transformer(vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
@@ -230,6 +245,31 @@ class MaskedDiffusionLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint's tensors; returns the names of the parameters they filled."""
-        loader = AutoWeightsLoader(self)
-        return set(loader.load_weights(weights, mapper=self.hf_to_vllm_mapper))
+        """Load a checkpoint's tensors; returns the names of the parameters they filled.
+
+        Raises: ConfigError for tensors that are missing, unknown, doubled or of another shape; of a quantised
+            checkpoint the unknown ones are vLLM's to refuse.
+        """
+        count = TensorCount(
+            self._needed_tensors(),
+            tied=(head_name(self.config), embedding_name(self.config)) if self.config.tie_word_embeddings else None,
+            is_open=self.quant_config is not None,
+            is_part=self.takes_part,
+        )
+        loaded = set(AutoWeightsLoader(self).load_weights(count.passing(weights), mapper=self.hf_to_vllm_mapper))
+        self.takes_part = True
+        return loaded
+
+    def _needed_tensors(self) -> dict[str, Shape | None]:
+        """Return the tensors that fill this model: of a quantised module, one for each of its parameters."""
+        needed: dict[str, Shape | None] = {}
+        for name, shape in needed_tensors(self.config).items():
+            module = self.get_submodule(self.hf_to_vllm_mapper.map_name(name).rpartition(".")[0])
+            method = getattr(module, "quant_method", None)
+            if method is None or isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
+                needed[name] = shape
+                continue
+            published = name.rpartition(".")[0]
+            parameters = dict(module.named_parameters(recurse=False))
+            needed |= {f"{published}.{leaf}": None for leaf in parameters if leaf not in FILLED_BY_VLLM}
+        return needed

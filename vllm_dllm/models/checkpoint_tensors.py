@@ -1,0 +1,152 @@
+"""Which tensors a checkpoint must hold, and the comparison with what it gives while it is loaded.
+
+vLLM loads what a checkpoint gives and keeps whatever memory held for the rest: its own count exempts linear layers and
+heads, and takes one part of a fused weight for all. So every tensor is counted here, under its published name.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.models.checkpoint_config import CheckpointConfig
+
+Shape = tuple[int, ...]
+
+# Tables that transformers once saved, and that every model class computes from config.json.
+_COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_NUM_NAMED = 4
+
+
+def needed_tensors(config: CheckpointConfig) -> dict[str, Shape]:
+    """Return the shape of every tensor of an unquantised checkpoint, by published name."""
+    width, inner = config.hidden_size, config.intermediate_size
+    query, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    layer: dict[str, Shape] = {
+        "self_attn.q_proj.weight": (query, width),
+        "self_attn.k_proj.weight": (kv, width),
+        "self_attn.v_proj.weight": (kv, width),
+        "self_attn.o_proj.weight": (width, query),
+        "mlp.gate_proj.weight": (inner, width),
+        "mlp.up_proj.weight": (inner, width),
+        "mlp.down_proj.weight": (width, inner),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+    }
+    if config.qkv_bias:
+        layer |= {f"self_attn.{part}_proj.bias": (query if part == "q" else kv,) for part in "qkv"}
+    if config.qk_norm:
+        layer |= {f"self_attn.{part}_norm.weight": (config.head_dim,) for part in "qk"}
+    names = config.tensor_names
+    layers = names.get("model.layers", "model.layers")
+    needed = {
+        f"{layers}.{i}.{_published(names, name)}": shape
+        for i in range(config.num_hidden_layers)
+        for name, shape in layer.items()
+    }
+    needed[_published(names, "model.embed_tokens.weight")] = (config.vocab_size, width)
+    needed[_published(names, "model.norm.weight")] = (width,)
+    if not config.tie_word_embeddings:
+        needed[head_name(config)] = (config.vocab_size, width)
+    return needed
+
+
+def head_name(config: CheckpointConfig) -> str:
+    """Return the published name of the head's weight."""
+    return _published(config.tensor_names, "lm_head.weight")
+
+
+def embedding_name(config: CheckpointConfig) -> str:
+    """Return the published name of the embedding."""
+    return _published(config.tensor_names, "model.embed_tokens.weight")
+
+
+def _published(names: Mapping[str, str], name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{names.get(module, module)}.{leaf}"
+
+
+@dataclass(slots=True)
+class TensorCount:
+    """Tensors of a checkpoint, compared with those that are needed as they come.
+
+    Attributes:
+        needed: by published name, the shape; None where a quantisation method decides it.
+        tied: names of a head and of the embedding that it is, where the checkpoint may give both.
+        is_open: whether tensors of other names go to vLLM, whose quantisation methods have names of their own.
+        is_part: whether the rest came before or comes later, as when weights are replaced in a running engine.
+    """
+
+    needed: Mapping[str, Shape | None]
+    tied: tuple[str, str] | None = None
+    is_open: bool = False
+    is_part: bool = False
+    seen: Counter[str] = field(default_factory=Counter)
+    unknown: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
+    pair: dict[str, Tensor] = field(default_factory=dict)
+
+    def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that can be loaded.
+
+        Raises: ConfigError, behind the last one, for what is missing, unknown, doubled or of another shape.
+        """
+        for name, tensor in weights:
+            if self._fits(name, tensor):
+                yield name, tensor
+        self._raise_findings()
+
+    def _fits(self, name: str, tensor: Tensor) -> bool:
+        if _COMPUTED.search(name):
+            return False
+        self.seen[name] += 1
+        if self.tied and name in self.tied and self._is_spare_head(name, tensor):
+            return False
+        if name not in self.needed:
+            if not self.is_open:
+                self.unknown.append(name)
+            return self.is_open
+        shape = self.needed[name]
+        if shape is not None and tuple(tensor.shape) != shape:
+            self.misshapen.append(f"{name} is {list(tensor.shape)}, needed is {list(shape)}")
+            return False
+        return self.seen[name] == 1
+
+    def _is_spare_head(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether a tensor is the head of a model that takes the embedding for it, and compare the two."""
+        assert self.tied is not None, "asked of tied models only"
+        self.pair[name] = tensor
+        if len(self.pair) == 2:
+            head, embedding = self.pair.values()
+            if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+                self.untied.append(f"{self.tied[0]} differs from {self.tied[1]}, though config.json ties them")
+            self.pair = {}
+        return name == self.tied[0]
+
+    def _raise_findings(self) -> None:
+        missing = [] if self.is_part else [name for name in self.needed if name not in self.seen]
+        doubled = [name for name, count in self.seen.items() if count > 1]
+        kinds = {
+            "missing": missing,
+            "unknown": self.unknown,
+            "doubled": doubled,
+            "of another shape": self.misshapen,
+            "untied": self.untied,
+        }
+        findings = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in kinds.items() if names)
+        if findings:
+            raise ConfigError(
+                f"the checkpoint's tensors are not those that its config.json asks for: {findings}. Allowed are its "
+                f"{len(self.needed)} tensors, each once; repair the checkpoint's files or correct config.json"
+            )
+
+
+def _first(names: Sequence[str]) -> str:
+    more = len(names) - _NUM_NAMED
+    return ", ".join(islice(names, _NUM_NAMED)) + (f" and {more} more" if more > 0 else "")
