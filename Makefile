@@ -2,39 +2,59 @@
 SHELL := bash
 PY := .venv/bin/python
 CMAKE := .venv/bin/cmake
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml packaging/vllm-alias/pyproject.toml
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BENCH_ARGS ?= --model examples/tiny_llada/checkpoint --prompts examples/tiny_llada/questions.jsonl
 TEST_ARGS ?=
+# Instruction sets of the CPU kernels: native, the best of this machine; all; or a list with semicolons.
+ISAS ?= native
+# Without compiled modules every start of an engine compiles vLLM and torch anew, three times.
+unexport PYTHONDONTWRITEBYTECODE
+WORKERS ?= 2
+# Tests of a group share a process; groups begin in the order of collection (tests/suite/order.py).
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: help setup demo test check lint cuda-check cuda-report sanitize bench docs build clean
+.PHONY: FORCE help setup demo test test-all check lint cuda-check cuda-report sanitize bench docs build clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 setup: ## make .venv with the pinned CPU environment and build the ops into the checkout
-	@scripts/setup_env.sh
-	@$(MAKE) --silent --no-print-directory .venv/.ops
+	@scripts/setup_env.sh venv
+	@$(MAKE) --silent --no-print-directory -j3 .venv/.ops .venv/.serve .venv/.dev
+
+# Each recipe changes its file only where there is something to install.
+.venv/.build .venv/.serve .venv/.dev: FORCE
+	@scripts/setup_env.sh $(patsubst .venv/.%,%,$@)
 
 # The environment is a CPU one, even if pip chose a torch with CUDA.
-# The extension is built into vllm_dllm/, so a deleted library is built again as well.
-ifeq ($(wildcard vllm_dllm/_C.so),)
+# The extension is built into vllm_dllm/, so a deleted library is built again as well, and one for other options.
+OPS_OPTIONS := -DDLLM_CUDA=OFF -DDLLM_ISAS=$(ISAS) $(CMAKE_ARGS)
+ifneq ($(wildcard vllm_dllm/_C.so)$(file <.venv/.ops),vllm_dllm/_C.so$(OPS_OPTIONS))
 .PHONY: .venv/.ops
 endif
-.venv/.ops: .venv/.requirements $(SOURCES)
-	@echo "setup: building the ops"
-	@CMAKE_ARGS="-DDLLM_CUDA=OFF $$CMAKE_ARGS" $(PY) -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@touch $@
+.venv/.ops: .venv/.build $(SOURCES)
+	@echo "setup: building the ops ($(ISAS))"
+	@CMAKE_ARGS="$(OPS_OPTIONS)" $(PY) -m pip install -qq --disable-pip-version-check --no-deps \
+	  --no-build-isolation packaging/vllm-alias --editable . && rm -rf packaging/vllm-alias/{build,*.egg-info}
+	@echo '$(OPS_OPTIONS)' >$@
+	@echo "setup: built the ops"
 
-demo: setup ## serve the small models of the checkout without and with Spiffy, and compare
-	$(PY) examples/demo.py
+# What serving needs, without the tools of the tests.
+demo: ## serve the small models of the checkout without and with Spiffy, and compare
+	@scripts/setup_env.sh venv
+	@begin=$$(date +%s); $(MAKE) --silent --no-print-directory -j3 .venv/.ops .venv/.serve && \
+	  $(PY) examples/demo.py --setup-seconds $$(($$(date +%s) - begin))
 
-test: setup ## all tests
-	$(PY) -m pytest $(TEST_ARGS)
+test: setup ## all tests, of the slow ones those whose sources changed
+	$(PYTEST) --slow changed $(TEST_ARGS)
+
+test-all: setup ## all tests; where they pass, the slow ones need not run again until their sources change
+	$(PYTEST) --slow all $(TEST_ARGS)
 
 check: lint cuda-check ## format, lint, types, CUDA compilation, tests without an engine
-	$(PY) -m pytest -q -m "not engine" $(TEST_ARGS)
+	$(PYTEST) -q -m "not engine" $(TEST_ARGS)
 
 lint: setup
 	$(PY) -m ruff format --check .

@@ -1,10 +1,11 @@
 """Serve the small models of this checkout with `vllm serve`, without and with Spiffy, and talk to them.
 
 Prints some answers, then for four settings of each model how many answers are right, the tokens per second, the
-forwards per token and the accepted drafts, and whether Spiffy changed any text: the exit status is 1 if it did. Then it
-draws how an answer comes about. `make demo` runs it.
+forwards per token and the accepted drafts, whether Spiffy changed any text (the exit status is 1 if it did), and how
+long each stage took. Then it draws how an answer is denoised. `make demo` runs it.
 """
 
+import argparse
 import contextlib
 import random
 import socket
@@ -13,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from denoising_picture import draw
@@ -27,10 +28,10 @@ from tasks import draw as draw_example  # noqa: E402
 MODEL = "tiny"
 MAX_TOKENS = 64
 BUILD = HERE.parent / "build"
-LOG = BUILD / "demo-server.log"
 PICTURE = BUILD / "denoising.svg"
 START_TIMEOUT_S = 240
 QUESTIONS_PER_TASK = 3
+SPIFFY = " + Spiffy"
 STATIC: dict[str, object] = {"dllm_policy": "static"}
 THRESHOLD: dict[str, object] = {"dllm_policy": "threshold", "dllm_threshold": 0.9}
 DYNAMIC: dict[str, object] = {"dllm_policy": "dynamic", "dllm_threshold": 0.9}
@@ -38,7 +39,7 @@ MODELS = {
     "LLaDA": (HERE / "tiny_llada", {"static": STATIC, "threshold": THRESHOLD}),
     "SDAR": (HERE / "tiny_sdar", {"static": STATIC, "dynamic": DYNAMIC}),
 }
-"""Name: folder, and the unmasking policies to show."""
+"""Name: folder, and the policies to show. A policy is an option of a request, so one server serves them all."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,65 @@ class Result:
     accepted: int  # drafts
 
 
-@contextlib.contextmanager
-def server(folder: Path, *options: str) -> Iterator[OpenAI]:
-    """Run `vllm serve` on the checkpoint of a folder until the block ends; yields a client of it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@dataclass
+class Stages:
+    """What is going on, and how long it took."""
+
+    begin: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce a stage, and time it."""
+        begin = time.monotonic()
+        print(f"\n[{begin - self.begin:4.0f} s] {name}", flush=True)
+        yield
+        self.seconds[name] = time.monotonic() - begin
+
+    def show(self) -> None:
+        """Print a line per stage."""
+        print("\nseconds:")
+        for name, seconds in {**self.seconds, "all": time.monotonic() - self.begin}.items():
+            print(f"  {name:44} {seconds:5.0f}")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `vllm serve`."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    address: str
+
+    def wait_until_ready(self) -> OpenAI:
+        """Return a client as soon as the server answers; exit with the end of its log when it does not."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{self.address}/health", timeout=2)
+                return OpenAI(base_url=f"{self.address}/v1", api_key="none")
+            time.sleep(0.2)
+        sys.exit(f"the server did not start; the end of {self.log}:\n" + self.log.read_text()[-4000:])
+
+    def stop(self) -> None:
+        """End the process; after SIGTERM a server without requests ends within seconds."""
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def free_ports(count: int) -> list[int]:
+    """Return different ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def start(folder: Path, port: int, log: Path, *options: str) -> Server:
+    """Begin to run `vllm serve` on the checkpoint of a folder."""
     command = [
         str(Path(sys.executable).with_name("vllm")),
         *("serve", str(folder / "checkpoint"), "--served-model-name", MODEL),
@@ -65,34 +119,37 @@ def server(folder: Path, *options: str) -> Iterator[OpenAI]:
         *("--kv-cache-memory-bytes", str(128 << 20), *options),
     ]
     print("$", " ".join(command), flush=True)
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    return Server(process, log, f"http://127.0.0.1:{port}")
+
+
+@contextlib.contextmanager
+def servers(name: str, stages: Stages) -> Iterator[list[OpenAI]]:
+    """Yield clients of a model's servers, without and with Spiffy, which run until the block ends.
+
+    They start at the same time, as a start keeps one core busy.
+    """
+    folder, _ = MODELS[name]
+    settings = {"": (), "-spiffy": ("--speculative-config", str(folder / "spiffy.json"))}
     BUILD.mkdir(exist_ok=True)
-    with LOG.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            wait_until_ready(process, f"http://127.0.0.1:{port}")
-            yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def wait_until_ready(process: "subprocess.Popen[bytes]", address: str) -> None:
-    """Return when the server answers; exit with the end of its log when it does not."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{address}/health", timeout=2)
-            return
-        time.sleep(0.5)
-    sys.exit(f"the server did not start; the end of {LOG}:\n" + "\n".join(LOG.read_text().splitlines()[-30:]))
+    running: list[Server] = []
+    try:
+        with stages.stage(f"{name}: start of both servers"):
+            for port, (suffix, options) in zip(free_ports(len(settings)), settings.items(), strict=True):
+                running.append(start(folder, port, BUILD / f"demo-{name.lower()}{suffix}.log", *options))
+            clients = [server.wait_until_ready() for server in running]
+        yield clients
+    finally:
+        for server in running:
+            server.process.terminate()
+        for server in running:
+            server.stop()
 
 
 def show_answers(client: OpenAI, examples: list[Example]) -> None:
     """Stream one answer per task."""
-    print("\nquestions the model was not trained on:")
+    print("questions the model was not trained on:")
     for example in examples:
         stream = client.chat.completions.create(
             model=MODEL,
@@ -141,45 +198,46 @@ def count_differences(results: dict[str, Result]) -> int:
     """Print of each setting whether Spiffy gave the same texts; returns how many differ."""
     total = 0
     for name, result in results.items():
-        if drafted := results.get(f"{name} + Spiffy"):
+        if drafted := results.get(name + SPIFFY):
             num_different = sum(a != b for a, b in zip(result.texts, drafted.texts, strict=True))
             verdict = "identical" if num_different == 0 else f"{num_different} DIFFERENT"
-            print(f"texts of '{name}' and '{name} + Spiffy': {verdict}")
+            print(f"texts of '{name}' and '{name}{SPIFFY}': {verdict}")
             total += num_different
     return total
 
 
-def run(name: str, shown: list[Example], asked: list[Example]) -> dict[str, Result]:
+def run(name: str, stages: Stages, shown: list[Example], asked: list[Example]) -> dict[str, Result]:
     """Serve a model without and with Spiffy; returns what each setting made of the questions."""
-    folder, policies = MODELS[name]
     results = {}
-    for suffix in ("", " + Spiffy"):
-        options = ("--speculative-config", str(folder / "spiffy.json")) if suffix else ()
-        print()
-        with server(folder, *options) as client:
-            if suffix:
-                measure(client, shown, STATIC)  # the first requests pay for what is made once, as the shown ones do
-            else:
-                show_answers(client, shown)
-            for policy, values in policies.items():
-                results[f"{name} {policy}{suffix}"] = measure(client, asked, values)
+    with servers(name, stages) as (plain, drafted), stages.stage(f"{name}: questions"):
+        show_answers(plain, shown)
+        measure(drafted, shown, STATIC)  # the first requests pay for what is made once, as the shown ones do
+        for policy, values in MODELS[name][1].items():
+            # One after another: each has the machine to itself.
+            results[f"{name} {policy}"] = measure(plain, asked, values)
+            results[f"{name} {policy}{SPIFFY}"] = measure(drafted, asked, values)
     return results
 
 
 def main() -> int:
     """Run the demonstration; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--setup-seconds", type=float, default=0, help="what `make demo` took to set up")
+    setup_s = parser.parse_args().setup_seconds
+    stages = Stages(time.monotonic() - setup_s, {"set-up": setup_s})
     rng = random.Random(0)
     shown = [draw_example(task, rng, held_out=True) for task in TASKS]
     asked = [draw_example(task, rng, held_out=True) for task in TASKS for _ in range(QUESTIONS_PER_TASK)]
     results = {}
     for name in MODELS:
-        results |= run(name, shown, asked)
+        results |= run(name, stages, shown, asked)
+    with stages.stage("picture of the denoising"):
+        question = next(example.question for example in shown if example.task == "json")
+        forwards = draw(question, MODELS["LLaDA"][0] / "spiffy.json", PICTURE)
+        print(f"{', '.join(f'{name}: {n}' for name, n in forwards.items())} forwards: {PICTURE}")
     show(results, asked)
     num_different = count_differences(results)
-    forwards = draw(asked[-QUESTIONS_PER_TASK - 1].question, MODELS["LLaDA"][0] / "spiffy.json", PICTURE)
-    print(
-        f"how an answer comes about ({', '.join(f'{name}: {n}' for name, n in forwards.items())} forwards): {PICTURE}"
-    )
+    stages.show()
     return int(num_different > 0)
 
 

@@ -1,21 +1,20 @@
-"""Draw how a block of text comes about, forward by forward, without and with Spiffy.
+"""Draw how a block of text is denoised, forward by forward, without and with Spiffy, as an SVG of a README's width.
 
 Both halves come from the reference decoders on the small LLaDA of this checkout. They go through the same canvases,
-with Spiffy through several of them per forward.
+with Spiffy through several of them per forward. The picture of the README:
 
-    .venv/bin/python examples/denoising_picture.py "Reverse jay jay dog" build/denoising.svg
+    .venv/bin/python examples/denoising_picture.py "JSON room 13, name emu" docs/denoising.svg
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -26,10 +25,21 @@ from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.spiffy_config import parse_spiffy, read_speculative_config, spiffy_settings, to_json_object
 
 TINY = Path(__file__).parent / "tiny_llada"
-BLOCK_LENGTH = 32
+BLOCK_LENGTH = 16
 MASKED, KNOWN, MODEL, DRAFT = range(4)
-COLORS = {MASKED: "#ffffff", KNOWN: "#e4e4e4", MODEL: "#8ecae6", DRAFT: "#ffb347"}
-LABELS = {MODEL: "chosen in this forward", DRAFT: "accepted draft", KNOWN: "known before", MASKED: "masked"}
+COLORS = {MASKED: "#ffffff", KNOWN: "#e3e7eb", MODEL: "#79b8ea", DRAFT: "#ffb454"}
+LABELS = {MODEL: "unmasked by the forward", DRAFT: "accepted draft", KNOWN: "known before", MASKED: "masked"}
+LEFT, CELL_WIDTH, CELL_HEIGHT = 36, 48, 22
+WIDTH = LEFT + BLOCK_LENGTH * CELL_WIDTH + 16
+# Its own light ground makes it readable on a dark page, too.
+HEAD = """<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">
+<title>{title}</title>
+<style>text {{ font: 13px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #1f2328 }}
+.n {{ fill: #59636e; font-size: 12px; text-anchor: end }} .t {{ text-anchor: middle }}
+.h {{ font: 600 15px system-ui, "DejaVu Sans", sans-serif }} .l {{ font: 13px system-ui, "DejaVu Sans", sans-serif }}
+rect {{ stroke: #c5ccd3 }}</style>
+<rect x="0.5" y="0.5" width="{inner}" height="{bottom}" rx="8" fill="#ffffff"/>
+"""
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def picture_of(states: list[Tensor], roots: list[tuple[int, ...]], mask_token_id
     begins = [0, *(rows.index(root) for root in roots), len(rows) - 1]
     origin = torch.full((len(begins) - 1, BLOCK_LENGTH), MASKED)
     for number, (begin, end) in enumerate(pairwise(begins)):
-        # The last state of a forward follows from the last draft that came true.
+        # The last state of a forward follows from the last accepted draft.
         before, drafted, after = (states[index] != mask_token_id for index in (begin, end - 1, end))
         origin[number] = after.long() * MODEL
         origin[number, drafted] = DRAFT
@@ -123,33 +133,40 @@ def denoising(question: str, config_file: Path) -> tuple[dict[str, Picture], Pre
 
 
 def draw(question: str, config_file: Path, path: Path) -> dict[str, int]:
-    """Write a picture (.svg or .png) of a question's denoising; returns the forwards of each half."""
+    """Write a picture (.svg) of a question's denoising; returns the forwards of each half."""
     pictures, tokenizer = denoising(question, config_file)
-    most = max(len(picture.tokens) for picture in pictures.values())
-    figure = Figure(figsize=(2 * 0.42 * BLOCK_LENGTH, 0.24 * most + 1.2), layout="constrained")
-    for axes, (name, picture) in zip(figure.subplots(1, 2, sharey=True), pictures.items(), strict=True):
-        _draw_half(axes, picture, tokenizer)
-        axes.set_title(f"{name}: {len(picture.tokens)} forwards", fontsize=11)
-        axes.set_ylim(most - 0.5, -0.5)
-    figure.suptitle(f"{question}   (32 positions, one token per step; forward 0 is the refresh)", fontsize=11)
-    patches = [figure.axes[0].scatter([], [], marker="s", s=90, c=COLORS[kind], ec="0.6") for kind in LABELS]
-    figure.legend(patches, LABELS.values(), loc="outside lower center", ncols=len(LABELS), fontsize=9)
-    figure.savefig(path)
+    lines, top = list(_legend(question)), 68
+    for name, picture in pictures.items():
+        num_forwards = len(picture.tokens)
+        lines.append(f'<text class="h" x="{LEFT}" y="{top}">{name}: {num_forwards} forwards</text>')
+        lines += _rows(picture, tokenizer, top + 10)
+        top += 10 + num_forwards * CELL_HEIGHT + 32
+    height = top - 16
+    head = HEAD.format(width=WIDTH, height=height, inner=WIDTH - 1, bottom=height - 1, title=escape(question))
+    path.write_text(head + "\n".join(lines) + "\n</svg>\n")
     return {name: len(picture.tokens) for name, picture in pictures.items()}
 
 
-def _draw_half(axes: Axes, picture: Picture, tokenizer: PreTrainedTokenizerFast) -> None:
-    axes.imshow(picture.origin, cmap=ListedColormap(list(COLORS.values())), vmin=0, vmax=3, aspect="auto")
-    axes.set_xticks(torch.arange(BLOCK_LENGTH) - 0.5, minor=True)
-    axes.set_yticks(torch.arange(len(picture.tokens)) - 0.5, minor=True)
-    axes.grid(which="minor", color="0.85", linewidth=0.5)
-    axes.tick_params(which="minor", length=0)
-    axes.set_xlabel("position")
-    axes.set_ylabel("forward")
-    for number, position in (picture.origin >= MODEL).nonzero().tolist():
-        token = tokenizer.convert_ids_to_tokens(int(picture.tokens[number, position]))
-        text = token.replace("\u0120", "\u00b7").replace("<|endoftext|>", "eos")
-        axes.text(position, number, text, ha="center", va="center", fontsize=8, parse_math=False)
+def _legend(question: str) -> Iterator[str]:
+    yield f'<text class="l" x="{LEFT}" y="30">Question: {escape(question)}</text>'
+    x = WIDTH - 16
+    for kind, label in reversed(LABELS.items()):
+        x -= 32 + 15 * len(label) // 2
+        yield f'<rect x="{x}" y="19" width="14" height="14" fill="{COLORS[kind]}"/>'
+        yield f'<text class="l" x="{x + 20}" y="31">{label}</text>'
+
+
+def _rows(picture: Picture, tokenizer: PreTrainedTokenizerFast, top: int) -> Iterator[str]:
+    for number, kinds in enumerate(picture.origin.tolist()):
+        y = top + number * CELL_HEIGHT
+        yield f'<text class="n" x="{LEFT - 8}" y="{y + 15}">{number + 1}</text>'
+        for position, kind in enumerate(kinds):
+            x = LEFT + position * CELL_WIDTH
+            yield f'<rect x="{x}" y="{y}" width="{CELL_WIDTH}" height="{CELL_HEIGHT}" fill="{COLORS[kind]}"/>'
+            if kind != MASKED:
+                token = tokenizer.convert_ids_to_tokens(int(picture.tokens[number, position]))
+                text = escape(token.replace("\u0120", "\u2423").replace("<|endoftext|>", "end"))
+                yield f'<text class="t" x="{x + CELL_WIDTH // 2}" y="{y + 15}">{text}</text>'
 
 
 if __name__ == "__main__":

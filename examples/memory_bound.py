@@ -1,7 +1,7 @@
 """Measure speculation where a forward is bound by memory, as a large model's is on a GPU.
 
 The model is the small LLaDA of this checkout, padded with zeros to a width of 2048: it computes the same function, so
-its answers and the drafts that come true are those of a trained model, but a step takes the time that 250 million
+its answers and the accepted drafts are those of a trained model, but a step takes the time that 250 million
 weights take to travel from memory, and some more rows cost little.
 
     .venv/bin/python examples/memory_bound.py --out build/memory_bound

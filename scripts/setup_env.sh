@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
-# Make .venv: a Python with the pinned CPU build of vLLM and the tools. Does nothing when that is done already.
-# PYTHON chooses the interpreter. The stamp is written last, so an interrupted run is taken up by the next one.
+# Install one set of pinned packages into .venv; does nothing when that is done already.
+#   venv   .venv itself, with the Python that PYTHON names
+#   build  torch, and the tools that build the ops against it
+#   serve  vLLM, and what serving this plugin's models with it loads
+#   dev    all else that vLLM requires, and the tools of the checks and the tests
+# The sets share no package, so they can be installed at the same time. A set's stamp is written last, so an interrupted
+# run is taken up by the next one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,29 +26,44 @@ find_python() {
     "install one, or name it: make setup PYTHON=/path/to/python3.11"
 }
 
-stamp=.venv/.requirements
-wanted=$(cat requirements/*.txt packaging/vllm-alias/pyproject.toml scripts/setup_env.sh | cksum)
-if [[ -x .venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
-  exit 0
-fi
-
-command -v "${CXX:-c++}" >/dev/null || fail "found no C++ compiler '${CXX:-c++}'; install one (Debian: apt install g++), or set CXX"
-
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+make_venv() {
+  if .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    return
+  fi
+  local python
   python=$(find_python)
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$python has no venv or no ensurepip, which a virtual environment needs;" \
       "install them (Debian: apt install python3-venv), or name another Python: make setup PYTHON=..."
   echo "setup: making .venv with $("$python" --version)"
   "$python" -m venv --clear .venv
-fi
+}
 
-export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
-pip=(.venv/bin/python -m pip install -qq --no-compile)
-rm -f "$stamp"
-echo "setup: installing the pinned packages (about two minutes)"
-"${pip[@]}" -r requirements/cpu.txt -r requirements/dev.txt
-"${pip[@]}" --no-deps -r requirements/cpu-no-deps.txt
-"${pip[@]}" --no-deps --no-build-isolation packaging/vllm-alias
-rm -rf packaging/vllm-alias/build packaging/vllm-alias/*.egg-info
-echo "$wanted" >"$stamp"
+# install_set NAME WHAT PIP_ARGUMENTS...
+install_set() {
+  local stamp=.venv/.$1 what=$2 wanted files=()
+  shift 2
+  mapfile -t files < <(printf '%s\n' "$@" | grep '\.txt$')
+  wanted=$(cat "${files[@]}" scripts/setup_env.sh | cksum)
+  if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    return
+  fi
+  rm -f "$stamp"
+  echo "setup: installing $what"
+  PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install -qq --no-compile "$@"
+  echo "$wanted" >"$stamp"
+  echo "setup: installed $what ($SECONDS s)"
+}
+
+case ${1:-} in
+  venv)
+    command -v "${CXX:-c++}" >/dev/null ||
+      fail "found no C++ compiler '${CXX:-c++}'; install one (Debian: apt install g++), or set CXX"
+    make_venv
+    ;;
+  # Resolved: a torch with CUDA requires packages that the pins do not name.
+  build) install_set build "torch and the tools of the build" -r requirements/build.txt ;;
+  serve) install_set serve "vLLM" --no-deps -r requirements/serve.txt ;;
+  dev) install_set dev "the tools of the tests" --no-deps -r requirements/vllm.txt -r requirements/dev.txt ;;
+  *) fail "'${1:-}' is no set of packages; allowed are venv, build, serve and dev" ;;
+esac

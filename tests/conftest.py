@@ -1,14 +1,19 @@
-"""Seeds, threads, and the skip of GPU tests where there is no GPU."""
+"""Seeds, threads, the skip of GPU tests where there is no GPU, and which tests run, where and in which order."""
 
 import os
 
-# The models are so small that a second thread only waits; on a busy machine it waits for whole time slices.
+# The models are so small that a second thread only waits; and what waits sleeps, since another worker has tests to run.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
+
+from tests.suite import slow
+from tests.suite.order import check_groups, group_items
 
 if find_spec("hypothesis") is not None:  # a GPU machine may lack it; the tests of the ops do without
     from hypothesis import settings
@@ -22,10 +27,35 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", choices=slow.CHOICES, default="none", help="which tests marked slow to run: %(choices)s")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    slow.configure(config)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return slow.header(config)
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups next
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow.select(config, items)
+    group_items(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    if node.config.option.dist == "loadgroup":
+        check_groups(ids)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    slow.record(session.config, exitstatus)

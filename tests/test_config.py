@@ -1,17 +1,21 @@
 """Settings of a server and options of a request: what is read, what is refused, and in which words."""
 
+from typing import get_args
+
+import numpy as np
 import pytest
 
+from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
+    POLICY_ALIASES,
     DllmConfig,
     InvalidOptionError,
+    PolicyName,
     RequestOptions,
     check_policy_options,
-    max_prompt_len,
     parse_request_options,
     parse_server_settings,
     request_steps,
-    row_blocks,
 )
 
 
@@ -89,6 +93,8 @@ def test_request_options_are_refused_by_the_users_name() -> None:
     with pytest.raises(InvalidOptionError) as refused:
         parse_request_options({"dllm_threshold": "high"})
     assert (refused.value.parameter, refused.value.value) == ("dllm_threshold", "high")
+    with pytest.raises(InvalidOptionError, match=r"dllm_policy is 'greedy', allowed are 'static', .*'low_confidence'"):
+        parse_request_options({"dllm_policy": "greedy"})
 
 
 @pytest.mark.parametrize(
@@ -151,17 +157,27 @@ def test_the_longest_prompt_leaves_a_block_and_no_more(kv_policy: str, block_len
 
 def test_steps_are_split_over_blocks() -> None:
     settings = DllmConfig(block_length=16)
-    blocks = row_blocks(5, 64, settings, max_model_len=100)
-    assert request_steps(RequestOptions(steps=8), settings, blocks) == 2
-    assert request_steps(RequestOptions(), settings, blocks) == 16
+    assert request_steps(RequestOptions(steps=8), settings, 64) == 2
+    assert request_steps(RequestOptions(steps=8), settings, 50) == 2
+    assert request_steps(RequestOptions(), settings, 64) == 16
     for steps in (6, 65, 128):
         with pytest.raises(
-            InvalidOptionError, match=f"dllm_steps is {steps}, but 64 positions in 4 blocks of 16 need a multiple of 4"
+            InvalidOptionError, match=f"dllm_steps is {steps}, but max_tokens 64 in 4 blocks of 16 need a multiple of 4"
         ):
-            request_steps(RequestOptions(steps=steps), settings, blocks)
+            request_steps(RequestOptions(steps=steps), settings, 64)
 
 
-def test_steps_are_split_over_the_block_of_the_tail_too() -> None:
-    settings = DllmConfig(block_length=8, kv_policy="block_causal")
-    blocks = row_blocks(5, 4, settings, max_model_len=100)
-    assert request_steps(RequestOptions(steps=6), settings, blocks) == 3
+@pytest.mark.parametrize("alias", POLICY_ALIASES)
+def test_a_familys_name_of_a_policy_is_taken_everywhere(alias: str) -> None:
+    policy = POLICY_ALIASES[alias]
+    assert parse_server_settings({"policy": alias}).policy == policy
+    assert parse_request_options({"dllm_policy": alias}).policy == policy
+    assert policy in get_args(PolicyName)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = {"dllm_steps": np.int64(4), "dllm_threshold": np.float32(0.5), "dllm_factor": np.int32(1)}
+    options = parse_request_options(given)
+    assert (options.steps, options.threshold, options.factor) == (4, 0.5, 1.0)
+    with pytest.raises(InvalidOptionError, match=r"dllm_steps is np\.True_"):
+        parse_request_options({"dllm_steps": np.True_})

@@ -64,6 +64,19 @@ def test_commands_name_things_that_exist(page):
             assert (ROOT / path).exists(), path
 
 
+def test_figures_of_the_readme_are_in_the_benchmarks():
+    text = (ROOT / "README.md").read_text()
+    tables = re.findall(r"^\|.*\|$", text, re.MULTILINE)
+    figures = set(re.findall(r"\b\d+\.\d\d\b", "\n".join(tables)))
+    assert len(figures) >= 12
+    measured = (ROOT / "docs/benchmarks.md").read_text()
+    assert [figure for figure in figures if not re.search(rf"\b{re.escape(figure)}\b", measured)] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 def test_tests_that_pages_name_exist(page):
     for file, name in TEST_NAME.findall(page.read_text()):
         found = [path for path in ROOT.glob(f"tests/**/{file}") if f"def {name}(" in path.read_text()]

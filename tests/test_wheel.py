@@ -9,19 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.ops.isas import run_tests
+
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.slow
-
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISA = "import vllm_dllm.ops.library as library; print(library.cpu_isa())"
 USE = "import vllm_dllm.ops.library as library; print(library.__file__, library.cpu_isa())"
 
 
-@pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the source distribution, and a wheel from it alone."""
+@pytest.fixture(scope="module", params=["native", pytest.param("all", marks=pytest.mark.slow("isas"))])
+def dist(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the source distribution, and a wheel from it alone, for the machine's instruction set or as released."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    environment = os.environ | {"CMAKE_ARGS": "-DDLLM_CUDA=OFF"}
+    environment = os.environ | {"CMAKE_ARGS": f"-DDLLM_CUDA=OFF -DDLLM_ISAS={request.param}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder
@@ -73,4 +75,17 @@ def test_the_wheel_installs_and_loads(dist, tmp_path):
     assert done.returncode == 0, done.stderr
     file, isa = done.stdout.split()
     assert Path(file).is_relative_to(tmp_path)
-    assert isa in {"portable", "avx2", "avx512", "avx512_bf16"}
+    assert isa in ISAS
+
+
+@pytest.mark.slow("isas")
+@pytest.mark.parametrize("dist", ["all"], indirect=True)
+def test_every_instruction_set_of_the_machine_equals_torch(dist, tmp_path):
+    library = tmp_path / "_C.so"
+    with zipfile.ZipFile(only(dist, "*.whl")) as wheel:
+        library.write_bytes(wheel.read("vllm_dllm/_C.so"))
+    ran = [isa for isa in ISAS if " passed" in run_tests(isa, library)]
+    best = subprocess.run(
+        [sys.executable, "-c", ISA], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert ran == list(ISAS[: ISAS.index(best) + 1])

@@ -7,10 +7,10 @@ the unmasking policy through `SamplingParams.extra_args` (`vllm_xargs` over HTTP
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import ConfigError
@@ -27,6 +27,15 @@ PolicyName = Literal[
     "dynamic",
     "entropy_bounded",
 ]
+POLICY_ALIASES: dict[str, PolicyName] = {
+    "low_confidence": "static",  # LLaDA's name
+    "low_confidence_static": "static",  # SDAR's
+    "maskgit_plus": "static",  # Dream's
+    "topk_margin": "margin",
+    "low_confidence_dynamic": "dynamic",
+}
+"""The families' own names of policies; taken wherever the name of one is, and replaced by ours."""
+
 KvPolicyName = Literal["dual", "prefix", "block_causal"]
 AttentionName = Literal["auto", "csrc", "flashinfer", "xformers", "torch"]
 
@@ -36,7 +45,11 @@ REQUEST_PREFIX = "dllm_"
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 # Each type's description says what is allowed, in error messages.
-_Policy = Annotated[PolicyName, Field(description=", ".join(map(repr, get_args(PolicyName))))]
+_Policy = Annotated[
+    PolicyName,
+    BeforeValidator(lambda name: POLICY_ALIASES.get(name, name) if isinstance(name, str) else name),
+    Field(description=", ".join(map(repr, (*get_args(PolicyName), *POLICY_ALIASES)))),
+]
 _Threshold = Annotated[float, Field(gt=0.0, le=1.0, description="numbers above 0 and up to 1")]
 _Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False, description="finite numbers above 0")]
 _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
@@ -198,7 +211,7 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
             extra_args,
         )
     values = {
-        key.removeprefix(REQUEST_PREFIX): value
+        key.removeprefix(REQUEST_PREFIX): plain_number(value)
         for key, value in (extra_args or {}).items()
         if key.startswith(REQUEST_PREFIX)
     }
@@ -206,6 +219,13 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
         return RequestOptions.model_validate(values)
     except ValidationError as error:
         raise explain(error, RequestOptions, REQUEST_PREFIX) from None
+
+
+def plain_number(value: object) -> object:
+    """Return a number of another library (NumPy's, say) as Python's own, anything else as it is."""
+    if isinstance(value, Integral):
+        return value if isinstance(value, int) else int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
@@ -250,73 +270,37 @@ def _allowed(field: FieldInfo) -> str:
         metadata.description
         for option in get_args(field.annotation)
         for metadata in getattr(option, "__metadata__", ())
-        if metadata.description
+        if isinstance(metadata, FieldInfo) and metadata.description
     )
     assert found, "every type above is described"
     return str(found)
 
 
-@dataclass(frozen=True, slots=True)
-class RowBlocks:
-    """The blocks that a request's row is decoded in, one after another.
-
-    Attributes:
-        begin: first position of the first one; the prompt's tail lies from here on, where there is one.
-        end: behind the last one, where the row ends.
-        block_length: positions of each.
-    """
-
-    begin: int
-    end: int
-    block_length: int
-
-    def __len__(self) -> int:
-        """Return the number of blocks."""
-        return (self.end - self.begin) // self.block_length
-
-
-def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model_len: int) -> RowBlocks:
-    """Return the blocks of a request; none for a prompt that leaves no room for one.
-
-    As many as `max_tokens` needs and `max_model_len` has room for. A bidirectional model's begin behind the prompt; it
-    attends to every masked position of the row, so the row's length is part of what it sees. Under `block_causal` they
-    begin at multiples of their length, and behind each there is room for another.
-    """
-    block_length, is_causal = settings.block_length, settings.kv_policy == "block_causal"
-    begin = prompt_len - prompt_len % block_length if is_causal else prompt_len
-    wanted = -(-(prompt_len + max_tokens - begin) // block_length)
-    fitting = (max_model_len - begin) // block_length - is_causal
-    if prompt_len > max_prompt_len(settings, max_model_len):
-        fitting = 0
-    return RowBlocks(begin, begin + min(wanted, fitting) * block_length, block_length)
-
-
-def max_prompt_len(settings: DllmConfig, max_model_len: int) -> int:
-    """Return the length of the longest prompt that leaves room for what its first step has in flight.
-
-    That is a block. Under `block_causal` it is two, counted from the known tokens as vLLM counts: with the first step
-    of a block the rows of the block before it are in flight, and with async scheduling any step has as many.
-    """
-    return max_model_len - settings.block_length * (1 + (settings.kv_policy == "block_causal"))
-
-
-def request_steps(options: RequestOptions, settings: DllmConfig, blocks: RowBlocks) -> int:
+def request_steps(options: RequestOptions, settings: DllmConfig, max_tokens: int) -> int:
     """Return the steps of each block of a request, 1..block_length.
 
-    `dllm_steps` are split over the blocks as LLaDA's `generate` does.
+    `dllm_steps` are split over the blocks that `max_tokens` fill, as LLaDA's `generate` does. Aligned blocks may be one
+    more, since the first one holds the prompt's tail; it gets as many steps as the others, so that what is allowed does
+    not depend on the prompt.
+
+    Args:
+        options: of the request.
+        settings: of the server.
+        max_tokens: what the request generates at most (tokens), no more than `blocks.row_blocks` has room for.
 
     Raises: InvalidOptionError when they are not a whole number of steps, at most `block_length`, for each block, and
         when the policy is `dynamic` and a block cannot be split evenly over its steps.
     """
-    block_length, policy = blocks.block_length, options.policy or settings.policy
+    block_length, policy = settings.block_length, options.policy or settings.policy
     name, value = ("policy", policy) if options.steps is None else ("steps", options.steps)
     if options.steps is None:
         steps = settings.steps_per_block or block_length
     else:
-        num_blocks, most = len(blocks), blocks.end - blocks.begin
+        num_blocks = -(-max_tokens // block_length)
+        most = num_blocks * block_length
         if options.steps % num_blocks or options.steps > most:
             raise InvalidOptionError(
-                f"{REQUEST_PREFIX}steps is {options.steps}, but {most} positions in {num_blocks} blocks of "
+                f"{REQUEST_PREFIX}steps is {options.steps}, but max_tokens {max_tokens} in {num_blocks} blocks of "
                 f"{block_length} need a multiple of {num_blocks} between {num_blocks} and {most}; change "
                 f"{REQUEST_PREFIX}steps or max_tokens",
                 REQUEST_PREFIX + name,

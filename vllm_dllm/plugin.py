@@ -42,15 +42,18 @@ def _register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    from vllm_dllm.engine import compat, config_hook, cpu, request, stat_logger
+    from vllm_dllm.engine import compat, config_hook, cpu, refusals, request, serving, stat_logger
     from vllm_dllm.spiffy_config import METHOD, read_speculative_config
 
     cpu.install_gate(frozenset(FAMILY_BY_ARCHITECTURE))
     compat.around_argument_defaults(config_hook.refuse_explicit_flags, config_hook.clear_flags)
     compat.extend_speculative_arguments(read_speculative_config, METHOD)
     compat.before_speculative_config(config_hook.take_spiffy)
-    compat.replace_diffusion_check(config_hook.is_ours, request.refuse_unsupported)
+    compat.replace_diffusion_check(config_hook.is_ours, refusals.refuse_unsupported)
     compat.after_admission(request.finish_admission)
+    compat.around_tokenization(request.prompt_that_fits)
+    compat.unwrap_config_errors()
+    compat.before_serving(serving.install)
     stat_logger.add_to_vllm()
     for family in FAMILIES:
         config_class = resolve_name(family.config_class)

@@ -8,35 +8,46 @@
 namespace dllm::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
-
-Isa best_isa() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("x86-64-v4")) {
-    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
-  }
-  if (__builtin_cpu_supports("x86-64-v3")) {
-    return Isa::kAvx2;
-  }
+bool is_built(Isa isa) {
+  switch (isa) {
+    case Isa::kPortable:
+#if defined(DLLM_BUILT_avx2)
+    case Isa::kAvx2:
 #endif
-  return Isa::kPortable;
+#if defined(DLLM_BUILT_avx512)
+    case Isa::kAvx512:
+#endif
+#if defined(DLLM_BUILT_avx512_bf16)
+    case Isa::kAvx512Bf16:
+#endif
+      return true;
+    default:
+      return false;
+  }
+}
+
+// The names of those in the build that are not beyond `last`.
+std::string built_up_to(Isa last, const char* separator) {
+  std::string names;
+  for (int level = 0; level <= static_cast<int>(last); ++level) {
+    if (is_built(static_cast<Isa>(level))) {
+      names += std::string(names.empty() ? "" : separator) + kIsaNames[level];
+    }
+  }
+  return names;
 }
 
 Isa choose_isa() {
-  const Isa best = best_isa();
   const char* wanted = std::getenv("VLLM_DLLM_ISA");
-  if (wanted == nullptr) {
-    return best;
-  }
-  std::string allowed;
-  for (int level = 0; level <= static_cast<int>(best); ++level) {
-    if (std::strcmp(wanted, kNames[level]) == 0) {
-      return static_cast<Isa>(level);
+  for (int level = static_cast<int>(machine_isa()); level >= 0; --level) {
+    const Isa isa = static_cast<Isa>(level);
+    if (is_built(isa) && (wanted == nullptr || std::strcmp(wanted, kIsaNames[level]) == 0)) {
+      return isa;
     }
-    allowed += std::string(level == 0 ? "" : ", ") + kNames[level];
   }
-  throw std::runtime_error(std::string("VLLM_DLLM_ISA is '") + wanted + "', this machine allows " + allowed +
-                           "; choose one of these or unset it");
+  throw std::runtime_error(std::string("VLLM_DLLM_ISA is '") + wanted + "', this machine allows " +
+                           built_up_to(machine_isa(), ", ") + " of those that the library was built for (" +
+                           built_isas() + "); choose one of these or unset it");
 }
 
 }  // namespace
@@ -46,6 +57,6 @@ Isa isa() {
   return chosen;
 }
 
-const char* isa_name() { return kNames[static_cast<int>(isa())]; }
+std::string built_isas() { return built_up_to(Isa::kAvx512Bf16, ","); }
 
 }  // namespace dllm::cpu

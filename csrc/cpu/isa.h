@@ -1,17 +1,38 @@
-// The instruction set that the CPU kernels run with: the best one that the machine has, chosen once.
+// The instruction set that the CPU kernels run with: the best one that the build and the machine have, chosen once.
 //
-// Sources in simd/ are compiled once for each; DLLM_DISPATCH calls the one for the machine at hand.
+// Sources in simd/ are compiled for each of CMake's DLLM_ISAS, and for portable always; DLLM_DISPATCH calls those of
+// the chosen one.
 #pragma once
+
+#include <string>
 
 namespace dllm::cpu {
 
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 
-// Raises std::runtime_error if VLLM_DLLM_ISA names one that is unknown or that the machine lacks.
+// As VLLM_DLLM_ISA and DLLM_ISAS spell them.
+inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+// The best one that the machine has, in the build or not.
+inline Isa machine_isa() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("x86-64-v4")) {
+    return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+  }
+  if (__builtin_cpu_supports("x86-64-v3")) {
+    return Isa::kAvx2;
+  }
+#endif
+  return Isa::kPortable;
+}
+
+// Raises std::runtime_error if VLLM_DLLM_ISA names one that is unknown, or that the build or the machine lacks.
 Isa isa();
 
-// "portable", "avx2", "avx512" or "avx512_bf16", as VLLM_DLLM_ISA spells them.
-const char* isa_name();
+// Those of the build, with commas: "portable,avx2".
+std::string built_isas();
+
+inline const char* name_of(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
 
 }  // namespace dllm::cpu
 
@@ -30,18 +51,34 @@ const char* isa_name();
   void function(const Args&);        \
   }
 
-#if defined(__x86_64__)
+// A case for each instruction set of the build; CMake defines DLLM_BUILT_*.
+#if defined(DLLM_BUILT_avx2)
+#define DLLM_CASE_AVX2(call)    \
+  case ::dllm::cpu::Isa::kAvx2: \
+    return avx2::call;
+#else
+#define DLLM_CASE_AVX2(call)
+#endif
+#if defined(DLLM_BUILT_avx512)
+#define DLLM_CASE_AVX512(call)    \
+  case ::dllm::cpu::Isa::kAvx512: \
+    return avx512::call;
+#else
+#define DLLM_CASE_AVX512(call)
+#endif
+#if defined(DLLM_BUILT_avx512_bf16)
+#define DLLM_CASE_AVX512_BF16(call)   \
+  case ::dllm::cpu::Isa::kAvx512Bf16: \
+    return avx512_bf16::call;
+#else
+#define DLLM_CASE_AVX512_BF16(call)
+#endif
+
 #define DLLM_DISPATCH(function, args)     \
   switch (::dllm::cpu::isa()) {           \
-    case ::dllm::cpu::Isa::kAvx512Bf16:   \
-      return avx512_bf16::function(args); \
-    case ::dllm::cpu::Isa::kAvx512:       \
-      return avx512::function(args);      \
-    case ::dllm::cpu::Isa::kAvx2:         \
-      return avx2::function(args);        \
-    case ::dllm::cpu::Isa::kPortable:     \
+    DLLM_CASE_AVX512_BF16(function(args)) \
+    DLLM_CASE_AVX512(function(args))      \
+    DLLM_CASE_AVX2(function(args))        \
+    default:                              \
       return portable::function(args);    \
   }
-#else
-#define DLLM_DISPATCH(function, args) return portable::function(args)
-#endif

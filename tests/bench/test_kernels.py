@@ -76,7 +76,6 @@ def test_a_walk_that_differs_is_an_error(monkeypatch):
         verify_contestants(WalkProblem(3, 8, has_noise=False, device=CPU))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("num_kv_heads", "block_length"), [(4, 8), (1, 33)])
 def test_vllm_computes_the_same(dtype, num_kv_heads, block_length, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from vllm_dllm.cli import doctor as doctor_module
-from vllm_dllm.cli.doctor import Finding, cuda_kernels, runs_on
+from vllm_dllm.cli.doctor import Finding, cpu_kernels, cuda_kernels, runs_on
 from vllm_dllm.cli.main import app
 from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.ops import load
@@ -58,6 +58,13 @@ def test_this_environment(monkeypatch):
     assert torch.__version__ in found["torch"].text
     assert "LLaDAModelLM, DreamModel, SDARForCausalLM" in found["plugin"].text
     assert found["native ops"] == Finding("native ops", f"{', '.join(load.OPS)}, from {load.LIBRARY}")
+
+
+def test_kernels_of_another_machine():
+    finding = cpu_kernels("portable", "avx512", ["portable", "avx512_bf16"])
+    assert finding.level == "missing"
+    assert "built for portable, avx512_bf16 and not for avx512, which this machine has" in finding.text
+    assert cpu_kernels("portable", "avx2", ["portable", "avx2"]).level == "ok"
 
 
 def test_no_vllm(monkeypatch):

@@ -14,7 +14,7 @@ from vllm_dllm.cli import main
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, load_graph, save_graph
 from vllm_dllm.draft.merge import merge_graphs
-from vllm_dllm.draft.picture import draw_graph
+from vllm_dllm.draft.picture import draw_graph, title_of
 from vllm_dllm.errors import ConfigError
 
 WIDE = {"COLUMNS": "200"}
@@ -66,9 +66,15 @@ def test_show_draws_the_same_picture_every_time(name: str, begin: bytes, path: P
 def test_a_picture_names_every_node(tmp_path: Path) -> None:
     draw_graph(GRAPH, tmp_path / "out.svg", "a $title$ & more")
     text = (tmp_path / "out.svg").read_text()
-    assert all(label in text for label in ("root", "1  {0}", "2  {1}", "3  {0-1}", "4  {0:1}", "a $title$ &amp; more"))
+    assert all(label in text for label in ("root", "{0}", "{1}", "{0-1}", "{0:1}", "3:  30.0%", "a $title$ &amp; more"))
     draw_graph(DraftGraph(GRAPH.formulas), tmp_path / "uncounted.svg", "")
-    assert "share" not in (tmp_path / "uncounted.svg").read_text()
+    assert "Percent" not in (tmp_path / "uncounted.svg").read_text()
+
+
+def test_a_picture_says_what_the_graph_is_for(path: Path, tmp_path: Path) -> None:
+    assert run("graph", "show", path, "--picture", tmp_path / "out.svg")[0] == 0
+    assert "Draft graph with 4 nodes for models/llada-tiny, policy" in (tmp_path / "out.svg").read_text()
+    assert title_of(GraphFile(GRAPH)) == "Draft graph with 4 nodes"
 
 
 def test_pictures_that_cannot_be_drawn(tmp_path: Path, monkeypatch) -> None:

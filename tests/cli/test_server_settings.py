@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from vllm_dllm.cli.main import app
 from vllm_dllm.cli.server_settings import given_settings, server_settings
 from vllm_dllm.errors import ConfigError
 
@@ -35,6 +37,16 @@ def test_an_option_wins(tmp_path: Path) -> None:
     given = given_settings("static", 8, None, None, None, 0.5, None)
     found = server_settings(model, given)
     assert (found.block_length, found.policy, found.alg_temp, found.threshold) == (8, "static", 0.5, 0.85)
+
+
+def test_a_familys_name_of_a_policy_is_taken(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path, architectures=["LLaDAModelLM"])
+    assert server_settings(model, {"policy": "low_confidence_dynamic"}).policy == "dynamic"
+    graph = ["graph", "check", str(tmp_path / "gone.json"), "--policy"]
+    assert "gone.json" in CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(app, [*graph, "maskgit_plus"]).output
+    refused = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(app, [*graph, "best"])
+    assert refused.exit_code == 2
+    assert "'best', allowed are static, random" in refused.output
 
 
 def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.rig import CHECKPOINT, Oracle, make_wild_checkpoint
-from tests.e2e.sdar import make_wild_sdar
+from tests.e2e.rig import CHECKPOINT, Oracle, make_wild_checkpoint, stop_shared_engine
+from tests.e2e.sdar import SdarOracle, make_wild_sdar
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,6 +16,7 @@ def _in_process() -> Iterator[None]:
     before = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     yield
+    stop_shared_engine()
     if before is None:
         del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
     else:
@@ -70,3 +71,15 @@ def mild_sdar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mild_sdar") / "checkpoint"
     make_wild_sdar(path, mixing=0.05)
     return path
+
+
+@pytest.fixture(scope="session")
+def sdar_oracle(wild_sdar: Path) -> SdarOracle:
+    """The reference decoder on the random SDAR model."""
+    return SdarOracle(wild_sdar)
+
+
+@pytest.fixture(scope="session")
+def mild_sdar_oracle(mild_sdar: Path) -> SdarOracle:
+    """The reference decoder on the one that can be foreseen a little."""
+    return SdarOracle(mild_sdar)

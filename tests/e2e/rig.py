@@ -1,7 +1,6 @@
-"""Engines in the test's own process: they start in seconds, and a test can look inside them."""
+"""Requests, random models, the reference decoder on them, and what tests do with an engine."""
 
 import dataclasses
-import gc
 import itertools
 import json
 import math
@@ -9,8 +8,7 @@ import random
 import re
 import runpy
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer
 
-from vllm_dllm.config import POLICY_OPTIONS, DllmConfig, PolicyName, row_blocks
+from tests.e2e.engines import MAX_MODEL_LEN, NUM_SLOTS
+from tests.e2e.engines import engine as engine
+from tests.e2e.engines import shared_engine as shared_engine
+from tests.e2e.engines import stop_shared_engine as stop_shared_engine
+from vllm_dllm.blocks import row_blocks
+from vllm_dllm.config import POLICY_OPTIONS, DllmConfig, PolicyName
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
 from vllm_dllm.draft.readiness import Readiness
@@ -31,8 +34,6 @@ from vllm_dllm.reference.sampling import Sampling
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT = EXAMPLES / "tiny_llada/checkpoint"
-MAX_MODEL_LEN = 128
-NUM_SLOTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,20 +104,51 @@ def write_wild(path: Path, config: dict[str, Any], model_of: Callable[[Path], nn
 
 
 class Oracle:
-    """The reference decoder on a checkpoint."""
+    """The reference decoder on a checkpoint. It decodes a case once, however many tests compare with it.
 
-    def __init__(self, checkpoint: Path, model: Model | None = None, rules: Rules = LLADA) -> None:
+    Args:
+        checkpoint: its folder.
+        model: the reference model, by default LLaDA's.
+        rules: the family's.
+        max_model_len: of the engine that it is compared with.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        model: Model | None = None,
+        rules: Rules = LLADA,
+        max_model_len: int = MAX_MODEL_LEN,
+    ) -> None:
         self.checkpoint = checkpoint
         self.model = model or LLaDA.from_pretrained(checkpoint, torch.float32)
         self.rules = rules
+        self.max_model_len = max_model_len
+        self._decoded: dict[Hashable, Any] = {}
+
+    def _once(self, decode: Callable[..., Any], case: Case, settings: dict[str, Any], *more: Hashable) -> Any:
+        key = (decode.__name__, case, tuple(sorted(settings.items())), *more)
+        if key not in self._decoded:
+            self._decoded[key] = decode(case, settings, *more)
+        return self._decoded[key]
 
     def generation(self, case: Case, settings: dict[str, Any]) -> Any:
+        """Decode without drafts."""
+        return self._once(self._generate, case, settings)
+
+    def speculative(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
+        """Decode with drafts, under the dual cache."""
+        return self._once(self._speculate, case, settings, graph, budget)
+
+    def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
         kv = KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"))
         return generate(self.model, torch.tensor(case.prompt), kv=kv, **self._options(case, settings))
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)
-        blocks = row_blocks(len(case.prompt), case.max_tokens, DllmConfig(block_length=block_length), MAX_MODEL_LEN)
+        blocks = row_blocks(
+            len(case.prompt), case.max_tokens, DllmConfig(block_length=block_length), self.max_model_len
+        )
         return {
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
@@ -139,8 +171,7 @@ class Oracle:
             ),
         }
 
-    def speculative(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
-        """Decode with drafts, under the dual cache."""
+    def _speculate(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
         plain = self._options(case, settings)
         return spiffy.generate(self.model, torch.tensor(case.prompt), graph=graph, budget=budget, **plain)
 
@@ -183,28 +214,9 @@ def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = L
     return cases
 
 
-@contextmanager
-def engine(checkpoint: Path, settings: dict[str, Any], **changes: Any) -> Iterator[Any]:
-    """An `LLM` of a checkpoint; `changes` are engine arguments. One at a time: engines share vLLM's global state."""
-    from vllm import LLM
-
-    values: dict[str, Any] = {
-        "model": str(checkpoint),
-        "dtype": "float32",
-        "max_model_len": MAX_MODEL_LEN,
-        "max_num_seqs": NUM_SLOTS,
-        "block_size": 16,
-        "kv_cache_memory_bytes": 64 << 20,
-        "distributed_executor_backend": "uni",
-        "additional_config": {"dllm": settings},
-    }
-    llm = LLM(**(values | changes))
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+def short(cases: list[Case]) -> list[Case]:
+    """Return six cases of at most 24 tokens, for engines with slow steps: two ranks on two busy cores."""
+    return [dataclasses.replace(case, max_tokens=min(case.max_tokens, 24), steps=None) for case in cases[:6]]
 
 
 def run_outputs(llm: Any, cases: list[Case], **changes: Any) -> list[Any]:

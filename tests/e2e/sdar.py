@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases, step_all, write_wild
-from vllm_dllm.config import DllmConfig, PolicyName, row_blocks
+from vllm_dllm.blocks import row_blocks
+from vllm_dllm.config import DllmConfig, PolicyName
 from vllm_dllm.reference.block_causal import generate
 from vllm_dllm.reference.policy import SDAR
 from vllm_dllm.reference.qwen import Qwen, QwenConfig
@@ -56,10 +57,9 @@ class SdarOracle(Oracle):
     """
 
     def __init__(self, checkpoint: Path, max_model_len: int = MAX_MODEL_LEN) -> None:
-        super().__init__(checkpoint, Qwen.from_pretrained(checkpoint, torch.float32), SDAR)
-        self.max_model_len = max_model_len
+        super().__init__(checkpoint, Qwen.from_pretrained(checkpoint, torch.float32), SDAR, max_model_len)
 
-    def generation(self, case: Case, settings: dict[str, Any]) -> Any:
+    def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
         options = self._options(case, settings)
         del options["rules"]
         return generate(self.model, torch.tensor(case.prompt), **options)
@@ -68,7 +68,8 @@ class SdarOracle(Oracle):
         block_length = settings.get("block_length", CONFIG["block_size"])
         server = DllmConfig(block_length=block_length, kv_policy="block_causal")
         blocks = row_blocks(len(case.prompt), case.max_tokens, server, self.max_model_len)
-        steps = case.steps and case.steps // len(blocks)
+        max_tokens = min(case.max_tokens, blocks.end - len(case.prompt))
+        steps = case.steps and case.steps // -(-max_tokens // block_length)
         options = super()._options(dataclasses.replace(case, steps=steps), settings | {"block_length": block_length})
         return options | {"gen_length": blocks.end - len(case.prompt)}
 
@@ -83,7 +84,8 @@ def sdar_cases(block_length: int, seed: int) -> list[Case]:
         server = DllmConfig(block_length=block_length, kv_policy="block_causal")
         blocks = row_blocks(len(prompt), case.max_tokens, server, MAX_MODEL_LEN)
         per_block = rng.choice([n for n in range(1, block_length + 1) if block_length % n == 0])
-        steps = None if case.steps is None else per_block * len(blocks)
+        max_tokens = min(case.max_tokens, blocks.end - len(prompt))
+        steps = None if case.steps is None else per_block * -(-max_tokens // block_length)
         cases.append(dataclasses.replace(case, prompt=prompt, steps=steps))
     return cases
 

@@ -1,23 +1,20 @@
 """A request's tokens depend on nothing but the request: not on neighbours, preemption, aborts or a full engine."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.e2e.rig import MAX_MODEL_LEN, Case, engine, mixed_cases, run, step_all
-
-pytestmark = pytest.mark.engine
+from tests.e2e.rig import MAX_MODEL_LEN, NUM_SLOTS, Case, mixed_cases, run, shared_engine, step_all
 
 SETTINGS = {"block_length": 8}
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group(f"llada {SETTINGS}")]
 
 
-@pytest.fixture(scope="module")
-def llm(wild: Path) -> Iterator[Any]:
-    with engine(wild, SETTINGS, max_num_seqs=5) as llm:
-        yield llm
+@pytest.fixture
+def llm(wild: Path) -> Any:
+    return shared_engine(wild, SETTINGS)
 
 
 def test_alone_equals_in_a_batch(llm: Any, oracle: Any) -> None:
@@ -28,7 +25,9 @@ def test_alone_equals_in_a_batch(llm: Any, oracle: Any) -> None:
 
 
 def test_order_does_not_matter(llm: Any) -> None:
-    cases = mixed_cases(8, seed=4)[:7]
+    """Of more requests than there are slots, other ones wait."""
+    cases = mixed_cases(8, seed=4) + mixed_cases(8, seed=5)[:7]
+    assert len(cases) > NUM_SLOTS
     assert run(llm, cases[::-1])[::-1] == run(llm, cases)
 
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from tests.e2e.rig import CHECKPOINT
 from vllm_dllm.cli import bench
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("bench")]
 
 GIVEN = {
     "--model": CHECKPOINT,

@@ -1,33 +1,36 @@
-"""Every token of the engine equals the reference's, in fp32: policies x KV policies x block lengths x odd lengths."""
+"""Every token of the engine equals the reference's, in fp32: policies x KV policies x block lengths x odd lengths.
 
-import itertools
+The usual configurations have each KV policy, short and long blocks, and both implementations of attention.
+"""
+
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.rig import Case, check_counts_while_running, engine, mixed_cases, run, run_outputs, step_all
+from tests.e2e.rig import Case, check_counts_while_running, mixed_cases, run, run_outputs, shared_engine, step_all
+from tests.suite.order import configurations
 
 pytestmark = pytest.mark.engine
 
-KV_SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"refresh_every": 1},
-    {"refresh_every": 4},
-    {"kv_policy": "prefix"},
+USUAL: list[dict[str, Any]] = [
+    {"block_length": 8},
+    {"block_length": 32, "refresh_every": 4},
+    {"block_length": 32, "refresh_every": 1, "attention": "torch"},  # elsewhere it is csrc
+    {"block_length": 8, "kv_policy": "prefix"},
 ]
-SETTINGS = [kv | {"block_length": n} for n, kv in itertools.product([8, 32], KV_SETTINGS)]
-SETTINGS.append({"kv_policy": "prefix", "block_length": 8, "attention": "torch"})  # elsewhere it is csrc
+SLOW: list[dict[str, Any]] = [
+    {"block_length": 32},
+    {"block_length": 8, "refresh_every": 1},
+    {"block_length": 8, "refresh_every": 4},
+    {"block_length": 32, "kv_policy": "prefix"},
+    {"block_length": 8, "kv_policy": "prefix", "attention": "torch"},
+]
 
 
-def name(settings: dict[str, Any]) -> str:
-    return "-".join(f"{key}={value}" for key, value in settings.items())
-
-
-@pytest.fixture(scope="module", params=SETTINGS, ids=name)
+@pytest.fixture(params=configurations("llada", USUAL, SLOW))
 def served(request: pytest.FixtureRequest, wild: Path) -> Any:
-    with engine(wild, request.param) as llm:
-        yield llm, request.param
+    return shared_engine(wild, request.param), request.param
 
 
 def test_mixed_batch_equals_reference(served: Any, oracle: Any) -> None:

@@ -1,12 +1,17 @@
 """Start-up refuses what cannot work, in one sentence; offline refusals are ValueErrors."""
 
-from collections.abc import Iterator
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.e2e.rig import CHECKPOINT, Case, engine, run
+from tests.e2e.rig import CHECKPOINT, Case, run, shared_engine
+
+SETTINGS = {"block_length": 8}
+pytestmark = pytest.mark.xdist_group(f"llada {SETTINGS}")
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_lora": True}, "LoRA is on"),
@@ -56,6 +61,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"additional_config": {"dllm": {"attention": "csrc"}}, "block_size": 512},
         "additional_config.dllm.attention is 'csrc', but it does not take pages of 512 positions (--block-size)",
     ),
+    ({"override_generation_config": {"min_p": 0.1}}, "override_generation_config.min_p is 0.1, but requests without"),
     ({"additional_config": {"dllm": 8}}, "additional_config.dllm is 8, allowed is an object"),
 ]
 
@@ -69,12 +75,33 @@ def test_start_is_refused_with_a_sentence(changes: dict[str, Any], sentence: str
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - the sentence is compared below
         EngineArgs(**(values | changes)).create_engine_config()
     assert sentence in str(refused.value)
+    assert "ArgsKwargs" not in str(refused.value)
 
 
-@pytest.fixture(scope="module")
-def llm(wild: Path) -> Iterator[Any]:
-    with engine(wild, {"block_length": 8}) as llm:
-        yield llm
+@pytest.mark.engine
+@pytest.mark.parametrize("changes", [{}, {"max_num_seqs": 200}])
+def test_a_token_budget_that_vllm_finds_too_small_is_raised(changes: dict[str, Any]) -> None:
+    from vllm import EngineArgs
+
+    values = {"model": str(CHECKPOINT), "max_model_len": 128, "load_format": "dummy", "max_num_batched_tokens": 64}
+    config = EngineArgs(**(values | changes)).create_engine_config().scheduler_config
+    assert config.max_num_batched_tokens == 128 + 32 * config.max_num_seqs
+
+
+@pytest.mark.engine
+def test_a_checkpoints_own_penalty_is_left_out(tmp_path: Path) -> None:
+    from vllm import EngineArgs
+
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, checkpoint)
+    (checkpoint / "generation_config.json").write_text('{"repetition_penalty": 1.1, "temperature": 0.5}')
+    config = EngineArgs(model=str(checkpoint), max_model_len=128, load_format="dummy").create_engine_config()
+    assert config.model_config.get_diff_sampling_param() == {"temperature": 0.5}
+
+
+@pytest.fixture
+def llm(wild: Path) -> Any:
+    return shared_engine(wild, SETTINGS)
 
 
 @pytest.mark.engine
@@ -86,6 +113,7 @@ def llm(wild: Path) -> Iterator[Any]:
         ({"seed": 2**63}, "64-bit signed"),
         ({"extra_args": {"dllm_steps": True}}, "dllm_steps is True"),
         ({"extra_args": {"dllm_threshold": float("nan")}}, "dllm_threshold is nan"),
+        ({"seed": True}, "seed is True, allowed are whole numbers"),
         ({"seed": 1.5}, "seed is 1.5, allowed are whole numbers"),
         ({"extra_args": {1: 2}}, "extra_args is {1: 2}, allowed are objects"),
         ({"extra_args": 3}, "extra_args is 3, allowed are objects"),
@@ -98,6 +126,52 @@ def test_offline_refusals_are_value_errors(llm: Any, changes: dict[str, Any], me
         llm.generate([{"prompt_token_ids": [5, 6, 7]}], case.sampling_params(**changes), use_tqdm=False)
     assert message in str(refused.value)
     assert len(run(llm, [case])[0]) == 16
+
+
+@pytest.mark.engine
+def test_numbers_of_numpy_give_the_same_tokens(llm: Any) -> None:
+    prompt = {"prompt_token_ids": np.array([5, 6, 7])}
+    case = Case(prompt=(5, 6, 7), max_tokens=9, policy="threshold", threshold=0.5, temperature=0.5, top_p=0.75, seed=3)
+    changes = {
+        "seed": np.int64(3),
+        "max_tokens": np.int32(9),
+        "temperature": np.float32(0.5),
+        "top_p": np.float32(0.75),
+        "extra_args": {"dllm_policy": "threshold", "dllm_threshold": np.float32(0.5)},
+    }
+    (output,) = llm.generate([prompt], case.sampling_params(**changes), use_tqdm=False)
+    assert [list(output.outputs[0].token_ids)] == run(llm, [case])
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["5", 6], "prompt_token_ids[0] is '5', allowed are whole numbers; give the ids of tokens, or a text"),
+        ([5, 6.0], "prompt_token_ids[1] is 6.0, allowed are whole numbers"),
+        ([5, True], "prompt_token_ids[1] is True, allowed are whole numbers"),
+        ([5, None], "prompt_token_ids[1] is None, allowed are whole numbers"),
+        ([[5, 6], [7]], "prompt_token_ids[0] is [5, 6], allowed are whole numbers"),
+        (np.array([5.0]), "prompt_token_ids[0] is 5.0, allowed are whole numbers"),
+        ("5 6", "prompt_token_ids is '5 6', allowed are lists of whole numbers"),
+        (7, "prompt_token_ids is 7, allowed are lists of whole numbers"),
+    ],
+)
+def test_token_ids_of_a_wrong_type_are_refused_by_position(llm: Any, ids: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        llm.generate([{"prompt_token_ids": ids}], Case(prompt=(5,), max_tokens=4).sampling_params(), use_tqdm=False)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("changes", "kept"), [({"truncate_prompt_tokens": -1}, 120), ({"truncate_prompt_tokens": 5}, 5)]
+)
+def test_a_prompt_is_cut_to_what_can_be_served(llm: Any, changes: dict[str, Any], kept: int) -> None:
+    params = Case(prompt=(5,), max_tokens=40).sampling_params()
+    prompt = {"prompt_token_ids": [5] * 130}
+    (output,) = llm.generate([prompt], params, use_tqdm=False, tokenization_kwargs=changes)
+    assert len(output.prompt_token_ids) == kept
+    assert len(output.outputs[0].token_ids) == min(40, (128 - kept) // 8 * 8)
 
 
 @pytest.mark.engine
@@ -124,15 +198,24 @@ def test_dummy_runs_of_a_gpu_start(llm: Any) -> None:
 
 @pytest.mark.engine
 def test_a_prompt_without_room_for_a_block_is_a_value_error(llm: Any) -> None:
-    with pytest.raises(ValueError, match="shorten the prompt to at most 120 tokens"):
-        run(llm, [Case(prompt=(5,) * 121, max_tokens=4)])
+    for prompt_len in (121, 128, 129, 500):
+        sentence = (
+            f"the prompt has {prompt_len} tokens, but a block needs 8 of max_model_len 128; shorten the prompt to at"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            run(llm, [Case(prompt=(5,) * prompt_len, max_tokens=4)])
+    with pytest.raises(ValueError, match="the prompt has at least 121 tokens"):
+        llm.generate(["a b " * 100], Case(prompt=(5,), max_tokens=4).sampling_params(), use_tqdm=False)
+    params = Case(prompt=(5,), max_tokens=4).sampling_params()
+    with pytest.raises(ValueError, match="truncate_prompt_tokens is 121, allowed are null, -1"):
+        llm.generate(["a"], params, use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": 121})
 
 
 def test_every_sampling_parameter_is_supported_or_refused() -> None:
     """A parameter that a new vLLM adds must be looked at before it is let through."""
     from vllm.sampling_params import SamplingParams
 
-    from vllm_dllm.engine.request import _REFUSED
+    from vllm_dllm.engine.refusals import REFUSED as REFUSED_PARAMETERS
 
     supported = {
         *("n", "temperature", "top_p", "top_k", "seed", "max_tokens", "extra_args"),
@@ -143,4 +226,4 @@ def test_every_sampling_parameter_is_supported_or_refused() -> None:
         *("watermarking", "routed_experts_prompt_start"),
     }
     fields = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
-    assert fields - supported - set(_REFUSED) == set()
+    assert fields - supported - set(REFUSED_PARAMETERS) == {"structured_outputs"}

@@ -1,23 +1,26 @@
 """SDAR in the engine == its reference decoder, token for token, in fp32, whatever happens around a request."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.rig import MAX_MODEL_LEN, Case, check_counts_while_running, engine, run, run_outputs
+from tests.e2e.rig import MAX_MODEL_LEN, Case, check_counts_while_running, run, run_outputs, shared_engine
 from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
+from tests.suite.order import configurations
 
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture(scope="module", params=[4, 8, 32])
-def served(request: pytest.FixtureRequest, wild_sdar: Path) -> Iterator[Any]:
-    settings = {"block_length": request.param}
-    with engine(wild_sdar, settings, block_size=max(request.param, 16)) as llm:
-        yield llm, settings, SdarOracle(wild_sdar)
+USUAL: list[dict[str, Any]] = [{"block_length": 4}, {"block_length": 32, "attention": "torch"}]
+SLOW: list[dict[str, Any]] = [{"block_length": 8}, {"block_length": 32}]
+
+
+@pytest.fixture(params=configurations("sdar", USUAL, SLOW))
+def served(request: pytest.FixtureRequest, wild_sdar: Path, sdar_oracle: SdarOracle) -> Any:
+    settings = request.param
+    return shared_engine(wild_sdar, settings, block_size=max(settings["block_length"], 16)), settings, sdar_oracle
 
 
 def test_mixed_batch_equals_reference(served: Any) -> None:
@@ -82,28 +85,50 @@ def test_the_mask_token_is_refused_in_a_tail_alone(served: Any) -> None:
         run(llm, [Case(prompt=(9, mask), max_tokens=9)])
 
 
-def test_the_checkpoint_says_the_block_length_and_its_family_the_policy(wild_sdar: Path) -> None:
+FEW_PAGES: dict[str, Any] = {"num_gpu_blocks_override": 12}
+
+
+@pytest.mark.xdist_group("sdar with few pages")
+def test_the_checkpoint_says_the_block_length_and_its_family_the_policy(
+    wild_sdar: Path, sdar_oracle: SdarOracle
+) -> None:
+    llm = shared_engine(wild_sdar, {}, **FEW_PAGES)
     case = Case(prompt=tuple(range(5, 18)), max_tokens=30, policy="dynamic", threshold=0.85)
-    with engine(wild_sdar, {"attention": "torch"}) as llm:
-        outputs = llm.generate(
-            [{"prompt_token_ids": list(case.prompt)}], case.sampling_params(extra_args=None), use_tqdm=False
-        )
-    expected = SdarOracle(wild_sdar).generation(case, {})
+    params = case.sampling_params(extra_args=None)
+    outputs = llm.generate([{"prompt_token_ids": list(case.prompt)}], params, use_tqdm=False)
+    expected = sdar_oracle.generation(case, {})
     assert list(outputs[0].outputs[0].token_ids) == expected.tokens.tolist()[: case.max_tokens]
     assert outputs[0].kv_transfer_params["dllm"]["nfe"] == expected.nfe
 
 
-def test_more_requests_than_pages(wild_sdar: Path) -> None:
+@pytest.mark.xdist_group("sdar with few pages")
+def test_more_requests_than_pages(wild_sdar: Path, sdar_oracle: SdarOracle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests take pages as their blocks begin, so that some run out of them and are preempted."""
-    settings, oracle = {"block_length": 8}, SdarOracle(wild_sdar)
-    cases = [dataclasses.replace(case, max_tokens=30 + i, steps=None) for i, case in enumerate(sdar_cases(8, seed=7))]
-    num_pages = 12
-    with engine(wild_sdar, settings, num_gpu_blocks_override=num_pages) as llm:
-        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        preempted = []
-        original = scheduler._preempt_request
-        scheduler._preempt_request = lambda *args, **kwargs: (preempted.append(1), original(*args, **kwargs))
-        assert run(llm, cases) == [oracle.tokens(case, settings) for case in cases]
-        assert preempted, "nobody ran out of pages"
-        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_pages - 1
-        assert not scheduler._stored
+    cases = [dataclasses.replace(case, max_tokens=30 + i, steps=None) for i, case in enumerate(sdar_cases(4, seed=7))]
+    llm = shared_engine(wild_sdar, {}, **FEW_PAGES)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    preempted = []
+    original = scheduler._preempt_request
+    counting = lambda *args, **kwargs: (preempted.append(1), original(*args, **kwargs))  # noqa: E731
+    monkeypatch.setattr(scheduler, "_preempt_request", counting)
+    assert run(llm, cases) == [sdar_oracle.tokens(case, {}) for case in cases]
+    assert preempted, "nobody ran out of pages"
+    num_pages = FEW_PAGES["num_gpu_blocks_override"]
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_pages - 1
+    assert not scheduler._stored
+
+
+@pytest.mark.xdist_group("sdar with few pages")
+def test_evicted_pages_are_stored_again(wild_sdar: Path, sdar_oracle: SdarOracle) -> None:
+    llm = shared_engine(wild_sdar, {}, **FEW_PAGES)
+    assert llm.llm_engine.reset_prefix_cache()
+    cases = [Case(tuple(5 + (7 * (i + j)) % 90 for j in range(40)), max_tokens=20, seed=i) for i in range(6)]
+
+    def found(case: Case) -> int:
+        [output] = run_outputs(llm, [case])
+        assert list(output.outputs[0].token_ids) == sdar_oracle.tokens(case, {})
+        return int(output.num_cached_tokens)
+
+    for _ in range(2):
+        assert [found(case) for case in cases] == [0] * 6
+    assert found(cases[-1]) == 32

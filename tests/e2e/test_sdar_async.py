@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.rig import Case, engine, random_graph, run_outputs, speculation
+from tests.e2e.rig import MAX_MODEL_LEN, Case, engine, random_graph, run_outputs, shared_engine, speculation
 from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
+from tests.suite.order import configurations
 
 pytestmark = pytest.mark.engine
 
-MAX_MODEL_LEN = 128
-CONFIGS = [(8, None), (4, 5), (8, "auto")]
+USUAL = [(8, "auto"), (4, 5)]
+SLOW = [(8, None)]
 """Block length, budget."""
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _cpu_schedules_ahead() -> Iterator[None]:
     from vllm.platforms import current_platform
 
@@ -38,19 +39,18 @@ def _cpu_schedules_ahead() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=str)
-def served(request: pytest.FixtureRequest, mild_sdar: Path) -> Iterator[Any]:
+@pytest.fixture(params=configurations("sdar async", USUAL, SLOW))
+def served(request: pytest.FixtureRequest, mild_sdar: Path) -> Any:
     block_length, budget = request.param
     settings = {"block_length": block_length}
     config = None if budget is None else speculation(random_graph(3, 8, block_length), budget)
     options = {"speculative_config": config, "async_scheduling": True, "max_num_seqs": 7}
-    with engine(mild_sdar, settings, **options) as llm:
-        yield llm, settings
+    return shared_engine(mild_sdar, settings, **options), settings
 
 
-@pytest.fixture(scope="module")
-def oracle(mild_sdar: Path) -> SdarOracle:
-    return SdarOracle(mild_sdar, MAX_MODEL_LEN)
+@pytest.fixture
+def oracle(mild_sdar_oracle: SdarOracle) -> SdarOracle:
+    return mild_sdar_oracle
 
 
 def scheduler_of(llm: Any) -> Any:

@@ -1,37 +1,30 @@
 """Pages that other requests find: the tokens are those without, and a page is found as soon as it is stored."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.rig import Case, engine, run, run_outputs, step_all
+from tests.e2e.rig import Case, engine, run, run_outputs, shared_engine, step_all
 from tests.e2e.sdar import SdarOracle, sdar_cases
-
-pytestmark = pytest.mark.engine
 
 PAGE, BLOCK = 16, 4
 SETTINGS = {"block_length": BLOCK}
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group(f"sdar {SETTINGS}")]
 LONG = tuple(5 + (7 * i) % 90 for i in range(70))
 
 
-@pytest.fixture(scope="module")
-def shared(wild_sdar: Path) -> Iterator[Any]:
-    with engine(wild_sdar, SETTINGS) as llm:
-        yield llm
+@pytest.fixture
+def llm(wild_sdar: Path) -> Any:
+    llm = shared_engine(wild_sdar, SETTINGS, block_size=PAGE)
+    assert llm.llm_engine.reset_prefix_cache()
+    return llm
 
 
 @pytest.fixture
-def llm(shared: Any) -> Any:
-    assert shared.llm_engine.reset_prefix_cache()
-    return shared
-
-
-@pytest.fixture(scope="module")
-def oracle(wild_sdar: Path) -> SdarOracle:
-    return SdarOracle(wild_sdar)
+def oracle(sdar_oracle: SdarOracle) -> SdarOracle:
+    return sdar_oracle
 
 
 def found(llm: Any, case: Case, oracle: SdarOracle) -> int:
@@ -135,14 +128,7 @@ def test_an_aborted_request_leaves_what_it_stored(llm: Any, oracle: SdarOracle) 
     assert found(llm, second, oracle) == 32
 
 
-def test_evicted_pages_are_stored_again(wild_sdar: Path, oracle: SdarOracle) -> None:
-    cases = [Case(prompt=LONG[i : i + 40], max_tokens=20, seed=i) for i in range(6)]
-    with engine(wild_sdar, SETTINGS, num_gpu_blocks_override=11) as llm:
-        for _ in range(2):
-            assert [found(llm, case, oracle) for case in cases] == [0] * 6
-        assert found(llm, cases[-1], oracle) == 32
-
-
+@pytest.mark.xdist_group("sdar without prefix caching")
 def test_prefix_caching_can_be_turned_off(wild_sdar: Path, oracle: SdarOracle) -> None:
     case = Case(prompt=LONG[:40], max_tokens=12)
     with engine(wild_sdar, {"block_length": 4}, enable_prefix_caching=False, block_size=18) as llm:

@@ -12,7 +12,7 @@ from tests.e2e.test_graphs import BLOCK_LENGTH, SETTINGS, EagerGraphs
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("budget", [None, 4])
+@pytest.mark.parametrize("budget", [pytest.param(None, marks=pytest.mark.slow("configurations")), 4])
 def test_replayed_steps_equal_reference(mild_sdar: Path, budget: int | None) -> None:
     oracle, cases = SdarOracle(mild_sdar, 256), sdar_cases(BLOCK_LENGTH, seed=11)
     options: dict[str, Any] = {"max_model_len": 256}

@@ -5,16 +5,16 @@ whose logits tell wrong K/V from right ones.
 """
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.e2e.rig import Case, engine, model_state, random_graph, run_outputs, speculation, step_all
+from tests.e2e.rig import Case, engine, model_state, random_graph, run_outputs, shared_engine, speculation, step_all
 from tests.e2e.sdar import SdarOracle, make_wild_sdar, sdar_cases
 from tests.e2e.test_sdar_cache import run_one_late
+from tests.suite.order import configurations
 from vllm_dllm.denoiser import Denoiser
 
 pytestmark = pytest.mark.engine
@@ -24,7 +24,7 @@ BUDGET = 6
 LONG = tuple(5 + (7 * i) % 90 for i in range(70))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def moody(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a random model that can be foreseen a little, and sees what is stored."""
     path = tmp_path_factory.mktemp("moody_sdar") / "checkpoint"
@@ -32,18 +32,17 @@ def moody(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def oracle(moody: Path) -> SdarOracle:
     return SdarOracle(moody, MAX_MODEL_LEN)
 
 
-@pytest.fixture(scope="module", params=[4, 8])
-def served(request: pytest.FixtureRequest, moody: Path) -> Iterator[Any]:
+@pytest.fixture(params=configurations("sdar look-ahead", [4], [8]))
+def served(request: pytest.FixtureRequest, moody: Path) -> Any:
     graph = random_graph(request.param, 12, request.param, 1 if request.param == 4 else None)
     settings = {"block_length": request.param}
     config = speculation(graph, BUDGET)
-    with engine(moody, settings, speculative_config=config, max_model_len=MAX_MODEL_LEN) as llm:
-        yield llm, settings, graph
+    return shared_engine(moody, settings, speculative_config=config, max_model_len=MAX_MODEL_LEN), settings, graph
 
 
 @pytest.fixture

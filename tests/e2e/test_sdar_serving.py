@@ -14,7 +14,7 @@ from tests.e2e.http import MODEL, complete, server
 from tests.e2e.rig import Case
 from tests.e2e.sdar import SdarOracle, sdar_cases
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
 PAGE, BLOCK = 16, 4
 SETTINGS = {"block_length": BLOCK}

@@ -1,33 +1,42 @@
 """Drafts of a block-causal model change forwards and no token: engine with drafts == without == reference, in fp32."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.rig import Case, check_counts_while_running, engine, random_graph, run_outputs, speculation
+from tests.e2e.rig import (
+    Case,
+    check_counts_while_running,
+    engine,
+    random_graph,
+    run_outputs,
+    shared_engine,
+    speculation,
+)
 from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
+from tests.suite.order import configurations
 
 pytestmark = pytest.mark.engine
 
 MAX_MODEL_LEN = 256
-CONFIGS = [(4, 8, 1, None), (8, 12, 5, 1), (8, 12, "auto", 2), (16, 12, 6, None)]
-"""Block length, nodes, budget, tokens per step. A budget of 1 makes drafts and commits look alike to vLLM; with 5 and
-more, blocks of 4 and 8 look ahead."""
+USUAL = [(4, 8, 1, None, "csrc"), (8, 12, 5, 1, "csrc"), (16, 12, 6, None, "torch")]
+SLOW = [(8, 12, "auto", 2, "csrc"), (16, 12, 6, None, "csrc")]
+"""Block length, nodes, budget, tokens per step, attention. A budget of 1 makes drafts and commits look alike to vLLM;
+with 5 and more, blocks of 4 and 8 look ahead."""
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=str)
-def served(request: pytest.FixtureRequest, mild_sdar: Path) -> Iterator[Any]:
-    block_length, num_nodes, budget, tokens_per_step = request.param
+@pytest.fixture(params=configurations("sdar spiffy", USUAL, SLOW))
+def served(request: pytest.FixtureRequest, mild_sdar: Path) -> Any:
+    block_length, num_nodes, budget, tokens_per_step, attention = request.param
     graph = random_graph(num_nodes, num_nodes, block_length, tokens_per_step)
-    settings = {"block_length": block_length}
+    settings = {"block_length": block_length, "attention": attention}
     config = speculation(graph, budget)
-    with engine(mild_sdar, settings, speculative_config=config, max_model_len=MAX_MODEL_LEN) as llm:
-        yield llm, settings, graph, budget
+    llm = shared_engine(mild_sdar, settings, speculative_config=config, max_model_len=MAX_MODEL_LEN)
+    return llm, settings, graph, budget
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def oracle(mild_sdar: Path) -> SdarOracle:
     return SdarOracle(mild_sdar, MAX_MODEL_LEN)
 
@@ -74,19 +83,10 @@ def test_near_the_end_of_max_model_len_drafts_are_left_out(served: Any, oracle: 
     ]
 
 
-def test_attention_by_torch_gives_the_same(mild_sdar: Path) -> None:
-    settings, graph = {"block_length": 8, "attention": "torch"}, random_graph(12, 12, 8)
-    oracle, cases = SdarOracle(mild_sdar), sdar_cases(8, seed=8)
-    with engine(mild_sdar, settings, speculative_config=speculation(graph, 3)) as llm:
-        outputs = run_outputs(llm, cases)
-    assert [list(output.outputs[0].token_ids) for output in outputs] == [
-        oracle.tokens(case, settings) for case in cases
-    ]
-
-
-def test_two_ranks_equal_reference(mild_sdar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.xdist_group("both cores")
+def test_two_ranks_equal_reference(mild_sdar: Path, oracle: SdarOracle, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, graph = {"block_length": 4}, random_graph(4, 6, 4)
-    oracle, cases = SdarOracle(mild_sdar, MAX_MODEL_LEN), sdar_cases(4, seed=8)
+    cases = sdar_cases(4, seed=8)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_model_len": MAX_MODEL_LEN}
     with engine(mild_sdar, settings, speculative_config=speculation(graph, 3), **options) as llm:

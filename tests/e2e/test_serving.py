@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -12,25 +13,32 @@ import pytest
 from tests.e2e.http import MODEL, complete, server
 from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
 SETTINGS = {"block_length": 8}
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    with server(tmp_path_factory.mktemp("server") / "log", SETTINGS) as client:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server writes its log."""
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def client(log: Path) -> Iterator[openai.OpenAI]:
+    more = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out")
+    with server(log, SETTINGS, *more) as client:
         yield client
+
+
+def post(client: openai.OpenAI, path: str, body: dict[str, Any]) -> Any:
+    return client._client.post(str(client.base_url).replace("/v1/", path), json={"model": MODEL, **body})
 
 
 def questions(client: openai.OpenAI) -> list[tuple[int, ...]]:
     """The token ids of some questions, as the server's chat template puts them."""
     texts = ["61 + 27 = ?", "Sort 8 0 5 3", "Count 9 from 14", "Reverse cat dog sam", "JSON name bob, age 42"]
-    url = str(client.base_url).replace("/v1/", "/tokenize")
-    replies = [
-        client._client.post(url, json={"model": MODEL, "messages": [{"role": "user", "content": text}]})
-        for text in texts
-    ]
+    replies = [post(client, "/tokenize", {"messages": [{"role": "user", "content": text}]}) for text in texts]
     return [tuple(reply.json()["tokens"]) for reply in replies]
 
 
@@ -102,7 +110,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"extra_body": {"vllm_xargs": {"dllm_threshold": 1.5}}}, "dllm_threshold is 1.5"),
     ({"extra_body": {"vllm_xargs": {"dllm_threshold": "0.9"}}}, "dllm_threshold is '0.9'"),
     ({"extra_body": {"vllm_xargs": {"dllm_factor": 0}}}, "dllm_factor is 0"),
-    ({"extra_body": {"vllm_xargs": {"dllm_steps": 3}}}, "dllm_steps is 3, but 16 positions in 2 blocks"),
+    ({"extra_body": {"vllm_xargs": {"dllm_steps": 3}}}, "dllm_steps is 3, but max_tokens 16 in 2 blocks"),
     ({"extra_body": {"vllm_xargs": {"dllm_steps": 2.5}}}, "dllm_steps is 2.5"),
     (
         {"extra_body": {"vllm_xargs": {"dllm_policy": "static", "dllm_threshold": 0.5}}},
@@ -119,8 +127,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"extra_body": {"allowed_token_ids": [5, 6]}}, "allowed_token_ids is"),
     ({"logprobs": 1}, "logprobs is 1"),
     ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs is 1"),
-    ({"extra_body": {"structured_outputs": {"regex": "a+"}}}, "structured_outputs is"),
-    ({"prompt": [5] * (MAX_MODEL_LEN - 7), "max_tokens": 4}, "the prompt has 121 tokens and leaves 7"),
+    ({"extra_body": {"structured_outputs": {"regex": "a+"}}}, "structured_outputs is {'regex': 'a+'}"),
+    ({"prompt": [5] * (MAX_MODEL_LEN - 7), "max_tokens": 4}, "the prompt has 121 tokens, but a block needs 8"),
 ]
 
 
@@ -132,6 +140,112 @@ def test_refusals_name_parameter_value_and_allowed_values(
         complete(client, Case(prompt=(5, 6, 7), max_tokens=16), **changes)
     assert message in str(refused.value)
     assert "allowed" in str(refused.value) or "need" in str(refused.value)
+
+
+CHAT = {"messages": [{"role": "user", "content": "Sort 3 1 2"}]}
+LONG_CHAT = {"messages": [{"role": "user", "content": "1 2 3 4 " * 40}]}
+TOOL = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+CHAT_TOOL = {"type": "function", "function": TOOL}
+TOO_LONG = "the prompt has at least 121 tokens, but a block needs 8 of max_model_len 128"
+BAD_STEPS = {"vllm_xargs": {"dllm_steps": 3}}
+STEPS = "dllm_steps is 3, but max_tokens 16 in 2 blocks of 8 need a multiple of 2"
+REFUSED_BY_API: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/completions", {"prompt": [5, 6], "max_tokens": 16, **BAD_STEPS}, STEPS),
+    ("/v1/completions", {"prompt": [5, 6], "max_tokens": 16, "n": 2, "temperature": 1, **BAD_STEPS}, STEPS),
+    ("/v1/completions", {"prompt": [[5, 6], [5] * 121]}, "the prompt has 121 tokens"),
+    ("/v1/completions", {"prompt": [5] * 128}, "the prompt has 128 tokens"),
+    ("/v1/completions", {"prompt": "1 2 3 4 " * 40}, TOO_LONG),
+    (
+        "/v1/completions",
+        {"prompt": [5] * 128, "truncate_prompt_tokens": 125},
+        "truncate_prompt_tokens is 125, allowed are",
+    ),
+    ("/v1/completions", {"prompt": [5, 6], "stop_token_ids": [10**6]}, "stop_token_ids"),
+    ("/v1/completions", {"prompt": [5, 6], "temperature": 1e38}, "temperature must be in [0, 2]"),
+    ("/v1/completions", {"prompt": [5, 6], "min_tokens": 2}, "min_tokens is 2"),
+    ("/v1/completions", {"prompt": ["a", 5]}, "prompt"),
+    ("/v1/chat/completions", {**CHAT, "max_tokens": 16, **BAD_STEPS}, STEPS),
+    ("/v1/chat/completions", LONG_CHAT, TOO_LONG),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "response_format": {"type": "json_object"}},
+        "response_format is {'type': 'json_obj",
+    ),
+    ("/v1/chat/completions", {**CHAT, "tools": [CHAT_TOOL], "tool_choice": "required"}, "tool_choice is 'required'"),
+    ("/v1/chat/completions", {**CHAT, "logprobs": True}, "logprobs is True"),
+    ("/v1/chat/completions", {**CHAT, "echo": True}, "echo is True"),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 16, **BAD_STEPS}, STEPS),
+    ("/v1/responses", {"input": "1 2 3 4 " * 40}, TOO_LONG),
+    (
+        "/v1/responses",
+        {"input": "a", "text": {"format": {"type": "json_object"}}},
+        "text.format is {'type': 'json_object'}",
+    ),
+    ("/v1/messages", {**LONG_CHAT, "max_tokens": 8}, TOO_LONG),
+    (
+        "/v1/messages",
+        {**CHAT, "max_tokens": 8, "tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "any"}},
+        "tool_choice is {'type': 'any'}",
+    ),
+    (
+        "/inference/v1/generate",
+        {"token_ids": [5], "sampling_params": {"min_p": 0.5, "temperature": 1.0}},
+        "min_p is 0.5",
+    ),
+    (
+        "/inference/v1/generate",
+        {"token_ids": [5] * 121, "sampling_params": {"max_tokens": 4}},
+        "the prompt has 121 tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["at once", "streamed"])
+@pytest.mark.parametrize(
+    ("path", "body", "message"), REFUSED_BY_API, ids=[f"{a} {c[:24]}" for a, _, c in REFUSED_BY_API]
+)
+def test_every_api_refuses_before_its_stream_begins(
+    client: openai.OpenAI, log: Path, path: str, body: dict[str, Any], message: str, stream: bool
+) -> None:
+    before = log.stat().st_size
+    reply = post(client, path, {**body, "stream": stream})
+    assert (reply.status_code, reply.headers["content-type"]) == (400, "application/json")
+    assert message in reply.json()["error"]["message"]
+    post(
+        client, "/v1/completions", {"prompt": [5], "max_tokens": 1, "vllm_xargs": {"dllm_steps": 1}}
+    ).raise_for_status()
+    with log.open() as lines:
+        lines.seek(before)
+        new = lines.read()
+    assert "200 OK" in new, "the log is written behind the reply of a later request"
+    assert "Traceback" not in new
+    assert len([line for line in new.splitlines() if "ERROR" in line or "WARNING" in line]) <= 1, new
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [5, 6], "max_tokens": 4, "echo": True}),
+        ("/v1/chat/completions", {**CHAT, "max_tokens": 4, "tools": [CHAT_TOOL]}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 4}),
+        ("/v1/messages", {**CHAT, "max_tokens": 4}),
+        ("/inference/v1/generate", {"token_ids": [5], "sampling_params": {"max_tokens": 4}}),
+    ],
+)
+def test_every_api_streams(client: openai.OpenAI, path: str, body: dict[str, Any]) -> None:
+    reply = post(client, path, {**body, "stream": True})
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert '"error"' not in reply.text
+
+
+def test_a_prompt_that_is_too_long_is_cut_to_the_longest_that_is_served(client: openai.OpenAI) -> None:
+    for cut, prompt_tokens in ((-1, 120), (120, 120), (5, 5)):
+        body = {"prompt": [5] * 128, "max_tokens": 16, "ignore_eos": True, "truncate_prompt_tokens": cut}
+        usage = post(client, "/v1/completions", body).raise_for_status().json()["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt_tokens, min(16, 128 - prompt_tokens))
+    reply = post(client, "/v1/responses", {"input": "1 2 3 4 " * 40, "truncation": "auto"})
+    assert reply.raise_for_status().json()["usage"]["input_tokens"] == 120
 
 
 def test_the_server_lives_on_after_refusals(client: openai.OpenAI, trained: Oracle) -> None:

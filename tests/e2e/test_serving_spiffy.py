@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.http import MODEL, complete, server
 from tests.e2e.rig import Oracle, mixed_cases
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
 SETTINGS = {"block_length": 8}
 

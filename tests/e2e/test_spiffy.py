@@ -1,7 +1,6 @@
 """Speculation changes forwards and no token: engine with drafts == engine without == reference, in fp32."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from tests.e2e.rig import (
     questions,
     random_graph,
     run_outputs,
+    shared_engine,
     speculation,
     step_all,
 )
+from tests.suite.order import configurations
 
 pytestmark = pytest.mark.engine
 
@@ -32,17 +33,21 @@ def hot(cases: list[Case]) -> list[Case]:
     ]
 
 
-CONFIGS = [(8, 12, 5, None), (8, 12, 12, 1), (32, 10, 10, None), (32, 24, 3, 1), (8, 12, "auto", 2)]
+USUAL = [(8, 12, 5, None, "csrc"), (32, 24, 3, 1, "torch"), (8, 12, "auto", 2, "csrc")]
+SLOW = [(8, 12, 12, 1, "csrc"), (32, 10, 10, None, "csrc"), (32, 24, 3, 1, "csrc"), (8, 12, 5, None, "torch")]
+"""Block length, nodes, budget, tokens per step, attention."""
+MAX_MODEL_LEN = 1024
+"""Rows behind it are cut, and with them drafts: it leaves room for most of the rows of these cases."""
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=str)
-def served(request: pytest.FixtureRequest, mild: Path) -> Iterator[Any]:
-    block_length, num_nodes, budget, tokens_per_step = request.param
+@pytest.fixture(params=configurations("spiffy", USUAL, SLOW))
+def served(request: pytest.FixtureRequest, mild: Path) -> Any:
+    block_length, num_nodes, budget, tokens_per_step, attention = request.param
     graph = random_graph(num_nodes, num_nodes, block_length, tokens_per_step)
-    settings = {"block_length": block_length}
-    # Rows behind max_model_len are cut, and with them drafts: leave room for most of the rows of these cases.
-    with engine(mild, settings, speculative_config=speculation(graph, budget), max_model_len=1024) as llm:
-        yield llm, settings, graph, budget
+    settings = {"block_length": block_length, "attention": attention}
+    config = speculation(graph, budget)
+    llm = shared_engine(mild, settings, speculative_config=config, max_model_len=MAX_MODEL_LEN)
+    return llm, settings, graph, budget
 
 
 def test_mixed_batch_equals_reference(served: Any, mild_oracle: Oracle) -> None:
@@ -87,16 +92,6 @@ def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     check_counts_while_running(llm, mixed_cases(settings["block_length"], seed=5))
 
 
-def test_attention_by_torch_gives_the_same(mild: Path, mild_oracle: Oracle) -> None:
-    settings, graph = {"block_length": 8, "attention": "torch"}, random_graph(12, 12, 8)
-    cases = hot(mixed_cases(8, seed=8))
-    with engine(mild, settings, speculative_config=speculation(graph, 5), max_model_len=1024) as llm:
-        outputs = run_outputs(llm, cases)
-    assert [list(output.outputs[0].token_ids) for output in outputs] == [
-        mild_oracle.tokens(case, settings) for case in cases
-    ]
-
-
 def test_near_the_end_of_max_model_len_drafts_are_left_out(mild: Path, mild_oracle: Oracle) -> None:
     """Rows behind max_model_len would have no pages."""
     settings = {"block_length": 8}
@@ -109,6 +104,21 @@ def test_near_the_end_of_max_model_len_drafts_are_left_out(mild: Path, mild_orac
     assert outputs[3].kv_transfer_params["dllm"]["proposed"] > 0
 
 
+def test_answers_of_the_trained_model_take_fewer_forwards(trained: Oracle) -> None:
+    cases = [Case(prompt=prompt, max_tokens=40) for prompt in questions(16)]
+    settings = {"block_length": 32}
+    with engine(CHECKPOINT, settings, speculative_config={"method": "spiffy", "budget": 5}, max_model_len=256) as llm:
+        outputs = run_outputs(llm, cases, ignore_eos=False)
+    expected = [trained.generation(case, settings) for case in cases]
+    for output, generation in zip(outputs, expected, strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        assert tokens == generation.tokens.tolist()[: len(tokens)]
+    num_blocks = [-(-len(output.outputs[0].token_ids) // 32) for output in outputs]
+    nfe = sum(output.kv_transfer_params["dllm"]["nfe"] for output in outputs)
+    assert nfe < 0.8 * sum(32 * n for n in num_blocks)
+
+
+@pytest.mark.slow("answers")
 @pytest.mark.parametrize("policy", ["static", "threshold"])
 def test_two_hundred_answers_of_the_trained_model(policy: str, trained: Oracle) -> None:
     cases = [Case(prompt=prompt, max_tokens=40, policy=policy) for prompt in questions(200)]
@@ -129,7 +139,15 @@ def test_two_hundred_answers_of_the_trained_model(policy: str, trained: Oracle) 
         assert tokens == trained.tokens(case, settings)[: len(tokens)]
 
 
-@pytest.mark.parametrize("settings", [{"kv_policy": "prefix"}, {"refresh_every": 3}, {"refresh_every": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_policy": "prefix"},
+        {"refresh_every": 3},
+        pytest.param({"refresh_every": 1}, marks=pytest.mark.slow("configurations")),
+    ],
+    ids=str,
+)
 def test_near_drafts_answer_and_say_so(settings: dict[str, Any], mild: Path, mild_oracle: Oracle) -> None:
     graph = random_graph(3, 8, 8)
     cases = mixed_cases(8, seed=2)[:8]

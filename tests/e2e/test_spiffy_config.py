@@ -1,4 +1,4 @@
-"""An engine with Spiffy starts from a file, and 2,000 mutated requests neither stop it nor change what it answers."""
+"""An engine with Spiffy starts from a file, and mutated requests neither stop it nor change what it answers."""
 
 import itertools
 import json
@@ -20,7 +20,6 @@ KNOWN = [
     Case(prompt=(5, 6, 7), max_tokens=16),
     Case(prompt=(8, 9), max_tokens=11, policy="factor", temperature=0.7, seed=3),
 ]
-NUM_MUTATIONS = 2000
 
 ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.5, 1e300, float("nan"), float("inf")),
@@ -99,15 +98,16 @@ def admit(llm: Any, request_id: str, values: dict[str, Any]) -> bool:
     return True
 
 
-def test_two_thousand_mutated_requests_work_or_are_refused(llm: Any, oracle: Oracle) -> None:
+@pytest.mark.parametrize("num_mutations", [256, pytest.param(2000, marks=pytest.mark.slow("fuzz"))])
+def test_mutated_requests_work_or_are_refused(llm: Any, oracle: Oracle, num_mutations: int) -> None:
     rng = random.Random(5)
     expected = [oracle.tokens(case, SETTINGS) for case in KNOWN]
     outcomes = {True: 0, False: 0}
-    numbers = iter(range(NUM_MUTATIONS))
+    numbers = iter(range(num_mutations))
     while chunk := list(itertools.islice(numbers, 8 * NUM_SLOTS)):
         for number in chunk:
             outcomes[admit(llm, str(number), mutated(rng))] += 1
         while llm.llm_engine.has_unfinished_requests():
             llm.llm_engine.step()
         assert run(llm, KNOWN) == expected
-    assert min(outcomes.values()) > 100, outcomes
+    assert min(outcomes.values()) > num_mutations / 20, outcomes

@@ -8,7 +8,8 @@ import pytest
 from vllm import SamplingParams
 
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.engine.request import RequestError, check_admission, refuse_unsupported, resolve_params
+from vllm_dllm.engine.refusals import RequestError, refuse_unsupported
+from vllm_dllm.engine.request import check_admission, resolve_params
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules
@@ -90,9 +91,15 @@ def test_aligned_blocks_give_what_the_prompts_tail_leaves() -> None:
             [5] * 57,
             {},
             "prompt",
-            "a block needs 8; shorten the prompt to at most 56 tokens",
+            "a block needs 8 of max_model_len 64; shorten the prompt to at most 56 tokens",
         ),
-        (ALIGNED, [5] * 49, {}, "prompt", "as much behind it need 16; shorten the prompt to at most 48 tokens"),
+        (
+            ALIGNED,
+            [5] * 49,
+            {},
+            "prompt",
+            "as much behind it need 16 of max_model_len 64; shorten the prompt to at most 48 tokens",
+        ),
         (
             ALIGNED,
             [5] * 10 + [MASK],
@@ -103,11 +110,11 @@ def test_aligned_blocks_give_what_the_prompts_tail_leaves() -> None:
         (
             ALIGNED,
             [5] * 10,
-            {"steps": 3, "max_tokens": 7},
+            {"steps": 4, "max_tokens": 17},
             "dllm_steps",
-            "dllm_steps is 3, but 16 positions in 2 blocks",
+            "dllm_steps is 4, but max_tokens 17 in 3 blocks of 8 need a multiple of 3 between 3 and 24",
         ),
-        (ALIGNED, [5] * 10, {"policy": "dynamic", "steps": 6}, "dllm_steps", "3 steps to a block of 8, but 'dynamic'"),
+        (ALIGNED, [5] * 10, {"policy": "dynamic", "steps": 3}, "dllm_steps", "3 steps to a block of 8, but 'dynamic'"),
         (
             DllmConfig(block_length=8, steps_per_block=3),
             [5],
@@ -124,6 +131,26 @@ def test_what_cannot_be_decoded_is_refused_by_name(
     with pytest.raises(RequestError, match=re.escape(text)) as refused:
         check_admission(admitted(prompt, **options), settings, 64, MASK)
     assert refused.value.parameter == parameter
+
+
+@pytest.mark.parametrize("prompt_len", range(1, 49))
+def test_the_steps_that_are_taken_do_not_depend_on_the_prompt(prompt_len: int) -> None:
+    """A client knows `max_tokens` and `block_length`, and not how many tokens its prompt has."""
+    for settings in (ALIGNED, DllmConfig(block_length=8)):
+        request = admitted([5] * prompt_len, steps=4, max_tokens=9)
+        request.sampling_params.max_tokens = min(9, check_admission(request, settings, 64, MASK))
+        resolved = resolve_params(
+            request.sampling_params,
+            request_id="a",
+            prompt_len=prompt_len,
+            settings=settings,
+            rules=UnmaskRules(),
+            max_model_len=64,
+        )
+        per_block = 2 if request.sampling_params.max_tokens == 9 else 4  # the latter where only one block fits
+        assert (
+            resolved.counts == resolve(SamplingParams(), DllmConfig(block_length=8, steps_per_block=per_block)).counts
+        )
 
 
 def test_the_longest_prompt_and_masks_before_the_tail_pass() -> None:

@@ -1,5 +1,6 @@
 """A thousand changes of config.json: each is served as the reference computes it, or refused by name."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def verdict(mutation: Mutation, folder: Path) -> str:
     """Return `served` or `refused`; raises AssertionError where it is neither as it has to be."""
     given = (TINY[mutation.family], mutation.fields) if mutation.by_overrides else (mutation.config, {})
-    try:
-        model_config = read_config(folder, *given)
-    except ConfigError as error:
-        assert any(name in str(error) for name in mutation.names), (mutation, error)
+    if mutation.names:
+        with pytest.raises(ConfigError) as refusal:
+            read_config(folder, *given)
+        assert any(name in str(refusal.value) for name in mutation.names), (mutation, refusal.value)
         return "refused"
-    assert not mutation.names, f"{mutation} is served"
+    model_config = read_config(folder, *given)
     config = model_config.hf_config
     reference = reference_of(mutation.config, folder)
     model = make_model(config)
@@ -70,12 +71,12 @@ def test_mutations(folder: Path) -> None:
     check(range(NUM_DAILY), folder)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("fields")
 def test_more_mutations(folder: Path) -> None:
     check(range(NUM_DAILY, 1000), folder)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("fields")
 @pytest.mark.parametrize("family", TINY)
 def test_every_change_alone(family: str, folder: Path) -> None:
     for change in changes_of(family):
@@ -91,14 +92,12 @@ def test_overrides_mend_a_file(family: str, folder: Path) -> None:
     config = read_config(folder, TINY[family] | broken, mended).hf_config
     assert (config.mask_token_id, config.rms_norm_eps, config.rope_parameters["factor"]) == (3, 1e-5, 2.0)
     for name in broken:
-        with pytest.raises(ConfigError, match=name):
+        with pytest.raises(ConfigError, match="rope_type" if name == "rope_scaling" else name):
             read_config(folder, TINY[family] | {name: broken[name]})
 
 
 @pytest.mark.parametrize("value", [64, -1, [1, 64], 1.5])
 def test_special_ids_of_generation_configs(value: object, folder: Path, tmp_path: Path) -> None:
-    import json
-
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(ConfigError, match=r"eos_token_id in .*generation_config.json is .*64 tokens"):
         read_config(tmp_path, TINY["sdar"])

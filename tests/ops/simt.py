@@ -1,5 +1,6 @@
-"""The CUDA kernels on a CPU: builds csrc/simt once a session and loads its ops, `torch.ops.vllm_dllm_simt.NAME`."""
+"""The CUDA kernels on a CPU: builds csrc/simt and loads its ops, `torch.ops.vllm_dllm_simt.NAME`."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -28,11 +29,14 @@ def ops() -> Any:
 
 
 def build(target: str) -> Path:
-    """Build a target where its sources changed; returns the folder that it is in."""
+    """Build a target where its sources changed, one process at a time; returns the folder that it is in."""
     options = ["-DCMAKE_BUILD_TYPE=Release", "-DDLLM_CUDA=OFF", f"-DTORCH_DIR={torch.__path__[0]}"]
     generator = ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
-    run(tool("cmake"), "-S", str(ROOT), "-B", str(BUILD), *generator, *options)
-    run(tool("cmake"), "--build", str(BUILD), "--target", target)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(tool("cmake"), "-S", str(ROOT), "-B", str(BUILD), *generator, *options)
+        run(tool("cmake"), "--build", str(BUILD), "--target", target)
     return BUILD
 
 

@@ -1,10 +1,7 @@
-"""`draft_graph_attention` against plain torch, on every instruction set of the machine, and what must never matter."""
+"""`draft_graph_attention` against plain torch, and what must never matter."""
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -43,19 +40,10 @@ NUMERIC: dict[str, tuple[Heads, list[Nodes]]] = {
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
-
 
 def numeric_case(name: str, dtype: torch.dtype, layout: str = "HND") -> Case:
     heads, requests = NUMERIC[name]
     return make_case(heads, requests, dtype, layout=layout)
-
-
-def machine_isas() -> list[str]:
-    """The best one is what this process runs with; the others are tested in processes of their own."""
-    torch.manual_seed(0)
-    run(draft_graph_attention, make_case(SMALL, [[(1, [(0, 1)])]], torch.float32))
-    return ISAS[: ISAS.index(torch.ops.vllm_dllm.cpu_isa())]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,14 +58,6 @@ def test_equals_torch_with_odd_strides(dtype):
     case = numeric_case("commit-node", dtype, layout="NHD")
     assert not case.query.is_contiguous()
     assert_close(case, *run(draft_graph_attention, case.with_garbage()))
-
-
-@pytest.mark.parametrize("isa", machine_isas())
-def test_other_instruction_sets(isa):
-    tests = [f"{__file__}::{name}" for name in ("test_equals_torch", "test_node_alone_equals_node_in_the_batch")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, env=os.environ | {"VLLM_DLLM_ISA": isa}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
 
 
 def test_written_where_strides_say():

@@ -1,6 +1,8 @@
 """What the library says of itself."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,38 @@ def test_an_unknown_instruction_set_is_refused():
     done = isa_under("mmx")
     assert done.returncode == 1
     assert "VLLM_DLLM_ISA is 'mmx', this machine allows portable" in done.stderr
+
+
+def test_an_instruction_set_that_was_not_built_is_refused():
+    for name in set(LANES) - set(library.built_isas()):
+        assert f"built for ({','.join(library.built_isas())})" in isa_under(name).stderr
+
+
+def configure(tmp_path: Path, isas: str) -> subprocess.CompletedProcess[str]:
+    """Run CMake's configuration with the option DLLM_ISAS."""
+    torch_dir = Path(torch.__file__).parent
+    command = [Path(sys.executable).with_name("cmake"), "-S", ROOT, "-B", tmp_path, "-GNinja", "-DDLLM_CUDA=OFF"]
+    command += [f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja', path=Path(sys.executable).parent)}"]
+    command += [f"-DTORCH_DIR={torch_dir}", f"-DDLLM_ISAS={isas}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("isas", ["avx2;mmx", "best", ""])
+def test_unknown_instruction_sets_are_not_built(isas, tmp_path):
+    done = configure(tmp_path, isas)
+    assert done.returncode == 1
+    assert f"DLLM_ISAS is '{isas}'; allowed here are portable" in " ".join(done.stderr.split())
+
+
+def test_native_is_the_best_of_the_machine(tmp_path):
+    built = re.search(r"CPU kernels for (.*)", configure(tmp_path, "native").stdout)[1].split(";")
+    assert built == list(dict.fromkeys(["portable", library.machine_isa()]))
+
+
+def test_portable_is_built_always():
+    assert library.built_isas()[0] == "portable"
+    assert library.cpu_isa() in library.built_isas()
+    assert set(library.built_isas()) | {library.machine_isa()} <= set(LANES)
 
 
 @pytest.mark.parametrize("is_bfloat16", [False, True])

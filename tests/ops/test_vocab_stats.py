@@ -1,12 +1,8 @@
 """`vocab_stats` against float64 and same-dtype torch, its torch twin, itself by shards, and in other companies."""
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +13,6 @@ from tests.ops.vocab import DTYPES, MASK, assert_identical, assert_sampled_sums,
 from vllm_dllm.ops.vocab_stats import PartialStats, merge
 from vllm_dllm.unmask.stats import torch_stats
 
-ROOT = Path(__file__).parents[2]
 SIZES = [(1, 1, 1), (7, 33, 113), (33, 113, 1025), (195, 70, 259), (2, 1030, 64)]
 """(num_rows, hidden_size, num_ids): beyond one work of rows, one slice of the depth, one chunk of ids, and below."""
 EXP_FLOOR = 4e-6
@@ -230,30 +225,6 @@ def test_threads_change_nothing() -> None:
         torch.set_num_threads(before)
     assert_identical(results[1], results[0])
     assert_identical(results[2], results[0])
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_each_instruction_set(isa: str) -> None:
-    probe = "import torch, vllm_dllm.ops.load as load; load.load_library(); print(torch.ops.vllm_dllm.cpu_isa())"
-    env = os.environ | {"VLLM_DLLM_ISA": isa}
-    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    if "this machine allows" in done.stderr:
-        pytest.skip(f"the machine has no {isa}")
-    assert done.stdout.strip() == isa
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        __file__.replace(".py", "_sampled.py"),
-        "-k",
-        "errors or bound or companions or missing or kept",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
 
 
 def test_no_rows() -> None:

@@ -187,7 +187,7 @@ def sections(runs: Runs, block_length: int) -> list[Section]:
     """Make the tables of the measurements."""
     return [
         Section("speed: median of the rounds (least to most); ratios are to off of the same round", _speeds(runs)),
-        Section("share of forwards whose drafts came true to this depth", _depths(runs)),
+        Section("share of forwards whose drafts were accepted to this depth", _depths(runs)),
         Section("milliseconds of a step that only denoises, median", _step_times(runs, block_length)),
     ]
 

@@ -22,16 +22,17 @@ from vllm_dllm.cli.server_settings import (
     BlockLength,
     EntropyBound,
     Factor,
+    Policy,
     StepsPerBlock,
     Threshold,
     given_settings,
     server_settings,
 )
-from vllm_dllm.config import DllmConfig, PolicyName
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, save_graph
 from vllm_dllm.draft.graph_schema import PromptsFile, Provenance, Versions
-from vllm_dllm.draft.picture import SUFFIXES, draw_graph
+from vllm_dllm.draft.picture import SUFFIXES, draw_graph, title_of
 from vllm_dllm.errors import ConfigError
 
 if TYPE_CHECKING:  # torch and vLLM are loaded when the command runs
@@ -49,7 +50,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     prompts: Annotated[Path, typer.Option(help="JSON lines with text, prompt, question or messages.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The graph file to write.")],
     samples: Annotated[int, typer.Option(min=2, help="Prompts to decode, from the file's beginning.")] = 50,
-    policy: Annotated[PolicyName | None, typer.Option(help="Unmasking policy; the model's own unless given.")] = None,
+    policy: Policy = None,
     threshold: Threshold = None,
     factor: Factor = None,
     entropy_bound: EntropyBound = None,
@@ -74,7 +75,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
     keep_traces: Annotated[bool, typer.Option("--keep-traces", help="Keep the traces file when done.")] = False,
 ) -> None:
-    """Decode prompts without drafts, choose the guesses that would have come true, and say what they save.
+    """Decode prompts without drafts, choose the guesses that would have been right, and say what they save.
 
     Interrupt it at will: the same command goes on where it was.
     """
@@ -242,7 +243,7 @@ def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Pred
     save_graph(GraphFile(graph, provenance), temporary)
     temporary.replace(plan.output)
     if plan.picture is not None:
-        draw_graph(graph, plan.picture, plan.output.name)
+        draw_graph(graph, plan.picture, title_of(GraphFile(graph, provenance)))
     console = Console()
     console.print(_table(prediction))
     console.print(Text(f"{plan.output}: {len(graph)} nodes of {graph.num_anchors:,} states"), soft_wrap=True)
@@ -251,7 +252,7 @@ def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Pred
 def _table(prediction: "Prediction") -> Table:
     """Show what each budget saves on the prompts that were held out."""
     table = Table(title=f"{prediction.num_prompts} prompts held out: forwards per generation, refreshes included")
-    for name in ("budget", "without", "with", "ratio", "ratio to EOS", "came true by depth"):
+    for name in ("budget", "without", "with", "ratio", "ratio to EOS", "accepted by depth"):
         table.add_column(name, justify="left" if "depth" in name else "right")
     for budget, forwards in prediction.whole.items():
         table.add_row(

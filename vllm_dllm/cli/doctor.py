@@ -136,9 +136,27 @@ def kernels() -> Iterator[Finding]:
         yield Finding("native ops", f"{error}", "missing")
         return
     yield Finding("native ops", f"{', '.join(load.OPS)}, from {load.LIBRARY}")
-    yield Finding("CPU kernels", f"run with {isa}; VLLM_DLLM_ISA chooses")
+    yield cpu_kernels(isa, library.machine_isa(), library.built_isas())
     capabilities = {torch.cuda.get_device_capability(number) for number in range(torch.cuda.device_count())}
     yield from cuda_kernels(library.cuda_archs(), capabilities)
+
+
+def cpu_kernels(isa: str, best: str, built: Sequence[str]) -> Finding:
+    """Compare the instruction sets of the build with the machine's best one.
+
+    Args:
+        isa: what the kernels run with.
+        best: of the machine.
+        built: what the library was built for.
+    """
+    if best in built:
+        return Finding("CPU kernels", f"run with {isa}, built for {', '.join(built)}; VLLM_DLLM_ISA chooses")
+    return Finding(
+        "CPU kernels",
+        f"run with {isa}, as the library was built for {', '.join(built)} and not for {best}, which this machine has; "
+        "build it here, or with `CMAKE_ARGS=-DDLLM_ISAS=all`",
+        "missing",
+    )
 
 
 def cuda_kernels(archs: Sequence[str], capabilities: Collection[tuple[int, int]]) -> Iterator[Finding]:

@@ -13,16 +13,17 @@ from vllm_dllm.cli.server_settings import (
     AlgTemp,
     EntropyBound,
     Factor,
+    Policy,
     StepsPerBlock,
     Threshold,
     given_settings,
 )
-from vllm_dllm.config import DllmConfig, PolicyName, parse_server_settings
+from vllm_dllm.config import DllmConfig, parse_server_settings
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph, formula_text
 from vllm_dllm.draft.graph_file import GraphFile, check_fit, load_graph, save_graph
 from vllm_dllm.draft.graph_schema import Provenance
 from vllm_dllm.draft.merge import merge_graphs
-from vllm_dllm.draft.picture import draw_graph
+from vllm_dllm.draft.picture import draw_graph, title_of
 from vllm_dllm.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Look at draft graphs, check them and merge them.")
@@ -35,14 +36,14 @@ def show(
     file: _File,
     picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
 ) -> None:
-    """Show a graph's nodes, how often they came true, and where the counts come from."""
+    """Show a graph's nodes, how often they were a true future state, and where the counts come from."""
     graph_file = load_graph(file)
     console = Console()
     console.print(_node_table(graph_file.graph))
     if graph_file.provenance is not None:
         console.print(_provenance_table(graph_file.provenance))
     if picture is not None:
-        draw_graph(graph_file.graph, picture, file.name)
+        draw_graph(graph_file.graph, picture, title_of(graph_file))
         print_line(f"picture: {picture}")
 
 
@@ -51,7 +52,7 @@ def check(  # noqa: PLR0913 - the options of a command
     file: _File,
     model: Annotated[str | None, typer.Option(help="Name or path of the model to be served.")] = None,
     block_length: Annotated[int | None, typer.Option(help="Of the server.")] = None,
-    policy: Annotated[PolicyName | None, typer.Option(help="Of the server.")] = None,
+    policy: Policy = None,
     threshold: Threshold = None,
     factor: Factor = None,
     entropy_bound: EntropyBound = None,

@@ -1,14 +1,29 @@
 """Options that are settings of a server, and the settings that they make with those that a model publishes."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
-from vllm_dllm.config import DllmConfig, PolicyName, parse_server_settings
+from vllm_dllm.config import POLICY_ALIASES, DllmConfig, PolicyName, parse_server_settings
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, family_of
 
+_POLICIES = (*get_args(PolicyName), *POLICY_ALIASES)
+
+
+def _policy(name: str) -> str:
+    if name not in _POLICIES:
+        raise typer.BadParameter(f"{name!r}, allowed are {', '.join(_POLICIES)}")
+    return name
+
+
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        parser=_policy, metavar="POLICY", help=f"Of the server; the model's own unless given: {', '.join(_POLICIES)}."
+    ),
+]
 Threshold = Annotated[float | None, typer.Option(help="Of the policies `threshold` and `dynamic`.")]
 Factor = Annotated[float | None, typer.Option(help="Of the policy `factor`.")]
 EntropyBound = Annotated[float | None, typer.Option(help="Of the policy `entropy_bounded`.")]
@@ -18,7 +33,7 @@ BlockLength = Annotated[int | None, typer.Option(help="Positions denoised togeth
 
 
 def given_settings(
-    policy: PolicyName | None,
+    policy: str | None,
     block_length: int | None,
     threshold: float | None,
     factor: float | None,

@@ -269,8 +269,8 @@ def check_fit(
     made = _compared(file.provenance.settings, file.provenance.model, file.provenance.family)
     here = _compared(settings, model, family)
     return [
-        f"{where} was calibrated with {name} {made[name]!r} but is used with {value!r}, so fewer drafts may come true; "
-        f"for a graph of this server run: {calibrate_command(settings, model)}"
+        f"{where} was calibrated with {name} {made[name]!r} but is used with {value!r}, so fewer drafts may be "
+        f"accepted; for a graph of this server run: {calibrate_command(settings, model)}"
         for name, value in here.items()
         if name in made and made[name] != value
     ]

@@ -59,7 +59,7 @@ class Provenance(BaseModel):
         settings: of the server that decoded the prompts.
         temperature: of the requests.
         prompts: the files they came from; several after a merge.
-        acceptance_by_depth: of the drafts of depth 1, 2, ...: the share that came true, on prompts held out.
+        acceptance_by_depth: of the drafts of depth 1, 2, ...: the share that was accepted, on prompts held out.
         predicted_nfe: budget -> forwards per generation, on prompts held out.
         seed: of the calibration.
         versions: of the software.

@@ -7,13 +7,17 @@ vLLM that changed them is told at start, in a sentence.
 
 import functools
 import inspect
+import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+from pydantic import ValidationError
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
+from vllm.renderers.base import BaseRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -43,6 +47,28 @@ def wrap(owner: type, name: str, parameters: tuple[str, ...], make: Callable[[An
     setattr(wrapper, _MARK, True)
     is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
     setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
+
+
+def unwrap_config_errors() -> None:
+    """Let a ConfigError that is raised inside of vLLM's configuration classes reach the user as it is.
+
+    They are pydantic's, which puts a ValueError between two lines of its own, with all arguments in them.
+    """
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(self, *args, **kwargs)
+            except ValidationError as error:
+                causes = [finding.get("ctx", {}).get("error") for finding in error.errors()]
+                ours = [cause for cause in causes if isinstance(cause, ConfigError)]
+                if not ours:
+                    raise
+            raise ours[0]
+
+        return wrapper
+
+    wrap(EngineArgs, "create_engine_config", ("self",), make)
 
 
 def around_argument_defaults(
@@ -140,3 +166,38 @@ def after_admission(finish: Callable[[InputProcessor, Any], None]) -> None:
         return wrapper
 
     wrap(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), make)
+
+
+def around_tokenization(guard: Callable[[BaseRenderer, Any, Any], AbstractContextManager[tuple[Any, Any]]]) -> None:
+    """Tokenize each prompt inside `guard(renderer, prompt, params)`, as the prompt and by the parameters it yields."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: BaseRenderer, prompt: Any, params: Any) -> Any:
+            with guard(self, prompt, params) as (guarded, by):
+                return original(self, guarded, by)
+
+        return wrapper
+
+    def make_async(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def wrapper(self: BaseRenderer, prompt: Any, params: Any) -> Any:
+            with guard(self, prompt, params) as (guarded, by):
+                return await original(self, guarded, by)
+
+        return wrapper
+
+    wrap(BaseRenderer, "_tokenize_singleton_prompt", ("self", "prompt", "params"), make)
+    wrap(BaseRenderer, "_tokenize_singleton_prompt_async", ("self", "prompt", "params"), make_async)
+
+
+def before_serving(prepare: Callable[[], None]) -> None:
+    """Call `prepare` once a process makes an asynchronous engine: others are spared the imports of vLLM's server."""
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(self: InputProcessor, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if "vllm.v1.engine.async_llm" in sys.modules:
+                prepare()
+
+        return wrapper
+
+    wrap(InputProcessor, "__init__", ("self", "vllm_config"), make)

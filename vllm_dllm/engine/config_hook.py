@@ -11,8 +11,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vllm_dllm.config import DllmConfig, max_prompt_len, parse_server_settings
+from vllm_dllm.blocks import max_prompt_len
+from vllm_dllm.config import DllmConfig, parse_server_settings
 from vllm_dllm.engine.attention_choice import set_attention
+from vllm_dllm.engine.generation_defaults import set_generation_defaults
 from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.checkpoint_fields import SPECIAL_IDS, check_token_ids, refuse_unknown
@@ -259,9 +261,14 @@ def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
 
 
 def clear_flags(args: EngineArgs, model_config: ModelConfig) -> None:
-    """Turn off for our models what vLLM turned on by default."""
-    if is_ours(model_config):
-        args.enable_chunked_prefill = False
+    """Turn off for our models what vLLM turned on by default, and raise what it refuses before `set_step_sizes`."""
+    if not is_ours(model_config):
+        return
+    args.enable_chunked_prefill = False
+    given, least = args.max_num_batched_tokens, max(model_config.max_model_len, args.max_num_seqs or 0)
+    if given is not None and given < least:
+        logger.info("Raising max_num_batched_tokens from %d to %d: max_model_len, or max_num_seqs", given, least)
+        args.max_num_batched_tokens = least
 
 
 class DllmConfigHook(VerifyAndUpdateConfig):
@@ -276,11 +283,7 @@ class DllmConfigHook(VerifyAndUpdateConfig):
         _check_checkpoint(model_config)
         family = served_family(model_config)
         model_config.hf_config.canvas_length = DllmConfig().block_length
-        if model_config.generation_config == "auto":
-            given = {**model_config.try_get_generation_config(), **model_config.override_generation_config}
-            for name, value in family.generation_defaults.items():
-                if name not in given:
-                    model_config.override_generation_config[name] = value
+        set_generation_defaults(model_config, family.generation_defaults)
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:

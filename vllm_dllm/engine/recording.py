@@ -7,10 +7,11 @@ from typing import Any
 from vllm import LLM, EngineArgs, SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from vllm_dllm.blocks import row_blocks
 from vllm_dllm.calibrate.prompts import Message, encode
 from vllm_dllm.calibrate.record import BlockRecorder
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
-from vllm_dllm.config import DllmConfig, row_blocks
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.denoiser import Observation
 from vllm_dllm.engine.config_hook import rules_of
 from vllm_dllm.engine.kv_memory import kv_bytes

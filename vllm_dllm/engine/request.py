@@ -1,103 +1,101 @@
 """A request's options: checked at admission in the front end, resolved when a worker takes the request."""
 
 import hashlib
-from collections.abc import Callable
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
+from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
     POLICY_OPTIONS,
-    REQUEST_KEYS,
     DllmConfig,
     InvalidOptionError,
-    RequestOptions,
     check_policy_options,
-    max_prompt_len,
-    parse_request_options,
+    plain_number,
     request_steps,
-    row_blocks,
 )
 from vllm_dllm.engine.config_hook import is_ours, settings_of
+from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 
 if TYPE_CHECKING:
+    from vllm.renderers.base import BaseRenderer
+    from vllm.renderers.params import TokenizeParams
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
-# Sampling parameters that only left-to-right sampling gives a meaning to, or that are not implemented: the test that
-# finds them in use, and what is allowed. A test asks for a decision on each field that a new vLLM brings.
-_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "presence_penalty": (lambda v: v != 0.0, "0"),
-    "frequency_penalty": (lambda v: v != 0.0, "0"),
-    "repetition_penalty": (lambda v: v != 1.0, "1"),
-    "min_p": (lambda v: v != 0.0, "0"),
-    "min_tokens": (lambda v: v != 0, "0"),
-    "logprobs": (lambda v: v is not None, "null"),
-    "prompt_logprobs": (lambda v: v is not None, "null"),
-    "prompt_logprob_token_ids": (lambda v: v is not None, "null"),
-    "prompt_logprob_start": (lambda v: v is not None, "null"),
-    "logprob_token_ids": (lambda v: v is not None, "null"),
-    "logit_bias": (bool, "null"),
-    "allowed_token_ids": (lambda v: v is not None, "null"),
-    "bad_words": (bool, "null"),
-    "structured_outputs": (lambda v: v is not None, "null"),
-    "thinking_token_budget": (lambda v: v is not None, "null"),
-    "repetition_detection": (lambda v: v is not None, "null"),
-    "trace_decode_token_ids": (bool, "null"),
-}
-
 _INT64_MAX = 2**63 - 1
 
-_FOREIGN_PREFIX = "diffusion_"
-"""Keys of vLLM's own diffusion model in `extra_args`; its admission check would let them pass unused."""
 
+@contextmanager
+def prompt_that_fits(
+    renderer: "BaseRenderer", prompt: Any, params: "TokenizeParams"
+) -> Iterator[tuple[Any, "TokenizeParams"]]:
+    """Make vLLM's tokenization of a prompt cut it to, or refuse it beyond, what a model of ours can serve.
 
-class RequestError(VLLMValidationError, ValueError):
-    """A request that cannot be served: HTTP 400 from a server, ValueError from `LLM`."""
+    Yields: the prompt, its token ids plain integers, and the parameters to tokenize it by.
 
-    def __init__(self, message: str, *, parameter: str, value: object = None) -> None:
-        super().__init__(message, parameter=parameter, value=value)  # type: ignore[call-arg]  # vLLM is not followed
-
-
-def refuse_unsupported(params: SamplingParams) -> None:
-    """Check a request's sampling parameters and `dllm_*` keys, which need no knowledge of its prompt.
-
-    Raises: RequestError naming the parameter, its value and what is allowed.
+    Raises: RequestError for token ids of another type, a truncation to more than can be served, and a prompt that is
+        longer than that.
     """
-    _options(params)
-    for name, (is_used, allowed) in _REFUSED.items():
-        value = getattr(params, name)
-        if is_used(value):
-            raise RequestError(
-                f"{name} is {value!r}, but diffusion models unmask tokens in any order and do not support it; "
-                f"allowed is {allowed}; remove it from the request",
-                parameter=name,
-                value=value,
-            )
-    for name in ("seed", "max_tokens", "top_k"):
-        value = getattr(params, name)
-        if value is not None and type(value) is not int:
-            raise RequestError(
-                f"{name} is {value!r}, allowed are whole numbers; give one of these", parameter=name, value=value
-            )
-    if params.seed is not None and not -(2**63) <= params.seed < 2**63:
+    max_model_len = params.max_total_tokens
+    if max_model_len is None or not is_ours(renderer.model_config):
+        yield prompt, params
+        return
+    settings = settings_of(renderer.config)
+    longest = max_prompt_len(settings, max_model_len)
+    is_text = "prompt_token_ids" not in prompt
+    if not is_text:
+        prompt = {**prompt, "prompt_token_ids": _plain_ids(prompt["prompt_token_ids"])}
+    truncation = params.truncate_prompt_tokens
+    if truncation is not None and truncation > longest:
         raise RequestError(
-            f"seed is {params.seed}, allowed are 64-bit signed integers; choose a smaller one",
-            parameter="seed",
-            value=params.seed,
+            f"truncate_prompt_tokens is {truncation}, allowed are null, -1 (the longest prompt that can be served) and "
+            f"up to {longest}; give one of these",
+            parameter="truncate_prompt_tokens",
+            value=truncation,
         )
-    for key in params.extra_args or ():
-        if str(key).startswith(_FOREIGN_PREFIX):
+    if truncation is not None and truncation < 0:
+        truncation = longest
+    try:
+        # What the reply may have is checked at admission, and is cut to what the prompt leaves.
+        yield prompt, replace(params, max_total_tokens=longest, max_output_tokens=0, truncate_prompt_tokens=truncation)
+    except VLLMValidationError as error:
+        if error.parameter == "input_tokens":
+            # vLLM stops to tokenize a text behind the first token that is too much.
+            raise _too_long(error.value, settings, max_model_len, is_at_least=is_text) from None
+        if error.parameter == "input_text":
+            raise _too_long(longest + 1, settings, max_model_len, is_at_least=True) from None
+        raise
+
+
+def _plain_ids(ids: Any) -> list[int]:
+    if type(ids) is list and all(type(token) is int for token in ids):
+        return ids
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(ids, list | tuple):
+        raise RequestError(
+            f"prompt_token_ids is {reprlib.repr(ids)}, allowed are lists of whole numbers; give one",
+            parameter="prompt_token_ids",
+            value=ids,
+        )
+    for position, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, Integral):
             raise RequestError(
-                f"{key} is an option of another diffusion model; allowed are {', '.join(REQUEST_KEYS)}; remove it "
-                "from the request",
-                parameter=key,
-                value=(params.extra_args or {})[key],
+                f"prompt_token_ids[{position}] is {reprlib.repr(token)}, allowed are whole numbers; give the ids of "
+                "tokens, or a text as prompt",
+                parameter="prompt_token_ids",
+                value=token,
             )
+    return [int(token) for token in ids]
 
 
 def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_model_len: int, mask_token_id: int) -> int:
@@ -130,21 +128,21 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
             parameter="prompt",
             value=mask_token_id,
         )
-    options = _options(params)
+    options = request_options(params)
     try:
         check_policy_options(options, settings)
-        request_steps(options, settings, blocks)
+        request_steps(options, settings, min(params.max_tokens, blocks.end - prompt_len))
     except InvalidOptionError as error:
         raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
     return blocks.end - prompt_len
 
 
-def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int) -> RequestError:
+def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_at_least: bool = False) -> RequestError:
     longest = max_prompt_len(settings, max_model_len)
     what = "a block and as much behind it need" if settings.kv_policy == "block_causal" else "a block needs"
     return RequestError(
-        f"the prompt has {prompt_len} tokens and leaves {max_model_len - prompt_len} of max_model_len "
-        f"{max_model_len}, but {what} {max_model_len - longest}; shorten the prompt to at most {longest} tokens",
+        f"the prompt has {'at least ' if is_at_least else ''}{prompt_len} tokens, but {what} "
+        f"{max_model_len - longest} of max_model_len {max_model_len}; shorten the prompt to at most {longest} tokens",
         parameter="prompt",
         value=prompt_len,
     )
@@ -163,9 +161,25 @@ def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") 
     length = check_admission(request, settings, model_config.max_model_len, mask_token_id)
     params = request.sampling_params
     assert params is not None, "check_admission refuses requests without"
-    params.max_tokens = min(params.max_tokens or length, length)
+    params.max_tokens = min(int(params.max_tokens or length), length)
+    # Plain numbers: what goes to the engine is packed, and NumPy's are not.
+    params.temperature, params.top_p = float(params.temperature), float(params.top_p)
+    params.seed, params.extra_args = plain_number(params.seed), _plain_args(params.extra_args)
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
+
+
+def _plain_args(args: dict[str, Any] | None) -> dict[str, Any] | None:
+    return args and {key: plain_number(value) for key, value in args.items()}
+
+
+def check_early(processor: "InputProcessor", prompt: Any, params: Any, **options: Any) -> None:
+    """Admit a request whose prompt is tokenized, for the errors only: a streamed reply has begun when vLLM does so.
+
+    Raises: what refuses the request.
+    """
+    if is_ours(processor.model_config) and isinstance(prompt, dict) and "type" in prompt:
+        processor.process_inputs("checked early", prompt, params, ("generate",), **options)
 
 
 def resolve_params(
@@ -182,9 +196,9 @@ def resolve_params(
     Without a seed one is drawn from the request's id, which vLLM makes random: the same on every tensor-parallel rank
     and after a preemption, without a message between them.
     """
-    options = _options(params)
+    options = request_options(params)
     blocks = row_blocks(prompt_len, params.max_tokens or 0, settings, max_model_len)
-    steps = request_steps(options, settings, blocks)
+    steps = request_steps(options, settings, min(params.max_tokens or 0, blocks.end - prompt_len))
     merged = settings.model_copy(update=options.model_dump(exclude={"steps"}, exclude_none=True))
     has_alg_temp = "alg_temp" in POLICY_OPTIONS[merged.policy]
     return RequestParams(
@@ -212,10 +226,3 @@ def _wrap(seed: int) -> int:
 def _seed_of(request_id: str) -> int:
     digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _options(params: SamplingParams) -> RequestOptions:
-    try:
-        return parse_request_options(params.extra_args)
-    except InvalidOptionError as error:
-        raise RequestError(str(error), parameter=error.parameter, value=error.value) from None

@@ -14,7 +14,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_dllm.config import row_blocks
+from vllm_dllm.blocks import row_blocks
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.engine import costs

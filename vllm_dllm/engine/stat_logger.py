@@ -26,7 +26,7 @@ COUNTERS = {
 }
 DRAFT_COUNTERS = {
     "draft_nodes_proposed": ("depth", "Drafts evaluated, by depth."),
-    "draft_nodes_accepted": ("steps_ahead", "Drafts that came true, by the steps that they were ahead."),
+    "draft_nodes_accepted": ("steps_ahead", "Drafts that were accepted, by the steps that they were ahead."),
     "steps": ("budget", "Engine steps, by the drafts that each request had."),
 }
 

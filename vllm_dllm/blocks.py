@@ -1,0 +1,49 @@
+"""Where the blocks of a request lie in its row. Nothing here imports vLLM or torch."""
+
+from dataclasses import dataclass
+
+from vllm_dllm.config import DllmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlocks:
+    """The blocks that a request's row is decoded in, one after another.
+
+    Attributes:
+        begin: first position of the first one; the prompt's tail lies from here on, where there is one.
+        end: behind the last one, where the row ends.
+        block_length: positions of each.
+    """
+
+    begin: int
+    end: int
+    block_length: int
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return (self.end - self.begin) // self.block_length
+
+
+def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model_len: int) -> RowBlocks:
+    """Return the blocks of a request; none for a prompt that leaves no room for one.
+
+    As many as `max_tokens` needs and `max_model_len` has room for. A bidirectional model's begin behind the prompt; it
+    attends to every masked position of the row, so the row's length is part of what it sees. Under `block_causal` they
+    begin at multiples of their length, and behind each there is room for another.
+    """
+    block_length, is_causal = settings.block_length, settings.kv_policy == "block_causal"
+    begin = prompt_len - prompt_len % block_length if is_causal else prompt_len
+    wanted = -(-(prompt_len + max_tokens - begin) // block_length)
+    fitting = (max_model_len - begin) // block_length - is_causal
+    if prompt_len > max_prompt_len(settings, max_model_len):
+        fitting = 0
+    return RowBlocks(begin, begin + min(wanted, fitting) * block_length, block_length)
+
+
+def max_prompt_len(settings: DllmConfig, max_model_len: int) -> int:
+    """Return the length of the longest prompt that leaves room for what its first step has in flight.
+
+    That is a block. Under `block_causal` it is two, counted from the known tokens as vLLM counts: with the first step
+    of a block the rows of the block before it are in flight, and with async scheduling any step has as many.
+    """
+    return max_model_len - settings.block_length * (1 + (settings.kv_policy == "block_causal"))

@@ -1,0 +1,185 @@
+"""What a request may not ask of a diffusion model; each is refused under the name it was sent by."""
+
+import dataclasses
+import math
+import reprlib
+from collections.abc import Callable, Iterator
+from numbers import Integral
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from vllm_dllm.config import REQUEST_KEYS, REQUEST_PREFIX, InvalidOptionError, RequestOptions, parse_request_options
+
+# Sampling parameters that only left-to-right sampling gives a meaning to, or that are not implemented: the test that
+# finds them in use, and what is allowed. A test asks for a decision on each field that a new vLLM brings.
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "presence_penalty": (lambda v: v != 0.0, "0"),
+    "frequency_penalty": (lambda v: v != 0.0, "0"),
+    "repetition_penalty": (lambda v: v != 1.0, "1"),
+    "min_p": (lambda v: v != 0.0, "0"),
+    "min_tokens": (lambda v: v != 0, "0"),
+    "logprobs": (lambda v: v is not None, "null (beam search asks for them too)"),
+    "prompt_logprobs": (lambda v: v is not None, "null"),
+    "prompt_logprob_token_ids": (lambda v: v is not None, "null"),
+    "prompt_logprob_start": (lambda v: v is not None, "null"),
+    "logprob_token_ids": (lambda v: v is not None, "null"),
+    "logit_bias": (bool, "null"),
+    "allowed_token_ids": (lambda v: v is not None, "null"),
+    "bad_words": (bool, "null"),
+    "thinking_token_budget": (lambda v: v is not None, "null"),
+    "repetition_detection": (lambda v: v is not None, "null"),
+    "trace_decode_token_ids": (bool, "null"),
+}
+
+# Fields of the APIs' requests that become a sampling parameter of another name or value, or that vLLM would ignore.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "use_beam_search": (bool, "false"),
+    "best_of": (lambda v: v not in {None, 1}, "null"),
+    "logprobs": (lambda v: v is not None and v is not False, "null"),
+    "top_logprobs": (bool, "0"),
+    "include": (lambda v: "message.output_text.logprobs" in (v or ()), "all but 'message.output_text.logprobs'"),
+    "structured_outputs": (lambda v: v is not None, "null"),
+    "response_format": (lambda v: _type_of(v) not in {None, "text"}, "null and {'type': 'text'}"),
+    "text.format": (lambda v: _type_of(v) not in {None, "text"}, "null and {'type': 'text'}"),
+    "output_config.format": (lambda v: v is not None, "null"),
+    "tool_choice": (lambda v: _forces_tool(v), "'none' and 'auto'"),
+    **{f"guided_{kind}": (lambda v: v is not None, "null") for kind in ("json", "regex", "choice", "grammar")},
+    "guided_json_object": (bool, "null"),
+    "structural_tag": (lambda v: v is not None, "null"),
+}
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+"""vLLM's own range above 0, which it keeps when parameters are made, and not when they are changed later. In it the
+native ops and torch draw the same tokens; at 1e38 they do not."""
+
+_FOREIGN_PREFIX = "diffusion_"
+"""Keys of vLLM's own diffusion model in `extra_args`; its admission check would let them pass unused."""
+
+
+class RequestError(VLLMValidationError, ValueError):
+    """A request that cannot be served: HTTP 400 from a server, ValueError from `LLM`."""
+
+    def __init__(self, message: str, *, parameter: str, value: object = None) -> None:
+        super().__init__(message, parameter=parameter, value=value)  # type: ignore[call-arg]  # vLLM is not followed
+
+
+def request_options(params: SamplingParams) -> RequestOptions:
+    """Read a request's `dllm_*` keys.
+
+    Raises: RequestError.
+    """
+    try:
+        return parse_request_options(params.extra_args)
+    except InvalidOptionError as error:
+        raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
+
+
+def refuse_unsupported(params: SamplingParams) -> None:
+    """Check a request's sampling parameters and `dllm_*` keys, which need no knowledge of its prompt.
+
+    Raises: RequestError naming the parameter, its value and what is allowed.
+    """
+    request_options(params)
+    for name, (is_used, allowed) in REFUSED.items():
+        value = getattr(params, name)
+        if is_used(value):
+            raise _unsupported(name, value, allowed)
+    if params.structured_outputs is not None:
+        raise RequestError(
+            "structured output is asked for (by structured_outputs, response_format, a strict or required tool, "
+            "parallel_tool_calls false, or the server's --tool-strict-level), but diffusion models unmask tokens in "
+            "any order and follow no grammar; allowed is none; remove it",
+            parameter="structured_outputs",
+        )
+    _check_numbers(params)
+    for key in params.extra_args or ():
+        if str(key).startswith(_FOREIGN_PREFIX):
+            raise RequestError(
+                f"{key} is an option of another diffusion model; allowed are {', '.join(REQUEST_KEYS)}; remove it "
+                "from the request",
+                parameter=key,
+                value=(params.extra_args or {})[key],
+            )
+
+
+def _check_numbers(params: SamplingParams) -> None:
+    for name in ("seed", "max_tokens", "top_k"):
+        value = getattr(params, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise _not_allowed(name, value, "whole numbers")
+    if params.seed is not None and not -(2**63) <= params.seed < 2**63:
+        raise _not_allowed("seed", params.seed, "64-bit signed integers")
+    if params.temperature != 0 and not MIN_TEMPERATURE <= params.temperature <= MAX_TEMPERATURE:
+        allowed = f"0 (greedy) and {MIN_TEMPERATURE} to {MAX_TEMPERATURE}"
+        raise _not_allowed("temperature", params.temperature, allowed)
+    if not 0.0 < params.top_p <= 1.0:
+        raise _not_allowed("top_p", params.top_p, "numbers above 0 and up to 1")
+
+
+def refuse_fields(request: Any) -> None:
+    """Check the fields of an API's request (vLLM's class of it) that no sampling parameter is named after.
+
+    Raises: RequestError naming the field, its value and what is allowed.
+    """
+    if not hasattr(request, "temperature"):
+        return  # it asks for no generation: its messages are to be tokenized, say
+    for name, (is_used, allowed) in _FIELDS.items():
+        owner, _, field = name.rpartition(".")
+        value = getattr(getattr(request, owner, None) if owner else request, field, None)
+        if is_used(value):
+            raise _unsupported(name, value, allowed)
+    if getattr(request, "messages", None) is not None and getattr(request, "echo", None):
+        raise _unsupported("echo", True, "false")
+    for path, strict in _strict_tools(request):
+        raise _unsupported(path, strict, "false and null")
+    for key, value in (getattr(request, "model_extra", None) or {}).items():
+        if key.startswith(REQUEST_PREFIX):
+            raise RequestError(
+                f"{key} is {reprlib.repr(value)} at the top of the request, where it has no effect; allowed is "
+                f"{{'vllm_xargs': {{{key!r}: ...}}}}; move it there",
+                parameter=key,
+                value=value,
+            )
+
+
+def _unsupported(name: str, value: object, allowed: str) -> RequestError:
+    return RequestError(
+        f"{name} is {_shown(value)}, but diffusion models unmask tokens in any order and do not support it; "
+        f"allowed is {allowed}; remove it from the request",
+        parameter=name,
+        value=value,
+    )
+
+
+def _not_allowed(name: str, value: Any, allowed: str) -> RequestError:
+    shown = value if isinstance(value, float) and math.isfinite(value) else repr(value)
+    return RequestError(f"{name} is {shown}, allowed are {allowed}; give one of these", parameter=name, value=value)
+
+
+def _shown(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        value = {name: v for name, v in vars(value).items() if v not in (None, False) and not name.startswith("_")}
+    dump = getattr(value, "model_dump", None)
+    return reprlib.repr(dump(exclude_none=True, by_alias=True) if dump else value)
+
+
+def _type_of(value: Any) -> Any:
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+def _forces_tool(choice: Any) -> bool:
+    """Tell whether a `tool_choice` of any API demands a call: 'required' or an object, if not one of mode 'auto'."""
+    if choice is None or isinstance(choice, str):
+        return choice == "required"
+    return getattr(choice, "mode", None) != "auto" and _type_of(choice) not in {"auto", "none"}
+
+
+def _strict_tools(request: Any) -> Iterator[tuple[str, bool]]:
+    if getattr(request, "tool_choice", None) == "none":
+        return
+    for i, tool in enumerate(getattr(request, "tools", None) or ()):
+        for owner, path in ((tool, "strict"), (getattr(tool, "function", None), "function.strict")):
+            if getattr(owner, "strict", None):
+                yield f"tools[{i}].{path}", True

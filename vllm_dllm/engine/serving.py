@@ -1,0 +1,86 @@
+"""A server's own part: a bad request gets its HTTP 400 before a streamed reply begins, in the words of its client."""
+
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from vllm.config import ModelConfig
+
+from vllm_dllm.engine.compat import wrap
+from vllm_dllm.engine.config_hook import is_ours
+from vllm_dllm.engine.refusals import RequestError, refuse_fields
+from vllm_dllm.engine.request import check_early
+
+
+def install() -> None:
+    """Wrap the methods of vLLM's server that every API's requests pass; those for other models pass unchanged."""
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    wrap(BaseServing, "_check_model", ("self", "request"), _with_fields_checked)
+    wrap(AnthropicServingMessages, "create_messages", ("self", "request", "raw_request"), _without_traceback)
+    wrap(AsyncLLM, "generate", ("self", "prompt", "sampling_params", "request_id", "data_parallel_rank"), _at_once)
+    wrap(
+        OpenAIServingResponses,
+        "_generate_with_builtin_tools",
+        ("self", "request_id", "engine_input", "sampling_params"),
+        _response_at_once,
+    )
+
+
+def _with_fields_checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def wrapper(self: Any, request: Any) -> Any:
+        return await original(self, request) or _refusal(self, request)
+
+    return wrapper
+
+
+def _refusal(serving: Any, request: Any) -> Any:
+    """Return vLLM's reply to a request with a field that is refused, or None."""
+    model_config: ModelConfig = serving.model_config
+    if not is_ours(model_config):
+        return None
+    try:
+        refuse_fields(request)
+    except RequestError as error:
+        return serving.create_error_response(error)
+    return None
+
+
+def _without_traceback(original: Callable[..., Any]) -> Callable[..., Any]:
+    """This API logs whatever is raised with its traceback, and sends requests on as those of another API."""
+    from vllm.exceptions import VLLMClientError
+
+    async def wrapper(self: Any, request: Any, raw_request: Any = None) -> Any:
+        if refusal := _refusal(self, request):
+            return refusal
+        try:
+            return await original(self, request, raw_request)
+        except VLLMClientError as error:
+            if not is_ours(self.model_config):
+                raise
+            return self.create_error_response(error)
+
+    return wrapper
+
+
+def _at_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A generator runs when its first output is asked for, which for a stream is behind the HTTP status."""
+
+    def wrapper(self: Any, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncGenerator[Any]:
+        seen_early = {name: options[name] for name in ("lora_request", "data_parallel_rank") if name in options}
+        check_early(self.input_processor, prompt, sampling_params, **seen_early)
+        return original(self, prompt, sampling_params, request_id, **options)
+
+    return wrapper
+
+
+def _response_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The Responses API calls `AsyncLLM.generate` inside of a generator of its own."""
+
+    def wrapper(self: Any, request_id: str, engine_input: Any, sampling_params: Any, *args: Any, **options: Any) -> Any:
+        check_early(self.engine_client.input_processor, engine_input, sampling_params)
+        return original(self, request_id, engine_input, sampling_params, *args, **options)
+
+    return wrapper
