@@ -135,7 +135,7 @@ def changes_of(family: str) -> list[Change]:
 def _shapes(kind: str) -> list[Change]:
     role = ROLES[kind]
     width, heads, kv = role["width"], role["heads"], role["kv"]
-    found = [Change("shape", {heads: h, kv: k}) for h, k in ((2, 1), (6, 3), (12, 4), (6, 6), (4, None), (2, None))]
+    found = [Change("shape", {heads: h, kv: k}) for h, k in ((2, 1), (6, 3), (3, 1), (6, 6), (4, None), (2, None))]
     found += [Change("shape", {width: w}) for w in ((16, 32, 48) if kind == "llada" else (16, 20, 34))]
     found += [
         Change("shape", {heads: 5}, (heads,)) if kind == "llada" else Change("shape", {heads: 8, kv: 3}, (heads, kv)),

@@ -17,7 +17,7 @@ from vllm_dllm.engine.attention_choice import set_attention
 from vllm_dllm.engine.generation_defaults import set_generation_defaults
 from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.models.checkpoint_fields import SPECIAL_IDS, check_token_ids, refuse_unknown
+from vllm_dllm.models.checkpoint_fields import SPECIAL_IDS, check_token_ids
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, ModelFamily, check_family, family_of
 from vllm_dllm.spiffy_config import (
     METHOD,
@@ -278,9 +278,9 @@ class DllmConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Mark the model as a diffusion model and set its published decoding defaults.
 
-        Raises: ConfigError for what `hf_overrides` and generation configs say of the checkpoint.
+        Raises: ConfigError for special ids of generation configs that the vocabulary does not have.
         """
-        _check_checkpoint(model_config)
+        _check_generation_ids(model_config)
         family = served_family(model_config)
         model_config.hf_config.canvas_length = DllmConfig().block_length
         set_generation_defaults(model_config, family.generation_defaults)
@@ -324,18 +324,15 @@ class DllmConfigHook(VerifyAndUpdateConfig):
             _tell_spiffy(spiffy)
 
 
-def _check_checkpoint(model_config: ModelConfig) -> None:
+def _check_generation_ids(model_config: ModelConfig) -> None:
     """Check what config.json's own class does not see. Raises: ConfigError."""
-    config = model_config.hf_config
-    if isinstance(model_config.hf_overrides, Mapping):
-        refuse_unknown(model_config.hf_overrides, config.known_names(), "--hf-overrides")
     generation = {
         "the checkpoint's generation_config.json": model_config.try_get_generation_config(),
         "--override-generation-config": model_config.override_generation_config,
     }
     for where, given in generation.items():
         ids = {name: given[name] for name in SPECIAL_IDS if given.get(name) is not None}
-        check_token_ids(ids, config.vocab_size, where)
+        check_token_ids(ids, model_config.hf_config.vocab_size, where)
 
 
 def _tell_spiffy(spiffy: SpiffySettings) -> None:

@@ -73,6 +73,7 @@ class CheckpointConfig(PretrainedConfig):
 
     def update(self, config_dict: dict[str, Any]) -> None:
         """Set fields, all at once; a null is also an answer to a field that is not known."""
+        refuse_unknown(config_dict, self.known_names(), "--hf-overrides")
         fields = self._attributes() | self._given.keys()
         if not fields.isdisjoint(config_dict):
             self._change({name: value for name, value in config_dict.items() if name in fields})
@@ -83,8 +84,10 @@ class CheckpointConfig(PretrainedConfig):
         is_read = "_given" in self.__dict__ and name in self._attributes()
         if is_read and (self._problem is not None or getattr(self, name, None) != value):
             self._change({name: value})
-        else:
-            super().__setattr__(name, value)
+            return
+        if "_given" in self.__dict__ and isinstance(value, Mapping):  # an override that is an object, set by vLLM
+            refuse_unknown({name: value}, self.known_names(), "--hf-overrides")
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """Raise what is wrong with the file where a field of it is asked for."""

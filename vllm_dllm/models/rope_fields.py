@@ -81,7 +81,10 @@ def read_rope(given: Mapping[str, Any], *, max_positions: int, head_dim: int) ->
             "are finite numbers from 1 on; add it there or with --hf-overrides"
         )
     if kind == "dynamic" and head_dim < 4:
-        raise ConfigError(f"rope_type is 'dynamic', but heads have {head_dim} elements; it needs 4; set another type")
+        raise ConfigError(
+            f"rope_type in the checkpoint's config.json is 'dynamic', but heads have {head_dim} elements; allowed are "
+            "heads of 4 and more; set another type"
+        )
     if kind == "yarn":
         _check_yarn(rope, max_positions)
     return rope
