@@ -118,6 +118,8 @@ class Mutation:
     def config(self) -> dict[str, Any]:
         """What is asked for, as one config.json."""
         merged = TINY[self.family] | self.fields
+        if self.by_overrides and self.family == "llada" and "hidden_size" in merged:
+            merged["d_model"] = merged.pop("hidden_size")  # a name of vLLM's, which overrides may have
         return {name: value for name, value in merged.items() if value is not ABSENT}
 
     @property
@@ -177,6 +179,8 @@ def _numbers(kind: str) -> list[Change]:
         found += [Change("inner", {"mlp_ratio": value}, ("mlp_ratio",)) for value in NOT_SIZES]
         found += [Change("vocab", {"embedding_size": gone}) for gone in (None, ABSENT, 60, 100)]
         found += [Change("vocab", {"embedding_size": 59}, ("embedding_size",))]
+        found += [Change("shape", {"multi_query_attention": False}, ("multi_query_attention",))]
+        found += [Change("shape", {"multi_query_attention": False, "n_kv_heads": kv}) for kv in (None, 4)]
     return found
 
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from tests.models.in_process import TINY, load, logits_of, make_model, read_config, reference_of, vllm_alone
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.models.checkpoint_tensors import TensorCount, embedding_name, head_name, needed_tensors
+from vllm_dllm.models.checkpoint_tensors import Shape, Sizes, TensorCount, embedding_name, head_name, needed_tensors
 
 TIED = {"tied": TINY["sdar"] | {"tie_word_embeddings": True}, "tied llada": TINY["llada"] | {"weight_tying": True}}
 CONFIGS: dict[str, dict[str, Any]] = TINY | TIED
@@ -140,7 +140,7 @@ def test_dummies_may_be_followed_by_parts(folder: Path) -> None:
 def test_names_of_a_quantisation_method_are_counted_and_others_are_left_to_vllm() -> None:
     """Their shapes are the method's; each parameter of a layer must be there once."""
     tensors = {f"layer.{part}": torch.ones(2) for part in ("qweight", "scales", "k_scale")}
-    needed = {"layer.qweight": None, "layer.scales": None}
+    needed: dict[str, Shape | Sizes] = {"layer.qweight": {}, "layer.scales": {}}
     assert [name for name, _ in TensorCount(needed, is_open=True).passing(tensors.items())] == list(tensors)
     with pytest.raises(ConfigError, match=r"1 missing: layer\.scales"):
         list(TensorCount(needed, is_open=True).passing([("layer.qweight", torch.ones(2))]))

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from tests.models.in_process import TINY, load, logits_of, make_model, read_config, reference_of, vllm_alone
 from tests.models.mutations import Mutation, changes_of, draw
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.models.checkpoint_fields import SPECIAL_IDS
+from vllm_dllm.plugin import register
 
 # float32 rounding, carried through up to three layers into logits of size 1 to 20
 ROUNDING = {"rtol": 1e-4, "atol": 2e-4}
@@ -94,6 +97,46 @@ def test_overrides_mend_a_file(family: str, folder: Path) -> None:
     for name in broken:
         with pytest.raises(ConfigError, match="rope_type" if name == "rope_scaling" else name):
             read_config(folder, TINY[family] | {name: broken[name]})
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_overrides_of_rotation_replace_what_they_say_and_nothing_else(family: str, folder: Path) -> None:
+    linear, dynamic = ({"rope_type": kind, "factor": 2.0} for kind in ("linear", "dynamic"))
+    asked: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+        ({"rope_scaling": linear}, {"rope_theta": 500.0}, linear | {"rope_theta": 500.0}),
+        ({"rope_scaling": linear}, {"rope_scaling": dynamic}, dynamic | {"rope_theta": 10000.0}),
+        ({"rope_scaling": linear}, {"rope_scaling": None}, {"rope_type": "default", "rope_theta": 10000.0}),
+        ({"rope_parameters": linear}, {"rope_scaling": dynamic | {"rope_theta": 5.0}}, dynamic | {"rope_theta": 5.0}),
+        # a file that is mended in other ways keeps its scaling
+        (
+            {"mask_token_id": 99, "rope_scaling": linear},
+            {"mask_token_id": 3, "rope_theta": 500.0},
+            linear | {"rope_theta": 500.0},
+        ),
+    ]
+    for file, overrides, expected in asked:
+        assert read_config(folder, TINY[family] | file, overrides).hf_config.rope_parameters == expected
+    for overrides, name in (
+        ({"rope_theta": 6.0, "rope_parameters": linear | {"rope_theta": 5.0}}, "rope_theta"),
+        ({"rope_scaling": linear, "rope_parameters": dynamic}, "rope_type"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}.* allowed is one value"):
+            read_config(folder, TINY[family], overrides)
+
+
+@pytest.mark.parametrize("spiffy", [None, {"method": "spiffy"}], ids=["plain", "spiffy"])
+@pytest.mark.parametrize("name", SPECIAL_IDS)
+def test_special_ids_are_refused_before_an_engine_starts(name: str, spiffy: object, tmp_path: Path) -> None:
+    """One ConfigError, as `vllm serve` and `LLM` show it, whether drafts are asked for or not."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    register()
+    for fields in TINY.values():
+        for value in (-1, 64, True, "3", *([None] if name == "mask_token_id" else [])):
+            (tmp_path / "config.json").write_text(json.dumps(fields | {name: value}))
+            arguments = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, speculative_config=spiffy)
+            with pytest.raises(ConfigError, match=f"^{name} in the checkpoint's config.json is "):
+                arguments.create_engine_config()
 
 
 @pytest.mark.parametrize("value", [64, -1, [1, 64], 1.5])

@@ -46,7 +46,7 @@ class ModelFacts:
 
     family: str
     mask_token_id: int
-    eos_token_id: int | None
+    eos_token_id: int | list[int] | None
     rules: UnmaskRules
 
 

@@ -15,7 +15,7 @@ from vllm_dllm.models.checkpoint_fields import (
     refuse_unknown,
     validated,
 )
-from vllm_dllm.models.rope_fields import ROPE_NAMES, num_positions, read_rope
+from vllm_dllm.models.rope_fields import ROPE_NAMES, num_positions, override_rope, read_rope
 
 WHERE = "the checkpoint's config.json"
 _IS_FILE = "_vllm_dllm_is_file"
@@ -65,6 +65,7 @@ class CheckpointConfig(PretrainedConfig):
         names = given.keys() & (self.bookkeeping | BOOKKEEPING)  # some others transformers would act on
         super().__init__(**{name: given[name] for name in names - self._attributes()})
         self._given, self._problem = given, problem
+        self._rope_overrides: dict[str, Any] = {}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -137,8 +138,9 @@ class CheckpointConfig(PretrainedConfig):
     def _change(self, changes: Mapping[str, Any]) -> None:
         """Read again what was given, with these changes."""
         given = {n: v for n, v in self._given.items() if n not in changes and self._alias(n) not in changes}
-        if not changes.keys().isdisjoint(ROPE_NAMES):
-            given = self._without_old_rope(given, changes)
+        if rope := {name: value for name, value in changes.items() if name in ROPE_NAMES}:
+            self.__dict__["_rope_overrides"] = self._rope_overrides | rope
+            given = override_rope(given, self._rope_overrides)
         given |= changes
         try:
             values = self._read(given)
@@ -158,18 +160,6 @@ class CheckpointConfig(PretrainedConfig):
         """Return the other name of an attribute that has two."""
         other = {published: alias for alias, published in self.attribute_map.items()}
         return self.attribute_map.get(name) or other.get(name, name)
-
-    def _without_old_rope(self, given: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Drop what the changes replace: the base, or the rest, whichever they say."""
-        old = dict(self.__dict__.get("rope_parameters") or {})
-        theta = old.pop("rope_theta", given.get("rope_theta"))
-        objects = [changes[name] for name in ("rope_scaling", "rope_parameters") if name in changes]
-        given = {name: value for name, value in given.items() if name not in ROPE_NAMES}
-        if not objects:
-            given["rope_parameters"] = old
-        if not any(isinstance(item, Mapping) and item.get("rope_theta") is not None for item in objects):
-            given.setdefault("rope_theta", theta)
-        return given
 
     def _read(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the attributes that fields stand for, or raise ConfigError."""
@@ -219,7 +209,7 @@ class CheckpointConfig(PretrainedConfig):
 
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         super()._remove_keys_not_serialized(d)
-        for name in ("_given", "_problem"):
+        for name in ("_given", "_problem", "_rope_overrides"):
             d.pop(name, None)
 
 

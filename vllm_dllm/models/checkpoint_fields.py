@@ -44,11 +44,7 @@ BOOKKEEPING = frozenset(
 
 
 class CheckpointFields(BaseModel):
-    """Fields of every family. A null of one that has a default is as if it were absent.
-
-    Attributes:
-        bookkeeping: names of the family's fields, besides `BOOKKEEPING`, that change no arithmetic.
-    """
+    """Fields of every family; one that is absent has the value of the published checkpoints."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

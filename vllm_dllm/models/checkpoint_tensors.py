@@ -17,6 +17,8 @@ from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.checkpoint_config import CheckpointConfig
 
 Shape = tuple[int, ...]
+Sizes = dict[int, int]
+"""What is known of a shape: sizes by dimension."""
 
 # Tables that transformers once saved, and that every model class computes from config.json.
 _COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -76,13 +78,14 @@ class TensorCount:
     """Tensors of a checkpoint, compared with those that are needed as they come.
 
     Attributes:
-        needed: by published name, the shape; None where a quantisation method decides it.
+        needed: by published name, the shape, or what is known of it where a quantisation method decides it.
         tied: names of a head and of the embedding that it is, where the checkpoint may give both.
         is_open: whether tensors of other names go to vLLM, whose quantisation methods have names of their own.
         is_part: whether the rest came before or comes later, as when weights are replaced in a running engine.
+        passed: the name and shape of the tensor that went on last.
     """
 
-    needed: Mapping[str, Shape | None]
+    needed: Mapping[str, Shape | Sizes]
     tied: tuple[str, str] | None = None
     is_open: bool = False
     is_part: bool = False
@@ -91,6 +94,7 @@ class TensorCount:
     misshapen: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     pair: dict[str, Tensor] = field(default_factory=dict)
+    passed: str = ""
 
     def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors that can be loaded.
@@ -99,6 +103,7 @@ class TensorCount:
         """
         for name, tensor in weights:
             if self._fits(name, tensor):
+                self.passed = f"{name} {list(tensor.shape)}"
                 yield name, tensor
         self._raise_findings()
 
@@ -113,8 +118,8 @@ class TensorCount:
                 self.unknown.append(name)
             return self.is_open
         shape = self.needed[name]
-        if shape is not None and tuple(tensor.shape) != shape:
-            self.misshapen.append(f"{name} is {list(tensor.shape)}, needed is {list(shape)}")
+        if not _is_shape(tuple(tensor.shape), shape):
+            self.misshapen.append(f"{name} is {list(tensor.shape)}, needed is {_show(shape)}")
             return False
         return self.seen[name] == 1
 
@@ -145,6 +150,18 @@ class TensorCount:
                 f"the checkpoint's tensors are not those that its config.json asks for: {findings}. Allowed are its "
                 f"{len(self.needed)} tensors, each once; repair the checkpoint's files or correct config.json"
             )
+
+
+def _is_shape(found: Shape, needed: Shape | Sizes) -> bool:
+    if isinstance(needed, tuple):
+        return found == needed
+    return all(dim >= len(found) or found[dim] == size for dim, size in needed.items())
+
+
+def _show(needed: Shape | Sizes) -> str:
+    if isinstance(needed, tuple):
+        return str(list(needed))
+    return " and ".join(f"{size} in dimension {dim}" for dim, size in needed.items())
 
 
 def _first(names: Sequence[str]) -> str:

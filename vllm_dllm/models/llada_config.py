@@ -49,7 +49,9 @@ class LLaDAConfig(CheckpointConfig):
 
     model_type = "llada"
     table: ClassVar[type[CheckpointFields]] = LLaDAFields
-    bookkeeping: ClassVar[frozenset[str]] = frozenset({"alibi_bias_max", "attention_layer_norm_with_affine"})
+    bookkeeping: ClassVar[frozenset[str]] = frozenset(
+        {"alibi_bias_max", "attention_layer_norm_with_affine", "train_max_sequence_length"}
+    )
     published_mask_token_id: ClassVar[int] = 126336
     published_eot_token_id: ClassVar[int] = 126348
     published_vocab_sizes: ClassVar[tuple[int, ...]] = (126464,)
@@ -98,6 +100,12 @@ class LLaDAConfig(CheckpointConfig):
                 f"mlp_hidden_size in {WHERE} is missing or null, and so is mlp_ratio; allowed are whole numbers from 1 "
                 "on; give one of them"
             )
+        n_kv_heads = fields.n_kv_heads or fields.n_heads
+        if fields.multi_query_attention is False and n_kv_heads != fields.n_heads:
+            raise ConfigError(
+                f"multi_query_attention in {WHERE} is False, which asks for as many key heads as n_heads "
+                f"{fields.n_heads}, but n_kv_heads is {n_kv_heads}; allowed is null; remove it"
+            )
         if fields.head_dim not in (None, fields.d_model // fields.n_heads):
             raise ConfigError(
                 f"head_dim in {WHERE} is {fields.head_dim}, but LLaDA's heads share d_model {fields.d_model} evenly; "
@@ -107,7 +115,7 @@ class LLaDAConfig(CheckpointConfig):
             "d_model": fields.d_model,
             "n_layers": fields.n_layers,
             "n_heads": fields.n_heads,
-            "n_kv_heads": fields.n_kv_heads or fields.n_heads,
+            "n_kv_heads": n_kv_heads,
             "head_dim": None,
             "mlp_hidden_size": fields.mlp_hidden_size or fields.d_model * (fields.mlp_ratio or 1),
             "vocab_size": num_tokens,

@@ -20,6 +20,8 @@ _Whole = Annotated[float, Field(ge=1.0, le=1.0, description="1, since whole head
 ROPE_NAMES = ("rope_theta", "rope_scaling", "rope_parameters")
 """The fields of config.json that are read here."""
 
+_OBJECTS = ("rope_scaling", "rope_parameters")
+
 
 class _Rope(BaseModel):
     """Fields of the object, for every type."""
@@ -90,10 +92,36 @@ def read_rope(given: Mapping[str, Any], *, max_positions: int, head_dim: int) ->
     return rope
 
 
+def override_rope(given: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Put overrides of `ROPE_NAMES` in the place of what they replace: the base, the rest, or both.
+
+    Args:
+        given: fields of config.json.
+        overrides: all overrides so far; two that disagree are both kept, for `read_rope` to refuse.
+
+    Returns: the fields, changed.
+    """
+    bases = [given.get("rope_theta"), *(_theta_in(given.get(name)) for name in _OBJECTS)]
+    kept: dict[str, Any] = {name: value for name, value in given.items() if name not in ROPE_NAMES}
+    if overrides.keys().isdisjoint(_OBJECTS):
+        kept |= {name: _without_theta(given[name]) for name in _OBJECTS if name in given}
+    if "rope_theta" not in overrides and not any(_theta_in(overrides.get(name)) for name in _OBJECTS):
+        kept["rope_theta"] = next((base for base in bases if base is not None), None)
+    return kept | dict(overrides)
+
+
+def _theta_in(value: Any) -> Any:
+    return value.get("rope_theta") if isinstance(value, Mapping) else None
+
+
+def _without_theta(value: Any) -> Any:
+    return {key: item for key, item in value.items() if key != "rope_theta"} if isinstance(value, Mapping) else value
+
+
 def _merged(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the one object that the fields of `ROPE_NAMES` say."""
     merged: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
+    for name in _OBJECTS:
         value = given.get(name)
         if value is not None and not isinstance(value, Mapping):
             raise ConfigError(

@@ -20,6 +20,9 @@ class SDARConfig(QwenConfig):
 
     model_type = "sdar"
     table: ClassVar[type[CheckpointFields]] = SDARFields
+    bookkeeping: ClassVar[frozenset[str]] = QwenConfig.bookkeeping | {
+        *("ep_size", "micro_forward", "skip_checkpoint", "use_deepep")  # of training, which SDAR's files keep
+    }
     published_mask_token_id: ClassVar[int] = 151669
     qk_norm: ClassVar[bool] = True
 

@@ -28,9 +28,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.parameter import BasevLLMParameter
 
 from vllm_dllm.engine.attention import DllmAttentionBackend
-from vllm_dllm.models.checkpoint_tensors import Shape, TensorCount, embedding_name, head_name, needed_tensors
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.models.checkpoint_tensors import Shape, Sizes, TensorCount, embedding_name, head_name, needed_tensors
 from vllm_dllm.models.rope_fields import table_arguments
 
 if TYPE_CHECKING:
@@ -247,8 +249,8 @@ class MaskedDiffusionLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the names of the parameters they filled.
 
-        Raises: ConfigError for tensors that are missing, unknown, doubled or of another shape; of a quantised
-            checkpoint the unknown ones are vLLM's to refuse.
+        Raises: ConfigError for tensors that are missing, unknown, doubled or of another shape. Which names and shapes
+            a quantisation method has, vLLM knows; its refusals name no tensor.
         """
         count = TensorCount(
             self._needed_tensors(),
@@ -256,13 +258,21 @@ class MaskedDiffusionLM(nn.Module):
             is_open=self.quant_config is not None,
             is_part=self.takes_part,
         )
-        loaded = set(AutoWeightsLoader(self).load_weights(count.passing(weights), mapper=self.hf_to_vllm_mapper))
+        try:
+            loaded = set(AutoWeightsLoader(self).load_weights(count.passing(weights), mapper=self.hf_to_vllm_mapper))
+        except ConfigError:
+            raise
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the checkpoint's tensor {count.passed} does not fit what its config.json asks for: "
+                f"{error or type(error).__name__}; repair the checkpoint's files or correct config.json"
+            ) from error
         self.takes_part = True
         return loaded
 
-    def _needed_tensors(self) -> dict[str, Shape | None]:
+    def _needed_tensors(self) -> dict[str, Shape | Sizes]:
         """Return the tensors that fill this model: of a quantised module, one for each of its parameters."""
-        needed: dict[str, Shape | None] = {}
+        needed: dict[str, Shape | Sizes] = {}
         for name, shape in needed_tensors(self.config).items():
             module = self.get_submodule(self.hf_to_vllm_mapper.map_name(name).rpartition(".")[0])
             method = getattr(module, "quant_method", None)
@@ -271,5 +281,21 @@ class MaskedDiffusionLM(nn.Module):
                 continue
             published = name.rpartition(".")[0]
             parameters = dict(module.named_parameters(recurse=False))
-            needed |= {f"{published}.{leaf}": None for leaf in parameters if leaf not in FILLED_BY_VLLM}
+            needed |= {
+                f"{published}.{leaf}": {0: shape[0]} if leaf == "bias" else _sizes(module, parameter, shape[0])
+                for leaf, parameter in parameters.items()
+                if leaf not in FILLED_BY_VLLM
+            }
         return needed
+
+
+def _sizes(module: nn.Module, parameter: nn.Parameter, num_outputs: int) -> Sizes:
+    """Return how much a checkpoint's part of a quantised layer has for `num_outputs`, in the dimension of outputs.
+
+    vLLM takes of a larger tensor what the layer needs, as a tensor-parallel rank does, and says nothing.
+    """
+    output_dim = getattr(parameter, "output_dim", None)
+    if not isinstance(parameter, BasevLLMParameter) or output_dim is None:
+        return {}
+    size, rest = divmod(parameter.shape[output_dim] * num_outputs, module.output_size_per_partition)
+    return {} if rest else {output_dim: size}
