@@ -15,6 +15,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
+    LinearBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
@@ -292,10 +293,11 @@ class MaskedDiffusionLM(nn.Module):
 def _sizes(module: nn.Module, parameter: nn.Parameter, num_outputs: int) -> Sizes:
     """Return how much a checkpoint's part of a quantised layer has for `num_outputs`, in the dimension of outputs.
 
-    vLLM takes of a larger tensor what the layer needs, as a tensor-parallel rank does, and says nothing.
+    vLLM takes of a larger tensor what the layer needs, as a tensor-parallel rank does, and says nothing. Nothing is known
+    of a quantised head, which is padded.
     """
     output_dim = getattr(parameter, "output_dim", None)
-    if not isinstance(parameter, BasevLLMParameter) or output_dim is None:
+    if not isinstance(module, LinearBase) or not isinstance(parameter, BasevLLMParameter) or output_dim is None:
         return {}
     size, rest = divmod(parameter.shape[output_dim] * num_outputs, module.output_size_per_partition)
     return {} if rest else {output_dim: size}
