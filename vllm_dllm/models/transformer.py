@@ -293,8 +293,8 @@ class MaskedDiffusionLM(nn.Module):
 def _sizes(module: nn.Module, parameter: nn.Parameter, num_outputs: int) -> Sizes:
     """Return how much a checkpoint's part of a quantised layer has for `num_outputs`, in the dimension of outputs.
 
-    vLLM takes of a larger tensor what the layer needs, as a tensor-parallel rank does, and says nothing. Nothing is known
-    of a quantised head, which is padded.
+    vLLM takes of a larger tensor what the layer needs, as a tensor-parallel rank does, and says nothing.
+    Nothing is known of a quantised head, which is padded.
     """
     output_dim = getattr(parameter, "output_dim", None)
     if not isinstance(module, LinearBase) or not isinstance(parameter, BasevLLMParameter) or output_dim is None:
