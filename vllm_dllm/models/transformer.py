@@ -19,6 +19,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.platforms import current_platform
 
 from vllm_dllm.engine.attention import DllmAttentionBackend
 from vllm_dllm.models.checkpoint_tensors import checked_tensors, needed_tensors
@@ -181,6 +182,10 @@ class MaskedDiffusionLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if current_platform.is_cpu():
+            from vllm_dllm.engine.cpu.primitive_cache import bound_primitive_cache
+
+            bound_primitive_cache()
         config = vllm_config.model_config.hf_config
         self.model = Transformer(vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
