@@ -135,7 +135,7 @@ def denoising(question: str, config_file: Path) -> tuple[dict[str, Picture], Pre
 def draw(question: str, config_file: Path, path: Path) -> dict[str, int]:
     """Write a picture (.svg) of a question's denoising; returns the forwards of each half."""
     pictures, tokenizer = denoising(question, config_file)
-    lines, top = list(_legend(question)), 68
+    lines, top = list(_legend(question)), 92
     for name, picture in pictures.items():
         num_forwards = len(picture.tokens)
         lines.append(f'<text class="h" x="{LEFT}" y="{top}">{name}: {num_forwards} forwards</text>')
@@ -149,11 +149,11 @@ def draw(question: str, config_file: Path, path: Path) -> dict[str, int]:
 
 def _legend(question: str) -> Iterator[str]:
     yield f'<text class="l" x="{LEFT}" y="30">Question: {escape(question)}</text>'
-    x = WIDTH - 16
-    for kind, label in reversed(LABELS.items()):
-        x -= 32 + 15 * len(label) // 2
-        yield f'<rect x="{x}" y="19" width="14" height="14" fill="{COLORS[kind]}"/>'
-        yield f'<text class="l" x="{x + 20}" y="31">{label}</text>'
+    x = LEFT
+    for kind, label in LABELS.items():
+        yield f'<rect x="{x}" y="43" width="14" height="14" fill="{COLORS[kind]}"/>'
+        yield f'<text class="l" x="{x + 20}" y="55">{label}</text>'
+        x += 44 + 8 * len(label)
 
 
 def _rows(picture: Picture, tokenizer: PreTrainedTokenizerFast, top: int) -> Iterator[str]:

@@ -16,6 +16,7 @@ from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.draft.native import BY_OPS, BY_TORCH
+from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import block_causal, policy, spiffy
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.drafts import DraftState
@@ -175,6 +176,18 @@ def test_look_aheads_change_forwards_and_no_token(
 def test_who_looks_ahead(kv_policy: Any, block_length: int, is_async: bool, expected: int | None) -> None:
     server = DllmConfig(block_length=block_length, kv_policy=kv_policy)
     assert smallest_budget(server, is_async=is_async) == expected
+
+
+def test_nodes_that_came_true_more_often_than_expected_are_ranked_alike() -> None:
+    """Their scores are above that of a certain node."""
+    formulas = (((0, 0),), ((0, 1),), ((1, 0),), ((1, 1),), ((0, 0), (1, 0)))
+    graph = DraftGraph(formulas, None, (1, 3, 1, 3, 1), 100, Readiness(1.0, (0.0, 0.0), 0.0), (0.0,) * 5)
+    model, request = ChainModel(9, 35, 12.0), Request("random", 0.1, 9, 0.0, 0, 1.0, 0, tail=(0,))
+    options = reference_options(request, model, 1)
+    expected = spiffy.generate(model, torch.tensor([0]), graph=graph, budget=4, rules=policy.SDAR, **options)
+    for is_native in (False, True):
+        (row,) = decode(model, [request], graph, 4, 1, is_native=is_native)
+        assert row.took.tolist() == [expected.nfe, expected.num_accepted, expected.num_proposed]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

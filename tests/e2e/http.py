@@ -87,3 +87,17 @@ def assert_all_end(processes: list[psutil.Process]) -> None:
     for each in alive:
         each.kill()  # so that clients which wait for it, and the test, end
     assert not alive, names
+
+
+NOT_OURS_TO_CAUSE = (
+    "custom scheduler class",
+    "Inductor compilation was disabled",
+    "Default vLLM sampling parameters",
+    "generation flags are not valid",
+)
+"""What vLLM says of settings that this plugin made, as if the user had."""
+
+
+def lines_we_cause(log: Path, *more: str) -> list[str]:
+    """Lines of a server's log that speak of what this plugin set; `more` are further ones that there should not be."""
+    return [line for line in log.read_text().splitlines() if any(part in line for part in (*NOT_OURS_TO_CAUSE, *more))]

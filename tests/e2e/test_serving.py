@@ -12,7 +12,15 @@ import psutil
 import pytest
 
 from tests.e2e import busy_loop
-from tests.e2e.http import DEADLINE_S, MODEL, assert_all_end, complete, server, wait_until
+from tests.e2e.http import (
+    DEADLINE_S,
+    MODEL,
+    assert_all_end,
+    complete,
+    lines_we_cause,
+    server,
+    wait_until,
+)
 from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
@@ -37,6 +45,11 @@ def client(log: Path) -> Iterator[openai.OpenAI]:
 
 def post(client: openai.OpenAI, path: str, body: dict[str, Any]) -> Any:
     return client._client.post(str(client.base_url).replace("/v1/", path), json={"model": MODEL, **body})
+
+
+def test_the_start_warns_of_nothing_that_this_plugin_set(client: openai.OpenAI, log: Path) -> None:
+    assert lines_we_cause(log) == []
+    assert "Serving LLaDAModelLM by block diffusion" in log.read_text()
 
 
 def questions(client: openai.OpenAI) -> list[tuple[int, ...]]:

@@ -16,6 +16,7 @@ a draft draws with the noise that the decoder will use then. Other than in the p
 calibrated readiness (`draft.prune`).
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import cast
 
@@ -165,7 +166,8 @@ class _Decoder:
         is_step_by_step = self.block.sampling.temperature > 0 or self.block.policy.name == "random"
         formulas: list[Formula] = [(), *self.graph.formulas]
         canvases: list[Canvas | None] = [root]
-        scores, worst = [0.0], [0.0]  # of each node: log probability of being reached; least score on the way to it
+        # Of each node: log probability of being reached; least score on the way to it, on which the root is not.
+        scores, worst = [0.0], [math.inf]
         for number, parents in enumerate(self.graph.parents, start=1):
             origin = parents[0] if is_step_by_step else 0
             node = self._extend(canvases[origin], formulas[origin], formulas[number], log_probs, is_new)
