@@ -50,6 +50,7 @@ def post(client: openai.OpenAI, path: str, body: dict[str, Any]) -> Any:
 def test_the_start_warns_of_nothing_that_this_plugin_set(client: openai.OpenAI, log: Path) -> None:
     assert lines_we_cause(log) == []
     assert "Serving LLaDAModelLM by block diffusion" in log.read_text()
+    assert "oneDNN keeps 256 compiled products" in log.read_text()
 
 
 def questions(client: openai.OpenAI) -> list[tuple[int, ...]]:
