@@ -177,6 +177,12 @@ class Denoiser:
             self.observer(Observation(blocks, nodes.canvas[request, node], canvas, candidates))
         return decision
 
+    def finished(self, blocks: Blocks) -> Decision:
+        """Return what is decided where the canvas is finished already: nothing."""
+        canvas = self.state.canvas[blocks.slots]
+        none = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
+        return Decision(none, none, canvas, is_finished=none == 0, came_over=none.bool())
+
     def reduce(self, hidden: Tensor, *, is_sampled: bool) -> None:
         """Do a step's work on rows that belong to nobody, for measurements of time and memory.
 

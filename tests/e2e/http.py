@@ -7,15 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 
 from tests.e2e.rig import CHECKPOINT, MAX_MODEL_LEN, Case
 
 MODEL = "tiny"
+DEADLINE_S = 240
 
 
 @contextlib.contextmanager
@@ -38,7 +40,7 @@ def server(
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + DEADLINE_S
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
@@ -70,6 +72,21 @@ def complete(client: openai.OpenAI, case: Case, **changes: Any) -> Any:
         "extra_body": extra,
     }
     return client.completions.create(**(values | changes))
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def assert_all_end(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=DEADLINE_S / 2)
+    names = [each.name() for each in alive]
+    for each in alive:
+        each.kill()  # so that clients which wait for it, and the test, end
+    assert not alive, names
 
 
 NOT_OURS_TO_CAUSE = (

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.rig import MAX_MODEL_LEN, NUM_SLOTS, Case, mixed_cases, run, shared_engine, step_all
+from tests.e2e.rig import (
+    MAX_MODEL_LEN,
+    NUM_SLOTS,
+    Case,
+    mixed_cases,
+    model_state,
+    run,
+    run_outputs,
+    shared_engine,
+    step_all,
+)
 
 SETTINGS = {"block_length": 8}
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group(f"llada {SETTINGS}")]
@@ -117,3 +127,24 @@ def test_sampled_tokens_follow_the_models_distribution(llm: Any, oracle: Any) ->
     degrees = len(wanted) - 1
     assert degrees >= 3, "the model is too sure of itself here for a test of its distribution"
     assert statistic < degrees + 5 * (2 * degrees) ** 0.5
+
+
+def test_no_rows_are_computed_for_blocks_that_a_refresh_finished(
+    llm: Any, oracle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, rows = model_state(llm), []
+    prepare = state.prepare_inputs
+
+    def count(*arguments: Any) -> dict[str, Any]:
+        inputs = prepare(*arguments)
+        rows.append(len(inputs["input_ids"]))
+        return dict(inputs)
+
+    monkeypatch.setattr(state, "prepare_inputs", count)
+    at_once = [Case(prompt=(7, 8, 9 + i), max_tokens=24, policy="threshold", threshold=0.001) for i in range(2)]
+    cases = [*at_once, *mixed_cases(8, seed=12)]
+    outputs = run_outputs(llm, cases)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [oracle.tokens(c, SETTINGS) for c in cases]
+    took = [output.kv_transfer_params["dllm"] for output in outputs]
+    assert [(n["nfe"], n["nfe_refresh"]) for n in took[:2]] == [(3, 3)] * 2
+    assert sum(rows) == 8 * sum(n["nfe"] - n["nfe_refresh"] for n in took)

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,7 @@ def test_a_path_works_for_other_methods() -> None:
         ({"budget": 0}, 16 * 32),
         ({"budget": 3}, 16 * 32 * 4),
         ({"budget": 3, "max_nodes": 3}, 16 * 32 * 4),
+        ({"budget": 8}, 2048),
         ({"budget": "auto"}, 2048),
         ({"budget": "auto", "max_nodes": 2}, 16 * 32 * 3),
     ],
@@ -244,6 +246,15 @@ def test_a_single_request_may_have_all_its_drafts() -> None:
         additional_config={"dllm": {"block_length": 64}},
     )
     assert config.scheduler_config.max_num_batched_tokens == 64 * 11 + 128
+
+
+def test_a_fixed_budget_that_does_not_fit_for_all_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.INFO, "vllm.dllm"):
+        engine_config(speculative_config=GIVEN | {"budget": 8}, enforce_eager=True)
+    assert "budget 8 is for up to 7 requests at a time; with more, up to max_num_seqs=16" in caplog.text
 
 
 def test_without_spiffy_nothing_of_it_is_there() -> None:

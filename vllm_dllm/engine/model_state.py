@@ -8,6 +8,7 @@ generation, a block-causal one the prompt's whole blocks.
 """
 
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from vllm_dllm.engine.config_hook import rules_of, served_family, settings_of, s
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
-from vllm_dllm.engine.step import DenoiseStep, split_groups
+from vllm_dllm.engine.step import DenoiseStep, Group, split_groups
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.spiffy_config import SpiffySettings
 from vllm_dllm.state.canvas import Blocks, CanvasState
@@ -137,8 +138,12 @@ class DllmModelState(ModelState):
         if step.num_reqs == 0:
             return
         self._store_before(step, block_tables[0])
+        step.groups = list(self._groups(step))
         for group in step.groups:
             group.nodes = self.denoiser.nodes(group.blocks, group.num_drafts, looks_ahead=group.looks_ahead)
+        input_batch.logits_indices = input_batch.logits_indices[: step.num_rows]
+        if step.num_rows == 0:
+            return
         rows = step.rows(block_tables[0], self.attention.page_size, self._all_token_ids)
         input_batch.input_ids[: step.num_rows] = rows.input_ids
         input_batch.positions[: step.num_rows] = rows.positions
@@ -216,14 +221,6 @@ class DllmModelState(ModelState):
         num_known_np = num_known.cpu().numpy() if self._is_async else batch.num_computed_tokens_np[:num_reqs]
         block_start_np = self.kv_policy.block_start(num_known_np.astype(np.int64))
         blocks = Blocks(slots, slots_np, self.kv_policy.block_start(num_known))
-        groups = split_groups(
-            blocks,
-            np.zeros(0, dtype=np.int64) if num_rows is None else num_rows[:num_reqs],
-            self.kv_policy.commits(slots_np, block_start_np),
-            block_length=self.block_length,
-            max_drafts=self._max_drafts,
-            look_ahead_from=self._look_ahead_from,
-        )
         none = torch.zeros(num_reqs, dtype=torch.int64, device=self.device)
         return DenoiseStep(
             batch=batch,
@@ -231,9 +228,23 @@ class DllmModelState(ModelState):
             num_known=num_known,
             block_start_np=block_start_np,
             visible_end_np=self.kv_policy.visible_end(block_start_np, self.state.row_len_np[slots_np]),
-            groups=list(groups),
+            commits_np=self.kv_policy.commits(slots_np, block_start_np),
             num_refreshes=none,
             num_unmasked=none.clone(),
+            is_finished_np=np.zeros(num_reqs, dtype=bool),
+        )
+
+    def _groups(self, step: DenoiseStep) -> Iterator[Group]:
+        num_rows = step.batch.num_draft_tokens_per_req
+        assert num_rows is not None, "a step has requests because they have rows"
+        return split_groups(
+            step.blocks,
+            num_rows[: step.num_reqs],
+            step.commits_np,
+            step.is_finished_np,
+            block_length=self.block_length,
+            max_drafts=self._max_drafts,
+            look_ahead_from=self._look_ahead_from,
         )
 
     def _store_before(self, step: DenoiseStep, page_table: Tensor) -> None:
@@ -281,8 +292,10 @@ class DllmModelState(ModelState):
             self.state.edge[blocks.slots[spans_edge]] = hidden[edge_row]
         if self.kv_policy.decides_step:
             block_rows = (first_row[:, None] + self.state.positions(blocks)).flatten()
-            nodes = self.denoiser.nodes(blocks, 0)
-            step.num_unmasked[index] = self.denoiser.advance(blocks, nodes, hidden[block_rows]).num_unmasked
+            decision = self.denoiser.advance(blocks, self.denoiser.nodes(blocks, 0), hidden[block_rows])
+            step.num_unmasked[index] = decision.num_unmasked
+            if self.device.type == "cpu":  # elsewhere the host would wait, and a captured step has its rows anyway
+                step.is_finished_np[plan.index] = decision.is_finished.numpy()
 
     @torch.inference_mode()
     def measure_cost(self, num_reqs: int, num_nodes: int) -> float:

@@ -53,14 +53,17 @@ class DllmSampler:
         report = torch.zeros(input_batch.num_reqs, REPORT_LEN, dtype=torch.int32, device=hidden.device)
         for group, rows in step.split(hidden):
             assert group.nodes is not None, "the forward ran on them"
-            decision = denoiser.advance(group.blocks, group.nodes, group.evaluated(rows))
+            if group.num_nodes:
+                decision = denoiser.advance(group.blocks, group.nodes, group.evaluated(rows))
+            else:
+                decision = denoiser.finished(group.blocks)
             index, tail = group.index, (step.num_known[group.index] - group.blocks.start)[:, None]
             columns = torch.arange(state.block_length, device=hidden.device) + tail
             emitted = decision.canvas.gather(1, columns.clamp(max=state.block_length - 1)).int()
             num_emitted = (decision.is_finished * (state.block_length - tail[:, 0])).int()
             sampled[: step.num_reqs][index] = emitted
             num_sampled[: step.num_reqs][index] = num_emitted
-            num_rejected[: step.num_reqs][index] = group.num_nodes * state.block_length - num_emitted
+            num_rejected[: step.num_reqs][index] = group.num_scheduled - num_emitted
             report[: step.num_reqs][index] = _report(step, group, decision).int()
             denoiser.begin_blocks(group.blocks.slots, decision.is_finished & ~decision.came_over)
             group.came_over = decision.came_over if group.looks_ahead else None

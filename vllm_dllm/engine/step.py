@@ -1,7 +1,7 @@
 """The requests of a batch that take a denoising step, and the rows that they have in its forward."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_dllm.attention.layout import HostLayout, PagedIndex, denoise_layout
+from vllm_dllm.attention.layout import HostLayout, PagedIndex, denoise_layout, empty_layout
 from vllm_dllm.denoiser import Nodes
 from vllm_dllm.draft.look_ahead import NUM_NODES
 from vllm_dllm.state.canvas import Blocks
@@ -31,7 +31,8 @@ class Group:
     index: Tensor | slice  # the same on the device
     blocks: Blocks
     block_length: int  # rows of a node
-    num_nodes: int  # of each request in the forward
+    num_scheduled: int  # rows of each request that vLLM counts
+    num_nodes: int  # of each request in the forward; 0: its block is finished, nothing is left to compute
     num_drafts: int  # of each request, evaluated besides the root, without a look-ahead
     commits: bool  # whether the last node is the block before the present one, to be stored
     looks_ahead: bool  # whether the first node is the block's end, to be stored, and the last one the next root
@@ -66,9 +67,11 @@ class DenoiseStep:
     num_known: Tensor  # [num_reqs] int64, tokens; those behind `blocks.start` are the tail of a prompt
     block_start_np: IntArray  # [num_reqs], `blocks.start` on the host
     visible_end_np: IntArray  # [num_reqs], end of what the blocks see
-    groups: list[Group]  # the forward's rows are in their order
+    commits_np: BoolArray  # [num_reqs], who stores the block before
     num_refreshes: Tensor  # [num_reqs] int64, 0 or 1
     num_unmasked: Tensor  # [num_reqs] int64, positions, by the refresh
+    is_finished_np: BoolArray  # [num_reqs], by the refresh, as far as the host knows
+    groups: list[Group] = field(default_factory=list)  # once that is known; the forward's rows are in their order
     store: PagedIndex | None = None  # [num_rows], where the forward stores K/V; None: nowhere
 
     @property
@@ -78,14 +81,17 @@ class DenoiseStep:
 
     def layout(self) -> HostLayout:
         """Say who sees whom."""
-        order = np.concatenate([group.index_np for group in self.groups])
-        size = [len(group.index_np) for group in self.groups]
+        groups = self._evaluated
+        if not groups:
+            return empty_layout()
+        order = np.concatenate([group.index_np for group in groups])
+        size = [len(group.index_np) for group in groups]
         return denoise_layout(
             self.block_start_np[order],
             self.visible_end_np[order],
-            num_nodes=np.repeat([group.num_nodes for group in self.groups], size),
-            block_length=self.groups[0].block_length,
-            last_shift=np.repeat([group.last_shift for group in self.groups], size),
+            num_nodes=np.repeat([group.num_nodes for group in groups], size),
+            block_length=groups[0].block_length,
+            last_shift=np.repeat([group.last_shift for group in groups], size),
         )
 
     @property
@@ -94,9 +100,8 @@ class DenoiseStep:
         return sum(group.num_rows for group in self.groups)
 
     def split(self, hidden: Tensor) -> Iterator[tuple[Group, Tensor]]:
-        """Yield the groups that have rows, and their rows of the forward's [num_rows, hidden_size]."""
-        rows = hidden.split([group.num_rows for group in self.groups])
-        return ((group, of_group) for group, of_group in zip(self.groups, rows, strict=True) if len(of_group))
+        """Yield the groups, and their rows of the forward's [num_rows, hidden_size]."""
+        return zip(self.groups, hidden.split([group.num_rows for group in self.groups]), strict=True)
 
     def came_over(self) -> tuple[IntArray, IntArray]:
         """Return the slots and starts of the blocks that look-aheads stored; waits for the step if it had any."""
@@ -108,7 +113,7 @@ class DenoiseStep:
 
     def rows(self, page_table: Tensor, page_size: int, all_token_ids: Tensor) -> "Rows":
         """Return the rows of the forward, and keep where they are stored; arguments as in `rows_of`."""
-        parts = [rows_of(group, page_table, page_size, all_token_ids) for group in self.groups]
+        parts = [rows_of(group, page_table, page_size, all_token_ids) for group in self._evaluated]
         rows = Rows(*(torch.cat(of_groups) for of_groups in zip(*parts, strict=True)))
         if any(group.last_shift for group in self.groups):
             self.store = PagedIndex(rows.pages, rows.positions % page_size)
@@ -116,35 +121,41 @@ class DenoiseStep:
 
     def page_table(self, of_batch: Tensor) -> Tensor:
         """Return the page table [num_reqs, max_pages] in the order of the forward's rows."""
-        return torch.cat([of_batch[: self.num_reqs][group.index] for group in self.groups])
+        return torch.cat([of_batch[:0], *(of_batch[: self.num_reqs][group.index] for group in self._evaluated)])
+
+    @property
+    def _evaluated(self) -> list[Group]:
+        return [group for group in self.groups if group.num_rows]
 
 
 def split_groups(
     blocks: Blocks,
     num_rows: IntArray,
     commits: BoolArray,
+    is_finished: BoolArray,
     *,
     block_length: int,
     max_drafts: int,
     look_ahead_from: int | None,
 ) -> Iterator[Group]:
-    """Group the requests of a step: those that commit, which have no drafts yet, and the others.
+    """Group the requests of a step: those that commit, which have no drafts yet, the others, and those without rows.
 
     Args:
         blocks: of the requests.
         num_rows: [num_reqs], that each was scheduled.
         commits: [num_reqs].
+        is_finished: [num_reqs], whose block is finished before the forward; none of them commits.
         block_length: rows of a node.
         max_drafts: how many of the canvases besides the root are drafts at most, the others are padding.
         look_ahead_from: the smallest budget with a look-ahead; None: none has one.
 
     Raises: RuntimeError where the rows are not as many for all of a group, or no whole nodes, or too few to commit.
     """
-    for is_commit in (True, False) if commits.any() else (False,):
-        index_np = np.flatnonzero(commits == is_commit)
-        if not len(index_np) and len(commits):
+    for is_commit, is_out in ((True, False), (False, False), (False, True)):
+        index_np = np.flatnonzero((commits == is_commit) & (is_finished == is_out))
+        if not len(index_np):
             continue
-        nodes = int(num_rows[index_np[0]]) // block_length if len(index_np) else 1
+        nodes = int(num_rows[index_np[0]]) // block_length
         if (num_rows[index_np] != nodes * block_length).any() or nodes < 1 + is_commit:
             raise RuntimeError(
                 f"vLLM scheduled {num_rows[index_np].tolist()} rows for requests that need the same multiple of "
@@ -154,10 +165,13 @@ def split_groups(
         is_all = len(index_np) == len(commits)
         index = slice(None) if is_all else torch.from_numpy(index_np).to(blocks.slots.device, non_blocking=True)
         of_group = Blocks(blocks.slots[index], blocks.slots_np[index_np], blocks.start[index])
-        num_drafts = 0 if is_commit else min(nodes - 1, max_drafts)
+        num_drafts = 0 if is_commit or is_out else min(nodes - 1, max_drafts)
         looks_ahead = look_ahead_from is not None and num_drafts >= look_ahead_from
         num_drafts -= NUM_NODES * looks_ahead
-        yield Group(index_np, index, of_group, block_length, nodes, num_drafts, is_commit, looks_ahead)
+        num_nodes = 0 if is_out else nodes
+        yield Group(
+            index_np, index, of_group, block_length, nodes * block_length, num_nodes, num_drafts, is_commit, looks_ahead
+        )
 
 
 class Rows(NamedTuple):

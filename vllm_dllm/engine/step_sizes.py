@@ -57,16 +57,24 @@ def set_page_size(vllm_config: VllmConfig, block_length: int) -> None:
 def _step_rows(block_length: int, max_num_seqs: int, spiffy: SpiffySettings | None) -> int:
     """Return how many rows a step has at most, of blocks that are denoised.
 
-    A fixed budget is granted to every request. With `auto` the scheduler trims the budget to what fits, so that more
-    than `MAX_DRAFT_ROWS` are there only for requests without drafts, or for all drafts of a single one.
+    The scheduler trims the budget, fixed or not, to what fits, so that more than `MAX_DRAFT_ROWS` are there only for
+    requests without drafts, or for all drafts of a single one.
     """
     roots = max_num_seqs * block_length
     if spiffy is None:
         return roots
-    if spiffy.budget is not None:
-        return roots * (1 + spiffy.budget)
     most = block_length * (1 + spiffy.max_nodes)
-    return max(roots, min(max_num_seqs * most, max(most, MAX_DRAFT_ROWS)))
+    num_rows = max(roots, min(max_num_seqs * most, max(most, MAX_DRAFT_ROWS)))
+    if spiffy.budget is not None and num_rows < max_num_seqs * most:
+        logger.info(
+            "Spiffy: budget %d is for up to %d requests at a time; with more, up to max_num_seqs=%d, a step has fewer "
+            "drafts: it has at most %d rows",
+            spiffy.budget,
+            num_rows // most,
+            max_num_seqs,
+            num_rows,
+        )
+    return num_rows
 
 
 def _set_scheduler(vllm_config: VllmConfig, num_rows: int) -> None:

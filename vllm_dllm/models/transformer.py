@@ -30,6 +30,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.model_executor.parameter import BasevLLMParameter
+from vllm.platforms import current_platform
 
 from vllm_dllm.engine.attention import DllmAttentionBackend
 from vllm_dllm.errors import ConfigError
@@ -195,6 +196,10 @@ class MaskedDiffusionLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if current_platform.is_cpu():
+            from vllm_dllm.engine.cpu.primitive_cache import bound_primitive_cache
+
+            bound_primitive_cache()
         self.config = config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config  # vLLM's loader asks it for the names of scales
         # Weights that replace others, as a trainer's do, come in parts; so do all that follow dummies.
