@@ -9,7 +9,7 @@ from vllm import SamplingParams
 
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.engine.refusals import RequestError, refuse_unsupported
-from vllm_dllm.engine.request import check_admission, resolve_params
+from vllm_dllm.engine.request import check_admission, finish_admission, resolve_params
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules
@@ -164,3 +164,20 @@ def test_positions_are_drawn_under_policies_that_do_so_alone() -> None:
     assert resolve(SamplingParams(), settings).alg_temp == 0.5
     assert resolve(SamplingParams(extra_args={"dllm_alg_temp": 0}), settings).alg_temp == 0.0
     assert resolve(SamplingParams(extra_args={"dllm_policy": "random"}), settings).alg_temp == 0.0
+
+
+def test_what_is_admitted_ends_with_its_blocks_and_at_the_end_of_turn() -> None:
+    """The end of text that vLLM knows stays beside it."""
+    model = SimpleNamespace(
+        architectures=["LLaDAModelLM"],
+        hf_config=SimpleNamespace(eot_token_id=9, mask_token_id=MASK),
+        max_model_len=64,
+    )
+    config = SimpleNamespace(model_config=model, additional_config={"dllm": {"block_length": 8}})
+    request = admitted([5] * 50, max_tokens=99)
+    params = request.sampling_params
+    params.update_from_generation_config({}, 1)
+    finish_admission(SimpleNamespace(model_config=model, vllm_config=config), request)
+    assert params.max_tokens == 8
+    assert params.eos_token_id == 1
+    assert params.stop_token_ids == [9]
