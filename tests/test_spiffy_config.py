@@ -87,7 +87,7 @@ def test_budget_and_nodes_end_at_the_graph(given: dict[str, Any], expected: tupl
         ({"draft_graph": 3}, ["speculative_config.draft_graph is 3, allowed are 'default', the path of a file"]),
         ({"draft_graph": {"nodes": []}}, ["speculative_config.draft_graph"]),
         ({"draft_graph": "gone.json"}, ["gone.json is not a file"]),
-        ({"num_speculative_tokens": 3}, ["speculative_config.num_speculative_tokens is not known; allowed are"]),
+        ({"num_speculative_tokens": 3}, ["speculative_config.num_speculative_tokens is 3, but", "budget"]),
         ({"method": "eagle"}, ["speculative_config.method is 'eagle', allowed are 'spiffy'"]),
     ],
 )

@@ -8,9 +8,9 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.tree import ROOT, tracked
 from vllm_dllm.ops.load import OPS
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vllm_dllm"
 
 MAX_FILE = {".py": 350, ".cpp": 400, ".h": 400, ".cu": 400, ".cuh": 400}
@@ -31,19 +31,6 @@ BANNED_IN_CLASSES = ("Base", "Manager", "Helper", "Utils", "V2", "Fast")
 MACHINE_PATH = re.compile("|".join(f"(?<![\\w.])/{folder}/" for folder in ("work", "root", "tmp", "home")))
 BRACES = re.compile(r"\{[A-Za-z_][\w.\[\]()]*(![rsa])?(:[^{}]*)?\}")
 LOG_METHODS = {"debug", "info", "warning", "error", "exception", "warning_once", "info_once"}
-
-
-def tracked(*suffixes: str) -> list[Path]:
-    """Files that git tracks or would track; in a tree without git, all but what `make` produces."""
-    if (ROOT / ".git").exists():
-        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-        names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
-    else:
-        made = {".venv", "build", "dist", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"}
-        files = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
-        names = [str(path) for path in files if not made & set(path.parts) and ".egg-info" not in str(path)]
-    paths = [ROOT / name for name in sorted(names)]
-    return [path for path in paths if path.is_file() and (not suffixes or path.suffix in suffixes)]
 
 
 def relative(path: Path) -> str:

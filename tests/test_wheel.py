@@ -1,6 +1,7 @@
 """What users install: the source distribution builds, and the wheel made of it holds all that is needed and loads."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -10,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.ops.isas import run_tests
-
-ROOT = Path(__file__).parent.parent
+from tests.tree import ROOT, tracked
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 ISA = "import vllm_dllm.ops.library as library; print(library.cpu_isa())"
@@ -22,7 +22,12 @@ USE = "import vllm_dllm.ops.library as library; print(library.__file__, library.
 def dist(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the source distribution, and a wheel from it alone, for the machine's instruction set or as released."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    sources = tmp_path_factory.mktemp("sources")  # setuptools lays the distribution out beside the files it is made of
+    for path in tracked():
+        copy = sources / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(sources)]
     environment = os.environ | {"CMAKE_ARGS": f"-DDLLM_CUDA=OFF -DDLLM_ISAS={request.param}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -5,6 +5,7 @@ the unmasking policy through `SamplingParams.extra_args` (`vllm_xargs` over HTTP
 `RequestOptions`. Nothing here imports vLLM or torch.
 """
 
+import re
 import reprlib
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from vllm_dllm.errors import ConfigError
+from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
 
 PolicyName = Literal[
     "static",
@@ -201,6 +202,8 @@ def parse_server_settings(
 def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOptions:
     """Read the `dllm_*` keys of a request's `extra_args`; other keys belong to others and are left alone.
 
+    Not so a key that looks like a typo of ours, or like one of ours without the prefix: it would have no effect.
+
     Raises: InvalidOptionError naming the key, what was given, what is allowed and what to do.
     """
     if extra_args is not None and not (isinstance(extra_args, Mapping) and all(isinstance(k, str) for k in extra_args)):
@@ -210,6 +213,11 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
             "extra_args",
             extra_args,
         )
+    for key, value in (extra_args or {}).items():
+        if not key.startswith(REQUEST_PREFIX) and (meant := _meant_key(key)):
+            raise InvalidOptionError(
+                f"{key} is not known; allowed are {', '.join(REQUEST_KEYS)}; did you mean {meant!r}?", key, value
+            )
     values = {
         key.removeprefix(REQUEST_PREFIX): plain_number(value)
         for key, value in (extra_args or {}).items()
@@ -219,6 +227,12 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
         return RequestOptions.model_validate(values)
     except ValidationError as error:
         raise explain(error, RequestOptions, REQUEST_PREFIX) from None
+
+
+def _meant_key(key: str) -> str | None:
+    if key in RequestOptions.model_fields:
+        return REQUEST_PREFIX + key
+    return nearest(key, REQUEST_KEYS, STRICT_LIKENESS)
 
 
 def plain_number(value: object) -> object:
@@ -258,10 +272,13 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inva
     if prefix == "--":
         name = name.replace("_", "-")
     if finding["type"] == "extra_forbidden":
-        allowed = ", ".join(prefix + known for known in model.model_fields)
-        return InvalidOptionError(f"{name} is not known; allowed are {allowed}; remove or rename it", name, value)
+        names = [prefix + known for known in model.model_fields]
+        meant = nearest(field, model.model_fields)
+        todo = f"did you mean {prefix + meant!r}?" if meant else "remove or rename it"
+        return InvalidOptionError(f"{name} is not known; allowed are {', '.join(names)}; {todo}", name, value)
     allowed = _allowed(model.model_fields[field])
-    return InvalidOptionError(f"{name} is {reprlib.repr(value)}, allowed are {allowed}; give one of these", name, value)
+    todo = did_you_mean(value, re.findall(r"'(\w+)'", allowed), "give one of these")
+    return InvalidOptionError(f"{name} is {reprlib.repr(value)}, allowed are {allowed}; {todo}", name, value)
 
 
 def _allowed(field: FieldInfo) -> str:

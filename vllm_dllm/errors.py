@@ -1,5 +1,16 @@
 """What can go wrong. Each message says what was given, what is allowed and what to do, in the user's own names."""
 
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+LIKENESS = 0.7
+"""Of two words, from which on one may be a typo of the other, as `difflib` counts: of four letters one may differ."""
+
+STRICT_LIKENESS = 0.85
+"""The same where a word that is nobody's typo belongs to somebody else."""
+
 
 class ConfigError(ValueError):
     """A setting of the user that cannot work."""
@@ -15,3 +26,28 @@ class KernelUnavailable(RuntimeError):
 
 class UnsupportedVllmError(RuntimeError):
     """The installed vLLM is not one that this plugin knows how to extend."""
+
+
+def nearest(given: object, known: Iterable[str], likeness: float = LIKENESS) -> str | None:
+    """Return the known word that something looks like a typo of, or None; case and `-` for `_` count for nothing."""
+    words = {_folded(word): word for word in known}
+    close = difflib.get_close_matches(_folded(str(given)), words, n=1, cutoff=likeness)
+    return words[close[0]] if close else None
+
+
+def did_you_mean(given: object, known: Iterable[str], otherwise: str) -> str:
+    """Return a message's last part, what to do: take the known word that was meant, or `otherwise`."""
+    meant = nearest(given, known)
+    return f"did you mean {meant!r}?" if meant else otherwise
+
+
+def did_you_mean_file(missing: str | Path, otherwise: str, words: Iterable[str] = ()) -> str:
+    """Do the same for the path of a file that is not there, by its folder's files and by words that stand for one."""
+    folder = Path(missing).parent
+    files = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
+    meant = nearest(Path(missing).name, [*files, *words])
+    return f"did you mean {meant!r}?" if meant else otherwise
+
+
+def _folded(word: str) -> str:
+    return word.strip().lower().replace("-", "_")

@@ -42,17 +42,33 @@ def _register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    from vllm_dllm.engine import compat, config_hook, cpu, refusals, request, serving, stat_logger
+    from vllm_dllm.engine import (
+        compat,
+        config_hook,
+        cpu,
+        refusals,
+        request,
+        serving,
+        spiffy_arguments,
+        start_checks,
+        stat_logger,
+    )
+    from vllm_dllm.engine.generation_defaults import family_defaults
+    from vllm_dllm.engine.step_sizes import ASYNC_SCHEDULER, SCHEDULER
     from vllm_dllm.spiffy_config import METHOD, read_speculative_config
 
     cpu.install_gate(frozenset(FAMILY_BY_ARCHITECTURE))
     compat.around_argument_defaults(config_hook.refuse_explicit_flags, config_hook.clear_flags)
     compat.extend_speculative_arguments(read_speculative_config, METHOD)
-    compat.before_speculative_config(config_hook.take_spiffy)
+    compat.before_speculative_config(spiffy_arguments.take_spiffy)
     compat.replace_diffusion_check(config_hook.is_ours, refusals.refuse_unsupported)
     compat.after_admission(request.finish_admission)
     compat.around_tokenization(request.prompt_that_fits)
     compat.unwrap_config_errors()
+    compat.before_engine_processes(start_checks.check_start)
+    compat.choose_scheduler({SCHEDULER, ASYNC_SCHEDULER})
+    compat.describe_config(config_hook.is_ours, spiffy_arguments.speculation_of)
+    compat.add_sampling_defaults(family_defaults)
     compat.before_serving(serving.install)
     stat_logger.add_to_vllm()
     for family in FAMILIES:

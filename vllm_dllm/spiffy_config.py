@@ -25,7 +25,8 @@ from vllm_dllm.draft.graph_file import (
     parse_graph,
     refuse_repeated_keys,
 )
-from vllm_dllm.errors import ConfigError
+from vllm_dllm.draft.graph_schema import ModelShape
+from vllm_dllm.errors import ConfigError, did_you_mean_file, nearest
 
 METHOD = "spiffy"
 DEFAULT_GRAPH = "default"
@@ -114,7 +115,9 @@ def read_speculative_config(value: object) -> object:
     if isinstance(value, Path) or not text.lstrip().startswith("{"):
         try:
             if not Path(value).is_file():
-                raise _unreadable(text, "there is no such file")
+                defaults = f'for the defaults give {{"method": "{METHOD}"}} or --spec-method {METHOD}'
+                todo = defaults if nearest(text, [METHOD]) else did_you_mean_file(text, "correct it")
+                raise _unreadable(text, "there is no such file", todo)
             text, folder = Path(value).read_text(encoding="utf-8"), Path(value).parent
         except OSError as error:
             raise _unreadable(text, f"this file cannot be read ({error.strerror})") from None
@@ -132,10 +135,10 @@ def read_speculative_config(value: object) -> object:
     return content
 
 
-def _unreadable(value: str, reason: str) -> InvalidOptionError:
+def _unreadable(value: str, reason: str, todo: str = "correct it") -> InvalidOptionError:
     return InvalidOptionError(
         f"{_NAME} is {value!r}, but {reason}; allowed are an object, its JSON text and the path of a file that "
-        "holds this text; correct it",
+        f"holds this text; {todo}",
         _NAME,
         value,
     )
@@ -146,6 +149,14 @@ def parse_spiffy(given: Mapping[str, Any]) -> SpiffyConfig:
 
     Raises: InvalidOptionError naming the field, what was given, what is allowed and what to do.
     """
+    if (number := given.get("num_speculative_tokens")) is not None:
+        raise InvalidOptionError(
+            f"{_NAME}.num_speculative_tokens is {reprlib.repr(number)}, but drafts of {METHOD!r} are nodes of a graph, "
+            f"not tokens ahead; allowed are {', '.join(SpiffyConfig.model_fields)}; give {_NAME}.budget for how many "
+            f"drafts a step evaluates, or {_NAME}.max_nodes for the most that budget 'auto' may choose",
+            f"{_NAME}.num_speculative_tokens",
+            number,
+        )
     try:
         return SpiffyConfig.model_validate(dict(given))
     except ValidationError as error:
@@ -161,14 +172,16 @@ def to_json_object(config: SpiffyConfig) -> dict[str, Any]:
     if given == DEFAULT_GRAPH:
         return {"config": config.model_dump(), "source": DEFAULT_GRAPH}
     if isinstance(given, str):
-        graph_file, source = load_graph(given), given
+        graph_file, source = load_graph(given, [DEFAULT_GRAPH]), given
     else:
         graph_file = parse_graph(given, source)
     return {"config": config.model_dump() | {"draft_graph": json.loads(dump_graph(graph_file))}, "source": source}
 
 
 @functools.lru_cache(maxsize=8)
-def spiffy_settings(text: str, server: DllmConfig, model: str, family: str) -> SpiffySettings:
+def spiffy_settings(
+    text: str, server: DllmConfig, model: str, family: str, shape: ModelShape | None = None
+) -> SpiffySettings:
     """Make the settings of `to_json_object`'s JSON text; once per process.
 
     Args:
@@ -176,6 +189,7 @@ def spiffy_settings(text: str, server: DllmConfig, model: str, family: str) -> S
         server: settings of the server.
         model: name or path of the server's model.
         family: `model_type` of the server's model.
+        shape: of the server's model.
 
     Raises: ConfigError for a graph that does not fit the block, and for a KV policy that is not exact where `exact`
         was asked for.
@@ -197,7 +211,7 @@ def spiffy_settings(text: str, server: DllmConfig, model: str, family: str) -> S
     else:
         graph_file = parse_graph(config.draft_graph, source)
         graph = graph_file.graph
-        warnings = check_fit(graph_file, server, where=source, model=model, family=family)
+        warnings = check_fit(graph_file, server, where=source, model=model, family=family, shape=shape)
     if (config.fixed_budget or 0) > len(graph):
         warnings = [
             *warnings,

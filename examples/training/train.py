@@ -101,7 +101,9 @@ def main() -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.output)
     config = options.output / "config.json"
     config.write_text(json.dumps(family.config_values(len(tokenizer)), indent=2) + "\n")
-    generation = {"bos_token_id": BOS, "do_sample": False, "eos_token_id": EOS, "pad_token_id": EOS, "temperature": 0.0}
+    generation = {"bos_token_id": BOS, "do_sample": False, "eos_token_id": EOS, "pad_token_id": EOS}
+    if options.family != "llada":  # whose own default is 0
+        generation["temperature"] = 0.0
     (options.output / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     model = family.make_model(config)
     if options.weights:

@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 
 from tests.calibrate.traces import MASK, random_trace
 from vllm_dllm.cli import calibrate as command
+from vllm_dllm.cli import server_settings
 from vllm_dllm.draft.graph_file import load_graph
+from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.unmask.schedule import UnmaskRules
 
@@ -19,6 +21,7 @@ app.command()(command.calibrate)
 
 class FakeFacts:
     family, mask_token_id, eos_token_id, rules = "llada", MASK, 1, UnmaskRules()
+    shape = ModelShape(vocab_size=376, hidden_size=128, num_hidden_layers=6)
 
 
 @pytest.fixture
@@ -43,8 +46,7 @@ def decoded(monkeypatch):
         return FakeFacts
 
     monkeypatch.setattr(command, "_decode", decode)
-    published = {"architectures": ["LLaDAModelLM"]}
-    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", lambda model: (published, {}))
+    monkeypatch.setattr(server_settings, "read_config", lambda model: {"architectures": ["LLaDAModelLM"]})
     monkeypatch.setattr(command.importlib.metadata, "version", lambda name: "0")
     return calls
 
@@ -67,6 +69,7 @@ def test_writes_a_graph_with_its_provenance(prompts, decoded, tmp_path):
     assert len(file.graph) == 6
     assert file.graph.expected is not None
     assert (file.provenance.model, file.provenance.family) == ("some/model", "llada")
+    assert file.provenance.shape == FakeFacts.shape
     assert file.provenance.prompts[0].num_prompts == 8
     nfe = file.provenance.predicted_nfe
     assert sorted(nfe) == [0, 1, 3]

@@ -17,6 +17,7 @@ from vllm_dllm.draft.merge import merge_graphs
 from vllm_dllm.draft.picture import draw_graph, title_of
 from vllm_dllm.errors import ConfigError
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 WIDE = {"COLUMNS": "200"}
 
 
@@ -89,17 +90,39 @@ def test_pictures_that_cannot_be_drawn(tmp_path: Path, monkeypatch) -> None:
 
 def test_check_takes_what_is_not_given_from_the_calibration(path: Path) -> None:
     assert run("graph", "check", path) == (0, f"{path}: 4 nodes, 0 warnings\n", "")
-    assert run("graph", "check", path, "--model", "hub/llada-tiny", "--block-length", 16)[1].endswith("0 warnings\n")
+    assert run("graph", "check", path, "--block-length", 16)[1].endswith("0 warnings\n")
+
+
+def test_check_with_a_model_warns_as_its_server_does(tmp_path: Path) -> None:
+    """L's graph on S: both are in a folder called `checkpoint`, and of one shape."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_dllm import plugin
+    from vllm_dllm.engine.config_hook import spiffy_of
+
+    plugin.register()
+    graph, small = EXAMPLES / "tiny_llada/graph.json", tmp_path / "small.json"
+    file = load_graph(graph)
+    fitting = [node for node, formula in enumerate(file.graph.formulas, start=1) if formula[-1][0] < 4]
+    save_graph(GraphFile(file.graph.only(fitting), None), small)
+    assert file.provenance is not None
+    settings = file.provenance.settings.model_copy(update={"block_length": 4})
+    save_graph(GraphFile(load_graph(small).graph, file.provenance.model_copy(update={"settings": settings})), small)
+    for model, path in [(EXAMPLES / "tiny_sdar/checkpoint", small), (EXAMPLES / "tiny_llada/checkpoint", graph)]:
+        args = EngineArgs(str(model), speculative_config={"method": "spiffy", "draft_graph": str(path)})
+        found = spiffy_of(args.create_engine_config())
+        assert found is not None
+        status, out, _ = run("graph", "check", path, "--model", model)
+        assert (status, out.splitlines()[:-1]) == (0, list(found.warnings))
+        assert bool(found.warnings) == (path is small)
+    assert run("graph", "check", graph, "--model", EXAMPLES / "tiny_sdar/checkpoint")[0] == 1  # longer than its blocks
 
 
 def test_check_warns_of_another_server(path: Path) -> None:
-    status, out, err = run("graph", "check", path, "--policy", "static", "--model", "hub/other")
-    first, second, last = out.splitlines()
-    assert (status, err, last) == (0, "", f"{path}: 4 nodes, 2 warnings")
-    assert {line.split("calibrated with ")[1].split(",")[0] for line in (first, second)} == {
-        "model 'llada-tiny' but is used with 'other'",
-        "policy 'threshold' but is used with 'static'",
-    }
+    status, out, err = run("graph", "check", path, "--policy", "static")
+    warning, last = out.splitlines()
+    assert (status, err, last) == (0, "", f"{path}: 4 nodes, 1 warnings")
+    assert "calibrated with policy 'threshold' but is used with 'static', so" in warning
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from vllm_dllm.draft.graph_file import (
     dump_graph,
     parse_graph,
 )
-from vllm_dllm.draft.graph_schema import PromptsFile, Provenance
+from vllm_dllm.draft.graph_schema import ModelShape, PromptsFile, Provenance
 from vllm_dllm.draft.merge import merge_graphs
 from vllm_dllm.errors import GraphError
 
@@ -72,6 +72,36 @@ def test_default_graphs_fit_short_blocks(policy: PolicyName, block_length: int) 
 def test_a_graph_fits_the_server_it_was_made_for() -> None:
     settings = PROVENANCE.settings.model_copy(update={"factor": 3.0, "steps_per_block": 4})  # threshold reads neither
     assert check_fit(FILE, settings, where="graph.json", model="other/place/llada-tiny", family="llada") == []
+
+
+SHAPE = ModelShape(vocab_size=376, hidden_size=128, num_hidden_layers=6)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "difference"),
+    [
+        ("any/where/checkpoint", SHAPE, None),
+        ("any/where/checkpoint", SHAPE.model_copy(update={"num_hidden_layers": 7}), "shape 'vocab_size 376, hidden_si"),
+        ("hub/llada-tiny", SHAPE, None),
+        ("hub/other", SHAPE, "model 'llada-tiny' but is used with 'other'"),
+        ("any/where/other", None, "model 'llada-tiny' but is used with 'other'"),
+    ],
+)
+def test_a_model_is_known_by_its_shape_and_not_by_its_folder(
+    model: str, shape: ModelShape | None, difference: str | None
+) -> None:
+    file = GraphFile(GRAPH, PROVENANCE.model_copy(update={"shape": SHAPE}))
+    assert parse_graph(json.loads(dump_graph(file))) == file
+    found = check_fit(file, PROVENANCE.settings, where="graph.json", model=model, family="llada", shape=shape)
+    assert [difference in sentence for sentence in found if difference] == [True] * (difference is not None)
+    assert bool(found) == bool(difference)
+
+
+def test_a_shape_is_read_from_the_names_of_every_family() -> None:
+    published = {"d_model": 128, "n_layers": 6, "vocab_size": 380, "embedding_size": 376, "hidden_size": None}
+    assert ModelShape.of(published) == SHAPE
+    assert ModelShape.of({"hidden_size": 128, "num_hidden_layers": 6, "vocab_size": 376}) == SHAPE
+    assert ModelShape.of({"hidden_size": 128}) is None
 
 
 @pytest.mark.parametrize(

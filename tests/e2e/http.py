@@ -70,3 +70,17 @@ def complete(client: openai.OpenAI, case: Case, **changes: Any) -> Any:
         "extra_body": extra,
     }
     return client.completions.create(**(values | changes))
+
+
+NOT_OURS_TO_CAUSE = (
+    "custom scheduler class",
+    "Inductor compilation was disabled",
+    "Default vLLM sampling parameters",
+    "generation flags are not valid",
+)
+"""What vLLM says of settings that this plugin made, as if the user had."""
+
+
+def lines_we_cause(log: Path, *more: str) -> list[str]:
+    """Lines of a server's log that speak of what this plugin set; `more` are further ones that there should not be."""
+    return [line for line in log.read_text().splitlines() if any(part in line for part in (*NOT_OURS_TO_CAUSE, *more))]

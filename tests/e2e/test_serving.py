@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.http import MODEL, complete, server
+from tests.e2e.http import MODEL, complete, lines_we_cause, server
 from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
@@ -33,6 +33,11 @@ def client(log: Path) -> Iterator[openai.OpenAI]:
 
 def post(client: openai.OpenAI, path: str, body: dict[str, Any]) -> Any:
     return client._client.post(str(client.base_url).replace("/v1/", path), json={"model": MODEL, **body})
+
+
+def test_the_start_warns_of_nothing_that_this_plugin_set(client: openai.OpenAI, log: Path) -> None:
+    assert lines_we_cause(log) == []
+    assert "Serving LLaDAModelLM by block diffusion" in log.read_text()
 
 
 def questions(client: openai.OpenAI) -> list[tuple[int, ...]]:

@@ -5,12 +5,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tests.e2e.http import MODEL, complete, server
+from tests.e2e.http import MODEL, complete, lines_we_cause, server
 from tests.e2e.rig import Oracle, mixed_cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
@@ -19,11 +20,24 @@ SETTINGS = {"block_length": 8}
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    folder = tmp_path_factory.mktemp("server")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server writes its log."""
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def client(log: Path) -> Iterator[openai.OpenAI]:
+    folder = log.parent
     (folder / "spiffy.json").write_text(json.dumps({"method": "spiffy", "budget": 3}))
-    with server(folder / "log", SETTINGS, "--speculative-config", str(folder / "spiffy.json")) as client:
+    with server(log, SETTINGS, "--speculative-config", str(folder / "spiffy.json")) as client:
         yield client
+
+
+def test_the_log_of_the_start_says_what_is_true(client: openai.OpenAI, log: Path) -> None:
+    assert lines_we_cause(log, "speculative_config=None") == []
+    text = log.read_text()
+    assert "speculative_config={'method': 'spiffy', 'draft_graph': 'default', 'max_nodes': 3}" in text
+    assert "requests get {'temperature': 0.0}, the family's defaults, unless they say otherwise" in text
 
 
 def metrics(client: openai.OpenAI) -> dict[str, dict[str, float]]:

@@ -15,7 +15,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
-from vllm_dllm.engine.generation_defaults import set_generation_defaults
+from vllm_dllm.engine.generation_defaults import check_generation_defaults, family_defaults
 from vllm_dllm.engine.refusals import RequestError, refuse_fields, refuse_unsupported
 from vllm_dllm.errors import ConfigError
 
@@ -146,6 +146,7 @@ def caplog_vllm(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureF
 def model_config(in_file: dict[str, Any], override: dict[str, Any], source: str = "auto") -> Any:
     return SimpleNamespace(
         model="some/model",
+        architectures=["DreamModel"],
         generation_config=source,
         override_generation_config=override,
         try_get_generation_config=lambda: dict(in_file),
@@ -163,7 +164,7 @@ def test_a_checkpoints_default_that_no_request_can_have_is_left_out_with_a_warni
     name: str, value: object, caplog_vllm: pytest.LogCaptureFixture
 ) -> None:
     config = model_config({name: value, "eos_token_id": 1}, {})
-    set_generation_defaults(config, {})
+    check_generation_defaults(config)
     assert config.override_generation_config == {name: None}
     (record,) = caplog_vllm.records
     assert record.levelno == logging.WARNING
@@ -172,15 +173,31 @@ def test_a_checkpoints_default_that_no_request_can_have_is_left_out_with_a_warni
     assert "--generation-config vllm" in said
     sentence = f"override_generation_config.{name} is {value!r}, but requests without a {name} of their own"
     with pytest.raises(ConfigError, match=re.escape(sentence)):
-        set_generation_defaults(model_config({}, {name: value}, "vllm"), {})
+        check_generation_defaults(model_config({}, {name: value}, "vllm"))
 
 
 def test_defaults_that_can_be_served_stay(caplog_vllm: pytest.LogCaptureFixture) -> None:
     file = {"repetition_penalty": 1.0, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "max_new_tokens": 512}
     config = model_config(file, {"temperature": 0.5})
-    set_generation_defaults(config, {"top_p": 0.95, "min_p": 0.0})
-    assert config.override_generation_config == {"temperature": 0.5, "min_p": 0.0}
+    check_generation_defaults(config)
+    assert config.override_generation_config == {"temperature": 0.5}
     config = model_config({"repetition_penalty": 1.1}, {}, "vllm")
-    set_generation_defaults(config, {"top_p": 0.95})
+    check_generation_defaults(config)
     assert config.override_generation_config == {}
     assert not caplog_vllm.records
+
+
+@pytest.mark.parametrize(
+    ("in_file", "override", "source", "expected"),
+    [
+        ({}, {}, "auto", {"temperature": 0.2, "top_p": 0.95}),
+        ({"top_p": 0.8}, {}, "auto", {"temperature": 0.2}),
+        ({"top_p": 0.8}, {"temperature": None}, "auto", {}),
+        ({}, {}, "vllm", {}),
+        ({}, {}, "some/folder", {}),
+    ],
+)
+def test_a_familys_defaults_are_behind_all_others(
+    in_file: dict[str, Any], override: dict[str, Any], source: str, expected: dict[str, Any]
+) -> None:
+    assert family_defaults(model_config(in_file, override, source)) == expected

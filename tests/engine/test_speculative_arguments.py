@@ -103,6 +103,9 @@ def test_a_form_that_cannot_be_read_is_an_error_of_the_option(parser: Any, capsy
         assert "error: argument --speculative-config/-sc: " in message
         assert reason in message
     assert "path of a file" not in message  # JSON keeps vLLM's own words
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--spec-method", "spify"])
+    assert "'spify' is not known; did you mean 'spiffy'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -165,15 +168,19 @@ def arguments(**values: Any) -> Any:
         (THEIRS, {"speculative_config": "spiffy.json"}, "LlamaForCausalLM is not a diffusion model"),
         (OURS, {"speculative_config": {"method": "ngram"}}, "method 'ngram'"),
         (OURS, {"speculative_config": {"budget": 3}}, "method None"),
+        (OURS, {"speculative_config": {"method": "spify"}}, "did you mean 'spiffy'?"),
+        (THEIRS, {"speculative_config": {"method": "Spiffy"}}, "did you mean 'spiffy'?"),
+        (THEIRS, {"spec_method": "spify"}, "method is 'spify', which neither vLLM nor vllm-dllm knows"),
+        (OURS, {"speculative_config": {"metod": "spiffy"}}, "'metod' is not known, did you mean 'method'?"),
         (OURS, {"speculative_config": [1]}, "speculative_config is [1]"),
         (OURS, {"speculative_config": GIVEN, "spec_method": "ngram"}, "method 'ngram'"),
-        (OURS, {"spec_method": "spiffy", "spec_tokens": 3}, "num_speculative_tokens is not known; allowed are"),
+        (OURS, {"spec_method": "spiffy", "spec_tokens": 3}, "num_speculative_tokens is 3, but drafts of"),
         (OURS, {"speculative_config": GIVEN, "additional_config": 8}, "additional_config is 8"),
         (OURS, {"speculative_config": GIVEN | {1: 2}}, "speculative_config.1 is not known"),
     ],
 )
 def test_what_cannot_be_taken_is_refused(model: Any, values: dict[str, Any], sentence: str) -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     with pytest.raises(ConfigError) as refused:
         take_spiffy(arguments(**values), model)
@@ -181,10 +188,16 @@ def test_what_cannot_be_taken_is_refused(model: Any, values: dict[str, Any], sen
 
 
 @pytest.mark.parametrize(
-    ("model", "values"), [(THEIRS, {}), (OURS, {}), (THEIRS, {"speculative_config": {"method": "ngram"}})]
+    ("model", "values"),
+    [
+        (THEIRS, {}),
+        (OURS, {}),
+        (THEIRS, {"speculative_config": {"method": "ngram"}}),
+        (THEIRS, {"speculative_config": {"method": "sufix"}}),
+    ],
 )
 def test_everything_else_is_left_to_vllm(model: Any, values: dict[str, Any]) -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     args = arguments(**values)
     before = copy.deepcopy(vars(args))
@@ -193,7 +206,7 @@ def test_everything_else_is_left_to_vllm(model: Any, values: dict[str, Any]) -> 
 
 
 def test_a_path_works_for_other_methods() -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     args = arguments(speculative_config=Path("other.json"))
     assert not take_spiffy(args, THEIRS)
@@ -279,7 +292,7 @@ def test_counting_nans_is_refused(changes: dict[str, Any], monkeypatch: pytest.M
 
 
 def test_arguments_may_be_used_again_without_it() -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     args = arguments(speculative_config={"method": "spiffy"})
     assert take_spiffy(args, OURS)
@@ -290,7 +303,7 @@ def test_arguments_may_be_used_again_without_it() -> None:
 
 
 def test_what_it_is_made_of_is_no_setting() -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     args = arguments(additional_config={"spiffy": {"config": {"method": "spiffy"}, "source": "default"}})
     with pytest.raises(ConfigError, match=r"additional_config\.spiffy is .* give speculative_config"):
@@ -298,7 +311,7 @@ def test_what_it_is_made_of_is_no_setting() -> None:
 
 
 def test_vllms_own_numbers_per_request_are_refused() -> None:
-    from vllm_dllm.engine.config_hook import take_spiffy
+    from vllm_dllm.engine.spiffy_arguments import take_spiffy
 
     args = arguments(speculative_config={"method": "spiffy"}, per_request_spec_decode_metrics="summary")
     with pytest.raises(ConfigError, match=r"per_request_spec_decode_metrics is 'summary'"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vllm_dllm.errors import ConfigError
+from vllm_dllm.errors import ConfigError, nearest
 
 Message = dict[str, str]
 """`role` and `content`, as chat templates read them."""
@@ -78,7 +78,10 @@ def _conversation(line: str, where: str) -> tuple[Message, ...]:
     given = [field for field in (*TEXT_FIELDS, "messages") if field in value]
     if len(given) != 1:
         found = " and ".join(given) or "none of them"
-        raise ConfigError(f"{where} has {found}; allowed is exactly one of {_ALLOWED}; keep one field")
+        fields = (*TEXT_FIELDS, "messages")
+        meant = next(filter(None, (nearest(field, fields) for field in value)), None) if not given else None
+        todo = f"did you mean {meant!r}?" if meant else "keep one field"
+        raise ConfigError(f"{where} has {found}; allowed is exactly one of {_ALLOWED}; {todo}")
     field = given[0]
     if field == "messages":
         return _messages(value[field], where)

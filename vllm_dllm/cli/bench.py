@@ -1,6 +1,5 @@
 """`vllm-dllm bench`: measure an engine, or the native ops, on this machine."""
 
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from vllm_dllm.cli import bench_options
 from vllm_dllm.cli.console import print_line
+from vllm_dllm.cli.inputs import Dtype, check_file, check_matplotlib, make_folder
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
     BlockLength,
@@ -57,7 +57,7 @@ _Chain = Annotated[
 ]
 _Concurrency = Annotated[str, typer.Option(metavar="N,...", help="Requests in flight; each number is measured.")]
 _Dtype = Annotated[
-    str, typer.Option(help="With bfloat16 near ties may round differently with drafts, which is exit status 1.")
+    Dtype, typer.Option(help="With bfloat16 near ties may round differently with drafts, which is exit status 1.")
 ]
 _KvCacheMib = Annotated[
     int | None, typer.Option(min=1, help="K/V memory of each engine; as much as --concurrency needs unless given.")
@@ -148,9 +148,10 @@ def decode(  # noqa: PLR0913 - the options of a command
     Four engines are alive at once, each with the model's weights: off, auto, one for all fixed budgets and one for the
     chains. Where memory is short, --chain '' and --budgets '' leave out the last two.
     """
+    check_matplotlib()
+    make_folder("--out", out)
     from vllm_dllm.bench.decode import Comparison, sections
 
-    _check_matplotlib()
     given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
     workload = replace(
         bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),
@@ -167,7 +168,6 @@ def decode(  # noqa: PLR0913 - the options of a command
         repeats,
         dtype,
     )
-    out.mkdir(parents=True, exist_ok=True)
     runs = _compare(comparison)
     tables = sections(runs, workload.block_length)
     _print(tables)
@@ -186,6 +186,8 @@ def kernels(
     Needs no model. `x floor` is the time over the least that memory and arithmetic of the machine allow, measured
     before; ratios to others say how many times as long they take.
     """
+    if out is not None:
+        check_file("--out", out)
     from vllm_dllm.bench.kernels import SHORT, KernelBench, Sizes
     from vllm_dllm.bench.report import machine, to_markdown
     from vllm_dllm.bench.turns import UnequalResultsError
@@ -274,9 +276,3 @@ def _write(out: Path, comparison: "Comparison", runs: "Runs", tables: "Sequence[
     (out / "decode.md").write_text(f"machine: {machine()}\n\n{to_markdown(tables)}")
     draw(tables, out / "decode.svg")
     print_line(f"written: {', '.join(str(out / f'decode.{suffix}') for suffix in ('md', 'json', 'svg'))}")
-
-
-def _check_matplotlib() -> None:
-    """Refuse before anything is measured."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("pictures need matplotlib, which is not installed: pip install 'vllm-dllm[tools]'")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_dllm.cli.console import waiting_for
 from vllm_dllm.cli.server_settings import server_settings
 from vllm_dllm.config import policy_settings
 from vllm_dllm.draft.graph_file import load_graph
@@ -13,6 +14,7 @@ from vllm_dllm.spiffy_config import DEFAULT_GRAPH
 if TYPE_CHECKING:
     from vllm_dllm.bench.decode import Policy
     from vllm_dllm.bench.workload import Workload
+    from vllm_dllm.calibrate.prompts import Tokenizer
 
 
 def workload(
@@ -31,8 +33,6 @@ def workload(
 
     Raises: ConfigError when nothing is left to measure.
     """
-    from transformers import PreTrainedTokenizerFast
-
     from vllm_dllm.bench.workload import Workload
     from vllm_dllm.calibrate.prompts import encode, read_prompts
 
@@ -43,10 +43,25 @@ def workload(
             f"--skip-prompts is {skip_prompts} and --concurrency is {concurrency!r}, which leaves nothing of {prompts} "
             "to measure; skip fewer prompts and give at least one number"
         )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
-    ids = tuple(tuple(encode(tokenizer, conversation)) for conversation in chosen)
     of_block = {name: value for name, value in settings.items() if name == "block_length"}
-    return Workload(str(model), ids, gen_length, server_settings(str(model), of_block).block_length, at_once)
+    block_length = server_settings(str(model), of_block).block_length
+    tokenizer = _read_tokenizer(model)
+    ids = tuple(tuple(encode(tokenizer, conversation)) for conversation in chosen)
+    return Workload(str(model), ids, gen_length, block_length, at_once)
+
+
+def _read_tokenizer(model: Path) -> "Tokenizer":
+    with waiting_for("reading the tokenizer"):
+        from transformers import PreTrainedTokenizerFast
+
+        try:
+            tokenizer: Tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"the tokenizer of model {str(model)!r} cannot be read ({reason}); give a checkpoint with one"
+            ) from None
+    return tokenizer
 
 
 def whole_numbers(option: str, text: str, most: int) -> tuple[int, ...]:
@@ -77,7 +92,7 @@ def policies(model: Path, policy: str, graph: str, settings: Mapping[str, object
         )
     for path in graphs:
         if path != DEFAULT_GRAPH:
-            load_graph(path)  # refused here, before engines start
+            load_graph(path, [DEFAULT_GRAPH])  # refused here, before engines start
     paired = []
     for index, name in enumerate(names):
         server = server_settings(str(model), {**settings, "policy": name})

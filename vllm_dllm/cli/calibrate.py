@@ -17,6 +17,8 @@ from rich.text import Text
 from vllm_dllm import __version__
 from vllm_dllm.calibrate.prompts import Prompts, read_prompts
 from vllm_dllm.calibrate.select import Objective
+from vllm_dllm.cli.console import waiting_for
+from vllm_dllm.cli.inputs import Dtype, check_file, check_picture
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
     BlockLength,
@@ -32,7 +34,7 @@ from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, save_graph
 from vllm_dllm.draft.graph_schema import PromptsFile, Provenance, Versions
-from vllm_dllm.draft.picture import SUFFIXES, draw_graph, title_of
+from vllm_dllm.draft.picture import draw_graph, title_of
 from vllm_dllm.errors import ConfigError
 
 if TYPE_CHECKING:  # torch and vLLM are loaded when the command runs
@@ -68,7 +70,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     held_out: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share of the prompts to measure with.")] = 0.25,
     seed: Annotated[int, typer.Option(min=0, help="Of the split and of the noise.")] = 0,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the engine.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the engine.")] = "auto",
     kv_cache_memory_bytes: Annotated[
         int | None, typer.Option(min=1, help="Of the engine; as much as --concurrency needs unless given.")
     ] = None,
@@ -79,6 +81,9 @@ def calibrate(  # noqa: PLR0913 - the options of a command
 
     Interrupt it at will: the same command goes on where it was.
     """
+    check_file("--output", output)
+    if picture is not None:
+        check_picture("--picture", picture)
     given = given_settings(policy, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
     plan = Plan(
         model=model,
@@ -97,7 +102,8 @@ def calibrate(  # noqa: PLR0913 - the options of a command
         dtype=dtype,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
     )
-    _check_outputs(plan)
+    if len(plan.prompts.conversations) < 2:
+        raise ConfigError(f"{plan.prompts.path} has one prompt; give two or more, since some of them are held out")
     _run(plan, keep_traces)
 
 
@@ -146,17 +152,6 @@ def _budgets(text: str, num_nodes: int) -> tuple[int, ...]:
     return tuple(sorted({min(budget, num_nodes) for budget in budgets}))
 
 
-def _check_outputs(plan: Plan) -> None:
-    """Refuse before the work what could not be written after it."""
-    for name, path in (("output", plan.output), ("picture", plan.picture)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"--{name} is {str(path)!r}, but there is no folder {path.absolute().parent}; make it")
-    if plan.picture is not None and plan.picture.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"--picture is {str(plan.picture)!r}; allowed are paths that end in {' or '.join(SUFFIXES)}")
-    if len(plan.prompts.conversations) < 2:
-        raise ConfigError(f"{plan.prompts.path} has one prompt; give two or more, since some of them are held out")
-
-
 def _run(plan: Plan, keep_traces: bool) -> None:
     from vllm_dllm.calibrate.record import TraceFile
 
@@ -179,7 +174,8 @@ def _decode(plan: Plan, trace_file: "TraceFile") -> "ModelFacts":
     """Decode the prompts whose traces are missing."""
     # The steps are observed in the engine, so it has to be in this process. vLLM reads this when it is imported.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm_dllm.engine.recording import EngineOptions, RecordingEngine
+    with waiting_for("importing vLLM, which takes up to a minute"):
+        from vllm_dllm.engine.recording import EngineOptions, RecordingEngine
 
     options = EngineOptions(
         model=plan.model,
@@ -189,6 +185,7 @@ def _decode(plan: Plan, trace_file: "TraceFile") -> "ModelFacts":
         dtype=plan.dtype,
         kv_cache_memory_bytes=plan.kv_cache_memory_bytes,
     )
+    Console(stderr=True).print(Text(f"starting an engine of {plan.model}; its log follows"), soft_wrap=True)
     engine = RecordingEngine(options, plan.prompts.conversations)
     try:
         missing = [i for i in range(len(engine.prompts)) if i not in trace_file.traces]
@@ -224,6 +221,7 @@ def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Pred
     provenance = Provenance(
         model=Path(plan.model).name if Path(plan.model).exists() else plan.model,
         family=facts.family,
+        shape=facts.shape,
         settings=plan.settings,
         temperature=plan.temperature,
         prompts=(

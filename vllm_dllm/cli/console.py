@@ -1,5 +1,8 @@
 """Lines for the terminal, whole however narrow it is."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.text import Text
 
@@ -14,3 +17,15 @@ def print_line(text: str, style: str = "") -> None:
 def print_error(error: ConfigError) -> None:
     """Write what the user can mend to stderr."""
     Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+
+
+@contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """Say on stderr what takes long: as long as it takes on a terminal, as a line elsewhere."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        console.print(Text(f"{what} ..."), soft_wrap=True)
+        yield

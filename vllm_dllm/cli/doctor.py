@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vllm_dllm import __version__
+from vllm_dllm.cli.console import waiting_for
 from vllm_dllm.errors import KernelUnavailable, UnsupportedVllmError
 
 Level = Literal["ok", "missing", "broken"]
@@ -45,9 +46,9 @@ def doctor() -> None:
 
     The exit status is 1 when no model can be served here.
     """
-    findings = list(examine())
-    console = Console()
-    for finding in findings:
+    console, findings = Console(), []
+    for finding in examine():
+        findings.append(finding)
         line = Text.assemble((f"{finding.level:8}", STYLES[finding.level]), f"{finding.topic:22}", finding.text)
         console.print(line, soft_wrap=True)
     if any(finding.level == "broken" for finding in findings):
@@ -62,10 +63,15 @@ def examine() -> Iterator[Finding]:
     if find_spec("torch") is None:
         yield Finding("torch", f"is not installed; vLLM brings it: {INSTALL_VLLM}", "broken")
         return
-    yield torch_build()
-    yield from gpus()
-    yield from kernels()
-    yield from attention()
+    with waiting_for("importing torch"):
+        found = torch_build()
+    yield found
+    with waiting_for("looking for GPUs and loading the native ops"):
+        devices = [*gpus(), *kernels()]
+    yield from devices
+    with waiting_for("trying the implementations of attention"):
+        implementations = list(attention())
+    yield from implementations
     yield from libraries()
 
 

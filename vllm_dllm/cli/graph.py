@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_dllm.cli.console import print_error, print_line
+from vllm_dllm.cli.inputs import check_file, check_picture, family_for, read_config
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
     EntropyBound,
@@ -21,7 +22,7 @@ from vllm_dllm.cli.server_settings import (
 from vllm_dllm.config import DllmConfig, parse_server_settings
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph, formula_text
 from vllm_dllm.draft.graph_file import GraphFile, check_fit, load_graph, save_graph
-from vllm_dllm.draft.graph_schema import Provenance
+from vllm_dllm.draft.graph_schema import ModelShape, Provenance
 from vllm_dllm.draft.merge import merge_graphs
 from vllm_dllm.draft.picture import draw_graph, title_of
 from vllm_dllm.errors import ConfigError
@@ -37,6 +38,8 @@ def show(
     picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
 ) -> None:
     """Show a graph's nodes, how often they were a true future state, and where the counts come from."""
+    if picture is not None:
+        check_picture("--picture", picture)
     graph_file = load_graph(file)
     console = Console()
     console.print(_node_table(graph_file.graph))
@@ -59,16 +62,26 @@ def check(  # noqa: PLR0913 - the options of a command
     alg_temp: AlgTemp = None,
     steps_per_block: StepsPerBlock = None,
 ) -> None:
-    """Check a graph, alone or for a server; what is not given is taken to be as in the calibration.
+    """Check a graph, alone or for a server, by what the server goes by; warnings are those of its start.
+
+    What is not given is as the model publishes it, and without --model as in the calibration.
 
     The exit status is 1 for a graph that cannot be used, and 0 for one that can, even where it was calibrated for
     something else and a warning says so.
     """
     given = given_settings(policy, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
+    config = None if model is None else read_config(model)
+    family = None if model is None or config is None else family_for(model, config)
     try:
         graph_file = load_graph(file)
-        settings = _server_settings(graph_file, given)
-        warnings = check_fit(graph_file, settings, where=str(file), model=model)
+        if config is None or family is None:
+            warnings = check_fit(graph_file, _server_settings(graph_file, given), where=str(file))
+        else:
+            settings = parse_server_settings(given, prefix="--", defaults=family.settings(config.get("block_size")))
+            shape = ModelShape.of(config)
+            warnings = check_fit(
+                graph_file, settings, where=str(file), model=model, family=family.model_type, shape=shape
+            )
     except ConfigError as error:
         print_error(error)
         raise typer.Exit(1) from None
@@ -91,6 +104,7 @@ def merge(
     nodes: Annotated[int, typer.Option(min=1, max=MAX_NODES, help="Nodes to keep, the most frequent ones.")] = 10,
 ) -> None:
     """Add up the counts of calibrations with different prompts."""
+    check_file("--output", output)
     merged = merge_graphs([(str(file), load_graph(file)) for file in files], nodes)
     save_graph(merged, output)
     print_line(f"{output}: {len(merged.graph)} nodes, {merged.graph.num_anchors} states")
@@ -120,7 +134,8 @@ def _node_table(graph: DraftGraph) -> Table:
 def _provenance_table(provenance: Provenance) -> Table:
     table = Table(title="calibration", show_header=False)
     for name, value in provenance.model_dump(mode="json", exclude={"settings", "versions", "prompts"}).items():
-        table.add_row(name, Text(_value_text(value)))
+        if value is not None:
+            table.add_row(name, Text(_value_text(value)))
     for prompts in provenance.prompts:
         table.add_row("prompts", Text(f"{prompts.num_prompts} of {prompts.file}, SHA-256 {prompts.sha256}"))
     for group in (provenance.settings, provenance.versions):

@@ -5,16 +5,17 @@ from typing import Annotated, get_args
 
 import typer
 
+from vllm_dllm.cli.inputs import family_for, read_config
 from vllm_dllm.config import POLICY_ALIASES, DllmConfig, PolicyName, parse_server_settings
-from vllm_dllm.errors import ConfigError
-from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, family_of
+from vllm_dllm.errors import did_you_mean
 
 _POLICIES = (*get_args(PolicyName), *POLICY_ALIASES)
 
 
 def _policy(name: str) -> str:
     if name not in _POLICIES:
-        raise typer.BadParameter(f"{name!r}, allowed are {', '.join(_POLICIES)}")
+        todo = did_you_mean(name, _POLICIES, "give one of these")
+        raise typer.BadParameter(f"{name!r}, allowed are {', '.join(_POLICIES)}; {todo}")
     return name
 
 
@@ -63,20 +64,7 @@ def server_settings(model: str, given: Mapping[str, object]) -> DllmConfig:
 
     Raises: ConfigError for a model that cannot be read or is none of ours, and for values that are not allowed.
     """
-    from transformers import PretrainedConfig
-
-    try:
-        config, _ = PretrainedConfig.get_config_dict(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ConfigError(
-            f"the configuration of model {model!r} cannot be read ({reason}); give the name or the path of a checkpoint"
-        ) from None
-    architectures = config.get("architectures")
-    family = family_of(architectures)
-    if family is None:
-        raise ConfigError(
-            f"model {model!r} has architectures {architectures!r}, allowed are {', '.join(FAMILY_BY_ARCHITECTURE)}; "
-            "give another model"
-        )
-    return parse_server_settings(given, prefix="--", defaults=family.settings(config.get("block_size")))
+    config = read_config(model)
+    return parse_server_settings(
+        given, prefix="--", defaults=family_for(model, config).settings(config.get("block_size"))
+    )

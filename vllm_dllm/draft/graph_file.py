@@ -19,9 +19,17 @@ from typing import TypeVar
 
 from vllm_dllm.config import DllmConfig, PolicyName, policy_settings
 from vllm_dllm.draft.graph import DraftGraph, formula_text
-from vllm_dllm.draft.graph_schema import MAX_POSITION_RANK, REMEDY, SCHEMA_VERSION, GraphSchema, Provenance, read_schema
+from vllm_dllm.draft.graph_schema import (
+    MAX_POSITION_RANK,
+    REMEDY,
+    SCHEMA_VERSION,
+    GraphSchema,
+    ModelShape,
+    Provenance,
+    read_schema,
+)
 from vllm_dllm.draft.readiness import BY_CONFIDENCE, Readiness
-from vllm_dllm.errors import GraphError
+from vllm_dllm.errors import GraphError, did_you_mean_file
 
 T = TypeVar("T")
 
@@ -46,17 +54,20 @@ class GraphFile:
     provenance: Provenance | None = None
 
 
-def load_graph(path: str | Path) -> GraphFile:
+def load_graph(path: str | Path, words: Sequence[str] = ()) -> GraphFile:
     """Read a graph file.
+
+    Args:
+        path: of the file.
+        words: what the user might have given instead, of which the path may be a typo.
 
     Raises: GraphError naming the file, the path inside it, what was given, what is allowed and what to do.
     """
     where = str(path)
     try:
         if not Path(path).is_file():
-            raise GraphError(
-                f"{where} is not a file; give the path of a graph file, as 'vllm-dllm calibrate' writes it"
-            )
+            todo = "give the path of a graph file, as 'vllm-dllm calibrate' writes it"
+            raise GraphError(f"{where} is not a file; {did_you_mean_file(path, todo, words)}")
         with Path(path).open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
@@ -134,7 +145,8 @@ def dump_graph(file: GraphFile) -> str:
         "nodes": [],
     }
     if file.provenance is not None:
-        head["provenance"] = file.provenance.model_dump(mode="json")
+        without = {"shape"} if file.provenance.shape is None else None
+        head["provenance"] = file.provenance.model_dump(mode="json", exclude=without)
     nodes: list[dict[str, object]] = [{"formula": formula} for formula in graph.formulas]
     for node, count in zip(nodes, graph.counts or (), strict=graph.counts is not None):
         node["count"] = count
@@ -245,12 +257,19 @@ def _check_ranks(graph: DraftGraph, block_length: int, where: str) -> None:
 
 
 def check_fit(
-    file: GraphFile, settings: DllmConfig, *, where: str, model: str | None = None, family: str | None = None
+    file: GraphFile,
+    settings: DllmConfig,
+    *,
+    where: str,
+    model: str | None = None,
+    family: str | None = None,
+    shape: ModelShape | None = None,
 ) -> list[str]:
     """Check that a graph can serve, and tell in what its calibration differed from a server.
 
-    A difference costs speed only: fewer drafts may come true. Of a model, the last component of its name or path
-    counts. A graph without provenance differs in nothing.
+    A difference costs speed only: fewer drafts may come true. A graph without provenance differs in nothing. Models
+    are compared by family and shape; by name, the last component of it, where both are names on the hub, or where the
+    graph's file or the server has no shape.
 
     Args:
         file: the graph.
@@ -258,6 +277,7 @@ def check_fit(
         where: what the user calls the graph.
         model: name or path of the server's model; None is not compared.
         family: of the server's model; None is not compared.
+        shape: of the server's model.
 
     Returns: a sentence for each difference, with the command that calibrates for this server.
 
@@ -266,8 +286,11 @@ def check_fit(
     _check_ranks(file.graph, settings.block_length, f"{where}: block_length of this server")
     if file.provenance is None:
         return []
-    made = _compared(file.provenance.settings, file.provenance.model, file.provenance.family)
-    here = _compared(settings, model, family)
+    provenance = file.provenance
+    made = _compared(provenance.settings, provenance.model, provenance.family, provenance.shape)
+    here = _compared(settings, model, family, shape)
+    if "shape" in made and "shape" in here and not (_is_hub_name(provenance.model) and model and _is_hub_name(model)):
+        del made["model"]
     return [
         f"{where} was calibrated with {name} {made[name]!r} but is used with {value!r}, so fewer drafts may be "
         f"accepted; for a graph of this server run: {calibrate_command(settings, model)}"
@@ -276,8 +299,14 @@ def check_fit(
     ]
 
 
-def _compared(settings: DllmConfig, model: str | None, family: str | None) -> dict[str, object]:
-    names = {"model": model and Path(model).name, "family": family}
+def _is_hub_name(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
+
+
+def _compared(
+    settings: DllmConfig, model: str | None, family: str | None, shape: ModelShape | None
+) -> dict[str, object]:
+    names = {"model": model and Path(model).name, "family": family, "shape": shape and str(shape)}
     return {name: value for name, value in names.items() if value} | decoding_settings(settings)
 
 

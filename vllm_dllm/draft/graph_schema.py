@@ -2,14 +2,15 @@
 
 import datetime
 import reprlib
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from vllm_dllm.config import STRICT, DllmConfig
 from vllm_dllm.draft.graph import MAX_CANDIDATES, MAX_NODES
-from vllm_dllm.errors import GraphError
+from vllm_dllm.errors import GraphError, did_you_mean
 
 SCHEMA_VERSION = 1
 MAX_POSITION_RANK = 1023
@@ -50,12 +51,44 @@ class Versions(BaseModel):
     torch: _Text = Field(description="version texts")
 
 
+_SHAPE_FIELDS = {
+    "vocab_size": ("embedding_size", "vocab_size"),
+    "hidden_size": ("hidden_size", "d_model"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layers"),
+}
+"""Field -> the names of it in configurations of checkpoints; the first one that is given counts."""
+
+
+class ModelShape(BaseModel):
+    """What tells models of a family apart, wherever their files are and whatever their folder is called."""
+
+    model_config = STRICT
+
+    vocab_size: int = Field(ge=1, lt=1 << 53, description="whole numbers from 1 on")
+    hidden_size: int = Field(ge=1, lt=1 << 53, description="whole numbers from 1 on")
+    num_hidden_layers: int = Field(ge=1, lt=1 << 53, description="whole numbers from 1 on")
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "ModelShape | None":
+        """Read it from a checkpoint's configuration; None where that leaves a field to its class."""
+        found = {
+            field: next((config[name] for name in names if config.get(name) is not None), None)
+            for field, names in _SHAPE_FIELDS.items()
+        }
+        return cls.model_validate(found) if all(type(value) is int and value > 0 for value in found.values()) else None
+
+    def __str__(self) -> str:
+        """Write it for messages."""
+        return ", ".join(f"{name} {value}" for name, value in self)
+
+
 class Provenance(BaseModel):
     """Where a graph's counts come from.
 
     Attributes:
         model: name or path of the checkpoint.
         family: the model's family, as `model_type` of its configuration.
+        shape: of the model; None in files of versions that did not write it.
         settings: of the server that decoded the prompts.
         temperature: of the requests.
         prompts: the files they came from; several after a merge.
@@ -70,6 +103,9 @@ class Provenance(BaseModel):
 
     model: _Text = Field(description="names and paths of models")
     family: _Text = Field(description="names of model families")
+    shape: ModelShape | None = Field(
+        default=None, description=f"null and objects with the fields {', '.join(ModelShape.model_fields)}"
+    )
     settings: DllmConfig = Field(description="objects with a server's settings")
     temperature: float = Field(ge=0.0, allow_inf_nan=False, description="finite numbers from 0 on")
     prompts: tuple[PromptsFile, ...] = Field(min_length=1, description="lists of at least one prompts file")
@@ -137,6 +173,7 @@ _NESTED: dict[str, type[BaseModel]] = {
     "settings": DllmConfig,
     "prompts": PromptsFile,
     "versions": Versions,
+    "shape": ModelShape,
 }
 """Fields that hold objects, and their schema."""
 
@@ -149,7 +186,9 @@ def read_schema(text: str, where: str) -> GraphSchema:
     try:
         return GraphSchema.model_validate_json(text)
     except ValidationError as error:
-        raise _explain(error.errors(include_url=False)[0], where) from None
+        findings = error.errors(include_url=False)
+        # A field that is missing may be there under a name that is not known.
+        raise _explain(min(findings, key=lambda finding: finding["type"] != "extra_forbidden"), where) from None
 
 
 def _explain(finding: ErrorDetails, where: str) -> GraphError:
@@ -163,7 +202,8 @@ def _explain(finding: ErrorDetails, where: str) -> GraphError:
     if kind == "value_error":  # a rule between settings, whose text is already ours
         return GraphError(f"{subject}: {finding['msg'].removeprefix('Value error, ')}")
     if kind == "extra_forbidden":
-        return GraphError(f"{subject} is not known; allowed are {', '.join(owner.model_fields)}; remove or rename it")
+        todo = did_you_mean(location[-1], owner.model_fields, "remove or rename it")
+        return GraphError(f"{subject} is not known; allowed are {', '.join(owner.model_fields)}; {todo}")
     if kind == "missing":
         return GraphError(f"{subject} is missing; allowed are {description}; {REMEDY}")
     given = f"has {len(value)} entries" if kind in {"too_long", "too_short"} else f"is {reprlib.repr(value)}"

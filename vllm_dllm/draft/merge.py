@@ -53,6 +53,7 @@ def _conditions(name: str, file: GraphFile) -> dict[str, object]:
     return {
         "model": provenance.model,
         "family": provenance.family,
+        "shape": provenance.shape and str(provenance.shape),
         "temperature": provenance.temperature,
         "tokens_per_step": file.graph.tokens_per_step,
         **decoding_settings(provenance.settings),

@@ -9,21 +9,28 @@ import functools
 import inspect
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pkgutil import resolve_name
+from typing import Any, get_args
 
 from pydantic import ValidationError
-from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config import ModelConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig, VllmConfig
+from vllm.config.speculative import SpeculativeMethod
+from vllm.config.vllm import logger as vllm_config_logger
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.renderers.base import BaseRenderer
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.utils import CoreEngineProcManager
 
-from vllm_dllm.errors import ConfigError, UnsupportedVllmError
+from vllm_dllm.errors import ConfigError, UnsupportedVllmError, nearest
 
 logger = init_logger("vllm.dllm")
+
+SPECULATIVE_METHODS: tuple[str, ...] = get_args(SpeculativeMethod)
+"""Those of vLLM."""
 
 _MARK = "__vllm_dllm_wrapped__"
 
@@ -111,6 +118,7 @@ def extend_speculative_arguments(read: Callable[[str], object], method: str) -> 
 
         config.type = read_any
         name.choices = [*name.choices, method]
+        name.type = _method_reader(method)
 
     def make(original: Callable[..., ArgumentParser]) -> Callable[..., ArgumentParser]:
         def wrapper(parser: ArgumentParser) -> ArgumentParser:
@@ -121,6 +129,17 @@ def extend_speculative_arguments(read: Callable[[str], object], method: str) -> 
         return wrapper
 
     wrap(EngineArgs, "add_cli_args", ("parser",), make)
+
+
+def _method_reader(method: str) -> Callable[[str], str]:
+    """Make what reads `--spec-method`: a typo of our method is told before argparse lists all that are allowed."""
+
+    def read_method(text: str) -> str:
+        if text != method and nearest(text, [*SPECULATIVE_METHODS, method]) == method:
+            raise ArgumentTypeError(f"{text!r} is not known; did you mean {method!r}?")
+        return text
+
+    return read_method
 
 
 def before_speculative_config(take: Callable[[EngineArgs, ModelConfig], bool]) -> None:
@@ -201,3 +220,89 @@ def before_serving(prepare: Callable[[], None]) -> None:
         return wrapper
 
     wrap(InputProcessor, "__init__", ("self", "vllm_config"), make)
+
+
+def before_engine_processes(check: Callable[[VllmConfig], None]) -> None:
+    """Call `check(vllm_config)` in the process that is about to start an engine's; what it raises ends the start."""
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        names = inspect.signature(original)
+
+        def wrapper(self: CoreEngineProcManager, *args: Any, **kwargs: Any) -> None:
+            check(names.bind(self, *args, **kwargs).arguments["vllm_config"])
+            original(self, *args, **kwargs)
+
+        return wrapper
+
+    wrap(CoreEngineProcManager, "__init__", ("self", "vllm_config"), make)
+
+
+def choose_scheduler(ours: Collection[str]) -> None:
+    """Find our schedulers by name, without the warning for users that a scheduler may not fit this vLLM: ours does."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: SchedulerConfig) -> Any:
+            name = self.scheduler_cls
+            return resolve_name(name) if isinstance(name, str) and name in ours else original(self)
+
+        return wrapper
+
+    wrap(SchedulerConfig, "get_scheduler_cls", ("self",), make)
+
+
+def describe_config(is_ours: Callable[[ModelConfig], bool], speculation: Callable[[VllmConfig], object]) -> None:
+    """Have vLLM say of our models' configuration what is true of it.
+
+    That nothing is compiled is no setting of the user's, of which vLLM warns; and it knows of no `speculative_config`
+    where there is `speculation`.
+    """
+
+    def make_quiet(original: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(self: VllmConfig) -> None:
+            of_us = self.model_config is not None and is_ours(self.model_config)
+            with _without_warning(vllm_config_logger, "Inductor compilation was disabled") if of_us else nullcontext():
+                original(self)
+
+        return wrapper
+
+    def make_true(original: Callable[..., str]) -> Callable[..., str]:
+        def wrapper(self: VllmConfig) -> str:
+            text = original(self)
+            found = speculation(self) if is_ours(self.model_config) else None
+            return text.replace("speculative_config=None", f"speculative_config={found}", 1) if found else text
+
+        return wrapper
+
+    wrap(VllmConfig, "__post_init__", ("self",), make_quiet)
+    wrap(VllmConfig, "__str__", ("self",), make_true)
+
+
+@contextmanager
+def _without_warning(logger: Any, beginning: str) -> Iterator[None]:
+    """Let a logger of vLLM's leave out one warning, and not count it as given, so that another model's is."""
+    warn_once = logger.warning_once
+
+    def others(message: str, *args: Any, **kwargs: Any) -> None:
+        if not message.startswith(beginning):
+            warn_once(message, *args, **kwargs)
+
+    logger.warning_once = others
+    try:
+        yield
+    finally:
+        logger.warning_once = warn_once
+
+
+def add_sampling_defaults(more: Callable[[ModelConfig], Mapping[str, Any]]) -> None:
+    """Add `more(model_config)` to the sampling parameters of requests that name none; what vLLM finds comes first.
+
+    vLLM warns of those that a checkpoint's file has, and would say the same of others that are put beside them.
+    """
+
+    def make(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def wrapper(self: ModelConfig) -> dict[str, Any]:
+            return {**more(self), **original(self)}
+
+        return wrapper
+
+    wrap(ModelConfig, "get_diff_sampling_param", ("self",), make)

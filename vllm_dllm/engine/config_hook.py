@@ -1,8 +1,7 @@
 """Configuration of an engine that serves one of our models: what is set, and what is refused at start."""
 
 import json
-import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from vllm import envs
@@ -11,27 +10,19 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from vllm_dllm.additional_config import settings_in
 from vllm_dllm.blocks import max_prompt_len
 from vllm_dllm.config import DllmConfig, parse_server_settings
+from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.engine.attention_choice import set_attention
-from vllm_dllm.engine.generation_defaults import set_generation_defaults
+from vllm_dllm.engine.generation_defaults import check_generation_defaults, family_defaults
 from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, ModelFamily, check_family, family_of
-from vllm_dllm.spiffy_config import (
-    METHOD,
-    SpiffySettings,
-    parse_spiffy,
-    read_speculative_config,
-    spiffy_settings,
-    to_json_object,
-)
+from vllm_dllm.models.interface import ModelFamily, check_family, family_of
+from vllm_dllm.spiffy_config import METHOD, SpiffySettings, spiffy_settings
 from vllm_dllm.unmask.schedule import UnmaskRules, unmask_rules
 
 logger = init_logger("vllm.dllm")
-
-_TAKEN = "_vllm_dllm_spiffy"
-"""Where arguments remember what `take_spiffy` made of them."""
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
@@ -148,8 +139,7 @@ def _is_block_causal(model_config: ModelConfig) -> bool:
 
 def settings_of(vllm_config: VllmConfig) -> DllmConfig:
     """Read the server's settings from `additional_config["dllm"]`; what is not given is as the model publishes it."""
-    additional = vllm_config.additional_config
-    given = additional.get("dllm", {}) if isinstance(additional, dict) else {}
+    given = settings_in(vllm_config.additional_config)
     model_config = vllm_config.model_config
     block_size = getattr(model_config.hf_config, "block_size", None)
     return parse_server_settings(given, defaults=served_family(model_config).settings(block_size))
@@ -168,7 +158,7 @@ def served_family(model_config: ModelConfig) -> ModelFamily:
 
 
 def spiffy_of(vllm_config: VllmConfig) -> SpiffySettings | None:
-    """Read what `take_spiffy` put into `additional_config`; None without speculation.
+    """Read what `spiffy_arguments.take_spiffy` put into `additional_config`; None without speculation.
 
     Raises: ConfigError for a draft graph or a KV policy that does not fit.
     """
@@ -181,59 +171,8 @@ def spiffy_of(vllm_config: VllmConfig) -> SpiffySettings | None:
         settings_of(vllm_config),
         model_config.model,
         model_config.hf_config.model_type,
+        ModelShape.of(model_config.hf_config.to_dict()),
     )
-
-
-def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
-    """Move a `speculative_config` of method `spiffy` to `additional_config`, and leave others to vLLM.
-
-    vLLM's own class admits only its own methods. What the user gave is not changed, so that `args` can be used again.
-
-    Returns: whether there was one.
-
-    Raises: ConfigError for method `spiffy` with another's model, for another method with a model of ours, and for
-        settings that do not pass.
-    """
-    if isinstance(args.additional_config, dict) and METHOD in args.additional_config and is_ours(model_config):
-        if args.additional_config[METHOD] is not getattr(args, _TAKEN, None):
-            raise ConfigError(
-                f"additional_config.{METHOD} is {reprlib.repr(args.additional_config[METHOD])}, but it is made of "
-                "speculative_config; allowed is none; remove it and give speculative_config"
-            )
-        args.additional_config = {k: v for k, v in args.additional_config.items() if k != METHOD}  # of an earlier call
-    given = read_speculative_config(args.speculative_config)
-    aliases = {"method": args.spec_method, "model": args.spec_model, "num_speculative_tokens": args.spec_tokens}
-    aliases = {name: value for name, value in aliases.items() if value is not None}
-    if given is None and not aliases:
-        return False
-    fields = {str(key).replace("-", "_"): value for key, value in given.items()} if isinstance(given, Mapping) else {}
-    method = aliases.get("method", fields.get("method"))
-    if not is_ours(model_config):
-        if method == METHOD:
-            raise ConfigError(
-                f"speculative_config.method is {METHOD!r}, but {', '.join(model_config.architectures)} is not a "
-                f"diffusion model; allowed are {', '.join(FAMILY_BY_ARCHITECTURE)}; choose another method"
-            )
-        args.speculative_config = given
-        return False
-    if method != METHOD or fields.get("method", METHOD) != METHOD:
-        raise ConfigError(
-            f"speculative_config is {reprlib.repr(given)} with method {method!r}, but a diffusion model unmasks in any "
-            f"order, where others than {METHOD!r} draft left to right; set this method or remove --speculative-config"
-        )
-    if not isinstance(args.additional_config, dict):
-        raise ConfigError(
-            f"additional_config is {args.additional_config!r}, allowed are objects; give one as {{'dllm': {{}}}}"
-        )
-    if args.per_request_spec_decode_metrics != "none":
-        raise ConfigError(
-            f"per_request_spec_decode_metrics is {args.per_request_spec_decode_metrics!r}, but it counts drafts that "
-            "go left to right; allowed is 'none'; remove it and read kv_transfer_params of the replies"
-        )
-    config = to_json_object(parse_spiffy(fields | aliases))
-    args.additional_config = {**args.additional_config, METHOD: config}
-    setattr(args, _TAKEN, config)
-    return True
 
 
 def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
@@ -275,10 +214,9 @@ class DllmConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Mark the model as a diffusion model and set its published decoding defaults."""
-        family = served_family(model_config)
+        """Mark the model as a diffusion model and check the defaults of its requests."""
         model_config.hf_config.canvas_length = DllmConfig().block_length
-        set_generation_defaults(model_config, family.generation_defaults)
+        check_generation_defaults(model_config)
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
@@ -305,8 +243,12 @@ class DllmConfigHook(VerifyAndUpdateConfig):
         # vLLM's kernel warm-up steps requests with sampling parameters that are refused here (penalties, logprobs),
         # past the end of their generation; without it the runner's few Triton kernels compile in the first request.
         vllm_config.kernel_config.enable_jit_warmup = False
+        defaults = family_defaults(vllm_config.model_config)
         logger.info(
-            "Serving %s by block diffusion: %s", vllm_config.model_config.architectures[0], settings.model_dump_json()
+            "Serving %s by block diffusion: %s; with vllm-dllm's own scheduler, nothing is compiled by torch.compile%s",
+            vllm_config.model_config.architectures[0],
+            settings.model_dump_json(),
+            f"; requests get {dict(defaults)}, the family's defaults, unless they say otherwise" if defaults else "",
         )
         if spiffy:
             _tell_spiffy(spiffy)

@@ -9,6 +9,7 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_dllm.engine.refusals import refuse_unsupported
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.models.interface import family_of
 
 logger = init_logger("vllm.dllm")
 
@@ -20,14 +21,25 @@ _NAMES = {
 """What vLLM takes from a generation config -> the sampling parameter."""
 
 
-def set_generation_defaults(model_config: ModelConfig, of_family: Mapping[str, object]) -> None:
-    """Fill in a family's defaults, and keep those that every request would be refused for.
+def family_defaults(model_config: ModelConfig) -> Mapping[str, object]:
+    """Return a family's published defaults that neither the checkpoint's file nor the user names.
+
+    None of a model that is not ours, and none where the user leaves out the checkpoint's file or gives another.
+    """
+    family = family_of(model_config.architectures)
+    if family is None or model_config.generation_config != "auto":
+        return {}
+    named = {**model_config.try_get_generation_config(), **model_config.override_generation_config}
+    return {name: value for name, value in family.generation_defaults.items() if name not in named}
+
+
+def check_generation_defaults(model_config: ModelConfig) -> None:
+    """Keep away defaults that every request would be refused for.
 
     What the checkpoint's file says is then left out, with a warning; what the user says is an error.
 
     Args:
         model_config: of a model of ours; its `override_generation_config` is changed.
-        of_family: used where the file is, and neither it nor the user names the parameter.
 
     Raises: ConfigError.
     """
@@ -48,10 +60,6 @@ def set_generation_defaults(model_config: ModelConfig, of_family: Mapping[str, o
                 *(model_config.model if source == "auto" else source, name, value, reason),
             )
             override[name] = None
-    if source == "auto":
-        for name, default in of_family.items():
-            if name not in in_file and name not in override:
-                override[name] = default
 
 
 def _reason(name: str, value: object) -> str | None:

@@ -13,6 +13,7 @@ from vllm_dllm.calibrate.record import BlockRecorder
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.denoiser import Observation
+from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.engine.config_hook import rules_of
 from vllm_dllm.engine.kv_memory import kv_bytes
 from vllm_dllm.errors import ConfigError
@@ -45,6 +46,7 @@ class ModelFacts:
     """What a calibration has to know of a model."""
 
     family: str
+    shape: ModelShape | None
     mask_token_id: int
     eos_token_id: int | None
     rules: UnmaskRules
@@ -85,7 +87,9 @@ class RecordingEngine:
         self._runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
         config = self._llm.llm_engine.model_config.hf_config
         rules = rules_of(self._llm.llm_engine.vllm_config)
-        self.facts = ModelFacts(config.model_type, config.mask_token_id, config.eos_token_id, rules)
+        self.facts = ModelFacts(
+            config.model_type, ModelShape.of(config.to_dict()), config.mask_token_id, config.eos_token_id, rules
+        )
         self._blocks: dict[str, list[BlockTrace]] = {}
         self._recorder = BlockRecorder(config.mask_token_id, self._keep)
         self._runner.model_state.denoiser.observer = self._observe

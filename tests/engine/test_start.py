@@ -1,0 +1,165 @@
+"""What the start of an engine says: of what cannot work, before its processes start, and nothing that is not true."""
+
+import functools
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_dllm import plugin
+from vllm_dllm.errors import ConfigError
+
+CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_llada/checkpoint"
+GIB = 1 << 30
+
+
+@functools.lru_cache
+def engine_config(**changes: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    args = EngineArgs(str(CHECKPOINT), dtype="float32", max_num_seqs=4, **changes)
+    return args.create_engine_config()
+
+
+def start(config: Any) -> None:
+    """Go as far as vLLM goes with `LLM` and `vllm serve` before it starts processes; with no engine there are none."""
+    from vllm.v1.engine.utils import CoreEngineProcManager
+    from vllm.v1.executor.abstract import Executor
+
+    CoreEngineProcManager(
+        local_engine_count=0,
+        start_index=0,
+        local_start_index=0,
+        vllm_config=config,
+        local_client=True,
+        handshake_address="",
+        executor_class=Executor,
+        log_stats=False,
+    )
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give the machine nodes of memory: (total, available) in GiB."""
+    from vllm_dllm.engine import start_checks
+
+    monkeypatch.setattr(start_checks.current_platform, "is_cpu", lambda: True)
+
+    def have(*nodes: tuple[float, float]) -> None:
+        infos = [SimpleNamespace(total_memory=int(t * GIB), available_memory=int(a * GIB)) for t, a in nodes]
+        monkeypatch.setattr(start_checks, "get_visible_memory_node", lambda: list(range(len(infos))))
+        monkeypatch.setattr(start_checks, "get_memory_node_info", infos.__getitem__)
+
+    return have
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({}, "gpu_memory_utilization is 0.92, on a CPU too, which asks for 14.7 GiB"),
+        ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization is 0.5, on a CPU too, which asks for 8.0 GiB"),
+        ({"kv_cache_memory_bytes": 9 * GIB}, f"kv_cache_memory_bytes is {9 * GIB}, which is 9.0 GiB"),
+    ],
+)
+def test_too_little_memory_is_told_before_processes_start(given: dict[str, Any], asked: str, memory: Any) -> None:
+    memory((16, 7), (16, 4))
+    with pytest.raises(ConfigError) as refused:
+        start(engine_config(**given))
+    # 4 requests of 256 tokens in 4 layers of 4 heads of 32, and a page of 128 tokens
+    num_bytes = (4 * 2 + 1) * 128 * _bytes_per_token()
+    assert str(refused.value) == (
+        f"{asked}, but 7.0 of the 16.0 GiB of memory are free; allowed is what is free; start with "
+        f"--kv-cache-memory-bytes {num_bytes}, which is taken for K/V beside the weights, or with "
+        "--gpu-memory-utilization 0.35, for both together"
+    )
+
+
+def _bytes_per_token() -> int:
+    config = engine_config().model_config.hf_config
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4)
+
+
+def test_what_fits_starts_and_other_models_are_left_to_vllm(memory: Any) -> None:
+    from vllm_dllm.engine.start_checks import check_start
+
+    memory((16, 15))
+    start(engine_config())
+    memory((16, 1))
+    start(engine_config(kv_cache_memory_bytes=GIB // 2))
+    check_start(SimpleNamespace(model_config=SimpleNamespace(architectures=["LlamaForCausalLM"])))  # type: ignore[arg-type]
+
+
+def run_as_main(path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dllm.engine.start_checks import check_main_guard
+
+    path.write_text(source)
+    main = ModuleType("__main__")
+    main.__dict__.update(__file__=str(path), start=check_main_guard)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    exec(compile(source, path, "exec"), vars(main))
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("x = 1\nstart()\n", 2),
+        ("def f():\n    start()\n\ntry:\n    f()\nfinally:\n    pass\n", 5),
+        ('if __name__ == "main":\n    pass\nstart()\n', 3),
+    ],
+)
+def test_a_script_without_a_guard_is_told_the_line(
+    source: str, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "script.py"
+    with pytest.raises(ConfigError, match=rf"script.py, line {line} starts an engine .* under `if __name__ == \"__m"):
+        run_as_main(path, source, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ['if __name__ == "__main__":\n    start()\n', 'def f():\n    start()\n\nif __name__ == "__main__":\n    f()'],
+)
+def test_a_script_with_a_guard_starts(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_as_main(tmp_path / "script.py", source, monkeypatch)
+
+
+def test_nobodys_script_is_checked_in_a_notebook_or_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_dllm.engine.start_checks import check_main_guard
+
+    check_main_guard()  # in pytest, which is guarded
+    notebook = ModuleType("__main__")
+    notebook.__dict__["start"] = check_main_guard
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    exec(compile("start()", "<cell 1>", "exec"), vars(notebook))
+
+
+def test_vllm_warns_of_nothing_that_we_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import CompilationConfig, SchedulerConfig, VllmConfig, model, scheduler, vllm
+
+    from vllm_dllm.engine.scheduler import DllmScheduler
+
+    said: list[str] = []
+    for module in (vllm, scheduler, model):
+        monkeypatch.setattr(module.logger, "warning_once", lambda message, *args, **_: said.append(message))
+    engine_config.cache_clear()
+    config = engine_config()
+    config.__post_init__()  # as the engine's process does again
+    assert config.scheduler_config.get_scheduler_cls() is DllmScheduler
+    assert config.model_config.get_diff_sampling_param() == {"temperature": 0.0}
+    parts = ("Inductor", "custom scheduler", "Default vLLM sampling")
+    assert [message for message in said if any(part in message for part in parts)] == []
+    # What others set they are told of, also after one of our models.
+    VllmConfig(compilation_config=CompilationConfig(mode=0))
+    others = SchedulerConfig.default_factory(scheduler_cls="vllm_dllm.engine.scheduler.DllmSchedulerOfAUser")
+    with pytest.raises(AttributeError):
+        others.get_scheduler_cls()
+    assert [any(part in message for message in said) for part in parts] == [True, True, False]
+
+
+def test_the_printed_configuration_names_spiffy() -> None:
+    assert "speculative_config=None" in str(engine_config())
+    config = engine_config(speculative_config='{"method": "spiffy", "max_nodes": 3}')
+    assert "speculative_config={'method': 'spiffy', 'draft_graph': 'default', 'max_nodes': 3}" in str(config)
