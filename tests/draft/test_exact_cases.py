@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.draft.test_exact import (
+    CPU,
     DREAM,
     LLADA,
     MASK,
@@ -18,11 +19,17 @@ from tests.draft.test_exact import (
     denoise,
     reference_budget,
 )
-from tests.draft.test_look_ahead import ChainModel, decode, reference_options
+from tests.draft.test_look_ahead import ChainModel, Row, decode, reference_options, step
 from vllm_dllm.config import PolicyName
+from vllm_dllm.denoiser import Denoiser, Drafting
+from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.draft.native import BY_OPS
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import policy, spiffy
+from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.schedule import UnmaskRules
 
 BLOCK_LENGTH = 8
@@ -98,3 +105,19 @@ def test_look_aheads_come_true_as_often_as_in_the_reference(graph: DraftGraph, b
             assert row.took.tolist() == [expected.nfe, expected.num_accepted, expected.num_proposed]
             num_over += row.num_over
     assert num_over > 5
+
+
+def test_a_new_block_has_no_drafts_before_its_first_step() -> None:
+    """What the last block's candidates foresaw says nothing of it."""
+    state = CanvasState(2, BLOCK_LENGTH, MASK, CPU, SDAR)
+    rows = [Row(Request("static", 0.9, 8, 0.0, 0, 1.0, 0), slot, state, num_blocks=2) for slot in (0, 1)]
+    state.apply_staged_writes()
+    drafting = Drafting(compile_graph(CHAIN, CPU), DraftState(state), BY_OPS)
+    denoiser = Denoiser(state, drafting, LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=True))
+    for row in rows:
+        step(ChainModel(BLOCK_LENGTH, 0, 12.0), denoiser, row, budget=0, look_ahead_from=None)
+    slots = torch.tensor([0, 1])
+    blocks = Blocks(slots, slots.numpy(), torch.zeros_like(slots))
+    assert denoiser.nodes(blocks, 3).is_valid.all()
+    denoiser.begin_blocks(slots, torch.tensor([True, False]))
+    assert denoiser.nodes(blocks, 3).is_valid.tolist() == [[True, False, False, False], [True] * 4]

@@ -1,5 +1,6 @@
 """A request's parameters, resolved for a worker."""
 
+import itertools
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -133,10 +134,9 @@ def test_what_cannot_be_decoded_is_refused_by_name(
     assert refused.value.parameter == parameter
 
 
-@pytest.mark.parametrize("prompt_len", range(1, 49))
-def test_the_steps_that_are_taken_do_not_depend_on_the_prompt(prompt_len: int) -> None:
+def test_the_steps_that_are_taken_do_not_depend_on_the_prompt() -> None:
     """A client knows `max_tokens` and `block_length`, and not how many tokens its prompt has."""
-    for settings in (ALIGNED, DllmConfig(block_length=8)):
+    for prompt_len, settings in itertools.product(range(1, 49), (ALIGNED, DllmConfig(block_length=8))):
         request = admitted([5] * prompt_len, steps=4, max_tokens=9)
         request.sampling_params.max_tokens = min(9, check_admission(request, settings, 64, MASK))
         resolved = resolve_params(
@@ -148,9 +148,8 @@ def test_the_steps_that_are_taken_do_not_depend_on_the_prompt(prompt_len: int) -
             max_model_len=64,
         )
         per_block = 2 if request.sampling_params.max_tokens == 9 else 4  # the latter where only one block fits
-        assert (
-            resolved.counts == resolve(SamplingParams(), DllmConfig(block_length=8, steps_per_block=per_block)).counts
-        )
+        expected = resolve(SamplingParams(), DllmConfig(block_length=8, steps_per_block=per_block))
+        assert resolved.counts == expected.counts, f"a prompt of {prompt_len}"
 
 
 def test_the_longest_prompt_and_masks_before_the_tail_pass() -> None:
