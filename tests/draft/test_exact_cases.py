@@ -68,7 +68,7 @@ def request(name: PolicyName, idx: int, rules: UnmaskRules) -> Request:
 @pytest.mark.parametrize("is_native", [False, True], ids=["torch", "ops"])
 @pytest.mark.parametrize(("graph", "budget"), [(CHAIN, 7), (ALTERNATIVES, 5)], ids=["chain", "alternatives"])
 @pytest.mark.parametrize("rules", [LLADA, DREAM, SDAR], ids=["llada", "dream", "sdar"])
-def test_drafts_come_true_as_often_as_in_the_reference(
+def test_drafts_are_accepted_as_often_as_in_the_reference(
     rules: UnmaskRules, graph: DraftGraph, budget: int, is_native: bool
 ) -> None:
     requests = [request(name, idx, rules) for idx, name in enumerate(get_args(PolicyName))]
@@ -92,7 +92,7 @@ def test_drafts_come_true_as_often_as_in_the_reference(
 
 @pytest.mark.parametrize("is_native", [False, True], ids=["torch", "ops"])
 @pytest.mark.parametrize(("graph", "budget"), [(CHAIN, 7), (ALTERNATIVES, 6)], ids=["chain", "alternatives"])
-def test_look_aheads_come_true_as_often_as_in_the_reference(graph: DraftGraph, budget: int, is_native: bool) -> None:
+def test_look_aheads_are_accepted_as_often_as_in_the_reference(graph: DraftGraph, budget: int, is_native: bool) -> None:
     requests, num_over = [request(name, idx, SDAR) for idx, name in enumerate(get_args(PolicyName))], 0
     for block_length, seed in ((2, 0), (4, 1), (8, 2)):
         model = ChainModel(block_length, seed, 12.0)

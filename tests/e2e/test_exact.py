@@ -42,8 +42,8 @@ def test_mixed_batch_equals_reference(served: Any, oracle: Any) -> None:
     assert len({token for row in tokens for token in row}) > 50, "the model says too little for equality to mean much"
 
 
-def test_rows_are_reduced_by_the_op(served: Any) -> None:
-    """Torch makes the same tokens from whole logits, where a model's head is not seen to be a plain product."""
+def test_rows_are_reduced_from_the_heads_weight(served: Any) -> None:
+    """The same tokens come from whole logits, which any other head gives; only time and memory would tell."""
     runner = served[0].llm_engine.model_executor.driver_worker.worker.model_runner
     assert isinstance(runner.model_state.denoiser.head, WeightHead)
 
