@@ -4,7 +4,6 @@ import ast
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,32 +35,42 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.fixture(params=PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def page(request) -> Path:
-    return request.param
+def code_blocks(*languages: str) -> list[tuple[str, str]]:
+    """The code of these languages on all pages, each with its page's name."""
+    return [
+        (page.relative_to(ROOT).as_posix(), code)
+        for page in PAGES
+        for language, code in CODE_BLOCK.findall(page.read_text())
+        if language in languages
+    ]
 
 
-def test_links_lead_somewhere(page):
-    for link in LINK.findall(without_code(page.read_text())):
-        if re.match(r"[a-z]+:", link):
-            continue
-        name, _, anchor = link.partition("#")
-        target = (page.parent / name).resolve() if name else page
-        assert target.exists(), f"{link} does not exist"
-        assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+def test_links_lead_somewhere():
+    wrong = []
+    for page in PAGES:
+        links = [link for link in LINK.findall(without_code(page.read_text())) if not re.match(r"[a-z]+:", link)]
+        for link in links:
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                wrong.append(f"{page.name}: {link}")
+    assert not wrong, "links to files or headings that do not exist"
 
 
-def test_commands_name_things_that_exist(page):
+def is_module(name: str) -> bool:
+    stem = ROOT / name.replace(".", "/")
+    return stem.with_suffix(".py").is_file() or (stem / "__main__.py").is_file()
+
+
+def test_commands_name_things_that_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for language, code in CODE_BLOCK.findall(page.read_text()):
-        if language not in {"bash", "sh", "console"}:
-            continue
-        assert set(re.findall(r"^\$? ?make ([a-z-]+)", code, re.MULTILINE)) <= targets
-        for module in re.findall(r"python\d? -m (vllm_dllm[\w.]*)", code):
-            stem = ROOT / module.replace(".", "/")
-            assert stem.with_suffix(".py").is_file() or (stem / "__main__.py").is_file(), module
-        for path in REPO_PATH.findall(code):
-            assert (ROOT / path).exists(), path
+    wrong = []
+    for page, code in code_blocks("bash", "sh", "console"):
+        named = set(re.findall(r"^\$? ?make ([a-z-]+)", code, re.MULTILINE)) - targets
+        named |= {name for name in re.findall(r"python\d? -m (vllm_dllm[\w.]*)", code) if not is_module(name)}
+        named |= {path for path in REPO_PATH.findall(code) if not (ROOT / path).exists()}
+        wrong += [f"{page}: {name}" for name in named]
+    assert not wrong, "targets, modules and files that do not exist"
 
 
 def test_figures_of_the_readme_are_in_the_benchmarks():
@@ -77,19 +86,25 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
-def test_tests_that_pages_name_exist(page):
-    for file, name in TEST_NAME.findall(page.read_text()):
-        found = [path for path in ROOT.glob(f"tests/**/{file}") if f"def {name}(" in path.read_text()]
-        assert found, f"{file}::{name}"
+def test_tests_that_pages_name_exist():
+    tests = list(ROOT.glob("tests/**/test_*.py"))
+    wrong = [
+        f"{page.name}: {file}::{name}"
+        for page in PAGES
+        for file, name in TEST_NAME.findall(page.read_text())
+        if not any(path.name == file and f"def {name}(" in path.read_text() for path in tests)
+    ]
+    assert not wrong
 
 
-def test_python_blocks_parse(page):
-    for language, code in CODE_BLOCK.findall(page.read_text()):
-        if language == "python":
-            ast.parse(code)
+def test_python_blocks_parse():
+    blocks = code_blocks("python")
+    assert blocks
+    for page, code in blocks:
+        ast.parse(code, page)
 
 
-def test_shell_blocks_call_known_programs(page):
+def test_shell_blocks_call_known_programs():
     known = {
         "make",
         "pip",
@@ -105,15 +120,16 @@ def test_shell_blocks_call_known_programs(page):
         "sudo",
         "apt",
     }
-    for language, code in CODE_BLOCK.findall(page.read_text()):
-        if language not in {"bash", "sh"}:
-            continue
+    wrong = []
+    for page, code in code_blocks("bash", "sh"):
         for command in re.sub(r"\\\n", " ", code).splitlines():
             words = [word for word in command.split() if not re.match(r"[A-Z_0-9]+=", word)]
             if not words or words[0].startswith("#") or command[0] in " '}":
                 continue
             is_ours = words[0].startswith(".venv/bin/") or (ROOT / words[0]).exists()
-            assert words[0] in known or is_ours or shutil.which(words[0]), command
+            if not (words[0] in known or is_ours or shutil.which(words[0])):
+                wrong.append(f"{page}: {command}")
+    assert not wrong, "commands of unknown programs"
 
 
 UsageError = typer.BadParameter.__mro__[1]  # of the copy of click in typer, where it has no public name
@@ -132,19 +148,18 @@ def parse(command: str) -> None:
     found.make_context(command, words)
 
 
-def own_commands(page: Path) -> Iterator[str]:
-    for language, code in CODE_BLOCK.findall(page.read_text()):
-        if language in {"bash", "sh", "console"}:
-            yield from re.findall(r"^(?:\$ )?(vllm-dllm .*)", code.replace("\\\n", " "), re.MULTILINE)
+def own_commands() -> list[str]:
+    blocks = (code.replace("\\\n", " ") for _, code in code_blocks("bash", "sh", "console"))
+    return [command for code in blocks for command in re.findall(r"^(?:\$ )?(vllm-dllm .*)", code, re.MULTILINE)]
 
 
-def test_our_commands_are_accepted(page):
-    for command in own_commands(page):
+def test_our_commands_are_accepted():
+    for command in own_commands():
         parse(command)
 
 
 def test_pages_show_every_command():
-    shown = "\n".join(command for page in PAGES for command in own_commands(page))
+    shown = "\n".join(own_commands())
     for name in ("calibrate", "graph show", "graph check", "graph merge", "bench decode", "bench kernels", "doctor"):
         assert re.search(rf"vllm-dllm {name}\b", shown)
 
@@ -161,9 +176,9 @@ def test_pages_show_every_command():
     ],
     ids=lambda settings: settings.model_dump_json(exclude_defaults=True),
 )
-@pytest.mark.parametrize("model", [None, "/models/with space/llada", "GSAI-ML/LLaDA-8B-Instruct"])
-def test_commands_in_messages_are_accepted(settings, model):
-    parse(calibrate_command(settings, model))
+def test_commands_in_messages_are_accepted(settings):
+    for model in (None, "/models/with space/llada", "GSAI-ML/LLaDA-8B-Instruct"):
+        parse(calibrate_command(settings, model))
 
 
 @pytest.mark.parametrize(

@@ -13,22 +13,15 @@ from vllm_dllm.bench.decode import (
     Variant,
     chain_graph,
     compare,
-    in_turns,
     num_measurements,
     sections,
 )
 from vllm_dllm.bench.plot import draw
 from vllm_dllm.bench.report import Section, Spread, to_markdown
-from vllm_dllm.bench.workload import UnequalTokensError
 from vllm_dllm.spiffy_config import DEFAULT_MAX_NODES, parse_spiffy
 
 POLICIES = (Policy({"policy": "static"}), Policy({"policy": "threshold", "threshold": 0.8}, "graph.json"))
 COMPARISON = Comparison(WORKLOAD, POLICIES, budgets=(1, 12), chain=(3,), repeats=2)
-
-
-def test_rounds_go_forth_and_back() -> None:
-    a, b, c = variants = [Variant("off"), Variant("auto"), Variant("budget", 3)]
-    assert list(in_turns(variants, 3)) == [a, b, c, c, b, a, a, b, c]
 
 
 def test_without_fixed_budgets_off_and_auto_remain() -> None:
@@ -80,14 +73,6 @@ def test_everyone_decodes_in_each_round_after_a_warm_up(monkeypatch: pytest.Monk
     assert [num_prompts for *_, num_prompts in at_once] == [2] * 4 + [None] * 10
     first_round = [("off", 2, None), ("12", 2, 1), ("12", 2, 12), ("auto", 2, None), ("3", 2, 3)]
     assert [call[:3] for call in at_once[4:]] == first_round + first_round[::-1]
-
-
-def test_other_tokens_end_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, wrong_budget=12)
-    with pytest.raises(
-        UnequalTokensError, match=r"static, budget 12, 1 at once: the tokens of prompt 1 .*\[1, 2, 3, 9"
-    ):
-        compare(COMPARISON, lambda _: None)
 
 
 def test_tables_say_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

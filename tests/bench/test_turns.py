@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_dllm.bench.attention import AttentionShape
-from vllm_dllm.bench.floor import Rates, measure_rates
+from vllm_dllm.bench.floor import Rates
 from vllm_dllm.bench.memory import peak_bytes
 from vllm_dllm.bench.turns import COLD_BYTES, num_data_sets, ratio, take_turns
 from vllm_dllm.bench.vocab import VocabShape
@@ -52,13 +52,6 @@ def test_floor_of_vocab_stats():
     shape = VocabShape(100, 7, 3, torch.float32)
     assert shape.floor_ms(Rates(1e3, 1e30)) == pytest.approx(100 * 7 * 4)
     assert shape.floor_ms(Rates(1e30, 1e3)) == pytest.approx(2 * 3 * 100 * 7)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rates_are_measured(dtype):
-    rates = measure_rates(CPU, dtype)
-    assert rates.bytes_per_s > 0
-    assert rates.flops_per_s > 0
 
 
 def test_peak_counts_what_a_call_frees_again():

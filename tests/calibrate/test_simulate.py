@@ -112,6 +112,7 @@ def test_prediction_has_every_budget_and_the_text_alone():
     assert {budget: found.with_drafts for budget, found in prediction.whole.items()} == {1: 12, 3: 8}
     assert {budget: found.with_drafts for budget, found in prediction.until_eos.items()} == {1: 6, 3: 4}
     assert until_eos(trace, 999) == trace
+    assert until_eos(trace, [999, eos]) == until_eos(trace, eos) != trace
 
 
 @pytest.mark.parametrize(("num_prompts", "held_out", "expected"), [(40, 0.25, 10), (2, 0.01, 1), (3, 0.99, 2)])

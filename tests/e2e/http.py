@@ -7,15 +7,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 
 from tests.e2e.rig import CHECKPOINT, MAX_MODEL_LEN, Case
 
 MODEL = "tiny"
+DEADLINE_S = 240
 
 
 @contextlib.contextmanager
@@ -26,7 +28,9 @@ def server(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "TRITON_", "OMP_"))}
+    # As many threads as vLLM takes by itself; how they wait stays as it is, since other tests run beside the server.
+    ours = ("VLLM_", "TRITON_", "OMP_NUM_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     command = [
         str(Path(sys.executable).with_name("vllm")),
         *("serve", str(checkpoint), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
@@ -38,7 +42,7 @@ def server(
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + DEADLINE_S
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
@@ -70,6 +74,21 @@ def complete(client: openai.OpenAI, case: Case, **changes: Any) -> Any:
         "extra_body": extra,
     }
     return client.completions.create(**(values | changes))
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def assert_all_end(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=DEADLINE_S / 2)
+    names = [each.name() for each in alive]
+    for each in alive:
+        each.kill()  # so that clients which wait for it, and the test, end
+    assert not alive, names
 
 
 NOT_OURS_TO_CAUSE = (

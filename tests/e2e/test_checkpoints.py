@@ -1,4 +1,7 @@
-"""A checkpoint that lacks a tensor, or holds one twice, is refused by name when the engine starts."""
+"""A checkpoint that lacks a tensor, or holds one twice, is refused by name when the engine starts.
+
+Each tensor of each family is taken out, doubled and misshapen in `tests/models/test_checkpoint_tensors.py`.
+"""
 
 import shutil
 from pathlib import Path
@@ -14,8 +17,7 @@ pytestmark = pytest.mark.engine
 @pytest.mark.parametrize(
     ("family", "tensor", "named"),
     [
-        ("wild", "model.transformer.ff_out.weight", r"1 missing: lm_head\.weight"),
-        ("wild", "model.transformer.blocks.2.k_proj.weight", r"1 missing: model\.layers\.2\.self_attn\.k_proj\.weight"),
+        ("wild", "model.transformer.ff_out.weight", r"1 missing: model\.transformer\.ff_out\.weight"),
         ("wild_sdar", "lm_head.weight", r"1 missing: lm_head\.weight"),
     ],
 )

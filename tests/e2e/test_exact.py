@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.rig import Case, check_counts_while_running, mixed_cases, run, run_outputs, shared_engine, step_all
 from tests.suite.order import configurations
+from vllm_dllm.unmask.head import WeightHead
 
 pytestmark = pytest.mark.engine
 
@@ -39,6 +40,12 @@ def test_mixed_batch_equals_reference(served: Any, oracle: Any) -> None:
     tokens = run(llm, cases)
     assert tokens == [oracle.tokens(case, settings) for case in cases]
     assert len({token for row in tokens for token in row}) > 50, "the model says too little for equality to mean much"
+
+
+def test_rows_are_reduced_from_the_heads_weight(served: Any) -> None:
+    """The same tokens come from whole logits, which any other head gives; only time and memory would tell."""
+    runner = served[0].llm_engine.model_executor.driver_worker.worker.model_runner
+    assert isinstance(runner.model_state.denoiser.head, WeightHead)
 
 
 def test_nfe_equals_reference(served: Any, oracle: Any) -> None:

@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
-from tests.e2e.http import MODEL, complete, lines_we_cause, server
+from tests.e2e import busy_loop
+from tests.e2e.http import (
+    DEADLINE_S,
+    MODEL,
+    assert_all_end,
+    complete,
+    lines_we_cause,
+    server,
+    wait_until,
+)
 from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
@@ -27,8 +37,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(log: Path) -> Iterator[openai.OpenAI]:
     more = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out")
-    with server(log, SETTINGS, *more) as client:
-        yield client
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        with server(log, SETTINGS, *more, "--middleware", "tests.e2e.busy_loop.BusyLoop") as client:
+            yield client
 
 
 def post(client: openai.OpenAI, path: str, body: dict[str, Any]) -> Any:
@@ -38,6 +50,7 @@ def post(client: openai.OpenAI, path: str, body: dict[str, Any]) -> Any:
 def test_the_start_warns_of_nothing_that_this_plugin_set(client: openai.OpenAI, log: Path) -> None:
     assert lines_we_cause(log) == []
     assert "Serving LLaDAModelLM by block diffusion" in log.read_text()
+    assert "oneDNN keeps 256 compiled products" in log.read_text()
 
 
 def questions(client: openai.OpenAI) -> list[tuple[int, ...]]:
@@ -273,3 +286,29 @@ def test_metrics_count_steps_and_tokens(client: openai.OpenAI) -> None:
     while steps() - before < 14 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert steps() - before == 14  # two blocks of eight steps, the first of each decided by the refresh
+
+
+def test_every_client_of_a_server_that_is_terminated_hears_of_it(client: openai.OpenAI) -> None:
+    """The last of this file: it ends the server."""
+    (process,) = [child for child in psutil.Process().children() if str(client.base_url.port) in child.cmdline()]
+    processes = [process, *process.children(recursive=True)]
+    answered: list[int] = []
+    with ThreadPoolExecutor(8) as pool:
+        ends = [pool.submit(ask_until_error, client, i, answered) for i in range(8)]
+        client._client.get(str(client.base_url).replace("/v1/", busy_loop.PATH))
+        wait_until(lambda: len(answered) >= 8)
+        process.terminate()
+        assert_all_end(processes)
+        errors = [type(end.result(timeout=DEADLINE_S)) for end in ends]
+    assert {openai.InternalServerError, openai.APIError} & set(errors), errors
+
+
+def ask_until_error(client: openai.OpenAI, index: int, answered: list[int]) -> openai.APIError:
+    case = Case(prompt=(5, 6, 7 + index), max_tokens=96)
+    while True:
+        try:
+            reply = complete(client, case, stream=index % 2 == 0)
+            assert index % 2 or list(reply)
+        except openai.APIError as error:
+            return error
+        answered.append(index)

@@ -87,6 +87,15 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any, mild_oracle: 
     assert tokens == expected | ({"1": tokens["1"]} if "1" in tokens else {})
 
 
+def test_step_times_are_measured_where_budgets_follow_from_them(served: Any) -> None:
+    llm, settings, _, budget = served
+    curve = llm.llm_engine.engine_core.engine_core.scheduler.rule.curve
+    assert (curve is not None) == (budget == "auto")
+    if curve is not None:
+        assert curve.points[0][0] == settings["block_length"]
+        assert len(curve.points) > 1
+
+
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     llm, settings, _, _ = served
     check_counts_while_running(llm, mixed_cases(settings["block_length"], seed=5))

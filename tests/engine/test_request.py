@@ -1,5 +1,6 @@
 """A request's parameters, resolved for a worker."""
 
+import itertools
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from vllm import SamplingParams
 
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.engine.refusals import RequestError, refuse_unsupported
-from vllm_dllm.engine.request import check_admission, resolve_params
+from vllm_dllm.engine.request import check_admission, finish_admission, resolve_params
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules
@@ -133,10 +134,9 @@ def test_what_cannot_be_decoded_is_refused_by_name(
     assert refused.value.parameter == parameter
 
 
-@pytest.mark.parametrize("prompt_len", range(1, 49))
-def test_the_steps_that_are_taken_do_not_depend_on_the_prompt(prompt_len: int) -> None:
+def test_the_steps_that_are_taken_do_not_depend_on_the_prompt() -> None:
     """A client knows `max_tokens` and `block_length`, and not how many tokens its prompt has."""
-    for settings in (ALIGNED, DllmConfig(block_length=8)):
+    for prompt_len, settings in itertools.product(range(1, 49), (ALIGNED, DllmConfig(block_length=8))):
         request = admitted([5] * prompt_len, steps=4, max_tokens=9)
         request.sampling_params.max_tokens = min(9, check_admission(request, settings, 64, MASK))
         resolved = resolve_params(
@@ -148,9 +148,8 @@ def test_the_steps_that_are_taken_do_not_depend_on_the_prompt(prompt_len: int) -
             max_model_len=64,
         )
         per_block = 2 if request.sampling_params.max_tokens == 9 else 4  # the latter where only one block fits
-        assert (
-            resolved.counts == resolve(SamplingParams(), DllmConfig(block_length=8, steps_per_block=per_block)).counts
-        )
+        expected = resolve(SamplingParams(), DllmConfig(block_length=8, steps_per_block=per_block))
+        assert resolved.counts == expected.counts, f"a prompt of {prompt_len}"
 
 
 def test_the_longest_prompt_and_masks_before_the_tail_pass() -> None:
@@ -164,3 +163,20 @@ def test_positions_are_drawn_under_policies_that_do_so_alone() -> None:
     assert resolve(SamplingParams(), settings).alg_temp == 0.5
     assert resolve(SamplingParams(extra_args={"dllm_alg_temp": 0}), settings).alg_temp == 0.0
     assert resolve(SamplingParams(extra_args={"dllm_policy": "random"}), settings).alg_temp == 0.0
+
+
+def test_what_is_admitted_ends_with_its_blocks_and_at_the_end_of_turn() -> None:
+    """The end of text that vLLM knows stays beside it."""
+    model = SimpleNamespace(
+        architectures=["LLaDAModelLM"],
+        hf_config=SimpleNamespace(eot_token_id=9, mask_token_id=MASK),
+        max_model_len=64,
+    )
+    config = SimpleNamespace(model_config=model, additional_config={"dllm": {"block_length": 8}})
+    request = admitted([5] * 50, max_tokens=99)
+    params = request.sampling_params
+    params.update_from_generation_config({}, 1)
+    finish_admission(SimpleNamespace(model_config=model, vllm_config=config), request)
+    assert params.max_tokens == 8
+    assert params.eos_token_id == 1
+    assert params.stop_token_ids == [9]

@@ -45,11 +45,6 @@ def test_without_speculation_nothing_is_trimmed() -> None:
     assert not scheduler.wants_cost_curve
 
 
-def test_who_wants_a_cost_curve() -> None:
-    assert make(None).wants_cost_curve
-    assert not make(0).wants_cost_curve
-
-
 def test_reports_are_taken_from_vllm(stock: SimpleNamespace) -> None:
     stock.reports = "unseen"
     step(make(running=[request()]), {"a": row()})

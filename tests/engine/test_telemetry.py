@@ -190,9 +190,6 @@ class Engine:
         self.asked.append(args[0])
         return next(self.ms)
 
-    def _initialize_effective_attention_block_size(self) -> None:
-        self.is_complete = True
-
 
 def test_points_of_the_curve_ascend_and_are_few() -> None:
     assert list(costs.cost_points(16, 4)) == [(1, 1), (1, 2), (1, 3), (1, 5), (4, 5), (16, 5)]
@@ -219,22 +216,3 @@ def test_no_step_beyond_the_token_budget_is_measured() -> None:
     engine = Engine([[1.0], [2.0], [3.0]], max_num_scheduled_tokens=100)
     costs.measure_curve(engine)
     assert engine.asked == [(1, 1), (1, 2), (1, 3)]
-
-
-def test_an_engine_measures_when_it_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(costs, "EngineCore", Engine)
-    costs.measure_at_start()
-    engine = Engine([[1.0]] * 6)
-    engine._initialize_effective_attention_block_size()
-    assert engine.is_complete
-    assert engine.scheduler.rule.curve.ms(32) == 1.0
-    other = Engine([])
-    other.scheduler = SimpleNamespace()
-    other._initialize_effective_attention_block_size()
-    assert other.asked == []
-
-
-def test_a_worker_measures_one_point() -> None:
-    state = SimpleNamespace(measure_cost=lambda num_reqs, num_nodes: 1.5 * num_nodes)
-    worker = SimpleNamespace(model_runner=SimpleNamespace(model_state=state))
-    assert costs.measure_point(worker, (1, 2)) == 3.0

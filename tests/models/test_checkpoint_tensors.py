@@ -1,120 +1,148 @@
 """A checkpoint is served only with the tensors that its config asks for: each once, in its shape."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.testing import assert_close
 
+from tests.models.in_process import TINY, load, logits_of, make_model, read_config, reference_of, vllm_alone
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.models.checkpoint_tensors import checked_tensors, needed_tensors
-from vllm_dllm.models.dream_config import DreamConfig
-from vllm_dllm.models.llada import LLaDAModelLM
-from vllm_dllm.models.llada_config import LLaDAConfig
-from vllm_dllm.models.sdar_config import SDARConfig
-from vllm_dllm.models.transformer import MaskedDiffusionLM
+from vllm_dllm.models.checkpoint_tensors import Shape, Sizes, TensorCount, embedding_name, head_name, needed_tensors
 
-_QWEN = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 40,
-    "vocab_size": 50,
-    "mask_token_id": 3,
-}
-_LLADA = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 40, "vocab_size": 50}
-CONFIGS: dict[str, Any] = {
-    "llada": LLaDAConfig(**_LLADA, mask_token_id=3),
-    "dream": DreamConfig(**_QWEN),
-    "sdar": SDARConfig(**_QWEN),
-    "tied": SDARConfig(**_QWEN, tie_word_embeddings=True),
-}
+TIED = {"tied": TINY["sdar"] | {"tie_word_embeddings": True}, "tied llada": TINY["llada"] | {"weight_tying": True}}
+CONFIGS: dict[str, dict[str, Any]] = TINY | TIED
+Weights = dict[str, Tensor] | list[tuple[str, Tensor]]
 
 
-def tensors(config: Any) -> dict[str, Tensor]:
-    return {name: torch.empty(shape, device="meta") for name, shape in needed_tensors(config).items()}
+@dataclass
+class Checkpoint:
+    """The reference of a tiny config.json, and the tensors that its checkpoint holds."""
+
+    config: Any
+    reference: nn.Module
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor."""
+        return {name: self.reference.state_dict()[name] for name in needed_tensors(self.config)}
+
+    def check(self, *loads: Weights) -> None:
+        """Load weights one after another into a new model; assert that it then computes what the reference does."""
+        model = make_model(self.config)
+        for weights in loads[:-1]:
+            model.load_weights(pairs(weights))
+        load(model, loads[-1])  # vLLM's layers take no other weights once they have made of them what they compute with
+        ids = torch.randint(0, 40, (20,), generator=torch.Generator().manual_seed(1))
+        with torch.inference_mode():
+            assert_close(logits_of(model, ids), self.reference(ids)[0], rtol=1e-4, atol=2e-4)
+
+    def refuse(self, message: str, *loads: Weights, model: Any = None) -> None:
+        """Assert that the last of these weights are refused."""
+        model = model or make_model(self.config)
+        for weights in loads[:-1]:
+            model.load_weights(pairs(weights))
+        with pytest.raises(ConfigError, match=message):
+            model.load_weights(pairs(loads[-1]))
 
 
-def load(config: Any, given: list[tuple[str, Tensor]], **options: Any) -> list[str]:
-    options = {"is_quantised": False, "is_whole": True} | options
-    weights = ((name, name, tensor) for name, tensor in given)
-    return [name for name, _ in checked_tensors(weights, needed_tensors(config), **options)]
+def pairs(weights: Weights) -> Iterable[tuple[str, Tensor]]:
+    return weights.items() if isinstance(weights, dict) else weights
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_whole_checkpoint_passes(config: Any) -> None:
-    given = tensors(config)
-    assert load(config, list(given.items())) == list(given)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for checkpoints, in a process that can make models."""
+    path = tmp_path_factory.mktemp("tensors")
+    with vllm_alone(path):
+        yield path
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_each_tensor_must_be_there_once_in_its_shape(config: Any) -> None:
-    given = tensors(config)
-    changes: dict[str, Callable[[str, Tensor], list[tuple[str, Tensor]]]] = {
-        "missing": lambda name, tensor: [],
-        "doubled": lambda name, tensor: [(name, tensor), (name, tensor)],
-        "unknown": lambda name, tensor: [(name, tensor), (f"{name}_", tensor)],
-        "misshapen": lambda name, tensor: [(name, torch.empty((*tensor.shape[::-1], 1), device="meta"))],
-    }
-    for kind, change in changes.items():
-        for name in given:
-            wrong = [pair for n, t in given.items() for pair in (change(n, t) if n == name else [(n, t)])]
-            with pytest.raises(ConfigError, match=rf"1 {kind}: {re.escape(name)}"):
-                load(config, wrong)
+@pytest.fixture(scope="module", params=CONFIGS)
+def checkpoint(request: pytest.FixtureRequest, folder: Path) -> Checkpoint:
+    """Each family, and tied heads."""
+    return make(CONFIGS[request.param], folder)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_transposed_weights_are_refused(config: Any) -> None:
-    """But for square ones, which no shape tells."""
-    given, refused = tensors(config), 0
+def make(fields: dict[str, Any], folder: Path) -> Checkpoint:
+    return Checkpoint(read_config(folder, fields).hf_config, reference_of(fields, folder))
+
+
+def test_a_whole_checkpoint_is_computed_as_the_reference_does(checkpoint: Checkpoint) -> None:
+    checkpoint.check(list(reversed(checkpoint.tensors.items())))
+
+
+def test_each_tensor_missing_doubled_renamed_or_of_another_shape_is_refused(checkpoint: Checkpoint) -> None:
+    given, model = checkpoint.tensors, make_model(checkpoint.config)
     for name, tensor in given.items():
+        rest = [pair for pair in given.items() if pair[0] != name]
+        wrong: dict[str, list[tuple[str, Tensor]]] = {
+            rf"for: 1 missing: {re.escape(name)}\. Allowed": [],
+            rf"for: 1 doubled: {re.escape(name)}\. Allowed": [(name, tensor), (name, tensor)],
+            rf"for: 1 unknown: {re.escape(name)}_\. Allowed": [(name, tensor), (f"{name}_", tensor)],
+            rf"1 missing: {re.escape(name)}; 1 unknown: x\.{re.escape(name)}\. Allowed": [(f"x.{name}", tensor)],
+            rf"for: 1 of another shape: {re.escape(name)} is": [(name, tensor[1:])],
+        }
         if tensor.dim() == 2 and tensor.shape[0] != tensor.shape[1]:
-            with pytest.raises(ConfigError, match=rf"1 misshapen: {re.escape(name)}"):
-                load(config, list((given | {name: tensor.T}).items()))
-            refused += 1
-    assert refused > 5
+            shapes = re.escape(f"{name} is {list(tensor.T.shape)}, needed is {list(tensor.shape)}")
+            wrong[f"for: 1 of another shape: {shapes}"] = [(name, tensor.T)]
+        for message, instead in wrong.items():
+            checkpoint.refuse(message, [*rest, *instead], model=model)
 
 
-def test_what_is_computed_or_tied_may_be_there() -> None:
-    given = [*tensors(CONFIGS["tied"]).items()]
-    extra = [("model.layers.0.self_attn.rotary_emb.inv_freq", torch.empty(4)), ("lm_head.weight", torch.empty(50, 24))]
-    assert load(CONFIGS["tied"], given + extra) == [name for name, _ in given]
+def test_biases_of_other_families_are_unknown(folder: Path) -> None:
+    sdar = make(TINY["sdar"], folder)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    sdar.refuse(f"1 unknown: {name}", sdar.tensors | {name: torch.zeros(32)})
 
 
-def test_quantised_layers_have_tensors_of_their_own_names() -> None:
-    config = CONFIGS["sdar"]
-    given = {}
-    for name, tensor in tensors(config).items():
-        if "_proj" in name:
-            given |= {name.replace(".weight", f".{part}"): tensor for part in ("qweight", "qzeros", "scales", "g_idx")}
-        else:
-            given[name] = tensor
-    given["model.layers.0.self_attn.k_scale"] = torch.empty(1)
-    assert load(config, list(given.items()), is_quantised=True) == list(given)
-    rest = [pair for pair in given.items() if "layers.1.mlp.up_proj" not in pair[0]]
-    with pytest.raises(ConfigError, match=r"1 missing: model\.layers\.1\.mlp\.up_proj\.weight"):
-        load(config, rest, is_quantised=True)
+def test_tables_that_are_computed_may_be_there(checkpoint: Checkpoint) -> None:
+    tables = {f"model.layers.0.self_attn.rotary_emb.{name}": torch.ones(4) for name in ("inv_freq", "cos_cached")}
+    checkpoint.check(checkpoint.tensors | tables)
 
 
-def test_weights_that_are_renewed_may_be_a_part() -> None:
-    config = CONFIGS["dream"]
-    part = list(tensors(config).items())[:3]
-    assert load(config, part, is_whole=False) == [name for name, _ in part]
+@pytest.mark.parametrize("name", TIED)
+def test_a_tied_head_may_be_there_where_it_is_the_embedding(name: str, folder: Path) -> None:
+    tied = make(TIED[name], folder)
+    head, embedding = head_name(tied.config), tied.tensors[embedding_name(tied.config)]
+    tied.check(tied.tensors | {head: embedding.clone()})
+    tied.refuse(rf"1 untied: {re.escape(head)} differs from", tied.tensors | {head: embedding + 1})
+    tied.refuse("1 untied", {head: embedding[1:]} | tied.tensors)
 
 
-def test_published_names_are_those_of_the_shared_layers() -> None:
-    rename = LLaDAModelLM.hf_to_vllm_mapper.get_rename_mapper()
-    block = "model.transformer.blocks.1"
-    assert rename.apply_list(
-        [f"{block}.q_proj.weight", f"{block}.ff_out.weight", "model.transformer.ff_out.weight"]
-    ) == [
-        "model.layers.1.self_attn.q_proj.weight",
-        "model.layers.1.mlp.down_proj.weight",
-        "lm_head.weight",
-    ]
-    names = list(needed_tensors(CONFIGS["sdar"]))
-    assert MaskedDiffusionLM.hf_to_vllm_mapper.get_rename_mapper().apply_list(names) == names
+def test_many_findings_are_counted_and_a_few_named(folder: Path) -> None:
+    llada = make(TINY["llada"], folder)
+    rest = {name: tensor for name, tensor in llada.tensors.items() if "blocks.1" not in name}
+    llada.refuse(r"9 missing: (\S+, ){3}\S+ and 5 more\. Allowed are its 21 tensors", rest)
+
+
+def test_weights_that_are_renewed_may_come_in_parts(checkpoint: Checkpoint) -> None:
+    given = checkpoint.tensors
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
+    checkpoint.check(zeros, *([pair] for pair in given.items()))
+    checkpoint.refuse("1 unknown: other", given, {"other": torch.ones(2)})
+    name, tensor = next(iter(given.items()))
+    checkpoint.refuse("1 doubled", given, [(name, tensor), (name, tensor)])
+
+
+def test_dummies_may_be_followed_by_parts(folder: Path) -> None:
+    dream = make(TINY["dream"], folder)
+    model = make_model(dream.config, load_format="dummy")
+    model.load_weights(list(dream.tensors.items())[:2])
+    dream.refuse("1 unknown: other", {"other": torch.ones(2)}, model=model)
+
+
+def test_names_of_a_quantisation_method_are_counted_and_others_are_left_to_vllm() -> None:
+    """Their shapes are the method's; each parameter of a layer must be there once."""
+    tensors = {f"layer.{part}": torch.ones(2) for part in ("qweight", "scales", "k_scale")}
+    needed: dict[str, Shape | Sizes] = {"layer.qweight": {}, "layer.scales": {}}
+    assert [name for name, _ in TensorCount(needed, is_open=True).passing(tensors.items())] == list(tensors)
+    with pytest.raises(ConfigError, match=r"1 missing: layer\.scales"):
+        list(TensorCount(needed, is_open=True).passing([("layer.qweight", torch.ones(2))]))
+    with pytest.raises(ConfigError, match=r"1 doubled: layer\.scales"):
+        list(TensorCount(needed, is_open=True).passing([*tensors.items(), ("layer.scales", torch.ones(2))]))

@@ -34,8 +34,10 @@ def test_an_unknown_instruction_set_is_refused():
 
 
 def test_an_instruction_set_that_was_not_built_is_refused():
-    for name in set(LANES) - set(library.built_isas()):
-        assert f"built for ({','.join(library.built_isas())})" in isa_under(name).stderr
+    missing = sorted(set(LANES) - set(library.built_isas()))
+    if not missing:
+        pytest.skip("all are built")
+    assert f"built for ({','.join(library.built_isas())})" in isa_under(missing[0]).stderr
 
 
 def configure(tmp_path: Path, isas: str) -> subprocess.CompletedProcess[str]:

@@ -221,7 +221,6 @@ def test_published_configs(tmp_path):
     ("changes", "message"),
     [
         ({"use_sliding_window": True}, "use_sliding_window is True"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is {'type': 'yarn'}"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"architectures": ["Qwen3ForCausalLM"]}, "architecture is 'Qwen3ForCausalLM'"),

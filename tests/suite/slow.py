@@ -19,6 +19,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "bench": ("vllm_dllm/bench/**", "vllm_dllm/cli/*bench*.py", "tests/bench/**", "tests/e2e/test_bench.py"),
     "configurations": ("vllm_dllm/engine/**", "vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/attention/**"),
     "demo": ("examples/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
+    "fields": ("vllm_dllm/models/**", "vllm_dllm/reference/**", "tests/models/*"),
     "fuzz": ("vllm_dllm/config.py", "vllm_dllm/engine/request.py", "tests/e2e/test_spiffy_config.py"),
     "isas": (
         *("CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "setup.py", "vllm_dllm/ops/**"),

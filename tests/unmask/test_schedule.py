@@ -5,7 +5,8 @@ import torch
 
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 
-of_every_size = pytest.mark.parametrize("block_length", [*range(1, 10), 32, 33])
+SIZES = [(block_length, steps) for block_length in [*range(1, 10), 32, 33] for steps in range(1, block_length + 1)]
+"""Block lengths, each with every number of steps."""
 
 
 def taken(table: tuple[int, ...], block_length: int, tail: int = 0) -> list[int]:
@@ -28,9 +29,8 @@ def dream_counts(block_length: int, steps: int, begin: int) -> list[int]:
     return counts
 
 
-@of_every_size
-def test_even_steps_take_the_remainder_first(block_length: int) -> None:
-    for steps in range(1, block_length + 1):
+def test_even_steps_take_the_remainder_first() -> None:
+    for block_length, steps in SIZES:
         counts = [block_length // steps + (step < block_length % steps) for step in range(steps)]
         table = count_table(UnmaskRules(), block_length, steps)
         assert len(table) == block_length
@@ -42,16 +42,14 @@ def test_a_block_with_a_tail_takes_the_steps_of_a_whole_one() -> None:
     assert taken(count_table(UnmaskRules(), 8, 8), 8, tail=7) == [1]
 
 
-@of_every_size
-def test_timesteps_leave_out_steps_that_unmask_nothing(block_length: int) -> None:
-    for steps in range(1, block_length + 1):
+def test_timesteps_leave_out_steps_that_unmask_nothing() -> None:
+    for block_length, steps in SIZES:
         expected = [count for count in dream_counts(block_length, steps, 0) if count]
         assert taken(count_table(UnmaskRules("timesteps"), block_length, steps), block_length) == expected
 
 
-@of_every_size
-def test_timesteps_behind_a_position_alone(block_length: int) -> None:
-    for steps in range(1, block_length + 1):
+def test_timesteps_behind_a_position_alone() -> None:
+    for block_length, steps in SIZES:
         rest = dream_counts(block_length, steps, 1) if steps > 1 else [block_length - 1]
         expected = [1] + [count for count in rest if count]
         assert taken(count_table(UnmaskRules("timesteps", True), block_length, steps), block_length) == expected

@@ -85,7 +85,7 @@ def predict(
     graph: DraftGraph,
     traces: Sequence[PromptTrace],
     decoding: Decoding,
-    eos_token_id: int | None,
+    eos_token_id: int | list[int] | None,
     budgets: Sequence[int],
 ) -> Prediction:
     """Count what the graph would have saved on traces, which should be others than it was made of."""

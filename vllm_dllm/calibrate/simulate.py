@@ -174,8 +174,8 @@ def walks(block: BlockDrafts, budget: int) -> Iterator[tuple[int, int]]:
         anchor += 1 + length
 
 
-def until_eos(trace: PromptTrace, eos_token_id: int) -> PromptTrace:
-    """Return a trace up to the block in which the text ends."""
-    ends = [i for i, block in enumerate(trace.blocks) if (block.canvas[-1] == eos_token_id).any()]
+def until_eos(trace: PromptTrace, eos_token_id: int | list[int]) -> PromptTrace:
+    """Return a trace up to the block in which the text ends, with the token or one of these."""
+    ends = [i for i, block in enumerate(trace.blocks) if np.isin(block.canvas[-1], eos_token_id).any()]
     last = ends[0] + 1 if ends else len(trace.blocks)
     return PromptTrace(trace.prompt_idx, trace.seed, trace.blocks[:last])

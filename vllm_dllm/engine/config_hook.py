@@ -18,6 +18,7 @@ from vllm_dllm.engine.attention_choice import set_attention
 from vllm_dllm.engine.generation_defaults import check_generation_defaults, family_defaults
 from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.models.checkpoint_fields import SPECIAL_IDS, check_token_ids
 from vllm_dllm.models.interface import ModelFamily, check_family, family_of
 from vllm_dllm.spiffy_config import METHOD, SpiffySettings, spiffy_settings
 from vllm_dllm.unmask.schedule import UnmaskRules, unmask_rules
@@ -214,7 +215,11 @@ class DllmConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Mark the model as a diffusion model and check the defaults of its requests."""
+        """Mark the model as a diffusion model, and check its end tokens and the defaults of its requests.
+
+        Raises: ConfigError for special ids of generation configs that the vocabulary does not have.
+        """
+        _check_generation_ids(model_config)
         model_config.hf_config.canvas_length = DllmConfig().block_length
         check_generation_defaults(model_config)
 
@@ -235,6 +240,13 @@ class DllmConfigHook(VerifyAndUpdateConfig):
                 f"{vllm_config.model_config.max_model_len}, which leaves no room for a prompt; choose a smaller "
                 "block_length"
             )
+        num_positions = vllm_config.model_config.hf_config.num_positions
+        if vllm_config.model_config.max_model_len > num_positions:
+            raise ConfigError(
+                f"max_model_len is {vllm_config.model_config.max_model_len}, but config.json has rotary positions up "
+                f"to {num_positions}; allowed are up to this number; lower --max-model-len or raise "
+                "max_position_embeddings, or the factor of rope_parameters, with --hf-overrides"
+            )
         spiffy = spiffy_of(vllm_config)
         if settings.kv_policy == "block_causal":
             set_page_size(vllm_config, settings.block_length)
@@ -252,6 +264,17 @@ class DllmConfigHook(VerifyAndUpdateConfig):
         )
         if spiffy:
             _tell_spiffy(spiffy)
+
+
+def _check_generation_ids(model_config: ModelConfig) -> None:
+    """Check what config.json's own class does not see. Raises: ConfigError."""
+    generation = {
+        "the checkpoint's generation_config.json": model_config.try_get_generation_config(),
+        "--override-generation-config": model_config.override_generation_config,
+    }
+    for where, given in generation.items():
+        ids = {name: given[name] for name in SPECIAL_IDS if given.get(name) is not None}
+        check_token_ids(ids, model_config.hf_config.vocab_size, where)
 
 
 def _tell_spiffy(spiffy: SpiffySettings) -> None:

@@ -39,7 +39,6 @@ from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step import DenoiseStep, Group, split_groups
 from vllm_dllm.engine.step_attention import StepAttention
-from vllm_dllm.spiffy_config import SpiffySettings
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.kv import IntArray, KvSchedule, StorePlan
@@ -70,9 +69,12 @@ class DllmModelState(ModelState):
         self.state = CanvasState(
             self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config), self._edge()
         )
+        drafting = None
+        if spiffy is not None:
+            drafting = Drafting(compile_graph(spiffy.graph, device), DraftState(self.state), choose_propose(device))
         self.denoiser = Denoiser(
             self.state,
-            None if spiffy is None else self._drafting(spiffy),
+            drafting,
             choose_head(model, self.model_config.get_vocab_size(), mask_token_id, device),
             choose_walk(device),
         )
@@ -205,10 +207,6 @@ class DllmModelState(ModelState):
             return None
         shape = (self.max_num_reqs, self.model_config.get_hidden_size())
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def _drafting(self, spiffy: SpiffySettings) -> Drafting:
-        graph = compile_graph(spiffy.graph, self.device)
-        return Drafting(graph, DraftState(self.state), choose_propose(self.device))
 
     def _denoise_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> DenoiseStep:
         """Find the requests that take a denoising step; the others of the batch begin with their prompt.

@@ -48,7 +48,7 @@ class ModelFacts:
     family: str
     shape: ModelShape | None
     mask_token_id: int
-    eos_token_id: int | None
+    eos_token_id: int | list[int] | None
     rules: UnmaskRules
 
 

@@ -19,6 +19,7 @@ from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.engine import costs
 from vllm_dllm.engine.config_hook import settings_of, spiffy_of
+from vllm_dllm.engine.parent import end_with_parent
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 from vllm_dllm.state.counters import Column
 
@@ -42,6 +43,7 @@ class DllmScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        end_with_parent()
         self.settings = settings_of(self.vllm_config)
         self.block_length = self.settings.block_length
         self._is_causal = self.settings.kv_policy == "block_causal"

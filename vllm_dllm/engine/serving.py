@@ -1,9 +1,13 @@
-"""A server's own part: a bad request gets its HTTP 400 before a streamed reply begins, in the words of its client."""
+"""A server's own part: a bad request gets its HTTP 400 before a streamed reply begins, in the words of its client, and
+a request in flight its error when the server ends.
+"""
 
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from vllm.config import ModelConfig
+from vllm.utils.async_utils import run_in_loop
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_dllm.engine.compat import wrap
 from vllm_dllm.engine.config_hook import is_ours
@@ -21,6 +25,7 @@ def install() -> None:
     wrap(BaseServing, "_check_model", ("self", "request"), _with_fields_checked)
     wrap(AnthropicServingMessages, "create_messages", ("self", "request", "raw_request"), _without_traceback)
     wrap(AsyncLLM, "generate", ("self", "prompt", "sampling_params", "request_id", "data_parallel_rank"), _at_once)
+    wrap(AsyncLLM, "shutdown", ("self", "timeout"), _with_errors_sent)
     wrap(
         OpenAIServingResponses,
         "_generate_with_builtin_tools",
@@ -82,5 +87,21 @@ def _response_at_once(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, request_id: str, engine_input: Any, sampling_params: Any, *args: Any, **options: Any) -> Any:
         check_early(self.engine_client.input_processor, engine_input, sampling_params)
         return original(self, request_id, engine_input, sampling_params, *args, **options)
+
+    return wrapper
+
+
+def _with_errors_sent(original: Callable[..., None]) -> Callable[..., None]:
+    """vLLM reports the engine's end to the task that hands outputs to the requests, and cancels this task at once.
+
+    Where the event loop sees both together, as under load, the requests in flight hear of nothing: their clients wait
+    forever, and the server waits for them.
+    """
+
+    def wrapper(self: Any, timeout: float | None = None) -> None:
+        handler = getattr(self, "output_handler", None)  # None where no request came, or `__init__` failed
+        original(self, timeout)
+        if handler is not None and is_ours(self.model_config):
+            run_in_loop(handler.get_loop(), self.output_processor.propagate_error, EngineDeadError())
 
     return wrapper

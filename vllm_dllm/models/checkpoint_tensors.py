@@ -1,113 +1,169 @@
-"""Which tensors a checkpoint must hold, and a check of those it does: by name and, unquantised, by shape.
+"""Which tensors a checkpoint must hold, and the comparison with what it gives while it is loaded.
 
-vLLM's own tracking exempts linear layers and heads, and takes one part of a fused weight for all of it: what is missing
-would be served as whatever memory held.
+vLLM loads what a checkpoint gives and keeps whatever memory held for the rest: its own count exempts linear layers and
+heads, and takes one part of a fused weight for all. So every tensor is counted here, under its published name.
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
+import torch
 from torch import Tensor
 
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.models.checkpoint_config import CheckpointConfig
 
-_HARMLESS = re.compile(r"\brotary(_pos)?_emb\.(inv_freq|cos_cached|sin_cached)$")
-"""Tables that older code saved; they are computed."""
+Shape = tuple[int, ...]
+Sizes = dict[int, int]
+"""What is known of a shape: sizes by dimension."""
 
-_KV_SCALE = re.compile(r"\bself_attn\.(attn\.)?([qkv]_scale|[kv]_zero_point|prob_scale)$")
+# Tables that transformers once saved, and that every model class computes from config.json.
+_COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_NUM_NAMED = 4
 
-_SHOWN = 5
 
-
-def needed_tensors(config: Any) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor of a model, under the shared layers' names, parts of fused weights apart.
-
-    Args:
-        config: a configuration of `models/`.
-    """
-    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (query, hidden),
-        "self_attn.k_proj.weight": (key, hidden),
-        "self_attn.v_proj.weight": (key, hidden),
-        "self_attn.o_proj.weight": (hidden, query),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
+def needed_tensors(config: CheckpointConfig) -> dict[str, Shape]:
+    """Return the shape of every tensor of an unquantised checkpoint, by published name."""
+    width, inner = config.hidden_size, config.intermediate_size
+    query, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    layer: dict[str, Shape] = {
+        "self_attn.q_proj.weight": (query, width),
+        "self_attn.k_proj.weight": (kv, width),
+        "self_attn.v_proj.weight": (kv, width),
+        "self_attn.o_proj.weight": (width, query),
+        "mlp.gate_proj.weight": (inner, width),
+        "mlp.up_proj.weight": (inner, width),
+        "mlp.down_proj.weight": (width, inner),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
     }
     if config.qkv_bias:
-        layer |= {f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", query), ("k", key), ("v", key))}
+        layer |= {f"self_attn.{part}_proj.bias": (query if part == "q" else kv,) for part in "qkv"}
     if config.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
-    needed: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+        layer |= {f"self_attn.{part}_norm.weight": (config.head_dim,) for part in "qk"}
+    names = config.tensor_names
+    layers = names.get("model.layers", "model.layers")
+    needed = {
+        f"{layers}.{i}.{_published(names, name)}": shape
+        for i in range(config.num_hidden_layers)
+        for name, shape in layer.items()
     }
+    needed[_published(names, "model.embed_tokens.weight")] = (config.vocab_size, width)
+    needed[_published(names, "model.norm.weight")] = (width,)
     if not config.tie_word_embeddings:
-        needed["lm_head.weight"] = (config.vocab_size, hidden)
-    for i in range(config.num_hidden_layers):
-        needed |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+        needed[head_name(config)] = (config.vocab_size, width)
     return needed
 
 
-def checked_tensors(
-    weights: Iterable[tuple[str, str, Tensor]],
-    needed: dict[str, tuple[int, ...]],
-    *,
-    is_quantised: bool,
-    is_whole: bool,
-) -> Iterator[tuple[str, Tensor]]:
-    """Pass a checkpoint's tensors on, and refuse the checkpoint behind the last one if something is wrong with it.
+def head_name(config: CheckpointConfig) -> str:
+    """Return the published name of the head's weight."""
+    return _published(config.tensor_names, "lm_head.weight")
 
-    A quantised layer has tensors of other names and shapes in the place of its weight: of each layer at least one must
-    be there.
 
-    Args:
-        weights: (name in the checkpoint, name of the shared layers, tensor), whole on every tensor-parallel rank.
-        needed: of `needed_tensors`.
-        is_quantised: whether the checkpoint's layers are.
-        is_whole: whether these are all tensors, so that one that is not there is missing.
+def embedding_name(config: CheckpointConfig) -> str:
+    """Return the published name of the embedding."""
+    return _published(config.tensor_names, "model.embed_tokens.weight")
 
-    Yields: (name in the checkpoint, tensor); misshapen, doubled and unknown ones are left out.
 
-    Raises: ConfigError that names what is missing, doubled, unknown or misshapen.
+def _published(names: Mapping[str, str], name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{names.get(module, module)}.{leaf}"
+
+
+@dataclass(slots=True)
+class TensorCount:
+    """Tensors of a checkpoint, compared with those that are needed as they come.
+
+    Attributes:
+        needed: by published name, the shape, or what is known of it where a quantisation method decides it.
+        tied: names of a head and of the embedding that it is, where the checkpoint may give both.
+        is_open: whether tensors of other names go to vLLM, whose quantisation methods have names of their own.
+        is_part: whether the rest came before or comes later, as when weights are replaced in a running engine.
+        passed: the name and shape of the tensor that went on last.
     """
-    is_tied = "lm_head.weight" not in needed
-    owners = {name.rpartition(".")[0] for name in needed}
-    seen: set[str] = set()
-    wrong: dict[str, list[str]] = {"missing": [], "doubled": [], "unknown": [], "misshapen": []}
-    for published, name, tensor in weights:
-        if _HARMLESS.search(name) or (is_tied and name == "lm_head.weight"):
-            continue  # a tied head is the embedding, whatever the file repeats
-        is_layer = is_quantised and (name.rpartition(".")[0] in owners or _KV_SCALE.search(name))
-        if name in seen:
-            wrong["doubled"].append(published)
-        elif name not in needed and not is_layer:
-            wrong["unknown"].append(published)
-        elif not is_quantised and tuple(tensor.shape) != needed[name]:
-            wrong["misshapen"].append(f"{published} {tuple(tensor.shape)} instead of {needed[name]}")
-        else:
-            seen.add(name)
-            yield published, tensor
-        seen.add(name)
-    if is_whole:
-        found = {name.rpartition(".")[0] for name in seen} if is_quantised else seen
-        wrong["missing"] = [name for name in needed if (name.rpartition(".")[0] if is_quantised else name) not in found]
-    if any(wrong.values()):
-        raise ConfigError(_explain(wrong))
+
+    needed: Mapping[str, Shape | Sizes]
+    tied: tuple[str, str] | None = None
+    is_open: bool = False
+    is_part: bool = False
+    seen: Counter[str] = field(default_factory=Counter)
+    unknown: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    untied: list[str] = field(default_factory=list)
+    pair: dict[str, Tensor] = field(default_factory=dict)
+    passed: str = ""
+
+    def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that can be loaded.
+
+        Raises: ConfigError, behind the last one, for what is missing, unknown, doubled or of another shape.
+        """
+        for name, tensor in weights:
+            if self._fits(name, tensor):
+                self.passed = f"{name} {list(tensor.shape)}"
+                yield name, tensor
+        self._raise_findings()
+
+    def _fits(self, name: str, tensor: Tensor) -> bool:
+        if _COMPUTED.search(name):
+            return False
+        self.seen[name] += 1
+        if self.tied and name in self.tied and self._is_spare_head(name, tensor):
+            return False
+        if name not in self.needed:
+            if not self.is_open:
+                self.unknown.append(name)
+            return self.is_open
+        shape = self.needed[name]
+        if not _is_shape(tuple(tensor.shape), shape):
+            self.misshapen.append(f"{name} is {list(tensor.shape)}, needed is {_show(shape)}")
+            return False
+        return self.seen[name] == 1
+
+    def _is_spare_head(self, name: str, tensor: Tensor) -> bool:
+        """Tell whether a tensor is the head of a model that takes the embedding for it, and compare the two."""
+        assert self.tied is not None, "asked of tied models only"
+        self.pair[name] = tensor
+        if len(self.pair) == 2:
+            head, embedding = self.pair.values()
+            if head.dtype != embedding.dtype or not torch.equal(head, embedding):
+                self.untied.append(f"{self.tied[0]} differs from {self.tied[1]}, though config.json ties them")
+            self.pair = {}
+        return name == self.tied[0]
+
+    def _raise_findings(self) -> None:
+        missing = [] if self.is_part else [name for name in self.needed if name not in self.seen]
+        doubled = [name for name, count in self.seen.items() if count > 1]
+        kinds = {
+            "missing": missing,
+            "unknown": self.unknown,
+            "doubled": doubled,
+            "of another shape": self.misshapen,
+            "untied": self.untied,
+        }
+        findings = "; ".join(f"{len(names)} {kind}: {_first(names)}" for kind, names in kinds.items() if names)
+        if findings:
+            raise ConfigError(
+                f"the checkpoint's tensors are not those that its config.json asks for: {findings}. Allowed are its "
+                f"{len(self.needed)} tensors, each once; repair the checkpoint's files or correct config.json"
+            )
 
 
-def _explain(wrong: dict[str, list[str]]) -> str:
-    parts = [
-        f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
-        for kind, names in wrong.items()
-        if names
-    ]
-    return (
-        f"the checkpoint's tensors are not those that its config.json asks for; {'; '.join(parts)}; allowed are each "
-        "tensor of the model once; download the checkpoint again, or convert it anew"
-    )
+def _is_shape(found: Shape, needed: Shape | Sizes) -> bool:
+    if isinstance(needed, tuple):
+        return found == needed
+    return all(dim >= len(found) or found[dim] == size for dim, size in needed.items())
+
+
+def _show(needed: Shape | Sizes) -> str:
+    if isinstance(needed, tuple):
+        return str(list(needed))
+    return " and ".join(f"{size} in dimension {dim}" for dim, size in needed.items())
+
+
+def _first(names: Sequence[str]) -> str:
+    more = len(names) - _NUM_NAMED
+    return ", ".join(islice(names, _NUM_NAMED)) + (f" and {more} more" if more > 0 else "")

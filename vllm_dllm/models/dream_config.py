@@ -11,7 +11,6 @@ class DreamConfig(QwenConfig):
     model_type = "Dream"
     published_mask_token_id: ClassVar[int] = 151666
     qkv_bias: ClassVar[bool] = True
-    qk_norm: ClassVar[bool] = False
 
-    def __init__(self, **fields: Any) -> None:  # transformers would put one of its own in the place of an inherited one
-        super().__init__(**fields)
+    def __init__(self, **given: Any) -> None:  # transformers would put one of its own in the place of an inherited one
+        super().__init__(**given)

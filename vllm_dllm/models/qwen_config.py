@@ -1,74 +1,71 @@
 """Configuration of checkpoints with Qwen's layers, under the field names of Qwen2 and Qwen3."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from transformers import PretrainedConfig
+from pydantic import Field
 
-from vllm_dllm.models.checkpoint_fields import refuse_other_arithmetic
-
-PUBLISHED_EOT_TOKEN_ID = 151645
-"""`<|im_end|>` of Qwen's tokenizers, which end a turn with it."""
-
-# Fields that would change the arithmetic, and the only values that the model class implements.
-_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "dual_chunk_attention_config": (None,),
-    "hidden_act": ("silu",),
-    "mlp_bias": (False, None),
-    "partial_rotary_factor": (1.0, None),
-    "rope_type": ("default", None),
-    "use_mrope": (False, None),
-    "use_sliding_window": (False, None),
-}
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.models.checkpoint_config import WHERE, CheckpointConfig
+from vllm_dllm.models.checkpoint_fields import CheckpointFields, Flag, MaybeSize, Off, Positive, Size, Unset
 
 
-class QwenConfig(PretrainedConfig):
-    """What Dream and SDAR have in common; a family says its biases, norms and mask token.
+class QwenFields(CheckpointFields):
+    """The fields of `Qwen2Config` and `Qwen3Config` that change the arithmetic."""
 
-    Raises: ConfigError for a field whose value asks for arithmetic that the model class does not implement.
-    """
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: MaybeSize = None
+    head_dim: MaybeSize = None
+    intermediate_size: Size
+    vocab_size: Size
+    max_position_embeddings: Size
+    rms_norm_eps: Positive = 1e-6
+    tie_word_embeddings: Flag = False
 
-    published_mask_token_id: ClassVar[int]
-    qkv_bias: ClassVar[bool]
-    qk_norm: ClassVar[bool]
+    attention_bias: Off = None
+    dual_chunk_attention_config: Unset = None
+    hidden_act: Annotated[Literal["silu"], Field(description="'silu', the one implemented")] = "silu"
+    layer_types: Annotated[
+        list[Literal["full_attention"]] | None, Field(description="null and lists of 'full_attention'")
+    ] = None
+    mlp_bias: Off = None
+    partial_rotary_factor: Annotated[
+        Annotated[float, Field(ge=1.0, le=1.0)] | None, Field(description="null and 1, since whole heads are rotated")
+    ] = None
+    sliding_window: Any = None  # given also where it is not in use; vLLM would use it
+    use_mrope: Off = None
+    use_sliding_window: Off = None
 
-    def __init__(
-        self,
-        hidden_size: int = 4096,
-        num_hidden_layers: int = 32,
-        num_attention_heads: int = 32,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
-        intermediate_size: int = 22016,
-        vocab_size: int = 151936,
-        max_position_embeddings: int = 32768,
-        rms_norm_eps: float = 1e-6,
-        rope_theta: float = 1e6,
-        rope_scaling: Mapping[str, Any] | None = None,
-        rope_parameters: Mapping[str, Any] | None = None,
-        tie_word_embeddings: bool = False,
-        mask_token_id: int | None = None,
-        eot_token_id: int | None = None,
-        **fields: Any,
-    ) -> None:
-        # The same under two names: `rope_parameters` is what newer versions of transformers write.
-        rope = {**(rope_scaling or {}), **(rope_parameters or {})}
-        rope["rope_type"] = rope.pop("type", rope.get("rope_type"))
-        refuse_other_arithmetic(rope | fields, _IMPLEMENTED, self.model_type)
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads if num_key_value_heads is not None else num_attention_heads
-        self.head_dim = head_dim if head_dim is not None else hidden_size // num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.vocab_size = vocab_size
-        self.max_position_embeddings = max_position_embeddings
-        self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope.get("rope_theta", rope_theta)
-        self.mask_token_id = mask_token_id if mask_token_id is not None else self.published_mask_token_id
-        if eot_token_id is None and self.mask_token_id == self.published_mask_token_id:
-            eot_token_id = PUBLISHED_EOT_TOKEN_ID
-        self.eot_token_id = eot_token_id
-        # Checkpoints give windows that are not in use; vLLM would use them.
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **fields | {"sliding_window": None})
+
+class QwenConfig(CheckpointConfig):
+    """What Dream and SDAR have in common; a family says its biases, norms and mask token."""
+
+    table: ClassVar[type[CheckpointFields]] = QwenFields
+    bookkeeping: ClassVar[frozenset[str]] = frozenset({"max_window_layers"})
+    published_eot_token_id: ClassVar[int] = 151645  # `<|im_end|>` of Qwen's tokenizers, which end a turn with it
+    published_vocab_sizes: ClassVar[tuple[int, ...]] = (151936, 152064)
+
+    def __init__(self, **given: Any) -> None:  # transformers would put one of its own in the place of an inherited one
+        super().__init__(**given)
+
+    def resolve(self, fields: QwenFields) -> dict[str, Any]:
+        """Return the numbers that fields of the table stand for, by attribute."""
+        if fields.layer_types is not None and len(fields.layer_types) != fields.num_hidden_layers:
+            raise ConfigError(
+                f"layer_types in {WHERE} has {len(fields.layer_types)} entries, but num_hidden_layers is "
+                f"{fields.num_hidden_layers}; allowed is one for each; remove it"
+            )
+        return {
+            "hidden_size": fields.hidden_size,
+            "num_hidden_layers": fields.num_hidden_layers,
+            "num_attention_heads": fields.num_attention_heads,
+            "num_key_value_heads": fields.num_key_value_heads or fields.num_attention_heads,
+            "head_dim": fields.head_dim,
+            "intermediate_size": fields.intermediate_size,
+            "vocab_size": fields.vocab_size,
+            "max_position_embeddings": fields.max_position_embeddings,
+            "rms_norm_eps": fields.rms_norm_eps,
+            "tie_word_embeddings": fields.tie_word_embeddings,
+            "sliding_window": None,
+        }

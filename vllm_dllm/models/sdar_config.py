@@ -2,7 +2,14 @@
 
 from typing import Any, ClassVar
 
-from vllm_dllm.models.qwen_config import QwenConfig
+from vllm_dllm.models.checkpoint_fields import CheckpointFields, MaybeSize
+from vllm_dllm.models.qwen_config import QwenConfig, QwenFields
+
+
+class SDARFields(QwenFields):
+    """Qwen's fields, and the block length of training."""
+
+    block_size: MaybeSize = None
 
 
 class SDARConfig(QwenConfig):
@@ -12,10 +19,16 @@ class SDARConfig(QwenConfig):
     """
 
     model_type = "sdar"
+    table: ClassVar[type[CheckpointFields]] = SDARFields
+    bookkeeping: ClassVar[frozenset[str]] = QwenConfig.bookkeeping | {
+        *("ep_size", "micro_forward", "skip_checkpoint", "use_deepep")  # of training, which SDAR's files keep
+    }
     published_mask_token_id: ClassVar[int] = 151669
-    qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = True
 
-    def __init__(self, block_size: int | None = None, **fields: Any) -> None:
-        self.block_size = block_size
-        super().__init__(**fields)
+    def __init__(self, **given: Any) -> None:  # transformers would put one of its own in the place of an inherited one
+        super().__init__(**given)
+
+    def resolve(self, fields: Any) -> dict[str, Any]:
+        """Return the numbers that fields of the table stand for, by attribute."""
+        return {**super().resolve(fields), "block_size": fields.block_size}

@@ -14,17 +14,35 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.model_executor.parameter import BasevLLMParameter
+from vllm.platforms import current_platform
 
 from vllm_dllm.engine.attention import DllmAttentionBackend
-from vllm_dllm.models.checkpoint_tensors import checked_tensors, needed_tensors
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.models.checkpoint_tensors import Shape, Sizes, TensorCount, embedding_name, head_name, needed_tensors
+from vllm_dllm.models.rope_fields import table_arguments
 
 if TYPE_CHECKING:
     from vllm_dllm.engine.model_state import DllmModelState
+
+
+FILLED_BY_VLLM = ("g_idx",)
+"""Parameters of quantised modules that a checkpoint may leave out: vLLM gives them the value of one that has none."""
 
 
 class SelfAttention(nn.Module):
@@ -55,11 +73,8 @@ class SelfAttention(nn.Module):
             self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
         self.has_norms = config.qk_norm
-        self.rotary_emb = get_rope(
-            head_dim,
-            max_position=config.max_position_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        )
+        max_position, rope = table_arguments(config.rope_parameters, config.max_position_embeddings)
+        self.rotary_emb = get_rope(head_dim, max_position, rope_parameters=rope)
         num_heads = config.num_attention_heads // tp_size
         num_kv_heads = max(1, config.num_key_value_heads // tp_size)  # ranks beyond their number share them
         self.split_sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
@@ -181,7 +196,14 @@ class MaskedDiffusionLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
+        if current_platform.is_cpu():
+            from vllm_dllm.engine.cpu.primitive_cache import bound_primitive_cache
+
+            bound_primitive_cache()
+        self.config = config = vllm_config.model_config.hf_config
+        self.quant_config = vllm_config.quant_config  # vLLM's loader asks it for the names of scales
+        # Weights that replace others, as a trainer's do, come in parts; so do all that follow dummies.
+        self.takes_part = vllm_config.load_config.load_format == "dummy"
         self.model = Transformer(vllm_config, maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
@@ -192,9 +214,6 @@ class MaskedDiffusionLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
-        self.needed_tensors = needed_tensors(config)
-        self.is_quantised = vllm_config.quant_config is not None
-        self.is_loaded = False
 
     @staticmethod
     def get_model_state_cls() -> "type[DllmModelState]":
@@ -236,15 +255,54 @@ class MaskedDiffusionLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the names of the parameters they filled.
 
-        The first call gives all of them; later ones, which renew weights, may give a part.
-
-        Raises: ConfigError for a checkpoint whose tensors are not the model's.
+        Raises: ConfigError for tensors that are missing, unknown, doubled or of another shape. Which names and shapes
+            a quantisation method has, vLLM knows; its refusals name no tensor.
         """
-        rename = self.hf_to_vllm_mapper.get_rename_mapper()
-        named = ((name, (rename.apply_list([name]) or [name])[0], tensor) for name, tensor in weights)
-        checked = checked_tensors(
-            named, self.needed_tensors, is_quantised=self.is_quantised, is_whole=not self.is_loaded
+        count = TensorCount(
+            self._needed_tensors(),
+            tied=(head_name(self.config), embedding_name(self.config)) if self.config.tie_word_embeddings else None,
+            is_open=self.quant_config is not None,
+            is_part=self.takes_part,
         )
-        loaded = set(AutoWeightsLoader(self).load_weights(checked, mapper=self.hf_to_vllm_mapper))
-        self.is_loaded = True
+        try:
+            loaded = set(AutoWeightsLoader(self).load_weights(count.passing(weights), mapper=self.hf_to_vllm_mapper))
+        except ConfigError:
+            raise
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the checkpoint's tensor {count.passed} does not fit what its config.json asks for: "
+                f"{error or type(error).__name__}; repair the checkpoint's files or correct config.json"
+            ) from error
+        self.takes_part = True
         return loaded
+
+    def _needed_tensors(self) -> dict[str, Shape | Sizes]:
+        """Return the tensors that fill this model: of a quantised module, one for each of its parameters."""
+        needed: dict[str, Shape | Sizes] = {}
+        for name, shape in needed_tensors(self.config).items():
+            module = self.get_submodule(self.hf_to_vllm_mapper.map_name(name).rpartition(".")[0])
+            method = getattr(module, "quant_method", None)
+            if method is None or isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
+                needed[name] = shape
+                continue
+            published = name.rpartition(".")[0]
+            parameters = dict(module.named_parameters(recurse=False))
+            needed |= {
+                f"{published}.{leaf}": {0: shape[0]} if leaf == "bias" else _sizes(module, parameter, shape[0])
+                for leaf, parameter in parameters.items()
+                if leaf not in FILLED_BY_VLLM
+            }
+        return needed
+
+
+def _sizes(module: nn.Module, parameter: nn.Parameter, num_outputs: int) -> Sizes:
+    """Return how much a checkpoint's part of a quantised layer has for `num_outputs`, in the dimension of outputs.
+
+    vLLM takes of a larger tensor what the layer needs, as a tensor-parallel rank does, and says nothing.
+    Nothing is known of a quantised head, which is padded.
+    """
+    output_dim = getattr(parameter, "output_dim", None)
+    if not isinstance(module, LinearBase) or not isinstance(parameter, BasevLLMParameter) or output_dim is None:
+        return {}
+    size, rest = divmod(parameter.shape[output_dim] * num_outputs, module.output_size_per_partition)
+    return {} if rest else {output_dim: size}

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vllm_dllm.reference.rope import Rotation
+
 LayerKv = tuple[Tensor, Tensor]
 """Keys (rotated) and values of one layer: two [*, kv_heads, seq_len, dim]."""
 
@@ -30,18 +32,13 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def rotary_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
-    """Return the rotation angles of the given positions [len]: [len, dim] float32, the second half as the first."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    return torch.outer(positions.float(), frequencies).repeat(1, 2)
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + dim/2) of [*, heads, len, dim] by angles [len, dim], in float32."""
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the pairs (i, i + dim/2) of [*, heads, len, dim], in float32."""
+    cos, sin = rotation
     wide = x.float()
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return (wide * angles.cos() + turned * angles.sin()).to(x.dtype)
+    return (wide * cos + turned * sin).to(x.dtype)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -80,8 +77,17 @@ def attend(
 
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Give a model on the meta device the weights of a folder's safetensors files, cast to `dtype`."""
+    """Give a model on the meta device the weights of a folder's safetensors files, cast to `dtype`.
+
+    Raises: ValueError for a tensor in two files; RuntimeError of torch for names and shapes that are not the model's.
+    """
     weights: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("*.safetensors")):
-        weights |= {name: tensor.to(dtype) for name, tensor in load_file(shard).items()}
+        given = load_file(shard)
+        if doubled := sorted(weights.keys() & given.keys()):
+            message = (
+                f"{doubled[0]} and {len(doubled) - 1} more are in {shard} and in a file before it; keep one of each."
+            )
+            raise ValueError(message)
+        weights |= {name: tensor.to(dtype) for name, tensor in given.items()}
     model.load_state_dict(weights, assign=True)

@@ -6,6 +6,7 @@ loads without a name map. Shapes are named as in `reference.layers`.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -20,10 +21,10 @@ from vllm_dllm.reference.layers import (
     attend,
     load_weights,
     merge_heads,
-    rotary_angles,
     rotate,
     split_heads,
 )
+from vllm_dllm.reference.rope import Rope, Rotation
 
 _IMPLEMENTED: dict[str, object] = {
     "block_type": "llama",
@@ -36,6 +37,9 @@ _IMPLEMENTED: dict[str, object] = {
     "attention_layer_norm": False,
     "input_emb_norm": False,
     "scale_logits": False,
+    "layer_norm_with_affine": True,
+    "block_group_size": 1,
+    "clip_qkv": None,
 }
 """Fields of config.json that this model has one answer to; another value is refused."""
 
@@ -55,9 +59,15 @@ class LLaDAConfig:
     eos_token_id: int
     max_sequence_length: int
     rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None  # or `rope_parameters`
     rms_norm_eps: float = 1e-5
     weight_tying: bool = False
     include_qkv_bias: bool = False
+
+    @property
+    def rope(self) -> Rope:
+        """How positions are rotated."""
+        return Rope.of(self.rope_theta, self.rope_scaling, self.max_sequence_length)
 
     @classmethod
     def from_json(cls, path: Path) -> "LLaDAConfig":
@@ -70,6 +80,11 @@ class LLaDAConfig:
                 raise ValueError(message)
         if values.get("n_kv_heads") is None:
             values["n_kv_heads"] = values["n_heads"]
+        if values.get("mlp_hidden_size") is None:
+            values["mlp_hidden_size"] = values["d_model"] * values["mlp_ratio"]
+        if values.get("embedding_size") is None:
+            values["embedding_size"] = values["vocab_size"]
+        values["rope_scaling"] = values.get("rope_parameters") or values.get("rope_scaling")
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
@@ -91,16 +106,16 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.ff_out = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor, start: int, kv: LayerKv | None) -> tuple[Tensor, LayerKv]:
+    def forward(self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None) -> tuple[Tensor, LayerKv]:
         """Map [*, len, d_model] to the same shape; see `LLaDA.forward` for `start` and `kv`."""
-        attended, kv = self._attend(self.attn_norm(x), angles, start, kv)
+        attended, kv = self._attend(self.attn_norm(x), rotation, start, kv)
         x = x + attended
         narrow = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(narrow)) * self.up_proj(narrow)), kv
 
-    def _attend(self, x: Tensor, angles: Tensor, start: int, kv: LayerKv | None) -> tuple[Tensor, LayerKv]:
-        query = rotate(split_heads(self.q_proj(x), self.head_dim), angles)
-        key = rotate(split_heads(self.k_proj(x), self.head_dim), angles)
+    def _attend(self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None) -> tuple[Tensor, LayerKv]:
+        query = rotate(split_heads(self.q_proj(x), self.head_dim), rotation)
+        key = rotate(split_heads(self.k_proj(x), self.head_dim), rotation)
         value = split_heads(self.v_proj(x), self.head_dim)
         attended, kv = attend(query, key, value, start, kv)
         output: Tensor = self.attn_out(merge_heads(attended))
@@ -141,11 +156,11 @@ class LLaDA(nn.Module):
         """
         transformer = cast(Transformer, self.model["transformer"])
         positions = torch.arange(start, start + ids.shape[-1], device=ids.device)
-        angles = rotary_angles(positions, self.config.d_model // self.config.n_heads, self.config.rope_theta)
+        rotation = self.config.rope.rotation(positions, self.config.d_model // self.config.n_heads)
         x: Tensor = transformer.wte(ids)
         updated: list[LayerKv] = []
         for layer, block in enumerate(transformer.blocks):
-            x, layer_kv = block(x, angles, start, None if kv is None else kv[layer])
+            x, layer_kv = block(x, rotation, start, None if kv is None else kv[layer])
             updated.append(layer_kv)
         head = transformer.wte if self.config.weight_tying else transformer.ff_out
         return F.linear(transformer.ln_f(x), head.weight), updated

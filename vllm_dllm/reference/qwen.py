@@ -7,6 +7,7 @@ Shapes are named as in `reference.layers`.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,13 @@ from vllm_dllm.reference.layers import (
     attend,
     load_weights,
     merge_heads,
-    rotary_angles,
     rotate,
     split_heads,
 )
+from vllm_dllm.reference.rope import Rope, Rotation
 
 _IMPLEMENTED: dict[str, object] = {
     "hidden_act": "silu",
-    "rope_scaling": None,
     "use_sliding_window": False,
     "attention_bias": False,  # SDAR's; Dream has its biases whatever this says
 }
@@ -51,6 +51,7 @@ class QwenConfig:
     eos_token_id: int
     rope_theta: float
     max_position_embeddings: int
+    rope_scaling: Mapping[str, Any] | None = None  # or `rope_parameters`
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     block_size: int | None = None  # SDAR: the block length of training
@@ -60,6 +61,11 @@ class QwenConfig:
         if self.architecture not in ("DreamModel", "SDARForCausalLM"):
             message = f"architecture is {self.architecture!r}; the reference model is 'DreamModel' or 'SDARForCausalLM'"
             raise ValueError(message)
+
+    @property
+    def rope(self) -> Rope:
+        """How positions are rotated."""
+        return Rope.of(self.rope_theta, self.rope_scaling, self.max_position_embeddings)
 
     @classmethod
     def from_json(cls, path: Path) -> "QwenConfig":
@@ -75,6 +81,8 @@ class QwenConfig:
             values["num_key_value_heads"] = values["num_attention_heads"]
         if values.get("head_dim") is None:
             values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+        values["rope_scaling"] = values.get("rope_parameters") or values.get("rope_scaling")
+        values.setdefault("rope_theta", (values["rope_scaling"] or {}).get("rope_theta"))
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
@@ -96,11 +104,11 @@ class Attention(nn.Module):
         self.k_norm = nn.Identity() if is_dream else RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, angles: Tensor, start: int, kv: LayerKv | None, visible: Tensor | None
+        self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None, visible: Tensor | None
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
-        query = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), angles)
-        key = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), angles)
+        query = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), rotation)
+        key = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), rotation)
         value = split_heads(self.v_proj(x), self.head_dim)
         attended, kv = attend(query, key, value, start, kv, visible)
         return self.o_proj(merge_heads(attended)), kv
@@ -132,10 +140,10 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, angles: Tensor, start: int, kv: LayerKv | None, visible: Tensor | None
+        self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None, visible: Tensor | None
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
-        attended, kv = self.self_attn(self.input_layernorm(x), angles, start, kv, visible)
+        attended, kv = self.self_attn(self.input_layernorm(x), rotation, start, kv, visible)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
@@ -183,11 +191,11 @@ class Qwen(nn.Module):
         """
         if positions is None:
             positions = torch.arange(start, start + ids.shape[-1], device=ids.device)
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        rotation = self.config.rope.rotation(positions, self.config.head_dim)
         x: Tensor = self.model.embed_tokens(ids)
         updated: list[LayerKv] = []
         for index, layer in enumerate(self.model.layers):
-            x, layer_kv = layer(x, angles, start, None if kv is None else kv[index], visible)
+            x, layer_kv = layer(x, rotation, start, None if kv is None else kv[index], visible)
             updated.append(layer_kv)
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return F.linear(self.model.norm(x), head.weight), updated

@@ -1,0 +1,170 @@
+"""Our vLLM model class in the test's own process: configuration, layers, weights and logits without an engine."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.reference.model import LLaDA, LLaDAConfig
+from vllm_dllm.reference.qwen import Qwen, QwenConfig
+
+LLADA = {
+    "architectures": ["LLaDAModelLM"],
+    "model_type": "llada",
+    "activation_type": "silu",
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "include_bias": False,
+    "d_model": 24,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "mlp_hidden_size": 40,
+    "mlp_ratio": 4,
+    "vocab_size": 60,
+    "embedding_size": 64,
+    "max_sequence_length": 48,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "weight_tying": False,
+    "mask_token_id": 3,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "torch_dtype": "float32",
+}
+SDAR = {
+    "architectures": ["SDARForCausalLM"],
+    "model_type": "sdar",
+    "block_size": 4,
+    "hidden_act": "silu",
+    "head_dim": 8,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 48,
+    "mask_token_id": 3,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+DREAM = {k: v for k, v in SDAR.items() if k != "block_size"} | {"architectures": ["DreamModel"], "model_type": "Dream"}
+TINY: dict[str, dict[str, Any]] = {"llada": LLADA, "dream": DREAM, "sdar": SDAR}
+
+
+class SeesAll(nn.Module):
+    """In the place of vLLM's attention layer, which needs an engine's pages: each row attends to all."""
+
+    def __init__(self, num_heads: int, head_dim: int, scale: float, num_kv_heads: int, **_: Any) -> None:
+        super().__init__()
+        self.shapes = [(num_heads, head_dim), (num_kv_heads, head_dim), (num_kv_heads, head_dim)]
+        self.scale = scale
+
+    def forward(self, *rows: Tensor) -> Tensor:
+        """Map query, key and value, each [num_rows, heads * head_dim]."""
+        query, key, value = (x.unflatten(-1, shape).transpose(0, 1) for x, shape in zip(rows, self.shapes, strict=True))
+        out = F.scaled_dot_product_attention(query, key, value, scale=self.scale, enable_gqa=True)
+        return out.transpose(0, 1).flatten(-2)
+
+
+@contextmanager
+def vllm_alone(folder: Path) -> Iterator[None]:
+    """Make this process the only rank, with the plugin; nothing is left behind for engines of later tests."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    from vllm_dllm.models import transformer
+    from vllm_dllm.plugin import register
+
+    register()
+    with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
+        patch.setattr(transformer, "Attention", SeesAll)
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
+        initialize_model_parallel(1)
+        try:
+            yield
+        finally:
+            destroy_model_parallel()
+            destroy_distributed_environment()
+
+
+def read_config(folder: Path, config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Any:
+    """Return vLLM's `ModelConfig` of a config.json; raises ConfigError as we raised it."""
+    from vllm.config import ModelConfig
+
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        return ModelConfig(
+            model=str(folder), dtype="float32", skip_tokenizer_init=True, hf_overrides=dict(overrides or {})
+        )
+    except ValidationError as error:
+        raised = error.errors()[0].get("ctx", {}).get("error")
+        if isinstance(raised, ConfigError):
+            raise raised from None
+        raise
+
+
+def make_model(hf_config: Any, quant_config: Any = None, load_format: str = "auto") -> Any:
+    """Return our model without weights."""
+    from vllm.model_executor.models import ModelRegistry
+
+    model_class = ModelRegistry._try_load_model_cls(hf_config.architectures[0])
+    vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=hf_config),
+        quant_config=quant_config,
+        cache_config=None,
+        load_config=SimpleNamespace(load_format=load_format),
+    )
+    return model_class(vllm_config=vllm_config)
+
+
+def reference_of(config: Mapping[str, Any], folder: Path) -> LLaDA | Qwen:
+    """Return the reference model of a config.json, with random weights."""
+    path = folder / "reference.json"
+    path.write_text(json.dumps(config))
+    if config["architectures"] == ["LLaDAModelLM"]:
+        model: LLaDA | Qwen = LLaDA(LLaDAConfig.from_json(path))
+    else:
+        model = Qwen(QwenConfig.from_json(path))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        is_scale = weight.dim() == 1 and name.endswith("weight")
+        torch.nn.init.normal_(weight, mean=float(is_scale), std=0.3, generator=generator)
+    return model.eval()
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """Return [num_rows, vocab_size] logits of our model, for a row from position 0 on."""
+    with torch.inference_mode():
+        return model.head_logits(model(ids, torch.arange(len(ids))))
+
+
+def load(model: Any, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+    """Load weights, and let the layers make of them what they compute with."""
+    model.load_weights(weights.items() if isinstance(weights, Mapping) else weights)
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            method.process_weights_after_loading(module)

@@ -1,0 +1,301 @@
+"""Changes of a config.json, and what must become of each: served as the reference computes it, or refused by name."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.models.in_process import TINY
+
+ABSENT = object()
+"""The value of a field that is taken out."""
+
+NOT_SIZES = (0, -1, True, "8", 2.5, [4])
+NOT_POSITIVE = (0, -1e-6, True, "0.1", float("inf"), float("nan"))
+ROLES = {
+    "llada": {
+        "width": "d_model",
+        "layers": "n_layers",
+        "heads": "n_heads",
+        "kv": "n_kv_heads",
+        "inner": "mlp_hidden_size",
+        "positions": "max_sequence_length",
+        "tied": "weight_tying",
+    },
+    "qwen": {
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "kv": "num_key_value_heads",
+        "inner": "intermediate_size",
+        "positions": "max_position_embeddings",
+        "tied": "tie_word_embeddings",
+    },
+}
+OTHER_ARITHMETIC: dict[str, dict[str, Sequence[Any]]] = {
+    "llada": {
+        "activation_type": ("gelu", "swiglu", None, 1),
+        "alibi": (True, "no"),
+        "attention_layer_norm": (True,),
+        "bias_for_layer_norm": (True,),
+        "block_group_size": (2, None),
+        "block_type": ("sequential", None),
+        "clip_qkv": (8.0, False),
+        "include_bias": (True,),
+        "include_qkv_bias": (True,),
+        "input_emb_norm": (True,),
+        "layer_norm_type": ("default", "gemma_rms"),
+        "layer_norm_with_affine": (False, None),
+        "multi_query_attention": (True,),
+        "rope": (False, None),
+        "rope_full_precision": (False,),
+        "scale_logits": (True,),
+        "head_dim": (5, 12),
+        "is_encoder_decoder": (True,),
+    },
+    "qwen": {
+        "attention_bias": (True,),
+        "dual_chunk_attention_config": ({"chunk_size": 8}, False),
+        "hidden_act": ("gelu", None),
+        "layer_types": (["sliding_attention"] * 2, ["full_attention"], "full_attention"),
+        "mlp_bias": (True,),
+        "partial_rotary_factor": (0.5, True),
+        "use_mrope": (True,),
+        "use_sliding_window": (True,),
+        "is_encoder_decoder": (True,),
+    },
+}
+UNKNOWN = {
+    "num_experts": 8,
+    "final_logit_softcapping": 30.0,
+    "attention_multiplier": 0.5,
+    "use_qk_norm": True,
+    "residual_scale": False,
+    "text_config": {"hidden_size": 8},
+    "per_layer_config": {"0": {"hidden_size": 8}},
+    "original_max_position_embeddings": 16,
+    "model_max_length": 4,
+}
+HARMLESS = {
+    "attention_dropout": 0.3,
+    "initializer_range": 1.0,
+    "use_cache": False,
+    "transformers_version": "4.1",
+    "temperature": 0.3,
+    "flash_attention": True,
+    "_attn_implementation_autoset": True,
+    "quux": None,
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change.
+
+    Attributes:
+        group: changes of one group touch the same thing, so that only one of them is made.
+        fields: the new values.
+        names: of which a refusal must have one; empty where the change is to be served.
+        only: `file` or `overrides`, where the two differ.
+    """
+
+    group: str
+    fields: dict[str, Any]
+    names: tuple[str, ...] = ()
+    only: str | None = None
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Some changes of a family's configuration, in the file or by --hf-overrides."""
+
+    family: str
+    changes: tuple[Change, ...]
+    by_overrides: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What is asked for, as one config.json."""
+        merged = TINY[self.family] | self.fields
+        if self.by_overrides and self.family == "llada" and "hidden_size" in merged:
+            merged["d_model"] = merged.pop("hidden_size")  # a name of vLLM's, which overrides may have
+        return {name: value for name, value in merged.items() if value is not ABSENT}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of which a refusal must have one."""
+        return tuple(name for change in self.changes for name in change.names)
+
+
+def changes_of(family: str) -> list[Change]:
+    """Return all changes of a family."""
+    kind = "llada" if family == "llada" else "qwen"
+    return [*_shapes(kind), *_numbers(kind), *_token_ids(), *_ropes(ROLES[kind]["positions"]), *_others(family, kind)]
+
+
+def _shapes(kind: str) -> list[Change]:
+    role = ROLES[kind]
+    width, heads, kv = role["width"], role["heads"], role["kv"]
+    found = [Change("shape", {heads: h, kv: k}) for h, k in ((2, 1), (6, 3), (3, 1), (6, 6), (4, None), (2, None))]
+    found += [Change("shape", {width: w}) for w in ((16, 32, 48) if kind == "llada" else (16, 20, 34))]
+    found += [
+        Change("shape", {heads: 5}, (heads,)) if kind == "llada" else Change("shape", {heads: 8, kv: 3}, (heads, kv)),
+        Change("shape", {kv: 3}, (kv,)),
+        Change("shape", {heads: 2, kv: 4}, (kv,)),
+        Change("shape", {heads: 8, kv: 8} if kind == "llada" else {"head_dim": 7}, (heads, "head_dim")),
+    ]
+    if kind == "qwen":
+        found += [Change("shape", {"head_dim": d}) for d in (4, 10, None, ABSENT)]
+        found.append(Change("shape", {"head_dim": None, heads: 5, kv: 5}, (heads,)))
+    else:
+        found += [Change("shape", {"hidden_size": 32, "d_model": 24}, ("hidden_size",), only="file")]
+        found += [Change("shape", {"hidden_size": 48}, only="overrides")]
+    for name in (width, heads):
+        found += [Change("shape", {name: value}, (name,)) for value in (*NOT_SIZES, None, ABSENT)]
+    found += [Change("shape", {name: value}, (name,)) for name in (kv, "head_dim") for value in NOT_SIZES]
+    return found
+
+
+def _numbers(kind: str) -> list[Change]:
+    role = ROLES[kind]
+    layers, inner, tied = role["layers"], role["inner"], role["tied"]
+    found = [Change("layers", {layers: n}) for n in (1, 3)] + [Change("inner", {inner: n}) for n in (8, 41)]
+    found += [Change("eps", {"rms_norm_eps": value}) for value in (1e-3, 0.1, 1)]
+    found += [Change("tied", {tied: True}), *(Change("tied", {tied: v}, (tied,)) for v in (1, "true", None))]
+    found += [
+        Change("vocab", {"vocab_size": n, "embedding_size": n} if kind == "llada" else {"vocab_size": n})
+        for n in (40, 71)
+    ]
+    for group, name in (("layers", layers), ("inner", inner), ("vocab", "vocab_size")):
+        found += [
+            Change(group, {name: value}, (name,))
+            for value in (*NOT_SIZES, *((None, ABSENT) if name != "mlp_hidden_size" else ()))
+        ]
+    found += [Change("eps", {"rms_norm_eps": value}, ("rms_norm_eps",)) for value in (*NOT_POSITIVE, None)]
+    if kind == "llada":
+        found += [Change("inner", {inner: gone, "mlp_ratio": ratio}) for gone in (None, ABSENT) for ratio in (1, 2, 4)]
+        found += [Change("inner", {inner: None, "mlp_ratio": gone}, (inner,)) for gone in (None, ABSENT)]
+        found += [Change("inner", {"mlp_ratio": value}, ("mlp_ratio",)) for value in NOT_SIZES]
+        found += [Change("vocab", {"embedding_size": gone}) for gone in (None, ABSENT, 60, 100)]
+        found += [Change("vocab", {"embedding_size": 59}, ("embedding_size",))]
+        found += [Change("shape", {"multi_query_attention": False}, ("multi_query_attention",))]
+        found += [Change("shape", {"multi_query_attention": False, "n_kv_heads": kv}) for kv in (None, 4)]
+    return found
+
+
+def _token_ids() -> list[Change]:
+    found = [
+        Change("ids", {name: value})
+        for name, value in (
+            *(("eos_token_id", value) for value in ([1, 2], [5], 0, None)),
+            *((f"{name}_token_id", value) for name in ("pad", "bos", "eot") for value in (None, 0, 7)),
+            *(("mask_token_id", value) for value in (0, 39)),
+        )
+    ]
+    for name in ("mask", "eos", "eot", "bos", "pad"):
+        wrong: list[Any] = [-1, 999, 10**12, True, False, 3.0, "3", {}]
+        wrong += [[], [1, -1], [1, 999], [True], [None]] if name == "eos" else [[3]]
+        wrong += [None, ABSENT] if name == "mask" else []
+        found += [Change("ids", {f"{name}_token_id": value}, (f"{name}_token_id",)) for value in wrong]
+    found += [
+        Change("ids", {"mask_token_id": 1}, ("mask_token_id",)),
+        Change("ids", {"eos_token_id": [2, 3]}, ("mask_token_id",)),
+    ]
+    found += [Change("ids", {"eot_token_id": 3}, ("mask_token_id",))]
+    return found
+
+
+def _ropes(positions: str) -> list[Change]:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    served: list[dict[str, Any]] = [
+        {"type": "default"},
+        *({key: "linear", "factor": factor} for key in ("type", "rope_type") for factor in (1, 2, 4.0, 2.5)),
+        *({key: "dynamic", "factor": factor} for key in ("type", "rope_type") for factor in (1, 2, 4.0, 2.7)),
+        yarn,
+        {"type": "yarn", "factor": 3},
+        yarn | {"beta_fast": 4, "beta_slow": 0.5},
+        yarn | {"truncate": False},
+        yarn | {"attention_factor": 1.7},
+        yarn | {"mscale": 0.7, "mscale_all_dim": 1.3},
+        yarn | {"factor": 8.5, "rope_theta": None, "partial_rotary_factor": 1.0},
+        {"rope_type": "linear", "type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+    ]
+    refused: list[tuple[dict[str, Any], str]] = [
+        *(
+            ({"rope_type": kind, "factor": 4.0}, "rope_type")
+            for kind in ("llama3", "longrope", "ntk", "su", "mrope", 1)
+        ),
+        *(({"type": kind}, "factor") for kind in ("linear", "dynamic", "yarn")),
+        *(({"type": "linear", "factor": value}, "factor") for value in (0.5, 0, -2, "4", True, [2.0], float("inf"))),
+        ({"factor": 4.0}, "factor"),
+        ({"rope_type": "linear", "type": "dynamic", "factor": 2.0}, "type"),
+        ({"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, "low_freq_factor"),
+        ({"rope_type": "linear", "factor": 2.0, "truncate": True}, "truncate"),
+        ({"rope_type": "dynamic", "alpha": 1000.0}, "alpha"),
+        ({"rope_type": "default", "mrope_section": [1, 1, 2]}, "mrope_section"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"full_attention": {"rope_type": "linear", "factor": 2.0}}, "full_attention"),
+        (yarn | {"factor": 2.0}, "max_position_embeddings"),
+        (yarn | {"original_max_position_embeddings": 0}, "original_max_position_embeddings"),
+        (yarn | {"mscale": 0.7}, "mscale"),
+        (yarn | {"beta_fast": 0}, "beta_fast"),
+        (yarn | {"attention_factor": -1.0}, "attention_factor"),
+    ]
+    names = ("rope_scaling", "rope_parameters")
+    found = [Change("rope", {name: value}) for name in names for value in served]
+    found += [Change("rope", {name: value}, (wrong,)) for name in names for value, wrong in refused]
+    found += [Change("rope", {name: value}, (name,)) for name in names for value in ("linear", 4.0, ["linear"])]
+    found += [Change("rope", {positions: n}) for n in (16, 64)]
+    found += [Change("rope", {positions: n}, (positions,)) for n in (*NOT_SIZES, None, ABSENT)]
+    found += [Change("rope", {"rope_theta": value}) for value in (100.0, 500, 1e6)]
+    found += [Change("rope", {"rope_theta": v}, ("rope_theta",)) for v in (1.0, 0, -5.0, "1e4", True, float("inf"))]
+    found += [Change("rope", {"rope_theta": gone}, ("rope_theta",), only="file") for gone in (None, ABSENT)]
+    linear = {"rope_type": "linear", "factor": 2.0}
+    found += [
+        Change("rope", {"rope_theta": ABSENT, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+        Change("rope", {"rope_parameters": linear | {"rope_theta": 500.0}}, ("rope_theta",), only="file"),
+        Change("rope", {"rope_parameters": linear | {"rope_theta": 500.0}}, only="overrides"),
+        Change("rope", {"rope_theta": 600.0, "rope_parameters": linear | {"rope_theta": 500.0}}, ("rope_theta",)),
+        Change("rope", {"rope_scaling": linear, "rope_parameters": linear}),
+        Change("rope", {"rope_scaling": linear, "rope_parameters": linear | {"factor": 3.0}}, ("factor",)),
+    ]
+    return found
+
+
+def _others(family: str, kind: str) -> list[Change]:
+    other = OTHER_ARITHMETIC[kind].items()
+    found = [Change(name, {name: value}, (name,)) for name, values in other for value in values]
+    found += [Change(name, {name: value}, (name,)) for name, value in UNKNOWN.items()]
+    # vLLM makes the name that it knows of this one.
+    found += [Change("rotary_pct", {"rotary_pct": 0.5}, ("rotary_pct", "partial_rotary_factor"))]
+    found += [Change(name, {name: value}) for name, value in HARMLESS.items()]
+    if family == "sdar":
+        found += [Change("block", {"block_size": value}) for value in (8, None, ABSENT)]
+        found += [Change("block", {"block_size": value}, ("block_size",)) for value in NOT_SIZES]
+    else:
+        found += [Change("block", {"block_size": 8}, ("block_size",))]
+    if kind == "qwen":
+        found += [Change("window", {"sliding_window": 8, "max_window_layers": 1})]
+        found += [Change("layers", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3})]
+    return found
+
+
+def draw(seed: int) -> Mutation:
+    """Return the mutation of a seed: one change in half of them, else two or three."""
+    rng = random.Random(seed)
+    family = rng.choice(list(TINY))
+    by_overrides = rng.random() < 0.4
+    route = "overrides" if by_overrides else "file"
+    pool = [change for change in changes_of(family) if change.only in (None, route)]
+    if by_overrides:  # a field cannot be taken out by them
+        pool = [change for change in pool if ABSENT not in change.fields.values()]
+    served = [change for change in pool if not change.names]
+    first = rng.choice(served if rng.random() < 0.5 else pool)
+    changes, groups, fields = [first], {first.group}, dict(first.fields)
+    for change in rng.sample(served, rng.choice([0, 0, 1, 2])):
+        if change.group not in groups and fields.keys().isdisjoint(change.fields):
+            changes.append(change)
+            groups.add(change.group)
+            fields |= change.fields
+    return Mutation(family, tuple(changes), by_overrides, fields)
