@@ -6,9 +6,10 @@ that the unmasking policy makes in turn, as far as the drafts came true (`unmask
 waits for the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -17,7 +18,7 @@ from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.draft.native import Propose
 from vllm_dllm.draft.propose import Roots, likeliest_end, propose
-from vllm_dllm.ops.vocab_stats import RowSampling
+from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import Head
@@ -35,6 +36,15 @@ class Drafting:
     graph: CompiledGraph
     state: DraftState
     propose: Propose = propose
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What a forward evaluated for some requests with equally many canvases."""
+
+    blocks: Blocks
+    nodes: Nodes
+    hidden: Tensor  # [num_reqs * num_nodes * block_length, hidden_size], the model's rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,31 +109,33 @@ class Denoiser:
         if self.drafting is not None:
             self.drafting.state.forget(slots, where)
 
-    def advance(self, blocks: Blocks, nodes: Nodes, hidden: Tensor) -> Trajectory:
+    def advance(self, forward: Sequence[Evaluated]) -> list[Trajectory]:
         """Decide the next canvases of some requests, as many as their drafts foresaw and one more.
 
         Where a look-ahead came true the request has the next block from then on.
 
         Args:
-            blocks: the requests.
-            nodes: the canvases that were evaluated for them.
-            hidden: [num_reqs * num_nodes * block_length, hidden_size], the model's rows for these canvases.
+            forward: groups of requests, no request in two of them. The head reads its weight once for all.
         """
-        num_masked = nodes.is_masked.flatten(0, 1).sum(1, keepdim=True)
-        sampling = self.state.row_sampling(_blocks_of(nodes, blocks), num_masked)
+        rows = [self.state.predicting_rows(part.blocks.slots, part.hidden) for part in forward]
+        num_masked = torch.cat([part.nodes.is_masked.sum(2).flatten() for part in forward])
+        sampling = self.state.row_sampling(_blocks_of(forward), num_masked)
         keeps_candidates = self.drafting is not None or self.observer is not None
-        rows = self.state.predicting_rows(blocks.slots, hidden)
-        stats = self.head(rows, sampling, MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES)
+        stats = self.head(torch.cat(rows), sampling, MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES)
+        of_parts = stats.split([len(part.hidden) for part in forward])
+        return [self._decide(part, own) for part, own in zip(forward, of_parts, strict=True)]
+
+    def _decide(self, part: Evaluated, stats: PartialStats) -> Trajectory:
+        blocks, nodes = part.blocks, part.nodes
         params = self.state.policy_params(blocks)
         done = self.walk(nodes, stats, params, self.state.mask_token_id, self.state.rules)
         self.state.canvas[blocks.slots] = done.next_canvas
-        if keeps_candidates:
-            request = torch.arange(len(done.node), device=done.node.device)
-            if self.drafting is not None:
-                self.drafting.state.put(blocks.slots, done.candidates, nodes.is_masked[request, done.node])
-            if self.observer is not None:
-                before = nodes.canvas[request, done.node]
-                self.observer(Observation(blocks, before, done.next_canvas, done.candidates))
+        request = torch.arange(len(done.node), device=done.node.device)
+        if self.drafting is not None:
+            self.drafting.state.put(blocks.slots, done.candidates, nodes.is_masked[request, done.node])
+        if self.observer is not None:
+            before = nodes.canvas[request, done.node]
+            self.observer(Observation(blocks, before, done.next_canvas, done.candidates))
         return done
 
     def finished(self, blocks: Blocks) -> Trajectory:
@@ -137,19 +149,24 @@ class Denoiser:
             hidden: [num_rows, hidden_size].
             is_sampled: with noise and filters, which take the most memory.
         """
-        zeros = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        ones = torch.ones(len(hidden), dtype=torch.float64, device=hidden.device)
-        wants_sampled = is_sampled and self.state.rules.confidence == "sampled"
-        keys = zeros if is_sampled else None
-        sampling = RowSampling(ones * is_sampled, zeros, 0.9 * ones, keys, is_sampled, wants_sampled)
+        sampling = None
+        if is_sampled:
+            zeros = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+            ones = torch.ones(len(hidden), dtype=torch.float64, device=hidden.device)
+            wants_sampled = self.state.rules.confidence == "sampled"
+            sampling = RowSampling(ones, zeros, 0.9 * ones, zeros, has_filter=True, wants_sampled=wants_sampled)
         self.head(hidden, sampling, POLICY_CANDIDATES if self.drafting is None else MAX_CANDIDATES)
 
 
-def _blocks_of(nodes: Nodes, blocks: Blocks) -> Blocks:
-    """Return the block of each node, [num_reqs * num_nodes]; `blocks` are the roots'."""
-    num_nodes, block_length = nodes.canvas.shape[1:]
-    start = blocks.start[:, None].repeat(1, num_nodes)
-    if nodes.end is not None:
-        start[:, -1] += block_length
-    slots = blocks.slots.repeat_interleave(num_nodes)
-    return Blocks(slots, blocks.slots_np.repeat(num_nodes), start.flatten())
+def _blocks_of(forward: Sequence[Evaluated]) -> Blocks:
+    """Return the block of each evaluated canvas."""
+    slots, slots_np, starts = [], [], []
+    for part in forward:
+        num_nodes, block_length = part.nodes.canvas.shape[1:]
+        start = part.blocks.start[:, None].repeat(1, num_nodes)
+        if part.nodes.end is not None:
+            start[:, -1] += block_length
+        slots.append(part.blocks.slots.repeat_interleave(num_nodes))
+        slots_np.append(part.blocks.slots_np.repeat(num_nodes))
+        starts.append(start.flatten())
+    return Blocks(torch.cat(slots), np.concatenate(slots_np), torch.cat(starts))

@@ -28,7 +28,7 @@ def sampling_of(num_rows: int, temperature: float, top_k: int = 0, top_p: float 
         temperature=torch.full((num_rows,), temperature, dtype=torch.float64),
         top_k=torch.full((num_rows,), top_k),
         top_p=torch.full((num_rows,), top_p, dtype=torch.float64),
-        keys=keys if temperature > 0 else None,
+        keys=keys,
         has_filter=top_k > 0 or top_p < 1,
         wants_sampled=True,
     )

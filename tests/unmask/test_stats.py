@@ -19,7 +19,7 @@ def sampling(num_rows: int, temperature: float = 0.0, top_k: int = 0, top_p: flo
         temperature=torch.full((num_rows,), temperature, dtype=torch.float64),
         top_k=torch.full((num_rows,), top_k),
         top_p=torch.full((num_rows,), top_p, dtype=torch.float64),
-        keys=noise.stream_keys(torch.tensor(7), torch.arange(num_rows), torch.tensor(3)) if temperature > 0 else None,
+        keys=noise.stream_keys(torch.tensor(7), torch.arange(num_rows), torch.tensor(3)),
         has_filter=top_k > 0 or top_p < 1,
     )
 

@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_dllm.attention.layout import empty_layout, stored_rows, storing_layout
-from vllm_dllm.denoiser import Denoiser, Drafting
+from vllm_dllm.denoiser import Denoiser, Drafting, Evaluated
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.draft.native import choose_propose
@@ -292,7 +292,7 @@ class DllmModelState(ModelState):
             self.state.edge[blocks.slots[spans_edge]] = hidden[edge_row]
         if self.kv_policy.decides_step:
             block_rows = (first_row[:, None] + self.state.positions(blocks)).flatten()
-            done = self.denoiser.advance(blocks, self.denoiser.nodes(blocks, 0), hidden[block_rows])
+            (done,) = self.denoiser.advance([Evaluated(blocks, self.denoiser.nodes(blocks, 0), hidden[block_rows])])
             step.num_unmasked[index] = done.num_unmasked
             if self.device.type == "cpu":  # elsewhere the host would wait, and a captured step has its rows anyway
                 step.is_finished_np[plan.index] = done.is_finished.numpy()

@@ -1,5 +1,6 @@
 """What happens after a forward: canvases advance, finished blocks are emitted."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +52,7 @@ class DllmSampler:
         num_sampled = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
         num_rejected = torch.zeros_like(num_sampled)
         report = torch.zeros(input_batch.num_reqs, REPORT_LEN, dtype=torch.int32, device=hidden.device)
-        for group, rows in step.split(hidden):
-            assert group.nodes is not None, "the forward ran on them"
-            if group.num_nodes:
-                done = denoiser.advance(group.blocks, group.nodes, group.evaluated(rows))
-            else:
-                done = denoiser.finished(group.blocks)
+        for group, done in self._decided(step, hidden):
             index, tail = group.index, (step.num_known[group.index] - group.blocks.start)[:, None]
             columns = torch.arange(state.block_length, device=hidden.device) + tail
             emitted = done.canvas.gather(1, columns.clamp(max=state.block_length - 1)).int()
@@ -70,6 +66,15 @@ class DllmSampler:
         begins = input_batch.idx_mapping[step.num_reqs : input_batch.num_reqs]
         denoiser.begin_blocks(begins, torch.ones_like(begins, dtype=torch.bool))
         return _output(sampled, num_sampled, num_rejected, report)
+
+    def _decided(self, step: DenoiseStep, hidden: Tensor) -> Iterator[tuple[Group, Trajectory]]:
+        """Decide the canvases of all groups; those of groups without rows are finished."""
+        denoiser = self.model_state.denoiser
+        in_forward = [(group, group.evaluated(rows)) for group, rows in step.split(hidden) if group.num_nodes]
+        if in_forward:
+            groups, evaluated = zip(*in_forward, strict=True)
+            yield from zip(groups, denoiser.advance(evaluated), strict=True)
+        yield from ((group, denoiser.finished(group.blocks)) for group in step.groups if not group.num_nodes)
 
     def _profile(self, hidden: Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Use as much memory as a real step can, for the run in which vLLM measures it; the result is not used."""

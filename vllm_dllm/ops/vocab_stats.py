@@ -11,12 +11,12 @@ from vllm_dllm.ops.load import check_one_device, require
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """How each row's token is drawn, as device tensors; what the host knows spares whole stages."""
+    """How tokens of rows are drawn, of which some have a temperature above 0; `has_filter` spares a stage."""
 
     temperature: Tensor  # [num_rows] float64, 0 takes the most probable token
     top_k: Tensor  # [num_rows] int64, 0 keeps all
     top_p: Tensor  # [num_rows] float64, 1 keeps all
-    keys: Tensor | None  # [num_rows] int64, noise.stream_keys; None: no temperature is above 0
+    keys: Tensor  # [num_rows] int64, noise.stream_keys
     has_filter: bool  # any top_k or top_p that removes something at a temperature > 0
     wants_sampled: bool = False  # statistics of the sampled distribution too: softmax(l / temperature), filtered
 
@@ -27,13 +27,8 @@ class RowSampling:
             temperature=self.temperature[begin:end],
             top_k=self.top_k[begin:end],
             top_p=self.top_p[begin:end],
-            keys=None if self.keys is None else self.keys[begin:end],
+            keys=self.keys[begin:end],
         )
-
-    @property
-    def has_noise(self) -> bool:
-        """Whether any temperature is above 0."""
-        return self.keys is not None
 
     @property
     def divisor(self) -> Tensor:
@@ -104,6 +99,10 @@ class PartialStats:
         values = (getattr(self, field.name) for field in fields(self))
         return [value for value in values if value is not None]
 
+    def split(self, sizes: list[int]) -> list["PartialStats"]:
+        """Return the statistics of consecutive rows, so many each."""
+        return [PartialStats(*parts) for parts in zip(*(column.split(sizes) for column in self.tensors), strict=True)]
+
     def distribution(self, divisor: Tensor) -> Distribution:
         """Return the sampled distribution where that is wanted, else the model's own.
 
@@ -132,12 +131,12 @@ class PartialStats:
         return self.top_logits[:, 0].double() + torch.log1p(self.rest)
 
 
-def merge(parts: Sequence[PartialStats], sampling: RowSampling) -> PartialStats:
+def merge(parts: Sequence[PartialStats], sampling: RowSampling | None) -> PartialStats:
     """Put the statistics of consecutive shards of a vocabulary together.
 
     Args:
         parts: of the same rows, in the order of their ids, which decides between equal logits and scores.
-        sampling: of the rows; none is filtered.
+        sampling: of the rows, as it was given for these statistics; none is filtered.
     """
     stacked = [torch.stack(columns) for columns in zip(*(part.tensors for part in parts), strict=True)]
     top_ids, top_logits, rest, weighted, token_ids, token_logits, scores, *sampled = stacked
@@ -154,7 +153,7 @@ def merge(parts: Sequence[PartialStats], sampling: RowSampling) -> PartialStats:
         token_ids.gather(0, drawn)[0],
         token_logits.gather(0, drawn)[0],
         scores.gather(0, drawn)[0],
-        *(_merge_sums(first, below / sampling.divisor, *sampled) if sampled else ()),
+        *(_merge_sums(first, below / sampling.divisor, *sampled) if sampling is not None and sampled else ()),
     )
 
 
@@ -204,8 +203,7 @@ def vocab_stats(
     """
     require("vocab_stats", rows.device.type)
     wants_sampled = sampling is not None and sampling.wants_sampled
-    noise = sampling if sampling is not None and sampling.has_noise else None
-    filters = noise if noise is not None and noise.has_filter else None
+    filters = sampling if sampling is not None and sampling.has_filter else None
     results = torch.ops.vllm_dllm.vocab_stats(
         rows,
         weight,
@@ -213,8 +211,8 @@ def vocab_stats(
         excluded_ids,
         num_candidates,
         wants_sampled,
-        noise and noise.keys,
-        noise and noise.temperature.contiguous(),
+        sampling and sampling.keys.contiguous(),
+        sampling and sampling.temperature.contiguous(),
         filters and filters.top_k.contiguous(),
         filters and filters.top_p.contiguous(),
     )

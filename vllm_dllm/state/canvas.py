@@ -134,33 +134,30 @@ class CanvasState:
             has_alg_temp=bool((self._floats_np[_FLOATS.index("alg_temp"), slots_np] > 0).any()),
         )
 
-    def row_sampling(self, blocks: Blocks, num_masked: Tensor) -> RowSampling:
-        """Gather how the rows of some canvases are sampled.
+    def row_sampling(self, blocks: Blocks, num_masked: Tensor) -> RowSampling | None:
+        """Gather how the rows of some canvases are sampled; None when all requests are greedy.
 
         Args:
-            blocks: the requests.
-            num_masked: [num_reqs, num_nodes] int64, masked positions of each canvas evaluated for a request.
+            blocks: of the canvases.
+            num_masked: [num_canvases] int64, masked positions of each.
 
-        Returns: rows in the order of requests, nodes, positions.
+        Returns: rows in the order of canvases, positions.
         """
         temperature_np, has_top_k, has_top_p = self._sampling_np(blocks.slots_np)
-        shape = (*num_masked.shape, self.block_length)
-        has_noise = bool((temperature_np > 0).any())
-        keys = None
-        if has_noise:
-            seeds = self._int("seed")[blocks.slots]
-            keys = stream_keys(seeds[:, None, None], self.positions(blocks)[:, None], num_masked[..., None]).flatten()
+        if not (temperature_np > 0).any():
+            return None
+        keys = stream_keys(self._int("seed")[blocks.slots, None], self.positions(blocks), num_masked[:, None])
 
         def per_row(per_request: Tensor) -> Tensor:
-            return per_request[blocks.slots, None, None].expand(shape).flatten()
+            return per_request[blocks.slots, None].expand_as(keys).flatten()
 
         return RowSampling(
             temperature=per_row(self._float("temperature")),
             top_k=per_row(self._int("top_k")),
             top_p=per_row(self._float("top_p")),
-            keys=keys,
+            keys=keys.flatten(),
             has_filter=bool(((temperature_np > 0) & (has_top_k | has_top_p)).any()),
-            wants_sampled=self.rules.confidence == "sampled" and has_noise,
+            wants_sampled=self.rules.confidence == "sampled",
         )
 
     def draft_noise(self, blocks: Blocks) -> DraftNoise | None:
