@@ -38,6 +38,8 @@ SLOW = [(8, 12, 12, 1, "csrc"), (32, 10, 10, None, "csrc"), (32, 24, 3, 1, "csrc
 """Block length, nodes, budget, tokens per step, attention."""
 MAX_MODEL_LEN = 1024
 """Rows behind it are cut, and with them drafts: it leaves room for most of the rows of these cases."""
+MAX_ROWS = 8192
+"""Room for the whole budget of all requests at once, more than the server takes by itself (`MAX_DRAFT_ROWS`)."""
 
 
 @pytest.fixture(params=configurations("spiffy", USUAL, SLOW))
@@ -46,8 +48,8 @@ def served(request: pytest.FixtureRequest, mild: Path) -> Any:
     graph = random_graph(num_nodes, num_nodes, block_length, tokens_per_step)
     settings = {"block_length": block_length, "attention": attention}
     config = speculation(graph, budget)
-    llm = shared_engine(mild, settings, speculative_config=config, max_model_len=MAX_MODEL_LEN)
-    return llm, settings, graph, budget
+    options = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": MAX_ROWS}
+    return shared_engine(mild, settings, speculative_config=config, **options), settings, graph, budget
 
 
 def test_mixed_batch_equals_reference(served: Any, mild_oracle: Oracle) -> None:
