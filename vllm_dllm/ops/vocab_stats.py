@@ -148,7 +148,7 @@ def merge(parts: Sequence[PartialStats], sampling: RowSampling | None) -> Partia
     drawn = scores.argmax(0, keepdim=True)
     return PartialStats(
         top_ids.movedim(0, 1).flatten(1).gather(1, order[:, :num_candidates]),
-        logits[:, :num_candidates],
+        logits[:, :num_candidates].contiguous(),
         *_merge_sums(first, below, rest, weighted),
         token_ids.gather(0, drawn)[0],
         token_logits.gather(0, drawn)[0],
