@@ -42,9 +42,9 @@ void check_params(const std::vector<Tensor>& params, const Tensor& canvas) {
   check_count("params", params, 11,
               "policy_id, seed, prompt_len, start, threshold, factor, entropy_bound, alg_temp, temperature, counts and "
               "times");
-  const char* const names[] = {"params.policy_id", "params.seed",          "params.prompt_len", "params.start",
-                               "params.threshold", "params.factor",        "params.entropy_bound",
-                               "params.alg_temp",  "params.temperature"};
+  const char* const names[] = {"params.policy_id",     "params.seed",      "params.prompt_len",
+                               "params.start",         "params.threshold", "params.factor",
+                               "params.entropy_bound", "params.alg_temp",  "params.temperature"};
   for (size_t i = 0; i < 9; ++i) {
     check_input(names[i], params[i], i < 4 ? ScalarType::Long : ScalarType::Double, {canvas.size(0)}, canvas);
   }

@@ -216,8 +216,7 @@ DLLM_HOST_DEVICE inline int64_t policy_count(const DecideWalkArgs& args, const W
     case Policy::kFactor:
       // Rank 0 is always unmasked: Fast-dLLM's first threshold is -1. Failing at the last one alone unmasks it too.
       count = 1;
-      while (count < num_masked &&
-             !(ordered[count] < 1.0 - args.factor[at.request] / static_cast<double>(count + 2))) {
+      while (count < num_masked && !(ordered[count] < 1.0 - args.factor[at.request] / static_cast<double>(count + 2))) {
         ++count;
       }
       count += count == num_masked - 1;
@@ -354,7 +353,8 @@ DLLM_HOST_DEVICE inline void walk(const DecideWalkArgs& args, const WalkScratch&
   team.once([&] {
     int64_t num_unmasked = 0;
     for (int64_t offset = 0; offset < length; ++offset) {
-      num_unmasked += root[offset] == args.mask_token_id && args.out_canvas[request * length + offset] != args.mask_token_id;
+      num_unmasked +=
+          root[offset] == args.mask_token_id && args.out_canvas[request * length + offset] != args.mask_token_id;
       num_unmasked += came_over && scratch.canvas[offset] != args.mask_token_id;
     }
     args.out_node[request] = at.node;
