@@ -9,10 +9,10 @@ from vllm_dllm.bench import attention, walk
 from vllm_dllm.bench.attention import AttentionProblem, AttentionShape, contestants
 from vllm_dllm.bench.kernels import KernelBench, Sizes
 from vllm_dllm.bench.turns import UnequalResultsError
-from vllm_dllm.bench.walk import WalkProblem, verify_contestants
+from vllm_dllm.bench.walk import WalkProblem, decide_contestants
 from vllm_dllm.cli.bench import kernels
-from vllm_dllm.draft.verify import Walk
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.unmask.walk import native_walk
 
 CPU = torch.device("cpu")
 TINY = Sizes(
@@ -43,7 +43,7 @@ def test_everything_is_measured():
         "draft_graph_attention, bfloat16",
         "vocab_stats, float32",
         "vocab_stats, bfloat16",
-        "verify_walk and propose_nodes",
+        "decide_walk and propose_nodes",
     ]
     assert [len(section.rows) for section in sections] == [4, 4, 1, 1, 3]
     without, with_drafts = sections[0].rows[:2]
@@ -67,13 +67,13 @@ def test_attention_that_differs_is_an_error(monkeypatch):
 
 
 def test_a_walk_that_differs_is_an_error(monkeypatch):
-    def never(canvas, next_canvas, is_valid):
-        zeros = torch.zeros(len(canvas), dtype=torch.int64)
-        return Walk(zeros, zeros)
+    def never(*call):
+        done = native_walk(*call)
+        return dataclasses.replace(done, path=done.path - 1)
 
-    monkeypatch.setattr(walk, "BY_TORCH", dataclasses.replace(walk.BY_TORCH, accept=never))
-    with pytest.raises(UnequalResultsError, match="verify_walk: csrc and torch differ"):
-        verify_contestants(WalkProblem(3, 8, has_noise=False, device=CPU))
+    monkeypatch.setattr(walk, "walk", never)
+    with pytest.raises(UnequalResultsError, match="decide_walk: csrc and torch differ"):
+        decide_contestants(WalkProblem(3, 8, has_noise=False, device=CPU))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

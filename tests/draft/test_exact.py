@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dllm.config import POLICY_OPTIONS, PolicyName
-from vllm_dllm.denoiser import Denoiser, Drafting
+from vllm_dllm.denoiser import Denoiser, Drafting, Evaluated
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
-from vllm_dllm.draft.native import BY_OPS, BY_TORCH
+from vllm_dllm.draft.native import native_propose
+from vllm_dllm.draft.propose import propose
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import block_causal, decode, policy, spiffy
 from vllm_dllm.reference.decode import KvPolicy
@@ -31,6 +32,7 @@ from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
+from vllm_dllm.unmask.walk import native_walk, walk
 
 VOCAB, MASK, EOS = 13, 3, 1
 CPU = torch.device("cpu")
@@ -137,10 +139,9 @@ def denoise(
     state.apply_staged_writes()
     drafting = None
     if graph is not None:
-        functions = BY_OPS if is_native else BY_TORCH
-        drafting = Drafting(compile_graph(graph, CPU), DraftState(state), functions)
+        drafting = Drafting(compile_graph(graph, CPU), DraftState(state), native_propose if is_native else propose)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
-    denoiser = Denoiser(state, drafting, head)
+    denoiser = Denoiser(state, drafting, head, native_walk if is_native else walk)
     slots = torch.arange(num_reqs)
     forwards, accepted = torch.zeros(num_reqs, dtype=torch.int64), torch.zeros(num_reqs, dtype=torch.int64)
     num_drafts = 0  # the first forward is the refresh
@@ -148,7 +149,8 @@ def denoise(
         blocks = Blocks(slots, np.arange(num_reqs), torch.zeros(num_reqs, dtype=torch.int64))
         nodes = denoiser.nodes(blocks, num_drafts)
         forwards += nodes.is_masked[:, 0].any(1)
-        decision = denoiser.advance(blocks, nodes, model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1))
+        hidden = model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1)
+        (decision,) = denoiser.advance([Evaluated(blocks, nodes, hidden)])
         accepted += decision.num_accepted
         num_drafts = budget if graph is not None else 0
     return state.canvas.tolist(), forwards.tolist(), accepted.tolist()

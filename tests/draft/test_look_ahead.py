@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from tests.draft.test_exact import CPU, MASK, SDAR, VOCAB, Request, SyntheticModel, graphs, requests_of
 from vllm_dllm.config import POLICY_OPTIONS, DllmConfig
-from vllm_dllm.denoiser import Denoiser, Drafting
+from vllm_dllm.denoiser import Denoiser, Drafting, Evaluated
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.look_ahead import smallest_budget
-from vllm_dllm.draft.native import BY_OPS, BY_TORCH
+from vllm_dllm.draft.native import native_propose
+from vllm_dllm.draft.propose import propose
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import block_causal, policy, spiffy
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
@@ -23,6 +24,7 @@ from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import count_table, reveal_times
+from vllm_dllm.unmask.walk import native_walk, walk
 
 CHAIN = DraftGraph(tuple(tuple((i, 0) for i in range(n)) for n in range(1, 4)), tokens_per_step=1)
 
@@ -100,7 +102,7 @@ def step(model: ChainModel, denoiser: Denoiser, row: Row, budget: int, look_ahea
     if row.start == 0:
         first = len(canvas) - looks_ahead
         hidden = torch.cat([model.logits(canvas[:first], None), hidden[first:]])
-    decision = denoiser.advance(blocks, nodes, hidden.flatten(0, 1))
+    (decision,) = denoiser.advance([Evaluated(blocks, nodes, hidden.flatten(0, 1))])
     came_over = bool(decision.came_over)
     had_masks = bool(nodes.is_masked[0, 0].any())
     row.took += (had_masks or came_over, int(decision.num_accepted), int(nodes.is_valid[0, 1:].sum()) * had_masks)
@@ -120,8 +122,9 @@ def decode(
     state = CanvasState(len(requests), model.block_length, MASK, CPU, SDAR)
     rows = [Row(request, slot, state, num_blocks) for slot, request in enumerate(requests)]
     state.apply_staged_writes()
-    drafting = Drafting(compile_graph(graph, CPU), DraftState(state), BY_OPS if is_native else BY_TORCH)
-    denoiser = Denoiser(state, drafting, LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native))
+    drafting = Drafting(compile_graph(graph, CPU), DraftState(state), native_propose if is_native else propose)
+    head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
+    denoiser = Denoiser(state, drafting, head, native_walk if is_native else walk)
     server = DllmConfig(block_length=model.block_length, kv_policy="block_causal")
     for row in rows:
         while row.start < row.end:

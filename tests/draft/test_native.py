@@ -1,27 +1,39 @@
 """The choice between native ops and their torch twins."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from vllm_dllm import ops
-from vllm_dllm.draft.native import BY_OPS, BY_TORCH, choose_draft_functions
+from vllm_dllm.draft.native import choose_propose, native_propose
+from vllm_dllm.draft.propose import propose
 from vllm_dllm.errors import KernelUnavailable
+from vllm_dllm.unmask.walk import choose_walk, native_walk, walk
+
+CHOICES = [
+    (choose_propose, native_propose, propose, "Drafts are made", "propose_nodes"),
+    (choose_walk, native_walk, walk, "Canvases are decided", "decide_walk"),
+]
+Choose = Callable[[torch.device], Any]
 
 
-def test_ops_are_chosen_where_they_are_built(caplog):
+@pytest.mark.parametrize(("choose", "native", "_twin", "done", "_op"), CHOICES)
+def test_the_op_is_chosen_where_it_is_built(choose: Choose, native: Any, _twin: Any, done: str, _op: str, caplog):
     with caplog.at_level(logging.INFO, "vllm.dllm"):
-        assert choose_draft_functions(torch.device("cpu")) is BY_OPS
-    assert "Drafts are made and verified by native ops for cpu." in caplog.text
+        assert choose(torch.device("cpu")) is native
+    assert f"{done} by a native op for cpu." in caplog.text
 
 
-@pytest.mark.parametrize("missing", ["propose_nodes", "verify_walk"])
-def test_torch_is_chosen_where_an_op_is_missing(missing, caplog, monkeypatch):
+@pytest.mark.parametrize(("choose", "_native", "twin", "done", "op"), CHOICES)
+def test_torch_is_chosen_where_the_op_is_missing(
+    choose: Choose, _native: Any, twin: Any, done: str, op: str, caplog, monkeypatch
+):
     def require(op: str, device_type: str) -> None:
-        if op == missing:
-            raise KernelUnavailable(f"{op} is not built for {device_type}")
+        raise KernelUnavailable(f"{op} is not built for {device_type}")
 
     monkeypatch.setattr(ops, "require", require)
-    assert choose_draft_functions(torch.device("cpu")) is BY_TORCH
-    assert f"Drafts are made and verified by torch: {missing} is not built for cpu" in caplog.text
+    assert choose(torch.device("cpu")) is twin
+    assert f"{done} by torch: {op} is not built for cpu" in caplog.text

@@ -52,9 +52,9 @@ def came_over(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     advance = Denoiser.advance
 
     def watched(*args: Any) -> Any:
-        decision = advance(*args)
-        seen.append(decision.came_over)
-        return decision
+        trajectories = advance(*args)
+        seen.extend(done.came_over for done in trajectories)
+        return trajectories
 
     monkeypatch.setattr(Denoiser, "advance", watched)
     return seen

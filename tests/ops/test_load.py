@@ -36,12 +36,12 @@ def test_built_without_cuda():
         load.require("vocab_stats", "cuda")
 
 
-@pytest.mark.parametrize("op", ["verify_walk", "vocab_stats"])
+@pytest.mark.parametrize("op", ["decide_walk", "vocab_stats"])
 def test_a_tensor_on_another_device_is_refused(op):
     """A lone tensor on `meta` makes torch call the fake, which would leave results unwritten."""
     canvas = torch.zeros(2, 3, 4, dtype=torch.int64)
     arguments = {
-        "verify_walk": (canvas, canvas.to("meta"), torch.ones(2, 3, dtype=torch.bool)),
+        "decide_walk": (canvas, torch.ones(2, 3, dtype=torch.bool, device="meta"), None, [], [], 0, False),
         "vocab_stats": (torch.ones(2, 8), torch.ones(5, 8, device="meta"), 0, [], 1, False, None, None, None, None),
     }
     load.require(op, "cpu")

@@ -69,7 +69,7 @@ def test_finished_statistics_are_those_of_the_softmax() -> None:
     logits = 4 * torch.randn(7, 113, generator=torch.Generator().manual_seed(2))
     sampling = sampling_of(7, 1.0)
     stats = stats_of(logits, None, sampling=sampling)
-    distribution = stats.distribution(sampling)
+    distribution = stats.distribution(sampling.divisor)
     log_probs = logits.double().index_fill(1, torch.tensor([MASK]), -torch.inf).log_softmax(1)
     probs = log_probs.exp()
     drawn = probs.gather(1, stats.token_ids[:, None])[:, 0]
@@ -151,7 +151,7 @@ def test_what_is_missing_and_what_is_no_number(top_k: int) -> None:
     assert stats.top_ids.tolist() == [[1050, -1], [-1, -1], [1060, -1]]
     assert stats.token_ids.tolist() == [1050, 0, 1060]
     assert stats.rest[:2].tolist() == stats.weighted[:2].tolist() == [0.0, 0.0]
-    distribution = stats.distribution(sampling)
+    distribution = stats.distribution(sampling.divisor)
     assert distribution.confidence[0] == distribution.margin[0] == 1.0
     assert distribution.confidence[1:].isnan().all()
     assert stats.weighted[2].isnan()
@@ -167,7 +167,7 @@ def test_an_infinite_logit_is_drawn(top_k: int, top_p: float) -> None:
     sampling = sampling_of(2, 1.0, top_k, top_p)
     stats = stats_of(logits, None, sampling=sampling)
     assert stats.token_ids.tolist() == [77, 77]
-    assert stats.distribution(sampling).confidence.isnan().all()
+    assert stats.distribution(sampling.divisor).confidence.isnan().all()
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [33, 1024, 1030]])
@@ -250,7 +250,7 @@ def test_can_be_traced() -> None:
     sampling = sampling_of(7, 1.0)
 
     def confidence(rows: Tensor) -> Tensor:
-        return stats_of(rows, weight, sampling=sampling).distribution(sampling).confidence
+        return stats_of(rows, weight, sampling=sampling).distribution(sampling.divisor).confidence
 
     assert torch.equal(torch.compile(confidence, fullgraph=True, backend="eager")(rows), confidence(rows))
 

@@ -135,7 +135,6 @@ def sampling_of(
         top_k=repeat(top_k or [0], torch.int64),
         top_p=repeat(top_p or [1.0], torch.float64),
         keys=torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator),
-        has_noise=True,
         has_filter=top_k is not None or top_p is not None,
         wants_sampled=True,
     )

@@ -23,12 +23,12 @@ def head(num_rows: int, hidden_size: int, num_ids: int, dtype: torch.dtype = tor
 
 
 def sampling_of(num_rows: int, temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 7) -> RowSampling:
+    keys = noise.stream_keys(torch.tensor(seed), torch.arange(num_rows), torch.tensor(3))
     return RowSampling(
         temperature=torch.full((num_rows,), temperature, dtype=torch.float64),
         top_k=torch.full((num_rows,), top_k),
         top_p=torch.full((num_rows,), top_p, dtype=torch.float64),
-        keys=noise.stream_keys(torch.tensor(seed), torch.arange(num_rows), torch.tensor(3)),
-        has_noise=temperature > 0,
+        keys=keys,
         has_filter=top_k > 0 or top_p < 1,
         wants_sampled=True,
     )

@@ -45,16 +45,19 @@ def blocks(*slots: int, start: int = 0) -> Blocks:
 
 
 def keys(state: CanvasState, *slots: int, start: int = 0, num_masked: int = 4) -> torch.Tensor:
-    return state.row_sampling(blocks(*slots, start=start), torch.full((len(slots), 1), num_masked)).keys
+    sampling = state.row_sampling(blocks(*slots, start=start), torch.full((len(slots),), num_masked))
+    assert sampling is not None
+    return sampling.keys
 
 
 def test_parameters_reach_the_device_when_staged_writes_are_applied() -> None:
     state = CanvasState(2, 4, MASK, torch.device("cpu"))
-    state.add_request(1, request(seed=-(2**63), top_p=0.5))
+    state.add_request(1, request(seed=-(2**63), top_p=0.5, temperature=0.7))
     assert state.row_len.tolist() == [0, 0]
     state.apply_staged_writes()
     assert state.row_len.tolist() == [0, 20]
-    params = state.row_sampling(blocks(1), torch.tensor([[4, 2]]))
+    params = state.row_sampling(blocks(1, 1), torch.tensor([4, 2]))
+    assert params is not None
     assert params.top_p.tolist() == [0.5] * 8
 
 
@@ -65,23 +68,27 @@ def test_policies_are_gathered_with_their_tables_and_the_prompts_tail() -> None:
     assert params.policy_id.tolist() == [0, POLICY_IDS["origin"]]
     assert params.policies == ("static", "origin")
     assert params.num_known.tolist() == [2, 2]
-    assert params.counts.tolist() == [[4] * 4, [1, 2, 1, 1]]
-    assert params.times.tolist() == [[0.75, 0.5, 0.25, 0.0], [0.5, 0.0, 0.0, 0.0]]
+    assert params.counts.T.tolist() == [[4] * 4, [1, 2, 1, 1]]
+    assert params.times.T.tolist() == [[0.75, 0.5, 0.25, 0.0], [0.5, 0.0, 0.0, 0.0]]
     assert not params.has_alg_temp
     assert state.policy_params(blocks(1, start=12)).has_alg_temp
     assert state.policy_params(blocks(1, 2, start=12)).num_known.tolist() == [0, 0]
-    nodes = state.policy_params(blocks(2, 2, 0, 0, start=4))
-    assert (nodes.num_known.tolist(), nodes.counts[:, 1].tolist()) == ([2, 2, 6, 6], [4, 4, 2, 2])
+    early = state.policy_params(blocks(2, 0, start=4))
+    assert (early.num_known.tolist(), early.counts[1].tolist()) == ([2, 6], [4, 2])
+    assert early.of_next_block(4).num_known.tolist() == [0, 2]
 
 
 def test_statistics_of_the_sampled_distribution_are_asked_for_where_a_policy_reads_them() -> None:
     state = CanvasState(2, 4, MASK, torch.device("cpu"), UnmaskRules(confidence="sampled"))
     for slot, temperature in enumerate([0.0, 0.7]):
         state.add_request(slot, request(temperature=temperature))
-    asked = [state.row_sampling(blocks(slot), torch.tensor([[4]])).wants_sampled for slot in range(2)]
-    assert asked == [False, True]
-    other = state_of(request(temperature=0.7))
-    assert not other.row_sampling(blocks(0), torch.tensor([[4]])).wants_sampled
+    asked = [state.row_sampling(blocks(*slots), torch.full((len(slots),), 4)) for slots in ((0,), (0, 1))]
+    assert asked[0] is None
+    assert asked[1] is not None
+    assert asked[1].wants_sampled
+    other = state_of(request(temperature=0.7)).row_sampling(blocks(0), torch.tensor([4]))
+    assert other is not None
+    assert not other.wants_sampled
 
 
 def test_reset_begins_a_block_for_the_marked_slots_alone() -> None:
@@ -92,14 +99,16 @@ def test_reset_begins_a_block_for_the_marked_slots_alone() -> None:
 
 
 def test_streams_depend_on_seed_position_and_progress() -> None:
-    state = state_of(request(seed=1), request(seed=2))
+    state = state_of(request(seed=1, temperature=0.7), request(seed=2, temperature=0.7))
     streams = [keys(state, 0, 1), keys(state, 0, 1, start=4), keys(state, 0, 1, num_masked=3)]
     assert len(set(torch.cat(streams).tolist())) == 24
 
 
 def test_streams_of_a_node_are_those_of_its_canvas() -> None:
-    state = state_of(request(seed=1), request(seed=2))
-    together = state.row_sampling(blocks(0, 1, start=8), torch.tensor([[4, 3], [2, 1]])).keys.view(2, 2, 4)
+    state = state_of(request(seed=1, temperature=0.7), request(seed=2, temperature=0.7))
+    sampling = state.row_sampling(blocks(0, 0, 1, 1, start=8), torch.tensor([4, 3, 2, 1]))
+    assert sampling is not None
+    together = sampling.keys.view(2, 2, 4)
     for slot, node, num_masked in [(0, 0, 4), (0, 1, 3), (1, 0, 2), (1, 1, 1)]:
         assert together[slot, node].tolist() == keys(state, slot, start=8, num_masked=num_masked).tolist()
     expected = noise.stream_keys(torch.tensor(2), 8 + torch.arange(4), torch.tensor(1))
@@ -109,8 +118,8 @@ def test_streams_of_a_node_are_those_of_its_canvas() -> None:
 def test_stages_are_skipped_when_no_request_of_the_batch_needs_them() -> None:
     state = state_of(request(), request(temperature=0.7, top_k=4), request(top_p=0.5), request(policy_id=1))
     for slot, has_noise, has_filter in [(0, False, False), (1, True, True), (2, False, False), (3, False, False)]:
-        params = state.row_sampling(blocks(slot), torch.tensor([[4]]))
-        assert (params.has_noise, params.has_filter) == (has_noise, has_filter)
+        params = state.row_sampling(blocks(slot), torch.tensor([4]))
+        assert (params is not None, params is not None and params.has_filter) == (has_noise, has_filter)
         assert (state.draft_noise(blocks(slot)) is None) == (slot in {0, 2})
 
 

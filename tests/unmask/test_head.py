@@ -12,6 +12,7 @@ from vllm_dllm.unmask import head as head_module
 from vllm_dllm.unmask.head import LogitsHead, Shard, WeightHead, _pack
 
 VOCAB, HIDDEN, ROWS, MASK = 113, 33, 21, 5
+NUM_GREEDY = 11  # numbers of a greedy row: three candidates and their logits, and the next five fields
 EXACT = ("top_ids", "token_ids")
 ROUNDED = ("top_logits", "rest", "weighted", "token_logits", "scores", "sampled_rest", "sampled_weighted")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -27,7 +28,6 @@ def sampling(*, has_filter: bool) -> RowSampling:
         top_k=(row % 4) * has_filter,
         top_p=1.0 - half % 1 * has_filter,
         keys=noise.stream_keys(torch.tensor(7), row, torch.tensor(3)),
-        has_noise=True,
         has_filter=has_filter,
         wants_sampled=True,
     )
@@ -42,7 +42,9 @@ def sharded(cut: int) -> WeightHead:
     other = WeightHead(Shard(WEIGHT[cut:], cut, 1, lambda own: own), by_logits(is_native=True), MASK)
 
     def gather(own: Tensor) -> Tensor:
-        theirs = other(HIDDEN_ROWS, sampling(has_filter=False), 3)
+        # What follows the other columns are the sums of the sampled distribution, where they are wanted.
+        is_greedy = own.shape[1] == NUM_GREEDY
+        theirs = other(HIDDEN_ROWS, None if is_greedy else sampling(has_filter=False), 3)
         return torch.cat([own, _pack(theirs)], 1)
 
     return WeightHead(Shard(WEIGHT[:cut], 0, 2, gather), by_logits(is_native=True), MASK)
@@ -68,7 +70,17 @@ def assert_close(got: PartialStats, expected: PartialStats) -> None:
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_agree(name: str, has_filter: bool) -> None:
     expected = by_logits(is_native=False)(HIDDEN_ROWS, sampling(has_filter=has_filter), 3)
-    assert_close(HEADS[name]()(HIDDEN_ROWS, sampling(has_filter=has_filter), 3), expected)
+    found = HEADS[name]()(HIDDEN_ROWS, sampling(has_filter=has_filter), 3)
+    assert_close(found, expected)
+    assert all(column.is_contiguous() for column in found.tensors)  # as the op `decide_walk` wants them
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_agree_on_greedy_rows(name: str) -> None:
+    found, expected = (head(HIDDEN_ROWS, None, 3) for head in (HEADS[name](), by_logits(is_native=False)))
+    for own in ("top_ids", "token_ids"):
+        assert torch.equal(getattr(found, own), getattr(expected, own)), own
+    assert found.sampled_rest is None
 
 
 def test_the_filter_of_one_row_changes_no_other_across_shards() -> None:

@@ -1,6 +1,6 @@
 """The batched policies against plain statements of the published rules, one request at a time."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from vllm_dllm.unmask.policy import POLICY_IDS, Evidence, PolicyParams, choose_p
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 
 NO_RULES = UnmaskRules()
+START = 5
 
 
 def params(
@@ -25,9 +26,11 @@ def params(
     return PolicyParams(
         policy_id=torch.tensor([POLICY_IDS[policy]]),
         seed=torch.tensor([7]),
-        num_known=torch.tensor([num_known]),
-        counts=torch.tensor([count_table(NO_RULES, block_length, steps)]),
-        times=torch.tensor([reveal_times(block_length, steps)], dtype=torch.float64),
+        prompt_len=torch.tensor([START + num_known]),
+        start=torch.tensor([START]),
+        temperature=torch.zeros(1, dtype=torch.float64),
+        counts=torch.tensor([count_table(NO_RULES, block_length, steps)]).T,
+        times=torch.tensor([reveal_times(block_length, steps)], dtype=torch.float64).T,
         policies=(policy,),
         has_alg_temp=values["alg_temp"] > 0,
         **{name: torch.tensor([value], dtype=torch.float64) for name, value in values.items()},
@@ -36,11 +39,11 @@ def params(
 
 def together(*alone: PolicyParams, times: int = 1) -> PolicyParams:
     """Put requests into a batch, each of them with as many canvases."""
-    tensors = ("policy_id", "seed", "num_known", "counts", "times", "threshold", "factor", "entropy_bound", "alg_temp")
-    columns = {name: torch.cat([getattr(one, name) for one in alone]) for name in tensors}
+    names = [field.name for field in fields(PolicyParams) if isinstance(getattr(alone[0], field.name), torch.Tensor)]
+    columns = {name: torch.cat([getattr(one, name) for one in alone], -1) for name in names}
     return replace(
         alone[0],
-        **{name: column.repeat_interleave(times, 0) for name, column in columns.items()},
+        **{name: column.repeat_interleave(times, -1) for name, column in columns.items()},
         policies=tuple({name: None for one in alone for name in one.policies}),
         has_alg_temp=any(one.has_alg_temp for one in alone),
     )
@@ -54,8 +57,8 @@ def count(policy: PolicyParams, scores: list[float], block_length: int) -> int:
     return int(choose_positions(padded, is_masked, policy).sum())
 
 
-def evidence(num_reqs: int, block_length: int, *, start: int = 5, num_masked: int = 3, vocab: int = 4) -> Evidence:
-    """Make random evidence; the drawn token is any."""
+def evidence(num_reqs: int, block_length: int, vocab: int = 4) -> Evidence:
+    """Make random evidence of masked canvases; the drawn token is any."""
     generator = torch.Generator().manual_seed(0)
     num_rows = num_reqs * block_length
     x = 4 * torch.randn(num_rows, vocab, dtype=torch.float64, generator=generator)
@@ -63,9 +66,7 @@ def evidence(num_reqs: int, block_length: int, *, start: int = 5, num_masked: in
     x = x - x[:, :1]
     token = x.gather(1, torch.randint(0, vocab, (num_rows, 1), generator=generator)).squeeze(1)
     distribution = Distribution(x[:, 1:].exp().sum(1), (x * x.exp()).sum(1), token, x)
-    position = (start + torch.arange(block_length)).expand(num_reqs, -1)
-    keys = noise.stream_keys(torch.tensor(7), position, torch.tensor(num_masked))
-    return Evidence(distribution, keys, position)
+    return Evidence(distribution, torch.ones(num_reqs, block_length, dtype=torch.bool))
 
 
 descending = st.lists(
@@ -146,7 +147,7 @@ def test_origin_reveals_as_the_published_draws_do(steps: int) -> None:
     size = 9
     policy = params("origin", size, steps=steps)
     shown = evidence(1, size)
-    uniform = noise.uniform(noise.stream_keys(torch.tensor(7), shown.position, torch.tensor(0)), noise.STREAM)[0]
+    uniform = noise.uniform(noise.stream_keys(torch.tensor(7), policy.position, torch.tensor(0)), noise.STREAM)[0]
     is_masked = torch.ones(1, size, dtype=torch.bool)
     times = torch.linspace(1, 1e-3, steps + 1).double()
     for step in range(steps):
@@ -159,15 +160,20 @@ def test_origin_reveals_as_the_published_draws_do(steps: int) -> None:
     assert not is_masked.any()
 
 
+def step_keys(size: int) -> torch.Tensor:
+    """Return the noise streams of a step on a masked canvas."""
+    return noise.stream_keys(torch.tensor(7), START + torch.arange(size)[None], torch.tensor(size))
+
+
 def plain_scores(policy: PolicyName, shown: Evidence) -> torch.Tensor:
-    probs = (shown.distribution.candidates.exp() / (1 + shown.distribution.rest[:, None])).view(*shown.keys.shape, -1)
+    shape = shown.is_masked.shape
+    probs = (shown.distribution.candidates.exp() / (1 + shown.distribution.rest[:, None])).view(*shape, -1)
     scores = {
-        "static": shown.distribution.token.exp().view(shown.keys.shape)
-        / (1 + shown.distribution.rest.view(shown.keys.shape)),
+        "static": shown.distribution.token.exp().view(shape) / (1 + shown.distribution.rest.view(shape)),
         "margin": probs[..., 0] - probs[..., 1],
         "entropy": (probs * probs.log()).sum(-1),
-        "random": noise.uniform(shown.keys, noise.STREAM),
-        "sequential": -shown.position.double(),
+        "random": noise.uniform(step_keys(shape[1]), noise.STREAM),
+        "sequential": -torch.arange(shape[1])[None].double(),
     }
     return scores[policy]
 
@@ -187,7 +193,7 @@ def test_alg_temp_draws_positions_by_their_scores(policy: PolicyName) -> None:
     """Scores over the temperature are log probabilities; noise of the step makes a draw of them."""
     shown = evidence(1, 7)
     drawn = score_positions(shown, params(policy, 7, alg_temp=0.25))
-    expected = score_positions(shown, params(policy, 7)) / 0.25 + noise.gumbel(shown.keys, noise.STREAM)
+    expected = score_positions(shown, params(policy, 7)) / 0.25 + noise.gumbel(step_keys(7), noise.STREAM)
     assert drawn.tolist() == expected.tolist()
 
 
@@ -206,10 +212,10 @@ def test_positions_are_drawn_with_the_published_probabilities() -> None:
     x[:, 0] = 0.0
     token = scores.log().repeat(num_draws)  # confidence is exp(token) alone
     distribution = Distribution(torch.zeros_like(token), torch.zeros_like(token), token, x)
-    position = torch.arange(3).expand(num_draws, -1)
-    keys = noise.stream_keys(torch.arange(num_draws)[:, None], position, torch.tensor(3))
+    is_masked = torch.ones(num_draws, 3, dtype=torch.bool)
     policy = together(params("static", 3, steps=3, alg_temp=0.5), times=num_draws)
-    chosen = choose_positions(score_positions(Evidence(distribution, keys, position), policy), keys == keys, policy)
+    policy = replace(policy, seed=torch.arange(num_draws))
+    chosen = choose_positions(score_positions(Evidence(distribution, is_masked), policy), is_masked, policy)
     expected = num_draws * torch.softmax(scores / 0.5, 0)
     statistic = float(((chosen.sum(0) - expected) ** 2 / expected).sum())
     assert chosen.sum() == num_draws
@@ -241,13 +247,14 @@ def test_policies_do_not_see_their_neighbours(num_nodes: int) -> None:
     alone += [params(name, size, steps=3, alg_temp=0.5) for name in ("static", "margin", "entropy")]  # type: ignore[arg-type]
     shown = evidence(len(alone) * num_nodes, size)
     mixed = together(*alone, times=num_nodes)
-    is_masked = torch.rand(len(shown.keys), size, generator=torch.Generator().manual_seed(1)) < 0.6
+    is_masked = torch.rand(shown.is_masked.shape, generator=torch.Generator().manual_seed(1)) < 0.6
     is_masked[:, 0] = True
+    shown = replace(shown, is_masked=is_masked)
     found = choose_positions(score_positions(shown, mixed), is_masked, mixed)
-    for row in range(len(shown.keys)):
+    for row in range(len(is_masked)):
         own = alone[row // num_nodes]
         rows = slice(row * size, (row + 1) * size)
         columns = (getattr(shown.distribution, name)[rows] for name in ("rest", "weighted", "token", "candidates"))
-        its = Evidence(Distribution(*columns), shown.keys[row : row + 1], shown.position[row : row + 1])
+        its = Evidence(Distribution(*columns), is_masked[row : row + 1])
         expected = choose_positions(score_positions(its, own), is_masked[row : row + 1], own)
         assert found[row].tolist() == expected[0].tolist(), own.policies

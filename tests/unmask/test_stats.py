@@ -20,7 +20,6 @@ def sampling(num_rows: int, temperature: float = 0.0, top_k: int = 0, top_p: flo
         top_k=torch.full((num_rows,), top_k),
         top_p=torch.full((num_rows,), top_p, dtype=torch.float64),
         keys=noise.stream_keys(torch.tensor(7), torch.arange(num_rows), torch.tensor(3)),
-        has_noise=temperature > 0,
         has_filter=top_k > 0 or top_p < 1,
     )
 
@@ -42,7 +41,7 @@ def test_greedy_takes_the_first_maximum_and_its_probability(num_rows: int, dtype
     stats = row_stats(logits.clone(), params, forbidden_id=5)
     assert stats.token_ids.tolist() == allowed.argmax(1).tolist()
     expected = allowed.softmax(1).amax(1)
-    assert torch.allclose(stats.distribution(params).confidence, expected, rtol=1e-6, atol=0)
+    assert torch.allclose(stats.distribution(params.divisor).confidence, expected, rtol=1e-6, atol=0)
 
 
 def test_equal_logits_go_to_the_lowest_id() -> None:
@@ -54,7 +53,7 @@ def test_equal_logits_go_to_the_lowest_id() -> None:
 def test_confidences_near_one_keep_their_order() -> None:
     logits = torch.zeros(3, VOCAB)
     logits[:, 1] = torch.tensor([30.0, 31.0, 29.5])
-    confidence = row_stats(logits, sampling(3), forbidden_id=0).distribution(sampling(3)).confidence
+    confidence = row_stats(logits, sampling(3), forbidden_id=0).distribution(sampling(3).divisor).confidence
     assert confidence[1] > confidence[0] > confidence[2]
     assert torch.allclose(1 - confidence, 111 * torch.exp(-torch.tensor([30.0, 31.0, 29.5]).double()), rtol=1e-3)
 
@@ -78,7 +77,7 @@ def test_sampled_tokens_equal_reference(temperature: float, top_k: int, top_p: f
     assert stats.token_ids.tolist() == expected.tolist()
     probs = logits.double().index_fill(1, torch.tensor([5]), -torch.inf).softmax(1)
     assert torch.allclose(
-        stats.distribution(params).confidence, probs.gather(1, expected[:, None]).squeeze(1), rtol=1e-5
+        stats.distribution(params.divisor).confidence, probs.gather(1, expected[:, None]).squeeze(1), rtol=1e-5
     )
 
 
@@ -94,7 +93,7 @@ def test_sampled_distribution_is_the_filtered_softmax(temperature: float, top_k:
         allowed = (allowed / temperature).masked_fill(~kept_ids(allowed.float(), params), -torch.inf)
     probs = allowed.softmax(1)
     first, second = probs.topk(2).values.unbind(1)
-    found = stats.distribution(params)
+    found = stats.distribution(params.divisor)
     assert torch.allclose(found.confidence, probs.gather(1, stats.token_ids[:, None])[:, 0], rtol=1e-5, atol=0)
     assert torch.allclose(found.margin, first - second, rtol=1e-5, atol=1e-15)
     assert torch.allclose(found.entropy, torch.special.entr(probs).sum(1), rtol=1e-5, atol=1e-15)
@@ -107,8 +106,8 @@ def test_greedy_rows_among_sampled_ones_keep_the_models_distribution() -> None:
     logits = random_logits(8)
     params = replace(sampling(8, 0.5, top_k=2), wants_sampled=True)
     params.temperature[::2] = 0.0
-    found = row_stats(logits.clone(), params, forbidden_id=5).distribution(params)
-    greedy = row_stats(logits.clone(), sampling(8), forbidden_id=5).distribution(sampling(8))
+    found = row_stats(logits.clone(), params, forbidden_id=5).distribution(params.divisor)
+    greedy = row_stats(logits.clone(), sampling(8), forbidden_id=5).distribution(sampling(8).divisor)
     for name in ("confidence", "margin", "entropy"):
         assert torch.equal(getattr(found, name)[::2], getattr(greedy, name)[::2]), name
         assert (getattr(found, name)[1::2] != getattr(greedy, name)[1::2]).all(), name
@@ -120,7 +119,7 @@ def test_unwanted_the_distribution_is_the_models_own() -> None:
     stats = row_stats(logits.clone(), params, forbidden_id=5)
     assert stats.sampled_rest is stats.sampled_weighted is None
     probs = logits.double().index_fill(1, torch.tensor([5]), -torch.inf).softmax(1)
-    assert torch.allclose(stats.distribution(params).entropy, torch.special.entr(probs).sum(1), rtol=1e-5)
+    assert torch.allclose(stats.distribution(params.divisor).entropy, torch.special.entr(probs).sum(1), rtol=1e-5)
 
 
 def test_rows_at_temperature_zero_ignore_noise_and_filter_of_others() -> None:
@@ -150,7 +149,7 @@ def test_fewer_ids_than_candidates(temperature: float) -> None:
     stats = torch_stats(torch.tensor([[3.0, 1.0]]), excluded_ids=[0], num_candidates=8, sampling=params)
     assert stats.top_ids.tolist() == [[1] + 7 * [-1]]
     assert stats.top_logits.tolist() == [[1.0] + 7 * [-torch.inf]]
-    found = stats.distribution(params)
+    found = stats.distribution(params.divisor)
     assert [found.confidence.item(), found.margin.item(), found.entropy.item()] == [1.0, 1.0, 0.0]
 
 

@@ -80,7 +80,7 @@ class KernelBench:
             yield Section(f"draft_graph_attention, {_text(dtype, measured)}", self._attention(dtype, measured))
         for dtype, measured in rates.items():
             yield Section(f"vocab_stats, {_text(dtype, measured)}", self._vocab(dtype, measured))
-        yield Section("verify_walk and propose_nodes", self._walk())
+        yield Section("decide_walk and propose_nodes", self._walk())
         if self.device.type == "cuda":
             measured = measure_rates(self.device, torch.bfloat16)
             yield Section(f"forward of LLaDA-8B's layers, {_text(torch.bfloat16, measured)}", self._stack(measured))
@@ -150,7 +150,7 @@ class KernelBench:
         for num_requests in self.sizes.requests:
             greedy, noisy = (WalkProblem(num_requests, 32, has_noise, self.device) for has_noise in (False, True))
             ops = {
-                "verify_walk": walk.verify_contestants(greedy),
+                "decide_walk": walk.decide_contestants(greedy),
                 "propose_nodes": walk.propose_contestants(greedy),
                 "propose_nodes, with noise": walk.propose_contestants(noisy),
             }

@@ -9,9 +9,13 @@ from torch import Tensor
 from vllm_dllm.bench.turns import Contestant, UnequalResultsError
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph
-from vllm_dllm.draft.native import BY_OPS, BY_TORCH
-from vllm_dllm.draft.propose import DraftNoise, Roots
+from vllm_dllm.draft.native import native_propose
+from vllm_dllm.draft.propose import DraftNoise, Roots, propose
+from vllm_dllm.ops.vocab_stats import PartialStats
+from vllm_dllm.unmask.policy import POLICY_IDS, PolicyParams
+from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.stats import Candidates
+from vllm_dllm.unmask.walk import Nodes, native_walk, walk
 
 FORMULAS = (
     ((0, 0),),
@@ -48,31 +52,72 @@ def propose_contestants(problem: WalkProblem) -> dict[str, Contestant]:
     """
     graph = compile_graph(DraftGraph(FORMULAS, tokens_per_step=1), problem.device)
     roots, draft_noise = _roots(problem), _noise(problem) if problem.has_noise else None
-    ours, theirs = (way.propose(graph, roots, draft_noise, len(FORMULAS)) for way in (BY_OPS, BY_TORCH))
+    ours, theirs = (way(graph, roots, draft_noise, len(FORMULAS)) for way in (native_propose, propose))
     _check_equal("propose_nodes", [ours.canvas, ours.is_valid], [theirs.canvas, theirs.is_valid])
     return {
-        "csrc": lambda _: BY_OPS.propose(graph, roots, draft_noise, len(FORMULAS)),
-        "torch": lambda _: BY_TORCH.propose(graph, roots, draft_noise, len(FORMULAS)),
+        "csrc": lambda _: native_propose(graph, roots, draft_noise, len(FORMULAS)),
+        "torch": lambda _: propose(graph, roots, draft_noise, len(FORMULAS)),
     }
 
 
-def verify_contestants(problem: WalkProblem) -> dict[str, Contestant]:
-    """Return who can walk along nodes that came true, every second one of a chain, after comparing where they end.
+def decide_contestants(problem: WalkProblem) -> dict[str, Contestant]:
+    """Return who can decide canvases of which the first half of a chain came true, after comparing where they end.
 
     Raises: UnequalResultsError.
     """
-    num_nodes = 1 + len(FORMULAS)
-    shape = (problem.num_requests, num_nodes, problem.block_length)
-    canvas = torch.randint(_MASK_ID, shape, device=problem.device)
-    next_canvas = canvas.roll(-1, dims=1)
-    next_canvas[::2, num_nodes // 2 :] += 1
-    is_valid = torch.ones(shape[:2], dtype=torch.bool, device=problem.device)
-    ours, theirs = (way.accept(canvas, next_canvas, is_valid) for way in (BY_OPS, BY_TORCH))
-    _check_equal("verify_walk", [ours.node, ours.num_accepted], [theirs.node, theirs.num_accepted])
+    nodes, stats, params = _forward(problem)
+    ours, theirs = (way(nodes, stats, params, _MASK_ID, UnmaskRules()) for way in (native_walk, walk))
+    _check_equal("decide_walk", [ours.canvas, ours.path], [theirs.canvas, theirs.path])
     return {
-        "csrc": lambda _: BY_OPS.accept(canvas, next_canvas, is_valid),
-        "torch": lambda _: BY_TORCH.accept(canvas, next_canvas, is_valid),
+        "csrc": lambda _: native_walk(nodes, stats, params, _MASK_ID, UnmaskRules()),
+        "torch": lambda _: walk(nodes, stats, params, _MASK_ID, UnmaskRules()),
     }
+
+
+def _forward(problem: WalkProblem) -> tuple[Nodes, PartialStats, PolicyParams]:
+    """Make masked roots whose positions are unmasked from left to right, one a step, half of which was drafted."""
+    num_nodes, length = 1 + len(FORMULAS), problem.block_length
+    shape = (problem.num_requests, num_nodes, length)
+    token_ids = torch.randint(_MASK_ID, (problem.num_requests, 1, length), device=problem.device).expand(shape)
+    num_unmasked = torch.arange(num_nodes, device=problem.device)
+    num_unmasked[num_nodes // 2 :] += length
+    is_masked = (torch.arange(length, device=problem.device) >= num_unmasked[:, None]).expand(shape)
+    canvas = torch.where(is_masked, _MASK_ID, token_ids)
+    is_valid = torch.ones(shape[:2], dtype=torch.bool, device=problem.device)
+    num_rows = canvas.numel()
+    logits = torch.randn(num_rows, MAX_CANDIDATES, device=problem.device).sort(1, descending=True).values
+    ones = torch.ones(num_rows, dtype=torch.float64, device=problem.device)
+    stats = PartialStats(
+        top_ids=torch.randint(_MASK_ID, (num_rows, MAX_CANDIDATES), device=problem.device),
+        top_logits=logits,
+        rest=ones,
+        weighted=-ones,
+        token_ids=token_ids.flatten(),
+        token_logits=logits[:, 0].contiguous(),
+        scores=ones,
+    )
+    return Nodes(canvas, is_masked.contiguous(), is_valid, is_valid.long()), stats, _from_left_to_right(problem)
+
+
+def _from_left_to_right(problem: WalkProblem) -> PolicyParams:
+    """Return the policy `sequential`, one position a step."""
+    zeros = torch.zeros(problem.num_requests, dtype=torch.int64, device=problem.device)
+    table = torch.ones(problem.block_length, problem.num_requests, dtype=torch.int64, device=problem.device)
+    return PolicyParams(
+        policy_id=zeros + POLICY_IDS["sequential"],
+        seed=zeros,
+        prompt_len=zeros,
+        start=zeros,
+        threshold=zeros.double(),
+        factor=zeros.double(),
+        entropy_bound=zeros.double(),
+        alg_temp=zeros.double(),
+        temperature=zeros.double(),
+        counts=table,
+        times=0.0 * table.double(),
+        policies=("sequential",),
+        has_alg_temp=False,
+    )
 
 
 def _roots(problem: WalkProblem) -> Roots:

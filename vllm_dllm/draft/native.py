@@ -1,33 +1,20 @@
-"""The functions of drafts by native ops, and the choice between them and their torch twins."""
+"""Drafts by a native op, and the choice between it and its torch twin."""
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_dllm import ops
-from vllm_dllm.draft import propose, verify
 from vllm_dllm.draft.compile import CompiledGraph
-from vllm_dllm.draft.propose import DraftNoise, Drafts, Roots
-from vllm_dllm.draft.verify import Walk
+from vllm_dllm.draft.propose import DraftNoise, Drafts, Roots, propose
 from vllm_dllm.errors import KernelUnavailable
 
 logger = logging.getLogger("vllm.dllm")
 
 
-@dataclass(frozen=True, slots=True)
-class DraftFunctions:
-    """What decides about drafts in a step."""
-
-    accept: Callable[[Tensor, Tensor, Tensor], Walk]
-    propose: Callable[[CompiledGraph, Roots, DraftNoise | None, int], Drafts]
-
-
-def native_accept(canvas: Tensor, next_canvas: Tensor, is_valid: Tensor) -> Walk:
-    """Do what `draft.verify.accept` does, in one launch; its canvases are contiguous."""
-    return Walk(*ops.verify_walk(canvas, next_canvas, is_valid))
+Propose = Callable[[CompiledGraph, Roots, DraftNoise | None, int], Drafts]
 
 
 def native_propose(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | None, num_drafts: int) -> Drafts:
@@ -50,17 +37,12 @@ def native_propose(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise |
     )
 
 
-BY_TORCH = DraftFunctions(verify.accept, propose.propose)
-BY_OPS = DraftFunctions(native_accept, native_propose)
-
-
-def choose_draft_functions(device: torch.device) -> DraftFunctions:
-    """Take the native ops where they are built for the device, else their torch twins."""
+def choose_propose(device: torch.device) -> Propose:
+    """Take the native op where it is built for the device, else its torch twin."""
     try:
-        for op in ("propose_nodes", "verify_walk"):
-            ops.require(op, device.type)
+        ops.require("propose_nodes", device.type)
     except KernelUnavailable as error:
-        logger.warning("Drafts are made and verified by torch: %s", error)
-        return BY_TORCH
-    logger.info("Drafts are made and verified by native ops for %s.", device.type)
-    return BY_OPS
+        logger.warning("Drafts are made by torch: %s", error)
+        return propose
+    logger.info("Drafts are made by a native op for %s.", device.type)
+    return native_propose

@@ -28,10 +28,10 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_dllm.attention.layout import empty_layout, stored_rows, storing_layout
-from vllm_dllm.denoiser import Denoiser, Drafting
+from vllm_dllm.denoiser import Denoiser, Drafting, Evaluated
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.look_ahead import smallest_budget
-from vllm_dllm.draft.native import choose_draft_functions
+from vllm_dllm.draft.native import choose_propose
 from vllm_dllm.engine.attention import ForwardAttention
 from vllm_dllm.engine.config_hook import rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
@@ -39,10 +39,10 @@ from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step import DenoiseStep, Group, split_groups
 from vllm_dllm.engine.step_attention import StepAttention
-from vllm_dllm.spiffy_config import SpiffySettings
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.kv import IntArray, KvSchedule, StorePlan
+from vllm_dllm.unmask.walk import choose_walk
 
 if TYPE_CHECKING:
     from vllm_dllm.models.transformer import MaskedDiffusionLM
@@ -69,10 +69,14 @@ class DllmModelState(ModelState):
         self.state = CanvasState(
             self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config), self._edge()
         )
+        drafting = None
+        if spiffy is not None:
+            drafting = Drafting(compile_graph(spiffy.graph, device), DraftState(self.state), choose_propose(device))
         self.denoiser = Denoiser(
             self.state,
-            None if spiffy is None else self._drafting(spiffy),
+            drafting,
             choose_head(model, self.model_config.get_vocab_size(), mask_token_id, device),
+            choose_walk(device),
         )
         self.kv_policy = KvSchedule(
             self.settings.kv_policy, self.settings.refresh_every, self.block_length, self.max_num_reqs
@@ -204,10 +208,6 @@ class DllmModelState(ModelState):
         shape = (self.max_num_reqs, self.model_config.get_hidden_size())
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-    def _drafting(self, spiffy: SpiffySettings) -> Drafting:
-        graph = compile_graph(spiffy.graph, self.device)
-        return Drafting(graph, DraftState(self.state), choose_draft_functions(self.device))
-
     def _denoise_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> DenoiseStep:
         """Find the requests that take a denoising step; the others of the batch begin with their prompt.
 
@@ -292,10 +292,10 @@ class DllmModelState(ModelState):
             self.state.edge[blocks.slots[spans_edge]] = hidden[edge_row]
         if self.kv_policy.decides_step:
             block_rows = (first_row[:, None] + self.state.positions(blocks)).flatten()
-            decision = self.denoiser.advance(blocks, self.denoiser.nodes(blocks, 0), hidden[block_rows])
-            step.num_unmasked[index] = decision.num_unmasked
+            (done,) = self.denoiser.advance([Evaluated(blocks, self.denoiser.nodes(blocks, 0), hidden[block_rows])])
+            step.num_unmasked[index] = done.num_unmasked
             if self.device.type == "cpu":  # elsewhere the host would wait, and a captured step has its rows anyway
-                step.is_finished_np[plan.index] = decision.is_finished.numpy()
+                step.is_finished_np[plan.index] = done.is_finished.numpy()
 
     @torch.inference_mode()
     def measure_cost(self, num_reqs: int, num_nodes: int) -> float:

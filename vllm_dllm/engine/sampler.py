@@ -1,5 +1,6 @@
 """What happens after a forward: canvases advance, finished blocks are emitted."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +9,9 @@ from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_dllm.denoiser import Decision
 from vllm_dllm.engine.step import DenoiseStep, Group
 from vllm_dllm.state.counters import MAX_DEPTH, REPORT_LEN, Column
+from vllm_dllm.unmask.walk import Trajectory
 
 if TYPE_CHECKING:
     from vllm_dllm.engine.model_state import DllmModelState
@@ -51,25 +52,29 @@ class DllmSampler:
         num_sampled = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
         num_rejected = torch.zeros_like(num_sampled)
         report = torch.zeros(input_batch.num_reqs, REPORT_LEN, dtype=torch.int32, device=hidden.device)
-        for group, rows in step.split(hidden):
-            assert group.nodes is not None, "the forward ran on them"
-            if group.num_nodes:
-                decision = denoiser.advance(group.blocks, group.nodes, group.evaluated(rows))
-            else:
-                decision = denoiser.finished(group.blocks)
+        for group, done in self._decided(step, hidden):
             index, tail = group.index, (step.num_known[group.index] - group.blocks.start)[:, None]
             columns = torch.arange(state.block_length, device=hidden.device) + tail
-            emitted = decision.canvas.gather(1, columns.clamp(max=state.block_length - 1)).int()
-            num_emitted = (decision.is_finished * (state.block_length - tail[:, 0])).int()
+            emitted = done.canvas.gather(1, columns.clamp(max=state.block_length - 1)).int()
+            num_emitted = (done.is_finished * (state.block_length - tail[:, 0])).int()
             sampled[: step.num_reqs][index] = emitted
             num_sampled[: step.num_reqs][index] = num_emitted
             num_rejected[: step.num_reqs][index] = group.num_scheduled - num_emitted
-            report[: step.num_reqs][index] = _report(step, group, decision).int()
-            denoiser.begin_blocks(group.blocks.slots, decision.is_finished & ~decision.came_over)
-            group.came_over = decision.came_over if group.looks_ahead else None
+            report[: step.num_reqs][index] = _report(step, group, done).int()
+            denoiser.begin_blocks(group.blocks.slots, done.is_finished & ~done.came_over)
+            group.came_over = done.came_over if group.looks_ahead else None
         begins = input_batch.idx_mapping[step.num_reqs : input_batch.num_reqs]
         denoiser.begin_blocks(begins, torch.ones_like(begins, dtype=torch.bool))
         return _output(sampled, num_sampled, num_rejected, report)
+
+    def _decided(self, step: DenoiseStep, hidden: Tensor) -> Iterator[tuple[Group, Trajectory]]:
+        """Decide the canvases of all groups; those of groups without rows are finished."""
+        denoiser = self.model_state.denoiser
+        in_forward = [(group, group.evaluated(rows)) for group, rows in step.split(hidden) if group.num_nodes]
+        if in_forward:
+            groups, evaluated = zip(*in_forward, strict=True)
+            yield from zip(groups, denoiser.advance(evaluated), strict=True)
+        yield from ((group, denoiser.finished(group.blocks)) for group in step.groups if not group.num_nodes)
 
     def _profile(self, hidden: Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Use as much memory as a real step can, for the run in which vLLM measures it; the result is not used."""
@@ -80,18 +85,18 @@ class DllmSampler:
         return _output(none[:, None], none, none, None)
 
 
-def _report(step: DenoiseStep, group: Group, decision: Decision) -> Tensor:
+def _report(step: DenoiseStep, group: Group, done: Trajectory) -> Tensor:
     """Put together what a step did for each request of a group; [num_reqs, REPORT_LEN] int64."""
     nodes = group.nodes
     assert nodes is not None, "the forward ran on them"
     report = torch.zeros(len(nodes.canvas), REPORT_LEN, dtype=torch.int64, device=nodes.canvas.device)
     is_masked = nodes.is_masked[:, 0].any(1)
-    report[:, Column.FORWARDS] = is_masked | decision.came_over
+    report[:, Column.FORWARDS] = is_masked | done.came_over
     report[:, Column.REFRESHES] = step.num_refreshes[group.index]
-    report[:, Column.UNMASKED] = step.num_unmasked[group.index] + decision.num_unmasked
-    report[:, Column.ACCEPTED] = decision.num_accepted
-    report[:, Column.FINISHED] = decision.is_finished
-    report[:, Column.STORED] = group.blocks.start + decision.came_over * group.block_length
+    report[:, Column.UNMASKED] = step.num_unmasked[group.index] + done.num_unmasked
+    report[:, Column.ACCEPTED] = done.num_accepted
+    report[:, Column.FINISHED] = done.is_finished
+    report[:, Column.STORED] = group.blocks.start + done.came_over * group.block_length
     report[:, Column.COMMITS] = int(group.commits)
     column = Column.PROPOSED - 1 + nodes.depth[:, 1:].clamp(1, MAX_DEPTH)
     return report.scatter_add_(1, column, (nodes.is_valid[:, 1:] & is_masked[:, None]).long())

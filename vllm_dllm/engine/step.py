@@ -10,10 +10,11 @@ from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_dllm.attention.layout import HostLayout, PagedIndex, denoise_layout, empty_layout
-from vllm_dllm.denoiser import Nodes
+from vllm_dllm.denoiser import Evaluated
 from vllm_dllm.draft.look_ahead import NUM_NODES
 from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.kv import BoolArray, IntArray
+from vllm_dllm.unmask.walk import Nodes
 
 NULL_PAGE = 0
 """vLLM's page that belongs to nobody: what is stored there is never read."""
@@ -44,13 +45,14 @@ class Group:
         """Rows in the forward."""
         return len(self.index_np) * self.num_nodes * self.block_length
 
-    def evaluated(self, hidden: Tensor) -> Tensor:
-        """Take the rows of the evaluated canvases out of the group's rows [num_rows, ...]."""
+    def evaluated(self, hidden: Tensor) -> Evaluated:
+        """Return what was evaluated, of the group's rows [num_rows, hidden_size]."""
+        assert self.nodes is not None, "the forward ran on them"
         first, num_evaluated = int(self.looks_ahead), 1 + self.num_drafts + self.looks_ahead
-        if self.num_nodes == num_evaluated:
-            return hidden
-        by_node = hidden.unflatten(0, (-1, self.num_nodes, self.block_length))
-        return by_node[:, first : first + num_evaluated].flatten(0, 2)
+        if self.num_nodes != num_evaluated:
+            by_node = hidden.unflatten(0, (-1, self.num_nodes, self.block_length))
+            hidden = by_node[:, first : first + num_evaluated].flatten(0, 2)
+        return Evaluated(self.blocks, self.nodes, hidden)
 
     @property
     def last_shift(self) -> int:

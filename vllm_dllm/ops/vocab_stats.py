@@ -11,13 +11,12 @@ from vllm_dllm.ops.load import check_one_device, require
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """How each row's token is drawn, as device tensors; `has_*` are known to the host and spare whole stages."""
+    """How tokens of rows are drawn, of which some have a temperature above 0; `has_filter` spares a stage."""
 
     temperature: Tensor  # [num_rows] float64, 0 takes the most probable token
     top_k: Tensor  # [num_rows] int64, 0 keeps all
     top_p: Tensor  # [num_rows] float64, 1 keeps all
     keys: Tensor  # [num_rows] int64, noise.stream_keys
-    has_noise: bool  # any temperature > 0
     has_filter: bool  # any top_k or top_p that removes something at a temperature > 0
     wants_sampled: bool = False  # statistics of the sampled distribution too: softmax(l / temperature), filtered
 
@@ -100,21 +99,25 @@ class PartialStats:
         values = (getattr(self, field.name) for field in fields(self))
         return [value for value in values if value is not None]
 
-    def distribution(self, sampling: RowSampling) -> Distribution:
+    def split(self, sizes: list[int]) -> list["PartialStats"]:
+        """Return the statistics of consecutive rows, so many each."""
+        return [PartialStats(*parts) for parts in zip(*(column.split(sizes) for column in self.tensors), strict=True)]
+
+    def distribution(self, divisor: Tensor) -> Distribution:
         """Return the sampled distribution where that is wanted, else the model's own.
 
         Args:
-            sampling: of the rows, as it was given for these statistics.
+            divisor: [num_rows] float64, that of the sampling that was given for these statistics.
         """
         relative = self.top_logits.double()
         token = self.token_logits.double() - relative[:, 0]
         relative = relative - relative[:, :1]
         if self.sampled_rest is None or self.sampled_weighted is None:
             return Distribution(self.rest, self.weighted, token, relative)
-        relative = relative / sampling.divisor[:, None]
+        relative = relative / divisor[:, None]
         # Filters keep the best ids, so the second is left if any is.
         relative[:, 1:].masked_fill_(self.sampled_rest[:, None] == 0, -torch.inf)
-        return Distribution(self.sampled_rest, self.sampled_weighted, token / sampling.divisor, relative)
+        return Distribution(self.sampled_rest, self.sampled_weighted, token / divisor, relative)
 
     @property
     def log_probs(self) -> Tensor:
@@ -128,12 +131,12 @@ class PartialStats:
         return self.top_logits[:, 0].double() + torch.log1p(self.rest)
 
 
-def merge(parts: Sequence[PartialStats], sampling: RowSampling) -> PartialStats:
+def merge(parts: Sequence[PartialStats], sampling: RowSampling | None) -> PartialStats:
     """Put the statistics of consecutive shards of a vocabulary together.
 
     Args:
         parts: of the same rows, in the order of their ids, which decides between equal logits and scores.
-        sampling: of the rows; none is filtered.
+        sampling: of the rows, as it was given for these statistics; none is filtered.
     """
     stacked = [torch.stack(columns) for columns in zip(*(part.tensors for part in parts), strict=True)]
     top_ids, top_logits, rest, weighted, token_ids, token_logits, scores, *sampled = stacked
@@ -145,12 +148,12 @@ def merge(parts: Sequence[PartialStats], sampling: RowSampling) -> PartialStats:
     drawn = scores.argmax(0, keepdim=True)
     return PartialStats(
         top_ids.movedim(0, 1).flatten(1).gather(1, order[:, :num_candidates]),
-        logits[:, :num_candidates],
+        logits[:, :num_candidates].contiguous(),
         *_merge_sums(first, below, rest, weighted),
         token_ids.gather(0, drawn)[0],
         token_logits.gather(0, drawn)[0],
         scores.gather(0, drawn)[0],
-        *(_merge_sums(first, below / sampling.divisor, *sampled) if sampled else ()),
+        *(_merge_sums(first, below / sampling.divisor, *sampled) if sampling is not None and sampled else ()),
     )
 
 
@@ -200,8 +203,7 @@ def vocab_stats(
     """
     require("vocab_stats", rows.device.type)
     wants_sampled = sampling is not None and sampling.wants_sampled
-    noise = sampling if sampling is not None and sampling.has_noise else None
-    filters = noise if noise is not None and noise.has_filter else None
+    filters = sampling if sampling is not None and sampling.has_filter else None
     results = torch.ops.vllm_dllm.vocab_stats(
         rows,
         weight,
@@ -209,8 +211,8 @@ def vocab_stats(
         excluded_ids,
         num_candidates,
         wants_sampled,
-        noise and noise.keys.contiguous(),
-        noise and noise.temperature.contiguous(),
+        sampling and sampling.keys.contiguous(),
+        sampling and sampling.temperature.contiguous(),
         filters and filters.top_k.contiguous(),
         filters and filters.top_p.contiguous(),
     )

@@ -113,49 +113,51 @@ class CanvasState:
         return row
 
     def policy_params(self, blocks: Blocks) -> PolicyParams:
-        """Gather the policies of the requests of some canvases; a request may have several."""
+        """Gather the policies of some requests."""
         slots_np = blocks.slots_np
         ints, floats = self._ints[:, blocks.slots], self._floats[:, blocks.slots]
-        parameters = dict(zip(_INTS, ints, strict=False)) | dict(zip(_FLOATS, floats, strict=False))
+        own_ints, own_floats = (dict(zip(*pair, strict=False)) for pair in ((_INTS, ints), (_FLOATS, floats)))
         policies = set(self._ints_np[_INTS.index("policy_id"), slots_np].tolist())
         return PolicyParams(
-            policy_id=parameters["policy_id"],
-            seed=parameters["seed"],
-            threshold=parameters["threshold"],
-            factor=parameters["factor"],
-            entropy_bound=parameters["entropy_bound"],
-            alg_temp=parameters["alg_temp"],
-            num_known=(parameters["prompt_len"] - blocks.start).clamp(min=0),
-            counts=ints[len(_INTS) :].T,
-            times=floats[len(_FLOATS) :].T.contiguous(),  # as searchsorted wants them
+            policy_id=own_ints["policy_id"],
+            seed=own_ints["seed"],
+            prompt_len=own_ints["prompt_len"],
+            start=blocks.start,
+            threshold=own_floats["threshold"],
+            factor=own_floats["factor"],
+            entropy_bound=own_floats["entropy_bound"],
+            alg_temp=own_floats["alg_temp"],
+            temperature=own_floats["temperature"],
+            counts=ints[len(_INTS) :],
+            times=floats[len(_FLOATS) :],
             policies=tuple(name for name, policy_id in POLICY_IDS.items() if policy_id in policies),
             has_alg_temp=bool((self._floats_np[_FLOATS.index("alg_temp"), slots_np] > 0).any()),
         )
 
-    def row_sampling(self, blocks: Blocks, num_masked: Tensor) -> RowSampling:
-        """Gather how the rows of some canvases are sampled.
+    def row_sampling(self, blocks: Blocks, num_masked: Tensor) -> RowSampling | None:
+        """Gather how the rows of some canvases are sampled; None when all requests are greedy.
 
         Args:
-            blocks: the requests.
-            num_masked: [num_reqs, num_nodes] int64, masked positions of each canvas evaluated for a request.
+            blocks: of the canvases.
+            num_masked: [num_canvases] int64, masked positions of each.
 
-        Returns: rows in the order of requests, nodes, positions.
+        Returns: rows in the order of canvases, positions.
         """
         temperature_np, has_top_k, has_top_p = self._sampling_np(blocks.slots_np)
-        seeds = self._int("seed")[blocks.slots]
-        keys = stream_keys(seeds[:, None, None], self.positions(blocks)[:, None], num_masked[..., None])
+        if not (temperature_np > 0).any():
+            return None
+        keys = stream_keys(self._int("seed")[blocks.slots, None], self.positions(blocks), num_masked[:, None])
 
         def per_row(per_request: Tensor) -> Tensor:
-            return per_request[blocks.slots, None, None].expand_as(keys).flatten()
+            return per_request[blocks.slots, None].expand_as(keys).flatten()
 
         return RowSampling(
             temperature=per_row(self._float("temperature")),
             top_k=per_row(self._int("top_k")),
             top_p=per_row(self._float("top_p")),
             keys=keys.flatten(),
-            has_noise=bool((temperature_np > 0).any()),
             has_filter=bool(((temperature_np > 0) & (has_top_k | has_top_p)).any()),
-            wants_sampled=self.rules.confidence == "sampled" and bool((temperature_np > 0).any()),
+            wants_sampled=self.rules.confidence == "sampled",
         )
 
     def draft_noise(self, blocks: Blocks) -> DraftNoise | None:

@@ -31,12 +31,12 @@ class Head(Protocol):
     def chunk_rows(self) -> int:
         """Rows of a call beyond which the memory in use does not grow."""
 
-    def __call__(self, hidden: Tensor, sampling: RowSampling, num_candidates: int) -> PartialStats:
+    def __call__(self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int) -> PartialStats:
         """Return statistics of the whole vocabulary.
 
         Args:
             hidden: [num_rows, hidden_size].
-            sampling: of the rows.
+            sampling: of the rows; None: all take their argmax.
             num_candidates: 1 to 8.
         """
 
@@ -69,7 +69,7 @@ class LogitsHead:
         reduce = partial(vocab_stats, weight=None) if is_native else torch_stats
         self._reduce = partial(reduce, excluded_ids=[mask_token_id])
 
-    def __call__(self, hidden: Tensor, sampling: RowSampling, num_candidates: int) -> PartialStats:
+    def __call__(self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int) -> PartialStats:
         """Implement `Head`."""
         return _in_chunks(
             hidden,
@@ -97,19 +97,20 @@ class WeightHead:
         self._by_logits = by_logits
         self._mask_token_id = mask_token_id
 
-    def __call__(self, hidden: Tensor, sampling: RowSampling, num_candidates: int) -> PartialStats:
+    def __call__(self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int) -> PartialStats:
         """Implement `Head`."""
         if self._shard.num_shards == 1:
             return self._own(hidden, sampling, num_candidates)
-        own = self._own(hidden, sampling.without_filter(), num_candidates)
+        unfiltered = sampling and sampling.without_filter()
+        own = self._own(hidden, unfiltered, num_candidates)
         gathered = self._shard.gather(_pack(own)).chunk(self._shard.num_shards, 1)
-        stats = merge([_unpack(packed, own) for packed in gathered], sampling.without_filter())
-        if not sampling.has_filter:
+        stats = merge([_unpack(packed, own) for packed in gathered], unfiltered)
+        if sampling is None or not sampling.has_filter:
             return stats
         whole = self._by_logits(hidden, sampling, num_candidates)
         return _each(lambda parts: _select(sampling.is_filtered(), *parts), [whole, stats])
 
-    def _own(self, hidden: Tensor, sampling: RowSampling, num_candidates: int) -> PartialStats:
+    def _own(self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int) -> PartialStats:
         """Return the statistics of this rank's ids."""
         reduce = partial(
             vocab_stats,
@@ -127,12 +128,15 @@ def _each(call: Callable[[tuple[Tensor, ...]], Tensor], parts: Sequence[PartialS
 
 
 def _in_chunks(
-    hidden: Tensor, sampling: RowSampling, chunk_rows: int, reduce: Callable[[Tensor, RowSampling], PartialStats]
+    hidden: Tensor,
+    sampling: RowSampling | None,
+    chunk_rows: int,
+    reduce: Callable[[Tensor, RowSampling | None], PartialStats],
 ) -> PartialStats:
     if len(hidden) <= chunk_rows:
         return reduce(hidden, sampling)
     parts = [
-        reduce(rows, sampling.rows(begin, begin + len(rows)))
+        reduce(rows, sampling and sampling.rows(begin, begin + len(rows)))
         for begin, rows in zip(count(0, chunk_rows), hidden.split(chunk_rows), strict=False)
     ]
     return _each(torch.cat, parts)

@@ -2,7 +2,7 @@
 
 A policy is an order of the masked positions and a count: a step unmasks the first ones, highest score first, lowest
 position first among equals, which `torch.topk` leaves open. It remembers nothing: the next canvas is a function of the
-canvas, so that a draft of a later canvas can be decided in the same forward.
+canvas and what the model says of it.
 
 Sources: LLaDA `generate` (arXiv:2502.09992) for static and random; Fast-dLLM v1 (arXiv:2505.22618) for threshold and
 factor; Dream `diffusion_generate` (arXiv:2508.15487) for margin, entropy, origin and `alg_temp`; SDAR
@@ -10,7 +10,7 @@ factor; Dream `diffusion_generate` (arXiv:2508.15487) for margin, entropy, origi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -26,15 +26,37 @@ class PolicyParams:
 
     policy_id: Tensor  # [num_canvases] int64, POLICY_IDS
     seed: Tensor  # [num_canvases] int64
+    prompt_len: Tensor  # [num_canvases] int64, positions
+    start: Tensor  # [num_canvases] int64, absolute position of the block
     threshold: Tensor  # [num_canvases] float64
     factor: Tensor  # [num_canvases] float64
     entropy_bound: Tensor  # [num_canvases] float64, nats
     alg_temp: Tensor  # [num_canvases] float64, 0 draws no positions
-    num_known: Tensor  # [num_canvases] int64, positions of the block that hold the prompt's tail
-    counts: Tensor  # [num_canvases, block_length] int64, schedule.count_table
-    times: Tensor  # [num_canvases, block_length] float64, schedule.reveal_times
+    temperature: Tensor  # [num_canvases] float64, of the sampled distribution
+    counts: Tensor  # [block_length, num_canvases] int64, schedule.count_table
+    times: Tensor  # [block_length, num_canvases] float64, schedule.reveal_times
     policies: tuple[PolicyName, ...]  # those of the requests
     has_alg_temp: bool  # any above 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The fields on the device, in their order."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return [value for value in values if isinstance(value, Tensor)]
+
+    @property
+    def num_known(self) -> Tensor:
+        """[num_canvases] int64, positions of the block that hold the prompt's tail."""
+        return (self.prompt_len - self.start).clamp(min=0)
+
+    @property
+    def position(self) -> Tensor:
+        """[num_canvases, block_length] int64, absolute."""
+        return self.start[:, None] + torch.arange(len(self.counts), device=self.start.device)
+
+    def of_next_block(self, block_length: int) -> "PolicyParams":
+        """Return the same for the blocks behind these."""
+        return replace(self, start=self.start + block_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +64,12 @@ class Evidence:
     """What the positions of some canvases are scored by."""
 
     distribution: Distribution  # [num_canvases * block_length]
-    keys: Tensor  # [num_canvases, block_length] int64, noise streams of the step
-    position: Tensor  # [num_canvases, block_length] int64, absolute
+    is_masked: Tensor  # [num_canvases, block_length] bool
+
+    def keys(self, params: PolicyParams) -> Tensor:
+        """Return the noise streams of the step; [num_canvases, block_length] int64."""
+        num_masked = self.is_masked.sum(1, keepdim=True)
+        return noise.stream_keys(params.seed[:, None], params.position, num_masked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,39 +87,41 @@ class Policy:
 
 
 def _confidence(evidence: Evidence, _params: PolicyParams) -> Tensor:
-    return evidence.distribution.confidence.view_as(evidence.keys)
+    return evidence.distribution.confidence.view_as(evidence.is_masked)
 
 
 def _margin(evidence: Evidence, _params: PolicyParams) -> Tensor:
-    return evidence.distribution.margin.view_as(evidence.keys)
+    return evidence.distribution.margin.view_as(evidence.is_masked)
 
 
 def _certainty(evidence: Evidence, _params: PolicyParams) -> Tensor:
-    return -evidence.distribution.entropy.view_as(evidence.keys)
+    return -evidence.distribution.entropy.view_as(evidence.is_masked)
 
 
-def _uniform(evidence: Evidence, _params: PolicyParams) -> Tensor:
-    return noise.uniform(evidence.keys, noise.STREAM)
+def _uniform(evidence: Evidence, params: PolicyParams) -> Tensor:
+    return noise.uniform(evidence.keys(params), noise.STREAM)
 
 
-def _leftmost(evidence: Evidence, _params: PolicyParams) -> Tensor:
-    return -evidence.position.double()
+def _leftmost(_evidence: Evidence, params: PolicyParams) -> Tensor:
+    return -params.position.double()
 
 
-def _earliest(evidence: Evidence, params: PolicyParams) -> Tensor:
+def _earliest(_evidence: Evidence, params: PolicyParams) -> Tensor:
     """Score a position by the step that reveals it: the first one whose end is not after its own time.
 
     Each position draws its time once. So one that is masked at t is revealed by the step from t to s with the published
     probability 1 - s / t, whenever it is asked.
     """
-    keys = noise.stream_keys(params.seed[:, None], evidence.position, torch.zeros_like(evidence.position))
-    own_time = noise.uniform(keys, noise.STREAM)
-    return -torch.searchsorted((-params.times).contiguous(), -own_time).double()
+    position = params.position
+    own_time = noise.uniform(
+        noise.stream_keys(params.seed[:, None], position, torch.zeros_like(position)), noise.STREAM
+    )
+    return -torch.searchsorted((-params.times.T).contiguous(), -own_time).double()
 
 
 def _scheduled(ordered: Tensor, num_masked: Tensor, params: PolicyParams) -> Tensor:
     num_unmasked = ordered.shape[1] - params.num_known - num_masked
-    return params.counts.gather(1, num_unmasked.clamp(max=ordered.shape[1] - 1)[:, None]).squeeze(1)
+    return params.counts.gather(0, num_unmasked.clamp(max=ordered.shape[1] - 1)[None]).squeeze(0)
 
 
 def _reaching(ordered: Tensor, _num_masked: Tensor, params: PolicyParams) -> Tensor:
@@ -152,7 +180,7 @@ def score_positions(evidence: Evidence, params: PolicyParams) -> Tensor:
     if not params.has_alg_temp:
         return score
     alg_temp = params.alg_temp[:, None]
-    drawn = score / torch.where(alg_temp > 0, alg_temp, 1.0) + noise.gumbel(evidence.keys, noise.STREAM)
+    drawn = score / torch.where(alg_temp > 0, alg_temp, 1.0) + noise.gumbel(evidence.keys(params), noise.STREAM)
     # The quotient may overflow; -inf stands for positions that are not masked.
     return torch.where(alg_temp > 0, drawn.clamp(min=torch.finfo(drawn.dtype).min), score)
 

@@ -25,7 +25,7 @@ def candidates_of(stats: PartialStats) -> Candidates:
 
 
 def torch_stats(
-    logits: Tensor, *, excluded_ids: Sequence[int], num_candidates: int, sampling: RowSampling
+    logits: Tensor, *, excluded_ids: Sequence[int], num_candidates: int, sampling: RowSampling | None
 ) -> PartialStats:
     """Reduce rows of logits as `ops.vocab_stats` does; the order of equal candidates is open.
 
@@ -35,7 +35,7 @@ def torch_stats(
         logits: [num_rows, vocab_size] any float dtype; overwritten.
         excluded_ids: ids whose logits count as -inf.
         num_candidates: how many of the largest logits to keep.
-        sampling: of the rows.
+        sampling: of the rows; None: all take their argmax.
     """
     logits = logits.float()
     logits[:, excluded_ids] = -torch.inf
@@ -44,16 +44,17 @@ def torch_stats(
     missing = (0, num_candidates - top_ids.shape[1])
     top_logits, top_ids = pad(top_logits, missing, value=-torch.inf), pad(top_ids, missing)
     scores, token_ids = largest.double(), argmax
-    is_drawn = sampling.temperature > 0
-    kept = kept_ids(logits, sampling) if sampling.has_filter else None
-    if sampling.has_noise:
+    kept = None
+    if sampling is not None:
+        is_drawn = sampling.temperature > 0
+        kept = kept_ids(logits, sampling) if sampling.has_filter else None
         best, drawn = _scores(logits, sampling, kept).max(dim=1)
         scores, token_ids = torch.where(is_drawn, best, scores), torch.where(is_drawn, drawn, token_ids)
     token_logits = logits.gather(1, token_ids[:, None]).squeeze(1)
     below = logits.sub_(largest[:, None])
     sums = _sums(below, argmax)
     sampled: list[Tensor] = []
-    if sampling.wants_sampled:
+    if sampling is not None and sampling.wants_sampled:
         tempered = _filtered(below.double().div_(sampling.divisor[:, None]), kept)
         drawn_sums = _sums(tempered, argmax)
         sampled = [torch.where(is_drawn, drawn, own) for drawn, own in zip(drawn_sums, sums, strict=True)]

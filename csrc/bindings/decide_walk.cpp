@@ -1,0 +1,142 @@
+#include "dllm/decide_walk.h"
+
+#include <optional>
+#include <vector>
+
+#include "library.h"
+
+namespace dllm {
+namespace {
+
+constexpr const char* kOp = "decide_walk";
+
+void check_count(const char* name, const std::vector<Tensor>& tensors, size_t expected, const char* names) {
+  check(tensors.size() == expected, kOp, name, " must be ", expected, " tensors, got ", tensors.size(), "; give ",
+        names);
+}
+
+void check_input(const char* name, const Tensor& tensor, ScalarType type, const Sizes& sizes, const Tensor& canvas) {
+  check_shape(kOp, name, tensor, sizes, "sizes follow from canvas and rows.top_ids");
+  check_tensor(kOp, name, tensor, type, canvas);
+}
+
+void check_rows(const std::vector<Tensor>& rows, const Tensor& canvas) {
+  check(rows.size() == 6 || rows.size() == 8, kOp, "rows must be 6 or 8 tensors, got ", rows.size(),
+        "; give token_ids, token_logits, top_ids, top_logits, rest, weighted and, if wanted, the sampled sums");
+  const int64_t num_rows = canvas.size(0) * canvas.size(1) * canvas.size(2);
+  const int64_t num_candidates = rows[2].dim() == 2 ? rows[2].size(1) : 0;
+  check(num_candidates >= 2 && num_candidates <= kMaxCandidates, kOp,
+        "rows.top_ids must be [num_rows, num_candidates] with num_candidates in 2..", kMaxCandidates, ", got ",
+        shape(rows[2]), "; `margin` compares two");
+  check_input("rows.token_ids", rows[0], ScalarType::Long, {num_rows}, canvas);
+  check_input("rows.token_logits", rows[1], ScalarType::Float, {num_rows}, canvas);
+  check_input("rows.top_ids", rows[2], ScalarType::Long, {num_rows, num_candidates}, canvas);
+  check_input("rows.top_logits", rows[3], ScalarType::Float, {num_rows, num_candidates}, canvas);
+  const char* const sums[] = {"rows.rest", "rows.weighted", "rows.sampled_rest", "rows.sampled_weighted"};
+  for (size_t i = 4; i < rows.size(); ++i) {
+    check_input(sums[i - 4], rows[i], ScalarType::Double, {num_rows}, canvas);
+  }
+}
+
+void check_params(const std::vector<Tensor>& params, const Tensor& canvas) {
+  check_count("params", params, 11,
+              "policy_id, seed, prompt_len, start, threshold, factor, entropy_bound, alg_temp, temperature, counts and "
+              "times");
+  const char* const names[] = {"params.policy_id",     "params.seed",      "params.prompt_len",
+                               "params.start",         "params.threshold", "params.factor",
+                               "params.entropy_bound", "params.alg_temp",  "params.temperature"};
+  for (size_t i = 0; i < 9; ++i) {
+    check_input(names[i], params[i], i < 4 ? ScalarType::Long : ScalarType::Double, {canvas.size(0)}, canvas);
+  }
+  const Sizes table = {canvas.size(2), canvas.size(0)};
+  check_input("params.counts", params[9], ScalarType::Long, table, canvas);
+  check_input("params.times", params[10], ScalarType::Double, table, canvas);
+}
+
+std::vector<Tensor> new_results(const Tensor& canvas, int64_t num_candidates) {
+  const int64_t num_reqs = canvas.size(0);
+  const Sizes requests = {num_reqs};
+  const Sizes positions = {num_reqs, canvas.size(2)};
+  const Sizes candidates = {num_reqs, canvas.size(2), num_candidates};
+  return {
+      torch::stable::new_empty(canvas, positions, ScalarType::Long),
+      torch::stable::new_empty(canvas, positions, ScalarType::Long),
+      torch::stable::new_empty(canvas, {num_reqs, canvas.size(1)}, ScalarType::Long),
+      torch::stable::new_empty(canvas, positions, ScalarType::Long),
+      torch::stable::new_empty(canvas, requests, ScalarType::Long),
+      torch::stable::new_empty(canvas, requests, ScalarType::Long),
+      torch::stable::new_empty(canvas, requests, ScalarType::Long),
+      torch::stable::new_empty(canvas, requests, ScalarType::Bool),
+      torch::stable::new_empty(canvas, requests, ScalarType::Bool),
+      torch::stable::new_empty(canvas, candidates, ScalarType::Long),
+      torch::stable::new_empty(canvas, candidates, ScalarType::Double),
+  };
+}
+
+}  // namespace
+
+std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Tensor> end, std::vector<Tensor> rows,
+                                std::vector<Tensor> params, int64_t mask_token_id, bool unmasks_first_alone) {
+  check(canvas.dim() == 3 && canvas.size(1) > 0, kOp,
+        "canvas must be [num_reqs, num_nodes, block_length] with the root, got ", shape(canvas),
+        "; put node 0, the request's true canvas, first");
+  check_tensor(kOp, "canvas", canvas, ScalarType::Long, canvas);
+  check_input("is_valid", is_valid, ScalarType::Bool, {canvas.size(0), canvas.size(1)}, canvas);
+  if (end) {
+    check_input("end", *end, ScalarType::Long, {canvas.size(0), canvas.size(2)}, canvas);
+  }
+  check_rows(rows, canvas);
+  check_params(params, canvas);
+  const int64_t num_candidates = rows[2].size(1);
+  std::vector<Tensor> out = new_results(canvas, num_candidates);
+  const bool is_sampled = rows.size() == 8;
+  const DecideWalkArgs args = {
+      .canvas = canvas.const_data_ptr<int64_t>(),
+      .is_valid = is_valid.const_data_ptr<bool>(),
+      .end = end ? end->const_data_ptr<int64_t>() : nullptr,
+      .token_ids = rows[0].const_data_ptr<int64_t>(),
+      .token_logits = rows[1].const_data_ptr<float>(),
+      .top_ids = rows[2].const_data_ptr<int64_t>(),
+      .top_logits = rows[3].const_data_ptr<float>(),
+      .rest = rows[4].const_data_ptr<double>(),
+      .weighted = rows[5].const_data_ptr<double>(),
+      .sampled_rest = is_sampled ? rows[6].const_data_ptr<double>() : nullptr,
+      .sampled_weighted = is_sampled ? rows[7].const_data_ptr<double>() : nullptr,
+      .policy = params[0].const_data_ptr<int64_t>(),
+      .seed = params[1].const_data_ptr<int64_t>(),
+      .prompt_len = params[2].const_data_ptr<int64_t>(),
+      .start = params[3].const_data_ptr<int64_t>(),
+      .threshold = params[4].const_data_ptr<double>(),
+      .factor = params[5].const_data_ptr<double>(),
+      .entropy_bound = params[6].const_data_ptr<double>(),
+      .alg_temp = params[7].const_data_ptr<double>(),
+      .temperature = params[8].const_data_ptr<double>(),
+      .counts = params[9].const_data_ptr<int64_t>(),
+      .times = params[10].const_data_ptr<double>(),
+      .out_canvas = out[0].mutable_data_ptr<int64_t>(),
+      .out_next_canvas = out[1].mutable_data_ptr<int64_t>(),
+      .out_path = out[2].mutable_data_ptr<int64_t>(),
+      .out_step = out[3].mutable_data_ptr<int64_t>(),
+      .out_node = out[4].mutable_data_ptr<int64_t>(),
+      .out_num_steps = out[5].mutable_data_ptr<int64_t>(),
+      .out_num_unmasked = out[6].mutable_data_ptr<int64_t>(),
+      .out_is_finished = out[7].mutable_data_ptr<bool>(),
+      .out_came_over = out[8].mutable_data_ptr<bool>(),
+      .out_ids = out[9].mutable_data_ptr<int64_t>(),
+      .out_log_probs = out[10].mutable_data_ptr<double>(),
+      .num_reqs = canvas.size(0),
+      .num_nodes = canvas.size(1),
+      .block_length = canvas.size(2),
+      .num_candidates = num_candidates,
+      .mask_token_id = mask_token_id,
+      .unmasks_first_alone = unmasks_first_alone,
+  };
+  DLLM_KERNEL(decide_walk).launch(canvas, args);
+  return out;
+}
+
+}  // namespace dllm
+
+DLLM_OP(decide_walk,
+        "(Tensor canvas, Tensor is_valid, Tensor? end, Tensor[] rows, Tensor[] params, int mask_token_id, "
+        "bool unmasks_first_alone) -> Tensor[]")

@@ -1,0 +1,340 @@
+"""`decide_walk` equals `unmask.walk.walk`, on each device; the walk itself, on canvases made by hand."""
+
+import re
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.ops import simt
+from vllm_dllm import ops
+from vllm_dllm.ops.vocab_stats import PartialStats
+from vllm_dllm.unmask.policy import POLICIES, POLICY_IDS, PolicyParams
+from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
+from vllm_dllm.unmask.walk import Nodes, Trajectory, native_walk, walk
+
+MASK = 999
+SIZES = [(1, 1, 4), (1, 2, 1), (3, 5, 7), (20, 11, 32), (33, 33, 8), (2, 40, 113)]
+"""(num_reqs, num_nodes, block_length)"""
+
+
+def random_stats(num_rows: int, generator: torch.Generator, *, is_sampled: bool) -> PartialStats:
+    """Draw rows of a vocabulary of 16; the drawn token is one of the first candidates."""
+    logits = (3 * torch.randn(num_rows, 16, generator=generator)).sort(1, descending=True).values
+    below = (logits - logits[:, :1]).double()
+
+    def sums(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, 1:].exp().sum(1), (x * x.exp())[:, 1:].sum(1)
+
+    place = torch.randint(0, 3, (num_rows, 1), generator=generator)
+    ids = torch.rand(num_rows, 16, generator=generator).argsort(1)
+    return PartialStats(
+        ids[:, :4].contiguous(),
+        logits[:, :4].contiguous(),
+        *sums(below),
+        ids.gather(1, place)[:, 0],
+        logits.gather(1, place)[:, 0],
+        torch.zeros(num_rows, dtype=torch.float64),
+        *(sums(below / 0.7) if is_sampled else ()),
+    )
+
+
+def random_params(num_reqs: int, block_length: int, generator: torch.Generator) -> PolicyParams:
+    """Draw policies; requests of each policy in turn, some of which draw positions."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(num_reqs, generator=generator, dtype=torch.float64)
+
+    def whole(high: int) -> Tensor:
+        return torch.randint(0, high, (num_reqs,), generator=generator)
+
+    number = whole(10) if num_reqs < 10 else torch.arange(num_reqs)
+    steps = (1 + whole(block_length)).tolist()
+    start = 8 * whole(5)
+    draws = (number % len(POLICIES) <= POLICY_IDS["entropy"]) & (number % 3 == 0)
+    return PolicyParams(
+        policy_id=number % len(POLICIES),
+        seed=whole(2**40),
+        prompt_len=start + whole(2) - 1,
+        start=start,
+        threshold=uniform(0.3, 1),
+        factor=uniform(0.2, 2),
+        entropy_bound=uniform(0.1, 2),
+        alg_temp=torch.where(draws, uniform(0.1, 1), 0.0),
+        temperature=torch.where(number % 2 == 0, 0.7, 0.0).double(),
+        counts=torch.tensor([count_table(UnmaskRules(), block_length, n) for n in steps])
+        .view(num_reqs, -1)
+        .T.contiguous(),
+        times=torch.tensor([reveal_times(block_length, n) for n in steps], dtype=torch.float64)
+        .view(num_reqs, -1)
+        .T.contiguous(),
+        policies=tuple(POLICIES),
+        has_alg_temp=True,
+    )
+
+
+def random_call(
+    num_reqs: int, num_nodes: int, block_length: int, seed: int, *, is_sampled: bool = False, looks_ahead: bool = False
+) -> tuple[Nodes, PartialStats, PolicyParams]:
+    """Draw roots, and drafts most of which come true: each is what the twin makes of an earlier node."""
+    generator = torch.Generator().manual_seed(seed)
+    params = random_params(num_reqs, block_length, generator)
+    stats = random_stats(num_reqs * num_nodes * block_length, generator, is_sampled=is_sampled)
+    is_masked = torch.rand(num_reqs, block_length, generator=generator) < 0.8
+    is_masked[::7] = num_reqs == 1
+    canvas = torch.randint(0, 16, (num_reqs, num_nodes, block_length), generator=generator)
+    canvas[:, 0].masked_fill_(is_masked, MASK)
+    num_drafts = num_nodes - 1 - looks_ahead  # of a look-ahead the last node is the next root
+    order = torch.stack([torch.randperm(num_drafts, generator=generator) for _ in range(num_reqs)]) + 1
+    request, before = torch.arange(num_reqs), torch.zeros(num_reqs, dtype=torch.int64)
+    for node in order.T:
+        canvas[request, node] = next_of(canvas, stats, params, before)
+        before = node
+    is_valid = torch.rand(num_reqs, num_nodes, generator=generator) < 0.9
+    end = None
+    if looks_ahead:
+        canvas[:, -1] = MASK
+        end = next_of(canvas, stats, params, before)
+        end[::5] += 1
+    return Nodes(canvas, canvas == MASK, is_valid, torch.zeros_like(is_valid).long(), end), stats, params
+
+
+def next_of(canvas: Tensor, stats: PartialStats, params: PolicyParams, node: Tensor) -> Tensor:
+    """Decide one node of each request, without a walk."""
+    request, block_length = torch.arange(len(canvas)), canvas.shape[2]
+    root = canvas[request, node][:, None]
+    row = (request * canvas.shape[1] + node)[:, None] * block_length + torch.arange(block_length)
+    rows = PartialStats(*(column[row.flatten()] for column in stats.tensors))
+    alone = torch.ones_like(root[..., 0], dtype=torch.bool)
+    return walk(Nodes(root, root == MASK, alone, alone.long()), rows, params, MASK, UnmaskRules()).canvas
+
+
+def columns(done: Trajectory) -> dict[str, Tensor]:
+    found = {field.name: getattr(done, field.name) for field in fields(done)}
+    candidates = found.pop("candidates")
+    return found | {"ids": candidates.token_ids, "log_probs": candidates.log_probs}
+
+
+def to(where: str, value: Any) -> Any:
+    """Move all tensors of a value."""
+    moved = {f.name: v.to(where) for f in fields(value) if isinstance(v := getattr(value, f.name), Tensor)}
+    return replace(value, **moved)
+
+
+def check_equal(call: tuple[Nodes, PartialStats, PolicyParams], where: str, *, first_alone: bool = False) -> Trajectory:
+    """Compare with the torch twin."""
+    rules = UnmaskRules(unmasks_first_alone=first_alone)
+    expected = walk(*call, MASK, rules)
+    found = native_walk(*(call if where == "simt" else (to(where, part) for part in call)), MASK, rules)
+    wanted = columns(expected)
+    for name, column in columns(found).items():
+        if column.is_floating_point():
+            torch.testing.assert_close(column.cpu(), wanted[name], rtol=1e-12, atol=1e-12)
+        else:
+            assert torch.equal(column.cpu(), wanted[name]), name
+    return expected
+
+
+@pytest.fixture(params=["cpu", "simt", pytest.param("cuda", marks=pytest.mark.gpu)])
+def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "simt":
+        monkeypatch.setattr(ops, "decide_walk", lambda *args: simt.ops().decide_walk(*args))
+    return str(request.param)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_equals_the_torch_twin(size, where):
+    longest = 0
+    for seed in range(4 if where == "simt" else 12):
+        done = check_equal(random_call(*size, seed, is_sampled=seed % 2 == 1), where, first_alone=seed % 3 == 1)
+        longest = max(longest, int(done.num_steps.max()))
+    assert longest >= min(size[1], size[2], 3)
+
+
+@pytest.mark.parametrize("size", [(20, 5, 6), (33, 9, 4)], ids=str)
+def test_look_aheads_that_come_true(size, where):
+    done = [check_equal(random_call(*size, seed, looks_ahead=True), where) for seed in range(4)]
+    came_over = torch.cat([each.came_over for each in done])
+    assert came_over.any()
+    assert not came_over.all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 20)),
+    seed=st.integers(0, 2**31),
+    is_sampled=st.booleans(),
+    first_alone=st.booleans(),
+)
+def test_equals_the_torch_twin_on_any_call(size, seed, is_sampled, first_alone):
+    check_equal(random_call(*size, seed, is_sampled=is_sampled), "cpu", first_alone=first_alone)
+
+
+def chain(canvas: list[str], tokens: list[str], is_valid: list[bool] | None = None) -> Trajectory:
+    """Walk with `sequential`, a position a step; a letter is a token, "." a mask; `tokens` are what each node draws."""
+    length = len(canvas[0])
+    ids = torch.tensor([[MASK if letter == "." else ord(letter) for letter in text] for text in canvas])[None]
+    drawn = torch.tensor([MASK if letter == "." else ord(letter) for text in tokens for letter in text])
+    generator = torch.Generator().manual_seed(0)
+    stats = replace(random_stats(len(drawn), generator, is_sampled=False), token_ids=drawn)
+    params = replace(random_params(1, length, generator), policy_id=torch.tensor([POLICY_IDS["sequential"]]))
+    params = replace(params, counts=torch.ones(length, 1, dtype=torch.int64), prompt_len=params.start)
+    valid = torch.tensor([is_valid or [True] * len(canvas)])
+    nodes = Nodes(ids, ids == MASK, valid, valid.long())
+    done = native_walk(nodes, stats, params, MASK, UnmaskRules())
+    for name, column in columns(walk(nodes, stats, params, MASK, UnmaskRules())).items():
+        torch.testing.assert_close(columns(done)[name], column, rtol=1e-12, atol=1e-12)
+    return done
+
+
+def test_nothing_comes_true():
+    done = chain(["...", "x.."], ["abc", "xbc"])
+    assert (done.path.tolist(), done.num_accepted.tolist()) == ([[0, -1]], [0])
+    assert done.canvas.tolist() == [[ord("a"), MASK, MASK]]
+
+
+def test_a_chain_is_followed_in_any_order_of_nodes():
+    done = chain(["...", "ab.", "a.."], ["abc", "abc", "abc"])
+    assert (done.path.tolist(), done.step.tolist(), done.node.tolist()) == ([[0, 2, 1]], [[0, 1, 2]], [1])
+    assert (done.num_unmasked.tolist(), done.is_finished.tolist()) == ([3], [True])
+
+
+def test_what_a_node_says_decides_its_own_step_alone():
+    """The second node draws other tokens than the root, for the position that it decides."""
+    done = chain(["...", "a.."], ["abc", "xyz"])
+    assert done.canvas.tolist() == [[ord("a"), ord("y"), MASK]]
+
+
+def test_invalid_nodes_are_not_accepted():
+    done = chain(["...", "a..", "ab."], ["abc", "abc", "abc"], [True, False, True])
+    assert done.path.tolist() == [[0, -1, -1]]
+
+
+def test_equal_drafts_count_once():
+    done = chain(["...", "a..", "a..", "ab."], ["abc", "abc", "xyz", "abc"])
+    assert done.path.tolist() == [[0, 1, 3, -1]]
+
+
+def test_finished_drafts_are_not_decided():
+    done = chain(["ab.", "abc"], ["xyc", "xyz"])
+    assert (done.path.tolist(), done.is_finished.tolist()) == ([[0, -1]], [True])
+
+
+def test_a_circle_ends():
+    """A token that is the mask, which no row draws, leaves the canvas as it is."""
+    done = chain(["ab.", "ab."], ["xy.", "xy."])
+    assert (done.path.tolist(), done.num_accepted.tolist()) == ([[0, 1]], [1])
+
+
+def test_a_finished_root_is_not_decided():
+    done = chain(["abc", "abc"], ["xyz", "xyz"])
+    assert (done.path.tolist(), done.num_steps.tolist(), done.num_accepted.tolist()) == ([[-1, -1]], [0], [0])
+    assert done.canvas.tolist() == [[ord("a"), ord("b"), ord("c")]]
+
+
+def test_the_prompts_end_is_no_step():
+    done = chain(["ab..", "abc."], ["xycd", "xycd"])
+    assert done.step.tolist() == [[-1, -1, 0, 1]]
+
+
+def native_args(call: tuple[Nodes, PartialStats, PolicyParams]) -> list[Any]:
+    nodes, stats, params = call
+    rows = [stats.token_ids, stats.token_logits, stats.top_ids, stats.top_logits, stats.rest, stats.weighted]
+    return [nodes.canvas, nodes.is_valid, nodes.end, rows, params.tensors, MASK, False]
+
+
+def test_no_requests():
+    nodes, stats, params = random_call(3, 2, 4, 0)
+    nodes = replace(nodes, **{f.name: v[:0] for f in fields(nodes) if (v := getattr(nodes, f.name)) is not None})
+    params = replace(params, **{n: v[..., :0] for n in params.__slots__ if isinstance(v := getattr(params, n), Tensor)})
+    done = native_walk(nodes, PartialStats(*(column[:0] for column in stats.tensors)), params, MASK, UnmaskRules())
+    assert done.canvas.shape == (0, 4)
+    assert done.path.shape == (0, 2)
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_opcheck(looks_ahead):
+    args = native_args(random_call(3, 5, 7, 0, looks_ahead=looks_ahead))
+    ops.decide_walk(*args)
+    torch.library.opcheck(torch.ops.vllm_dllm.decide_walk.default, args)
+
+
+def test_can_be_traced():
+    args = native_args(random_call(7, 11, 4, 0))
+
+    def total(canvas: Tensor) -> Tensor:
+        done = ops.decide_walk(canvas, *args[1:])
+        return done[0] + done[3]
+
+    assert torch.equal(torch.compile(total, fullgraph=True, backend="eager")(args[0]), total(args[0]))
+
+
+def with_row(index: int, row: Any) -> Any:
+    return lambda args: args[3].__setitem__(index, row(args[3][index]))
+
+
+def with_param(index: int, param: Any) -> Any:
+    return lambda args: args[4].__setitem__(index, param(args[4][index]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda args: args.__setitem__(0, args[0][0]),
+            "canvas must be [num_reqs, num_nodes, block_length] with the root, got [3, 4]; ",
+        ),
+        (lambda args: args.__setitem__(0, args[0].int()), "canvas must be Long, got Int; convert it with .to()"),
+        (
+            lambda args: args.__setitem__(0, args[0].mT.contiguous().mT),
+            "canvas must be contiguous, got strides [12, 1, 3]; call ",
+        ),
+        (
+            lambda args: args.__setitem__(1, args[1][:1]),
+            "is_valid must be [2, 3], got [1, 3]; sizes follow from canvas",
+        ),
+        (
+            lambda args: args.__setitem__(2, args[0][:, 0, :2]),
+            "end must be [2, 4], got [2, 2]; sizes follow from canvas",
+        ),
+        (lambda args: args[3].pop(), "rows must be 6 or 8 tensors, got 5; give token_ids, "),
+        (
+            with_row(2, lambda row: row[:, :1]),
+            "rows.top_ids must be [num_rows, num_candidates] with num_candidates in 2..8, got [24, 1]; ",
+        ),
+        (with_row(1, lambda row: row.double()), "rows.token_logits must be Float, got Double; convert it with .to()"),
+        (with_row(5, lambda row: row[:9]), "rows.weighted must be [24], got [9]; sizes follow from canvas"),
+        (lambda args: args[4].pop(), "params must be 11 tensors, got 10; give policy_id, "),
+        (
+            with_param(0, lambda param: param.double()),
+            "params.policy_id must be Long, got Double; convert it with .to()",
+        ),
+        (
+            with_param(9, lambda param: param.T.contiguous()),
+            "params.counts must be [4, 2], got [2, 4]; sizes follow from canvas",
+        ),
+    ],
+)
+def test_bad_calls_say_what_is_wrong(change, message):
+    args = native_args(random_call(2, 3, 4, 0))
+    change(args)
+    with pytest.raises(RuntimeError, match=re.escape(f"decide_walk: {message}")):
+        ops.decide_walk(*args)
+
+
+@pytest.mark.gpu
+def test_cuda_can_be_captured_in_a_graph():
+    """A capture fails unless the launch goes to the current stream and nothing synchronises."""
+    args = native_args(tuple(to("cuda", part) for part in random_call(7, 11, 4, 0)))
+    expected = ops.decide_walk(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = ops.decide_walk(*args)
+    for tensor in result:
+        tensor.fill_(0)
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))

@@ -1,0 +1,75 @@
+"""What one forward comes to for each request: canvases decided in turn, as far as the drafts came true."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_dllm.ops.load import check_one_device, require
+
+
+def decide_walk(
+    canvas: Tensor,
+    is_valid: Tensor,
+    end: Tensor | None,
+    rows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask_token_id: int,
+    unmasks_first_alone: bool,
+) -> list[Tensor]:
+    """Decide and walk; does what `unmask.walk.walk` does, which states it.
+
+    Scores agree to rounding. A path has `num_nodes` nodes at most, also where canvases follow each other in a circle,
+    which no policy makes. All tensors are contiguous.
+
+    Args:
+        canvas: [num_reqs, num_nodes, block_length] int64, evaluated canvases, the root first.
+        is_valid: [num_reqs, num_nodes] bool, False for nodes that must not be accepted.
+        end: [num_reqs, block_length] int64 of a look-ahead, whose next root is the last node.
+        rows: of `PartialStats` token_ids, token_logits, top_ids, top_logits, rest, weighted and, if policies look at
+            the sampled distribution, sampled_rest and sampled_weighted; rows in the order of requests, nodes,
+            positions, at least two candidates each.
+        params: of `PolicyParams` policy_id, seed, prompt_len, start, threshold, factor, entropy_bound, alg_temp,
+            temperature, [num_reqs] each, then counts and times, [block_length, num_reqs].
+        mask_token_id: what stands for masked in a canvas.
+        unmasks_first_alone: whether a block's first step unmasks its first position alone.
+
+    Returns: the fields of `unmask.walk.Trajectory`, of `candidates` its two.
+
+    Raises:
+        KernelUnavailable: the op is not built for the device of `canvas`.
+        RuntimeError: an argument breaks the rules above; the message names it.
+    """
+    require("decide_walk", canvas.device.type)
+    trajectory: list[Tensor] = torch.ops.vllm_dllm.decide_walk(
+        canvas, is_valid, end, rows, params, mask_token_id, unmasks_first_alone
+    )
+    return trajectory
+
+
+def fake(
+    canvas: Tensor,
+    is_valid: Tensor,
+    end: Tensor | None,
+    rows: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask_token_id: int,
+    unmasks_first_alone: bool,
+) -> list[Tensor]:
+    """Return an empty trajectory."""
+    check_one_device("decide_walk", canvas, is_valid, end, *rows, *params)
+    num_reqs, num_nodes, block_length = canvas.shape
+    candidates = (num_reqs, block_length, rows[2].shape[1])
+    return [
+        canvas.new_empty((num_reqs, block_length)),
+        canvas.new_empty((num_reqs, block_length)),
+        canvas.new_empty((num_reqs, num_nodes)),
+        canvas.new_empty((num_reqs, block_length)),
+        canvas.new_empty(num_reqs),
+        canvas.new_empty(num_reqs),
+        canvas.new_empty(num_reqs),
+        canvas.new_empty(num_reqs, dtype=torch.bool),
+        canvas.new_empty(num_reqs, dtype=torch.bool),
+        canvas.new_empty(candidates),
+        canvas.new_empty(candidates, dtype=torch.float64),
+    ]

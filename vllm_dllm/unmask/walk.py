@@ -1,0 +1,228 @@
+"""From the root on: decide the next canvas, go to the node that has it, and repeat.
+
+Spiffy (arXiv:2509.18085v4) sec. 4.1, Algorithm 1, with equality of the whole canvas in place of the graph's edges: it
+accepts all that the edges do, whatever number of positions a step unmasks. Only canvases that came true are decided.
+`walk` states it in tensor code; the op `decide_walk` does the same in one launch.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vllm_dllm import ops
+from vllm_dllm.errors import KernelUnavailable
+from vllm_dllm.ops.vocab_stats import PartialStats
+from vllm_dllm.unmask.policy import Evidence, PolicyParams, choose_positions, score_positions
+from vllm_dllm.unmask.schedule import UnmaskRules
+from vllm_dllm.unmask.stats import Candidates, candidates_of
+
+logger = logging.getLogger("vllm.dllm")
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """The canvases that a step evaluates; node 0 is the root, the request's true canvas."""
+
+    canvas: Tensor  # [num_reqs, num_nodes, block_length] int64
+    is_masked: Tensor  # [num_reqs, num_nodes, block_length] bool
+    is_valid: Tensor  # [num_reqs, num_nodes] bool, False for drafts that mean nothing
+    depth: Tensor  # [num_reqs, num_nodes] int64, in the draft graph
+    # [num_reqs, block_length] int64 with a look-ahead: its end. Its next root is the last node then.
+    end: Tensor | None = None
+
+    def with_look_ahead(self, end: Tensor, is_valid: Tensor, mask_token_id: int) -> "Nodes":
+        """Return these nodes with a look-ahead.
+
+        Args:
+            end: [num_reqs, block_length] int64.
+            is_valid: [num_reqs] bool, whether it may come true.
+            mask_token_id: what the next root consists of.
+        """
+        next_root = torch.full_like(self.canvas[:, :1], mask_token_id)
+        return Nodes(
+            canvas=torch.cat([self.canvas, next_root], 1),
+            is_masked=pad(self.is_masked, (0, 0, 0, 1), value=True),
+            is_valid=torch.cat([self.is_valid, is_valid[:, None]], 1),
+            depth=torch.cat([self.depth, self.is_masked[:, 0].sum(1, keepdim=True)], 1),
+            end=end,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """What some requests did in one forward."""
+
+    canvas: Tensor  # [num_reqs, block_length] int64, of the block that the forward began with, after the walk
+    next_canvas: Tensor  # [num_reqs, block_length] int64, the same, or the next block's where the look-ahead came true
+    path: Tensor  # [num_reqs, num_nodes] int64, the nodes that were decided, in order; -1 behind them
+    step: Tensor  # [num_reqs, block_length] int64, place in the path that unmasked a position of `canvas`; -1: none
+    node: Tensor  # [num_reqs] int64, the last of the path; 0 where it is empty, as that of a finished root is
+    num_steps: Tensor  # [num_reqs] int64, length of the path
+    num_unmasked: Tensor  # [num_reqs] int64, positions, those of the next block included
+    is_finished: Tensor  # [num_reqs] bool, whether `canvas` is
+    came_over: Tensor  # [num_reqs] bool, whether the look-ahead came true: the block is stored and the next one begun
+    candidates: Candidates  # [num_reqs, block_length, num_candidates], of `node`
+
+    @property
+    def num_accepted(self) -> Tensor:
+        """[num_reqs] int64, steps beyond the first."""
+        return (self.num_steps - 1).clamp(min=0)
+
+
+Walk = Callable[[Nodes, PartialStats, PolicyParams, int, UnmaskRules], Trajectory]
+
+
+def walk(nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id: int, rules: UnmaskRules) -> Trajectory:
+    """Walk from the roots as long as the next canvas is one that was evaluated too.
+
+    Where the walk ends at the look-ahead's end, the next root is decided as well.
+
+    Args:
+        nodes: evaluated canvases.
+        stats: of their rows, in the order of requests, nodes, positions; at least two candidates each.
+        params: of the requests.
+        mask_token_id: what stands for masked in a canvas.
+        rules: of the server.
+    """
+    done = _walk_in_block(nodes, stats, params, mask_token_id, rules)
+    return done if nodes.end is None else _go_over(done, nodes, stats, params, mask_token_id, rules)
+
+
+def native_walk(
+    nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id: int, rules: UnmaskRules
+) -> Trajectory:
+    """Do what `walk` does, in one launch; all tensors are contiguous."""
+    rows = [stats.token_ids, stats.token_logits, stats.top_ids, stats.top_logits, stats.rest, stats.weighted]
+    if stats.sampled_rest is not None and stats.sampled_weighted is not None:
+        rows += [stats.sampled_rest, stats.sampled_weighted]
+    *facts, came_over, token_ids, log_probs = ops.decide_walk(
+        nodes.canvas, nodes.is_valid, nodes.end, rows, params.tensors, mask_token_id, rules.unmasks_first_alone
+    )
+    canvas, next_canvas, path, step, node, num_steps, num_unmasked, is_finished = facts
+    candidates = Candidates(token_ids, log_probs)
+    return Trajectory(
+        canvas, next_canvas, path, step, node, num_steps, num_unmasked, is_finished, came_over, candidates
+    )
+
+
+def choose_walk(device: torch.device) -> Walk:
+    """Take the native op where it is built for the device, else its torch twin."""
+    try:
+        ops.require("decide_walk", device.type)
+    except KernelUnavailable as error:
+        logger.warning("Canvases are decided by torch: %s", error)
+        return walk
+    logger.info("Canvases are decided by a native op for %s.", device.type)
+    return native_walk
+
+
+def nothing_decided(canvas: Tensor, num_candidates: int) -> Trajectory:
+    """Return what becomes of finished canvases [num_reqs, block_length] int64: nothing."""
+    none = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
+    token_ids = canvas.new_zeros((*canvas.shape, num_candidates))
+    return Trajectory(
+        canvas=canvas,
+        next_canvas=canvas,
+        path=canvas.new_full((len(canvas), 1), -1),
+        step=torch.full_like(canvas, -1),
+        node=none,
+        num_steps=none,
+        num_unmasked=none,
+        is_finished=none == 0,
+        came_over=none != 0,
+        candidates=Candidates(token_ids, token_ids.double()),
+    )
+
+
+def _walk_in_block(
+    nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id: int, rules: UnmaskRules
+) -> Trajectory:
+    num_reqs, num_nodes, _ = nodes.canvas.shape
+    num_in_block = num_nodes - (nodes.end is not None)
+    request = torch.arange(num_reqs, device=nodes.canvas.device)
+    canvas, node, num_steps = nodes.canvas[:, 0], torch.zeros_like(request), torch.zeros_like(request)
+    path = nodes.canvas.new_full((num_reqs, num_nodes), -1)
+    step = torch.full_like(canvas, -1)
+    is_finished, follower = ~nodes.is_masked[:, 0].any(1), node
+    goes_on = ~is_finished
+    for place in range(num_in_block):
+        if canvas.is_cpu and not goes_on.any():  # elsewhere the host would wait
+            break
+        node = torch.where(goes_on, follower, node)
+        before = nodes.canvas[request, node]
+        canvas = torch.where(goes_on[:, None], _decided(nodes, node, stats, params, rules), canvas)
+        step = torch.where(goes_on[:, None] & (canvas != before), place, step)
+        path[:, place] = torch.where(goes_on, node, -1)
+        num_steps = num_steps + goes_on
+        came_true = (canvas[:, None] == nodes.canvas).all(-1) & nodes.is_valid
+        came_true[:, 0] = False
+        follows, follower = came_true[:, :num_in_block].byte().max(1)
+        is_finished = (canvas != mask_token_id).all(1)
+        goes_on = goes_on & ~is_finished & (follows > 0)
+    return Trajectory(
+        canvas=canvas,
+        next_canvas=canvas,
+        path=path,
+        step=step,
+        node=node,
+        num_steps=num_steps,
+        num_unmasked=(step >= 0).sum(1),
+        is_finished=is_finished,
+        came_over=torch.zeros_like(is_finished),
+        candidates=_candidates(nodes, node, stats),
+    )
+
+
+def _go_over(
+    done: Trajectory, nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id: int, rules: UnmaskRules
+) -> Trajectory:
+    """Decide the next root where the walk ended at the look-ahead's end."""
+    num_nodes, block_length = nodes.canvas.shape[1:]
+    next_root = torch.full_like(done.node, num_nodes - 1)
+    assert nodes.end is not None, "there is a look-ahead"
+    came_over = done.is_finished & nodes.is_valid[:, -1] & (done.canvas == nodes.end).all(1)
+    decided = _decided(nodes, next_root, stats, params.of_next_block(block_length), rules)
+    is_next = came_over[:, None] & (torch.arange(num_nodes, device=next_root.device) == done.num_steps[:, None])
+    node = torch.where(came_over, next_root, done.node)
+    return replace(
+        done,
+        next_canvas=torch.where(came_over[:, None], decided, done.canvas),
+        path=torch.where(is_next, next_root[:, None], done.path),
+        node=node,
+        num_steps=done.num_steps + came_over,
+        num_unmasked=done.num_unmasked + came_over * (decided != mask_token_id).sum(1),
+        came_over=came_over,
+        candidates=_candidates(nodes, node, stats),
+    )
+
+
+def _candidates(nodes: Nodes, node: Tensor, stats: PartialStats) -> Candidates:
+    num_reqs, _, block_length = nodes.canvas.shape
+    found = candidates_of(_rows_of(nodes, node, stats))
+    return Candidates(*(each.view(num_reqs, block_length, -1) for each in (found.token_ids, found.log_probs)))
+
+
+def _rows_of(nodes: Nodes, node: Tensor, stats: PartialStats) -> PartialStats:
+    """Take the rows of one node of each request; [num_reqs * block_length]."""
+    num_reqs, num_nodes, block_length = nodes.canvas.shape
+    request = torch.arange(num_reqs, device=node.device)
+    row = (request * num_nodes + node)[:, None] * block_length + torch.arange(block_length, device=node.device)
+    return PartialStats(*(column[row.flatten()] for column in stats.tensors))
+
+
+def _decided(nodes: Nodes, node: Tensor, stats: PartialStats, params: PolicyParams, rules: UnmaskRules) -> Tensor:
+    """Apply the requests' policies to one node of each; [num_reqs, block_length] int64."""
+    request = torch.arange(len(node), device=node.device)
+    canvas, is_masked, rows = nodes.canvas[request, node], nodes.is_masked[request, node], _rows_of(nodes, node, stats)
+    divisor = torch.where(params.temperature > 0, params.temperature, 1.0).repeat_interleave(canvas.shape[1])
+    evidence = Evidence(rows.distribution(divisor), is_masked)
+    chosen = choose_positions(score_positions(evidence, params), is_masked, params)
+    if rules.unmasks_first_alone:
+        is_untouched = is_masked.all(1)
+        chosen &= ~is_untouched[:, None]
+        chosen[:, 0] |= is_untouched
+    return torch.where(chosen, rows.token_ids.view_as(canvas), canvas)
