@@ -118,12 +118,17 @@ class Denoiser:
             forward: groups of requests, no request in two of them. The head reads its weight once for all.
         """
         rows = [self.state.predicting_rows(part.blocks.slots, part.hidden) for part in forward]
-        num_masked = torch.cat([part.nodes.is_masked.sum(2).flatten() for part in forward])
-        sampling = self.state.row_sampling(_blocks_of(forward), num_masked)
+        sampling = self._sampling(forward)
         keeps_candidates = self.drafting is not None or self.observer is not None
         stats = self.head(torch.cat(rows), sampling, MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES)
         of_parts = stats.split([len(part.hidden) for part in forward])
         return [self._decide(part, own) for part, own in zip(forward, of_parts, strict=True)]
+
+    def _sampling(self, forward: Sequence[Evaluated]) -> RowSampling | None:
+        if not any(self.state.is_sampled(part.blocks.slots_np) for part in forward):
+            return None
+        num_masked = torch.cat([part.nodes.is_masked.sum(2).flatten() for part in forward])
+        return self.state.row_sampling(_blocks_of(forward), num_masked)
 
     def _decide(self, part: Evaluated, stats: PartialStats) -> Trajectory:
         blocks, nodes = part.blocks, part.nodes

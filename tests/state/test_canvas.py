@@ -45,9 +45,7 @@ def blocks(*slots: int, start: int = 0) -> Blocks:
 
 
 def keys(state: CanvasState, *slots: int, start: int = 0, num_masked: int = 4) -> torch.Tensor:
-    sampling = state.row_sampling(blocks(*slots, start=start), torch.full((len(slots),), num_masked))
-    assert sampling is not None
-    return sampling.keys
+    return state.row_sampling(blocks(*slots, start=start), torch.full((len(slots),), num_masked)).keys
 
 
 def test_parameters_reach_the_device_when_staged_writes_are_applied() -> None:
@@ -57,7 +55,6 @@ def test_parameters_reach_the_device_when_staged_writes_are_applied() -> None:
     state.apply_staged_writes()
     assert state.row_len.tolist() == [0, 20]
     params = state.row_sampling(blocks(1, 1), torch.tensor([4, 2]))
-    assert params is not None
     assert params.top_p.tolist() == [0.5] * 8
 
 
@@ -82,13 +79,8 @@ def test_statistics_of_the_sampled_distribution_are_asked_for_where_a_policy_rea
     state = CanvasState(2, 4, MASK, torch.device("cpu"), UnmaskRules(confidence="sampled"))
     for slot, temperature in enumerate([0.0, 0.7]):
         state.add_request(slot, request(temperature=temperature))
-    asked = [state.row_sampling(blocks(*slots), torch.full((len(slots),), 4)) for slots in ((0,), (0, 1))]
-    assert asked[0] is None
-    assert asked[1] is not None
-    assert asked[1].wants_sampled
-    other = state_of(request(temperature=0.7)).row_sampling(blocks(0), torch.tensor([4]))
-    assert other is not None
-    assert not other.wants_sampled
+    assert state.row_sampling(blocks(0, 1), torch.tensor([4, 4])).wants_sampled
+    assert not state_of(request(temperature=0.7)).row_sampling(blocks(0), torch.tensor([4])).wants_sampled
 
 
 def test_reset_begins_a_block_for_the_marked_slots_alone() -> None:
@@ -106,9 +98,7 @@ def test_streams_depend_on_seed_position_and_progress() -> None:
 
 def test_streams_of_a_node_are_those_of_its_canvas() -> None:
     state = state_of(request(seed=1, temperature=0.7), request(seed=2, temperature=0.7))
-    sampling = state.row_sampling(blocks(0, 0, 1, 1, start=8), torch.tensor([4, 3, 2, 1]))
-    assert sampling is not None
-    together = sampling.keys.view(2, 2, 4)
+    together = state.row_sampling(blocks(0, 0, 1, 1, start=8), torch.tensor([4, 3, 2, 1])).keys.view(2, 2, 4)
     for slot, node, num_masked in [(0, 0, 4), (0, 1, 3), (1, 0, 2), (1, 1, 1)]:
         assert together[slot, node].tolist() == keys(state, slot, start=8, num_masked=num_masked).tolist()
     expected = noise.stream_keys(torch.tensor(2), 8 + torch.arange(4), torch.tensor(1))
@@ -117,9 +107,9 @@ def test_streams_of_a_node_are_those_of_its_canvas() -> None:
 
 def test_stages_are_skipped_when_no_request_of_the_batch_needs_them() -> None:
     state = state_of(request(), request(temperature=0.7, top_k=4), request(top_p=0.5), request(policy_id=1))
-    for slot, has_noise, has_filter in [(0, False, False), (1, True, True), (2, False, False), (3, False, False)]:
+    for slot, is_sampled, has_filter in [(0, False, False), (1, True, True), (2, False, False), (3, False, False)]:
         params = state.row_sampling(blocks(slot), torch.tensor([4]))
-        assert (params is not None, params is not None and params.has_filter) == (has_noise, has_filter)
+        assert (state.is_sampled(np.array([slot])), params.has_filter) == (is_sampled, has_filter)
         assert (state.draft_noise(blocks(slot)) is None) == (slot in {0, 2})
 
 

@@ -134,8 +134,12 @@ class CanvasState:
             has_alg_temp=bool((self._floats_np[_FLOATS.index("alg_temp"), slots_np] > 0).any()),
         )
 
-    def row_sampling(self, blocks: Blocks, num_masked: Tensor) -> RowSampling | None:
-        """Gather how the rows of some canvases are sampled; None when all requests are greedy.
+    def is_sampled(self, slots_np: np.ndarray) -> bool:
+        """Tell whether any of some requests has a temperature above 0."""
+        return bool((self._sampling_np(slots_np)[0] > 0).any())
+
+    def row_sampling(self, blocks: Blocks, num_masked: Tensor) -> RowSampling:
+        """Gather how the rows of some canvases are sampled.
 
         Args:
             blocks: of the canvases.
@@ -144,8 +148,6 @@ class CanvasState:
         Returns: rows in the order of canvases, positions.
         """
         temperature_np, has_top_k, has_top_p = self._sampling_np(blocks.slots_np)
-        if not (temperature_np > 0).any():
-            return None
         keys = stream_keys(self._int("seed")[blocks.slots, None], self.positions(blocks), num_masked[:, None])
 
         def per_row(per_request: Tensor) -> Tensor:
