@@ -162,6 +162,7 @@ def test_refusals_name_parameter_value_and_allowed_values(
 
 CHAT = {"messages": [{"role": "user", "content": "Sort 3 1 2"}]}
 LONG_CHAT = {"messages": [{"role": "user", "content": "1 2 3 4 " * 40}]}
+IMAGE = {"role": "user", "content": [{"type": "image", "source": {"type": "base64", "data": "AAAA"}}]}
 TOOL = {"name": "f", "parameters": {"type": "object", "properties": {}}}
 CHAT_TOOL = {"type": "function", "function": TOOL}
 TOO_LONG = "the prompt has at least 121 tokens, but a block needs 8 of max_model_len 128"
@@ -178,6 +179,10 @@ REFUSED_BY_API: list[tuple[str, dict[str, Any], str]] = [
         {"prompt": [5] * 128, "truncate_prompt_tokens": 125},
         "truncate_prompt_tokens is 125, allowed are",
     ),
+    ("/v1/completions", {"prompt": [5] * 9, "truncate_prompt_tokens": 0}, "truncate_prompt_tokens is 0, allowed are"),
+    ("/v1/completions", {"prompt": [5, 6], "structured_outputs": "x"}, "structured_outputs is 'x'"),
+    ("/v1/completions", {"prompt": [5, 6], "best_of": [1]}, "best_of is [1]"),
+    ("/v1/completions", {"prompt": [5, 6], "extra_body": BAD_STEPS}, "extra_body is {'vllm_xargs': {'dllm_steps': 3}}"),
     ("/v1/completions", {"prompt": [5, 6], "stop_token_ids": [10**6]}, "stop_token_ids"),
     ("/v1/completions", {"prompt": [5, 6], "temperature": 1e38}, "temperature must be in [0, 2]"),
     ("/v1/completions", {"prompt": [5, 6], "min_tokens": 2}, "min_tokens is 2"),
@@ -192,6 +197,10 @@ REFUSED_BY_API: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", {**CHAT, "tools": [CHAT_TOOL], "tool_choice": "required"}, "tool_choice is 'required'"),
     ("/v1/chat/completions", {**CHAT, "logprobs": True}, "logprobs is True"),
     ("/v1/chat/completions", {**CHAT, "echo": True}, "echo is True"),
+    ("/v1/chat/completions", {**CHAT, "structured_outputs": 5}, "structured_outputs is 5"),
+    ("/v1/chat/completions", {**CHAT, "max_completion_tokens": 0}, "max_completion_tokens is 0, allowed are"),
+    ("/v1/responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens is 0, allowed are"),
+    ("/generative_scoring", {"query": "a", "items": ["b"], "label_token_ids": [5, 6]}, "label_token_ids is [5, 6]"),
     ("/v1/responses", {"input": "a", "max_output_tokens": 16, **BAD_STEPS}, STEPS),
     ("/v1/responses", {"input": "1 2 3 4 " * 40}, TOO_LONG),
     (
@@ -200,6 +209,11 @@ REFUSED_BY_API: list[tuple[str, dict[str, Any], str]] = [
         "text.format is {'type': 'json_object'}",
     ),
     ("/v1/messages", {**LONG_CHAT, "max_tokens": 8}, TOO_LONG),
+    ("/v1/messages", {"messages": [IMAGE], "max_tokens": 8}, "not a multimodal model"),
+    ("/v1/messages/count_tokens", {"messages": [IMAGE]}, "not a multimodal model"),
+    ("/v1/messages", {**CHAT, "max_tokens": 8, "dllm_steps": 2}, "dllm_steps is 2 at the top of the request"),
+    ("/v1/messages", {**CHAT, "max_tokens": 8, "guided_json": {}}, "guided_json is {}"),
+    ("/v1/messages", {**CHAT, "max_tokens": 8, "presence_penalty": 0.5}, "presence_penalty is 0.5"),
     (
         "/v1/messages",
         {**CHAT, "max_tokens": 8, "tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "any"}},
@@ -264,6 +278,27 @@ def test_a_prompt_that_is_too_long_is_cut_to_the_longest_that_is_served(client: 
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt_tokens, min(16, 128 - prompt_tokens))
     reply = post(client, "/v1/responses", {"input": "1 2 3 4 " * 40, "truncation": "auto"})
     assert reply.raise_for_status().json()["usage"]["input_tokens"] == 120
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"5", b"\xff"])
+def test_a_body_that_is_no_object_is_refused(client: openai.OpenAI, content: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    for path in ("/v1/completions", "/v1/messages"):
+        url = str(client.base_url).replace("/v1/", path)
+        assert client._client.post(url, content=content, headers=headers).status_code == 400
+
+
+def test_a_prompt_is_counted_that_is_too_long_to_be_served(client: openai.OpenAI) -> None:
+    tokens = post(client, "/tokenize", LONG_CHAT).raise_for_status().json()["tokens"]
+    assert len(tokens) > MAX_MODEL_LEN
+    reply = post(client, "/v1/messages/count_tokens", LONG_CHAT)
+    assert reply.raise_for_status().json()["input_tokens"] == len(tokens)
+
+
+def test_logprobs_that_are_off_are_served(client: openai.OpenAI) -> None:
+    for path, prompt in (("/v1/completions", {"prompt": [5, 6]}), ("/v1/chat/completions", CHAT)):
+        reply = post(client, path, {**prompt, "max_tokens": 4, "logprobs": False}).raise_for_status()
+        assert reply.json()["choices"][0]["logprobs"] is None
 
 
 def test_the_server_lives_on_after_refusals(client: openai.OpenAI, trained: Oracle) -> None:

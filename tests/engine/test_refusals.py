@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
 from vllm_dllm.engine.generation_defaults import check_generation_defaults, family_defaults
-from vllm_dllm.engine.refusals import RequestError, refuse_fields, refuse_unsupported
+from vllm_dllm.engine.refusals import REFUSED, RequestError, refuse_body, refuse_fields, refuse_unsupported
 from vllm_dllm.errors import ConfigError
 
 MESSAGES = [{"role": "user", "content": "a"}]
@@ -96,6 +96,53 @@ def test_a_field_is_refused_as_its_client_wrote_it(request_: Any, parameter: str
 )
 def test_what_asks_for_nothing_special_passes(request_: Any) -> None:
     refuse_fields(request_)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"structured_outputs": "x"}, "structured_outputs is 'x', but diffusion models"),
+        ({"structured_outputs": []}, "structured_outputs is [], but diffusion models"),
+        ({"structured_outputs": {}}, "structured_outputs is {}, but diffusion models"),
+        ({"response_format": {"type": ["text"]}}, "response_format is {'type': ['text']}, but"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice is {'function': {'name': 'f'}"),
+        ({"tool_choice": [1]}, "tool_choice is [1], but"),
+        ({"best_of": [1]}, "best_of is [1], but"),
+        ({"include": ["message.output_text.logprobs"]}, "include is ['message.output_text.logprobs'], but"),
+        ({"presence_penalty": 0.5}, "presence_penalty is 0.5, but"),
+        ({"min_p": [0.5]}, "min_p is [0.5], but"),
+        ({"guided_json": {}}, "guided_json is {}, but"),
+        ({"dllm_steps": 8}, "dllm_steps is 8 at the top of the request, where it has no effect; allowed is {'vllm_xa"),
+        ({"extra_body": {"vllm_xargs": {}}}, "extra_body is {'vllm_xargs': {}} at the top of the request, where"),
+        ({"extra_args": {"dllm_steps": 8}}, "extra_args is {'dllm_steps': 8} at the top of the request, where it"),
+        ({"sampling_params": {}}, "sampling_params is {} at the top of the request, where it has no effect; allowed"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens is 0, allowed are null and whole numbers from 1"),
+        ({"max_output_tokens": -1}, "max_output_tokens is -1, allowed are null and whole numbers from 1"),
+        ({"label_token_ids": [5, 6]}, "label_token_ids is [5, 6], but scoring needs the logprobs of a next token"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_body_is_refused_as_its_client_wrote_it(body: dict[str, Any], text: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        refuse_body(body)
+    assert str(refused.value).startswith(text)
+    assert refused.value.parameter == next(iter(body))
+    assert refused.value.value is None or refused.value.value in body.values()
+
+
+def test_a_body_without_wishes_passes() -> None:
+    """Null is no wish, whatever a sampling parameter of that name would say to it."""
+    refuse_body(dict.fromkeys([*REFUSED, "structured_outputs", "best_of", "extra_body", "max_completion_tokens"]))
+    refuse_body({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}, "include": 5, "stop": "a"})
+    refuse_body({"best_of": 1, "logprobs": False, "presence_penalty": 0, "repetition_penalty": 1, "min_tokens": 0})
+
+
+def test_a_refusal_repeats_no_object_of_vllms() -> None:
+    for request in (chat(structured_outputs={"regex": "a"}), chat(tools=[TOOL], tool_choice=NAMED)):
+        with pytest.raises(RequestError) as refused:
+            refuse_fields(request)
+        assert "(json=" not in str(refused.value)
+        assert "value=" not in str(refused.value)
 
 
 def test_no_field_goes_unseen() -> None:

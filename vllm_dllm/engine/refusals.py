@@ -36,19 +36,32 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 # Fields of the APIs' requests that become a sampling parameter of another name or value, or that vLLM would ignore.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_beam_search": (bool, "false"),
-    "best_of": (lambda v: v not in {None, 1}, "null"),
+    "best_of": (lambda v: v not in (None, 1), "null"),  # not a set: a list has no hash
     "logprobs": (lambda v: v is not None and v is not False, "null"),
     "top_logprobs": (bool, "0"),
-    "include": (lambda v: "message.output_text.logprobs" in (v or ()), "all but 'message.output_text.logprobs'"),
+    "include": (lambda v: _includes_logprobs(v), "all but 'message.output_text.logprobs'"),
     "structured_outputs": (lambda v: v is not None, "null"),
-    "response_format": (lambda v: _type_of(v) not in {None, "text"}, "null and {'type': 'text'}"),
-    "text.format": (lambda v: _type_of(v) not in {None, "text"}, "null and {'type': 'text'}"),
+    "response_format": (lambda v: _part(v, "type") not in (None, "text"), "null and {'type': 'text'}"),
+    "text.format": (lambda v: _part(v, "type") not in (None, "text"), "null and {'type': 'text'}"),
     "output_config.format": (lambda v: v is not None, "null"),
     "tool_choice": (lambda v: _forces_tool(v), "'none' and 'auto'"),
     **{f"guided_{kind}": (lambda v: v is not None, "null") for kind in ("json", "regex", "choice", "grammar")},
     "guided_json_object": (bool, "null"),
     "structural_tag": (lambda v: v is not None, "null"),
 }
+
+# The same by their names in a body: an API that does not know a field ignores it.
+_IN_BODY = {name: check for name, check in {**REFUSED, **_FIELDS}.items() if "." not in name}
+
+_LENGTHS = ("max_completion_tokens", "max_output_tokens")
+"""Names that APIs have for `max_tokens`."""
+
+_MISPLACED = {
+    "extra_body": "the fields in it, which the client library merges into the request; send 'vllm_xargs' at the top",
+    "extra_args": "'vllm_xargs'; send it at the top",
+    "sampling_params": "its fields and 'vllm_xargs'; send them at the top",
+}
+"""Names from client libraries and offline use that a server ignores, and what is allowed instead."""
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 """vLLM's own range above 0, which it keeps when parameters are made, and not when they are changed later. In it the
@@ -135,13 +148,43 @@ def refuse_fields(request: Any) -> None:
     for path, strict in _strict_tools(request):
         raise _unsupported(path, strict, "false and null")
     for key, value in (getattr(request, "model_extra", None) or {}).items():
-        if key.startswith(REQUEST_PREFIX):
+        _refuse_misplaced(key, value)
+
+
+def refuse_body(body: dict[str, Any]) -> None:
+    """Check a request's JSON, which still has the fields that vLLM's class of it ignores, converts or fails on.
+
+    Raises: RequestError naming the field, its value and what is allowed.
+    """
+    for name, value in body.items():
+        _refuse_misplaced(name, value)
+        is_used, allowed = _IN_BODY.get(name, (_is_never_used, ""))
+        if value is not None and is_used(value):
+            raise _unsupported(name, value, allowed)
+        if name in _LENGTHS and type(value) is int and value < 1:
+            raise _not_allowed(name, value, "null and whole numbers from 1")
+        if name == "label_token_ids":
             raise RequestError(
-                f"{key} is {reprlib.repr(value)} at the top of the request, where it has no effect; allowed is "
-                f"{{'vllm_xargs': {{{key!r}: ...}}}}; move it there",
-                parameter=key,
-                value=value,
+                f"label_token_ids is {_shown(value)}, but scoring needs the logprobs of a next token, which diffusion "
+                "models do not have; allowed is no scoring; score by a model that generates from left to right",
+                parameter=name,
             )
+
+
+def _is_never_used(_: Any) -> bool:
+    return False
+
+
+def _refuse_misplaced(name: str, value: object) -> None:
+    allowed = _MISPLACED.get(name) if value is not None else None
+    if name.startswith(REQUEST_PREFIX):
+        allowed = f"{{'vllm_xargs': {{{name!r}: ...}}}}; move it there"
+    if allowed:
+        raise RequestError(
+            f"{name} is {_shown(value)} at the top of the request, where it has no effect; allowed is {allowed}",
+            parameter=name,
+            value=_scalar(value),
+        )
 
 
 def _unsupported(name: str, value: object, allowed: str) -> RequestError:
@@ -149,8 +192,13 @@ def _unsupported(name: str, value: object, allowed: str) -> RequestError:
         f"{name} is {_shown(value)}, but diffusion models unmask tokens in any order and do not support it; "
         f"allowed is {allowed}; remove it from the request",
         parameter=name,
-        value=value,
+        value=_scalar(value),
     )
+
+
+def _scalar(value: object) -> object:
+    """What vLLM may print behind the message, whole and by its `repr`."""
+    return value if isinstance(value, str | int | float) else None
 
 
 def _not_allowed(name: str, value: Any, allowed: str) -> RequestError:
@@ -165,15 +213,19 @@ def _shown(value: Any) -> str:
     return reprlib.repr(dump(exclude_none=True, by_alias=True) if dump else value)
 
 
-def _type_of(value: Any) -> Any:
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+def _part(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+
+
+def _includes_logprobs(include: Any) -> bool:
+    return isinstance(include, list | tuple) and "message.output_text.logprobs" in include
 
 
 def _forces_tool(choice: Any) -> bool:
     """Tell whether a `tool_choice` of any API demands a call: 'required' or an object, if not one of mode 'auto'."""
     if choice is None or isinstance(choice, str):
         return choice == "required"
-    return getattr(choice, "mode", None) != "auto" and _type_of(choice) not in {"auto", "none"}
+    return _part(choice, "mode") != "auto" and _part(choice, "type") not in ("auto", "none")
 
 
 def _strict_tools(request: Any) -> Iterator[tuple[str, bool]]:

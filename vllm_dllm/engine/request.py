@@ -4,6 +4,7 @@ import hashlib
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,18 @@ if TYPE_CHECKING:
 
 _INT64_MAX = 2**63 - 1
 
+_is_counting: ContextVar[bool] = ContextVar("is_counting", default=False)
+
+
+@contextmanager
+def counting() -> Iterator[None]:
+    """Tokenize prompts of any length inside: they are counted and not served."""
+    token = _is_counting.set(True)
+    try:
+        yield
+    finally:
+        _is_counting.reset(token)
+
 
 @contextmanager
 def prompt_that_fits(
@@ -43,12 +56,15 @@ def prompt_that_fits(
 
     Yields: the prompt, its token ids plain integers, and the parameters to tokenize it by.
 
-    Raises: RequestError for token ids of another type, a truncation to more than can be served, and a prompt that is
-        longer than that.
+    Raises: RequestError for token ids of another type, a truncation to nothing or to more than can be served, and a
+        prompt that is longer than that.
     """
     max_model_len = params.max_total_tokens
     if max_model_len is None or not is_ours(renderer.model_config):
         yield prompt, params
+        return
+    if _is_counting.get():
+        yield prompt, replace(params, max_total_tokens=None, max_output_tokens=0)
         return
     settings = settings_of(renderer.config)
     longest = max_prompt_len(settings, max_model_len)
@@ -56,14 +72,14 @@ def prompt_that_fits(
     if not is_text:
         prompt = {**prompt, "prompt_token_ids": _plain_ids(prompt["prompt_token_ids"])}
     truncation = params.truncate_prompt_tokens
-    if truncation is not None and truncation > longest:
+    if truncation is not None and truncation != -1 and not 1 <= truncation <= longest:
         raise RequestError(
             f"truncate_prompt_tokens is {truncation}, allowed are null, -1 (the longest prompt that can be served) and "
-            f"up to {longest}; give one of these",
+            f"1 to {longest}; give one of these",
             parameter="truncate_prompt_tokens",
             value=truncation,
         )
-    if truncation is not None and truncation < 0:
+    if truncation == -1:
         truncation = longest
     try:
         # What the reply may have is checked at admission, and is cut to what the prompt leaves.

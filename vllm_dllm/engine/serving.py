@@ -3,6 +3,7 @@ a request in flight its error when the server ends.
 """
 
 from collections.abc import AsyncGenerator, Callable
+from http import HTTPStatus
 from typing import Any
 
 from vllm.config import ModelConfig
@@ -11,19 +12,28 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_dllm.engine.compat import wrap
 from vllm_dllm.engine.config_hook import is_ours
-from vllm_dllm.engine.refusals import RequestError, refuse_fields
-from vllm_dllm.engine.request import check_early
+from vllm_dllm.engine.refusals import RequestError, refuse_body, refuse_fields
+from vllm_dllm.engine.request import check_early, counting
+
+_GENERATING = (
+    *("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/v1/messages"),
+    *("/inference/v1/generate", "/generative_scoring", "/invocations", "/cohere/v2/chat"),
+)
+"""Where requests that ask for tokens go; beside each there may be a `/render`."""
 
 
 def install() -> None:
     """Wrap the methods of vLLM's server that every API's requests pass; those for other models pass unchanged."""
+    from fastapi import FastAPI
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
     from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    wrap(FastAPI, "build_middleware_stack", ("self",), _with_bodies_checked)
     wrap(BaseServing, "_check_model", ("self", "request"), _with_fields_checked)
     wrap(AnthropicServingMessages, "create_messages", ("self", "request", "raw_request"), _without_traceback)
+    wrap(AnthropicServingMessages, "count_tokens", ("self", "request", "raw_request"), _only_counted)
     wrap(AsyncLLM, "generate", ("self", "prompt", "sampling_params", "request_id", "data_parallel_rank"), _at_once)
     wrap(AsyncLLM, "shutdown", ("self", "timeout"), _with_errors_sent)
     wrap(
@@ -32,6 +42,43 @@ def install() -> None:
         ("self", "request_id", "engine_input", "sampling_params"),
         _response_at_once,
     )
+
+
+def _with_bodies_checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An app builds its middleware when it starts; what all its APIs depend on checks a body before it is parsed."""
+    from fastapi import Request
+    from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+    async def check(raw_request: Request) -> None:
+        await validate_json_request(raw_request)
+        engine = getattr(raw_request.app.state, "engine_client", None)
+        path = raw_request.url.path.removesuffix("/render")
+        if engine is None or not is_ours(engine.model_config) or not path.endswith(_GENERATING):
+            return
+        try:
+            body = await raw_request.json()
+        except ValueError:
+            return  # whoever parses it says so
+        if isinstance(body, dict):
+            _check_body(path, body)
+
+    def wrapper(self: Any) -> Any:
+        self.dependency_overrides.setdefault(validate_json_request, check)
+        return original(self)
+
+    return wrapper
+
+
+def _check_body(path: str, body: dict[str, Any]) -> None:
+    """Refuse what vLLM's class of the request would not show us, in the body that it is made of.
+
+    Raises: RequestError.
+    """
+    if path.endswith("/inference/v1/generate"):
+        body = {name: value for name, value in body.items() if name != "sampling_params"}
+    refuse_body(body)
+    if body.get("logprobs") is False:
+        body["logprobs"] = None  # a number in the completions API, which would take it for 0
 
 
 def _with_fields_checked(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,17 +102,27 @@ def _refusal(serving: Any, request: Any) -> Any:
 
 def _without_traceback(original: Callable[..., Any]) -> Callable[..., Any]:
     """This API logs whatever is raised with its traceback, and sends requests on as those of another API."""
-    from vllm.exceptions import VLLMClientError
 
     async def wrapper(self: Any, request: Any, raw_request: Any = None) -> Any:
         if refusal := _refusal(self, request):
             return refusal
         try:
             return await original(self, request, raw_request)
-        except VLLMClientError as error:
-            if not is_ours(self.model_config):
+        except Exception as error:
+            reply = self.create_error_response(error) if is_ours(self.model_config) else None
+            if reply is None or reply.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise
-            return self.create_error_response(error)
+            return reply
+
+    return wrapper
+
+
+def _only_counted(original: Callable[..., Any]) -> Callable[..., Any]:
+    quiet = _without_traceback(original)
+
+    async def wrapper(self: Any, request: Any, raw_request: Any = None) -> Any:
+        with counting():
+            return await quiet(self, request, raw_request)
 
     return wrapper
 
