@@ -1,5 +1,6 @@
 """`additional_config`, which plugins share: the field of ours, and fields that were meant to be. Imports no vLLM."""
 
+import reprlib
 from collections.abc import Mapping
 
 from vllm_dllm.config import DllmConfig, InvalidOptionError
@@ -17,7 +18,11 @@ def settings_in(additional: object) -> object:
     Raises: InvalidOptionError.
     """
     if not isinstance(additional, Mapping):
-        return {}
+        raise InvalidOptionError(
+            f"additional_config is {reprlib.repr(additional)}, allowed are objects; give one as {{'{FIELD}': {{}}}}",
+            "additional_config",
+            additional,
+        )
     for key, value in additional.items():
         meant = f"{FIELD}.{key}" if key in DllmConfig.model_fields else _meant(str(key))
         if meant and key != FIELD:

@@ -271,7 +271,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inva
     name, value = prefix + field, finding["input"]
     if prefix == "--":
         name = name.replace("_", "-")
-    if finding["type"] == "extra_forbidden":
+    if finding["type"] in ("extra_forbidden", "invalid_key"):  # the latter is no text
         names = [prefix + known for known in model.model_fields]
         meant = nearest(field, model.model_fields)
         todo = f"did you mean {prefix + meant!r}?" if meant else "remove or rename it"

@@ -53,7 +53,7 @@ def _register() -> None:
         start_checks,
         stat_logger,
     )
-    from vllm_dllm.engine.generation_defaults import family_defaults
+    from vllm_dllm.engine.generation_defaults import family_defaults, read_generation_config
     from vllm_dllm.engine.step_sizes import ASYNC_SCHEDULER, SCHEDULER
     from vllm_dllm.spiffy_config import METHOD, read_speculative_config
 
@@ -64,10 +64,11 @@ def _register() -> None:
     compat.replace_diffusion_check(config_hook.is_ours, refusals.refuse_unsupported)
     compat.after_admission(request.finish_admission)
     compat.around_tokenization(request.prompt_that_fits)
-    compat.unwrap_config_errors()
+    compat.unwrap_config_errors(start_checks.explain_config_file)
     compat.before_engine_processes(start_checks.check_start)
     compat.choose_scheduler({SCHEDULER, ASYNC_SCHEDULER})
     compat.describe_config(config_hook.is_ours, spiffy_arguments.speculation_of)
+    compat.around_generation_config(read_generation_config)
     compat.add_sampling_defaults(family_defaults)
     compat.before_serving(serving.install)
     stat_logger.add_to_vllm()

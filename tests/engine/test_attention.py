@@ -14,7 +14,7 @@ from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.plain import CHUNK_BYTES, PlainAttention
 from vllm_dllm.config import AttentionName, DllmConfig
 from vllm_dllm.engine import attention, attention_choice
-from vllm_dllm.errors import ConfigError, KernelUnavailable
+from vllm_dllm.errors import KernelUnavailable
 
 
 def engine_config(**changes: Any) -> Any:
@@ -139,11 +139,3 @@ def test_the_profiling_run_takes_what_a_layer_takes(
     out = torch.full((3, 4, 32), torch.nan)
     layer.forward(None, Query(), None, None, None, None, out)
     assert (taken, out.abs().max().item()) == ([num_bytes], 0)
-
-
-def test_additional_config_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = stub_config({})
-    config.additional_config = object()
-    on_a_gpu(monkeypatch)
-    with pytest.raises(ConfigError, match=r"additional_config is .*, allowed are objects"):
-        attention_choice.set_attention(config, DllmConfig())

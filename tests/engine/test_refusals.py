@@ -205,6 +205,7 @@ def model_config(in_file: dict[str, Any], override: dict[str, Any], source: str 
     [
         *(("repetition_penalty", 1.1), ("presence_penalty", 0.5), ("frequency_penalty", -1), ("min_p", 0.1)),
         *(("temperature", 7.0), ("top_p", 0), ("top_k", 1.5), ("max_new_tokens", 0), ("temperature", "hot")),
+        *(("temperature", -1), ("temperature", float("inf")), ("top_k", "x"), ("max_new_tokens", []), ("min_p", True)),
     ],
 )
 def test_a_checkpoints_default_that_no_request_can_have_is_left_out_with_a_warning(
@@ -218,9 +219,31 @@ def test_a_checkpoints_default_that_no_request_can_have_is_left_out_with_a_warni
     said = record.getMessage()
     assert said.startswith(f"generation_config.json of some/model: {name} is {value!r}, and is left out: ")
     assert "--generation-config vllm" in said
+    assert "instance" not in said
+    # The family's value, which Dream has for two of them, comes in its place.
+    family = {"temperature": 0.2, "top_p": 0.95}
+    assert dict(family_defaults(config)) == family
+    assert (f"Requests get {family[name]}, the family's" if name in family else "Requests get vLLM's default") in said
     sentence = f"override_generation_config.{name} is {value!r}, but requests without a {name} of their own"
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         check_generation_defaults(model_config({}, {name: value}, "vllm"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "todo"),
+    [
+        *(("min_tokens", 4, "remove it"), ("logprobs", 1, "remove it"), ("n", 2, "remove it")),
+        *(
+            ("stop", ["a"], "remove it"),
+            ("max_tokens", 8, "did you mean 'max_new_tokens'"),
+            ("temprature", 0, "did you mean 'temperature'"),
+        ),
+    ],
+)
+def test_a_default_of_the_users_that_no_request_would_get_is_refused(name: str, value: object, todo: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^override_generation_config.{name} is .*, but no request .*; {todo}"):
+        check_generation_defaults(model_config({}, {"temperature": 0.5, "eos_token_id": 1, name: value}))
+    check_generation_defaults(model_config({name: value}, {name: None}))
 
 
 def test_defaults_that_can_be_served_stay(caplog_vllm: pytest.LogCaptureFixture) -> None:
@@ -239,7 +262,7 @@ def test_defaults_that_can_be_served_stay(caplog_vllm: pytest.LogCaptureFixture)
     [
         ({}, {}, "auto", {"temperature": 0.2, "top_p": 0.95}),
         ({"top_p": 0.8}, {}, "auto", {"temperature": 0.2}),
-        ({"top_p": 0.8}, {"temperature": None}, "auto", {}),
+        ({"top_p": 0.8}, {"temperature": None}, "auto", {"temperature": 0.2}),
         ({}, {}, "vllm", {}),
         ({}, {}, "some/folder", {}),
     ],

@@ -176,7 +176,6 @@ def arguments(**values: Any) -> Any:
         (OURS, {"speculative_config": [1]}, "speculative_config is [1]"),
         (OURS, {"speculative_config": GIVEN, "spec_method": "ngram"}, "method 'ngram'"),
         (OURS, {"spec_method": "spiffy", "spec_tokens": 3}, "num_speculative_tokens is 3, but drafts of"),
-        (OURS, {"speculative_config": GIVEN, "additional_config": 8}, "additional_config is 8"),
         (OURS, {"speculative_config": GIVEN | {1: 2}}, "speculative_config.1 is not known"),
     ],
 )

@@ -92,6 +92,17 @@ def test_what_fits_starts_and_other_models_are_left_to_vllm(memory: Any) -> None
     check_start(SimpleNamespace(model_config=SimpleNamespace(architectures=["LlamaForCausalLM"])))  # type: ignore[arg-type]
 
 
+def test_memory_for_kv_that_holds_no_request_is_told_before_processes_start(memory: Any) -> None:
+    memory((16, 15))
+    least = (2 + 1) * 128 * _bytes_per_token()  # a request of 256 tokens, and the page that vLLM keeps
+    for given in (-1, 0, 1, least - 1):
+        with pytest.raises(
+            ConfigError, match=rf"^kv_cache_memory_bytes is {given}, .* max_model_len 256 take {least}, "
+        ):
+            start(engine_config(kv_cache_memory_bytes=given))
+    start(engine_config(kv_cache_memory_bytes=least))
+
+
 def run_as_main(path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_dllm.engine.start_checks import check_main_guard
 

@@ -227,7 +227,10 @@ def _ropes(positions: str) -> list[Change]:
             for kind in ("llama3", "longrope", "ntk", "su", "mrope", 1)
         ),
         *(({"type": kind}, "factor") for kind in ("linear", "dynamic", "yarn")),
-        *(({"type": "linear", "factor": value}, "factor") for value in (0.5, 0, -2, "4", True, [2.0], float("inf"))),
+        *(
+            ({"type": "linear", "factor": value}, "factor")
+            for value in (0.5, 0, -2, "4", True, [2.0], 1e300, float("inf"))
+        ),
         ({"factor": 4.0}, "factor"),
         ({"rope_type": "linear", "type": "dynamic", "factor": 2.0}, "type"),
         ({"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, "low_freq_factor"),
@@ -239,7 +242,9 @@ def _ropes(positions: str) -> list[Change]:
         (yarn | {"factor": 2.0}, "max_position_embeddings"),
         (yarn | {"original_max_position_embeddings": 0}, "original_max_position_embeddings"),
         (yarn | {"mscale": 0.7}, "mscale"),
-        (yarn | {"beta_fast": 0}, "beta_fast"),
+        ({"rope_type": "dynamic", "factor": 5e5}, "factor"),
+        (yarn | {"original_max_position_embeddings": 1 << 40}, "factor"),
+        *((yarn | {name: value}, name) for name in ("beta_fast", "mscale_all_dim") for value in (0, 1e300)),
         (yarn | {"attention_factor": -1.0}, "attention_factor"),
     ]
     names = ("rope_scaling", "rope_parameters")
@@ -247,7 +252,7 @@ def _ropes(positions: str) -> list[Change]:
     found += [Change("rope", {name: value}, (wrong,)) for name in names for value, wrong in refused]
     found += [Change("rope", {name: value}, (name,)) for name in names for value in ("linear", 4.0, ["linear"])]
     found += [Change("rope", {positions: n}) for n in (16, 64)]
-    found += [Change("rope", {positions: n}, (positions,)) for n in (*NOT_SIZES, None, ABSENT)]
+    found += [Change("rope", {positions: n}, (positions,)) for n in (*NOT_SIZES, 1 << 40, None, ABSENT)]
     found += [Change("rope", {"rope_theta": value}) for value in (100.0, 500, 1e6)]
     found += [Change("rope", {"rope_theta": v}, ("rope_theta",)) for v in (1.0, 0, -5.0, "1e4", True, float("inf"))]
     found += [Change("rope", {"rope_theta": gone}, ("rope_theta",), only="file") for gone in (None, ABSENT)]

@@ -9,7 +9,6 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm_dllm.attention.choose import IMPLEMENTATIONS, choose_attention
 from vllm_dllm.attention.interface import Setting
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.errors import ConfigError
 
 logger = init_logger("vllm.dllm")
 
@@ -24,8 +23,7 @@ def set_attention(vllm_config: VllmConfig, settings: DllmConfig) -> None:
     choice = choose_attention(settings.attention, _setting(vllm_config))
     logger.info("Attention: %s: %s", choice.label, choice.reason)
     given = vllm_config.additional_config
-    if not isinstance(given, dict):
-        raise ConfigError(f"additional_config is {given!r}, allowed are objects; give one as {{'dllm': {{}}}}")
+    assert isinstance(given, dict), "settings_in refuses others"
     vllm_config.additional_config = {**given, "dllm": {**given.get("dllm", {}), "attention": choice.name}}
     compilation = vllm_config.compilation_config
     if not IMPLEMENTATIONS[choice.name].support.cuda_graphs and compilation.cudagraph_mode != CUDAGraphMode.NONE:

@@ -56,10 +56,11 @@ def wrap(owner: type, name: str, parameters: tuple[str, ...], make: Callable[[An
     setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
 
 
-def unwrap_config_errors() -> None:
+def unwrap_config_errors(explain: Callable[[EngineArgs], ConfigError | None]) -> None:
     """Let a ConfigError that is raised inside of vLLM's configuration classes reach the user as it is.
 
-    They are pydantic's, which puts a ValueError between two lines of its own, with all arguments in them.
+    They are pydantic's, which puts a ValueError between two lines of its own, with all arguments in them. Where vLLM
+    takes something for what it is not, `explain(args)` may know what that was.
     """
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,10 +69,14 @@ def unwrap_config_errors() -> None:
                 return original(self, *args, **kwargs)
             except ValidationError as error:
                 causes = [finding.get("ctx", {}).get("error") for finding in error.errors()]
-                ours = [cause for cause in causes if isinstance(cause, ConfigError)]
-                if not ours:
+                found = next((cause for cause in causes if isinstance(cause, ConfigError)), None)
+                if found is None:
                     raise
-            raise ours[0]
+            except (AttributeError, TypeError):
+                found = explain(self)
+                if found is None:
+                    raise
+            raise found
 
         return wrapper
 
@@ -291,6 +296,18 @@ def _without_warning(logger: Any, beginning: str) -> Iterator[None]:
         yield
     finally:
         logger.warning_once = warn_once
+
+
+def around_generation_config(read: Callable[[ModelConfig, Callable[[], dict[str, Any]]], dict[str, Any]]) -> None:
+    """Have `read(model_config, original)` read a model's generation config."""
+
+    def make(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def wrapper(self: ModelConfig) -> dict[str, Any]:
+            return read(self, functools.partial(original, self))
+
+        return wrapper
+
+    wrap(ModelConfig, "try_get_generation_config", ("self",), make)
 
 
 def add_sampling_defaults(more: Callable[[ModelConfig], Mapping[str, Any]]) -> None:

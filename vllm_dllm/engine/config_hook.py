@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pkgutil import resolve_name
 from typing import Any
 
 from vllm import envs
@@ -177,7 +178,7 @@ def spiffy_of(vllm_config: VllmConfig) -> SpiffySettings | None:
 
 
 def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
-    """Refuse flags that vLLM turns on by itself for other models, where the user asked for them and they do not fit.
+    """Refuse flags that vLLM sets by itself or takes otherwise, where the user gave them and they do not fit.
 
     Prefix caching is on for the models that can, unless the user turns it off.
 
@@ -185,6 +186,12 @@ def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
     """
     if not is_ours(model_config):
         return
+    settings_in(args.additional_config)
+    if args.max_num_batched_tokens is not None and args.max_num_batched_tokens < 1:
+        raise ConfigError(
+            f"max_num_batched_tokens is {args.max_num_batched_tokens}, allowed are whole numbers from 1 on; leave it "
+            "out"
+        )
     if args.enable_prefix_caching and not _is_block_causal(model_config):
         raise ConfigError(
             "enable_prefix_caching is on, but the K/V of a bidirectional model depend on what follows the prefix; "
@@ -217,8 +224,10 @@ class DllmConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Mark the model as a diffusion model, and check its end tokens and the defaults of its requests.
 
-        Raises: ConfigError for special ids of generation configs that the vocabulary does not have.
+        Raises: ConfigError for another family's `model_type`, and for special ids of generation configs that the
+            vocabulary does not have.
         """
+        _check_config_class(model_config)
         _check_generation_ids(model_config)
         model_config.hf_config.canvas_length = DllmConfig().block_length
         check_generation_defaults(model_config)
@@ -264,6 +273,16 @@ class DllmConfigHook(VerifyAndUpdateConfig):
         )
         if spiffy:
             _tell_spiffy(spiffy)
+
+
+def _check_config_class(model_config: ModelConfig) -> None:
+    """Check that the configuration is of the family that `architectures` name. Raises: ConfigError."""
+    family, config = served_family(model_config), model_config.hf_config
+    if not isinstance(config, resolve_name(family.config_class)):
+        raise ConfigError(
+            f"model_type in the checkpoint's config.json is {config.model_type!r}, but architectures name "
+            f"{family.architecture}; allowed is {family.model_type!r}; correct one of them there"
+        )
 
 
 def _check_generation_ids(model_config: ModelConfig) -> None:

@@ -52,10 +52,6 @@ def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
             f"speculative_config is {reprlib.repr(given)} with method {method!r}, but a diffusion model unmasks in any "
             f"order, where others than {METHOD!r} draft left to right; {did_you_mean(method, [METHOD], otherwise)}"
         )
-    if not isinstance(args.additional_config, dict):
-        raise ConfigError(
-            f"additional_config is {args.additional_config!r}, allowed are objects; give one as {{'dllm': {{}}}}"
-        )
     if args.per_request_spec_decode_metrics != "none":
         raise ConfigError(
             f"per_request_spec_decode_metrics is {args.per_request_spec_decode_metrics!r}, but it counts drafts that "

@@ -12,6 +12,8 @@ from vllm_dllm.models.checkpoint_fields import (
     SPECIAL_IDS,
     CheckpointFields,
     check_token_ids,
+    misfits,
+    refuse_misfits,
     refuse_unknown,
     validated,
 )
@@ -63,7 +65,7 @@ class CheckpointConfig(PretrainedConfig):
         for name, value in values.items():
             setattr(self, name, value)
         names = given.keys() & (self.bookkeeping | BOOKKEEPING)  # some others transformers would act on
-        super().__init__(**{name: given[name] for name in names - self._attributes()})
+        super().__init__(**{name: given[name] for name in names - self._attributes() - misfits(given).keys()})
         self._given, self._problem = given, problem
         self._rope_overrides: dict[str, Any] = {}
 
@@ -86,6 +88,8 @@ class CheckpointConfig(PretrainedConfig):
         if is_read and (self._problem is not None or getattr(self, name, None) != value):
             self._change({name: value})
             return
+        if "_given" in self.__dict__ and name == "quantization_config":  # set by vLLM, which reads it at once
+            refuse_misfits({name: value}, WHERE)
         if "_given" in self.__dict__ and isinstance(value, Mapping):  # an override that is an object, set by vLLM
             refuse_unknown({name: value}, self.known_names(), "--hf-overrides")
         super().__setattr__(name, value)
@@ -165,6 +169,7 @@ class CheckpointConfig(PretrainedConfig):
         """Return the attributes that fields stand for, or raise ConfigError."""
         published = self._published(copy.deepcopy(dict(given)))
         refuse_unknown(published, self.known_names(), WHERE)
+        refuse_misfits(published, WHERE)
         table = self.table.model_fields
         present = {name: value for name, value in published.items() if name in table}
         fields = validated(self.table, present)

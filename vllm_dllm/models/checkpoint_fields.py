@@ -4,9 +4,10 @@ A field changes the arithmetic or it does not. Those that do are in the family's
 class implements; those that do not are listed by name. Any other is refused, since nobody knows what it asks for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_dllm.errors import ConfigError
@@ -83,6 +84,37 @@ def refuse_unknown(given: Mapping[str, Any], known: frozenset[str], where: str) 
         )
 
 
+def _is_dtype(value: Any) -> bool:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+# Of the bookkeeping, what transformers and vLLM act on while they read a file: the test of values, and what is allowed.
+_READ_BY_OTHERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("torch_dtype", "dtype"), (_is_dtype, "null and torch's floating-point types, as 'bfloat16'")),
+    **dict.fromkeys(("quantization_config", "compression_config"), (_is_object, "null and objects")),
+}
+
+
+def misfits(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields that transformers and vLLM could not read, and what they allow."""
+    return {
+        name: allowed
+        for name, (fits, allowed) in _READ_BY_OTHERS.items()
+        if given.get(name) is not None and not fits(given[name])
+    }
+
+
+def refuse_misfits(given: Mapping[str, Any], where: str) -> None:
+    """Raise: ConfigError for the first of `misfits`."""
+    for name, allowed in misfits(given).items():
+        raise ConfigError(f"{name} in {where} is {given[name]!r}, allowed are {allowed}; correct it there")
+
+
 def validated(table: type[Fields], given: Mapping[str, Any], prefix: str = "") -> Fields:
     """Check values against a table.
 
@@ -100,11 +132,11 @@ def validated(table: type[Fields], given: Mapping[str, Any], prefix: str = "") -
     name = str(finding["loc"][0])
     # A type of rope is asked for by its name alone, whichever object holds it.
     shown = name if name in ("rope_type", "rope_theta") else prefix + name
-    if finding["type"] == "extra_forbidden":
+    if finding["type"] in ("extra_forbidden", "invalid_key"):  # the latter is no text
         known = ", ".join(table.model_fields)
         raise ConfigError(
-            f"{shown} in the checkpoint's config.json is {given[name]!r}, but it is not known; allowed are {known}; "
-            "remove it there or replace it with --hf-overrides"
+            f"{shown} in the checkpoint's config.json is {finding['input']!r}, but it is not known; allowed are "
+            f"{known}; remove it there or replace it with --hf-overrides"
         )
     what = f"is {given[name]!r}" if name in given else "is missing"
     raise ConfigError(

@@ -11,14 +11,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.models.checkpoint_fields import Positive, Size, validated
+from vllm_dllm.models.checkpoint_fields import Size, validated
 
 Theta = Annotated[float, Field(gt=1.0, allow_inf_nan=False, description="finite numbers above 1")]
-_Factor = Annotated[float, Field(ge=1.0, allow_inf_nan=False, description="finite numbers from 1 on")]
+_Factor = Annotated[float, Field(ge=1.0, le=1e6, description="numbers from 1 to 1000000")]
+# Of YaRN; beyond, a table's numbers would leave float32.
+_Scale = Annotated[float, Field(gt=0.0, le=1e6, description="numbers above 0 and up to 1000000")]
 _Whole = Annotated[float, Field(ge=1.0, le=1.0, description="1, since whole heads are rotated")]
 
 ROPE_NAMES = ("rope_theta", "rope_scaling", "rope_parameters")
 """The fields of config.json that are read here."""
+
+_MAX_POSITIONS = 1 << 24
+"""A table counts positions in float32, whose whole numbers end here."""
 
 _OBJECTS = ("rope_scaling", "rope_parameters")
 
@@ -36,11 +41,11 @@ class _Rope(BaseModel):
     partial_rotary_factor: _Whole | None = None
     factor: _Factor | None = None
     original_max_position_embeddings: Size | None = None
-    beta_fast: Positive | None = None
-    beta_slow: Positive | None = None
-    mscale: Positive | None = None
-    mscale_all_dim: Positive | None = None
-    attention_factor: Positive | None = None
+    beta_fast: _Scale | None = None
+    beta_slow: _Scale | None = None
+    mscale: _Scale | None = None
+    mscale_all_dim: _Scale | None = None
+    attention_factor: _Scale | None = None
     truncate: Annotated[bool, Field(description="true and false")] | None = None
 
 
@@ -80,7 +85,7 @@ def read_rope(given: Mapping[str, Any], *, max_positions: int, head_dim: int) ->
     if "factor" not in rope and kind != "default":
         raise ConfigError(
             f"rope_parameters.factor is missing in the checkpoint's config.json, but rope_type is {kind!r}; allowed "
-            "are finite numbers from 1 on; add it there or with --hf-overrides"
+            "are numbers from 1 to 1000000; add it there or with --hf-overrides"
         )
     if kind == "dynamic" and head_dim < 4:
         raise ConfigError(
@@ -89,6 +94,12 @@ def read_rope(given: Mapping[str, Any], *, max_positions: int, head_dim: int) ->
         )
     if kind == "yarn":
         _check_yarn(rope, max_positions)
+    if (reach := num_positions(rope, max_positions)) > _MAX_POSITIONS:
+        raise ConfigError(
+            f"rope_parameters.factor in the checkpoint's config.json is {rope.get('factor', 1)}, which times "
+            "max_position_embeddings (max_sequence_length, or original_max_position_embeddings of rope_parameters) is "
+            f"{reach}; allowed are up to {_MAX_POSITIONS} positions; lower one of them there or with --hf-overrides"
+        )
     return rope
 
 
