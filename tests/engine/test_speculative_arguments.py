@@ -97,7 +97,7 @@ def test_python_forms_are_used_again_and_left_unchanged(value: Any) -> None:
 
 
 def test_a_form_that_cannot_be_read_is_an_error_of_the_option(parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    for value, reason in [("gone.json", "there is no such file"), (".", "there is no such file"), ("{", "")]:
+    for value, reason in [("gone.json", "there is no such file"), (".", "this is a folder"), ("{", "")]:
         with pytest.raises(SystemExit):
             parser.parse_args(["--speculative-config", value])
         message = capsys.readouterr().err
