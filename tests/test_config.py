@@ -80,7 +80,7 @@ def test_server_settings_are_refused_by_name(settings: object, parts: list[str])
     [
         ({"threshold": 2.0}, "--threshold is 2.0, allowed"),
         ({"block_length": 0}, "--block-length is 0, allowed"),
-        ({"block_length": 8, "steps_per_block": 9}, "steps_per_block is 9 but block_length is 8"),
+        ({"block_length": 8, "steps_per_block": 9}, "--steps-per-block is 9 but --block-length is 8"),
     ],
 )
 def test_settings_given_as_options_are_refused_as_options(settings: object, begin: str) -> None:

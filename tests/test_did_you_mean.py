@@ -82,6 +82,11 @@ def test_files_and_words_that_are_not_there(tmp_path: Path, monkeypatch: pytest.
         read_speculative_config("spify.json")
     with pytest.raises(ConfigError, match=r'give \{"method": "spiffy"\} or --spec-method spiffy$'):
         read_speculative_config("spiffy")
+    Path("null.json").write_text("")
+    Path("graphs").mkdir()
+    for missing in ("nosuch.json", "graphz", "graph/"):
+        with pytest.raises(ConfigError, match="is not a file; give the path of a graph file"):
+            load_graph(missing)
     Path("prompts.jsonl").write_text('{"promt": "a"}\n')
     with pytest.raises(ConfigError, match=r"did you mean 'prompt'\?"):
         read_prompts(Path("prompts.jsonl"), 1)
@@ -97,6 +102,24 @@ def test_names_of_policies_on_the_command_line() -> None:
         _policy("statik")
 
 
-@pytest.mark.parametrize(("given", "meant"), [("greedy", None), ("best", None), (None, None), ("Static ", "static")])
+def test_what_was_given_is_never_suggested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("graphs").mkdir()
+    for given in ("graphs", "graphs/", str(tmp_path / "graphs")):
+        with pytest.raises(ConfigError, match=r"graphs/? is a folder; give the path of a graph file"):
+            spiffy(draft_graph=given)
+        with pytest.raises(ConfigError, match=r"but this is a folder; allowed are an object, .*; correct it$"):
+            read_speculative_config(given)
+    for given in ("/dev/null", ""):
+        with pytest.raises(ConfigError, match="is not a file; give the path of a graph file"):
+            spiffy(draft_graph=given)
+    with pytest.raises(ConfigError, match="method is None, allowed are 'spiffy'; give one of these"):
+        parse_spiffy({"method": None})
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("greedy", None), ("best", None), (None, None), ("static", None), ("Static ", "static"), ("Static", "static")],
+)
 def test_what_is_like_nothing_gets_no_suggestion(given: object, meant: str | None) -> None:
     assert nearest(given, ["static", "threshold", "entropy"]) == meant

@@ -16,6 +16,7 @@ from vllm_dllm.draft.graph_file import GraphFile, default_graph, dump_graph
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.spiffy_config import (
     SpiffySettings,
+    field_names,
     parse_spiffy,
     read_speculative_config,
     spiffy_settings,
@@ -97,6 +98,16 @@ def test_fields_are_refused_by_name(given: dict[str, Any], parts: list[str]) -> 
     assert all(part in str(refused.value) for part in parts), str(refused.value)
 
 
+def test_a_field_is_given_once_however_it_is_written() -> None:
+    assert field_names({"draft-graph": "a", "max_nodes": 3, 1: 2}) == {"draft_graph": "a", "max_nodes": 3, "1": 2}
+    with pytest.raises(ConfigError) as refused:
+        field_names({"max_nodes": 3, "draft-graph": "a", "max-nodes": 4})
+    assert str(refused.value) == (
+        "speculative_config.max_nodes is 3 and speculative_config.max-nodes is 4, but both are "
+        "speculative_config.max_nodes; allowed is one of them; remove the other"
+    )
+
+
 def test_a_file_is_read_and_its_graph_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "graphs").mkdir()
     (tmp_path / "graphs" / "chain.json").write_text(json.dumps(GRAPH))
@@ -151,7 +162,7 @@ def test_unreadable_files_are_told(tmp_path: Path, content: bytes, reason: str) 
 
 @pytest.mark.parametrize("path", ["gone.json", ".", "", "a\0b", "\ud800", "x" * 5000, "[1]"])
 def test_paths_without_a_file_are_told(path: str) -> None:
-    with pytest.raises(ConfigError, match=r"but (there is no such file|this file cannot be read)"):
+    with pytest.raises(ConfigError, match=r"but (there is no such file|this is a folder|this file cannot be read)"):
         read_speculative_config(path)
 
 

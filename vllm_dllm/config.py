@@ -265,6 +265,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inva
     finding = error.errors()[0]
     if not finding["loc"]:  # a rule between fields, whose text is already ours
         message = finding["msg"].removeprefix("Value error, ")
+        if prefix == "--":  # fields are named as the options that they are
+            options = r"\b(" + "|".join(model.model_fields) + r")\b"
+            message = re.sub(options, lambda found: prefix + found[0].replace("_", "-"), message)
         where = prefix.rstrip(".-")
         return InvalidOptionError(f"{where}: {message}" if where else message, where, finding["input"])
     field = str(finding["loc"][0])

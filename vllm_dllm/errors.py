@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 LIKENESS = 0.7
@@ -29,10 +29,13 @@ class UnsupportedVllmError(RuntimeError):
 
 
 def nearest(given: object, known: Iterable[str], likeness: float = LIKENESS) -> str | None:
-    """Return the known word that something looks like a typo of, or None; case and `-` for `_` count for nothing."""
+    """Return the known word that something looks like a typo of, or None; case and `-` for `_` count for nothing.
+
+    A known word is no typo, whatever else is wrong with it.
+    """
     words = {_folded(word): word for word in known}
     close = difflib.get_close_matches(_folded(str(given)), words, n=1, cutoff=likeness)
-    return words[close[0]] if close else None
+    return words[close[0]] if close and given not in words.values() else None
 
 
 def did_you_mean(given: object, known: Iterable[str], otherwise: str) -> str:
@@ -41,12 +44,31 @@ def did_you_mean(given: object, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {meant!r}?" if meant else otherwise
 
 
-def did_you_mean_file(missing: str | Path, otherwise: str, words: Iterable[str] = ()) -> str:
-    """Do the same for the path of a file that is not there, by its folder's files and by words that stand for one."""
-    folder = Path(missing).parent
-    files = os.listdir(folder) if folder.is_dir() and os.access(folder, os.R_OK) else []
-    meant = nearest(Path(missing).name, [*files, *words])
-    return f"did you mean {meant!r}?" if meant else otherwise
+def did_you_mean_file(
+    missing: str | Path,
+    otherwise: str,
+    words: Iterable[str] = (),
+    *,
+    is_meant: Callable[[Path], bool] = Path.is_file,
+) -> str:
+    """Do the same for the path of a file that is not there, by its folder's files and by words that stand for one.
+
+    Equal suffixes make no names alike: of `nosuch.json` and `null.json` the rest counts.
+
+    Args:
+        missing: the path.
+        otherwise: what to do where nothing is like it.
+        words: what may be given instead of a path.
+        is_meant: whether something in the folder may be given; `Path.is_dir` where folders are.
+    """
+    folder, name = Path(missing).parent, Path(missing).name
+    can_look = folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)
+    files = [
+        file
+        for file in (os.listdir(folder) if can_look else [])
+        if difflib.get_close_matches(_folded(Path(name).stem), [_folded(Path(file).stem)], cutoff=LIKENESS)
+    ]
+    return did_you_mean(name, [*filter(lambda file: is_meant(folder / file), files), *words], otherwise)
 
 
 def _folded(word: str) -> str:

@@ -114,9 +114,12 @@ def read_speculative_config(value: object) -> object:
     text, folder = str(value), None
     if isinstance(value, Path) or not text.lstrip().startswith("{"):
         try:
+            if text and Path(value).is_dir():
+                raise _unreadable(text, "this is a folder")
             if not Path(value).is_file():
                 defaults = f'for the defaults give {{"method": "{METHOD}"}} or --spec-method {METHOD}'
-                todo = defaults if nearest(text, [METHOD]) else did_you_mean_file(text, "correct it")
+                is_method = text == METHOD or nearest(text, [METHOD])
+                todo = defaults if is_method else did_you_mean_file(text, "correct it")
                 raise _unreadable(text, "there is no such file", todo)
             text, folder = Path(value).read_text(encoding="utf-8"), Path(value).parent
         except OSError as error:
@@ -142,6 +145,27 @@ def _unreadable(value: str, reason: str, todo: str = "correct it") -> InvalidOpt
         _NAME,
         value,
     )
+
+
+def field_names(given: Mapping[object, Any]) -> dict[str, Any]:
+    """Return a `speculative_config` by our names of its fields, which may be written with `-` for `_`.
+
+    Raises: InvalidOptionError for a field that is given by both.
+    """
+    fields: dict[str, Any] = {}
+    written: dict[str, str] = {}
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        if name in fields:
+            first, second = f"{_NAME}.{written[name]}", f"{_NAME}.{key}"
+            raise InvalidOptionError(
+                f"{first} is {reprlib.repr(fields[name])} and {second} is {reprlib.repr(value)}, but both are "
+                f"{_NAME}.{name}; allowed is one of them; remove the other",
+                second,
+                value,
+            )
+        fields[name], written[name] = value, str(key)
+    return fields
 
 
 def parse_spiffy(given: Mapping[str, Any]) -> SpiffyConfig:

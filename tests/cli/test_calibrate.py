@@ -47,6 +47,7 @@ def decoded(monkeypatch):
 
     monkeypatch.setattr(command, "_decode", decode)
     monkeypatch.setattr(server_settings, "read_config", lambda model: {"architectures": ["LLaDAModelLM"]})
+    monkeypatch.setattr(command, "num_positions", lambda model: 512)
     monkeypatch.setattr(command.importlib.metadata, "version", lambda name: "0")
     return calls
 
@@ -116,8 +117,8 @@ def test_keeps_traces_and_uses_them_again(prompts, decoded, tmp_path):
     ("more", "text"),
     [
         (["--policy", "threshold", "--threshold", "2"], "--threshold is 2.0, allowed are numbers above 0 and up to 1"),
-        (["--steps-per-block", "9"], "steps_per_block is 9 but block_length is 8"),
-        (["--policy", "dynamic", "--steps-per-block", "3"], "steps_per_block is 3, but policy 'dynamic'"),
+        (["--steps-per-block", "9"], "--steps-per-block is 9 but --block-length is 8"),
+        (["--policy", "dynamic", "--steps-per-block", "3"], "--steps-per-block is 3, but --policy 'dynamic'"),
         (["--alg-temp", "-1"], "--alg-temp is -1.0, allowed are null and finite numbers from 0 on"),
         (["--budgets", "3,x"], "--budgets is '3,x'; allowed are whole numbers from 1 to 64"),
         (["--budgets", "0"], "--budgets is '0'; allowed"),

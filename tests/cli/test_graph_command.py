@@ -121,7 +121,7 @@ def test_check_with_a_model_warns_as_its_server_does(tmp_path: Path) -> None:
 def test_check_warns_of_another_server(path: Path) -> None:
     status, out, err = run("graph", "check", path, "--policy", "static")
     warning, last = out.splitlines()
-    assert (status, err, last) == (0, "", f"{path}: 4 nodes, 1 warnings")
+    assert (status, err, last) == (0, "", f"{path}: 4 nodes, 1 warning")
     assert "calibrated with policy 'threshold' but is used with 'static', so" in warning
 
 
@@ -130,6 +130,7 @@ def test_check_warns_of_another_server(path: Path) -> None:
     [
         (("--block-length", 1), "block_length of this server is 1"),
         (("--threshold", 2), "--threshold is 2.0"),
+        (("--steps-per-block", 999), "--steps-per-block is 999 but --block-length is 16, and each step"),
     ],
 )
 def test_check_fails_for_what_cannot_serve(options: tuple, part: str, path: Path) -> None:
@@ -154,9 +155,13 @@ def test_check_of_a_graph_without_provenance(tmp_path: Path) -> None:
 
 def test_merge_writes_a_file(path: Path, tmp_path: Path) -> None:
     output = tmp_path / "merged.json"
-    status, out, _ = run("graph", "merge", path, path, "-o", output, "--nodes", 3)
+    assert FILE.provenance is not None
+    more = (FILE.provenance.prompts[0].model_copy(update={"sha256": "1" * 64}),)
+    other = GraphFile(GRAPH, FILE.provenance.model_copy(update={"prompts": more}))
+    save_graph(other, tmp_path / "other.json")
+    status, out, _ = run("graph", "merge", path, tmp_path / "other.json", "-o", output, "--nodes", 3)
     assert (status, out) == (0, f"{output}: 3 nodes, 200 states\n")
-    assert load_graph(output) == merge_graphs([("a", FILE), ("b", FILE)], 3)
+    assert load_graph(output) == merge_graphs([("a", FILE), ("b", other)], 3)
     assert load_graph(output).graph.counts == (160, 80, 60)
 
 

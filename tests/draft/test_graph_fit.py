@@ -1,5 +1,6 @@
 """Which graphs fit a server, the graphs that are shipped, and graphs merged."""
 
+import datetime
 import json
 from typing import get_args
 
@@ -151,6 +152,14 @@ def test_merging_adds_up_and_keeps_the_most_frequent() -> None:
     assert merged.provenance.prompts == (*PROVENANCE.prompts, other_prompts)
     assert (merged.provenance.acceptance_by_depth, merged.provenance.predicted_nfe) == ((), {})
     assert parse_graph(json.loads(dump_graph(merged))) == merged
+
+
+def test_a_calibration_is_counted_once() -> None:
+    again = GraphFile(GRAPH, PROVENANCE.model_copy(update={"date": datetime.date(2026, 2, 1)}))
+    with pytest.raises(GraphError, match=r"^b is the same calibration as a, so its counts would be added twice"):
+        merge_graphs([("a", FILE), ("b", again)], 4)
+    with pytest.raises(GraphError, match=r"^a is given twice, so its counts"):
+        merge_graphs([("a", FILE), ("a", FILE)], 4)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_python_forms_are_used_again_and_left_unchanged(value: Any) -> None:
 
 
 def test_a_form_that_cannot_be_read_is_an_error_of_the_option(parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    for value, reason in [("gone.json", "there is no such file"), (".", "there is no such file"), ("{", "")]:
+    for value, reason in [("gone.json", "there is no such file"), (".", "this is a folder"), ("{", "")]:
         with pytest.raises(SystemExit):
             parser.parse_args(["--speculative-config", value])
         message = capsys.readouterr().err
@@ -169,10 +169,16 @@ def arguments(**values: Any) -> Any:
         (THEIRS, {"speculative_config": "spiffy.json"}, "LlamaForCausalLM is not a diffusion model"),
         (OURS, {"speculative_config": {"method": "ngram"}}, "method 'ngram'"),
         (OURS, {"speculative_config": {"budget": 3}}, "method None"),
+        (OURS, {"speculative_config": {"method": None}}, "; allowed is method 'spiffy'; set it or remove"),
         (OURS, {"speculative_config": {"method": "spify"}}, "did you mean 'spiffy'?"),
         (THEIRS, {"speculative_config": {"method": "Spiffy"}}, "did you mean 'spiffy'?"),
         (THEIRS, {"spec_method": "spify"}, "method is 'spify', which neither vLLM nor vllm-dllm knows"),
         (OURS, {"speculative_config": {"metod": "spiffy"}}, "'metod' is not known, did you mean 'method'?"),
+        (
+            OURS,
+            {"speculative_config": {"method": "spiffy", "draft-graph": "graph.json", "draft_graph": "default"}},
+            "speculative_config.draft-graph is 'graph.json' and speculative_config.draft_graph is 'default', but both",
+        ),
         (OURS, {"speculative_config": [1]}, "speculative_config is [1]"),
         (OURS, {"speculative_config": GIVEN, "spec_method": "ngram"}, "method 'ngram'"),
         (OURS, {"spec_method": "spiffy", "spec_tokens": 3}, "num_speculative_tokens is 3, but drafts of"),

@@ -41,7 +41,7 @@ app = typer.Typer(
 
 _FILE_WIDTH = 160
 
-_Model = Annotated[Path, typer.Option(help="Checkpoint.")]
+_Model = Annotated[str, typer.Option(help="Name or path of the model.")]
 _Prompts = Annotated[Path, typer.Option(help="JSONL file; each line has text, prompt, question or messages.")]
 _Skip = Annotated[int, typer.Option(min=0, help="Lines left out at the beginning.")]
 _NumPrompts = Annotated[int, typer.Option(min=1, help="Prompts that everyone decodes.")]
@@ -89,9 +89,10 @@ def _measures_workload(policies: str) -> Callable[[Callable[["Workload", "tuple[
             steps_per_block: StepsPerBlock = None,
         ) -> None:
             given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
+            chosen = bench_options.policies(model, policy, DEFAULT_GRAPH, given)
             measure(
                 bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),
-                bench_options.policies(model, policy, DEFAULT_GRAPH, given),
+                chosen,
             )
 
     return add
@@ -153,23 +154,22 @@ def decode(  # noqa: PLR0913 - the options of a command
     from vllm_dllm.bench.decode import Comparison, sections
 
     given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
-    workload = replace(
-        bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),
-        temperature=temperature,
-        seed=seed,
-        stop_at_eos=stop_at_eos,
-        kv_cache_mib=kv_cache_mib,
-    )
     comparison = Comparison(
-        workload,
-        bench_options.policies(model, policy, graph, given),
-        bench_options.whole_numbers("--budgets", budgets, MAX_NODES),
-        bench_options.whole_numbers("--chain", chain, MAX_NODES),
-        repeats,
-        dtype,
+        policies=bench_options.policies(model, policy, graph, given),
+        budgets=bench_options.whole_numbers("--budgets", budgets, MAX_NODES),
+        chain=bench_options.whole_numbers("--chain", chain, MAX_NODES),
+        repeats=repeats,
+        dtype=dtype,
+        workload=replace(  # last, since it reads the tokenizer
+            bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),
+            temperature=temperature,
+            seed=seed,
+            stop_at_eos=stop_at_eos,
+            kv_cache_mib=kv_cache_mib,
+        ),
     )
     runs = _compare(comparison)
-    tables = sections(runs, workload.block_length)
+    tables = sections(runs, comparison.workload.block_length)
     _print(tables)
     _write(out, comparison, runs, tables)
 

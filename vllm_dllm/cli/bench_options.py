@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_dllm.cli.console import waiting_for
-from vllm_dllm.cli.server_settings import server_settings
+from vllm_dllm.cli.server_settings import check_gen_length, num_positions, server_settings
 from vllm_dllm.config import policy_settings
-from vllm_dllm.draft.graph_file import load_graph
+from vllm_dllm.draft.graph_file import check_fit, load_graph
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.spiffy_config import DEFAULT_GRAPH
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def workload(
-    model: Path,
+    model: str,
     prompts: Path,
     skip_prompts: int,
     num_prompts: int,
@@ -31,7 +31,7 @@ def workload(
     Args:
         settings: fields of `DllmConfig`.
 
-    Raises: ConfigError when nothing is left to measure.
+    Raises: ConfigError when nothing is left to measure, and for a generation that the model has no room for.
     """
     from vllm_dllm.bench.workload import Workload
     from vllm_dllm.calibrate.prompts import encode, read_prompts
@@ -44,24 +44,26 @@ def workload(
             "to measure; skip fewer prompts and give at least one number"
         )
     of_block = {name: value for name, value in settings.items() if name == "block_length"}
-    block_length = server_settings(str(model), of_block).block_length
-    tokenizer = _read_tokenizer(model)
+    server = server_settings(model, of_block)
+    tokenizer, positions = _read_tokenizer(model)
     ids = tuple(tuple(encode(tokenizer, conversation)) for conversation in chosen)
-    return Workload(str(model), ids, gen_length, block_length, at_once)
+    check_gen_length(gen_length, map(len, ids), server, positions)
+    return Workload(model, ids, gen_length, server.block_length, at_once)
 
 
-def _read_tokenizer(model: Path) -> "Tokenizer":
+def _read_tokenizer(model: str) -> "tuple[Tokenizer, int]":
+    """Return a model's tokenizer, and how many positions a row has at most, as vLLM sees it."""
     with waiting_for("reading the tokenizer"):
         from transformers import PreTrainedTokenizerFast
 
         try:
-            tokenizer: Tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"the tokenizer of model {str(model)!r} cannot be read ({reason}); give a checkpoint with one"
+                f"the tokenizer of model {model!r} cannot be read ({reason}); give a checkpoint with one"
             ) from None
-    return tokenizer
+        return tokenizer, min(num_positions(model), tokenizer.model_max_length)
 
 
 def whole_numbers(option: str, text: str, most: int) -> tuple[int, ...]:
@@ -72,11 +74,11 @@ def whole_numbers(option: str, text: str, most: int) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-def policies(model: Path, policy: str, graph: str, settings: Mapping[str, object]) -> "tuple[Policy, ...]":
+def policies(model: str, policy: str, graph: str, settings: Mapping[str, object]) -> "tuple[Policy, ...]":
     """Pair each policy with its graph, and with those of the settings that it reads.
 
     Args:
-        model: path.
+        model: name or path.
         policy: names, with commas between them.
         graph: one for all of them, or one for each.
         settings: fields of `DllmConfig`.
@@ -90,12 +92,12 @@ def policies(model: Path, policy: str, graph: str, settings: Mapping[str, object
         raise ConfigError(
             f"--graph has {len(graphs)} graphs and --policy {len(names)} policies; give one for all or one for each"
         )
-    for path in graphs:
-        if path != DEFAULT_GRAPH:
-            load_graph(path, [DEFAULT_GRAPH])  # refused here, before engines start
     paired = []
     for index, name in enumerate(names):
-        server = server_settings(str(model), {**settings, "policy": name})
+        server = server_settings(model, {**settings, "policy": name})
         values = server.model_dump(include={"policy", *policy_settings(server.policy)}, exclude_none=True)
-        paired.append(Policy(values, graphs[index % len(graphs)]))
+        path = graphs[index % len(graphs)]
+        if path != DEFAULT_GRAPH:
+            check_fit(load_graph(path, [DEFAULT_GRAPH]), server, where=path)  # refused here, before engines start
+        paired.append(Policy(values, path))
     return tuple(paired)

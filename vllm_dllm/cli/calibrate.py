@@ -17,7 +17,7 @@ from rich.text import Text
 from vllm_dllm import __version__
 from vllm_dllm.calibrate.prompts import Prompts, read_prompts
 from vllm_dllm.calibrate.select import Objective
-from vllm_dllm.cli.console import waiting_for
+from vllm_dllm.cli.console import counted, waiting_for
 from vllm_dllm.cli.inputs import Dtype, check_file, check_picture
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
@@ -27,7 +27,9 @@ from vllm_dllm.cli.server_settings import (
     Policy,
     StepsPerBlock,
     Threshold,
+    check_gen_length,
     given_settings,
+    num_positions,
     server_settings,
 )
 from vllm_dllm.config import DllmConfig
@@ -155,6 +157,9 @@ def _budgets(text: str, num_nodes: int) -> tuple[int, ...]:
 def _run(plan: Plan, keep_traces: bool) -> None:
     from vllm_dllm.calibrate.record import TraceFile
 
+    # No prompt is shorter than a token; how long each is shows when it is encoded.
+    with waiting_for("reading the model's configuration"):
+        check_gen_length(plan.gen_length, [1], plan.settings, num_positions(plan.model))
     path = plan.output.with_name(plan.output.name + ".traces")
     with TraceFile(path, plan.trace_settings) as trace_file:
         try:
@@ -244,12 +249,16 @@ def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Pred
         draw_graph(graph, plan.picture, title_of(GraphFile(graph, provenance)))
     console = Console()
     console.print(_table(prediction))
-    console.print(Text(f"{plan.output}: {len(graph)} nodes of {graph.num_anchors:,} states"), soft_wrap=True)
+    console.print(
+        Text(f"{plan.output}: {counted(len(graph), 'node')} of {counted(graph.num_anchors, 'state')}"), soft_wrap=True
+    )
 
 
 def _table(prediction: "Prediction") -> Table:
     """Show what each budget saves on the prompts that were held out."""
-    table = Table(title=f"{prediction.num_prompts} prompts held out: forwards per generation, refreshes included")
+    table = Table(
+        title=f"{counted(prediction.num_prompts, 'prompt')} held out: forwards per generation, refreshes included"
+    )
     for name in ("budget", "without", "with", "ratio", "ratio to EOS", "accepted by depth"):
         table.add_column(name, justify="left" if "depth" in name else "right")
     for budget, forwards in prediction.whole.items():

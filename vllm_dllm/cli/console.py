@@ -14,6 +14,11 @@ def print_line(text: str, style: str = "") -> None:
     Console().print(Text(text, style=style), soft_wrap=True)
 
 
+def counted(number: int, what: str) -> str:
+    """Write a number of things, `what` being one of them."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def print_error(error: ConfigError) -> None:
     """Write what the user can mend to stderr."""
     Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_dllm.cli.console import print_error, print_line
+from vllm_dllm.cli.console import counted, print_error, print_line
 from vllm_dllm.cli.inputs import check_file, check_picture, family_for, read_config
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
@@ -87,7 +87,7 @@ def check(  # noqa: PLR0913 - the options of a command
         raise typer.Exit(1) from None
     for warning in warnings:
         print_line(warning, "yellow")
-    print_line(f"{file}: {len(graph_file.graph)} nodes, {len(warnings)} warnings")
+    print_line(f"{file}: {counted(len(graph_file.graph), 'node')}, {counted(len(warnings), 'warning')}")
 
 
 def _server_settings(graph_file: GraphFile, given: dict[str, object]) -> DllmConfig:
@@ -107,12 +107,12 @@ def merge(
     check_file("--output", output)
     merged = merge_graphs([(str(file), load_graph(file)) for file in files], nodes)
     save_graph(merged, output)
-    print_line(f"{output}: {len(merged.graph)} nodes, {merged.graph.num_anchors} states")
+    print_line(f"{output}: {counted(len(merged.graph), 'node')}, {counted(merged.graph.num_anchors, 'state')}")
 
 
 def _node_table(graph: DraftGraph) -> Table:
-    num_tokens = "any number of" if graph.tokens_per_step is None else graph.tokens_per_step
-    table = Table(title=f"{len(graph)} nodes, best first; {num_tokens} tokens per step")
+    tokens = "any number of tokens" if graph.tokens_per_step is None else counted(graph.tokens_per_step, "token")
+    table = Table(title=f"{counted(len(graph), 'node')}, best first; {tokens} per step")
     for name in ("node", "formula", "depth", "parents", "count", "share"):
         table.add_column(name, justify="left" if name in {"formula", "parents"} else "right")
     counts: list[int | None] = list(graph.counts or [None] * len(graph))
@@ -127,7 +127,7 @@ def _node_table(graph: DraftGraph) -> Table:
             "" if count is None or not graph.num_anchors else f"{count / graph.num_anchors:.1%}",
         )
     if graph.counts is not None:
-        table.caption = f"share of {graph.num_anchors:,} states"
+        table.caption = f"share of {counted(graph.num_anchors, 'state')}"
     return table
 
 

@@ -22,15 +22,21 @@ def read_config(model: str) -> dict[str, Any]:
     """
     folder = Path(model)
     todo = "give the name or the path of a checkpoint"
-    if folder.is_file():
+    if not model.strip():
+        raise ConfigError(f"model is {model!r}; allowed are folders of checkpoints and names on the hub; {todo}")
+    if folder.exists() and not folder.is_dir():
         raise ConfigError(f"model {model!r} is a file; allowed are folders of checkpoints and names on the hub; {todo}")
     is_path = folder.is_dir() or folder.is_absolute() or model.count("/") > 1 or model.startswith((".", "~"))
     if is_path and not folder.is_dir():
-        raise ConfigError(f"model {model!r} is not there: no such folder; {did_you_mean_file(model, todo)}")
+        meant = did_you_mean_file(model, todo, is_meant=Path.is_dir)
+        raise ConfigError(f"model {model!r} is not there: no such folder; {meant}")
     path = folder / "config.json" if is_path else _download(model, "config.json")
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        reason = f"config.json in this folder: {error.strerror}"
+        raise ConfigError(f"the configuration of model {model!r} cannot be read ({reason}); {todo}") from None
+    except ValueError as error:
         raise ConfigError(f"the configuration of model {model!r} cannot be read ({error}); {todo}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"the configuration of model {model!r} is no JSON object; {todo}")
@@ -46,7 +52,8 @@ def _download(model: str, name: str) -> Path:
         return Path(hf_hub_download(model, name))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split("\n", 1)[0].split())
-        todo = did_you_mean_file(model, "give the path of a checkpoint, or download it where the hub can be reached")
+        otherwise = "give the path of a checkpoint, or download it where the hub can be reached"
+        todo = did_you_mean_file(model, otherwise, is_meant=Path.is_dir)
         raise ConfigError(
             f"the configuration of model {model!r} cannot be read: there is no folder of this name, and the hub does "
             f"not give it ({reason}); {todo}"

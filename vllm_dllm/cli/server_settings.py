@@ -1,13 +1,15 @@
 """Options that are settings of a server, and the settings that they make with those that a model publishes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pkgutil import resolve_name
 from typing import Annotated, get_args
 
 import typer
 
+from vllm_dllm.blocks import row_blocks
 from vllm_dllm.cli.inputs import family_for, read_config
 from vllm_dllm.config import POLICY_ALIASES, DllmConfig, PolicyName, parse_server_settings
-from vllm_dllm.errors import did_you_mean
+from vllm_dllm.errors import ConfigError, did_you_mean
 
 _POLICIES = (*get_args(PolicyName), *POLICY_ALIASES)
 
@@ -68,3 +70,37 @@ def server_settings(model: str, given: Mapping[str, object]) -> DllmConfig:
     return parse_server_settings(
         given, prefix="--", defaults=family_for(model, config).settings(config.get("block_size"))
     )
+
+
+def num_positions(model: str) -> int:
+    """Return how many positions a row of a model has at most.
+
+    Args:
+        model: name or path.
+
+    Raises: ConfigError for a model that cannot be read, is none of ours, or has a config.json that is refused.
+    """
+    config = read_config(model)
+    config_class = resolve_name(family_for(model, config).config_class)
+    return int(config_class.from_dict(config).num_positions)
+
+
+def check_gen_length(gen_length: int, prompt_lens: Iterable[int], settings: DllmConfig, positions: int) -> None:
+    """Check that prompts and what they generate have room in a model's rows; an engine would cut the generation.
+
+    Args:
+        gen_length: tokens to generate per prompt.
+        prompt_lens: tokens of each prompt.
+        settings: of the server.
+        positions: of a row, at most.
+
+    Raises: ConfigError.
+    """
+    for prompt_len in prompt_lens:
+        most = row_blocks(prompt_len, positions, settings, positions).end - prompt_len
+        if gen_length > most:
+            todo = f"allowed are 1..{most}; choose a smaller one" if most > 0 else "leave out the longest prompts"
+            raise ConfigError(
+                f"--gen-length is {gen_length}, but the model has room for {positions} tokens, in blocks of "
+                f"{settings.block_length}, and a prompt takes {prompt_len} of it; {todo}"
+            )

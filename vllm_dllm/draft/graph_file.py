@@ -63,10 +63,12 @@ def load_graph(path: str | Path, words: Sequence[str] = ()) -> GraphFile:
 
     Raises: GraphError naming the file, the path inside it, what was given, what is allowed and what to do.
     """
-    where = str(path)
+    where = str(path) or "''"
+    todo = "give the path of a graph file, as 'vllm-dllm calibrate' writes it"
     try:
+        if str(path) and Path(path).is_dir():
+            raise GraphError(f"{where} is a folder; {todo}")
         if not Path(path).is_file():
-            todo = "give the path of a graph file, as 'vllm-dllm calibrate' writes it"
             raise GraphError(f"{where} is not a file; {did_you_mean_file(path, todo, words)}")
         with Path(path).open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)

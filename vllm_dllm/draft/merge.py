@@ -18,11 +18,13 @@ def merge_graphs(named: Sequence[tuple[str, GraphFile]], num_nodes: int) -> Grap
         named: at least one graph with its name for messages.
         num_nodes: how many nodes to keep.
 
-    Raises: GraphError for graphs without counts or provenance, and for those of different models or settings.
+    Raises: GraphError for graphs without counts or provenance, for those of different models or settings, and for a
+        calibration that is given twice.
     """
     conditions = [(name, _conditions(name, file)) for name, file in named]
     for name, found in conditions[1:]:
         _check_same(*conditions[0], name, found)
+    _check_once(named)
     graphs = [file.graph for _, file in named]
     total: Counter[Formula] = Counter()
     expected: defaultdict[Formula, float] = defaultdict(float)
@@ -67,6 +69,21 @@ def _check_same(first_name: str, expected: dict[str, object], name: str, found: 
                 f"{name} was calibrated with {key} {found.get(key)!r}, but {first_name} with {expected.get(key)!r}; "
                 "merge graphs of one model and the same settings"
             )
+
+
+def _check_once(named: Sequence[tuple[str, GraphFile]]) -> None:
+    """Check that nothing is counted twice: equal counts by one seed of the same prompts are the same decodings."""
+    seen: list[tuple[str, GraphFile]] = []
+    for name, file in named:
+        for earlier, other in seen:
+            if file.graph == other.graph and _origin(file) == _origin(other):
+                what = "is given twice" if name == earlier else f"is the same calibration as {earlier}"
+                raise GraphError(f"{name} {what}, so its counts would be added twice; give it once")
+        seen.append((name, file))
+
+
+def _origin(file: GraphFile) -> object:
+    return file.provenance and (file.provenance.prompts, file.provenance.seed)
 
 
 def _most_frequent(counts: Counter[Formula], tokens_per_step: int | None, num_nodes: int) -> tuple[Formula, ...]:

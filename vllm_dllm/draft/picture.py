@@ -23,7 +23,7 @@ Place = tuple[float, float]
 
 def title_of(file: GraphFile) -> str:
     """Write what a graph is for, as a heading."""
-    text = f"Draft graph with {len(file.graph)} nodes"
+    text = f"Draft graph with {len(file.graph)} node{'s' * (len(file.graph) > 1)}"
     if file.provenance is None:
         return text
     settings = file.provenance.settings

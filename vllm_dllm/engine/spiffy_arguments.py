@@ -10,7 +10,7 @@ from vllm_dllm.engine.compat import SPECULATIVE_METHODS
 from vllm_dllm.engine.config_hook import is_ours, spiffy_of
 from vllm_dllm.errors import ConfigError, did_you_mean, nearest
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE
-from vllm_dllm.spiffy_config import METHOD, parse_spiffy, read_speculative_config, to_json_object
+from vllm_dllm.spiffy_config import METHOD, field_names, parse_spiffy, read_speculative_config, to_json_object
 
 _TAKEN = "_vllm_dllm_spiffy"
 """Where arguments remember what `take_spiffy` made of them."""
@@ -38,14 +38,15 @@ def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
     aliases = {name: value for name, value in aliases.items() if value is not None}
     if given is None and not aliases:
         return False
-    fields = {str(key).replace("-", "_"): value for key, value in given.items()} if isinstance(given, Mapping) else {}
+    fields = given if isinstance(given, Mapping) else {}
     method = aliases.get("method", fields.get("method"))
     if not is_ours(model_config):
         _refuse_for_others(method, model_config)
         args.speculative_config = given
         return False
+    fields = field_names(fields)
     if method != METHOD or fields.get("method", METHOD) != METHOD:
-        otherwise = "set this method or remove --speculative-config"
+        otherwise = f"allowed is method {METHOD!r}; set it or remove --speculative-config"
         if method is None and (meant := nearest("method", fields)):
             otherwise = f"{meant!r} is not known, did you mean 'method'?"
         raise ConfigError(
