@@ -48,6 +48,12 @@ inline std::string device(const Tensor& tensor) {
   return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "cpu";
 }
 
+inline void check_count(const char* op, const char* name, const std::vector<Tensor>& tensors, size_t expected,
+                        const char* names) {
+  check(tensors.size() == expected, op, name, " must be ", expected, " tensors, got ", tensors.size(), "; give ",
+        names);
+}
+
 // `sizes` says in words what the dimensions are.
 inline void check_dims(const char* op, const char* name, const Tensor& tensor, int64_t dim, const char* sizes) {
   check(tensor.dim() == dim, op, name, " must be ", sizes, ", got ", shape(tensor), "; reshape it");

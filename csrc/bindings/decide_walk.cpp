@@ -10,11 +10,6 @@ namespace {
 
 constexpr const char* kOp = "decide_walk";
 
-void check_count(const char* name, const std::vector<Tensor>& tensors, size_t expected, const char* names) {
-  check(tensors.size() == expected, kOp, name, " must be ", expected, " tensors, got ", tensors.size(), "; give ",
-        names);
-}
-
 void check_input(const char* name, const Tensor& tensor, ScalarType type, const Sizes& sizes, const Tensor& canvas) {
   check_shape(kOp, name, tensor, sizes, "sizes follow from canvas and rows.top_ids");
   check_tensor(kOp, name, tensor, type, canvas);
@@ -39,7 +34,7 @@ void check_rows(const std::vector<Tensor>& rows, const Tensor& canvas) {
 }
 
 void check_params(const std::vector<Tensor>& params, const Tensor& canvas) {
-  check_count("params", params, 11,
+  check_count(kOp, "params", params, 11,
               "policy_id, seed, prompt_len, start, threshold, factor, entropy_bound, alg_temp, temperature, counts and "
               "times");
   const char* const names[] = {"params.policy_id",     "params.seed",      "params.prompt_len",

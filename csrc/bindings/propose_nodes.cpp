@@ -9,18 +9,13 @@ namespace {
 
 constexpr const char* kOp = "propose_nodes";
 
-void check_count(const char* name, const std::vector<Tensor>& tensors, size_t expected, const char* names) {
-  check(tensors.size() == expected, kOp, name, " must be ", expected, " tensors, got ", tensors.size(), "; give ",
-        names);
-}
-
 void check_input(const char* name, const Tensor& tensor, ScalarType type, const Sizes& sizes, const Tensor& canvas) {
   check_shape(kOp, name, tensor, sizes, "sizes follow from roots.canvas, roots.token_ids and graph.nodes");
   check_tensor(kOp, name, tensor, type, canvas);
 }
 
 void check_graph(const std::vector<Tensor>& graph, const Tensor& canvas) {
-  check_count("graph", graph, 3, "the fields of draft.compile.PackedGraph");
+  check_count(kOp, "graph", graph, 3, "the fields of draft.compile.PackedGraph");
   const Sizes num_nodes = {graph[0].dim() == 0 ? 0 : graph[0].size(0)};
   check_input("graph.nodes", graph[0], ScalarType::Int, {num_nodes[0], 5}, canvas);
   check_input("graph.pairs", graph[1], ScalarType::Int, {graph[1].dim() == 0 ? 0 : graph[1].size(0), 2}, canvas);
@@ -45,7 +40,7 @@ void check_values(const ProposeNodesArgs& args, int64_t num_pairs) {
 }
 
 void check_roots(const std::vector<Tensor>& roots, int64_t num_vocab_ranks) {
-  check_count("roots", roots, 5, "canvas, is_masked, is_new, token_ids and log_probs");
+  check_count(kOp, "roots", roots, 5, "canvas, is_masked, is_new, token_ids and log_probs");
   const Tensor& canvas = roots[0];
   check(canvas.dim() == 2, kOp, "roots.canvas must be [num_reqs, block_length], got ", shape(canvas),
         "; give one canvas for each request");
@@ -66,7 +61,7 @@ void check_noise(const std::vector<Tensor>& noise, const Tensor& canvas) {
   if (noise.empty()) {
     return;
   }
-  check_count("draft_noise", noise, 6, "the fields of draft.propose.DraftNoise, or none for greedy requests");
+  check_count(kOp, "draft_noise", noise, 6, "the fields of draft.propose.DraftNoise, or none for greedy requests");
   const Sizes requests = {canvas.size(0)};
   check_input("draft_noise.seed", noise[0], ScalarType::Long, requests, canvas);
   check_input("draft_noise.position", noise[1], ScalarType::Long, {canvas.size(0), canvas.size(1)}, canvas);

@@ -17,7 +17,10 @@ CHOICES = ("none", "changed", "only", "all")
 SOURCES: dict[str, tuple[str, ...]] = {
     "answers": ("vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/denoiser.py", "examples/tiny_llada/**"),
     "bench": ("vllm_dllm/bench/**", "vllm_dllm/cli/*bench*.py", "tests/bench/**", "tests/e2e/test_bench.py"),
-    "configurations": ("vllm_dllm/engine/**", "vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/attention/**"),
+    "configurations": (
+        *("vllm_dllm/engine/**", "vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/attention/**"),
+        *("vllm_dllm/denoiser.py", "vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/ops/**"),
+    ),
     "demo": ("examples/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
     "fields": ("vllm_dllm/models/**", "vllm_dllm/reference/**", "tests/models/*"),
     "fuzz": ("vllm_dllm/config.py", "vllm_dllm/engine/request.py", "tests/e2e/test_spiffy_config.py"),
