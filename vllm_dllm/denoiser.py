@@ -6,10 +6,9 @@ that the unmasking policy makes in turn, as far as the drafts came true (`unmask
 waits for the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -18,12 +17,12 @@ from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.draft.native import Propose
 from vllm_dllm.draft.propose import Roots, likeliest_end, propose
-from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
+from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import Head
 from vllm_dllm.unmask.stats import Candidates
-from vllm_dllm.unmask.walk import Nodes, Trajectory, Walk, nothing_decided, walk
+from vllm_dllm.unmask.walk import Nodes, Trajectory, Walk, walk
 
 POLICY_CANDIDATES = 2
 """Most probable tokens of a row that a policy looks at: `margin` compares two."""
@@ -36,15 +35,6 @@ class Drafting:
     graph: CompiledGraph
     state: DraftState
     propose: Propose = propose
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """What a forward evaluated for some requests with equally many canvases."""
-
-    blocks: Blocks
-    nodes: Nodes
-    hidden: Tensor  # [num_reqs * num_nodes * block_length, hidden_size], the model's rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,31 +99,24 @@ class Denoiser:
         if self.drafting is not None:
             self.drafting.state.forget(slots, where)
 
-    def advance(self, forward: Sequence[Evaluated]) -> list[Trajectory]:
+    def advance(self, blocks: Blocks, nodes: Nodes, hidden: Tensor, fresh: Tensor | None = None) -> Trajectory:
         """Decide the next canvases of some requests, as many as their drafts foresaw and one more.
 
         Where a look-ahead came true the request has the next block from then on.
 
         Args:
-            forward: groups of requests, no request in two of them. The head reads its weight once for all.
+            blocks: of the requests, no request twice.
+            nodes: their canvases.
+            hidden: [num_evaluated * block_length, hidden_size], the model's rows of those that are evaluated; may be
+                written to.
+            fresh: as in `CanvasState.predicting_rows`.
         """
-        rows = [self.state.predicting_rows(part.blocks.slots, part.hidden) for part in forward]
-        sampling = self._sampling(forward)
+        slots = nodes.per_evaluated(blocks.slots[:, None].expand(nodes.depth.shape)) if self.state.shifts else None
+        rows = hidden if slots is None else self.state.predicting_rows(slots, hidden, fresh)
         keeps_candidates = self.drafting is not None or self.observer is not None
-        stats = self.head(torch.cat(rows), sampling, MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES)
-        of_parts = stats.split([len(part.hidden) for part in forward])
-        return [self._decide(part, own) for part, own in zip(forward, of_parts, strict=True)]
-
-    def _sampling(self, forward: Sequence[Evaluated]) -> RowSampling | None:
-        if not any(self.state.is_sampled(part.blocks.slots_np) for part in forward):
-            return None
-        num_masked = torch.cat([part.nodes.is_masked.sum(2).flatten() for part in forward])
-        return self.state.row_sampling(_blocks_of(forward), num_masked)
-
-    def _decide(self, part: Evaluated, stats: PartialStats) -> Trajectory:
-        blocks, nodes = part.blocks, part.nodes
-        params = self.state.policy_params(blocks)
-        done = self.walk(nodes, stats, params, self.state.mask_token_id, self.state.rules)
+        num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
+        stats = self.head(rows, self._sampling(blocks, nodes), num_candidates)
+        done = self.walk(nodes, stats, self.state.policy_params(blocks), self.state.mask_token_id, self.state.rules)
         self.state.canvas[blocks.slots] = done.next_canvas
         request = torch.arange(len(done.node), device=done.node.device)
         if self.drafting is not None:
@@ -143,9 +126,16 @@ class Denoiser:
             self.observer(Observation(blocks, before, done.next_canvas, done.candidates))
         return done
 
-    def finished(self, blocks: Blocks) -> Trajectory:
-        """Return what is decided where the canvas is finished already: nothing."""
-        return nothing_decided(self.state.canvas[blocks.slots], POLICY_CANDIDATES)
+    def _sampling(self, blocks: Blocks, nodes: Nodes) -> RowSampling | None:
+        if not self.state.is_sampled(blocks.slots_np):
+            return None
+        start = blocks.start[:, None].repeat(1, nodes.depth.shape[1])
+        if nodes.end is not None:
+            start[:, -1] += self.state.block_length
+        slots = blocks.slots[:, None].expand_as(start)
+        return self.state.row_sampling(
+            blocks.slots_np, *(nodes.per_evaluated(each) for each in (slots, start, nodes.is_masked.sum(2)))
+        )
 
     def reduce(self, hidden: Tensor, *, is_sampled: bool) -> None:
         """Do a step's work on rows that belong to nobody, for measurements of time and memory.
@@ -161,17 +151,3 @@ class Denoiser:
             wants_sampled = self.state.rules.confidence == "sampled"
             sampling = RowSampling(ones, zeros, 0.9 * ones, zeros, has_filter=True, wants_sampled=wants_sampled)
         self.head(hidden, sampling, POLICY_CANDIDATES if self.drafting is None else MAX_CANDIDATES)
-
-
-def _blocks_of(forward: Sequence[Evaluated]) -> Blocks:
-    """Return the block of each evaluated canvas."""
-    slots, slots_np, starts = [], [], []
-    for part in forward:
-        num_nodes, block_length = part.nodes.canvas.shape[1:]
-        start = part.blocks.start[:, None].repeat(1, num_nodes)
-        if part.nodes.end is not None:
-            start[:, -1] += block_length
-        slots.append(part.blocks.slots.repeat_interleave(num_nodes))
-        slots_np.append(part.blocks.slots_np.repeat(num_nodes))
-        starts.append(start.flatten())
-    return Blocks(torch.cat(slots), np.concatenate(slots_np), torch.cat(starts))

@@ -11,7 +11,6 @@ from vllm_dllm.attention.layout import (
     empty_layout,
     lone_layout,
     pad_layout,
-    stored_rows,
     storing_layout,
     to_device,
 )
@@ -123,15 +122,3 @@ def test_a_layout_travels_as_it_is() -> None:
     for name in ("first_node", "first_row", "context"):
         assert getattr(layout, name).dtype == torch.int32
         assert np.array_equal(getattr(layout, name).numpy(), getattr(host, name))
-
-
-@pytest.mark.parametrize("begins", [[0, 0, 0], [0, 5, 12], [3, 3, 3]])
-def test_rows_of_a_refresh_and_where_they_are_stored(begins: list[int]) -> None:
-    row_lens, page_size = [9, 20, 13], 7
-    rows = stored_rows(torch.tensor(begins), torch.tensor(row_lens), sum(row_lens) - sum(begins))
-    expected = [(i, p) for i in range(3) for p in range(begins[i], row_lens[i])]
-    assert list(zip(rows.request.tolist(), rows.position.tolist(), strict=True)) == expected
-    page_table = torch.randperm(9).int().view(3, 3)
-    index = rows.stored_at(page_table, page_size)
-    assert index.page.tolist() == [int(page_table[i, p // page_size]) for i, p in expected]
-    assert index.offset.tolist() == [p % page_size for _, p in expected]

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dllm.config import POLICY_OPTIONS, PolicyName
-from vllm_dllm.denoiser import Denoiser, Drafting, Evaluated
+from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
@@ -150,7 +150,7 @@ def denoise(
         nodes = denoiser.nodes(blocks, num_drafts)
         forwards += nodes.is_masked[:, 0].any(1)
         hidden = model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1)
-        (decision,) = denoiser.advance([Evaluated(blocks, nodes, hidden)])
+        decision = denoiser.advance(blocks, nodes, hidden)
         accepted += decision.num_accepted
         num_drafts = budget if graph is not None else 0
     return state.canvas.tolist(), forwards.tolist(), accepted.tolist()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.draft.test_exact import CPU, MASK, SDAR, VOCAB, Request, SyntheticModel, graphs, requests_of
 from vllm_dllm.config import POLICY_OPTIONS, DllmConfig
-from vllm_dllm.denoiser import Denoiser, Drafting, Evaluated
+from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.look_ahead import smallest_budget
@@ -102,7 +102,7 @@ def step(model: ChainModel, denoiser: Denoiser, row: Row, budget: int, look_ahea
     if row.start == 0:
         first = len(canvas) - looks_ahead
         hidden = torch.cat([model.logits(canvas[:first], None), hidden[first:]])
-    (decision,) = denoiser.advance([Evaluated(blocks, nodes, hidden.flatten(0, 1))])
+    decision = denoiser.advance(blocks, nodes, hidden.flatten(0, 1))
     came_over = bool(decision.came_over)
     had_masks = bool(nodes.is_masked[0, 0].any())
     row.took += (had_masks or came_over, int(decision.num_accepted), int(nodes.is_valid[0, 1:].sum()) * had_masks)

@@ -129,7 +129,7 @@ def test_sampled_tokens_follow_the_models_distribution(llm: Any, oracle: Any) ->
     assert statistic < degrees + 5 * (2 * degrees) ** 0.5
 
 
-def test_no_rows_are_computed_for_blocks_that_a_refresh_finished(
+def test_a_step_computes_refreshes_and_blocks_and_nothing_else(
     llm: Any, oracle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, rows = model_state(llm), []
@@ -147,4 +147,6 @@ def test_no_rows_are_computed_for_blocks_that_a_refresh_finished(
     assert [list(output.outputs[0].token_ids) for output in outputs] == [oracle.tokens(c, SETTINGS) for c in cases]
     took = [output.kv_transfer_params["dllm"] for output in outputs]
     assert [(n["nfe"], n["nfe_refresh"]) for n in took[:2]] == [(3, 3)] * 2
-    assert sum(rows) == 8 * sum(n["nfe"] - n["nfe_refresh"] for n in took)
+    rows_of = [len(case.prompt) + 8 * -(-case.max_tokens // 8) for case in cases]
+    refreshes = [n["nfe_refresh"] for n in took]
+    assert sum(rows) == sum(r * n + 8 * (t["nfe"] - n) for r, n, t in zip(rows_of, refreshes, took, strict=True))

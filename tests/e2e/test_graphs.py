@@ -22,16 +22,19 @@ class EagerGraphs:
     """Stands for vLLM's graph manager on a device without graphs.
 
     Args:
-        runner: the engine's model runner.
+        llm: the engine.
         num_blocks: sizes to capture, in blocks.
-        is_mixed: whether a graph takes any batch of its number of rows, as with `CUDAGraphMode.FULL`, prompts
-            included, or only steps with one block per request.
+        is_mixed: whether a graph takes any batch of its number of rows, as with `CUDAGraphMode.FULL`, or only steps
+            with one block per request.
     """
 
-    def __init__(self, runner: Any, num_blocks: list[int], *, is_mixed: bool) -> None:
+    def __init__(self, llm: Any, num_blocks: list[int], *, is_mixed: bool) -> None:
         from vllm.config.compilation import CUDAGraphMode
         from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, prepare_inputs_to_capture
 
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        # As where there are graphs: a step of any other shape counts as larger than the largest.
+        llm.llm_engine.engine_core.engine_core.scheduler._largest_graph = max(num_blocks) * BLOCK_LENGTH
         self.runner = runner
         self.is_mixed = is_mixed
         runner.model_state.attention.prepare_capture(runner.vllm_config)  # as where there are graphs
@@ -56,6 +59,7 @@ class EagerGraphs:
             )
             self.graphs[size] = (desc, state)
         self.eager = runner.cudagraph_manager
+        runner.cudagraph_manager = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.eager, name)
@@ -81,8 +85,7 @@ class EagerGraphs:
 def test_replayed_steps_equal_reference(oracle: Oracle, wild: Path) -> None:
     cases = mixed_cases(BLOCK_LENGTH, seed=11)
     with engine(wild, SETTINGS) as llm:
-        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        graphs = runner.cudagraph_manager = EagerGraphs(runner, [1, 2, 4, 8, 16], is_mixed=False)
+        graphs = EagerGraphs(llm, [1, 2, 4, 8, 16], is_mixed=False)
         assert run(llm, cases) == [oracle.tokens(case, SETTINGS) for case in cases]
         assert graphs.num_replays > 16
 
@@ -91,7 +94,6 @@ def test_replayed_steps_with_drafts_equal_reference(mild_oracle: Oracle, mild: P
     cases = mixed_cases(BLOCK_LENGTH, seed=11)
     config = speculation(random_graph(2, 6, BLOCK_LENGTH), 4)
     with engine(mild, SETTINGS, speculative_config=config, max_model_len=256) as llm:
-        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        graphs = runner.cudagraph_manager = EagerGraphs(runner, [1, 3, 7, 12, 24, 48, 80], is_mixed=True)
+        graphs = EagerGraphs(llm, [1, 3, 7, 12, 24, 48, 80], is_mixed=True)
         assert run(llm, cases) == [mild_oracle.tokens(case, SETTINGS) for case in cases]
         assert graphs.num_replays > 16

@@ -19,7 +19,6 @@ def test_replayed_steps_equal_reference(mild_sdar: Path, budget: int | None) -> 
     if budget is not None:
         options["speculative_config"] = speculation(random_graph(2, 6, BLOCK_LENGTH), budget)
     with engine(mild_sdar, SETTINGS, **options) as llm:
-        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        graphs = runner.cudagraph_manager = EagerGraphs(runner, [1, 3, 7, 12, 24, 48, 80], is_mixed=True)
+        graphs = EagerGraphs(llm, [1, 3, 7, 12, 24, 48, 80], is_mixed=True)
         assert run(llm, cases) == [oracle.tokens(case, SETTINGS) for case in cases]
         assert graphs.num_replays > 16

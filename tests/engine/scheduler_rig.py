@@ -12,6 +12,7 @@ from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.engine import scheduler as module
+from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.scheduler import DllmScheduler
 from vllm_dllm.engine.telemetry import RequestTotals
 from vllm_dllm.state.counters import REPORT_LEN, Column
@@ -21,7 +22,8 @@ MAX_NODES = 3
 GRAPH = DraftGraph((((0, 0),), ((0, 0), (1, 0)), ((0, 0), (1, 0), (2, 0))), 1)
 
 
-def request(name: str = "a", num_computed_tokens: int = 8, canvases: int = 1 + MAX_NODES) -> Any:
+def request(name: str = "a", num_computed_tokens: int = 8, num_drafts: int = MAX_NODES) -> Any:
+    """Return a running request; its row ends at 16, and vLLM counts its block and one for each draft."""
     return SimpleNamespace(
         request_id=name,
         num_computed_tokens=num_computed_tokens,
@@ -30,7 +32,8 @@ def request(name: str = "a", num_computed_tokens: int = 8, canvases: int = 1 + M
         max_tokens=8,
         num_stale_output_tokens=0,
         num_output_placeholders=0,
-        spec_token_ids=[-1] * (B * canvases),
+        spec_token_ids=[-1] * (B + num_drafts),
+        next_decode_eligible_step=0,
     )
 
 
@@ -44,11 +47,13 @@ def make(
     """Make a scheduler of 64 tokens per step and a `max_model_len` of 32, without vLLM's part."""
     made = object.__new__(scheduler)
     made.settings = DllmConfig(block_length=B, kv_policy="block_causal" if causal else "dual")
-    made._is_causal, made._stored, made.current_step = causal, {}, 7
+    made._is_causal, made.current_step = causal, 7
     made.block_length, made.max_model_len, made.max_num_scheduled_tokens = B, 32, 64
     made.running, made.waiting = running or [], []
     made.requests = {each.request_id: each for each in made.running}
-    made.log_stats, made.num_spec_tokens = True, B
+    made.log_stats, made.num_spec_tokens = True, B + MAX_NODES
+    made.rows = StepRows(made.settings, made.max_model_len, made.max_num_scheduled_tokens)
+    made._placeholders, made._num_held, made._largest_graph = [-1] * made.num_spec_tokens, 0, 0
     made._spiffy = SimpleNamespace(exactness="exact", max_nodes=MAX_NODES) if spiffy else None
     made.rule = BudgetRule(GRAPH, B, budget) if spiffy else None
     made._totals = defaultdict(RequestTotals)
@@ -87,6 +92,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(Scheduler, "schedule", lambda self: [each.spec_token_ids for each in self.running])
     monkeypatch.setattr(Scheduler, "update_from_output", update)
     monkeypatch.setattr(Scheduler, "_free_request", free)
+    monkeypatch.setattr(Scheduler, "_update_after_schedule", lambda self, scheduler_output: None)
     monkeypatch.setattr(Scheduler, "make_stats", lambda self, spec_decoding_stats: spec_decoding_stats)
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(stock.clock) / 1e3)
     return stock
@@ -94,7 +100,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def step(scheduler: DllmScheduler, reports: dict[str, list[int]], **kwargs: Any) -> Any:
     output = SimpleNamespace(
-        scheduled_spec_decode_tokens={name: [-1] * (B * (1 + MAX_NODES)) for name in reports},
+        scheduled_spec_decode_tokens={name: [-1] * (B + MAX_NODES) for name in reports},
         scheduled_new_reqs=[],
         scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
         preempted_req_ids=None,
@@ -114,10 +120,12 @@ def observed(monkeypatch: pytest.MonkeyPatch, scheduler: DllmScheduler) -> list[
     return seen
 
 
-def allocated(scheduler: Any, request: Any, num_new_tokens: int, **kwargs: Any) -> int:
+def allocated(scheduler: Any, request: Any, num_new_tokens: int, blocks: Any = None, **kwargs: Any) -> int:
     """Return up to where an allocation has pages; what is allocated may not be cached yet."""
     seen: dict[str, Any] = {}
-    scheduler._allocate_slots = lambda request, num_new_tokens, **kwargs: seen.update(kwargs)
+    scheduler._allocate_slots = lambda request, num_new_tokens, **kwargs: seen.update(kwargs) or blocks
+    if not scheduler.rows.given:
+        scheduler.rows.begin_step()
     scheduler._allocate_pages(request, num_new_tokens, **kwargs)
     assert seen["delay_cache_blocks"]
     hit: int = kwargs.get("num_new_computed_tokens", 0)

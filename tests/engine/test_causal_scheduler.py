@@ -17,7 +17,7 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def causal(*requests: Any, budget: int | None = MAX_NODES, **stored: int) -> Any:
     scheduler = make(budget, list(requests), causal=True, spiffy=budget is not None)
-    scheduler._stored = stored
+    scheduler.rows.stored = stored
     scheduler._cache_blocks = lambda request, num_stored: cached.append((request.request_id, num_stored))
     cached: list[tuple[str, int]] = []
     scheduler.cached = cached
@@ -25,26 +25,38 @@ def causal(*requests: Any, budget: int | None = MAX_NODES, **stored: int) -> Any
 
 
 @pytest.mark.parametrize(
-    ("budget", "known", "canvases"),
+    ("budget", "known", "blocks", "counted"),
     [
-        (2, {"a": 8, "b": 9}, [3, 3]),  # both at a block that they began before
-        (2, {"a": 12, "b": 9}, [2, 3]),  # a begins a block, and the one before is not stored
-        (3, {"a": 12, "b": 12}, [2, 2]),
-        (3, {"a": 12, "b": 24}, [2, 2]),  # rows behind 32 would be cut
-        (None, {"a": 12, "b": 8}, [2, 1]),
-        (3, {"a": 12, "b": 8, "c": 8, "d": 8, "e": 8, "f": 8}, [2, 2, 2, 2, 2, 2]),  # 64 tokens, 8 of them for a
+        (2, {"a": 8, "b": 9}, [3, 3], [2, 2]),  # both at a block that they began before
+        (2, {"a": 12, "b": 9}, [2, 3], [0, 2]),  # a begins a block, and the one before is not stored
+        (3, {"a": 12, "b": 12}, [2, 2], [0, 0]),
+        (3, {"a": 12, "b": 26}, [2, 3], [0, 2]),  # what vLLM counts behind 32 would be cut
+        (None, {"a": 12, "b": 8}, [2, 1], [0, 0]),
+        (3, {"a": 12, **dict.fromkeys("bcdef", 8)}, [2] * 6, [0, 1, 1, 1, 1, 1]),  # 64 rows, 8 of them for a
     ],
 )
-def test_who_begins_a_block_has_the_rows_of_two(budget: int | None, known: dict[str, int], canvases: list[int]) -> None:
+def test_who_begins_a_block_has_the_rows_of_two(
+    budget: int | None, known: dict[str, int], blocks: list[int], counted: list[int]
+) -> None:
     scheduler = causal(*(request(name, n) for name, n in known.items()), budget=budget, **dict.fromkeys(known, 8))
-    if known.get("b") == 24:
-        scheduler._stored["b"] = 20
-    assert [len(rows) // B for rows in scheduler.schedule()] == canvases
+    if known["b"] == 26:
+        scheduler.rows.stored["b"] = 24
+    assert [len(rows) - B for rows in scheduler.schedule()] == counted
+    assert [rows // B for rows in scheduler.rows.given.values()] == blocks
 
 
 def test_a_request_s_first_step_has_nothing_to_commit() -> None:
-    assert [len(rows) for rows in causal(request("a", 12), budget=1).schedule()] == [2 * B]
-    assert [len(rows) for rows in causal(request("a", 12), budget=2).schedule()] == [3 * B]
+    assert [len(rows) for rows in causal(request("a", 12), budget=1).schedule()] == [B + 1]
+    assert [len(rows) for rows in causal(request("a", 12), budget=2).schedule()] == [B + 2]
+
+
+@pytest.mark.parametrize(("hit", "rows"), [(0, 10 + B), (4, 6 + B), (8, 2 + B)])
+def test_a_prompt_is_computed_behind_the_cache_hit(hit: int, rows: int) -> None:
+    new = request("n", 0)
+    new.num_tokens = 10
+    scheduler = causal()
+    allocated(scheduler, new, 10 - hit, num_new_computed_tokens=hit, blocks="pages")
+    assert scheduler.rows.given == {"n": rows}
 
 
 def test_what_is_stored_is_cached_unless_the_pages_are_gone() -> None:
@@ -53,7 +65,7 @@ def test_what_is_stored_is_cached_unless_the_pages_are_gone() -> None:
     scheduler._free_request(scheduler.requests["c"])
     step(scheduler, {"a": row(stored=8), "b": row(stored=12), "c": row(stored=16)})
     assert scheduler.cached == [("a", 8)]
-    assert scheduler._stored == {"a": 8}
+    assert scheduler.rows.stored == {"a": 8}
 
 
 def test_a_preempted_or_finished_request_has_nothing_stored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +73,7 @@ def test_a_preempted_or_finished_request_has_nothing_stored(monkeypatch: pytest.
     scheduler = causal(request("a"), request("b"), a=8, b=8)
     scheduler._preempt_request(scheduler.requests["a"], 0.0)
     scheduler._free_request(scheduler.requests["b"])
-    assert scheduler._stored == {}
+    assert scheduler.rows.stored == {}
 
 
 def test_the_rule_learns_from_those_that_may_draft(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,24 +91,25 @@ def test_a_step_with_a_prefill_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [(2, MAX_NODES, 0.0, None, None, 0)]
 
 
-@pytest.mark.parametrize(("budget", "canvases"), [(None, 2), (1, 2), (3, 4)])
-def test_ahead_of_reports_all_have_room_for_a_commit(budget: int | None, canvases: int) -> None:
+@pytest.mark.parametrize(("budget", "blocks"), [(None, 2), (1, 2), (3, 4)])
+def test_ahead_of_reports_all_have_room_for_a_commit(budget: int | None, blocks: int) -> None:
     running = [request("a"), request("b", 16)]
     scheduler = make(budget, running, spiffy=budget is not None, causal=True, scheduler=DllmAsyncScheduler)
-    assert [len(rows) for rows in scheduler.schedule()] == [B * canvases] * 2
+    assert [len(rows) - B for rows in scheduler.schedule()] == [budget or 0] * 2
+    assert scheduler.rows.given == dict.fromkeys("ab", B * blocks)
 
 
-def test_ahead_of_reports_a_request_waits_where_rows_would_be_cut() -> None:
-    running = [request("a"), request("b", 28)]
+def test_ahead_of_reports_a_request_waits_where_its_block_would_be_cut() -> None:
+    running = [request("a"), request("b", 29)]
     scheduler = make(2, running, causal=True, scheduler=DllmAsyncScheduler)
     scheduler.schedule()
-    assert [len(each.spec_token_ids) for each in running] == [3 * B, (1 + MAX_NODES) * B]
+    assert [len(each.spec_token_ids) for each in running] == [B + 2, B + MAX_NODES]
     assert running[1].next_decode_eligible_step == scheduler.current_step + 2
 
 
 @pytest.mark.parametrize(
     ("known", "computed", "hit", "new", "end"),
-    [(7, 0, 0, 7, 8), (8, 0, 0, 8, 12), (8, 0, 4, 4, 12), (9, 9, 0, B, 12), (12, 12, 0, 4 * B, 16)],
+    [(7, 0, 0, 7, 8), (8, 0, 0, 8, 12), (8, 0, 4, 4, 12), (9, 9, 0, B, 12), (12, 12, 0, B + 3, 16)],
 )
 def test_pages_of_a_block_causal_model_end_with_the_block(
     known: int, computed: int, hit: int, new: int, end: int
@@ -107,6 +120,6 @@ def test_pages_of_a_block_causal_model_end_with_the_block(
 
 
 def test_pages_leave_room_for_a_block_that_ends_under_way() -> None:
-    each = request("a", 8 + 3 * B)
-    each.num_tokens, each.num_output_placeholders = 8, 3 * B
-    assert allocated(make(causal=True, scheduler=DllmAsyncScheduler), each, 3 * B) == 16
+    each = request("a", 8 + B + 2)
+    each.num_tokens, each.num_output_placeholders = 8, B + 2
+    assert allocated(make(causal=True, scheduler=DllmAsyncScheduler), each, B + 2) == 16

@@ -14,35 +14,94 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return stand_in(monkeypatch)
 
 
+def begun(scheduler: Any) -> Any:
+    """Let the running requests have taken the first step of their blocks."""
+    scheduler.rows.note(scheduler.running)
+    return scheduler
+
+
 @pytest.mark.parametrize(
-    ("budget", "requests", "waiting", "canvases"),
+    ("budget", "requests", "waiting", "drafts"),
     [
-        (2, [request()], 0, 3),
-        (0, [request()], 0, 1),
-        (3, [request(), request("b", 20)], 0, 3),  # 12 positions are left to b
-        (3, [request(), request("b", 28)], 0, 1),
-        (3, [request()] * 4, 0, 4),
-        (3, [request()] * 6, 0, 2),  # 64 tokens, 10 for each
-        (3, [request()] * 4, 1, 2),  # of them 32 for a prompt
-        (3, [request()] * 16, 1, 1),  # vLLM's own business: the configuration leaves room for whole blocks
-        (3, [request(), request("b", canvases=2)], 0, 2),  # b was trimmed for a step that then left it out
+        (2, [request()], 0, [2]),
+        (0, [request()], 0, [0]),
+        (3, [request(), request("b", 26)], 0, [3, 2]),  # 6 positions are left to b, of whom vLLM counts one a draft
+        (3, [request(), request("b", 28)], 0, [3, 0]),
+        (3, [request(name) for name in "abcd"], 0, [3] * 4),
+        (3, [request(name) for name in "abcdef"], 0, [1] * 6),  # 64 rows, 24 of them for the blocks
+        (3, [request(name) for name in "abcd"], 1, [1] * 4),  # of them 32 for a prompt
+        (3, [request(name) for name in "abcdefghijklmnop"], 1, [0] * 16),
+        (3, [request(), request("b", num_drafts=0)], 0, [3, 3]),  # b was left out of a step without drafts
     ],
 )
-def test_requests_have_the_rows_of_one_budget(budget: int, requests: list[Any], waiting: int, canvases: int) -> None:
-    scheduler = make(budget, [SimpleNamespace(**vars(each)) for each in requests])
+def test_requests_have_a_budget_of_drafts(budget: int, requests: list[Any], waiting: int, drafts: list[int]) -> None:
+    scheduler = begun(make(budget, [SimpleNamespace(**vars(each)) for each in requests]))
     scheduler.waiting = [None] * waiting
-    assert [len(rows) for rows in scheduler.schedule()] == [B * canvases] * len(requests)
+    assert [len(rows) - B for rows in scheduler.schedule()] == drafts
+    assert list(scheduler.rows.given.values()) == [B * (1 + num) for num in drafts]
+    assert scheduler.rows.free == 64 - sum(scheduler.rows.given.values()) >= 32 * waiting * (sum(drafts) > 0)
 
 
-def test_a_request_at_its_prompt_is_left_alone() -> None:
-    scheduler = make(1, [request(), request("b", canvases=0)])
-    assert [len(rows) for rows in scheduler.schedule()] == [2 * B, 0]
+def test_a_request_without_a_block_is_left_alone() -> None:
+    idle = request("b")
+    idle.spec_token_ids = []
+    scheduler = begun(make(1, [request(), idle]))
+    assert [len(rows) for rows in scheduler.schedule()] == [B + 1, 0]
 
 
-def test_without_speculation_nothing_is_trimmed() -> None:
-    scheduler = make(running=[request(canvases=1)], spiffy=False)
+def test_without_speculation_there_is_the_block_alone() -> None:
+    scheduler = begun(make(running=[request()], spiffy=False))
     assert [len(rows) for rows in scheduler.schedule()] == [B]
     assert not scheduler.wants_cost_curve
+
+
+def test_blocks_that_begin_are_refreshed_oldest_first_and_the_others_wait() -> None:
+    scheduler = begun(make(3, [request(name) for name in "abcdefg"]))
+    for each in scheduler.running[:6]:
+        each.num_computed_tokens = 12
+    scheduler.schedule()
+    # The block of g, then rows of 16 each: three fit into 64, a fourth does not; what is left is for drafts of g.
+    assert scheduler.rows.given == {"g": 4 * B, "a": 16, "b": 16, "c": 16}
+    assert scheduler._num_held == 3
+    assert [each.next_decode_eligible_step for each in scheduler.running] == [0] * 3 + [9] * 3 + [0]
+    assert len(scheduler.running[0].spec_token_ids) == B, "nothing is known to draft from"
+    scheduler.rows.note(scheduler.running[:3])
+    scheduler.schedule()
+    assert scheduler.rows.given == {**dict.fromkeys("abcg", B), **dict.fromkeys("def", 16)}
+
+
+def test_what_vllm_counts_is_told_in_rows() -> None:
+    scheduler = begun(make(2, [request()]))
+    scheduler.schedule()
+    output = SimpleNamespace(
+        num_scheduled_tokens={"a": B + 2, "n": 8},
+        scheduled_spec_decode_tokens={"a": [-1] * (B + 2)},
+        scheduled_new_reqs=[SimpleNamespace(req_id="n")],
+    )
+    new = request("n", 0)
+    new.num_tokens, scheduler.requests["n"] = 8, new
+    allocated(scheduler, new, 8, blocks="pages")
+    scheduler._update_after_schedule(output)
+    assert output.num_scheduled_tokens == {"a": B + 2, "n": 8 + B}
+    assert output.scheduled_spec_decode_tokens["n"] == [-1] * B
+    assert output.total_num_scheduled_tokens == 3 * B + 16
+    scheduler._largest_graph = 40
+    assert scheduler.rows.total({"a": B + 2}, 40) == 3 * B
+    assert scheduler.rows.total({"a": B + 2, "n": 12}, 40) == 41
+    with pytest.raises(RuntimeError, match="a step has 65 rows, max_num_batched_tokens is 64"):
+        scheduler.rows.total({"a": B + 2, "n": 12}, 64)
+
+
+def test_a_request_is_admitted_once_there_are_rows_for_its_first_step() -> None:
+    scheduler = begun(make(0, [request(name) for name in "abcdefghijklm"]))
+    scheduler.schedule()
+    new = request("n", 0)
+    new.num_tokens = 8
+    assert scheduler.rows.free == 12
+    assert scheduler._allocate_pages(new, 8) is None
+    assert scheduler._num_held == 1
+    assert "n" not in scheduler.rows.given
+    assert allocated(scheduler, scheduler.running[0], B) == 16, "a running one has its rows"
 
 
 def test_reports_are_taken_from_vllm(stock: SimpleNamespace) -> None:
@@ -159,6 +218,6 @@ def test_without_statistics_none_are_made() -> None:
     assert scheduler.make_spec_decoding_stats(None, 16, 0, None, "a") is None
 
 
-@pytest.mark.parametrize(("num_computed_tokens", "num_new_tokens"), [(0, 8), (8, B), (8, 4 * B), (12, 4 * B)])
+@pytest.mark.parametrize(("num_computed_tokens", "num_new_tokens"), [(0, 8), (8, B), (8, B + 3), (12, B + 3)])
 def test_pages_are_those_of_the_row_whatever_is_drafted(num_computed_tokens: int, num_new_tokens: int) -> None:
     assert allocated(make(), request("a", num_computed_tokens), num_new_tokens) == 16

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from vllm_dllm import noise
+from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules
@@ -44,8 +45,12 @@ def blocks(*slots: int, start: int = 0) -> Blocks:
     return Blocks(torch.tensor(slots), np.array(slots), torch.full((len(slots),), start))
 
 
+def sampling(state: CanvasState, of: Blocks, num_masked: torch.Tensor) -> RowSampling:
+    return state.row_sampling(of.slots_np, of.slots, of.start, num_masked)
+
+
 def keys(state: CanvasState, *slots: int, start: int = 0, num_masked: int = 4) -> torch.Tensor:
-    return state.row_sampling(blocks(*slots, start=start), torch.full((len(slots),), num_masked)).keys
+    return sampling(state, blocks(*slots, start=start), torch.full((len(slots),), num_masked)).keys
 
 
 def test_parameters_reach_the_device_when_staged_writes_are_applied() -> None:
@@ -54,7 +59,7 @@ def test_parameters_reach_the_device_when_staged_writes_are_applied() -> None:
     assert state.row_len.tolist() == [0, 0]
     state.apply_staged_writes()
     assert state.row_len.tolist() == [0, 20]
-    params = state.row_sampling(blocks(1, 1), torch.tensor([4, 2]))
+    params = sampling(state, blocks(1, 1), torch.tensor([4, 2]))
     assert params.top_p.tolist() == [0.5] * 8
 
 
@@ -79,8 +84,8 @@ def test_statistics_of_the_sampled_distribution_are_asked_for_where_a_policy_rea
     state = CanvasState(2, 4, MASK, torch.device("cpu"), UnmaskRules(confidence="sampled"))
     for slot, temperature in enumerate([0.0, 0.7]):
         state.add_request(slot, request(temperature=temperature))
-    assert state.row_sampling(blocks(0, 1), torch.tensor([4, 4])).wants_sampled
-    assert not state_of(request(temperature=0.7)).row_sampling(blocks(0), torch.tensor([4])).wants_sampled
+    assert sampling(state, blocks(0, 1), torch.tensor([4, 4])).wants_sampled
+    assert not sampling(state_of(request(temperature=0.7)), blocks(0), torch.tensor([4])).wants_sampled
 
 
 def test_reset_begins_a_block_for_the_marked_slots_alone() -> None:
@@ -98,7 +103,7 @@ def test_streams_depend_on_seed_position_and_progress() -> None:
 
 def test_streams_of_a_node_are_those_of_its_canvas() -> None:
     state = state_of(request(seed=1, temperature=0.7), request(seed=2, temperature=0.7))
-    together = state.row_sampling(blocks(0, 0, 1, 1, start=8), torch.tensor([4, 3, 2, 1])).keys.view(2, 2, 4)
+    together = sampling(state, blocks(0, 0, 1, 1, start=8), torch.tensor([4, 3, 2, 1])).keys.view(2, 2, 4)
     for slot, node, num_masked in [(0, 0, 4), (0, 1, 3), (1, 0, 2), (1, 1, 1)]:
         assert together[slot, node].tolist() == keys(state, slot, start=8, num_masked=num_masked).tolist()
     expected = noise.stream_keys(torch.tensor(2), 8 + torch.arange(4), torch.tensor(1))
@@ -108,19 +113,18 @@ def test_streams_of_a_node_are_those_of_its_canvas() -> None:
 def test_stages_are_skipped_when_no_request_of_the_batch_needs_them() -> None:
     state = state_of(request(), request(temperature=0.7, top_k=4), request(top_p=0.5), request(policy_id=1))
     for slot, is_sampled, has_filter in [(0, False, False), (1, True, True), (2, False, False), (3, False, False)]:
-        params = state.row_sampling(blocks(slot), torch.tensor([4]))
+        params = sampling(state, blocks(slot), torch.tensor([4]))
         assert (state.is_sampled(np.array([slot])), params.has_filter) == (is_sampled, has_filter)
         assert (state.draft_noise(blocks(slot)) is None) == (slot in {0, 2})
 
 
-def test_rows_predict_their_own_positions_without_a_logit_shift() -> None:
-    hidden = torch.arange(16.0).view(8, 2)
-    assert state_of(request(), request()).predicting_rows(torch.tensor([1, 0]), hidden) is hidden
-
-
-def test_under_a_logit_shift_the_edge_row_stands_in_front_of_every_node() -> None:
-    edge = torch.tensor([[-1.0], [-2.0], [-3.0]])
-    state = CanvasState(3, 4, MASK, torch.device("cpu"), edge=edge)
-    hidden = torch.arange(16.0)[:, None]  # two requests, two nodes each, four positions
-    rows = state.predicting_rows(torch.tensor([2, 0]), hidden)
-    assert rows.flatten().tolist() == [-3, 0, 1, 2, -3, 4, 5, 6, -1, 8, 9, 10, -1, 12, 13, 14]
+def test_the_row_left_of_a_block_is_kept_from_its_refresh() -> None:
+    left = torch.tensor([[-1.0], [-2.0], [-3.0]])
+    state = CanvasState(3, 4, MASK, torch.device("cpu"), left=left)
+    assert state.shifts
+    hidden = torch.arange(16.0)[:, None]  # four nodes of four positions; the third is a refresh
+    rows = state.predicting_rows(torch.tensor([2, 2, 0, 1]), hidden, torch.tensor([2]))
+    assert rows.flatten().tolist() == [-3, 1, 2, 3, -3, 5, 6, 7, 8, 9, 10, 11, -2, 13, 14, 15]
+    again = state.predicting_rows(torch.tensor([0]), torch.zeros(4, 1), None)
+    assert again.flatten().tolist() == [8, 0, 0, 0]
+    assert not state_of(request()).shifts

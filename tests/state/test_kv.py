@@ -1,55 +1,56 @@
-"""What each KV policy stores before a step, step by step."""
+"""What each KV policy stores, step by step."""
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_dllm.state.kv import KvSchedule
+from vllm_dllm.state.kv import KvSchedule, KvStep
 
 ROW_LEN = 90
 
 
-def plan(policy: KvSchedule, slots: list[int], starts: list[int]) -> list[tuple[int, int, int]]:
-    row_len = np.full(len(slots), ROW_LEN) + np.array(slots)
-    made = policy.plan(np.array(slots), np.array(starts), row_len)
-    return list(zip(made.index.tolist(), made.begin.tolist(), made.end.tolist(), strict=True))
+def step(policy: KvSchedule, slots: list[int], starts: list[int]) -> KvStep:
+    return policy.step(np.array(slots), np.array(starts), np.full(len(slots), ROW_LEN) + np.array(slots))
 
 
-def commits(policy: KvSchedule, slots: list[int], starts: list[int]) -> list[bool]:
-    return policy.commits(np.array(slots), np.array(starts)).tolist()
+def stored(policy: KvSchedule, slots: list[int], starts: list[int]) -> list[tuple[int, int]]:
+    """Return what a step refreshes or prefills of each request."""
+    made = step(policy, slots, starts)
+    return list(zip(made.begin.tolist(), made.end.tolist(), strict=True))
 
 
 def test_dual_refreshes_when_a_block_begins() -> None:
     policy = KvSchedule("dual", None, 8, max_num_reqs=4)
-    assert plan(policy, [2, 0], [10, 7]) == [(0, 0, 92), (1, 0, 90)]
-    assert plan(policy, [0, 2], [7, 10]) == []
-    assert plan(policy, [0, 2], [7, 18]) == [(1, 0, 92)]
+    assert stored(policy, [2, 0], [10, 7]) == [(0, 92), (0, 90)]
+    assert stored(policy, [0, 2], [7, 10]) == [(0, 0), (0, 0)]
+    assert stored(policy, [0, 2], [7, 18]) == [(0, 0), (0, 92)]
 
 
 def test_refresh_every_counts_from_the_blocks_begin() -> None:
     policy = KvSchedule("dual", 3, 8, max_num_reqs=1)
-    refreshed = [bool(plan(policy, [0], [start])) for start in [5] * 4 + [13] * 5]
-    assert refreshed == [True, False, False, True, True, False, False, True, False]
+    ends = [stored(policy, [0], [start])[0][1] for start in [5] * 4 + [13] * 5]
+    assert ends == [90, 0, 0, 90, 90, 0, 0, 90, 0]
 
 
 def test_refresh_every_one_refreshes_always() -> None:
     policy = KvSchedule("dual", 1, 8, max_num_reqs=1)
-    assert [plan(policy, [0], [5]) for _ in range(3)] == [[(0, 0, 90)]] * 3
+    assert [stored(policy, [0], [5]) for _ in range(3)] == [[(0, 90)]] * 3
 
 
 def test_prefix_recomputes_what_follows_at_every_step() -> None:
     policy = KvSchedule("prefix", None, 2, max_num_reqs=2)
-    assert plan(policy, [0, 1], [4, 6]) == [(0, 0, 90), (1, 0, 91)]
-    assert plan(policy, [0, 1], [4, 14]) == [(0, 4, 90), (1, 0, 91)]
+    assert stored(policy, [0, 1], [4, 6]) == [(0, 90), (0, 91)]
+    assert stored(policy, [0, 1], [4, 14]) == [(4, 90), (0, 91)]
 
 
 @pytest.mark.parametrize("name", ["dual", "prefix"])
 def test_a_new_request_in_the_slot_begins_a_block_at_the_same_position(name: str) -> None:
     policy = KvSchedule(name, None, 8, max_num_reqs=1)  # type: ignore[arg-type]
-    plan(policy, [0], [5])
+    step(policy, [0], [5])
     policy.add_request(0, 0)
-    assert commits(policy, [0], [13]) == [False]
-    assert plan(policy, [0], [5]) == [(0, 0, 90)]
+    made = step(policy, [0], [5])
+    assert (made.begin.tolist(), made.end.tolist(), made.is_new.tolist()) == ([0], [90], [True])
+    assert made.commits.tolist() == [False]
 
 
 def test_block_causal_prefills_a_new_request_behind_what_it_finds() -> None:
@@ -57,25 +58,41 @@ def test_block_causal_prefills_a_new_request_behind_what_it_finds() -> None:
     policy.add_request(0, 16)
     policy.add_request(1, 0)
     policy.add_request(2, 8)
-    assert commits(policy, [2, 0, 1], [8, 24, 0]) == [False] * 3
-    assert plan(policy, [2, 0, 1], [8, 24, 0]) == [(0, 8, 8), (1, 16, 24), (2, 0, 0)]
-    assert plan(policy, [2, 0, 1], [8, 24, 0]) == []
+    made = step(policy, [2, 0, 1], [8, 24, 0])
+    assert list(zip(made.begin.tolist(), made.end.tolist(), strict=True)) == [(8, 8), (16, 24), (0, 0)]
+    assert made.commits.tolist() == [False] * 3
+    assert made.is_new.tolist() == made.begins_block.tolist() == [True] * 3
+    again = step(policy, [2, 0, 1], [8, 24, 0])
+    assert (again.end == again.begin).all()
+    assert not again.is_new.any()
+    assert not again.begins_block.any()
 
 
 def test_block_causal_commits_the_block_before_once() -> None:
     policy = KvSchedule("block_causal", None, 4, max_num_reqs=2)
-    plan(policy, [0, 1], [8, 24])
-    assert commits(policy, [1, 0], [24, 12]) == [False, True]
-    assert plan(policy, [1, 0], [24, 12]) == []
-    assert commits(policy, [1, 0], [24, 12]) == [False, False]
+    step(policy, [0, 1], [8, 24])
+    made = step(policy, [1, 0], [24, 12])
+    assert made.commits.tolist() == made.begins_block.tolist() == [False, True]
+    assert (made.end == made.begin).all()
+    assert step(policy, [1, 0], [24, 12]).commits.tolist() == [False, False]
+
+
+def test_a_block_that_a_look_ahead_stored_is_not_committed() -> None:
+    policy = KvSchedule("block_causal", None, 4, max_num_reqs=3)
+    step(policy, [0, 1, 2], [8, 24, 0])
+    policy.add_request(2, 4)
+    policy.came_over(np.array([1, 2]), np.array([24, 0]))
+    made = step(policy, [1, 0, 2], [28, 12, 4])
+    assert made.commits.tolist() == [False, True, False]
+    assert made.is_new.tolist() == [False, False, True]
 
 
 def test_a_request_that_comes_back_is_prefilled_again() -> None:
     policy = KvSchedule("block_causal", None, 4, max_num_reqs=1)
-    plan(policy, [0], [8])
+    step(policy, [0], [8])
     policy.add_request(0, 0)
-    assert commits(policy, [0], [12]) == [False]
-    assert plan(policy, [0], [12]) == [(0, 0, 12)]
+    made = step(policy, [0], [12])
+    assert (made.begin.tolist(), made.end.tolist(), made.commits.tolist()) == ([0], [12], [False])
 
 
 def test_blocks_are_aligned_where_a_model_is_block_causal() -> None:
@@ -83,16 +100,4 @@ def test_blocks_are_aligned_where_a_model_is_block_causal() -> None:
     causal = KvSchedule("block_causal", None, 4, max_num_reqs=1)
     assert causal.block_start(known).tolist() == [0, 0, 4, 8]
     assert causal.block_start(known.numpy()).tolist() == [0, 0, 4, 8]
-    assert causal.visible_end(np.array([4, 8]), np.array([90, 91])).tolist() == [8, 12]
-    bidirectional = KvSchedule("dual", None, 4, max_num_reqs=1)
-    assert bidirectional.block_start(known) is known
-    assert bidirectional.visible_end(np.array([4, 8]), np.array([90, 91])).tolist() == [90, 91]
-
-
-@pytest.mark.parametrize(("name", "decides"), [("dual", True), ("prefix", False), ("block_causal", False)])
-def test_only_plain_dual_decides_by_its_refresh(name: str, decides: bool) -> None:
-    assert KvSchedule(name, None, 4, max_num_reqs=1).decides_step == decides  # type: ignore[arg-type]
-
-
-def test_dual_that_refreshes_again_does_not_decide() -> None:
-    assert not KvSchedule("dual", 2, 4, max_num_reqs=1).decides_step
+    assert KvSchedule("dual", None, 4, max_num_reqs=1).block_start(known) is known

@@ -226,36 +226,3 @@ def _unpack(packed: Tensor, host: HostLayout, page_table: Tensor, page_size: int
     sizes = [host.context.size, len(host.first_node), len(host.first_row)]
     context, first_node, first_row = packed.split(sizes)
     return ForwardLayout(page_table, first_node, first_row, context.view(-1, 4), page_size, host)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredRows:
-    """Packed rows that are stored: for each request the positions [begin, end)."""
-
-    request: Tensor  # [num_rows] int64
-    position: Tensor  # [num_rows] int64
-
-    def stored_at(self, page_table: Tensor, page_size: int) -> PagedIndex:
-        """Return where each row stores its K/V.
-
-        Args:
-            page_table: [num_requests, max_pages] int32.
-            page_size: positions per page.
-        """
-        page = page_table[self.request, self.position // page_size].long()
-        return PagedIndex(page, self.position % page_size)
-
-
-def stored_rows(begin: Tensor, end: Tensor, num_rows: int) -> StoredRows:
-    """Pack the rows of a refresh or a prefill.
-
-    Args:
-        begin, end: [num_requests] int64.
-        num_rows: sum of `end - begin`, known to the host.
-    """
-    own_len = end - begin
-    requests = torch.arange(begin.shape[0], device=begin.device)
-    request = torch.repeat_interleave(requests, own_len, output_size=num_rows)
-    first_row = own_len.cumsum(0) - own_len
-    row = torch.arange(num_rows, device=begin.device)
-    return StoredRows(request, row - first_row[request] + begin[request])

@@ -1,14 +1,11 @@
-"""What happens before a forward: refreshes and prefills, canvases into the input buffers, attention metadata.
+"""What happens before a forward: the step's plan, its rows in the input buffers, attention metadata.
 
-vLLM's runner calls, for each step: `preprocess_state`, `prepare_attn`, `prepare_inputs`, the model, the sampler. Its
-batch begins with the requests that take a denoising step, `block_length` rows for each of their nodes; requests whose
-prompt was just scheduled follow. The rows that vLLM schedules for a prompt are never computed: before the request's
-first denoising step a side forward computes what the model needs, a bidirectional one the whole row with its masked
-generation, a block-causal one the prompt's whole blocks.
+vLLM's runner calls, for each step: `preprocess_state`, `prepare_attn`, `prepare_inputs`, the model, the sampler. Which
+rows the forward has is ours to say (`engine.plan`): of the batch that vLLM made we take who takes part, where the
+blocks begin and how many drafts each may have.
 """
 
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,21 +24,22 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_dllm.attention.layout import empty_layout, stored_rows, storing_layout
-from vllm_dllm.denoiser import Denoiser, Drafting, Evaluated
+from vllm_dllm.attention.layout import empty_layout
+from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.draft.native import choose_propose
 from vllm_dllm.engine.attention import ForwardAttention
 from vllm_dllm.engine.config_hook import rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
+from vllm_dllm.engine.plan import plan_step
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
-from vllm_dllm.engine.step import DenoiseStep, Group, split_groups
+from vllm_dllm.engine.step import Step, rows_to_device
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
-from vllm_dllm.state.kv import IntArray, KvSchedule, StorePlan
+from vllm_dllm.state.kv import IntArray, KvSchedule
 from vllm_dllm.unmask.walk import choose_walk
 
 if TYPE_CHECKING:
@@ -67,7 +65,7 @@ class DllmModelState(ModelState):
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
         self.state = CanvasState(
-            self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config), self._edge()
+            self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config), self._left_rows()
         )
         drafting = None
         if spiffy is not None:
@@ -84,7 +82,7 @@ class DllmModelState(ModelState):
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._look_ahead_from = smallest_budget(self.settings, is_async=self._is_async)
-        self._step: DenoiseStep | None = None
+        self._step: Step | None = None
         self._attention: StepAttention | None = None
         self._req_states: RequestState | None = None
 
@@ -134,23 +132,22 @@ class DllmModelState(ModelState):
         kv_cache_config: KVCacheConfig,
         num_computed_tokens: Tensor,
     ) -> None:
-        """Refresh what the step needs fresh, then put the canvases where the prompt tokens of the batch would be."""
-        if self._step is not None:
-            self.kv_policy.come_over(*self._step.came_over())
-        step = self._denoise_step(input_batch, num_computed_tokens)
-        self._step = step
-        if step.num_reqs == 0:
-            return
-        self._store_before(step, block_tables[0])
-        step.groups = list(self._groups(step))
-        for group in step.groups:
-            group.nodes = self.denoiser.nodes(group.blocks, group.num_drafts, looks_ahead=group.looks_ahead)
-        input_batch.logits_indices = input_batch.logits_indices[: step.num_rows]
-        if step.num_rows == 0:
-            return
-        rows = step.rows(block_tables[0], self.attention.page_size, self._all_token_ids)
-        input_batch.input_ids[: step.num_rows] = rows.input_ids
-        input_batch.positions[: step.num_rows] = rows.positions
+        """Plan the step, and put its rows where the prompt tokens of the batch would be."""
+        if self._step is not None and self._step.came_over is not None:
+            has_left = self._step.came_over.cpu().numpy()
+            before = self._step.blocks.slots_np, self._step.plan.block_start
+            self.kv_policy.came_over(*(array[has_left] for array in before))
+        step = self._step = self._begin_step(input_batch, num_computed_tokens)
+        num_rows = step.plan.num_rows
+        if num_rows > input_batch.num_tokens:
+            raise RuntimeError(
+                f"a step has {num_rows} rows, but the scheduler counted {input_batch.num_tokens}: the two disagree on "
+                f"what {input_batch.req_ids} store"
+            )
+        input_batch.num_scheduled_tokens = step.plan.rows_of_requests  # whose adapters each row takes
+        input_batch.logits_indices = step.head_rows(logit_shift=self.state.shifts)
+        input_batch.input_ids[:num_rows] = step.input_ids(self._all_token_ids, self.state.mask_token_id)
+        input_batch.positions[:num_rows] = step.position
 
     def prepare_attn(
         self,
@@ -163,7 +160,7 @@ class DllmModelState(ModelState):
         for_capture: bool = False,
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
-        """Lay the step out for every layer: each canvas sees its request's row but the block, and itself in flight.
+        """Lay the step out for every layer: who sees whom, and where K/V are stored.
 
         A captured graph finds the layout in persistent tensors, padded to the captured number of rows. vLLM captures
         with `for_capture` and replays with FULL. The rows of any other dummy batch see each other.
@@ -175,17 +172,20 @@ class DllmModelState(ModelState):
         if step is None:
             host, page_table, store = empty_layout(), block_tables[0][:0], None
         else:
-            host, page_table, store = step.layout(), step.page_table(block_tables[0]), step.store
-        if is_graph:
-            return self.attention.graph(host, page_table, input_batch.num_tokens_after_padding, store)
-        return self.attention.eager(host, page_table, store)
+            host, page_table = step.plan.layout(), block_tables[0][: step.plan.num_reqs]
+            store = step.store(page_table, self.attention.page_size)
+        if not is_graph:
+            return self.attention.eager(host, page_table, store)
+        if step is not None and step.plan.is_long:
+            raise RuntimeError("a captured graph was chosen for a step that refreshes or prefills")
+        return self.attention.graph(host, page_table, input_batch.num_tokens_after_padding, store)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        """Pass the denoising rows alone to an eagerly run model, and all rows of a dummy batch."""
+        """Pass the plan's rows alone to an eagerly run model, and all rows of a dummy batch."""
         step = self.step_of(input_batch)
         if step is None:
             return {}
-        rows = slice(step.num_rows)
+        rows = slice(step.plan.num_rows)
         return {"input_ids": input_batch.input_ids[rows], "positions": input_batch.positions[rows]}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
@@ -198,104 +198,75 @@ class DllmModelState(ModelState):
         """Return None: the model embeds token ids itself."""
         return
 
-    def step_of(self, batch: InputBatch) -> DenoiseStep | None:
+    def step_of(self, batch: InputBatch) -> Step | None:
         """Return the step of a real batch; None for a dummy one, which `preprocess_state` does not see."""
         return self._step if self._step is not None and self._step.batch is batch else None
 
-    def _edge(self) -> Tensor | None:
+    def _left_rows(self) -> Tensor | None:
         if not served_family(self.model_config).logit_shift:
             return None
         shape = (self.max_num_reqs, self.model_config.get_hidden_size())
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-    def _denoise_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> DenoiseStep:
-        """Find the requests that take a denoising step; the others of the batch begin with their prompt.
+    def _begin_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> Step:
+        """Plan the step of the requests that have a block to decide, the first of the batch, and make their canvases.
 
-        Their number and where their blocks begin are the scheduler's knowledge, so nothing waits for the device; unless
-        it schedules ahead, and does not know what the step before came to.
+        Where their blocks begin is the scheduler's knowledge, so nothing waits for the device; unless it schedules
+        ahead, and does not know what the step before came to.
         """
-        num_rows = batch.num_draft_tokens_per_req
-        num_reqs = 0 if num_rows is None else int((num_rows > 0).sum())
+        counted = batch.num_draft_tokens_per_req
+        num_reqs = 0 if counted is None else int((counted > 0).sum())
+        counted_np = np.zeros(0, dtype=np.int64) if counted is None else counted[:num_reqs].astype(np.int64)
         slots, slots_np = batch.idx_mapping[:num_reqs], batch.idx_mapping_np[:num_reqs]
-        num_known = num_computed_tokens[slots].long()
-        num_known_np = num_known.cpu().numpy() if self._is_async else batch.num_computed_tokens_np[:num_reqs]
-        block_start_np = self.kv_policy.block_start(num_known_np.astype(np.int64))
+        # A prompt is known, though its step is the one that vLLM counts it in.
+        num_known = torch.maximum(num_computed_tokens[slots], self._request_states.prefill_len.gpu[slots]).long()
+        known_np = np.maximum(batch.num_computed_tokens_np, batch.prefill_len_np)[:num_reqs]
+        if self._is_async:
+            known_np = num_known.cpu().numpy()
         blocks = Blocks(slots, slots_np, self.kv_policy.block_start(num_known))
-        none = torch.zeros(num_reqs, dtype=torch.int64, device=self.device)
-        return DenoiseStep(
-            batch=batch,
-            blocks=blocks,
-            num_known=num_known,
-            block_start_np=block_start_np,
-            visible_end_np=self.kv_policy.visible_end(block_start_np, self.state.row_len_np[slots_np]),
-            commits_np=self.kv_policy.commits(slots_np, block_start_np),
-            num_refreshes=none,
-            num_unmasked=none.clone(),
-            is_finished_np=np.zeros(num_reqs, dtype=bool),
-        )
-
-    def _groups(self, step: DenoiseStep) -> Iterator[Group]:
-        num_rows = step.batch.num_draft_tokens_per_req
-        assert num_rows is not None, "a step has requests because they have rows"
-        return split_groups(
-            step.blocks,
-            num_rows[: step.num_reqs],
-            step.commits_np,
-            step.is_finished_np,
+        block_start_np = self.kv_policy.block_start(known_np.astype(np.int64))
+        row_len_np = self.state.row_len_np[slots_np]
+        kv = self.kv_policy.step(slots_np, block_start_np, row_len_np)
+        plan = plan_step(
+            kv,
+            block_start=block_start_np,
+            row_len=row_len_np,
+            num_drafts=self._num_drafts(batch, counted_np),
             block_length=self.block_length,
-            max_drafts=self._max_drafts,
+            is_causal=self.kv_policy.is_causal,
             look_ahead_from=self._look_ahead_from,
         )
+        if kv.is_new.any():
+            self._begin_rows(blocks, num_known, self._to_device(np.flatnonzero(kv.is_new)))
+        position, special = rows_to_device(plan, self.device)
+        nodes = self.denoiser.nodes(blocks, plan.max_drafts, looks_ahead=plan.has_look_ahead)
+        if special is not None:
+            nodes = nodes.only(special.node, special.place)
+        return Step(batch, plan, blocks, num_known, self._to_device(counted_np), position, special, nodes)
 
-    def _store_before(self, step: DenoiseStep, page_table: Tensor) -> None:
-        """Store the K/V that the step needs, in forwards of at most `max_num_tokens` rows each."""
-        slots_np = step.blocks.slots_np
-        plan = self.kv_policy.plan(slots_np, step.block_start_np, self.state.row_len_np[slots_np])
-        if self.kv_policy.is_causal and len(plan.index):
-            self._fill_tails(step, self._to_device(plan.index))
-        plan = plan[plan.end > plan.begin]
-        begin = 0
-        while begin < len(plan.index):
-            fits = np.searchsorted(np.cumsum((plan.end - plan.begin)[begin:]), self.max_num_tokens, side="right")
-            end = begin + max(1, int(fits))
-            self._refresh_forward(step, plan[begin:end], page_table)
-            begin = end
+    def _num_drafts(self, batch: InputBatch, counted: IntArray) -> IntArray:
+        """Read how many drafts each request may have from what vLLM counts: its block, and one more for each.
 
-    def _fill_tails(self, step: DenoiseStep, index: Tensor) -> None:
-        """Put the prompt's end, where it lies in the first block of a request, into its canvas."""
-        slots, positions = step.blocks.slots[index], self.state.positions(step.blocks)[index]
-        is_known = positions < step.num_known[index, None]
-        known = self._all_token_ids[slots[:, None], positions].long()
-        self.state.canvas[slots] = torch.where(is_known, known, self.state.canvas[slots])
+        Raises: RuntimeError where vLLM cut a block.
+        """
+        num_drafts = counted - self.block_length
+        if (num_drafts < 0).any():
+            raise RuntimeError(
+                f"vLLM scheduled {counted.tolist()} tokens of {batch.req_ids}, which need {self.block_length} each; "
+                "the token budget or max_model_len was changed behind the configuration"
+            )
+        return num_drafts.clip(max=self._max_drafts)
 
-    def _refresh_forward(self, step: DenoiseStep, plan: StorePlan, page_table: Tensor) -> None:
-        """Run the model over the packed rows of some requests and store their K/V; let it decide a step if it does."""
-        index, begin, end = (self._to_device(array) for array in (plan.index, plan.begin, plan.end))
-        own_len_np = plan.end - plan.begin
-        blocks = Blocks(step.blocks.slots[index], step.blocks.slots_np[plan.index], step.blocks.start[index])
-        rows = stored_rows(begin, end, int(own_len_np.sum()))
-        pages = page_table[index]
-        attention = self.attention.eager(
-            storing_layout(plan.begin, plan.end, self.block_length if self.kv_policy.is_causal else None),
-            pages,
-            rows.stored_at(pages, self.attention.page_size),
-        )
-        input_ids = self._row_ids(blocks.slots[rows.request], rows.position, blocks.start[rows.request])
-        hidden = self._forward(attention, input_ids, rows.position)
-        if self.kv_policy.is_causal:
+    def _begin_rows(self, blocks: Blocks, num_known: Tensor, index: Tensor) -> None:
+        """Begin the first blocks of some requests: masked, but for the end of a prompt that lies in one."""
+        slots = blocks.slots[index]
+        self.denoiser.begin_blocks(slots, torch.ones_like(slots, dtype=torch.bool))
+        if not self.kv_policy.is_causal:
             return
-        step.num_refreshes.index_fill_(0, index, 1)
-        first_row = self._to_device(np.cumsum(own_len_np) - own_len_np) - begin
-        if self.state.edge is not None:
-            spans_edge = self._to_device(np.flatnonzero(plan.begin < step.block_start_np[plan.index]))
-            edge_row = (first_row + blocks.start - 1)[spans_edge]
-            self.state.edge[blocks.slots[spans_edge]] = hidden[edge_row]
-        if self.kv_policy.decides_step:
-            block_rows = (first_row[:, None] + self.state.positions(blocks)).flatten()
-            (done,) = self.denoiser.advance([Evaluated(blocks, self.denoiser.nodes(blocks, 0), hidden[block_rows])])
-            step.num_unmasked[index] = done.num_unmasked
-            if self.device.type == "cpu":  # elsewhere the host would wait, and a captured step has its rows anyway
-                step.is_finished_np[plan.index] = done.is_finished.numpy()
+        positions = self.state.positions(blocks)[index]
+        known = self._all_token_ids[slots[:, None], positions].long()
+        is_known = positions < num_known[index, None]
+        self.state.canvas[slots] = torch.where(is_known, known, self.state.canvas[slots])
 
     @torch.inference_mode()
     def measure_cost(self, num_reqs: int, num_nodes: int) -> float:
@@ -328,22 +299,14 @@ class DllmModelState(ModelState):
             hidden: Tensor = self.model(input_ids=input_ids, positions=positions)
         return hidden
 
-    def _row_ids(self, slots: Tensor, positions: Tensor, block_start: Tensor) -> Tensor:
-        """Return the tokens at the given positions: known ones, the canvas in the block, masks behind it.
-
-        Args:
-            slots, positions, block_start: [num_rows] int64.
-        """
-        known = self._all_token_ids[slots, positions].long()
-        in_block = positions - block_start
-        canvas = self.state.canvas[slots, in_block.clamp(0, self.block_length - 1)]
-        ids = torch.where(in_block < 0, known, canvas)
-        return ids.masked_fill_(in_block >= self.block_length, self.state.mask_token_id)
+    @property
+    def _request_states(self) -> RequestState:
+        assert self._req_states is not None, "custom_sampler ran when the model was loaded"
+        return self._req_states
 
     @property
     def _all_token_ids(self) -> Tensor:
-        assert self._req_states is not None, "custom_sampler ran when the model was loaded"
-        token_ids: Tensor = self._req_states.all_token_ids.gpu
+        token_ids: Tensor = self._request_states.all_token_ids.gpu
         return token_ids
 
     def _to_device(self, array: IntArray) -> Tensor:

@@ -1,9 +1,10 @@
-"""vLLM's scheduler with what block diffusion asks of it: whole rows of pages, a budget of drafts, reports of steps."""
+"""vLLM's scheduler with what block diffusion asks of it: rows of a step, pages, budgets of drafts, reports of steps."""
 
 import time
 from collections import defaultdict
 from typing import Any
 
+from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -14,32 +15,30 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_dllm.blocks import row_blocks
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.engine import costs
 from vllm_dllm.engine.config_hook import settings_of, spiffy_of
 from vllm_dllm.engine.parent import end_with_parent
+from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 from vllm_dllm.state.counters import Column
 
 
 class DllmScheduler(Scheduler):
-    """Gives requests the pages that their K/V need, and each step a budget of drafts.
+    """Gives requests the pages that their K/V need, each step its rows, and each request its drafts.
 
     A bidirectional model stores K/V for the masked positions of the whole generation, so a request takes all its
     pages when it is admitted and never needs another. A block-causal model stores finished blocks alone, so a request
     takes pages as its blocks begin, and a page is cached for other requests once all its positions are stored, as the
-    worker reports. What is left of the token budget and of `max_model_len` is always enough for whole blocks, so that a
-    running request is never cut.
+    worker reports.
 
-    With speculation a denoising request has the rows of 1 + K canvases, K the same for all in the batch but those
-    which begin a block behind one that is not stored yet: they have the rows of both blocks. The worker reports what
-    became of them (`state.counters`) where vLLM would report the NaNs of its logits.
+    What vLLM counts is tokens of a request, by position: its prompt and its block in the step that admits it, then its
+    block, and one more for each draft, which is how the worker learns their number. What a forward has is rows
+    (`engine.plan`): of refreshes, prefills, commits and drafts too. They are what `max_num_batched_tokens` bounds here,
+    and what vLLM is told as the step's total. The worker reports what became of a step (`state.counters`) where vLLM
+    would report the NaNs of its logits.
     """
-
-    least_canvases = 1
-    """Canvases that a denoising request has rows for at least."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,7 +46,12 @@ class DllmScheduler(Scheduler):
         self.settings = settings_of(self.vllm_config)
         self.block_length = self.settings.block_length
         self._is_causal = self.settings.kv_policy == "block_causal"
-        self._stored: dict[str, int] = {}  # of running requests of a block-causal model: positions with K/V
+        self.rows = StepRows(self.settings, self.max_model_len, self.max_num_scheduled_tokens)
+        self._placeholders = [-1] * self.num_spec_tokens
+        self._num_held = 0
+        compilation = self.vllm_config.compilation_config
+        has_graphs = compilation.cudagraph_mode != CUDAGraphMode.NONE
+        self._largest_graph = (compilation.max_cudagraph_capture_size or 0) if has_graphs else 0
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self._cache_blocks = self.kv_cache_manager.cache_blocks
         self.kv_cache_manager.allocate_slots = self._allocate_pages
@@ -132,36 +136,61 @@ class DllmScheduler(Scheduler):
         return super().make_stats(spec_decoding_stats, *args, **kwargs)
 
     def _choose_rows(self) -> None:
-        """Leave each request that takes a denoising step the rows of its canvases.
+        """Give running requests their rows, blocks before refreshes, both oldest first.
 
-        There is room for a budget if all rows fit the token budget beside the longest prompt, and if none lies behind
-        `max_model_len`, where vLLM would cut them.
+        Those for whose refresh there are not enough wait for the next step. What is then left, but for the longest
+        prompt if any waits, is for drafts.
         """
+        self.rows.begin_step()
         denoising = self._denoising()
-        committing = [request for request in denoising if self._commits(request)]
-        drafting = [request for request in denoising if not self._commits(request)]
-        _trim(committing, 2 * self.block_length)
-        if not drafting:
-            return
-        budget = 0
-        if self.rule is not None:
-            tokens = self.max_num_scheduled_tokens - (self.max_model_len if self.waiting else 0)
-            rows = min(
-                (tokens - 2 * self.block_length * len(committing)) // len(drafting),
-                self.max_model_len - max(request.num_computed_tokens for request in drafting),
-                min(len(request.spec_token_ids) for request in drafting),
-            )
-            budget = self.rule.choose(len(drafting), max(0, rows // self.block_length - 1), len(committing))
-        _trim(drafting, self.block_length * max(1 + budget, self.least_canvases))
+        needed = zip(denoising, *self._needed_rows(denoising), strict=True)
+        drafting, num_begins = [], 0
+        for request, num_rows, begins_block in sorted(needed, key=lambda each: each[1] > 2 * self.block_length):
+            request.spec_token_ids = self._placeholders[: self.block_length]
+            if not self.rows.give(request, num_rows):
+                _leave_out(request, self.current_step)
+                self._num_held += 1
+            elif begins_block:
+                num_begins += self._is_causal
+            else:
+                drafting.append(request)
+        if self.rule is not None and drafting:
+            reserved = self.max_model_len if self.waiting else 0
+            limit = (self.rows.free - reserved) // (self.block_length * len(drafting))
+            self._give_drafts(drafting, self.rule.choose(len(drafting), max(0, limit), num_begins))
+
+    def _give_drafts(self, drafting: list[Request], budget: int) -> None:
+        """Let requests have a budget of drafts, or what is left of it before `max_model_len`, where vLLM cuts."""
+        for request in drafting:
+            own = min(budget, self.max_model_len - request.num_computed_tokens - self.block_length)
+            if own > 0 and self.rows.give(request, self._rows_of_drafts(own)):
+                request.spec_token_ids = self._placeholders[: self.block_length + own]
 
     def _denoising(self) -> list[Request]:
         """Return the running requests that take a denoising step."""
         return [request for request in self.running if request.spec_token_ids]
 
-    def _commits(self, request: Request) -> bool:
-        """Tell whether a request's next step stores a block that it emitted."""
-        stored = self._stored.get(request.request_id)
-        return stored is not None and request.num_computed_tokens >= stored + self.block_length
+    def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool]]:
+        """Return what `StepRows.needed` does."""
+        return self.rows.needed(requests)
+
+    def _rows_of_drafts(self, num_drafts: int) -> int:
+        """Return the rows that a request needs besides those."""
+        return self.block_length * num_drafts
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Say what the step's forward really has, before vLLM counts it.
+
+        A request's prompt is computed in its first denoising step, so it has its block from the start.
+        """
+        scheduled = scheduler_output.num_scheduled_tokens
+        for admitted in scheduler_output.scheduled_new_reqs:
+            block = self._placeholders[: self.block_length]
+            scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
+            scheduled[admitted.req_id] += len(block)
+        scheduler_output.total_num_scheduled_tokens = self.rows.total(scheduled, self._largest_graph)
+        self.rows.note(self.requests[req_id] for req_id in scheduled)
+        super()._update_after_schedule(scheduler_output)
 
     def _take_reports(self, output: SchedulerOutput, reports: dict[str, list[int]], updated_at_s: float) -> None:
         """Add up what the step did and tell the rule.
@@ -170,13 +199,12 @@ class DllmScheduler(Scheduler):
         preempted.
         """
         drafting = {req_id: row for req_id, row in reports.items() if not row[Column.COMMITS]}
-        num_rows = len(output.scheduled_spec_decode_tokens[next(iter(drafting))]) if drafting else self.block_length
-        budget = min(num_rows // self.block_length - 1, self.max_budget)
+        budget = max(map(len, output.scheduled_spec_decode_tokens.values())) - self.block_length
         self._stats = stats = StepStats.of_step(budget, list(reports.values()))
         for req_id, row in reports.items():
             if req_id in self.requests:  # it may have been aborted meanwhile
                 self._totals[req_id].add(row)
-        has_prefill = self._is_causal and not reports.keys() <= self._stored.keys()
+        has_prefill = self._is_causal and not reports.keys() <= self.rows.stored.keys()
         if self._is_causal:
             self._cache_stored(reports)
         forwards = sum(row[Column.FORWARDS] for row in drafting.values())
@@ -203,13 +231,13 @@ class DllmScheduler(Scheduler):
             request = self.requests.get(req_id)
             if request is None or request.num_stale_output_tokens:  # it was aborted or preempted: the pages are gone
                 continue
-            self._stored[req_id] = row[Column.STORED]
+            self.rows.stored[req_id] = row[Column.STORED]
             # A block that a look-ahead stored is cached a step later: its tokens are not the request's yet.
             self._cache_blocks(request, min(row[Column.STORED], request.num_tokens))
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt a request; when it comes back, all that it knows is its prompt."""
-        self._stored.pop(request.request_id, None)
+        self.rows.forget(request)
         super()._preempt_request(request, *args, **kwargs)
 
     def _free_request(
@@ -217,7 +245,7 @@ class DllmScheduler(Scheduler):
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Free a request; its last output says what it took."""
         kv_transfer_params, ec_transfer_params = super()._free_request(request, *args, **kwargs)
-        self._stored.pop(request.request_id, None)
+        self.rows.forget(request)
         totals = self._totals.pop(request.request_id, None)
         if totals is not None:
             kv_transfer_params = self._as_output(totals)
@@ -230,17 +258,26 @@ class DllmScheduler(Scheduler):
         """Call `KVCacheManager.allocate_slots` for the positions that get K/V.
 
         The difference from the scheduled tokens is vLLM's number of lookahead tokens, which may be negative.
-        vLLM would cache what it takes for computed now.
+        vLLM would cache what it takes for computed now. A request for whose first step there are not enough rows is not
+        admitted yet.
         """
-        scheduled = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0) + num_new_tokens
-        kwargs["num_lookahead_tokens"] = self._paged_end(request) - scheduled
+        num_known = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
+        is_first = request.request_id not in self.rows.given
+        num_rows = self.rows.first(request, num_known) if is_first else 0
+        if num_rows > self.rows.free:
+            self._num_held += 1
+            return None
+        kwargs["num_lookahead_tokens"] = self._paged_end(request) - num_known - num_new_tokens
         kwargs["delay_cache_blocks"] = True
-        return self._allocate_slots(request, num_new_tokens, *args, **kwargs)
+        blocks = self._allocate_slots(request, num_new_tokens, *args, **kwargs)
+        if is_first and blocks is not None:
+            self.rows.give(request, num_rows, is_first=True)
+        return blocks
 
     def _paged_end(self, request: Request) -> int:
         """Return up to where a request has pages: to the end of its row, or of its block in a block-causal model."""
         if not self._is_causal:
-            return row_blocks(request.num_prompt_tokens, request.max_tokens, self.settings, self.max_model_len).end
+            return self.rows.row_end(request)
         return request.num_tokens - request.num_tokens % self.block_length + self.block_length
 
 
@@ -251,19 +288,20 @@ class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
     take what is under way for accepted until it is known.
     """
 
-    least_canvases = 2
-
     def _denoising(self) -> list[Request]:
         """Leave a request out of the step where its count comes too near to `max_model_len`, until it is known."""
         denoising = super()._denoising()
-        last = self.max_model_len - self.least_canvases * self.block_length
+        last = self.max_model_len - self.block_length
         for request in denoising:
             if request.num_computed_tokens > last:
-                request.next_decode_eligible_step = self.current_step + 2  # `schedule` counts before it compares
+                _leave_out(request, self.current_step)
         return [request for request in denoising if request.num_computed_tokens <= last]
 
-    def _commits(self, request: Request) -> bool:
-        return False
+    def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool]]:
+        return [2 * self.block_length] * len(requests), [False] * len(requests)
+
+    def _rows_of_drafts(self, num_drafts: int) -> int:
+        return self.block_length * max(0, num_drafts - 1)
 
     def _paged_end(self, request: Request) -> int:
         """Add a block to what is known, if the step before may end one."""
@@ -274,9 +312,9 @@ class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
         return None if self._updated_at_s is None else (updated_at_s - self._updated_at_s) * 1e3, None
 
 
-def _trim(requests: list[Request], num_rows: int) -> None:
-    for request in requests:
-        request.spec_token_ids = request.spec_token_ids[:num_rows]
+def _leave_out(request: Request, current_step: int) -> None:
+    """Let vLLM's next `schedule` pass a running request over; it counts the step before it compares."""
+    request.next_decode_eligible_step = current_step + 2
 
 
 def _cache_nothing(request: Request, num_computed_tokens: int) -> None:

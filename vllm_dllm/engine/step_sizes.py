@@ -26,10 +26,10 @@ def set_step_sizes(vllm_config: VllmConfig, settings: DllmConfig, spiffy: Spiffy
     """
     block_length = settings.block_length
     is_causal = settings.kv_policy == "block_causal"
-    # The block before may be stored by the first step of a block.
-    most = 1 + max(spiffy.max_nodes if spiffy else 0, int(is_causal))
-    vllm_config.model_config.hf_config.canvas_length = most * block_length
-    vllm_config.diffusion_config = DiffusionConfig(canvas_length=most * block_length)
+    # vLLM counts the positions of a request's block; how many drafts it may have is told by one more for each.
+    canvas_length = block_length + (spiffy.max_nodes if spiffy else 0)
+    vllm_config.model_config.hf_config.canvas_length = canvas_length
+    vllm_config.diffusion_config = DiffusionConfig(canvas_length=canvas_length)
     num_rows = _step_rows(block_length, vllm_config.scheduler_config.max_num_seqs, spiffy)
     if is_causal:
         num_rows = max(num_rows, 2 * block_length * vllm_config.scheduler_config.max_num_seqs)
@@ -80,7 +80,7 @@ def _step_rows(block_length: int, max_num_seqs: int, spiffy: SpiffySettings | No
 def _set_scheduler(vllm_config: VllmConfig, num_rows: int) -> None:
     """Make the token budget large enough for the rows of every running request and the longest prompt in one step.
 
-    A prompt's rows count against the budget, although they are not computed.
+    A refresh may be as long as `max_model_len`.
     """
     scheduler = vllm_config.scheduler_config
     if scheduler.async_scheduling:
@@ -109,7 +109,8 @@ def _set_cuda_graphs(vllm_config: VllmConfig, block_length: int, num_rows: int, 
 
     Where steps are uniform that is one block per request. With drafts, or blocks to commit, each step has its own
     number of blocks per request, and vLLM's graphs of decoding steps know one number only: `FULL` captures by the
-    number of rows, whoever they belong to. Refreshes and prefills differ in shape and run eagerly; nothing is compiled.
+    number of rows, whoever they belong to. Steps that refresh or prefill differ in shape and run eagerly; nothing is
+    compiled.
     """
     compilation = vllm_config.compilation_config
     compilation.mode = CompilationMode.NONE

@@ -59,8 +59,8 @@ class CanvasState:
         mask_token_id: what stands for masked in a canvas.
         device: of all tensors.
         rules: of the model's family.
-        edge: [max_num_reqs, hidden_size] of a model with a logit shift, else None: the hidden row left of each block,
-            which predicts the block's first token.
+        left: [max_num_reqs, hidden_size] of a model with a logit shift, else None: the hidden row left of each block
+            (its left context), which predicts the block's first token.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class CanvasState:
         mask_token_id: int,
         device: torch.device,
         rules: UnmaskRules = UnmaskRules(),  # noqa: B008 - a frozen value
-        edge: Tensor | None = None,
+        left: Tensor | None = None,
     ) -> None:
         self.rules = rules
         self.block_length = block_length
         self.mask_token_id = mask_token_id
         self.device = device
-        self.edge = edge
+        self.left = left
         # [max_num_reqs, block_length]: the active block. The mask token is never chosen, so it stands for masked alone.
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)
         # Rows: a parameter each, then the request's table, `counts` or `times`.
@@ -138,20 +138,22 @@ class CanvasState:
         """Tell whether any of some requests has a temperature above 0."""
         return bool((self._sampling_np(slots_np)[0] > 0).any())
 
-    def row_sampling(self, blocks: Blocks, num_masked: Tensor) -> RowSampling:
+    def row_sampling(self, slots_np: np.ndarray, slots: Tensor, start: Tensor, num_masked: Tensor) -> RowSampling:
         """Gather how the rows of some canvases are sampled.
 
         Args:
-            blocks: of the canvases.
+            slots_np: [num_reqs], of the canvases' requests.
+            slots: [num_canvases] int64.
+            start: [num_canvases] int64, absolute position of each one's block.
             num_masked: [num_canvases] int64, masked positions of each.
 
         Returns: rows in the order of canvases, positions.
         """
-        temperature_np, has_top_k, has_top_p = self._sampling_np(blocks.slots_np)
-        keys = stream_keys(self._int("seed")[blocks.slots, None], self.positions(blocks), num_masked[:, None])
+        temperature_np, has_top_k, has_top_p = self._sampling_np(slots_np)
+        keys = stream_keys(self._int("seed")[slots, None], start[:, None] + self._offsets, num_masked[:, None])
 
         def per_row(per_request: Tensor) -> Tensor:
-            return per_request[blocks.slots, None].expand_as(keys).flatten()
+            return per_request[slots, None].expand_as(keys).flatten()
 
         return RowSampling(
             temperature=per_row(self._float("temperature")),
@@ -181,20 +183,27 @@ class CanvasState:
         """Return the absolute positions of the blocks; [num_reqs, block_length] int64."""
         return blocks.start[:, None] + self._offsets
 
-    def predicting_rows(self, slots: Tensor, hidden: Tensor) -> Tensor:
-        """Return the rows that predict the blocks' positions: these themselves, or those left of them.
+    @property
+    def shifts(self) -> bool:
+        """Whether a position is predicted by the row on its left."""
+        return self.left is not None
+
+    def predicting_rows(self, slots: Tensor, hidden: Tensor, fresh: Tensor | None) -> Tensor:
+        """Put the row left of each block, which a refresh computed last, before the block's other rows.
 
         Args:
-            slots: [num_reqs] int64.
-            hidden: [num_reqs * num_nodes * block_length, hidden_size], the rows of the blocks' positions.
+            slots: [num_nodes] int64.
+            hidden: [num_nodes * block_length, hidden_size], the rows left of the positions of the blocks; written to.
+            fresh: [num_fresh] int64, nodes whose own first row is that of this step's refresh; None: none.
 
-        Returns: as many rows, in the same order.
+        Returns: `hidden`.
         """
-        if self.edge is None:
-            return hidden
-        nodes = hidden.view(len(slots), -1, self.block_length, hidden.shape[-1])
-        edge = self.edge[slots, None, None].expand(-1, nodes.shape[1], -1, -1)
-        return torch.cat([edge, nodes[:, :, :-1]], 2).view_as(hidden)
+        assert self.left is not None, "only a logit shift needs it"
+        first = hidden.view(len(slots), self.block_length, -1)[:, 0]
+        if fresh is not None:
+            self.left[slots[fresh]] = first[fresh]
+        first.copy_(self.left[slots])
+        return hidden
 
     def reset(self, slots: Tensor, where: Tensor) -> None:
         """Begin a new block for those of the given slots that `where` marks.

@@ -1,19 +1,17 @@
 """Which K/V a step stores, decided on the host from what the scheduler told it.
 
-The block's rows are in flight in every step and attend to what is cached. What must be cached before is stored by a
-side forward over positions [begin, end) of a request:
+The block's rows are in flight in every step and attend to what is cached, or to what the same forward stores: a layer
+stores before it attends. What must be stored is one more part of the step, over positions [begin, end) of a request:
 
-- in a bidirectional model a *refresh*, up to the end of the row, since every position depends on all others:
+- in a bidirectional model a *refresh*, up to the end of the row, since every position depends on all others. It spans
+  the block, so its own rows decide the step:
   - every policy refreshes the whole row when a block begins;
-  - `dual` with `refresh_every=n` does so again before every n-th step of the block (Fast-dLLM's dual cache for None,
+  - `dual` with `refresh_every=n` does so again at every n-th step of the block (Fast-dLLM's dual cache for None,
     no cache at all for 1);
-  - `prefix` recomputes the block and what follows before every step (Fast-dLLM's prefix cache);
+  - `prefix` recomputes the block and what follows at every step (Fast-dLLM's prefix cache);
 - under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit. A
   block that ended is stored by its *commit*, one more node in the first step of the next block, unless a look-ahead
   (`draft.look_ahead`) stored it before.
-
-With plain `dual` a refresh is the forward of a block's first step, as in Fast-dLLM: its own logits decide it. Elsewhere
-its logits are dropped, and the block's rows see the same canvas again.
 """
 
 from dataclasses import dataclass
@@ -31,16 +29,14 @@ _Positions = TypeVar("_Positions", IntArray, Tensor)
 
 
 @dataclass(frozen=True, slots=True)
-class StorePlan:
-    """Who stores K/V in a side forward before a step, and at which positions."""
+class KvStep:
+    """What a step stores of each request; arrays [num_reqs]."""
 
-    index: IntArray  # [num_storing], into the batch
-    begin: IntArray  # [num_storing], first position
-    end: IntArray  # [num_storing]
-
-    def __getitem__(self, part: slice | BoolArray) -> "StorePlan":
-        """Return the plan of some of the requests."""
-        return StorePlan(self.index[part], self.begin[part], self.end[part])
+    begin: IntArray  # first position that a refresh or a prefill stores
+    end: IntArray  # behind the last one; `begin` where there is neither
+    commits: BoolArray  # whose step stores the block before the present one
+    begins_block: BoolArray  # whose present block has no decided step yet
+    is_new: BoolArray  # whose step is the request's first
 
 
 class KvSchedule:
@@ -66,31 +62,16 @@ class KvSchedule:
         """Tell whether a position sees its block and the blocks before it alone, and blocks are aligned."""
         return self.name == "block_causal"
 
-    @property
-    def decides_step(self) -> bool:
-        """Tell whether a refresh decides the step of the canvas that it saw."""
-        return self.name == "dual" and self.refresh_every is None
-
     def block_start(self, num_known: _Positions) -> _Positions:
         """Return where the active blocks begin, of requests with so many known tokens."""
         return num_known - num_known % self.block_length if self.is_causal else num_known
-
-    def visible_end(self, block_start: IntArray, row_len: IntArray) -> IntArray:
-        """Return the end of what the blocks see."""
-        return block_start + self.block_length if self.is_causal else row_len
 
     def add_request(self, slot: int, num_stored: int) -> None:
         """Forget the slot's previous request; the new one finds so many positions in the prefix cache."""
         self._block_start[slot] = -1
         self._stored[slot] = num_stored
 
-    def commits(self, slots: IntArray, block_start: IntArray) -> BoolArray:
-        """Tell whose step stores the block before the present one, to be asked before `plan`; arguments as there."""
-        before = self._block_start[slots]
-        commits: BoolArray = (before >= 0) & (before != block_start) & self.is_causal
-        return commits
-
-    def come_over(self, slots: IntArray, block_start: IntArray) -> None:
+    def came_over(self, slots: IntArray, block_start: IntArray) -> None:
         """Take note of blocks that a step stored and left behind; slots that were given away since do not count.
 
         Args:
@@ -100,24 +81,43 @@ class KvSchedule:
         slots = slots[self._block_start[slots] == block_start]
         self._block_start[slots] += self.block_length
 
-    def plan(self, slots: IntArray, block_start: IntArray, row_len: IntArray) -> StorePlan:
-        """Take note of a step and decide what is stored before it.
+    def step(self, slots: IntArray, block_start: IntArray, row_len: IntArray) -> KvStep:
+        """Take note of a step and decide what it stores.
 
         Args:
-            slots: [num_reqs], the requests that take a denoising step.
+            slots: [num_reqs], the requests that take it.
             block_start: [num_reqs], where each one's block begins.
             row_len: [num_reqs], end of each one's row.
         """
-        begins_block = self._block_start[slots] != block_start
-        is_new = self._block_start[slots] < 0
+        before = self._block_start[slots]
+        is_new, begins_block = before < 0, before != block_start
         step = np.where(begins_block, 0, self._step[slots] + 1)
         self._block_start[slots] = block_start
         self._step[slots] = step
         if self.is_causal:
-            index = np.flatnonzero(is_new)
-            return StorePlan(index, self._stored[slots[index]], block_start[index])
-        if self.name == "prefix":
-            return StorePlan(np.arange(len(slots)), np.where(begins_block, 0, block_start), row_len)
-        needs = begins_block if self.refresh_every is None else step % self.refresh_every == 0
-        index = np.flatnonzero(needs)
-        return StorePlan(index, np.zeros_like(index), row_len[index])
+            begin, end = np.where(is_new, self._stored[slots], block_start), block_start
+        else:
+            begin, end = refreshed(self.name, self.refresh_every, begins_block, step, block_start, row_len)
+        return KvStep(begin, end, begins_block & ~is_new & self.is_causal, begins_block, is_new)
+
+
+def refreshed(
+    name: KvPolicyName,
+    refresh_every: int | None,
+    begins_block: BoolArray,
+    step: IntArray,
+    block_start: IntArray,
+    row_len: IntArray,
+) -> tuple[IntArray, IntArray]:
+    """Return which positions [begin, end) of bidirectional requests a step refreshes; empty ones for none.
+
+    Args:
+        name, refresh_every: the policy.
+        begins_block: [num_reqs], whose block has no decided step yet.
+        step: [num_reqs], decided steps of the block.
+        block_start, row_len: [num_reqs].
+    """
+    if name == "prefix":
+        return np.where(begins_block, 0, block_start), row_len
+    is_due = begins_block if refresh_every is None else step % refresh_every == 0
+    return np.zeros_like(row_len), np.where(is_due, row_len, 0)

@@ -33,6 +33,10 @@ class Nodes:
     depth: Tensor  # [num_reqs, num_nodes] int64, in the draft graph
     # [num_reqs, block_length] int64 with a look-ahead: its end. Its next root is the last node then.
     end: Tensor | None = None
+    # Where not all nodes of all requests are evaluated: [num_reqs, num_nodes] int64, the place of each among those that
+    # are, -1 for the others, which are not valid; and [num_evaluated] int64, the other way round.
+    evaluated: Tensor | None = None
+    place: Tensor | None = None
 
     def with_look_ahead(self, end: Tensor, is_valid: Tensor, mask_token_id: int) -> "Nodes":
         """Return these nodes with a look-ahead.
@@ -43,13 +47,32 @@ class Nodes:
             mask_token_id: what the next root consists of.
         """
         next_root = torch.full_like(self.canvas[:, :1], mask_token_id)
-        return Nodes(
+        return replace(
+            self,
             canvas=torch.cat([self.canvas, next_root], 1),
             is_masked=pad(self.is_masked, (0, 0, 0, 1), value=True),
             is_valid=torch.cat([self.is_valid, is_valid[:, None]], 1),
             depth=torch.cat([self.depth, self.is_masked[:, 0].sum(1, keepdim=True)], 1),
             end=end,
         )
+
+    def only(self, evaluated: Tensor, place: Tensor) -> "Nodes":
+        """Return these nodes where not all are evaluated; arguments as the fields."""
+        return replace(self, is_valid=self.is_valid & (evaluated >= 0), evaluated=evaluated, place=place)
+
+    def per_evaluated(self, per_node: Tensor) -> Tensor:
+        """Return values [num_reqs, num_nodes, ...] of those nodes that are evaluated, [num_evaluated, ...]."""
+        flat = per_node.flatten(0, 1)
+        return flat if self.place is None else flat[self.place]
+
+    def rows(self, stats: PartialStats) -> PartialStats:
+        """Return statistics of all nodes' rows, of those of the evaluated ones; what the others have says nothing."""
+        if self.evaluated is None:
+            return stats
+        block_length = self.canvas.shape[-1]
+        first = self.evaluated.flatten().clamp(min=0) * block_length
+        row = (first[:, None] + torch.arange(block_length, device=first.device)).flatten()
+        return PartialStats(*(column[row] for column in stats.tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +105,13 @@ def walk(nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id:
     Where the walk ends at the look-ahead's end, the next root is decided as well.
 
     Args:
-        nodes: evaluated canvases.
-        stats: of their rows, in the order of requests, nodes, positions; at least two candidates each.
+        nodes: canvases.
+        stats: of the rows of those evaluated, in the order of requests, nodes, positions; at least two candidates each.
         params: of the requests.
         mask_token_id: what stands for masked in a canvas.
         rules: of the server.
     """
+    stats = nodes.rows(stats)
     done = _walk_in_block(nodes, stats, params, mask_token_id, rules)
     return done if nodes.end is None else _go_over(done, nodes, stats, params, mask_token_id, rules)
 
@@ -96,6 +120,7 @@ def native_walk(
     nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id: int, rules: UnmaskRules
 ) -> Trajectory:
     """Do what `walk` does, in one launch; all tensors are contiguous."""
+    stats = nodes.rows(stats)
     rows = [stats.token_ids, stats.token_logits, stats.top_ids, stats.top_logits, stats.rest, stats.weighted]
     if stats.sampled_rest is not None and stats.sampled_weighted is not None:
         rows += [stats.sampled_rest, stats.sampled_weighted]
@@ -118,24 +143,6 @@ def choose_walk(device: torch.device) -> Walk:
         return walk
     logger.info("Canvases are decided by a native op for %s.", device.type)
     return native_walk
-
-
-def nothing_decided(canvas: Tensor, num_candidates: int) -> Trajectory:
-    """Return what becomes of finished canvases [num_reqs, block_length] int64: nothing."""
-    none = torch.zeros(len(canvas), dtype=torch.int64, device=canvas.device)
-    token_ids = canvas.new_zeros((*canvas.shape, num_candidates))
-    return Trajectory(
-        canvas=canvas,
-        next_canvas=canvas,
-        path=canvas.new_full((len(canvas), 1), -1),
-        step=torch.full_like(canvas, -1),
-        node=none,
-        num_steps=none,
-        num_unmasked=none,
-        is_finished=none == 0,
-        came_over=none != 0,
-        candidates=Candidates(token_ids, token_ids.double()),
-    )
 
 
 def _walk_in_block(

@@ -1,0 +1,242 @@
+"""What a step evaluates, as a value: *segments* of rows, from which all that its forward needs is derived.
+
+A segment is some consecutive rows of one request that are evaluated together. They see each other, up to two intervals
+of the request's stored positions, and nothing else (csrc/include/dllm/visible.h). A layer stores before it attends, so
+segments of a step see what others of the same step store:
+
+    role       positions                    sees of what is stored           its rows
+    REFRESH    from where on K/V are new    those before it                  are stored; those of the block decide
+    PREFILL    a block of the prompt        the blocks before it             are stored
+    COMMIT     the block before             the blocks before it             are stored
+    END        the block (look-ahead)       as ROOT                          are stored
+    ROOT       the block                    all but the block; in a block-   decide
+    DRAFT                                   causal model what is before it   decide
+    NEXT_ROOT  the block behind             what is before it                decide
+
+Host arrays throughout, numpy alone: who takes part, where blocks begin and how many drafts there are is known before
+the forward, so that nothing waits for the device.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from vllm_dllm.attention.layout import HostLayout
+from vllm_dllm.draft.look_ahead import NUM_NODES
+from vllm_dllm.state.kv import BoolArray, IntArray, KvStep
+
+
+class Role(IntEnum):
+    """What a segment is for, in the order of a request's segments."""
+
+    END = 0
+    REFRESH = 1
+    PREFILL = 2
+    ROOT = 3
+    DRAFT = 4
+    NEXT_ROOT = 5
+    COMMIT = 6
+
+
+_ROLES = np.arange(len(Role))
+_STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT])
+_DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT])
+_IS_LONG = np.isin(_ROLES, [Role.REFRESH, Role.PREFILL])
+_BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1])  # of a segment's block, as seen from the present one
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The segments of a step, those of a request one after another, requests in the order of the batch."""
+
+    block_length: int
+    block_start: IntArray  # [num_reqs], where each one's block begins
+    num_drafts: IntArray  # [num_reqs], drafts of each, without a look-ahead
+    looks_ahead: BoolArray  # [num_reqs]
+    request: IntArray  # [num_segments]
+    role: IntArray  # [num_segments]
+    begin: IntArray  # [num_segments], first position
+    end: IntArray  # [num_segments]
+    context: IntArray  # [num_segments, 4], stored positions that are seen, [begin, end) twice, disjoint and ascending
+
+    @property
+    def num_reqs(self) -> int:
+        """Requests that take the step."""
+        return len(self.block_start)
+
+    @property
+    def first_row(self) -> IntArray:
+        """Rows of segment s are [first_row[s], first_row[s + 1]); [num_segments + 1]."""
+        return np.concatenate([[0], np.cumsum(self.end - self.begin)])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the forward."""
+        return int((self.end - self.begin).sum())
+
+    @property
+    def rows_of_requests(self) -> IntArray:
+        """Rows of each request, [num_reqs]."""
+        rows = np.bincount(self.request, self.end - self.begin, self.num_reqs)
+        return rows.astype(np.int64)
+
+    def has(self, role: Role) -> BoolArray:
+        """Tell which requests have a segment of a role, [num_reqs]."""
+        found: BoolArray = np.bincount(self.request[self.role == role], minlength=self.num_reqs) > 0
+        return found
+
+    @property
+    def is_long(self) -> bool:
+        """Whether some segments are no blocks, so that no captured CUDA graph has the step's shape."""
+        return bool(_IS_LONG[self.role].any())
+
+    @property
+    def stores(self) -> BoolArray:
+        """Whose rows' K/V are written, [num_segments]."""
+        return _STORES[self.role]
+
+    @property
+    def decides(self) -> BoolArray:
+        """Of which segments the block's rows go to the LM head, [num_segments]."""
+        return _DECIDES[self.role]
+
+    @property
+    def max_drafts(self) -> int:
+        """Drafts of a request, at most."""
+        return int(self.num_drafts.max(initial=0))
+
+    @property
+    def has_look_ahead(self) -> bool:
+        """Whether any request looks ahead."""
+        return bool(self.looks_ahead.any())
+
+    @property
+    def num_nodes(self) -> int:
+        """Canvases of a request that decide, at most: the root, its drafts, the next root."""
+        return 1 + self.max_drafts + self.has_look_ahead
+
+    def layout(self) -> HostLayout:
+        """Say what each segment sees."""
+        num_segments = np.bincount(self.request, minlength=self.num_reqs)
+        return HostLayout(
+            first_node=np.concatenate([[0], np.cumsum(num_segments)]).astype(np.int32),
+            first_row=self.first_row.astype(np.int32),
+            context=self.context.astype(np.int32),
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all requests have the root and equally many drafts, and nothing else: then all rows decide."""
+        is_node = (self.role == Role.ROOT) | (self.role == Role.DRAFT)
+        return bool(is_node.all() and (self.num_drafts == self.num_drafts[:1]).all())
+
+    @property
+    def position(self) -> IntArray:
+        """Of each row, [num_rows]."""
+        length = self.end - self.begin
+        return np.arange(length.sum()) - (self.first_row[:-1] - self.begin).repeat(length)
+
+    def rows(self) -> "PlanRows":
+        """Say of each row what the device needs to know besides its position."""
+        length, first_row = self.end - self.begin, self.first_row
+        segment = np.arange(len(length)).repeat(length)
+        decided = np.flatnonzero(self.decides)
+        in_block = (self.block_start[self.request] - self.begin)[decided]
+        is_refresh = self.role[decided] == Role.REFRESH
+        offset = np.arange(self.block_length)
+        head = first_row[:-1][decided, None] + np.where(is_refresh, in_block, 0)[:, None] + offset
+        node = self._nodes(decided)
+        return PlanRows(
+            request=self.request[segment],
+            source=self._sources(node, segment),
+            is_stored=self.stores[segment],
+            head=head,
+            is_left_fresh=is_refresh & (in_block > 0),
+            node=node,
+        )
+
+    def _nodes(self, decided: IntArray) -> IntArray:
+        """Return which decided segment is which node of which request, -1 for none; [num_reqs, num_nodes]."""
+        node = np.full((self.num_reqs, self.num_nodes), -1)
+        request = self.request[decided]
+        first = np.searchsorted(request, np.arange(self.num_reqs))
+        number = np.arange(len(decided)) - first[request]
+        number[self.role[decided] == Role.NEXT_ROOT] = self.num_nodes - 1
+        node[request, number] = np.arange(len(decided))
+        return node
+
+    def _sources(self, node: IntArray, segment: IntArray) -> IntArray:
+        """Return where each row's token is, as `PlanRows.source`."""
+        num_reqs, num_nodes, block_length = self.num_reqs, self.num_nodes, self.block_length
+        number = np.zeros(len(self.request), dtype=np.int64)
+        request, of_request = np.nonzero(node >= 0)
+        number[np.flatnonzero(self.decides)[node[request, of_request]]] = of_request
+        first = (self.request * num_nodes + number) * block_length  # of the segment's canvas
+        is_end = self.role == Role.END
+        first[is_end] = (num_reqs * num_nodes + self.request[is_end]) * block_length
+        role = self.role[segment]
+        block = np.where(_IS_LONG[self.role], self.block_start[self.request], self.begin)
+        in_block = self.position - block[segment]
+        source = first[segment] + in_block
+        mask = (num_reqs * num_nodes + num_reqs * self.has_look_ahead) * block_length
+        is_known = (role == Role.PREFILL) | (role == Role.COMMIT) | ((role == Role.REFRESH) & (in_block < 0))
+        return np.where(is_known, -1, np.where(in_block >= block_length, mask, source))
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRows:
+    """What each row of a plan is; in the order of the rows, nodes in that of the segments that decide."""
+
+    request: IntArray  # [num_rows]
+    # [num_rows], place of the token: among the canvases [num_reqs, num_nodes, block_length], then the ends [num_reqs,
+    # block_length] if there is a look-ahead, then one mask; -1: the token at the position is known
+    source: IntArray
+    is_stored: BoolArray  # [num_rows]
+    head: IntArray  # [num_decided, block_length], rows of the nodes' blocks
+    is_left_fresh: BoolArray  # [num_decided], whether the row left of the block is in the step, and so in the segment
+    node: IntArray  # [num_reqs, num_nodes], of the decided; -1: the request has fewer nodes
+
+
+def plan_step(
+    kv: KvStep,
+    *,
+    block_start: IntArray,
+    row_len: IntArray,
+    num_drafts: IntArray,
+    block_length: int,
+    is_causal: bool,
+    look_ahead_from: int | None = None,
+) -> StepPlan:
+    """Make the plan of a step.
+
+    Args:
+        kv: what it stores.
+        block_start, row_len: [num_reqs], where blocks begin and rows end.
+        num_drafts: [num_reqs], drafts that each may have. Who begins a block has none: nothing of it is known yet.
+        block_length: positions of a block.
+        is_causal: whether blocks see what is before them alone.
+        look_ahead_from: the smallest number of drafts with a look-ahead; None: none has one.
+    """
+    num_reqs = len(block_start)
+    num_drafts = np.where(kv.begins_block, 0, num_drafts)
+    looks_ahead = np.zeros(num_reqs, dtype=bool) if look_ahead_from is None else num_drafts >= look_ahead_from
+    num_drafts = num_drafts - NUM_NODES * looks_ahead
+    num_stored = kv.end - kv.begin
+    refreshes = (num_stored > 0) & (not is_causal)
+    num_prefills = num_stored // block_length * is_causal
+    count = np.stack([looks_ahead, refreshes, num_prefills, ~refreshes, num_drafts, looks_ahead, kv.commits], 1)
+    count = count.astype(np.int64).ravel()
+    request = np.arange(num_reqs).repeat(len(Role)).repeat(count)
+    role = np.tile(_ROLES, num_reqs).repeat(count)
+    begin = block_start[request] + block_length * _BLOCKS_BEHIND[role]
+    end = begin + block_length
+    if refreshes.any() or num_prefills.any():
+        number = np.arange(len(role)) - (np.cumsum(count) - count).repeat(count)  # among those of role and request
+        is_prefill, is_refresh = role == Role.PREFILL, role == Role.REFRESH
+        begin = np.where(is_prefill, kv.begin[request] + block_length * number, begin)
+        end = np.where(is_prefill, begin + block_length, end)
+        begin, end = np.where(is_refresh, kv.begin[request], begin), np.where(is_refresh, kv.end[request], end)
+    visible_end = end if is_causal else row_len[request]
+    context = np.stack([np.zeros_like(begin), begin, end, visible_end], 1)
+    return StepPlan(block_length, block_start, num_drafts, looks_ahead, request, role, begin, end, context)
