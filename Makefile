@@ -3,7 +3,7 @@ SHELL := bash
 PY := .venv/bin/python
 CMAKE := .venv/bin/cmake
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml packaging/vllm-alias/pyproject.toml
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BENCH_ARGS ?= --model examples/tiny_llada/checkpoint --prompts examples/tiny_llada/questions.jsonl
 TEST_ARGS ?=
 # Instruction sets of the CPU kernels: native, the best of this machine; all; or a list with semicolons.

@@ -15,7 +15,7 @@ from vllm_dllm.draft.graph_file import calibrate_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/simt/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/simt/README.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
 

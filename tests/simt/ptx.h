@@ -1,4 +1,4 @@
-// The functions of cuda/ptx.cuh, written down from the PTX ISA's description of each instruction.
+// The functions of csrc/cuda/ptx.cuh, written down from the PTX ISA's description of each instruction.
 #pragma once
 
 #include "simt.h"

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/ptx.cuh"
+#include "ptx.cuh"
 
 namespace dllm::cuda {
 namespace {
