@@ -125,11 +125,6 @@ class PartialStats:
         top = self.top_logits.double()
         return top - top[:, :1] - torch.log1p(self.rest)[:, None]
 
-    @property
-    def log_sum_exp(self) -> Tensor:
-        """[num_rows] float64."""
-        return self.top_logits[:, 0].double() + torch.log1p(self.rest)
-
 
 def merge(parts: Sequence[PartialStats], sampling: RowSampling | None) -> PartialStats:
     """Put the statistics of consecutive shards of a vocabulary together.

@@ -1,8 +1,9 @@
-#include "dllm/multiply_adds.h"
+// The arithmetic that the machine can do, with nothing to read or to write. floor.py compiles it for the instruction
+// set of the CPU kernels, whose products it takes.
+#include "cpu/simd/panel.h"
 
-#include "panel.h"
+using namespace dllm::cpu::DLLM_ISA;
 
-namespace dllm::cpu::DLLM_ISA {
 namespace {
 
 constexpr int kSums = 12;  // independent sums: two units with a latency of four to five, within 16 registers
@@ -26,20 +27,20 @@ int64_t multiply_add_rounds(int64_t num_rounds) {
 
 }  // namespace
 
-void multiply_adds(const MultiplyAddsArgs& args) {
+// Multiply and add in registers, on all threads: pairs of bfloat16 where that is asked for and the instruction set has
+// them. Returns how many floating-point operations that took; a multiplication and an addition count as two.
+extern "C" int64_t multiply_adds(int64_t num_rounds, [[maybe_unused]] bool is_bfloat16) {
   int64_t num_flops = 0;
 #pragma omp parallel reduction(+ : num_flops)
   {
 #if defined(__AVX512BF16__)
-    if (args.is_bfloat16) {
-      num_flops += multiply_add_rounds<BFloat16Pair, 4>(args.num_rounds);
+    if (is_bfloat16) {
+      num_flops += multiply_add_rounds<BFloat16Pair, 4>(num_rounds);
     } else
 #endif
     {
-      num_flops += multiply_add_rounds<Float, 2>(args.num_rounds);
+      num_flops += multiply_add_rounds<Float, 2>(num_rounds);
     }
   }
-  *args.num_flops = num_flops;
+  return num_flops;
 }
-
-}  // namespace dllm::cpu::DLLM_ISA

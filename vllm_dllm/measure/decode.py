@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dllm.bench.process import EngineProcess
-from vllm_dllm.bench.report import Row, Section, Spread
-from vllm_dllm.bench.workload import EngineSpec, Measurement, UnequalTokensError, Workload
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, dump_graph
+from vllm_dllm.measure.process import EngineProcess
+from vllm_dllm.measure.report import Row, Section, Spread
+from vllm_dllm.measure.workload import EngineSpec, Measurement, UnequalTokensError, Workload
 from vllm_dllm.spiffy_config import DEFAULT_GRAPH, DEFAULT_MAX_NODES, METHOD
 
 OFF, AUTO = "off", "auto"

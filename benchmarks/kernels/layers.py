@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
+from benchmarks.kernels.attention import AttentionProblem, AttentionShape, plans
+from benchmarks.kernels.floor import Rates
+from benchmarks.kernels.turns import Contestant
 from vllm_dllm.attention.csrc import CsrcAttention
-from vllm_dllm.bench.attention import AttentionProblem, AttentionShape, plans
-from vllm_dllm.bench.floor import Rates
-from vllm_dllm.bench.turns import Contestant
 
 HIDDEN_SIZE, NUM_HEADS, MLP_SIZE, NUM_LAYERS = 4096, 32, 12288, 32  # LLaDA-8B
 CONTEXT_LEN = 1024

@@ -11,15 +11,15 @@ from itertools import product
 
 import torch
 
-from vllm_dllm.bench import attention, vocab, walk
-from vllm_dllm.bench.attention import AttentionProblem, AttentionShape
-from vllm_dllm.bench.floor import Rates, measure_rates
-from vllm_dllm.bench.layers import LayerStack
-from vllm_dllm.bench.memory import peak_bytes
-from vllm_dllm.bench.report import Row, Section, Spread
-from vllm_dllm.bench.turns import Contestant, ratio, take_turns
-from vllm_dllm.bench.vocab import VocabProblem, VocabShape
-from vllm_dllm.bench.walk import WalkProblem
+from benchmarks.kernels import attention, vocab, walk
+from benchmarks.kernels.attention import AttentionProblem, AttentionShape
+from benchmarks.kernels.floor import Rates, measure_rates
+from benchmarks.kernels.layers import LayerStack
+from benchmarks.kernels.memory import peak_bytes
+from benchmarks.kernels.turns import Contestant, ratio, take_turns
+from benchmarks.kernels.vocab import VocabProblem, VocabShape
+from benchmarks.kernels.walk import WalkProblem
+from vllm_dllm.measure.report import Row, Section, Spread
 
 HEADS = {"LLaDA-8B": (32, 32), "SDAR": (32, 8)}
 """Heads and K/V heads, of 128 each."""

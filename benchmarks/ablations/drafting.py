@@ -1,6 +1,6 @@
 """What the parts of drafting are worth, on traces that `vllm-dllm calibrate --keep-traces` left.
 
-    python -m vllm_dllm.bench.drafting graph.json.traces --held-out 0.4
+    python -m benchmarks.ablations.drafting graph.json.traces --held-out 0.4
 
 Calibrates on a part of the prompts and prints, for the others, forwards without drafts for each one with them;
 refreshes, which no draft saves, are left out of both.

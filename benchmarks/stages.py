@@ -7,10 +7,10 @@ from typing import Any
 
 from vllm import LLM
 
-from vllm_dllm.bench.decode import Policy
-from vllm_dllm.bench.engine import request_params, start_engine
-from vllm_dllm.bench.report import Row, Section
-from vllm_dllm.bench.workload import EngineSpec, Workload
+from vllm_dllm.engine.measuring import request_params, start_engine
+from vllm_dllm.measure.decode import Policy
+from vllm_dllm.measure.report import Row, Section
+from vllm_dllm.measure.workload import EngineSpec, Workload
 
 # On a GPU these are kernels; the rest is what the host does in each step.
 DEVICE_STAGES = ("forward", "row statistics")

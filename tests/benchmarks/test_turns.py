@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from vllm_dllm.bench.attention import AttentionShape
-from vllm_dllm.bench.floor import Rates
-from vllm_dllm.bench.memory import peak_bytes
-from vllm_dllm.bench.turns import COLD_BYTES, num_data_sets, ratio, take_turns
-from vllm_dllm.bench.vocab import VocabShape
+from benchmarks.kernels.attention import AttentionShape
+from benchmarks.kernels.floor import Rates, load_multiply_adds
+from benchmarks.kernels.memory import peak_bytes
+from benchmarks.kernels.turns import COLD_BYTES, num_data_sets, ratio, take_turns
+from benchmarks.kernels.vocab import VocabShape
+from vllm_dllm.ops.library import cpu_isa
 
 CPU = torch.device("cpu")
 
@@ -36,6 +37,14 @@ def test_floor_is_the_slower_of_memory_and_arithmetic():
     rates = Rates(bytes_per_s=1e9, flops_per_s=1e10)
     assert rates.floor_ms(num_bytes=2e6, num_flops=1e7) == pytest.approx(2.0)
     assert rates.floor_ms(num_bytes=2e6, num_flops=1e8) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("is_bfloat16", [False, True])
+def test_operations_are_counted(is_bfloat16):
+    lanes = {"portable": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}[cpu_isa()]
+    has_pairs = is_bfloat16 and cpu_isa() == "avx512_bf16"
+    per_round = 12 * lanes * (4 if has_pairs else 2)
+    assert load_multiply_adds()(7, is_bfloat16) == 7 * per_round * torch.get_num_threads()
 
 
 def test_floor_of_attention():

@@ -1,16 +1,16 @@
-"""`bench kernels` measures what it says, after it compared results."""
+"""`python -m benchmarks kernels` measures what it says, after it compared results."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from vllm_dllm.bench import attention, walk
-from vllm_dllm.bench.attention import AttentionProblem, AttentionShape, contestants
-from vllm_dllm.bench.kernels import KernelBench, Sizes
-from vllm_dllm.bench.turns import UnequalResultsError
-from vllm_dllm.bench.walk import WalkProblem, decide_contestants
-from vllm_dllm.cli.bench import kernels
+from benchmarks.__main__ import kernels
+from benchmarks.kernels import attention, walk
+from benchmarks.kernels.attention import AttentionProblem, AttentionShape, contestants
+from benchmarks.kernels.suite import KernelBench, Sizes
+from benchmarks.kernels.turns import UnequalResultsError
+from benchmarks.kernels.walk import WalkProblem, decide_contestants
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.unmask.walk import native_walk
 
@@ -30,7 +30,7 @@ TINY = Sizes(
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """One data set suffices where nothing is timed, and vLLM is another test's."""
-    monkeypatch.setattr("vllm_dllm.bench.turns.COLD_BYTES", 1)
+    monkeypatch.setattr("benchmarks.kernels.turns.COLD_BYTES", 1)
     monkeypatch.setattr(attention, "find_spec", lambda _: None)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_dllm.bench.report import Cell, Row, Section, Spread
+from vllm_dllm.measure.report import Cell, Row, Section, Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ _PANEL_INCHES = (5.0, 3.6)
 
 
 def draw(sections: Sequence[Section], path: Path) -> None:
-    """Draw the sections of `bench.decode.sections`: a row of panels per policy, and the time of steps below.
+    """Draw the sections of `measure.decode.sections`: a row of panels per policy, and the time of steps below.
 
     Args:
         sections: speed, acceptance, times of steps.

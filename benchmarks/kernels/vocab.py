@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.floor import Rates
+from benchmarks.kernels.turns import Contestant, UnequalResultsError, num_data_sets
 from vllm_dllm import ops
-from vllm_dllm.bench.floor import Rates
-from vllm_dllm.bench.turns import Contestant, UnequalResultsError, num_data_sets
 
 NUM_CANDIDATES = 8
 

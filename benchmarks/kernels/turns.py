@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from vllm_dllm.bench.report import Spread
+from vllm_dllm.measure.report import Spread
 
 Contestant = Callable[[int], object]
 """Does the work once, on the data set of the given number."""

@@ -1,6 +1,6 @@
 """What the look-ahead (`draft.look_ahead`) is worth to a block-causal model, on traces that `vllm-dllm calibrate` left.
 
-    python -m vllm_dllm.bench.across graph.json.traces --eos-token-id 151643
+    python -m benchmarks.ablations.across graph.json.traces --eos-token-id 151643
 
 It takes the rows of two drafts, so it is compared with two more drafts inside the block. For traces of temperature 0:
 the likeliest end is then known from the tokens alone. Calibrates on a part of the prompts and measures on the others.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_dllm.bench.drafting import BUDGETS, Material, load
+from benchmarks.ablations.drafting import BUDGETS, Material, load
 from vllm_dllm.calibrate.simulate import BlockDrafts, draft_blocks, until_eos, walks
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.draft.look_ahead import NUM_NODES

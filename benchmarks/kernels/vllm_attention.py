@@ -5,7 +5,7 @@ from torch import Tensor
 from vllm import _custom_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_dllm.bench.attention import PAGE_SIZE, AttentionProblem
+from benchmarks.kernels.attention import PAGE_SIZE, AttentionProblem
 
 
 class VllmCpuAttention:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.kernels.floor import Rates
+from benchmarks.kernels.turns import UnequalResultsError, num_data_sets
 from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.flashinfer import FlashInferAttention
 from vllm_dllm.attention.interface import Attention, Heads, Plan, Setting
 from vllm_dllm.attention.layout import denoise_layout, to_device
 from vllm_dllm.attention.plain import PlainAttention
 from vllm_dllm.attention.xformers import XformersAttention
-from vllm_dllm.bench.floor import Rates
-from vllm_dllm.bench.turns import UnequalResultsError, num_data_sets
 
 IMPLEMENTATIONS: dict[str, type[Attention]] = {
     "csrc": CsrcAttention,
@@ -211,6 +211,6 @@ def _vllm_cpu(problem: AttentionProblem) -> Attend:
 
     It takes its rows' keys and values from the cache. Storing them, each step and layer anew, is not timed.
     """
-    from vllm_dllm.bench.vllm_attention import VllmCpuAttention
+    from benchmarks.kernels.vllm_attention import VllmCpuAttention
 
     return VllmCpuAttention(problem).attend

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_dllm.bench.turns import Contestant, UnequalResultsError
+from benchmarks.kernels.turns import Contestant, UnequalResultsError
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph
 from vllm_dllm.draft.native import native_propose

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.fake_engine import WORKLOAD, install
-from vllm_dllm.bench.decode import (
+from tests.measure.fake_engine import WORKLOAD, install
+from vllm_dllm.measure.decode import (
     Comparison,
     Policy,
     Variant,
@@ -16,8 +16,8 @@ from vllm_dllm.bench.decode import (
     num_measurements,
     sections,
 )
-from vllm_dllm.bench.plot import draw
-from vllm_dllm.bench.report import Section, Spread, to_markdown
+from vllm_dllm.measure.plot import draw
+from vllm_dllm.measure.report import Section, Spread, to_markdown
 from vllm_dllm.spiffy_config import DEFAULT_MAX_NODES, parse_spiffy
 
 POLICIES = (Policy({"policy": "static"}), Policy({"policy": "threshold", "threshold": 0.8}, "graph.json"))

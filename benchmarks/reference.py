@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_dllm.bench.decode import Policy
-from vllm_dllm.bench.process import EngineProcess
-from vllm_dllm.bench.report import Row, Section
-from vllm_dllm.bench.workload import EngineSpec, Measurement, UnequalTokensError, Workload
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.measure.decode import Policy
+from vllm_dllm.measure.process import EngineProcess
+from vllm_dllm.measure.report import Row, Section
+from vllm_dllm.measure.workload import EngineSpec, Measurement, UnequalTokensError, Workload
 from vllm_dllm.models.interface import family_of
 from vllm_dllm.reference import block_causal
 from vllm_dllm.reference.decode import Generation, KvPolicy, generate

@@ -1,16 +1,16 @@
 """The measurement of `scripts/gpu_check.sh`, for machines with torch alone.
 
-    python -m vllm_dllm.bench.gpu
+    python -m benchmarks.kernels.gpu
 
-Prints Markdown. `vllm-dllm bench kernels` measures more, and needs the tools of the command line.
+Prints Markdown. `python -m benchmarks kernels` measures more, and needs the tools of the command line.
 """
 
 import sys
 
 import torch
 
-from vllm_dllm.bench.kernels import KernelBench, Sizes
-from vllm_dllm.bench.report import machine, to_markdown
+from benchmarks.kernels.suite import KernelBench, Sizes
+from vllm_dllm.measure.report import machine, to_markdown
 
 SIZES = Sizes(
     dtypes=(torch.bfloat16,),

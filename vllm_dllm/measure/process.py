@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from vllm_dllm.bench.workload import EngineSpec, Measurement
+from vllm_dllm.measure.workload import EngineSpec, Measurement
 
 
 class EngineEndedError(RuntimeError):
@@ -66,7 +66,7 @@ class EngineProcess:
 def _serve(connection: "Connection[Any, Any]", spec: EngineSpec) -> None:
     """Start an engine and measure until the other end is closed."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm_dllm.bench.engine import StepNotes, measure, set_budget, start_engine
+    from vllm_dllm.engine.measuring import StepNotes, measure, set_budget, start_engine
 
     llm, notes = start_engine(spec), StepNotes()
     llm.llm_engine.logger_manager.stat_loggers.append(notes)

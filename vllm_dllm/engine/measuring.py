@@ -9,9 +9,9 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_dllm.bench.workload import EngineSpec, Measurement, Workload
 from vllm_dllm.engine.kv_memory import kv_bytes
 from vllm_dllm.engine.telemetry import StepStats
+from vllm_dllm.measure.workload import EngineSpec, Measurement, Workload
 
 
 def start_engine(spec: EngineSpec) -> LLM:

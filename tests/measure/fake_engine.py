@@ -1,13 +1,13 @@
-"""An engine for tests of the bench: it decodes nothing and says that it did."""
+"""An engine for tests of `bench decode`: it decodes nothing and says that it did."""
 
 from collections import defaultdict
 from typing import Self
 
 import pytest
 
-from vllm_dllm.bench import decode
-from vllm_dllm.bench.workload import EngineSpec, Measurement, Workload
 from vllm_dllm.engine.telemetry import StepStats
+from vllm_dllm.measure import decode
+from vllm_dllm.measure.workload import EngineSpec, Measurement, Workload
 from vllm_dllm.state.counters import MAX_DEPTH
 
 WORKLOAD = Workload("model", prompts=((5, 6), (7,)), gen_length=4, block_length=2, concurrency=(1, 2))
@@ -50,7 +50,7 @@ class FakeEngine:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, wrong_budget: int | None = None) -> type[FakeEngine]:
-    """Let the bench start fake engines; those given `wrong_budget` decode something else."""
+    """Let `bench decode` start fake engines; those given `wrong_budget` decode something else."""
     monkeypatch.setattr(FakeEngine, "calls", [], raising=False)
     monkeypatch.setattr(FakeEngine, "wrong_budget", wrong_budget, raising=False)
     monkeypatch.setattr(decode, "EngineProcess", FakeEngine)

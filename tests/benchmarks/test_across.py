@@ -2,9 +2,9 @@
 
 import pytest
 
+from benchmarks.ablations.across import count_across, rows
+from benchmarks.ablations.drafting import Material
 from tests.calibrate.traces import MASK, make_block, make_trace
-from vllm_dllm.bench.across import count_across, rows
-from vllm_dllm.bench.drafting import Material
 from vllm_dllm.calibrate.count import Decoding
 from vllm_dllm.calibrate.simulate import draft_blocks
 from vllm_dllm.config import DllmConfig
