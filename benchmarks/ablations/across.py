@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.ablations.drafting import BUDGETS, Material, load
-from vllm_dllm.calibrate.simulate import BlockDrafts, draft_blocks, until_eos, walks
+from vllm_dllm.calibrate.simulate import BlockDrafts, accept_paths, draft_blocks, until_eos
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.draft.look_ahead import NUM_NODES
 from vllm_dllm.errors import ConfigError
@@ -39,7 +39,7 @@ def count_across(
     for trace in traces:
         is_decided = False  # the block's first step
         for block in trace.blocks:
-            anchors = [anchor for anchor, _ in walks(next(remaining), budget)]
+            anchors = [anchor for anchor, _ in accept_paths(next(remaining), budget)]
             within += 1 + len(anchors)
             across += 1 + len(anchors) - is_decided
             # A forward's guess replaces the one before it, so the last counts. A first step that finishes has none.

@@ -15,7 +15,7 @@ from pathlib import Path
 from vllm_dllm.calibrate.build import make_graph, split
 from vllm_dllm.calibrate.count import Decoding, block_paths
 from vllm_dllm.calibrate.record import TraceFile
-from vllm_dllm.calibrate.select import Objective, select_by_gain, walk_length
+from vllm_dllm.calibrate.select import Objective, accept_length, select_by_gain
 from vllm_dllm.calibrate.simulate import count_forwards, draft_blocks
 from vllm_dllm.calibrate.trace import PromptTrace
 from vllm_dllm.config import DllmConfig
@@ -95,7 +95,7 @@ def _forwards(paths: BlockPaths, nodes: set[Hashable]) -> Iterator[int]:
     anchor = 0
     while anchor < len(paths):
         yield anchor
-        anchor += 1 + walk_length(paths[anchor], nodes)
+        anchor += 1 + accept_length(paths[anchor], nodes)
 
 
 def ablations(material: Material) -> Iterator[tuple[str, list[float]]]:

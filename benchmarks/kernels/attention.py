@@ -35,7 +35,7 @@ Attend = Callable[[int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """A denoising step: each request has a block in the middle of its stored row, and drafts of it."""
+    """A denoising step: each request has a block in the middle of its stored sequence, and drafts of it."""
 
     num_heads: int
     num_kv_heads: int
@@ -81,8 +81,8 @@ class AttentionProblem:
         self.query = randn(shape.num_rows, shape.num_heads, shape.head_dim)
         self.key, self.value = randn(2, shape.num_rows, shape.num_kv_heads, shape.head_dim)
         self.block_start = shape.context_len // 2
-        self.row_len = shape.context_len + shape.block_length
-        pages_per_request = -(-self.row_len // PAGE_SIZE)
+        self.seq_len = shape.context_len + shape.block_length
+        pages_per_request = -(-self.seq_len // PAGE_SIZE)
         num_pages = self.num_sets * shape.num_requests * pages_per_request
         self.kv_cache = randn(num_pages, shape.num_kv_heads, PAGE_SIZE, 2 * shape.head_dim)
         order = torch.randperm(num_pages, device=device).int()
@@ -137,7 +137,7 @@ def plans(problem: AttentionProblem, implementation: type[Attention]) -> list[Pl
     block_start = np.full(shape.num_requests, problem.block_start)
     host = denoise_layout(
         block_start,
-        np.full_like(block_start, problem.row_len),
+        np.full_like(block_start, problem.seq_len),
         num_nodes=1 + shape.num_drafts,
         block_length=shape.block_length,
     )

@@ -67,11 +67,11 @@ def _turn(contestant: Contestant, num_sets: int, device: torch.device) -> Callab
     with torch.cuda.stream(stream):
         turn()
     torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    cuda_graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(cuda_graph):
         turn()
-    graph.replay()
-    return graph.replay
+    cuda_graph.replay()
+    return cuda_graph.replay
 
 
 def _seconds(turn: Callable[[], None], device: torch.device) -> float:

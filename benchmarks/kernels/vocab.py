@@ -16,7 +16,7 @@ NUM_CANDIDATES = 8
 
 @dataclass(frozen=True, slots=True)
 class VocabShape:
-    """Hidden rows and the weight of a head."""
+    """Hidden rows and the weight of an LM head."""
 
     vocab_size: int
     hidden_size: int
@@ -30,7 +30,7 @@ class VocabShape:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the head's weight."""
+        """Bytes of the LM head's weight."""
         return self.vocab_size * self.hidden_size * self.dtype.itemsize
 
     def floor_ms(self, rates: Rates) -> float:

@@ -29,7 +29,7 @@ FORMULAS = (
     ((0, 0), (1, 1)),
     ((0, 0), (1, 0), (2, 0), (3, 0), (4, 0)),
 )
-"""A graph as calibration makes them."""
+"""A draft graph as calibration makes them."""
 
 _VOCAB_SIZE = 126_464
 _MASK_ID = _VOCAB_SIZE - 1
@@ -46,7 +46,7 @@ class WalkProblem:
 
 
 def propose_contestants(problem: WalkProblem) -> dict[str, Contestant]:
-    """Return who can fill the nodes of a graph, after comparing the canvases.
+    """Return who can fill the nodes of a draft graph, after comparing the canvases.
 
     Raises: UnequalResultsError.
     """
@@ -61,7 +61,7 @@ def propose_contestants(problem: WalkProblem) -> dict[str, Contestant]:
 
 
 def decide_contestants(problem: WalkProblem) -> dict[str, Contestant]:
-    """Return who can decide canvases of which the first half of a chain came true, after comparing where they end.
+    """Return who can decide canvases of which the first half of a chain is accepted, after comparing where they end.
 
     Raises: UnequalResultsError.
     """

@@ -62,7 +62,7 @@ def workload(
 
 
 def _read_tokenizer(model: str) -> "tuple[Tokenizer, int]":
-    """Return a model's tokenizer, and how many positions a row has at most, as vLLM sees it."""
+    """Return a model's tokenizer, and how many positions a sequence has at most, as vLLM sees it."""
     with waiting_for("reading the tokenizer"):
         from transformers import PreTrainedTokenizerFast
 

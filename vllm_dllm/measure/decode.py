@@ -224,7 +224,7 @@ def _speed(runs: Runs, key: Key) -> Row:
 
 
 def _depths(runs: Runs) -> list[Row]:
-    """Sum over numbers of requests at once; depths beyond the deepest walk of all are left out."""
+    """Sum over numbers of requests at once; depths beyond the longest accept path are left out."""
     kinds: defaultdict[tuple[str, str], list[Measurement]] = defaultdict(list)
     for key, measurements in runs.items():
         if key.variant != OFF:

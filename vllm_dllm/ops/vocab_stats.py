@@ -1,4 +1,4 @@
-"""What rows of logits say, from hidden rows and the head's weight, or from logits."""
+"""What rows of logits say, from hidden rows and the LM head's weight, or from logits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
