@@ -12,7 +12,7 @@ from vllm_dllm.attention.layout import (
     ForwardLayout,
     HostLayout,
     denoise_layout,
-    storing_layout,
+    host_layout,
     to_device,
 )
 
@@ -33,8 +33,20 @@ def denoising(num_nodes: int, block_length: int = 5) -> HostLayout:
 
 def committing() -> HostLayout:
     """Requests of a block-causal model, two of which store the block before, and one looks ahead."""
-    start = ints(5, 35, 0, 40)
-    return denoise_layout(start, start + 5, num_nodes=ints(2, 3, 3, 2), block_length=5, last_shift=ints(-5, 0, 5, -5))
+    roots = [[0, start, start + 5, start + 5] for start in (5, 35, 0, 40)]
+    context = [roots[0], [0, 0, 5, 5], *[roots[1]] * 3, roots[2], roots[2], [0, 5, 10, 10], roots[3], [0, 35, 40, 40]]
+    return host_layout(ints(2, 3, 3, 2), np.full(10, 5), np.array(context))
+
+
+def storing(begin: np.ndarray, end: np.ndarray) -> HostLayout:
+    """One long node of each request, which sees what is before it."""
+    return host_layout(np.ones_like(begin), end - begin, np.stack([np.zeros_like(begin), begin, end, end], 1))
+
+
+def prefilling() -> HostLayout:
+    """Blocks of prompts, then of one request its first canvas."""
+    own = [(0, 4), (4, 8), (8, 12), (16, 20), (20, 24), (24, 28), (40, 44)]
+    return host_layout(ints(3, 3, 0, 1), np.full(7, 4), np.array([[0, begin, end, end] for begin, end in own]))
 
 
 def mixed() -> HostLayout:
@@ -53,9 +65,12 @@ LAYOUTS = {
     "one canvas": denoising(1),
     "drafts": denoising(3, 4),
     "drafts and commits": committing(),
-    "whole rows": storing_layout(ints(0, 0), ints(21, 40)),
-    "ends of rows": storing_layout(ints(0, 17, 32), ints(9, 33, 53)),
-    "prompts": storing_layout(ints(0, 16, 8, 40), ints(12, 28, 8, 44), 4),
+    "whole rows": storing(ints(0, 0), ints(21, 40)),
+    "ends of rows": storing(ints(0, 17, 32), ints(9, 33, 53)),
+    "prompts": prefilling(),
+    "a refresh beside drafts": host_layout(
+        ints(1, 3), ints(40, 5, 5, 5), np.array([[0, 0, 40, 40], *[[0, 33, 38, 70]] * 3])
+    ),
     "mixed": mixed(),
 }
 

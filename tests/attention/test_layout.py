@@ -9,9 +9,9 @@ from vllm_dllm.attention.layout import (
     CapturedLayout,
     denoise_layout,
     empty_layout,
+    host_layout,
     lone_layout,
     pad_layout,
-    storing_layout,
     to_device,
 )
 
@@ -24,38 +24,6 @@ def test_canvases_of_a_request_see_its_row_but_the_block() -> None:
     assert (host.num_requests, host.num_nodes) == (2, 6)
     assert host.own_len.tolist() == [4] * 6
     assert host.context_len.tolist() == [7] * 3 + [20] * 3
-
-
-def test_a_refresh_sees_what_precedes_it() -> None:
-    host = storing_layout(ints(0, 5, 9), ints(4, 12, 10))
-    assert host.first_node.tolist() == [0, 1, 2, 3]
-    assert host.first_row.tolist() == [0, 4, 11, 12]
-    assert host.context_len.tolist() == [0, 5, 9]
-    assert (host.context[:, 0] == 0).all()
-
-
-def test_a_prompt_s_blocks_see_the_blocks_before_them() -> None:
-    host = storing_layout(ints(0, 8, 4), ints(8, 12, 4), 4)
-    assert host.first_node.tolist() == [0, 2, 3, 3]
-    assert host.first_row.tolist() == [0, 4, 8, 12]
-    assert host.context.tolist() == [[0, 0, 4, 4], [0, 4, 8, 8], [0, 8, 12, 12]]
-
-
-def test_a_commit_sees_what_precedes_it_and_the_root_sees_the_commit() -> None:
-    start = ints(8, 20, 4)
-    host = denoise_layout(start, start + 4, num_nodes=ints(2, 3, 2), block_length=4, last_shift=ints(-4, 0, -4))
-    assert host.first_node.tolist() == [0, 2, 5, 7]
-    assert host.first_row.tolist() == list(range(0, 29, 4))
-    root, other, first = [0, 8, 12, 12], [0, 20, 24, 24], [0, 4, 8, 8]
-    assert host.context.tolist() == [root, [0, 4, 8, 8], *[other] * 3, first, [0, 0, 4, 4]]
-    assert host.context_len.tolist() == [8, 4, 20, 20, 20, 4, 0]
-
-
-def test_a_next_root_sees_the_block_s_end() -> None:
-    start = ints(8, 0)
-    host = denoise_layout(start, start + 4, num_nodes=3, block_length=4, last_shift=ints(4, 4))
-    assert host.context.tolist() == [*[[0, 8, 12, 12]] * 2, [0, 12, 16, 16], *[[0, 0, 4, 4]] * 2, [0, 4, 8, 8]]
-    assert host.context_len.tolist() == [8, 8, 12, 0, 0, 4]
 
 
 def test_a_step_of_nobody_is_empty() -> None:
@@ -76,8 +44,8 @@ def test_padding_sees_only_itself() -> None:
 
 
 def test_requests_with_different_nodes_are_padded_alike() -> None:
-    start = ints(8, 20)
-    host = denoise_layout(start, start + 4, num_nodes=ints(2, 3), block_length=4, last_shift=ints(-4, 0))
+    context = np.array([[0, 8, 12, 12], [0, 4, 8, 8], *[[0, 20, 24, 24]] * 3])
+    host = host_layout(ints(2, 3), np.full(5, 4), context)
     padded = pad_layout(host, num_rows=32, num_requests=4, block_length=4)
     assert padded.first_node.tolist() == [0, 2, 5, 8, 8]
     assert padded.first_row.tolist() == list(range(0, 33, 4))

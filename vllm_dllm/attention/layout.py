@@ -1,19 +1,14 @@
 """Who sees whom in a forward, as the small tensors that attention takes, and where rows store their K/V.
 
-A *node* is a set of packed rows that see each other: the canvas of a draft-graph node in a denoising step, everything
-from `begin` on in a refresh, a block of the prompt in a prefill. Besides, the rows of a node see its *context*, two
+A *node* is a segment of a step (`engine.plan`): packed rows that see each other, and besides their *context*, two
 intervals of their request's stored positions, and nothing else (csrc/include/dllm/visible.h):
 
-    denoise   0 ......... block_start |  own block  | block_end ......... visible_end
+    block     0 ......... block_start |  own block  | block_end ......... end of the sequence
               context                                 context (empty in a block-causal model)
-    commit    0 ......... block_start - B | the block before |
-              context
-    next root 0 ......... block_end | the block behind |
-              context, of which the block's end is stored in the same forward (draft/look_ahead.py)
-    refresh   0 ......... begin | own rows .............................. row_len
+    refresh   0 ......... begin | own rows .............................. end of the sequence
               context (empty when begin is 0)
-    prefill   0 ......... block_start |  own block  |
-              context, of which the blocks of the same forward are a part: a layer stores before it attends
+
+A layer stores before it attends, so what the same forward stores is a part of the context.
 
 Nodes of a request are consecutive and share its page table; rows of a node are consecutive. The host knows all lengths
 before the forward, so a layout is made on the host and travels in one copy. Entries of a page table that no context
@@ -87,66 +82,44 @@ class ForwardLayout:
     host: HostLayout  # of a captured CUDA graph: that of the capture
 
 
-def denoise_layout(
-    block_start: IntArray,
-    visible_end: IntArray,
-    *,
-    num_nodes: int | IntArray,
-    block_length: int,
-    last_shift: IntArray | None = None,
-) -> HostLayout:
-    """Lay out a denoising step: each canvas sees what its request sees but the block, and itself.
+def host_layout(num_nodes: IntArray, own_len: IntArray, context: IntArray) -> HostLayout:
+    """Lay out nodes, those of a request one after another.
 
     Args:
-        block_start: [num_requests].
-        visible_end: [num_requests], end of the positions that the block sees: of the row, or of the block itself.
-        num_nodes: canvases of each request, or of every one.
-        block_length: positions per block.
-        last_shift: [num_requests], by how many positions the block of each one's last node lies behind the others'
-            (before them, if negative); None: nowhere.
+        num_nodes: [num_requests], of each.
+        own_len: [num_nodes], rows of each.
+        context: [num_nodes, 4], as in `HostLayout`.
     """
-    num_requests = len(block_start)
-    num_nodes = np.broadcast_to(num_nodes, num_requests)
-    first_node = np.concatenate([[0], np.cumsum(num_nodes)])
-    intervals = [np.zeros_like(block_start), block_start, block_start + block_length, visible_end]
-    context = np.stack(intervals, 1).repeat(num_nodes, 0)
-    if last_shift is not None:
-        context[first_node[1:] - 1, 1:] += last_shift[:, None]
     return HostLayout(
-        first_node=first_node.astype(np.int32),
-        first_row=np.arange(first_node[-1] + 1, dtype=np.int32) * np.int32(block_length),
+        first_node=np.concatenate([[0], np.cumsum(num_nodes)]).astype(np.int32),
+        first_row=np.concatenate([[0], np.cumsum(own_len)]).astype(np.int32),
         context=context.astype(np.int32),
     )
 
 
-def storing_layout(begin: IntArray, end: IntArray, node_length: int | None = None) -> HostLayout:
-    """Lay out rows that are stored: each node sees what is stored before it, and itself.
+def denoise_layout(block_start: IntArray, visible_end: IntArray, *, num_nodes: int, block_length: int) -> HostLayout:
+    """Lay out canvases of requests alone: each sees what its request sees but the block, and itself.
 
     Args:
-        begin, end: [num_requests], the positions of each.
-        node_length: positions of a node; None: a request's positions are one node.
+        block_start: [num_requests].
+        visible_end: [num_requests], end of the positions that the block sees: of the sequence, or of the block itself.
+        num_nodes: canvases of each request.
+        block_length: positions per block.
     """
-    starts = [np.arange(b, e, node_length or max(e - b, 1)) for b, e in zip(begin, end, strict=True)]
-    node_begin = np.concatenate(starts)
-    num_nodes = [len(of_request) for of_request in starts]
-    request_end = end.repeat(num_nodes)
-    node_end = request_end if node_length is None else np.minimum(node_begin + node_length, request_end)
-    return HostLayout(
-        first_node=np.concatenate([[0], np.cumsum(num_nodes)]).astype(np.int32),
-        first_row=np.concatenate([[0], np.cumsum(node_end - node_begin)]).astype(np.int32),
-        context=np.stack([np.zeros_like(node_begin), node_begin, node_end, node_end], 1).astype(np.int32),
-    )
+    intervals = [np.zeros_like(block_start), block_start, block_start + block_length, visible_end]
+    context = np.stack(intervals, 1).repeat(num_nodes, 0)
+    return host_layout(np.full(len(block_start), num_nodes), np.full(len(context), block_length), context)
 
 
 def lone_layout(num_rows: int) -> HostLayout:
     """Lay out rows of nobody, which see each other and nothing stored."""
-    return storing_layout(np.zeros(1, dtype=np.int64), np.array([num_rows]))
+    return host_layout(np.ones(1, dtype=np.int64), np.array([num_rows]), np.zeros((1, 4), dtype=np.int64))
 
 
 def empty_layout() -> HostLayout:
     """Lay out a step of no requests."""
     none = np.zeros(0, dtype=np.int64)
-    return denoise_layout(none, none, num_nodes=1, block_length=1)
+    return host_layout(none, none, none.reshape(0, 4))
 
 
 def pad_layout(host: HostLayout, *, num_rows: int, num_requests: int, block_length: int) -> HostLayout:

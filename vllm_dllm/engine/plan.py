@@ -22,7 +22,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from vllm_dllm.attention.layout import HostLayout
+from vllm_dllm.attention.layout import HostLayout, host_layout
 from vllm_dllm.draft.look_ahead import NUM_NODES
 from vllm_dllm.state.kv import BoolArray, IntArray, KvStep
 
@@ -119,11 +119,7 @@ class StepPlan:
     def layout(self) -> HostLayout:
         """Say what each segment sees."""
         num_segments = np.bincount(self.request, minlength=self.num_reqs)
-        return HostLayout(
-            first_node=np.concatenate([[0], np.cumsum(num_segments)]).astype(np.int32),
-            first_row=self.first_row.astype(np.int32),
-            context=self.context.astype(np.int32),
-        )
+        return host_layout(num_segments, self.end - self.begin, self.context)
 
     @property
     def is_plain(self) -> bool:
