@@ -93,7 +93,7 @@ def test_python_forms_are_used_again_and_left_unchanged(value: Any) -> None:
     assert args.speculative_config == value == before
     assert additional == {"dllm": {"block_length": 16}}
     assert json.loads(json.dumps(first.additional_config)) == second.additional_config
-    assert first.diffusion_config.canvas_length == 16 * 4
+    assert first.diffusion_config.canvas_length == 16 + 3
 
 
 def test_a_form_that_cannot_be_read_is_an_error_of_the_option(parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +239,7 @@ def test_the_token_budget_holds_drafts_and_the_longest_prompt(given: dict[str, A
     )
     assert config.scheduler_config.max_num_batched_tokens == rows + 128
     found = spiffy_of(config)
-    canvas_length = 32 * (1 + found.max_nodes) if found else 32
+    canvas_length = 32 + found.max_nodes if found else 32
     assert config.diffusion_config.canvas_length == config.model_config.hf_config.canvas_length == canvas_length
 
 

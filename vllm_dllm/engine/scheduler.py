@@ -48,7 +48,7 @@ class DllmScheduler(Scheduler):
         self._is_causal = self.settings.kv_policy == "block_causal"
         self.rows = StepRows(self.settings, self.max_model_len, self.max_num_scheduled_tokens)
         self._placeholders = [-1] * self.num_spec_tokens
-        self._num_held = 0
+        self.num_held = 0
         compilation = self.vllm_config.compilation_config
         has_graphs = compilation.cudagraph_mode != CUDAGraphMode.NONE
         self._largest_graph = (compilation.max_cudagraph_capture_size or 0) if has_graphs else 0
@@ -149,7 +149,7 @@ class DllmScheduler(Scheduler):
             request.spec_token_ids = self._placeholders[: self.block_length]
             if not self.rows.give(request, num_rows):
                 _leave_out(request, self.current_step)
-                self._num_held += 1
+                self.num_held += 1
             elif begins_block:
                 num_begins += self._is_causal
             else:
@@ -265,7 +265,7 @@ class DllmScheduler(Scheduler):
         is_first = request.request_id not in self.rows.given
         num_rows = self.rows.first(request, num_known) if is_first else 0
         if num_rows > self.rows.free:
-            self._num_held += 1
+            self.num_held += 1
             return None
         kwargs["num_lookahead_tokens"] = self._paged_end(request) - num_known - num_new_tokens
         kwargs["delay_cache_blocks"] = True
