@@ -18,10 +18,11 @@ from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.draft.native import Propose
 from vllm_dllm.draft.propose import Roots, likeliest_end, propose
-from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
+from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import Head
+from vllm_dllm.unmask.policy import asked_ids
 from vllm_dllm.unmask.stats import Candidates
 from vllm_dllm.unmask.walk import Nodes, Trajectory, Walk, nothing_decided, walk
 
@@ -120,7 +121,8 @@ class Denoiser:
         rows = [self.state.predicting_rows(part.blocks.slots, part.hidden) for part in forward]
         sampling = self._sampling(forward)
         keeps_candidates = self.drafting is not None or self.observer is not None
-        stats = self.head(torch.cat(rows), sampling, MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES)
+        num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
+        stats = self.head(torch.cat(rows), sampling, num_candidates, self._ids(forward))
         of_parts = stats.split([len(part.hidden) for part in forward])
         return [self._decide(part, own) for part, own in zip(forward, of_parts, strict=True)]
 
@@ -130,11 +132,20 @@ class Denoiser:
         num_masked = torch.cat([part.nodes.is_masked.sum(2).flatten() for part in forward])
         return self.state.row_sampling(_blocks_of(forward), num_masked)
 
+    def _ids(self, forward: Sequence[Evaluated]) -> RowIds | None:
+        """Return what ids the policies ask for; the same ones at every canvas of a request."""
+        if not any(self.state.has_memory(part.blocks.slots_np) for part in forward):
+            return None
+        asked = asked_ids(self.state.policy_state(_blocks_of(forward)))
+        return None if asked is None else RowIds(asked.flatten(0, 1))
+
     def _decide(self, part: Evaluated, stats: PartialStats) -> Trajectory:
         blocks, nodes = part.blocks, part.nodes
         params = self.state.policy_params(blocks)
-        done = self.walk(nodes, stats, params, self.state.mask_token_id, self.state.rules)
+        remembered = self.state.policy_state(blocks)
+        done = self.walk(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
         self.state.canvas[blocks.slots] = done.next_canvas
+        self.state.remember(blocks.slots, done.state)
         request = torch.arange(len(done.node), device=done.node.device)
         if self.drafting is not None:
             self.drafting.state.put(blocks.slots, done.candidates, nodes.is_masked[request, done.node])

@@ -73,6 +73,15 @@ class Distribution:
     token: Tensor  # [num_rows] float64, x of the drawn token
     candidates: Tensor  # [num_rows, num_candidates] float64, x of the largest; -inf: none
 
+    def where(self, is_it: Tensor, other: "Distribution") -> "Distribution":
+        """Return that of the rows that `is_it` [num_rows] bool marks, and of `other` for the rest."""
+        return Distribution(
+            torch.where(is_it, self.rest, other.rest),
+            torch.where(is_it, self.weighted, other.weighted),
+            torch.where(is_it, self.token, other.token),
+            torch.where(is_it[:, None], self.candidates, other.candidates),
+        )
+
     @property
     def confidence(self) -> Tensor:
         """[num_rows] float64, the probability of the drawn token."""
