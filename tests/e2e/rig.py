@@ -46,6 +46,9 @@ class Case:
     threshold: float = 0.9
     factor: float = 1.0
     entropy_bound: float = 0.35
+    credit_alpha: float = 0.7
+    credit_beta: float = 0.8
+    credit_gamma: float = 0.2
     alg_temp: float | None = None
     steps: int | None = None
     temperature: float = 0.0
@@ -159,6 +162,9 @@ class Oracle:
                 threshold=case.threshold,
                 factor=case.factor,
                 entropy_bound=case.entropy_bound,
+                credit_alpha=case.credit_alpha,
+                credit_beta=case.credit_beta,
+                credit_gamma=case.credit_gamma,
                 alg_temp=case.alg_temp,
                 confidence_dtype=torch.float64,
             ),
@@ -180,7 +186,7 @@ class Oracle:
         return tokens[: case.max_tokens]
 
 
-LLADA_POLICIES: tuple[PolicyName, ...] = ("static", "random", "threshold", "factor")
+LLADA_POLICIES: tuple[PolicyName, ...] = ("static", "random", "threshold", "factor", "credit")
 
 
 def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = LLADA_POLICIES) -> list[Case]:
@@ -203,11 +209,12 @@ def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = L
                 threshold=rng.choice([0.05, 0.3, 0.9]),
                 factor=rng.choice([0.3, 1.0, 1.9]),
                 entropy_bound=rng.choice([0.35, 5.0]) if policy == "entropy_bounded" else 0.35,
+                credit_alpha=2.0,
                 alg_temp=rng.choice([None, 0.3]) if policy in {"margin", "entropy"} else None,
                 steps=steps if "steps" in POLICY_OPTIONS[policy] else None,
                 temperature=[0.0, 0.7][(i // len(policies)) % 2],
-                top_k=rng.choice([0, 0, 5]),
-                top_p=rng.choice([1.0, 1.0, 0.8]),
+                top_k=0 if policy == "credit" else rng.choice([0, 0, 5]),
+                top_p=1.0 if policy == "credit" else rng.choice([1.0, 1.0, 0.8]),
                 seed=rng.randrange(-(2**63), 2**63),
             )
         )

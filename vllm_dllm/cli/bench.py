@@ -18,6 +18,7 @@ from vllm_dllm.cli.inputs import Dtype, check_file, check_matplotlib, make_folde
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
     BlockLength,
+    Credit,
     EntropyBound,
     Factor,
     StepsPerBlock,
@@ -85,10 +86,13 @@ def _measures_workload(policies: str) -> Callable[[Callable[["Workload", "tuple[
             threshold: Threshold = None,
             factor: Factor = None,
             entropy_bound: EntropyBound = None,
+            credit: Credit = None,
             alg_temp: AlgTemp = None,
             steps_per_block: StepsPerBlock = None,
         ) -> None:
-            given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
+            given = given_settings(
+                None, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block
+            )
             chosen = bench_options.policies(model, policy, DEFAULT_GRAPH, given)
             measure(
                 bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),
@@ -131,6 +135,7 @@ def decode(  # noqa: PLR0913 - the options of a command
     threshold: Threshold = None,
     factor: Factor = None,
     entropy_bound: EntropyBound = None,
+    credit: Credit = None,
     alg_temp: AlgTemp = None,
     steps_per_block: StepsPerBlock = None,
     graph: _Graphs = "default",
@@ -153,7 +158,7 @@ def decode(  # noqa: PLR0913 - the options of a command
     make_folder("--out", out)
     from vllm_dllm.bench.decode import Comparison, sections
 
-    given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
+    given = given_settings(None, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block)
     comparison = Comparison(
         policies=bench_options.policies(model, policy, graph, given),
         budgets=bench_options.whole_numbers("--budgets", budgets, MAX_NODES),
