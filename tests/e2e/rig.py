@@ -186,7 +186,7 @@ class Oracle:
         return tokens[: case.max_tokens]
 
 
-LLADA_POLICIES: tuple[PolicyName, ...] = ("static", "random", "threshold", "factor", "credit")
+LLADA_POLICIES: tuple[PolicyName, ...] = ("static", "random", "threshold", "factor")
 
 
 def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = LLADA_POLICIES) -> list[Case]:
@@ -213,8 +213,8 @@ def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = L
                 alg_temp=rng.choice([None, 0.3]) if policy in {"margin", "entropy"} else None,
                 steps=steps if "steps" in POLICY_OPTIONS[policy] else None,
                 temperature=[0.0, 0.7][(i // len(policies)) % 2],
-                top_k=0 if policy == "credit" else rng.choice([0, 0, 5]),
-                top_p=1.0 if policy == "credit" else rng.choice([1.0, 1.0, 0.8]),
+                top_k=rng.choice([0, 0, 5]) * (policy != "credit"),
+                top_p=max(rng.choice([1.0, 1.0, 0.8]), float(policy == "credit")),
                 seed=rng.randrange(-(2**63), 2**63),
             )
         )
