@@ -22,7 +22,6 @@ from vllm_dllm.cli import bench_options
 from vllm_dllm.cli.bench import fail, print_sections
 from vllm_dllm.cli.bench_options import (
     Concurrency,
-    Credit,
     GenLength,
     Model,
     NumPrompts,
@@ -35,6 +34,7 @@ from vllm_dllm.cli.inputs import check_file
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
     BlockLength,
+    Credit,
     EntropyBound,
     Factor,
     StepsPerBlock,

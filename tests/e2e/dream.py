@@ -36,7 +36,7 @@ CONFIG = {
 }
 PUBLISHED: tuple[PolicyName, ...] = ("static", "margin", "entropy", "origin", "threshold")
 """Dream's own policies and the one that Fast-dLLM adds."""
-OTHERS: tuple[PolicyName, ...] = ("random", "factor", "sequential", "dynamic", "entropy_bounded", "credit")
+OTHERS: tuple[PolicyName, ...] = ("random", "factor", "sequential", "dynamic", "entropy_bounded")
 
 
 def make_wild_dream(path: Path, mixing: float = 1.0) -> None:

@@ -190,7 +190,7 @@ LLADA_POLICIES: tuple[PolicyName, ...] = ("static", "random", "threshold", "fact
 
 
 def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = LLADA_POLICIES) -> list[Case]:
-    """Sixteen requests of odd lengths, all policies, greedy and sampled."""
+    """Sixteen requests of odd lengths, greedy and sampled, of all policies; some have `credit` for `threshold`."""
     rng = random.Random(seed)
     cases = []
     for i in range(NUM_SLOTS):
@@ -198,6 +198,8 @@ def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = L
         max_tokens = rng.choice([1, 3, block_length - 1, block_length, block_length + 1, 37, 61])
         num_blocks = -(-max_tokens // block_length)
         policy = policies[i % len(policies)]
+        if policy == "threshold" and 4 <= i < 12:
+            policy = "credit"
         steps = rng.choice([None, num_blocks, num_blocks * rng.randrange(1, block_length + 1)])
         if policy == "dynamic" and steps is not None:
             steps = num_blocks * math.gcd(steps // num_blocks, block_length)
@@ -209,7 +211,6 @@ def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = L
                 threshold=rng.choice([0.05, 0.3, 0.9]),
                 factor=rng.choice([0.3, 1.0, 1.9]),
                 entropy_bound=rng.choice([0.35, 5.0]) if policy == "entropy_bounded" else 0.35,
-                credit_alpha=2.0,
                 alg_temp=rng.choice([None, 0.3]) if policy in {"margin", "entropy"} else None,
                 steps=steps if "steps" in POLICY_OPTIONS[policy] else None,
                 temperature=[0.0, 0.7][(i // len(policies)) % 2],

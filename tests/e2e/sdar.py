@@ -38,7 +38,7 @@ CONFIG = {
 }
 POLICIES: tuple[PolicyName, ...] = (
     *("sequential", "static", "dynamic", "entropy_bounded"),
-    *("random", "threshold", "factor", "margin", "entropy", "origin", "credit"),
+    *("random", "threshold", "factor", "margin", "entropy", "origin"),
 )
 """SDAR's own policies, then the other families'."""
 
