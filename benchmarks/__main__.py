@@ -34,6 +34,7 @@ from vllm_dllm.cli.inputs import check_file
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
     BlockLength,
+    Credit,
     EntropyBound,
     Factor,
     StepsPerBlock,
@@ -74,10 +75,13 @@ def _measures_workload(policies: str) -> Callable[[Callable[[Workload, tuple[Pol
             threshold: Threshold = None,
             factor: Factor = None,
             entropy_bound: EntropyBound = None,
+            credit: Credit = None,
             alg_temp: AlgTemp = None,
             steps_per_block: StepsPerBlock = None,
         ) -> None:
-            given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
+            given = given_settings(
+                None, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block
+            )
             chosen = bench_options.policies(model, policy, DEFAULT_GRAPH, given)
             measure(
                 bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),

@@ -60,6 +60,11 @@ def test_keys_of_others_are_left_alone() -> None:
             {"block_length": 8, "steps_per_block": 3, "policy": "dynamic"},
             ["steps_per_block is 3, but policy 'dynamic'", "divisor"],
         ),
+        ({"credit_beta": 1.5}, ["additional_config.dllm.credit_beta is 1.5", "allowed are numbers from 0 to 1"]),
+        (
+            {"credit_alpha": 101},
+            ["additional_config.dllm.credit_alpha is 101", "allowed are numbers above 0 and up to 100"],
+        ),
         ({"entropy_bound": 0}, ["additional_config.dllm.entropy_bound is 0", "finite numbers above 0"]),
         ({"alg_temp": -1.0}, ["additional_config.dllm.alg_temp is -1.0", "null and finite numbers from 0 on"]),
         (

@@ -27,6 +27,7 @@ PolicyName = Literal[
     "sequential",
     "dynamic",
     "entropy_bounded",
+    "credit",
 ]
 POLICY_ALIASES: dict[str, PolicyName] = {
     "low_confidence": "static",  # LLaDA's name
@@ -54,6 +55,9 @@ _Policy = Annotated[
 _Threshold = Annotated[float, Field(gt=0.0, le=1.0, description="numbers above 0 and up to 1")]
 _Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False, description="finite numbers above 0")]
 _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
+_Gain = Annotated[float, Field(gt=0.0, le=100.0, description="numbers above 0 and up to 100")]
+_Decay = Annotated[float, Field(ge=0.0, le=1.0, description="numbers from 0 to 1")]
+_Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'flashinfer', 'xformers' and 'torch'")]
 _Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
 
 
@@ -68,9 +72,10 @@ class DllmConfig(BaseModel):
         refresh_every: with `dual`, recompute all K/V before every n-th step of a block; None only before the first,
             1 before each, which equals decoding without a cache.
         policy: unmasking policy of requests that name none.
-        threshold: `threshold` unmasks every position whose confidence reaches it, `dynamic` those that exceed it.
+        threshold: `threshold` and `credit` unmask all positions whose confidence reaches it, `dynamic` those above it.
         factor: `factor`'s f, see `unmask.policy`.
         entropy_bound: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is below it.
+        credit_alpha: of `credit`, as credit_beta and credit_gamma; see `unmask.credit`.
         alg_temp: above 0, `static`, `margin` and `entropy` draw positions by their scores divided by it (Dream).
         steps_per_block: denoising steps that a block is spread over, by the policies that have a schedule (LLaDA's
             steps divided by its number of blocks); None is as many as the block has positions. A request gives
@@ -87,11 +92,12 @@ class DllmConfig(BaseModel):
     threshold: _Threshold = 0.9
     factor: _Positive = 1.0
     entropy_bound: _Positive = 0.35
+    credit_alpha: _Gain = 0.7
+    credit_beta: _Decay = 0.8
+    credit_gamma: _Gain = 0.2
     alg_temp: _AlgTemp | None = None
     steps_per_block: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
-    attention: Annotated[AttentionName, Field(description="'auto', 'csrc', 'flashinfer', 'xformers' and 'torch'")] = (
-        "auto"
-    )
+    attention: _Attention = "auto"
 
     @model_validator(mode="after")
     def _steps_fit_block(self) -> Self:
@@ -112,11 +118,8 @@ class DllmConfig(BaseModel):
     @model_validator(mode="after")
     def _refresh_needs_dual(self) -> Self:
         if self.refresh_every is not None and self.kv_policy != "dual":
-            reason = (
-                "recomputes what follows the block at every step"
-                if self.kv_policy == "prefix"
-                else "never computes K/V again"
-            )
+            is_prefix = self.kv_policy == "prefix"
+            reason = "recomputes what follows the block at every step" if is_prefix else "never computes K/V again"
             raise ValueError(
                 f"refresh_every is {self.refresh_every} but kv_policy is {self.kv_policy!r}, which {reason}; leave "
                 "refresh_every out or set kv_policy to 'dual'"
@@ -138,6 +141,9 @@ class RequestOptions(BaseModel):
     threshold: _Threshold | None = None
     factor: _Positive | None = None
     entropy_bound: _Positive | None = None
+    credit_alpha: _Gain | None = None
+    credit_beta: _Decay | None = None
+    credit_gamma: _Gain | None = None
     alg_temp: _AlgTemp | None = None
     steps: _Count | None = None
 
@@ -153,6 +159,7 @@ POLICY_OPTIONS: dict[PolicyName, tuple[str, ...]] = {
     "sequential": ("steps",),
     "dynamic": ("threshold", "steps"),
     "entropy_bounded": ("entropy_bound",),
+    "credit": ("threshold", "credit_alpha", "credit_beta", "credit_gamma"),
 }
 """The options each policy takes; a request that gives another one is refused, since it would have no effect."""
 
@@ -286,12 +293,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inva
 
 def _allowed(field: FieldInfo) -> str:
     """Return a field's description, or that of the type it wraps."""
-    found = field.description or next(
-        metadata.description
-        for option in get_args(field.annotation)
-        for metadata in getattr(option, "__metadata__", ())
-        if isinstance(metadata, FieldInfo) and metadata.description
-    )
+    metadata = (each for option in get_args(field.annotation) for each in getattr(option, "__metadata__", ()))
+    described = (each.description for each in metadata if isinstance(each, FieldInfo) and each.description)
+    found = field.description or next(described, None)
     assert found, "every type above is described"
     return str(found)
 

@@ -17,10 +17,11 @@ from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.draft.native import Propose
 from vllm_dllm.draft.propose import Roots, likeliest_end, propose
-from vllm_dllm.ops.vocab_stats import RowSampling
+from vllm_dllm.ops.vocab_stats import RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import Head
+from vllm_dllm.unmask.policy import asked_ids
 from vllm_dllm.unmask.stats import Candidates
 from vllm_dllm.unmask.walk import Nodes, Trajectory, Walk, walk
 
@@ -115,9 +116,13 @@ class Denoiser:
         rows = hidden if slots is None else self.state.predicting_rows(slots, hidden, fresh)
         keeps_candidates = self.drafting is not None or self.observer is not None
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
-        stats = self.head(rows, self._sampling(blocks, nodes), num_candidates)
-        done = self.walk(nodes, stats, self.state.policy_params(blocks), self.state.mask_token_id, self.state.rules)
+        remembered = self.state.policy_state(blocks)
+        ids = self._ids(nodes, asked_ids(remembered))
+        stats = self.head(rows, self._sampling(blocks, nodes), num_candidates, ids)
+        params = self.state.policy_params(blocks)
+        done = self.walk(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
         self.state.canvas[blocks.slots] = done.next_canvas
+        self.state.remember(blocks.slots, done.state)
         request = torch.arange(len(done.node), device=done.node.device)
         if self.drafting is not None:
             self.drafting.state.put(blocks.slots, done.candidates, nodes.is_masked[request, done.node])
@@ -125,6 +130,12 @@ class Denoiser:
             before = nodes.canvas[request, done.node]
             self.observer(Observation(blocks, before, done.next_canvas, done.candidates))
         return done
+
+    def _ids(self, nodes: Nodes, asked: Tensor | None) -> RowIds | None:
+        """Return the ids that policies ask for, [num_reqs, block_length, num_given], of the rows of evaluated canvases."""
+        if asked is None:
+            return None
+        return RowIds(nodes.per_evaluated(asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1))
 
     def _sampling(self, blocks: Blocks, nodes: Nodes) -> RowSampling | None:
         if not self.state.is_sampled(blocks.slots_np):

@@ -34,26 +34,41 @@ void check_rows(const std::vector<Tensor>& rows, const Tensor& canvas) {
 }
 
 void check_params(const std::vector<Tensor>& params, const Tensor& canvas) {
-  check_count(kOp, "params", params, 11,
-              "policy_id, seed, prompt_len, start, threshold, factor, entropy_bound, alg_temp, temperature, counts and "
-              "times");
-  const char* const names[] = {"params.policy_id",     "params.seed",      "params.prompt_len",
-                               "params.start",         "params.threshold", "params.factor",
-                               "params.entropy_bound", "params.alg_temp",  "params.temperature"};
-  for (size_t i = 0; i < 9; ++i) {
+  check_count(kOp, "params", params, 14,
+              "policy_id, seed, prompt_len, start, threshold, factor, entropy_bound, credit_alpha, credit_beta, "
+              "credit_gamma, alg_temp, temperature, counts and times");
+  const char* const names[] = {"params.policy_id",     "params.seed",         "params.prompt_len",
+                               "params.start",         "params.threshold",    "params.factor",
+                               "params.entropy_bound", "params.credit_alpha", "params.credit_beta",
+                               "params.credit_gamma",  "params.alg_temp",     "params.temperature"};
+  for (size_t i = 0; i < 12; ++i) {
     check_input(names[i], params[i], i < 4 ? ScalarType::Long : ScalarType::Double, {canvas.size(0)}, canvas);
   }
   const Sizes table = {canvas.size(2), canvas.size(0)};
-  check_input("params.counts", params[9], ScalarType::Long, table, canvas);
-  check_input("params.times", params[10], ScalarType::Double, table, canvas);
+  check_input("params.counts", params[12], ScalarType::Long, table, canvas);
+  check_input("params.times", params[13], ScalarType::Double, table, canvas);
 }
 
-std::vector<Tensor> new_results(const Tensor& canvas, int64_t num_candidates) {
+void check_memory(const std::vector<Tensor>& memory, const Tensor& canvas) {
+  check(memory.empty() || memory.size() == 3, kOp, "memory must be 0 or 3 tensors, got ", memory.size(),
+        "; give credit_ids, credits and the logits of these ids if a policy remembers something");
+  if (memory.empty()) {
+    return;
+  }
+  const Sizes positions = {canvas.size(0), canvas.size(2), kMaxCredited};
+  check_input("memory.credit_ids", memory[0], ScalarType::Long, positions, canvas);
+  check_input("memory.credits", memory[1], ScalarType::Double, positions, canvas);
+  const Sizes rows = {canvas.size(0) * canvas.size(1) * canvas.size(2), kMaxCredited};
+  check_input("memory.given_logits", memory[2], ScalarType::Float, rows, canvas);
+}
+
+// Of a memory there are as many results as it has tensors of a state.
+std::vector<Tensor> new_results(const Tensor& canvas, int64_t num_candidates, bool has_memory) {
   const int64_t num_reqs = canvas.size(0);
   const Sizes requests = {num_reqs};
   const Sizes positions = {num_reqs, canvas.size(2)};
   const Sizes candidates = {num_reqs, canvas.size(2), num_candidates};
-  return {
+  std::vector<Tensor> results = {
       torch::stable::new_empty(canvas, positions, ScalarType::Long),
       torch::stable::new_empty(canvas, positions, ScalarType::Long),
       torch::stable::new_empty(canvas, {num_reqs, canvas.size(1)}, ScalarType::Long),
@@ -66,12 +81,19 @@ std::vector<Tensor> new_results(const Tensor& canvas, int64_t num_candidates) {
       torch::stable::new_empty(canvas, candidates, ScalarType::Long),
       torch::stable::new_empty(canvas, candidates, ScalarType::Double),
   };
+  if (has_memory) {
+    const Sizes credited = {num_reqs, canvas.size(2), kMaxCredited};
+    results.push_back(torch::stable::new_empty(canvas, credited, ScalarType::Long));
+    results.push_back(torch::stable::new_empty(canvas, credited, ScalarType::Double));
+  }
+  return results;
 }
 
 }  // namespace
 
 std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Tensor> end, std::vector<Tensor> rows,
-                                std::vector<Tensor> params, int64_t mask_token_id, bool unmasks_first_alone) {
+                                std::vector<Tensor> params, std::vector<Tensor> memory, int64_t mask_token_id,
+                                bool unmasks_first_alone) {
   check(canvas.dim() == 3 && canvas.size(1) > 0, kOp,
         "canvas must be [num_reqs, num_nodes, block_length] with the root, got ", shape(canvas),
         "; put node 0, the request's true canvas, first");
@@ -82,8 +104,9 @@ std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Te
   }
   check_rows(rows, canvas);
   check_params(params, canvas);
+  check_memory(memory, canvas);
   const int64_t num_candidates = rows[2].size(1);
-  std::vector<Tensor> out = new_results(canvas, num_candidates);
+  std::vector<Tensor> out = new_results(canvas, num_candidates, !memory.empty());
   const bool is_sampled = rows.size() == 8;
   const DecideWalkArgs args = {
       .canvas = canvas.const_data_ptr<int64_t>(),
@@ -104,10 +127,16 @@ std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Te
       .threshold = params[4].const_data_ptr<double>(),
       .factor = params[5].const_data_ptr<double>(),
       .entropy_bound = params[6].const_data_ptr<double>(),
-      .alg_temp = params[7].const_data_ptr<double>(),
-      .temperature = params[8].const_data_ptr<double>(),
-      .counts = params[9].const_data_ptr<int64_t>(),
-      .times = params[10].const_data_ptr<double>(),
+      .credit_alpha = params[7].const_data_ptr<double>(),
+      .credit_beta = params[8].const_data_ptr<double>(),
+      .credit_gamma = params[9].const_data_ptr<double>(),
+      .alg_temp = params[10].const_data_ptr<double>(),
+      .temperature = params[11].const_data_ptr<double>(),
+      .counts = params[12].const_data_ptr<int64_t>(),
+      .times = params[13].const_data_ptr<double>(),
+      .credit_ids = memory.empty() ? nullptr : memory[0].const_data_ptr<int64_t>(),
+      .credits = memory.empty() ? nullptr : memory[1].const_data_ptr<double>(),
+      .credited_logits = memory.empty() ? nullptr : memory[2].const_data_ptr<float>(),
       .out_canvas = out[0].mutable_data_ptr<int64_t>(),
       .out_next_canvas = out[1].mutable_data_ptr<int64_t>(),
       .out_path = out[2].mutable_data_ptr<int64_t>(),
@@ -119,6 +148,8 @@ std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Te
       .out_came_over = out[8].mutable_data_ptr<bool>(),
       .out_ids = out[9].mutable_data_ptr<int64_t>(),
       .out_log_probs = out[10].mutable_data_ptr<double>(),
+      .out_credit_ids = memory.empty() ? nullptr : out[11].mutable_data_ptr<int64_t>(),
+      .out_credits = memory.empty() ? nullptr : out[12].mutable_data_ptr<double>(),
       .num_reqs = canvas.size(0),
       .num_nodes = canvas.size(1),
       .block_length = canvas.size(2),
@@ -133,5 +164,5 @@ std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Te
 }  // namespace dllm
 
 DLLM_OP(decide_walk,
-        "(Tensor canvas, Tensor is_valid, Tensor? end, Tensor[] rows, Tensor[] params, int mask_token_id, "
-        "bool unmasks_first_alone) -> Tensor[]")
+        "(Tensor canvas, Tensor is_valid, Tensor? end, Tensor[] rows, Tensor[] params, Tensor[] memory, "
+        "int mask_token_id, bool unmasks_first_alone) -> Tensor[]")

@@ -59,7 +59,29 @@ VocabSampling sampling_of(const Tensor& rows, const MaybeTensor& keys, const May
   return sampling;
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// Enter what rows ask for and may take.
+void put_row_ids(const Tensor& rows, const MaybeTensor& given_ids, const MaybeTensor& allowed, VocabStatsArgs& args) {
+  if (given_ids.has_value()) {
+    check_dims(kOp, "given_ids", *given_ids, 2, "[num_rows, num_given]");
+    args.num_given = given_ids->size(1);
+    check(args.num_given <= kMaxGiven, kOp, args.num_given, " given_ids are given per row; give at most ", kMaxGiven);
+    check_shape(kOp, "given_ids", *given_ids, {args.num_rows, args.num_given}, "give as many ids for each row");
+    check_tensor(kOp, "given_ids", *given_ids, ScalarType::Long, rows);
+    args.given_ids = given_ids->const_data_ptr<int64_t>();
+  }
+  if (allowed.has_value()) {
+    check_dims(kOp, "allowed", *allowed, 2, "[num_rows, num_words]");
+    args.num_words = allowed->size(1);
+    check(args.num_words >= (args.first_id + args.num_ids + 31) / 32, kOp, "allowed has ", args.num_words,
+          " words of 32 ids per row for ids up to ", args.first_id + args.num_ids - 1,
+          "; give one bit for each id of the vocabulary");
+    check_shape(kOp, "allowed", *allowed, {args.num_rows, args.num_words}, "give one row of words per row");
+    check_tensor(kOp, "allowed", *allowed, ScalarType::Int, rows);
+    args.allowed = allowed->const_data_ptr<int32_t>();
+  }
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Allocate the results and enter them in `args`; sampled sums that are not wanted have no rows.
 Results new_results(const Tensor& rows, VocabStatsArgs& args, bool wants_sampled) {
@@ -74,6 +96,7 @@ Results new_results(const Tensor& rows, VocabStatsArgs& args, bool wants_sampled
   const int64_t num_sampled = wants_sampled ? args.num_rows : 0;
   Tensor sampled_rest = empty({num_sampled}, ScalarType::Double);
   Tensor sampled_weighted = empty({num_sampled}, ScalarType::Double);
+  Tensor given_logits = empty({args.num_rows, args.num_given}, ScalarType::Float);
   args.top_ids = top_ids.mutable_data_ptr<int64_t>();
   args.top_logits = top_logits.mutable_data_ptr<float>();
   args.rest = rest.mutable_data_ptr<double>();
@@ -83,14 +106,16 @@ Results new_results(const Tensor& rows, VocabStatsArgs& args, bool wants_sampled
   args.scores = scores.mutable_data_ptr<double>();
   args.sampled_rest = wants_sampled ? sampled_rest.mutable_data_ptr<double>() : nullptr;
   args.sampled_weighted = wants_sampled ? sampled_weighted.mutable_data_ptr<double>() : nullptr;
-  return {top_ids, top_logits, rest, weighted, token_ids, token_logits, scores, sampled_rest, sampled_weighted};
+  args.given_logits = given_logits.mutable_data_ptr<float>();
+  return {top_ids,      top_logits, rest,         weighted,         token_ids,
+          token_logits, scores,     sampled_rest, sampled_weighted, given_logits};
 }
 
 }  // namespace
 
 Results vocab_stats(Tensor rows, MaybeTensor weight, int64_t first_id, std::vector<int64_t> excluded_ids,
                     int64_t num_candidates, bool wants_sampled, MaybeTensor keys, MaybeTensor temperature,
-                    MaybeTensor top_k, MaybeTensor top_p) {
+                    MaybeTensor top_k, MaybeTensor top_p, MaybeTensor given_ids, MaybeTensor allowed) {
   check_matrix("rows", rows, "[num_rows, hidden_size], or [num_rows, num_ids] without a weight");
   const FloatType type = float_type(kOp, "rows", rows);
   if (weight.has_value()) {
@@ -119,6 +144,7 @@ Results vocab_stats(Tensor rows, MaybeTensor weight, int64_t first_id, std::vect
   for (size_t i = 0; i < excluded_ids.size(); ++i) {
     args.excluded_ids[i] = excluded_ids[i];
   }
+  put_row_ids(rows, given_ids, allowed, args);
   Results results = new_results(rows, args, wants_sampled);
   if (args.num_rows == 0) {
     return results;
@@ -137,5 +163,5 @@ Results vocab_stats(Tensor rows, MaybeTensor weight, int64_t first_id, std::vect
 
 DLLM_OP(vocab_stats,
         "(Tensor rows, Tensor? weight, int first_id, int[] excluded_ids, int num_candidates, bool wants_sampled, "
-        "Tensor? keys, Tensor? temperature, Tensor? top_k, Tensor? top_p) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+        "Tensor? keys, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? given_ids, Tensor? allowed) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")

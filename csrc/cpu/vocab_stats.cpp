@@ -135,6 +135,7 @@ double exact_score(float logit, double temperature, uint64_t key, int64_t id) {
 void vocab_stats(const VocabStatsArgs& args) {
   std::vector<int64_t> rows(args.num_rows);
   std::iota(rows.begin(), rows.end(), 0);
+  std::fill_n(args.given_logits, args.num_rows * args.num_given, -INFINITY);
   const int64_t padded = (std::min(args.num_rows, kMaxWorkRows) + kRowPadding - 1) / kRowPadding * kRowPadding;
   const std::unique_ptr<float[]> panels(new float[args.hidden_size * padded]);
   for (int64_t first = 0; first < args.num_rows; first += kMaxWorkRows) {

@@ -45,6 +45,7 @@ template <typename Float>
 struct Selection {
   const VocabStatsArgs& args;
   const Float* row;
+  int64_t number;  // of the row
   uint64_t* sums;  // [kDigits, kCutThreads]
   CutShared& shared;
 
@@ -52,7 +53,7 @@ struct Selection {
   __device__ void for_each(Call call) const {
     for (int64_t index = threadIdx.x * kGroup; index < args.num_ids; index += kCutThreads * kGroup) {
       float logits[kGroup];
-      read_group(args, row, index, logits);
+      read_group(args, row, number, index, logits);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         call(logits[i], index + i);
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kCutThreads) vocab_cut_kernel(VocabStatsArgs a
   const double top_p = args.sampling.top_p[row];
   const int64_t top_k = args.sampling.top_k[row];
   const Float* logits = static_cast<const Float*>(args.rows) + row * args.row_stride;
-  const Selection<Float> selection = {args, logits, reinterpret_cast<uint64_t*>(memory), shared};
+  const Selection<Float> selection = {args, logits, row, reinterpret_cast<uint64_t*>(memory), shared};
   Cut cut = kNoCut;
   if (temperature > 0.0 && (top_k > 0 || top_p < 1.0)) {
     const float largest = selection.largest();

@@ -15,9 +15,10 @@ struct alignas(kGroup * sizeof(Float)) Group {
   Float logits[kGroup];
 };
 
-// Read the logits at [index, index + kGroup) of a row; those excluded or beyond its end are -inf.
+// Read the logits at [index, index + kGroup) of a row; those excluded, not allowed or beyond its end are -inf.
 template <typename Float>
-__device__ inline void read_group(const VocabStatsArgs& args, const Float* row, int64_t index, float* logits) {
+__device__ inline void read_group(const VocabStatsArgs& args, const Float* row, int64_t number, int64_t index,
+                                  float* logits) {
   const bool is_whole =
       index + kGroup <= args.num_ids && reinterpret_cast<uintptr_t>(row + index) % sizeof(Group<Float>) == 0;
   Group<Float> group = {};
@@ -38,6 +39,28 @@ __device__ inline void read_group(const VocabStatsArgs& args, const Float* row, 
       logits[i] = i == place ? -INFINITY : logits[i];
     }
   }
+  if (args.allowed != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const bool is_there = index + i < args.num_ids;
+      logits[i] = is_there && is_allowed(args, number, args.first_id + index + i) ? logits[i] : -INFINITY;
+    }
+  }
+}
+
+// The logit of an id, as read_group reads it; -inf if the row has none.
+template <typename Float>
+__device__ inline float read_logit(const VocabStatsArgs& args, const Float* row, int64_t number, int64_t id) {
+  const int64_t index = id - args.first_id;
+  if (index < 0 || index >= args.num_ids || !is_allowed(args, number, id)) {
+    return -INFINITY;
+  }
+  for (int32_t e = 0; e < args.num_excluded; ++e) {
+    if (args.excluded_ids[e] == id) {
+      return -INFINITY;
+    }
+  }
+  return to_float(row[index]);
 }
 
 // A number that orders logits as they are ordered; 0 for what is no candidate, -inf and NaN.

@@ -148,7 +148,7 @@ struct Segment {
 #pragma unroll 1
     for (int group = 0; group < kIdsPerThread / kGroup; ++group) {
       float logits[kGroup];
-      read_group(args, logits_of_row, group_begin(group), logits);
+      read_group(args, logits_of_row, row, group_begin(group), logits);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         const int64_t index = group_begin(group) + i;
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) vocab_segment_kernel(VocabStatsArgs 
   float logits[kIdsPerThread];
 #pragma unroll
   for (int i = 0; i < kIdsPerThread; i += kGroup) {
-    read_group(args, data, segment.group_begin(i / kGroup), logits + i);
+    read_group(args, data, row, segment.group_begin(i / kGroup), logits + i);
   }
   const uint64_t first = segment.put_top(logits, partial);
   segment.put_sums(logits, first, 1.0f, kNoCut, shared.sums[0], partial.model);
@@ -216,6 +216,10 @@ __global__ void __launch_bounds__(kThreads) vocab_segment_kernel(VocabStatsArgs 
     partial.token_id = partial.top_id[0];
     partial.token_logit = partial.top_logit[0];
     partial.score = partial.top_logit[0];
+  }
+  if (number == 0 && threadIdx.x < args.num_given) {
+    const int64_t place = row * args.num_given + threadIdx.x;
+    args.given_logits[place] = read_logit(args, data, row, args.given_ids[place]);
   }
 }
 

@@ -34,9 +34,21 @@ def test_the_model_decides_what_is_not_given(
 
 def test_an_option_wins(tmp_path: Path) -> None:
     model = checkpoint(tmp_path, architectures=["SDARForCausalLM"], block_size=16)
-    given = given_settings("static", 8, None, None, None, 0.5, None)
+    given = given_settings("static", 8, None, None, None, None, 0.5, None)
     found = server_settings(model, given)
     assert (found.block_length, found.policy, found.alg_temp, found.threshold) == (8, "static", 0.5, 0.85)
+
+
+def test_the_numbers_of_credit_are_one_option(tmp_path: Path) -> None:
+    given = given_settings("credit", None, None, None, None, "1.5,0.5,1", None, None)
+    found = server_settings(checkpoint(tmp_path, architectures=["LLaDAModelLM"]), given)
+    assert (found.credit_alpha, found.credit_beta, found.credit_gamma) == (1.5, 0.5, 1.0)
+    for wrong in ("1.5,0.5", "a,b,c"):
+        refused = CliRunner(env={"COLUMNS": "300", "TERM": "dumb"}).invoke(
+            app, ["graph", "check", "g", "--credit", wrong]
+        )
+        assert refused.exit_code == 2
+        assert f"'{wrong}', allowed are three numbers with commas between them" in refused.output
 
 
 def test_a_familys_name_of_a_policy_is_taken(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from vllm_dllm.unmask.walk import native_walk, walk
 VOCAB, MASK, EOS = 13, 3, 1
 CPU = torch.device("cpu")
 ENTROPY_BOUND = 0.6
+CREDIT = ("credit_alpha", "credit_beta", "credit_gamma")
 
 LLADA, SDAR = UnmaskRules(), UnmaskRules(confidence="sampled")
 DREAM = UnmaskRules("timesteps", unmasks_first_alone=True, confidence="sampled")
@@ -80,6 +81,25 @@ class Request:
     seed: int
     alg_temp: float = 0.0
     tail: tuple[int, ...] = ()  # of the prompt, known from the start
+    credit: tuple[float, float, float] = (0.7, 0.8, 0.2)
+
+    def params(self, rules: UnmaskRules, block_length: int, row_len: int) -> RequestParams:
+        return RequestParams(
+            policy_id=POLICY_IDS[self.policy],
+            threshold=self.threshold,
+            factor=1.0,
+            entropy_bound=ENTROPY_BOUND,
+            **dict(zip(CREDIT, self.credit, strict=True)),
+            alg_temp=self.alg_temp if "alg_temp" in POLICY_OPTIONS[self.policy] else 0.0,
+            counts=count_table(rules, block_length, self.steps),
+            times=reveal_times(block_length, self.steps),
+            prompt_len=len(self.tail),
+            row_len=row_len,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
 
     def reference(self, block_length: int) -> dict[str, object]:
         options = POLICY_OPTIONS[self.policy]
@@ -89,6 +109,7 @@ class Request:
                 steps=self.steps if "steps" in options else None,
                 threshold=self.threshold,
                 entropy_bound=ENTROPY_BOUND,
+                **dict(zip(CREDIT, self.credit, strict=True)),
                 alg_temp=self.alg_temp if "alg_temp" in options else None,
                 confidence_dtype=torch.float64,
             ),
@@ -117,24 +138,7 @@ def denoise(
     block_length, num_reqs = model.block_length, len(requests)
     state = CanvasState(num_reqs, block_length, MASK, CPU, rules)
     for slot, r in enumerate(requests):
-        state.add_request(
-            slot,
-            RequestParams(
-                policy_id=POLICY_IDS[r.policy],
-                threshold=r.threshold,
-                factor=1.0,
-                entropy_bound=ENTROPY_BOUND,
-                alg_temp=r.alg_temp if "alg_temp" in POLICY_OPTIONS[r.policy] else 0.0,
-                counts=count_table(rules, block_length, r.steps),
-                times=reveal_times(block_length, r.steps),
-                prompt_len=len(r.tail),
-                row_len=block_length,
-                temperature=r.temperature,
-                top_k=r.top_k,
-                top_p=r.top_p,
-                seed=r.seed,
-            ),
-        )
+        state.add_request(slot, r.params(rules, block_length, block_length))
         state.canvas[slot, : len(r.tail)] = torch.tensor(r.tail, dtype=torch.int64)
     state.apply_staged_writes()
     drafting = None
@@ -178,18 +182,19 @@ def graphs(draw: st.DrawFn, block_length: int) -> DraftGraph:
 @st.composite
 def requests_of(draw: st.DrawFn, block_length: int, rules: UnmaskRules = LLADA) -> Request:
     name = draw(st.sampled_from(get_args(PolicyName)))
-    is_any = name != "dynamic"
+    is_any, has_filter = name != "dynamic", name != "credit"
     token = st.sampled_from([t for t in range(VOCAB) if t != MASK])
     return Request(
         policy=name,
         threshold=draw(st.sampled_from([0.1, 0.3, 0.9])),
         steps=draw(st.sampled_from([n for n in range(1, block_length + 1) if is_any or block_length % n == 0])),
         temperature=draw(st.sampled_from([0.0, 0.0, 0.7, 1.0])),
-        top_k=draw(st.sampled_from([0, 0, 4])),
-        top_p=draw(st.sampled_from([1.0, 1.0, 0.8])),
+        top_k=draw(st.sampled_from([0, 0, 4])) * has_filter,
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.8])) if has_filter else 1.0,
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
         alg_temp=draw(st.sampled_from([0.0, 0.0, 0.5])),
         tail=tuple(draw(st.lists(token, max_size=block_length - 1))) if rules is SDAR else (),
+        credit=draw(st.sampled_from([(0.7, 0.8, 0.2), (3.0, 1.0, 1.0), (0.5, 0.0, 0.5)])),
     )
 
 

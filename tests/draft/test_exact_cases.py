@@ -58,11 +58,12 @@ def request(name: PolicyName, idx: int, rules: UnmaskRules) -> Request:
         threshold=(0.3, 0.9)[idx % 2],
         steps=(8, 4)[idx % 2],
         temperature=(0.0, 0.7, 0.0)[idx % 3],
-        top_k=(0, 4)[idx // 3 % 2],
-        top_p=(1.0, 0.8)[idx // 2 % 2],
+        top_k=(0, 4)[idx // 3 % 2] * (name != "credit"),
+        top_p=(1.0, 0.8)[idx // 2 % 2 * (name != "credit")],
         seed=idx,
         alg_temp=(0.0, 0.5)[idx // 4 % 2],
         tail=tuple(token[: idx % 3]) if rules is SDAR else (),
+        credit=(3.0, 0.9, 0.5),
     )
 
 
@@ -72,7 +73,7 @@ def request(name: PolicyName, idx: int, rules: UnmaskRules) -> Request:
 def test_drafts_are_accepted_as_often_as_in_the_reference(
     rules: UnmaskRules, graph: DraftGraph, budget: int, is_native: bool
 ) -> None:
-    requests = [request(name, idx, rules) for idx, name in enumerate(get_args(PolicyName))]
+    requests = [request(name, idx, rules) for idx, name in enumerate((*get_args(PolicyName), "credit", "credit"))]
     for seed, sharpness in ((0, 0.5), (1, 3.0), (2, 12.0)):
         model = SyntheticModel(BLOCK_LENGTH, seed, sharpness)
         tokens, forwards, accepted = denoise(model, requests, graph, budget, is_native=is_native, rules=rules)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft.test_exact import CPU, MASK, SDAR, VOCAB, Request, SyntheticModel, graphs, requests_of
-from vllm_dllm.config import POLICY_OPTIONS, DllmConfig
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.denoiser import Denoiser, Drafting
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph
@@ -19,11 +19,9 @@ from vllm_dllm.draft.native import native_propose
 from vllm_dllm.draft.propose import propose
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import block_causal, policy, spiffy
-from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import LogitsHead
-from vllm_dllm.unmask.policy import POLICY_IDS
-from vllm_dllm.unmask.schedule import count_table, reveal_times
 from vllm_dllm.unmask.walk import native_walk, walk
 
 CHAIN = DraftGraph(tuple(tuple((i, 0) for i in range(n)) for n in range(1, 4)), tokens_per_step=1)
@@ -59,24 +57,7 @@ class Row:
         self.num_over = 0
         block_length = state.block_length
         self.end = num_blocks * block_length
-        state.add_request(
-            slot,
-            RequestParams(
-                policy_id=POLICY_IDS[request.policy],
-                threshold=request.threshold,
-                factor=1.0,
-                entropy_bound=0.6,
-                alg_temp=request.alg_temp if "alg_temp" in POLICY_OPTIONS[request.policy] else 0.0,
-                counts=count_table(SDAR, block_length, request.steps),
-                times=reveal_times(block_length, request.steps),
-                prompt_len=len(request.tail),
-                row_len=self.end,
-                temperature=request.temperature,
-                top_k=request.top_k,
-                top_p=request.top_p,
-                seed=request.seed,
-            ),
-        )
+        state.add_request(slot, request.params(SDAR, block_length, self.end))
         state.canvas[slot, : len(request.tail)] = torch.tensor(request.tail, dtype=torch.int64)
 
     def before(self, num_nodes: int, end: torch.Tensor | None, block_length: int) -> torch.Tensor | None:

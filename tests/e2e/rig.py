@@ -46,6 +46,9 @@ class Case:
     threshold: float = 0.9
     factor: float = 1.0
     entropy_bound: float = 0.35
+    credit_alpha: float = 0.7
+    credit_beta: float = 0.8
+    credit_gamma: float = 0.2
     alg_temp: float | None = None
     steps: int | None = None
     temperature: float = 0.0
@@ -159,6 +162,9 @@ class Oracle:
                 threshold=case.threshold,
                 factor=case.factor,
                 entropy_bound=case.entropy_bound,
+                credit_alpha=case.credit_alpha,
+                credit_beta=case.credit_beta,
+                credit_gamma=case.credit_gamma,
                 alg_temp=case.alg_temp,
                 confidence_dtype=torch.float64,
             ),
@@ -184,7 +190,7 @@ LLADA_POLICIES: tuple[PolicyName, ...] = ("static", "random", "threshold", "fact
 
 
 def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = LLADA_POLICIES) -> list[Case]:
-    """Sixteen requests of odd lengths, all policies, greedy and sampled."""
+    """Sixteen requests of odd lengths, greedy and sampled, of all policies; some have `credit` for `threshold`."""
     rng = random.Random(seed)
     cases = []
     for i in range(NUM_SLOTS):
@@ -192,6 +198,8 @@ def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = L
         max_tokens = rng.choice([1, 3, block_length - 1, block_length, block_length + 1, 37, 61])
         num_blocks = -(-max_tokens // block_length)
         policy = policies[i % len(policies)]
+        if policy == "threshold" and 4 <= i < 12:
+            policy = "credit"
         steps = rng.choice([None, num_blocks, num_blocks * rng.randrange(1, block_length + 1)])
         if policy == "dynamic" and steps is not None:
             steps = num_blocks * math.gcd(steps // num_blocks, block_length)
@@ -206,8 +214,8 @@ def mixed_cases(block_length: int, seed: int, policies: Sequence[PolicyName] = L
                 alg_temp=rng.choice([None, 0.3]) if policy in {"margin", "entropy"} else None,
                 steps=steps if "steps" in POLICY_OPTIONS[policy] else None,
                 temperature=[0.0, 0.7][(i // len(policies)) % 2],
-                top_k=rng.choice([0, 0, 5]),
-                top_p=rng.choice([1.0, 1.0, 0.8]),
+                top_k=rng.choice([0, 0, 5]) * (policy != "credit"),
+                top_p=max(rng.choice([1.0, 1.0, 0.8]), float(policy == "credit")),
                 seed=rng.randrange(-(2**63), 2**63),
             )
         )

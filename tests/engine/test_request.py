@@ -134,6 +134,28 @@ def test_what_cannot_be_decoded_is_refused_by_name(
     assert refused.value.parameter == parameter
 
 
+@pytest.mark.parametrize(("name", "value", "allowed"), [("top_k", 5, "0 or -1"), ("top_p", 0.9, "1")])
+def test_filters_of_logits_that_credit_raises_are_refused(name: str, value: float, allowed: str) -> None:
+    """By the request's policy or the server's, and not at temperature 0, where nothing is drawn."""
+    servers = DllmConfig(block_length=8, policy="credit")
+    for settings, options in ((ALIGNED, {"policy": "credit"}), (servers, {})):
+        request = admitted([5], **options)  # type: ignore[arg-type]
+        assert request.sampling_params is not None
+        setattr(request.sampling_params, name, value)
+        for temperature, is_refused in ((0.0, False), (0.7, True)):
+            request.sampling_params.temperature = temperature
+            if not is_refused:
+                check_admission(request, settings, 64, MASK)
+                continue
+            with pytest.raises(
+                RequestError, match=rf"{name} is {value}, .* 'credit' .*; allowed is {allowed}; "
+            ) as refused:
+                check_admission(request, settings, 64, MASK)
+            assert refused.value.parameter == name
+    request.sampling_params.extra_args = {"dllm_policy": "threshold"}
+    check_admission(request, servers, 64, MASK)
+
+
 def test_the_steps_that_are_taken_do_not_depend_on_the_prompt() -> None:
     """A client knows `max_tokens` and `block_length`, and not how many tokens its prompt has."""
     for prompt_len, settings in itertools.product(range(1, 49), (ALIGNED, DllmConfig(block_length=8))):

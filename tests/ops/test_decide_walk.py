@@ -11,125 +11,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops import simt
+from tests.ops.walks import MASK, Call, columns, random_call, random_params, random_stats, to
 from vllm_dllm import ops
 from vllm_dllm.ops.vocab_stats import PartialStats
-from vllm_dllm.unmask.policy import POLICIES, POLICY_IDS, PolicyParams
-from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
+from vllm_dllm.unmask.policy import POLICY_IDS
+from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.walk import Nodes, Trajectory, native_walk, walk
 
-MASK = 999
 SIZES = [(1, 1, 4), (1, 2, 1), (3, 5, 7), (20, 11, 32), (33, 33, 8), (2, 40, 113)]
 """(num_reqs, num_nodes, block_length)"""
 
 
-def random_stats(num_rows: int, generator: torch.Generator, *, is_sampled: bool) -> PartialStats:
-    """Draw rows of a vocabulary of 16; the drawn token is one of the first candidates."""
-    logits = (3 * torch.randn(num_rows, 16, generator=generator)).sort(1, descending=True).values
-    below = (logits - logits[:, :1]).double()
-
-    def sums(x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[:, 1:].exp().sum(1), (x * x.exp())[:, 1:].sum(1)
-
-    place = torch.randint(0, 3, (num_rows, 1), generator=generator)
-    ids = torch.rand(num_rows, 16, generator=generator).argsort(1)
-    return PartialStats(
-        ids[:, :4].contiguous(),
-        logits[:, :4].contiguous(),
-        *sums(below),
-        ids.gather(1, place)[:, 0],
-        logits.gather(1, place)[:, 0],
-        torch.zeros(num_rows, dtype=torch.float64),
-        *(sums(below / 0.7) if is_sampled else ()),
-    )
-
-
-def random_params(num_reqs: int, block_length: int, generator: torch.Generator) -> PolicyParams:
-    """Draw policies; requests of each policy in turn, some of which draw positions."""
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(num_reqs, generator=generator, dtype=torch.float64)
-
-    def whole(high: int) -> Tensor:
-        return torch.randint(0, high, (num_reqs,), generator=generator)
-
-    number = whole(10) if num_reqs < 10 else torch.arange(num_reqs)
-    steps = (1 + whole(block_length)).tolist()
-    start = 8 * whole(5)
-    draws = (number % len(POLICIES) <= POLICY_IDS["entropy"]) & (number % 3 == 0)
-    return PolicyParams(
-        policy_id=number % len(POLICIES),
-        seed=whole(2**40),
-        prompt_len=start + whole(2) - 1,
-        start=start,
-        threshold=uniform(0.3, 1),
-        factor=uniform(0.2, 2),
-        entropy_bound=uniform(0.1, 2),
-        alg_temp=torch.where(draws, uniform(0.1, 1), 0.0),
-        temperature=torch.where(number % 2 == 0, 0.7, 0.0).double(),
-        counts=torch.tensor([count_table(UnmaskRules(), block_length, n) for n in steps])
-        .view(num_reqs, -1)
-        .T.contiguous(),
-        times=torch.tensor([reveal_times(block_length, n) for n in steps], dtype=torch.float64)
-        .view(num_reqs, -1)
-        .T.contiguous(),
-        policies=tuple(POLICIES),
-        has_alg_temp=True,
-    )
-
-
-def random_call(
-    num_reqs: int, num_nodes: int, block_length: int, seed: int, *, is_sampled: bool = False, looks_ahead: bool = False
-) -> tuple[Nodes, PartialStats, PolicyParams]:
-    """Draw roots, and drafts most of which come true: each is what the twin makes of an earlier node."""
-    generator = torch.Generator().manual_seed(seed)
-    params = random_params(num_reqs, block_length, generator)
-    stats = random_stats(num_reqs * num_nodes * block_length, generator, is_sampled=is_sampled)
-    is_masked = torch.rand(num_reqs, block_length, generator=generator) < 0.8
-    is_masked[::7] = num_reqs == 1
-    canvas = torch.randint(0, 16, (num_reqs, num_nodes, block_length), generator=generator)
-    canvas[:, 0].masked_fill_(is_masked, MASK)
-    num_drafts = num_nodes - 1 - looks_ahead  # of a look-ahead the last node is the next root
-    order = torch.stack([torch.randperm(num_drafts, generator=generator) for _ in range(num_reqs)]) + 1
-    request, before = torch.arange(num_reqs), torch.zeros(num_reqs, dtype=torch.int64)
-    for node in order.T:
-        canvas[request, node] = next_of(canvas, stats, params, before)
-        before = node
-    is_valid = torch.rand(num_reqs, num_nodes, generator=generator) < 0.9
-    end = None
-    if looks_ahead:
-        canvas[:, -1] = MASK
-        end = next_of(canvas, stats, params, before)
-        end[::5] += 1
-    return Nodes(canvas, canvas == MASK, is_valid, torch.zeros_like(is_valid).long(), end), stats, params
-
-
-def next_of(canvas: Tensor, stats: PartialStats, params: PolicyParams, node: Tensor) -> Tensor:
-    """Decide one node of each request, without a walk."""
-    request, block_length = torch.arange(len(canvas)), canvas.shape[2]
-    root = canvas[request, node][:, None]
-    row = (request * canvas.shape[1] + node)[:, None] * block_length + torch.arange(block_length)
-    rows = PartialStats(*(column[row.flatten()] for column in stats.tensors))
-    alone = torch.ones_like(root[..., 0], dtype=torch.bool)
-    return walk(Nodes(root, root == MASK, alone, alone.long()), rows, params, MASK, UnmaskRules()).canvas
-
-
-def columns(done: Trajectory) -> dict[str, Tensor]:
-    found = {field.name: getattr(done, field.name) for field in fields(done)}
-    candidates = found.pop("candidates")
-    return found | {"ids": candidates.token_ids, "log_probs": candidates.log_probs}
-
-
-def to(where: str, value: Any) -> Any:
-    """Move all tensors of a value."""
-    moved = {f.name: v.to(where) for f in fields(value) if isinstance(v := getattr(value, f.name), Tensor)}
-    return replace(value, **moved)
-
-
-def check_equal(call: tuple[Nodes, PartialStats, PolicyParams], where: str, *, first_alone: bool = False) -> Trajectory:
+def check_equal(call: Call, where: str, *, first_alone: bool = False) -> Trajectory:
     """Compare with the torch twin."""
     rules = UnmaskRules(unmasks_first_alone=first_alone)
-    expected = walk(*call, MASK, rules)
-    found = native_walk(*(call if where == "simt" else (to(where, part) for part in call)), MASK, rules)
+    *parts, state = call
+    expected = walk(*parts, MASK, rules, state)
+    if where != "simt":
+        parts, state = [to(where, part) for part in parts], {name: field.to(where) for name, field in state.items()}
+    found = native_walk(*parts, MASK, rules, state)
     wanted = columns(expected)
     for name, column in columns(found).items():
         if column.is_floating_point():
@@ -180,7 +80,7 @@ def chain(canvas: list[str], tokens: list[str], is_valid: list[bool] | None = No
     ids = torch.tensor([[MASK if letter == "." else ord(letter) for letter in text] for text in canvas])[None]
     drawn = torch.tensor([MASK if letter == "." else ord(letter) for text in tokens for letter in text])
     generator = torch.Generator().manual_seed(0)
-    stats = replace(random_stats(len(drawn), generator, is_sampled=False), token_ids=drawn)
+    stats = replace(random_stats(len(drawn), generator, is_sampled=False)[0], token_ids=drawn)
     params = replace(random_params(1, length, generator), policy_id=torch.tensor([POLICY_IDS["sequential"]]))
     params = replace(params, counts=torch.ones(length, 1, dtype=torch.int64), prompt_len=params.start)
     valid = torch.tensor([is_valid or [True] * len(canvas)])
@@ -241,17 +141,18 @@ def test_the_prompts_end_is_no_step():
     assert done.step.tolist() == [[-1, -1, 0, 1]]
 
 
-def native_args(call: tuple[Nodes, PartialStats, PolicyParams]) -> list[Any]:
-    nodes, stats, params = call
+def native_args(call: Call) -> list[Any]:
+    nodes, stats, params, state = call
     rows = [stats.token_ids, stats.token_logits, stats.top_ids, stats.top_logits, stats.rest, stats.weighted]
-    return [nodes.canvas, nodes.is_valid, nodes.end, rows, params.tensors, MASK, False]
+    memory = [*state.values(), stats.given_logits]
+    return [nodes.canvas, nodes.is_valid, nodes.end, rows, params.tensors, memory, MASK, False]
 
 
 def test_no_requests():
-    nodes, stats, params = random_call(3, 2, 4, 0)
+    nodes, stats, params, _ = random_call(3, 2, 4, 0)
     nodes = replace(nodes, **{f.name: v[:0] for f in fields(nodes) if (v := getattr(nodes, f.name)) is not None})
     params = replace(params, **{n: v[..., :0] for n in params.__slots__ if isinstance(v := getattr(params, n), Tensor)})
-    done = native_walk(nodes, PartialStats(*(column[:0] for column in stats.tensors)), params, MASK, UnmaskRules())
+    done = native_walk(nodes, PartialStats.of(lambda column: column[:0], stats), params, MASK, UnmaskRules())
     assert done.canvas.shape == (0, 4)
     assert done.path.shape == (0, 2)
 
@@ -308,13 +209,22 @@ def with_param(index: int, param: Any) -> Any:
         ),
         (with_row(1, lambda row: row.double()), "rows.token_logits must be Float, got Double; convert it with .to()"),
         (with_row(5, lambda row: row[:9]), "rows.weighted must be [24], got [9]; sizes follow from canvas"),
-        (lambda args: args[4].pop(), "params must be 11 tensors, got 10; give policy_id, "),
+        (lambda args: args[4].pop(), "params must be 14 tensors, got 13; give policy_id, "),
+        (lambda args: args[5].pop(), "memory must be 0 or 3 tensors, got 2; give credit_ids, credits and "),
+        (
+            lambda args: args[5].__setitem__(1, args[5][1][..., :7].contiguous()),
+            "memory.credits must be [2, 4, 8], got [2, 4, 7]; sizes follow from canvas",
+        ),
+        (
+            lambda args: args[5].__setitem__(2, args[5][2][:9]),
+            "memory.given_logits must be [24, 8], got [9, 8]; sizes follow from canvas",
+        ),
         (
             with_param(0, lambda param: param.double()),
             "params.policy_id must be Long, got Double; convert it with .to()",
         ),
         (
-            with_param(9, lambda param: param.T.contiguous()),
+            with_param(12, lambda param: param.T.contiguous()),
             "params.counts must be [4, 2], got [2, 4]; sizes follow from canvas",
         ),
     ],
@@ -329,7 +239,9 @@ def test_bad_calls_say_what_is_wrong(change, message):
 @pytest.mark.gpu
 def test_cuda_can_be_captured_in_a_graph():
     """A capture fails unless the launch goes to the current stream and nothing synchronises."""
-    args = native_args(tuple(to("cuda", part) for part in random_call(7, 11, 4, 0)))
+    *parts, state = random_call(7, 11, 4, 0)
+    on_gpu = [to("cuda", part) for part in parts]
+    args = native_args((*on_gpu, {name: field.cuda() for name, field in state.items()}))  # type: ignore[arg-type]
     expected = ops.decide_walk(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

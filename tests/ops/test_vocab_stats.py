@@ -237,7 +237,8 @@ def test_opcheck(has_weight: bool) -> None:
     stats_of(rows, weight)
     sampling = sampling_of(7, 1.0, 5)
     drawing = (sampling.keys, sampling.temperature, sampling.top_k, sampling.top_p)
-    for wants_sampled, own in product((False, True), (drawing, (None,) * 4)):
+    ids = (torch.zeros(7, 3, dtype=torch.int64), torch.full((7, 4), -1, dtype=torch.int32))
+    for wants_sampled, own in product((False, True), ((*drawing, *ids), (None,) * 6)):
         args = (rows, weight if has_weight else None, 0, [MASK], 8, wants_sampled, *own)
         torch.library.opcheck(torch.ops.vllm_dllm.vocab_stats.default, args)
 

@@ -50,6 +50,8 @@ def by_cuda(call: Call, where: str) -> PartialStats:
             noise and noise.temperature,
             filters and filters.top_k,
             filters and filters.top_p,
+            None,
+            None,
         )[: 7 if noise is None else 9]
     )
 
@@ -232,8 +234,8 @@ def test_sampled_sums_that_nobody_wants_are_not_there(where):
     if where == "simt":
         sampling = call.sampling
         own = (sampling.keys, sampling.temperature, sampling.top_k, sampling.top_p)
-        unwanted = simt.ops().vocab_stats(call.rows, None, 0, (), 8, False, *own)
-        assert [len(sums) for sums in unwanted[7:]] == [0, 0]
+        unwanted = simt.ops().vocab_stats(call.rows, None, 0, (), 8, False, *own, None, None)
+        assert [len(sums) for sums in unwanted[7:9]] == [0, 0]
     else:
         unwanted = by_cuda(replace(call, sampling=replace(call.sampling, wants_sampled=False)), where).tensors
     for a, b in zip(unwanted[:7], wanted.tensors[:7], strict=True):
@@ -262,7 +264,7 @@ def test_a_row_alone_is_as_in_company(where):
 def test_a_weight_is_refused():
     rows = torch.ones(2, 8)
     with pytest.raises(RuntimeError, match=r"a weight is given with rows on a GPU, .*; allowed is None; give logits"):
-        simt.ops().vocab_stats(rows, torch.ones(5, 8), 0, (), 1, False, None, None, None, None)
+        simt.ops().vocab_stats(rows, torch.ones(5, 8), 0, (), 1, False, *(None,) * 6)
 
 
 @pytest.mark.gpu

@@ -20,6 +20,9 @@ def request(**changes: Any) -> RequestParams:
         "threshold": 0.9,
         "factor": 1.0,
         "entropy_bound": 0.35,
+        "credit_alpha": 0.7,
+        "credit_beta": 0.8,
+        "credit_gamma": 0.2,
         "alg_temp": 0.0,
         "counts": (1, 2, 1, 1),
         "times": (0.75, 0.5, 0.25, 0.0),
@@ -93,6 +96,24 @@ def test_reset_begins_a_block_for_the_marked_slots_alone() -> None:
     state.canvas[:] = 9
     state.reset(torch.tensor([1, 0]), torch.tensor([True, False]))
     assert state.canvas.tolist() == [[9] * 4, [MASK] * 4]
+
+
+def test_what_a_policy_remembers_is_empty_when_a_block_begins() -> None:
+    credit = request(policy_id=POLICY_IDS["credit"])
+    state = state_of(request(), credit, credit)
+    assert state.policy_state(blocks(0)) == {}
+    remembered = state.policy_state(blocks(2, 1))
+    assert {name: field[0, 0].tolist() for name, field in remembered.items()} == {
+        "credit_ids": [-1] * 8,
+        "credits": [0.0] * 8,
+    }
+    remembered["credit_ids"][:, 3, 0], remembered["credits"][:, 3, 0] = torch.tensor([7, 8]), torch.tensor([0.5, 0.75])
+    state.remember(torch.tensor([2, 1]), remembered)
+    state.reset(torch.tensor([0, 1]), torch.tensor([True, False]))
+    assert state.policy_state(blocks(1, 2))["credit_ids"][:, 3, 0].tolist() == [8, 7]
+    state.reset(torch.tensor([2, 1]), torch.tensor([True, False]))
+    after = state.policy_state(blocks(1, 2))
+    assert (after["credit_ids"][:, 3, 0].tolist(), after["credits"][:, 3, 0].tolist()) == ([8, -1], [0.75, 0.0])
 
 
 def test_streams_depend_on_seed_position_and_progress() -> None:

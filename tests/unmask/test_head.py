@@ -7,14 +7,23 @@ import torch
 from torch import Tensor
 
 from vllm_dllm import noise
-from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
+from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling
 from vllm_dllm.unmask import head as head_module
 from vllm_dllm.unmask.head import LogitsHead, Shard, WeightHead, _pack
 
 VOCAB, HIDDEN, ROWS, MASK = 113, 33, 21, 5
 NUM_GREEDY = 11  # numbers of a greedy row: three candidates and their logits, and the next five fields
 EXACT = ("top_ids", "token_ids")
-ROUNDED = ("top_logits", "rest", "weighted", "token_logits", "scores", "sampled_rest", "sampled_weighted")
+ROUNDED = (
+    "top_logits",
+    "rest",
+    "weighted",
+    "token_logits",
+    "scores",
+    "sampled_rest",
+    "sampled_weighted",
+    "given_logits",
+)
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(VOCAB, HIDDEN, generator=GENERATOR) / 2
 HIDDEN_ROWS = torch.randn(ROWS, HIDDEN, generator=GENERATOR)
@@ -37,23 +46,23 @@ def by_logits(*, is_native: bool) -> LogitsHead:
     return LogitsHead(lambda hidden: hidden @ WEIGHT.t(), VOCAB, MASK, is_native=is_native)
 
 
-def sharded(cut: int) -> WeightHead:
+def sharded(cut: int, ids: RowIds | None = None) -> WeightHead:
     """The first of two ranks; the collective is played by the other rank's statistics."""
     other = WeightHead(Shard(WEIGHT[cut:], cut, 1, lambda own: own), by_logits(is_native=True), MASK)
 
     def gather(own: Tensor) -> Tensor:
         # What follows the other columns are the sums of the sampled distribution, where they are wanted.
-        is_greedy = own.shape[1] == NUM_GREEDY
-        theirs = other(HIDDEN_ROWS, None if is_greedy else sampling(has_filter=False), 3)
+        is_greedy = own.shape[1] == NUM_GREEDY + (0 if ids is None else 8)
+        theirs = other(HIDDEN_ROWS, None if is_greedy else sampling(has_filter=False), 3, ids)
         return torch.cat([own, _pack(theirs)], 1)
 
     return WeightHead(Shard(WEIGHT[:cut], 0, 2, gather), by_logits(is_native=True), MASK)
 
 
-HEADS: dict[str, Callable[[], LogitsHead | WeightHead]] = {
-    "native logits": lambda: by_logits(is_native=True),
-    "weight": lambda: WeightHead(Shard(WEIGHT, 0, 1, lambda own: own), by_logits(is_native=True), MASK),
-    "two shards": lambda: sharded(64),
+HEADS: dict[str, Callable[..., LogitsHead | WeightHead]] = {
+    "native logits": lambda _=None: by_logits(is_native=True),
+    "weight": lambda _=None: WeightHead(Shard(WEIGHT, 0, 1, lambda own: own), by_logits(is_native=True), MASK),
+    "two shards": lambda ids=None: sharded(64, ids),
 }
 
 
@@ -62,6 +71,8 @@ def assert_close(got: PartialStats, expected: PartialStats) -> None:
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
     rounding = HIDDEN * 2**-23 * 10  # of float32 sums of so many terms, in logits up to 10
     for name in ROUNDED:
+        if getattr(expected, name) is None:
+            continue
         a, b = getattr(got, name).double(), getattr(expected, name).double()
         assert torch.allclose(a, b, rtol=rounding, atol=rounding), name
 
@@ -81,6 +92,26 @@ def test_heads_agree_on_greedy_rows(name: str) -> None:
     for own in ("top_ids", "token_ids"):
         assert torch.equal(getattr(found, own), getattr(expected, own)), own
     assert found.sampled_rest is None
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_agree_on_what_rows_ask_for_and_may_take(name: str) -> None:
+    """Each row asks for ids of both shards, one of them twice, and for none; half of the words allow every other id."""
+    given = 7 + torch.arange(ROWS)[:, None] + torch.tensor([0, 30, 60, 60, 70, 80, 0, 0])
+    allowed = torch.where(torch.arange(4) % 2 == 0, 0x55555555, -1).int().repeat(ROWS, 1)
+    given[:, 6:] = torch.tensor([MASK, -1])
+    ids = RowIds(given, allowed)
+    for rows in (None, sampling(has_filter=False), sampling(has_filter=True)):
+        expected = by_logits(is_native=False)(HIDDEN_ROWS, rows, 3, ids)
+        head = HEADS[name](ids)
+        head.chunk_rows = 4  # type: ignore[misc]
+        found = head(HIDDEN_ROWS, rows, 3, ids)
+        is_out = expected.given_logits == -torch.inf  # type: ignore[union-attr]
+        assert torch.equal(found.given_logits == -torch.inf, is_out)  # type: ignore[arg-type]
+        assert 0.2 < is_out.double().mean() < 0.9
+        assert_close(
+            PartialStats.of(lambda c: c.nan_to_num(), found), PartialStats.of(lambda c: c.nan_to_num(), expected)
+        )
 
 
 def test_the_filter_of_one_row_changes_no_other_across_shards() -> None:

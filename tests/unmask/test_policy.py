@@ -22,7 +22,8 @@ START = 5
 def params(
     policy: PolicyName, block_length: int, *, steps: int = 1, num_known: int = 0, **changes: Any
 ) -> PolicyParams:
-    values = {"threshold": 0.9, "factor": 1.0, "entropy_bound": 0.35, "alg_temp": 0.0} | changes
+    values = {"threshold": 0.9, "factor": 1.0, "entropy_bound": 0.35, "alg_temp": 0.0}
+    values |= {"credit_alpha": 0.7, "credit_beta": 0.8, "credit_gamma": 0.2} | changes
     return PolicyParams(
         policy_id=torch.tensor([POLICY_IDS[policy]]),
         seed=torch.tensor([7]),

@@ -27,6 +27,7 @@ from vllm_dllm.cli.inputs import Dtype, check_matplotlib, make_folder
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
     BlockLength,
+    Credit,
     EntropyBound,
     Factor,
     StepsPerBlock,
@@ -72,6 +73,7 @@ def decode(  # noqa: PLR0913 - the options of a command
     threshold: Threshold = None,
     factor: Factor = None,
     entropy_bound: EntropyBound = None,
+    credit: Credit = None,
     alg_temp: AlgTemp = None,
     steps_per_block: StepsPerBlock = None,
     graph: _Graphs = "default",
@@ -94,7 +96,7 @@ def decode(  # noqa: PLR0913 - the options of a command
     make_folder("--out", out)
     from vllm_dllm.measure.decode import Comparison, sections
 
-    given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
+    given = given_settings(None, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block)
     comparison = Comparison(
         policies=bench_options.policies(model, policy, graph, given),
         budgets=bench_options.whole_numbers("--budgets", budgets, MAX_NODES),

@@ -22,6 +22,7 @@ from vllm_dllm.cli.inputs import Dtype, check_file, check_picture
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
     BlockLength,
+    Credit,
     EntropyBound,
     Factor,
     Policy,
@@ -58,6 +59,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     threshold: Threshold = None,
     factor: Factor = None,
     entropy_bound: EntropyBound = None,
+    credit: Credit = None,
     alg_temp: AlgTemp = None,
     steps_per_block: StepsPerBlock = None,
     block_length: BlockLength = None,
@@ -86,7 +88,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     check_file("--output", output)
     if picture is not None:
         check_picture("--picture", picture)
-    given = given_settings(policy, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
+    given = given_settings(policy, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block)
     plan = Plan(
         model=model,
         prompts=read_prompts(prompts, samples),

@@ -12,6 +12,7 @@ from vllm_dllm.cli.console import counted, print_error, print_line
 from vllm_dllm.cli.inputs import check_file, check_picture, family_for, read_config
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
+    Credit,
     EntropyBound,
     Factor,
     Policy,
@@ -59,6 +60,7 @@ def check(  # noqa: PLR0913 - the options of a command
     threshold: Threshold = None,
     factor: Factor = None,
     entropy_bound: EntropyBound = None,
+    credit: Credit = None,
     alg_temp: AlgTemp = None,
     steps_per_block: StepsPerBlock = None,
 ) -> None:
@@ -69,7 +71,7 @@ def check(  # noqa: PLR0913 - the options of a command
     The exit status is 1 for a graph that cannot be used, and 0 for one that can, even where it was calibrated for
     something else and a warning says so.
     """
-    given = given_settings(policy, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
+    given = given_settings(policy, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block)
     config = None if model is None else read_config(model)
     family = None if model is None or config is None else family_for(model, config)
     try:

@@ -21,6 +21,20 @@ def _policy(name: str) -> str:
     return name
 
 
+_CREDIT = ("credit_alpha", "credit_beta", "credit_gamma")
+
+
+def _credit(text: str) -> str:
+    """Check an option with the three numbers of the policy `credit`."""
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(_CREDIT):
+        raise typer.BadParameter(f"{text!r}, allowed are three numbers with commas between them, as '0.7,0.8,0.2'")
+    return text
+
+
 Policy = Annotated[
     str | None,
     typer.Option(
@@ -30,6 +44,10 @@ Policy = Annotated[
 Threshold = Annotated[float | None, typer.Option(help="Of the policies `threshold` and `dynamic`.")]
 Factor = Annotated[float | None, typer.Option(help="Of the policy `factor`.")]
 EntropyBound = Annotated[float | None, typer.Option(help="Of the policy `entropy_bounded`.")]
+Credit = Annotated[
+    str | None,
+    typer.Option(parser=_credit, metavar="ALPHA,BETA,GAMMA", help="Of the policy `credit`, three numbers with commas."),
+]
 AlgTemp = Annotated[float | None, typer.Option(help="Of the policies `static`, `margin` and `entropy`.")]
 StepsPerBlock = Annotated[int | None, typer.Option(help="Of the policies with a schedule.")]
 BlockLength = Annotated[int | None, typer.Option(help="Positions denoised together; the model's own unless given.")]
@@ -41,6 +59,7 @@ def given_settings(
     threshold: float | None,
     factor: float | None,
     entropy_bound: float | None,
+    credit: str | None,
     alg_temp: float | None,
     steps_per_block: int | None,
 ) -> dict[str, object]:
@@ -51,6 +70,7 @@ def given_settings(
         "threshold": threshold,
         "factor": factor,
         "entropy_bound": entropy_bound,
+        **({} if credit is None else dict(zip(_CREDIT, map(float, credit.split(",")), strict=True))),
         "alg_temp": alg_temp,
         "steps_per_block": steps_per_block,
     }

@@ -42,6 +42,7 @@ _LIKE: dict[PolicyName, PolicyName] = {
     "origin": "threshold",
     "dynamic": "threshold",
     "entropy_bounded": "threshold",
+    "credit": "threshold",
 }
 """Policies that may lack a graph of their own, and the one whose steps are most like theirs."""
 

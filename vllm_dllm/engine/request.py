@@ -17,6 +17,7 @@ from vllm_dllm.config import (
     POLICY_OPTIONS,
     DllmConfig,
     InvalidOptionError,
+    PolicyName,
     check_policy_options,
     plain_number,
     request_steps,
@@ -151,7 +152,20 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         request_steps(options, settings, min(params.max_tokens, blocks.end - prompt_len))
     except InvalidOptionError as error:
         raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
+    _refuse_filters(params, options.policy or settings.policy)
     return blocks.end - prompt_len
+
+
+def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
+    """Check that nothing filters what a policy draws of other logits than the model's, which nobody sorts."""
+    for name, value, is_used in (("top_k", params.top_k, params.top_k > 0), ("top_p", params.top_p, params.top_p < 1)):
+        if policy == "credit" and params.temperature > 0 and is_used:
+            raise RequestError(
+                f"{name} is {value}, but the request's policy 'credit' draws of logits that credit raised, unfiltered; "
+                f"allowed is {'0 or -1' if name == 'top_k' else 1}; send that, temperature 0 or another dllm_policy",
+                parameter=name,
+                value=value,
+            )
 
 
 def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_at_least: bool = False) -> RequestError:
@@ -223,6 +237,9 @@ def resolve_params(
         threshold=merged.threshold,
         factor=merged.factor,
         entropy_bound=merged.entropy_bound,
+        credit_alpha=merged.credit_alpha,
+        credit_beta=merged.credit_beta,
+        credit_gamma=merged.credit_gamma,
         alg_temp=(merged.alg_temp or 0.0) if has_alg_temp else 0.0,
         counts=count_table(rules, settings.block_length, steps),
         times=reveal_times(settings.block_length, steps),

@@ -14,6 +14,7 @@ def decide_walk(
     end: Tensor | None,
     rows: Sequence[Tensor],
     params: Sequence[Tensor],
+    memory: Sequence[Tensor],
     mask_token_id: int,
     unmasks_first_alone: bool,
 ) -> list[Tensor]:
@@ -29,12 +30,13 @@ def decide_walk(
         rows: of `PartialStats` token_ids, token_logits, top_ids, top_logits, rest, weighted and, if policies look at
             the sampled distribution, sampled_rest and sampled_weighted; rows in the order of requests, nodes,
             positions, at least two candidates each.
-        params: of `PolicyParams` policy_id, seed, prompt_len, start, threshold, factor, entropy_bound, alg_temp,
-            temperature, [num_reqs] each, then counts and times, [block_length, num_reqs].
+        params: the tensors of `PolicyParams`: [num_reqs] each, but counts and times, [block_length, num_reqs].
+        memory: where a policy of the batch remembers something: credit_ids and credits of its state, contiguous, and
+            the given logits of the rows; else nothing.
         mask_token_id: what stands for masked in a canvas.
         unmasks_first_alone: whether a block's first step unmasks its first position alone.
 
-    Returns: the fields of `unmask.walk.Trajectory`, of `candidates` its two.
+    Returns: the fields of `unmask.walk.Trajectory`, of `candidates` its two, of `state` those of the memory.
 
     Raises:
         KernelUnavailable: the op is not built for the device of `canvas`.
@@ -42,7 +44,7 @@ def decide_walk(
     """
     require("decide_walk", canvas.device.type)
     trajectory: list[Tensor] = torch.ops.vllm_dllm.decide_walk(
-        canvas, is_valid, end, rows, params, mask_token_id, unmasks_first_alone
+        canvas, is_valid, end, rows, params, memory, mask_token_id, unmasks_first_alone
     )
     return trajectory
 
@@ -53,11 +55,12 @@ def fake(
     end: Tensor | None,
     rows: Sequence[Tensor],
     params: Sequence[Tensor],
+    memory: Sequence[Tensor],
     mask_token_id: int,
     unmasks_first_alone: bool,
 ) -> list[Tensor]:
     """Return an empty trajectory."""
-    check_one_device("decide_walk", canvas, is_valid, end, *rows, *params)
+    check_one_device("decide_walk", canvas, is_valid, end, *rows, *params, *memory)
     num_reqs, num_nodes, block_length = canvas.shape
     candidates = (num_reqs, block_length, rows[2].shape[1])
     return [
@@ -72,4 +75,5 @@ def fake(
         canvas.new_empty(num_reqs, dtype=torch.bool),
         canvas.new_empty(candidates),
         canvas.new_empty(candidates, dtype=torch.float64),
+        *(torch.empty_like(field) for field in memory[:2]),
     ]

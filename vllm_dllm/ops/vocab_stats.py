@@ -1,7 +1,10 @@
 """What rows of logits say, from hidden rows and the LM head's weight, or from logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +48,19 @@ class RowSampling:
 
 
 @dataclass(frozen=True, slots=True)
+class RowIds:
+    """Which ids rows ask for, and may take."""
+
+    given: Tensor | None = None  # [num_rows, num_given] int64, whose logits are wanted, at most 8; -1: none
+    # [num_rows, num_words] int32, bit `id % 32` of word `id // 32` for each id of the vocabulary; None allows all.
+    allowed: Tensor | None = None
+
+    def rows(self, begin: int, end: int) -> "RowIds":
+        """Return those of rows [begin, end)."""
+        return RowIds(*(None if ids is None else ids[begin:end] for ids in (self.given, self.allowed)))
+
+
+@dataclass(frozen=True, slots=True)
 class Distribution:
     """What unmasking policies ask of each row's distribution over the vocabulary: that of probabilities ~ exp(x).
 
@@ -56,6 +72,15 @@ class Distribution:
     weighted: Tensor  # [num_rows] float64, sum of x exp(x)
     token: Tensor  # [num_rows] float64, x of the drawn token
     candidates: Tensor  # [num_rows, num_candidates] float64, x of the largest; -inf: none
+
+    def where(self, is_it: Tensor, other: "Distribution") -> "Distribution":
+        """Return that of the rows that `is_it` [num_rows] bool marks, and of `other` for the rest."""
+        return Distribution(
+            torch.where(is_it, self.rest, other.rest),
+            torch.where(is_it, self.weighted, other.weighted),
+            torch.where(is_it, self.token, other.token),
+            torch.where(is_it[:, None], self.candidates, other.candidates),
+        )
 
     @property
     def confidence(self) -> Tensor:
@@ -92,6 +117,16 @@ class PartialStats:
     # The sums over the ids that the filters keep, of (l - largest) / temperature; those above at temperature 0.
     sampled_rest: Tensor | None = None  # [num_rows] float64; None: not wanted
     sampled_weighted: Tensor | None = None  # [num_rows] float64; None: not wanted
+    # Of the given ids, in the bits of `top_logits`; -inf: excluded, not allowed, or of other ids than these.
+    given_logits: Tensor | None = None  # [num_rows, num_given] float32; None: not wanted
+
+    @classmethod
+    def of(cls, call: Callable[..., Tensor], *parts: "PartialStats") -> "PartialStats":
+        """Apply `call` to what the parts have in each field that they have."""
+        columns: dict[str, list[Any]] = {
+            field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)
+        }
+        return cls(**{name: call(*column) for name, column in columns.items() if column[0] is not None})
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -101,7 +136,8 @@ class PartialStats:
 
     def split(self, sizes: list[int]) -> list["PartialStats"]:
         """Return the statistics of consecutive rows, so many each."""
-        return [PartialStats(*parts) for parts in zip(*(column.split(sizes) for column in self.tensors), strict=True)]
+        rows = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        return [PartialStats.of(itemgetter(own), self) for own in rows]
 
     def distribution(self, divisor: Tensor) -> Distribution:
         """Return the sampled distribution where that is wanted, else the model's own.
@@ -133,22 +169,26 @@ def merge(parts: Sequence[PartialStats], sampling: RowSampling | None) -> Partia
         parts: of the same rows, in the order of their ids, which decides between equal logits and scores.
         sampling: of the rows, as it was given for these statistics; none is filtered.
     """
-    stacked = [torch.stack(columns) for columns in zip(*(part.tensors for part in parts), strict=True)]
-    top_ids, top_logits, rest, weighted, token_ids, token_logits, scores, *sampled = stacked
+    stacked = PartialStats.of(lambda *columns: torch.stack(columns), *parts)
+    top_ids, top_logits = stacked.top_ids, stacked.top_logits
     tops = top_logits[..., 0].double()
     largest, first = tops.max(0)
     below = (tops - largest).masked_fill(tops == -torch.inf, -torch.inf)  # [num_parts, num_rows]
     logits, order = top_logits.movedim(0, 1).flatten(1).sort(dim=1, descending=True, stable=True)
     num_candidates = top_ids.shape[2]
-    drawn = scores.argmax(0, keepdim=True)
+    drawn = stacked.scores.argmax(0, keepdim=True)
+    sampled_sums: tuple[Tensor | None, Tensor | None] = (None, None)
+    if sampling is not None and stacked.sampled_rest is not None and stacked.sampled_weighted is not None:
+        sampled_sums = _merge_sums(first, below / sampling.divisor, stacked.sampled_rest, stacked.sampled_weighted)
     return PartialStats(
         top_ids.movedim(0, 1).flatten(1).gather(1, order[:, :num_candidates]),
         logits[:, :num_candidates].contiguous(),
-        *_merge_sums(first, below, rest, weighted),
-        token_ids.gather(0, drawn)[0],
-        token_logits.gather(0, drawn)[0],
-        scores.gather(0, drawn)[0],
-        *(_merge_sums(first, below / sampling.divisor, *sampled) if sampling is not None and sampled else ()),
+        *_merge_sums(first, below, stacked.rest, stacked.weighted),
+        stacked.token_ids.gather(0, drawn)[0],
+        stacked.token_logits.gather(0, drawn)[0],
+        stacked.scores.gather(0, drawn)[0],
+        *sampled_sums,
+        None if stacked.given_logits is None else stacked.given_logits.amax(0),  # one part has the id
     )
 
 
@@ -176,6 +216,7 @@ def vocab_stats(
     excluded_ids: Sequence[int],
     num_candidates: int,
     sampling: RowSampling | None,
+    ids: RowIds | None = None,
 ) -> PartialStats:
     """Reduce the logits of each row, which never exist together.
 
@@ -191,6 +232,7 @@ def vocab_stats(
         excluded_ids: at most 8 ids whose logits count as -inf, such as the mask token.
         num_candidates: how many of the largest logits to keep, 1 to 8.
         sampling: of the rows; None: all take their argmax. With filters the ids have to be the whole vocabulary.
+        ids: of the rows; logits of ids that are not allowed count as -inf.
 
     Raises:
         KernelUnavailable: the op is not built for the device of `rows`.
@@ -199,6 +241,7 @@ def vocab_stats(
     require("vocab_stats", rows.device.type)
     wants_sampled = sampling is not None and sampling.wants_sampled
     filters = sampling if sampling is not None and sampling.has_filter else None
+    given = ids and ids.given
     results = torch.ops.vllm_dllm.vocab_stats(
         rows,
         weight,
@@ -210,8 +253,13 @@ def vocab_stats(
         sampling and sampling.temperature.contiguous(),
         filters and filters.top_k.contiguous(),
         filters and filters.top_p.contiguous(),
+        given,
+        ids and ids.allowed,
     )
-    return PartialStats(*(results if wants_sampled else results[:-2]))
+    stats = PartialStats(*results)
+    if not wants_sampled:
+        stats = replace(stats, sampled_rest=None, sampled_weighted=None)
+    return stats if given is not None else replace(stats, given_logits=None)
 
 
 def fake(
@@ -221,11 +269,12 @@ def fake(
     excluded_ids: list[int],
     num_candidates: int,
     wants_sampled: bool,
-    *sampling: Tensor | None,
+    *optional: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Return empty results of the fields of `PartialStats`; sampled sums that are not wanted have no rows."""
-    check_one_device("vocab_stats", rows, weight, *sampling)
+    check_one_device("vocab_stats", rows, weight, *optional)
     num_rows = rows.shape[0]
+    *_, given_ids, _allowed = optional
     num_sampled = num_rows if wants_sampled else 0
     return (
         rows.new_empty((num_rows, num_candidates), dtype=torch.int64),
@@ -237,4 +286,5 @@ def fake(
         rows.new_empty(num_rows, dtype=torch.float64),
         rows.new_empty(num_sampled, dtype=torch.float64),
         rows.new_empty(num_sampled, dtype=torch.float64),
+        rows.new_empty((num_rows, 0 if given_ids is None else given_ids.shape[1]), dtype=torch.float32),
     )

@@ -9,6 +9,7 @@ Sources, and their names for our policies:
                "topk_margin", `entropy`, `origin`
     SDAR       JetAstra/SDAR `generate.py`, arXiv:2510.06303: `sequential`, `static` is "low_confidence_static",
                `dynamic` is "low_confidence_dynamic", `entropy_bounded`
+    dInfer     inclusionAI/dInfer `CreditThresholdParallelDecoder`, arXiv:2510.06133: `credit`, see `reference.credit`
 
 A step takes the most probable (or a sampled) token of each masked position with a score, and unmasks the positions of
 the highest scores; the policy says what the score is, and how many. Additions of ours are marked "ours". The published
@@ -16,7 +17,7 @@ decoders draw noise from torch's global generator; here it is a function of what
 so that an engine can draw the same. Batch of one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Literal
@@ -26,9 +27,10 @@ from torch import Tensor
 
 from vllm_dllm.config import PolicyName
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
+from vllm_dllm.reference.credit import Credits
 from vllm_dllm.reference.sampling import Sampling, choose_tokens, remove_tokens, sampled_logits
 
-_UNSCHEDULED = ("threshold", "factor", "entropy_bounded")
+_UNSCHEDULED = ("threshold", "factor", "entropy_bounded", "credit")
 _WITH_ALG_TEMP = ("static", "margin", "entropy")
 
 EPS = 1e-3
@@ -40,8 +42,8 @@ class UnmaskPolicy:
     """Which positions a step unmasks.
 
     `static`, `random`, `margin`, `entropy` and `sequential` spread a block over its share of `steps` and differ in the
-    score; `threshold`, `factor`, `dynamic` and `entropy_bounded` take as many positions as are sure enough; `origin`
-    draws for each position at which step it is unmasked.
+    score; `threshold`, `factor`, `dynamic`, `entropy_bounded` and `credit` take as many positions as are sure enough;
+    `origin` draws for each position at which step it is unmasked.
     """
 
     name: PolicyName = "static"
@@ -49,6 +51,9 @@ class UnmaskPolicy:
     threshold: float = 0.9
     factor: float = 1.0
     entropy_bound: float = 0.35  # nats
+    credit_alpha: float = 0.7
+    credit_beta: float = 0.8
+    credit_gamma: float = 0.2
     alg_temp: float | None = None  # Dream: draw the positions from softmax(score / alg_temp); None and 0: the highest
     confidence_dtype: torch.dtype | None = None  # of the softmax; None: as the logits (LLaDA). Fast-dLLM: float64
     confidence_eos_eot_inf: bool = False  # LLaDA app. B.4
@@ -195,7 +200,7 @@ def unmask_count(policy: UnmaskPolicy, score: Tensor, scheduled: int) -> int:
         score: [num_masked], descending.
         scheduled: what the schedule gives this step.
     """
-    if policy.name == "threshold":
+    if policy.name in {"threshold", "credit"}:
         return threshold_count(score, policy.threshold)
     if policy.name == "factor":
         return factor_count(score, policy.factor)
@@ -225,6 +230,7 @@ class Block:
     sampling: Sampling
     rules: Rules
     eos_id: int
+    credits: Credits = field(default_factory=Credits)  # so far
 
     def __post_init__(self) -> None:
         """Raise ValueError for steps that the policy cannot take."""
@@ -285,6 +291,9 @@ def unmask(logits: Tensor, is_masked: Tensor, *, first: int, block: Block) -> tu
     positions = first + rows
     keys = stream_keys(torch.full_like(rows, sampling.seed), positions, torch.full_like(rows, len(rows)))
     logits = remove_tokens(logits[rows], sampling.forbidden_ids + ((block.eos_id,) if sampling.logits_eos_inf else ()))
+    if policy.name == "credit":
+        alpha, beta, gamma = policy.credit_alpha, policy.credit_beta, policy.credit_gamma
+        logits = block.credits.fuse(logits.double(), positions, alpha=alpha, beta=beta, gamma=gamma)
     tokens = choose_tokens(logits, keys, sampling)
     known = block.known(positions)
     if known is not None:
@@ -299,7 +308,7 @@ def unmask(logits: Tensor, is_masked: Tensor, *, first: int, block: Block) -> tu
     count = unmask_count(policy, score.sort(descending=True).values, block.scheduled(len(rows)))
     count = min(count, len(rows))
     # The published threshold rule ranks all masked positions and drops the rest; the ties of topk depend on k.
-    num_ranked = len(rows) if policy.name == "threshold" else count
+    num_ranked = len(rows) if policy.name in {"threshold", "credit"} else count
     in_span = score.new_full(is_masked.shape, -torch.inf).index_copy(0, rows, score)
     chosen = rank_positions(in_span, num_ranked, policy.tie_break)[:count]
     chosen_tokens = torch.zeros_like(in_span, dtype=torch.int64).index_copy(0, rows, tokens)[chosen]

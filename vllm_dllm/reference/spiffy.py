@@ -12,11 +12,13 @@ first step is decided by what the call computed. That counts as one draft.
 
 Where the paper leaves open: drafts extend the canvas that the last distribution led to, in the ranks of that
 distribution; a draft is accepted when it *is* the next canvas, whatever edge led to it; at a temperature each step of
-a draft draws with the noise that the decoder will use then. Other than in the paper, position ranks and pruning go by
-calibrated readiness (`draft.prune`).
+a draft draws with the noise that the decoder will use then; `credit` decides a draft only where each token with credit
+by then had some when the call began, or is among the draft's `MAX_CANDIDATES` likeliest. Other than in the paper,
+position ranks and pruning go by calibrated readiness (`draft.prune`).
 """
 
 import math
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import cast
 
@@ -27,6 +29,7 @@ from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph, Formula
 from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.block_causal import decoded_region, store_prompt
+from vllm_dllm.reference.credit import Credits
 from vllm_dllm.reference.decode import Model, shift, steps_per_block
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy, unmask
@@ -135,11 +138,27 @@ class _Decoder:
             calls.nfe += 1
             calls.num_proposed += len(drafts) + (end is not None)
             calls.num_accepted -= 1  # the root is no draft
-            while canvas in evaluated:
+            asked = deepcopy(self.block.credits)
+            while canvas in evaluated and self.knows(canvas, evaluated[canvas], asked):
                 before, logits = canvas, evaluated[canvas]
                 canvas = self.next_canvas(canvas, logits)
                 calls.num_accepted += 1
         return canvas, canvas == end
+
+    def knows(self, canvas: Canvas, logits: Tensor, asked: Credits) -> bool:
+        """Say whether a call computed the logit of each token that has credit by now.
+
+        Args:
+            canvas: one of the call's.
+            logits: [block_length, vocab], of it.
+            asked: the credits when the call began.
+        """
+        top = remove_tokens(logits, self.block.sampling.forbidden_ids).topk(min(MAX_CANDIDATES, logits.shape[-1]))
+        return all(
+            self.block.credits.tokens(self.block.begin + i) <= asked.tokens(self.block.begin + i) | set(ids.tolist())
+            for i, ids in enumerate(top.indices)
+            if canvas[i] == self.mask_token_id
+        )
 
     def end(self, root: Canvas, before: Canvas, logits: Tensor) -> Canvas:
         """Guess how the block ends: with the likeliest tokens, or those that the draws would give.

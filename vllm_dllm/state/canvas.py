@@ -14,7 +14,8 @@ from vllm_dllm.attention.layout import pinned
 from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
-from vllm_dllm.unmask.policy import POLICY_IDS, PolicyParams
+from vllm_dllm.unmask.memory import PolicyState, select
+from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
 from vllm_dllm.unmask.schedule import UnmaskRules
 
 
@@ -26,6 +27,9 @@ class RequestParams:
     threshold: float
     factor: float
     entropy_bound: float
+    credit_alpha: float
+    credit_beta: float
+    credit_gamma: float
     alg_temp: float  # 0 draws no positions
     counts: tuple[int, ...]  # schedule.count_table
     times: tuple[float, ...]  # schedule.reveal_times
@@ -47,7 +51,8 @@ class Blocks:
 
 
 _INTS = ("policy_id", "prompt_len", "row_len", "top_k", "seed")
-_FLOATS = ("threshold", "factor", "entropy_bound", "alg_temp", "temperature", "top_p")
+_CREDIT = ("credit_alpha", "credit_beta", "credit_gamma")
+_FLOATS = ("threshold", "factor", "entropy_bound", *_CREDIT, "alg_temp", "temperature", "top_p")
 
 
 class CanvasState:
@@ -79,6 +84,7 @@ class CanvasState:
         self.left = left
         # [max_num_reqs, block_length]: the active block. The mask token is never chosen, so it stands for masked alone.
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)
+        self._policy_state = new_state(max_num_reqs, block_length, device)
         # Rows: a parameter each, then the request's table, `counts` or `times`.
         self._ints_np = np.zeros((len(_INTS) + block_length, max_num_reqs), dtype=np.int64)
         self._floats_np = np.zeros((len(_FLOATS) + block_length, max_num_reqs), dtype=np.float64)
@@ -126,6 +132,7 @@ class CanvasState:
             threshold=own_floats["threshold"],
             factor=own_floats["factor"],
             entropy_bound=own_floats["entropy_bound"],
+            **{name: own_floats[name] for name in _CREDIT},
             alg_temp=own_floats["alg_temp"],
             temperature=own_floats["temperature"],
             counts=ints[len(_INTS) :],
@@ -133,6 +140,21 @@ class CanvasState:
             policies=tuple(name for name, policy_id in POLICY_IDS.items() if policy_id in policies),
             has_alg_temp=bool((self._floats_np[_FLOATS.index("alg_temp"), slots_np] > 0).any()),
         )
+
+    def has_memory(self, slots_np: np.ndarray) -> bool:
+        """Tell whether the policy of any of some requests remembers something."""
+        return bool(np.isin(self._ints_np[_INTS.index("policy_id"), slots_np], list(MEMORIES)).any())
+
+    def policy_state(self, blocks: Blocks) -> PolicyState:
+        """Gather what the policies of some requests remember; empty where none remembers anything."""
+        if not self.has_memory(blocks.slots_np):
+            return {}
+        return {name: field[blocks.slots] for name, field in self._policy_state.items()}
+
+    def remember(self, slots: Tensor, state: PolicyState) -> None:
+        """Keep what policies remember of their blocks from now on."""
+        for name, field in state.items():
+            self._policy_state[name][slots] = field
 
     def is_sampled(self, slots_np: np.ndarray) -> bool:
         """Tell whether any of some requests has a temperature above 0."""
@@ -206,12 +228,15 @@ class CanvasState:
         return hidden
 
     def reset(self, slots: Tensor, where: Tensor) -> None:
-        """Begin a new block for those of the given slots that `where` marks.
+        """Begin a new block for those of the given slots that `where` marks; their policies remember nothing of it.
 
         Args:
             slots: [num_reqs] int64, without repetition.
             where: [num_reqs] bool.
         """
+        if self.has_memory(np.arange(len(self.canvas))):
+            anew = new_state(len(slots), self.block_length, self.device)
+            self.remember(slots, select(where, anew, {name: its[slots] for name, its in self._policy_state.items()}))
         self.canvas[slots] = self.canvas[slots].masked_fill(where[:, None], self.mask_token_id)
 
     def _int(self, name: str) -> Tensor:

@@ -4,16 +4,15 @@ Logits of all rows of a step never exist together. `WeightHead` multiplies and r
 logits of some rows at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, merge, vocab_stats
+from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling, merge, vocab_stats
 from vllm_dllm.unmask.stats import torch_stats
 
 LOGITS_BYTES = 128 << 20
@@ -31,13 +30,16 @@ class Head(Protocol):
     def chunk_rows(self) -> int:
         """Rows of a call beyond which the memory in use does not grow."""
 
-    def __call__(self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int) -> PartialStats:
+    def __call__(
+        self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
+    ) -> PartialStats:
         """Return statistics of the whole vocabulary.
 
         Args:
             hidden: [num_rows, hidden_size].
             sampling: of the rows; None: all take their argmax.
             num_candidates: 1 to 8.
+            ids: of the rows; None: they ask for none and may take all.
         """
 
 
@@ -69,14 +71,16 @@ class LogitsHead:
         reduce = partial(vocab_stats, weight=None) if is_native else torch_stats
         self._reduce = partial(reduce, excluded_ids=[mask_token_id])
 
-    def __call__(self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int) -> PartialStats:
+    def __call__(
+        self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
+    ) -> PartialStats:
         """Implement `Head`."""
-        return _in_chunks(
-            hidden,
-            sampling,
-            self.chunk_rows,
-            lambda rows, own: self._reduce(self.head_logits(rows), sampling=own, num_candidates=num_candidates),
-        )
+
+        def reduce(rows: Tensor, sampling: RowSampling | None, ids: RowIds | None) -> PartialStats:
+            logits = self.head_logits(rows)
+            return self._reduce(logits, sampling=sampling, num_candidates=num_candidates, ids=ids)
+
+        return _in_chunks(hidden, sampling, ids, self.chunk_rows, reduce)
 
 
 class WeightHead:
@@ -97,20 +101,24 @@ class WeightHead:
         self._by_logits = by_logits
         self._mask_token_id = mask_token_id
 
-    def __call__(self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int) -> PartialStats:
+    def __call__(
+        self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
+    ) -> PartialStats:
         """Implement `Head`."""
         if self._shard.num_shards == 1:
-            return self._own(hidden, sampling, num_candidates)
+            return self._own(hidden, sampling, num_candidates, ids)
         unfiltered = sampling and sampling.without_filter()
-        own = self._own(hidden, unfiltered, num_candidates)
+        own = self._own(hidden, unfiltered, num_candidates, ids)
         gathered = self._shard.gather(_pack(own)).chunk(self._shard.num_shards, 1)
         stats = merge([_unpack(packed, own) for packed in gathered], unfiltered)
         if sampling is None or not sampling.has_filter:
             return stats
-        whole = self._by_logits(hidden, sampling, num_candidates)
-        return _each(lambda parts: _select(sampling.is_filtered(), *parts), [whole, stats])
+        whole = self._by_logits(hidden, sampling, num_candidates, ids)
+        return PartialStats.of(partial(_select, sampling.is_filtered()), whole, stats)
 
-    def _own(self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int) -> PartialStats:
+    def _own(
+        self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None
+    ) -> PartialStats:
         """Return the statistics of this rank's ids."""
         reduce = partial(
             vocab_stats,
@@ -119,27 +127,25 @@ class WeightHead:
             excluded_ids=[self._mask_token_id],
             num_candidates=num_candidates,
         )
-        return _in_chunks(hidden, sampling, self.chunk_rows, lambda rows, own: reduce(rows, sampling=own))
-
-
-def _each(call: Callable[[tuple[Tensor, ...]], Tensor], parts: Sequence[PartialStats]) -> PartialStats:
-    """Apply `call` to the tensors that the parts have in each field."""
-    return PartialStats(*map(call, zip(*(part.tensors for part in parts), strict=True)))
+        return _in_chunks(
+            hidden, sampling, ids, self.chunk_rows, lambda rows, own, its: reduce(rows, sampling=own, ids=its)
+        )
 
 
 def _in_chunks(
     hidden: Tensor,
     sampling: RowSampling | None,
+    ids: RowIds | None,
     chunk_rows: int,
-    reduce: Callable[[Tensor, RowSampling | None], PartialStats],
+    reduce: Callable[[Tensor, RowSampling | None, RowIds | None], PartialStats],
 ) -> PartialStats:
     if len(hidden) <= chunk_rows:
-        return reduce(hidden, sampling)
-    parts = [
-        reduce(rows, sampling and sampling.rows(begin, begin + len(rows)))
-        for begin, rows in zip(count(0, chunk_rows), hidden.split(chunk_rows), strict=False)
-    ]
-    return _each(torch.cat, parts)
+        return reduce(hidden, sampling, ids)
+    parts = []
+    for begin in range(0, len(hidden), chunk_rows):
+        end = min(begin + chunk_rows, len(hidden))
+        parts.append(reduce(hidden[begin:end], sampling and sampling.rows(begin, end), ids and ids.rows(begin, end)))
+    return PartialStats.of(lambda *columns: torch.cat(columns), *parts)
 
 
 def _pack(stats: PartialStats) -> Tensor:
@@ -148,11 +154,8 @@ def _pack(stats: PartialStats) -> Tensor:
 
 
 def _unpack(packed: Tensor, like: PartialStats) -> PartialStats:
-    columns = like.tensors
-    parts = packed.split([column.numel() // len(column) for column in columns], 1)
-    return PartialStats(
-        *(part.reshape(column.shape).to(column.dtype) for part, column in zip(parts, columns, strict=True))
-    )
+    parts = iter(packed.split([column.numel() // len(column) for column in like.tensors], 1))
+    return PartialStats.of(lambda column: next(parts).reshape(column.shape).to(column.dtype), like)
 
 
 def _select(where: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
 """Unmasking policies as tensor code over a whole batch.
 
 A policy is an order of the masked positions and a count: a step unmasks the first ones, highest score first, lowest
-position first among equals, which `torch.topk` leaves open. It remembers nothing: the next canvas is a function of the
-canvas and what the model says of it.
+position first among equals, which `torch.topk` leaves open. The next canvas is a function of the canvas, what the model
+says of it, and what the policy remembers of the block, which most policies do not (`unmask.memory`).
 
 Sources: LLaDA `generate` (arXiv:2502.09992) for static and random; Fast-dLLM v1 (arXiv:2505.22618) for threshold and
 factor; Dream `diffusion_generate` (arXiv:2508.15487) for margin, entropy, origin and `alg_temp`; SDAR
-`block_diffusion_generate` (arXiv:2510.06303) for sequential, dynamic and entropy_bounded.
+`block_diffusion_generate` (arXiv:2510.06303) for sequential, dynamic and entropy_bounded; credit is in `unmask.credit`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from vllm_dllm import noise
 from vllm_dllm.config import PolicyName
 from vllm_dllm.ops.vocab_stats import Distribution
+from vllm_dllm.unmask.credit import CREDIT
+from vllm_dllm.unmask.memory import Memory, PolicyState
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,9 @@ class PolicyParams:
     threshold: Tensor  # [num_canvases] float64
     factor: Tensor  # [num_canvases] float64
     entropy_bound: Tensor  # [num_canvases] float64, nats
+    credit_alpha: Tensor  # [num_canvases] float64, as the next two of `unmask.credit`
+    credit_beta: Tensor  # [num_canvases] float64
+    credit_gamma: Tensor  # [num_canvases] float64
     alg_temp: Tensor  # [num_canvases] float64, 0 draws no positions
     temperature: Tensor  # [num_canvases] float64, of the sampled distribution
     counts: Tensor  # [block_length, num_canvases] int64, schedule.count_table
@@ -80,10 +86,12 @@ class Policy:
         score: [num_canvases, block_length] float64 of each position.
         count: [num_canvases] int64 of the scores in descending order, -inf behind the masked positions, and of
             `num_masked` [num_canvases]; `choose_positions` keeps it within 1..num_masked.
+        memory: what changes the rows' distributions before they are scored; None: nothing does.
     """
 
     score: Callable[[Evidence, PolicyParams], Tensor]
     count: Callable[[Tensor, Tensor, PolicyParams], Tensor]
+    memory: Memory | None = None
 
 
 def _confidence(evidence: Evidence, _params: PolicyParams) -> Tensor:
@@ -165,9 +173,27 @@ POLICIES: dict[PolicyName, Policy] = {
     "sequential": Policy(_leftmost, _scheduled),
     "dynamic": Policy(_confidence, _exceeding),
     "entropy_bounded": Policy(_certainty, _within_bound),
+    "credit": Policy(_confidence, _reaching, CREDIT),
 }
 
 POLICY_IDS: dict[PolicyName, int] = {name: number for number, name in enumerate(POLICIES)}
+
+MEMORIES = {POLICY_IDS[name]: policy.memory for name, policy in POLICIES.items() if policy.memory is not None}
+"""Of the policies with one; no two share a field."""
+
+
+STATE_FIELDS = {name: field for memory in MEMORIES.values() for name, field in memory.fields.items()}
+
+
+def new_state(num_canvases: int, block_length: int, device: torch.device) -> PolicyState:
+    """Return what policies remember of blocks that begin."""
+    return {name: field.new(num_canvases, block_length, device) for name, field in STATE_FIELDS.items()}
+
+
+def asked_ids(state: PolicyState) -> Tensor | None:
+    """Return the ids whose logits canvases' policies ask for; [num_canvases, block_length, num_given]; None: none."""
+    asked = [state[memory.asks] for memory in MEMORIES.values() if memory.asks in state]
+    return reduce(torch.maximum, asked) if asked else None
 
 
 def score_positions(evidence: Evidence, params: PolicyParams) -> Tensor:

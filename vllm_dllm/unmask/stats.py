@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_dllm.noise import gumbel
-from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling
+from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,12 @@ def candidates_of(stats: PartialStats) -> Candidates:
 
 
 def torch_stats(
-    logits: Tensor, *, excluded_ids: Sequence[int], num_candidates: int, sampling: RowSampling | None
+    logits: Tensor,
+    *,
+    excluded_ids: Sequence[int],
+    num_candidates: int,
+    sampling: RowSampling | None,
+    ids: RowIds | None = None,
 ) -> PartialStats:
     """Reduce rows of logits as `ops.vocab_stats` does; the order of equal candidates is open.
 
@@ -36,9 +41,13 @@ def torch_stats(
         excluded_ids: ids whose logits count as -inf.
         num_candidates: how many of the largest logits to keep.
         sampling: of the rows; None: all take their argmax.
+        ids: of the rows; logits of ids that are not allowed count as -inf.
     """
     logits = logits.float()
     logits[:, excluded_ids] = -torch.inf
+    if ids is not None and ids.allowed is not None:
+        logits.masked_fill_(~_bits(ids.allowed, logits.shape[1]), -torch.inf)
+    given_logits = None if ids is None or ids.given is None else _gather(logits, ids.given)
     largest, argmax = logits.max(dim=1)
     top_logits, top_ids = logits.topk(min(num_candidates, logits.shape[1]), dim=1)
     missing = (0, num_candidates - top_ids.shape[1])
@@ -53,14 +62,25 @@ def torch_stats(
     token_logits = logits.gather(1, token_ids[:, None]).squeeze(1)
     below = logits.sub_(largest[:, None])
     sums = _sums(below, argmax)
-    sampled: list[Tensor] = []
+    sampled: tuple[Tensor | None, Tensor | None] = (None, None)
     if sampling is not None and sampling.wants_sampled:
         tempered = _filtered(below.double().div_(sampling.divisor[:, None]), kept)
-        drawn_sums = _sums(tempered, argmax)
-        sampled = [torch.where(is_drawn, drawn, own) for drawn, own in zip(drawn_sums, sums, strict=True)]
-    return PartialStats(
-        top_ids.masked_fill_(top_logits == -torch.inf, -1), top_logits, *sums, token_ids, token_logits, scores, *sampled
-    )
+        rest, weighted = _sums(tempered, argmax)
+        sampled = (torch.where(is_drawn, rest, sums[0]), torch.where(is_drawn, weighted, sums[1]))
+    top_ids.masked_fill_(top_logits == -torch.inf, -1)
+    return PartialStats(top_ids, top_logits, *sums, token_ids, token_logits, scores, *sampled, given_logits)
+
+
+def _gather(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the logits of ids [num_rows, n]; -inf for those outside the vocabulary."""
+    is_there = (ids >= 0) & (ids < logits.shape[1])
+    return torch.where(is_there, logits.gather(1, torch.where(is_there, ids, 0)), -torch.inf)
+
+
+def _bits(words: Tensor, num_ids: int) -> Tensor:
+    """Unpack [num_rows, num_words] int32 to [num_rows, num_ids] bool, the lowest bit first."""
+    bits = words[:, :, None] >> torch.arange(32, device=words.device, dtype=torch.int32) & 1
+    return bits.flatten(1)[:, :num_ids].bool()
 
 
 def _sums(below: Tensor, argmax: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,16 @@
 """From the root on: decide the next canvas, go to the node that has it, and repeat.
 
 Spiffy (arXiv:2509.18085v4) sec. 4.1, Algorithm 1, with equality of the whole canvas in place of the graph's edges: it
-accepts all that the edges do, whatever number of positions a step unmasks. Only canvases that came true are decided.
+accepts all that the edges do, whatever number of positions a step unmasks. Only canvases that came true are decided,
+each with what its policy remembers of the ones before; a canvas of whose rows the policy lacks a logit is left to the
+next step.
 `walk` states it in tensor code; the op `decide_walk` does the same in one launch.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -16,7 +19,16 @@ from torch.nn.functional import pad
 from vllm_dllm import ops
 from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.ops.vocab_stats import PartialStats
-from vllm_dllm.unmask.policy import Evidence, PolicyParams, choose_positions, score_positions
+from vllm_dllm.unmask.memory import PolicyState, Shown, select
+from vllm_dllm.unmask.policy import (
+    MEMORIES,
+    Evidence,
+    PolicyParams,
+    asked_ids,
+    choose_positions,
+    new_state,
+    score_positions,
+)
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.stats import Candidates, candidates_of
 
@@ -89,6 +101,7 @@ class Trajectory:
     is_finished: Tensor  # [num_reqs] bool, whether `canvas` is
     came_over: Tensor  # [num_reqs] bool, whether the look-ahead came true: the block is stored and the next one begun
     candidates: Candidates  # [num_reqs, block_length, num_candidates], of `node`
+    state: PolicyState = field(default_factory=dict)  # of the block of `next_canvas`
 
     @property
     def num_accepted(self) -> Tensor:
@@ -96,10 +109,20 @@ class Trajectory:
         return (self.num_steps - 1).clamp(min=0)
 
 
-Walk = Callable[[Nodes, PartialStats, PolicyParams, int, UnmaskRules], Trajectory]
+Walk = Callable[[Nodes, PartialStats, PolicyParams, int, UnmaskRules, PolicyState], Trajectory]
+
+NO_STATE: PolicyState = {}
+"""Where no policy has a memory."""
 
 
-def walk(nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id: int, rules: UnmaskRules) -> Trajectory:
+def walk(
+    nodes: Nodes,
+    stats: PartialStats,
+    params: PolicyParams,
+    mask_token_id: int,
+    rules: UnmaskRules,
+    state: PolicyState = NO_STATE,
+) -> Trajectory:
     """Walk from the roots as long as the next canvas is one that was evaluated too.
 
     Where the walk ends at the look-ahead's end, the next root is decided as well.
@@ -110,27 +133,34 @@ def walk(nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id:
         params: of the requests.
         mask_token_id: what stands for masked in a canvas.
         rules: of the server.
+        state: of the requests' policies at the roots; empty where none has a memory.
     """
-    stats = nodes.rows(stats)
-    done = _walk_in_block(nodes, stats, params, mask_token_id, rules)
-    return done if nodes.end is None else _go_over(done, nodes, stats, params, mask_token_id, rules)
+    ground = _Ground(nodes, nodes.rows(stats), params, rules, asked_ids(state))
+    done = _walk_in_block(ground, mask_token_id, state)
+    return done if nodes.end is None else _go_over(done, ground, mask_token_id)
 
 
 def native_walk(
-    nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id: int, rules: UnmaskRules
+    nodes: Nodes,
+    stats: PartialStats,
+    params: PolicyParams,
+    mask_token_id: int,
+    rules: UnmaskRules,
+    state: PolicyState = NO_STATE,
 ) -> Trajectory:
     """Do what `walk` does, in one launch; all tensors are contiguous."""
     stats = nodes.rows(stats)
     rows = [stats.token_ids, stats.token_logits, stats.top_ids, stats.top_logits, stats.rest, stats.weighted]
     if stats.sampled_rest is not None and stats.sampled_weighted is not None:
         rows += [stats.sampled_rest, stats.sampled_weighted]
-    *facts, came_over, token_ids, log_probs = ops.decide_walk(
-        nodes.canvas, nodes.is_valid, nodes.end, rows, params.tensors, mask_token_id, rules.unmasks_first_alone
+    memory = [*state.values(), stats.given_logits] if state and stats.given_logits is not None else []
+    found = ops.decide_walk(
+        nodes.canvas, nodes.is_valid, nodes.end, rows, params.tensors, memory, mask_token_id, rules.unmasks_first_alone
     )
-    canvas, next_canvas, path, step, node, num_steps, num_unmasked, is_finished = facts
-    candidates = Candidates(token_ids, log_probs)
+    canvas, next_canvas, path, step, node, num_steps, num_unmasked, is_finished, came_over = found[:9]
+    candidates, state = Candidates(*found[9:11]), dict(zip(state, found[11:], strict=True))
     return Trajectory(
-        canvas, next_canvas, path, step, node, num_steps, num_unmasked, is_finished, came_over, candidates
+        canvas, next_canvas, path, step, node, num_steps, num_unmasked, is_finished, came_over, candidates, state
     )
 
 
@@ -145,9 +175,19 @@ def choose_walk(device: torch.device) -> Walk:
     return native_walk
 
 
-def _walk_in_block(
-    nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id: int, rules: UnmaskRules
-) -> Trajectory:
+@dataclass(frozen=True, slots=True)
+class _Ground:
+    """What is walked on."""
+
+    nodes: Nodes
+    stats: PartialStats
+    params: PolicyParams
+    rules: UnmaskRules
+    asked: Tensor | None  # [num_reqs, block_length, num_given] int64, what the given logits are of
+
+
+def _walk_in_block(ground: _Ground, mask_token_id: int, state: PolicyState) -> Trajectory:
+    nodes = ground.nodes
     num_reqs, num_nodes, _ = nodes.canvas.shape
     num_in_block = num_nodes - (nodes.end is not None)
     request = torch.arange(num_reqs, device=nodes.canvas.device)
@@ -159,9 +199,11 @@ def _walk_in_block(
     for place in range(num_in_block):
         if canvas.is_cpu and not goes_on.any():  # elsewhere the host would wait
             break
+        goes_on = goes_on & _is_decidable(ground, follower, state)
         node = torch.where(goes_on, follower, node)
         before = nodes.canvas[request, node]
-        canvas = torch.where(goes_on[:, None], _decided(nodes, node, stats, params, rules), canvas)
+        decided, remembered = _decided(ground, node, ground.params, state)
+        canvas, state = torch.where(goes_on[:, None], decided, canvas), select(goes_on, remembered, state)
         step = torch.where(goes_on[:, None] & (canvas != before), place, step)
         path[:, place] = torch.where(goes_on, node, -1)
         num_steps = num_steps + goes_on
@@ -180,19 +222,20 @@ def _walk_in_block(
         num_unmasked=(step >= 0).sum(1),
         is_finished=is_finished,
         came_over=torch.zeros_like(is_finished),
-        candidates=_candidates(nodes, node, stats),
+        candidates=_candidates(ground, node),
+        state=state,
     )
 
 
-def _go_over(
-    done: Trajectory, nodes: Nodes, stats: PartialStats, params: PolicyParams, mask_token_id: int, rules: UnmaskRules
-) -> Trajectory:
+def _go_over(done: Trajectory, ground: _Ground, mask_token_id: int) -> Trajectory:
     """Decide the next root where the walk ended at the look-ahead's end."""
+    nodes = ground.nodes
     num_nodes, block_length = nodes.canvas.shape[1:]
     next_root = torch.full_like(done.node, num_nodes - 1)
     assert nodes.end is not None, "there is a look-ahead"
     came_over = done.is_finished & nodes.is_valid[:, -1] & (done.canvas == nodes.end).all(1)
-    decided = _decided(nodes, next_root, stats, params.of_next_block(block_length), rules)
+    params, anew = ground.params.of_next_block(block_length), new_state(len(next_root), block_length, next_root.device)
+    decided, remembered = _decided(ground, next_root, params, anew if done.state else NO_STATE)
     is_next = came_over[:, None] & (torch.arange(num_nodes, device=next_root.device) == done.num_steps[:, None])
     node = torch.where(came_over, next_root, done.node)
     return replace(
@@ -203,33 +246,56 @@ def _go_over(
         num_steps=done.num_steps + came_over,
         num_unmasked=done.num_unmasked + came_over * (decided != mask_token_id).sum(1),
         came_over=came_over,
-        candidates=_candidates(nodes, node, stats),
+        candidates=_candidates(ground, node),
+        state=select(came_over, remembered, done.state),
     )
 
 
-def _candidates(nodes: Nodes, node: Tensor, stats: PartialStats) -> Candidates:
-    num_reqs, _, block_length = nodes.canvas.shape
-    found = candidates_of(_rows_of(nodes, node, stats))
+def _candidates(ground: _Ground, node: Tensor) -> Candidates:
+    num_reqs, _, block_length = ground.nodes.canvas.shape
+    found = candidates_of(_rows_of(ground, node))
     return Candidates(*(each.view(num_reqs, block_length, -1) for each in (found.token_ids, found.log_probs)))
 
 
-def _rows_of(nodes: Nodes, node: Tensor, stats: PartialStats) -> PartialStats:
+def _rows_of(ground: _Ground, node: Tensor) -> PartialStats:
     """Take the rows of one node of each request; [num_reqs * block_length]."""
-    num_reqs, num_nodes, block_length = nodes.canvas.shape
+    num_reqs, num_nodes, block_length = ground.nodes.canvas.shape
     request = torch.arange(num_reqs, device=node.device)
     row = (request * num_nodes + node)[:, None] * block_length + torch.arange(block_length, device=node.device)
-    return PartialStats(*(column[row.flatten()] for column in stats.tensors))
+    return PartialStats.of(itemgetter(row.flatten()), ground.stats)
 
 
-def _decided(nodes: Nodes, node: Tensor, stats: PartialStats, params: PolicyParams, rules: UnmaskRules) -> Tensor:
-    """Apply the requests' policies to one node of each; [num_reqs, block_length] int64."""
+def _shown(ground: _Ground, node: Tensor) -> Shown:
+    assert ground.asked is not None, "a memory asks"
     request = torch.arange(len(node), device=node.device)
-    canvas, is_masked, rows = nodes.canvas[request, node], nodes.is_masked[request, node], _rows_of(nodes, node, stats)
+    return Shown(_rows_of(ground, node), ground.asked, ground.nodes.is_masked[request, node])
+
+
+def _is_decidable(ground: _Ground, node: Tensor, state: PolicyState) -> Tensor:
+    """Tell whether the policies know all of one node of each request that they need; [num_reqs] bool."""
+    decidable = torch.ones_like(node, dtype=torch.bool)
+    for policy_id, memory in MEMORIES.items() if state else ():
+        decidable &= memory.knows(_shown(ground, node), state) | (ground.params.policy_id != policy_id)
+    return decidable
+
+
+def _decided(ground: _Ground, node: Tensor, params: PolicyParams, state: PolicyState) -> tuple[Tensor, PolicyState]:
+    """Apply the requests' policies to one node of each; [num_reqs, block_length] int64, and what they remember then."""
+    nodes, request = ground.nodes, torch.arange(len(node), device=node.device)
+    canvas, is_masked, rows = nodes.canvas[request, node], nodes.is_masked[request, node], _rows_of(ground, node)
     divisor = torch.where(params.temperature > 0, params.temperature, 1.0).repeat_interleave(canvas.shape[1])
-    evidence = Evidence(rows.distribution(divisor), is_masked)
+    token_ids, distribution = rows.token_ids, rows.distribution(divisor)
+    for policy_id, memory in MEMORIES.items() if state else ():
+        recalled = memory.recall(_shown(ground, node), params, state)
+        is_its = params.policy_id == policy_id
+        state = select(is_its, recalled.state, state)
+        is_its = is_its.repeat_interleave(canvas.shape[1])
+        token_ids = torch.where(is_its, recalled.token_ids, token_ids)
+        distribution = recalled.distribution.where(is_its, distribution)
+    evidence = Evidence(distribution, is_masked)
     chosen = choose_positions(score_positions(evidence, params), is_masked, params)
-    if rules.unmasks_first_alone:
+    if ground.rules.unmasks_first_alone:
         is_untouched = is_masked.all(1)
         chosen &= ~is_untouched[:, None]
         chosen[:, 0] |= is_untouched
-    return torch.where(chosen, rows.token_ids.view_as(canvas), canvas)
+    return torch.where(chosen, token_ids.view_as(canvas), canvas), state

@@ -89,6 +89,7 @@ class Worker {
         keep_logits(begin, num_ids, tile);
         continue;
       }
+      keep_given(begin, num_ids, tile);
       for (int64_t group = 0; group < num_groups; ++group) {
         lanes[group].add(tile + group * kLanes, num_lanes_, args_.first_id + begin, num_ids);
       }
@@ -115,6 +116,13 @@ class Worker {
       const int64_t place = args_.excluded_ids[i] - args_.first_id - begin;
       for (int64_t lane = 0; lane < num_lanes_ && place >= 0 && place < num_ids; ++lane) {
         tile[place * num_lanes_ + lane] = -kInfinity;
+      }
+    }
+    for (int64_t lane = 0; lane < work_.num_rows && args_.allowed != nullptr; ++lane) {
+      for (int i = 0; i < num_ids; ++i) {
+        if (!is_allowed(args_, work_.rows[lane], args_.first_id + begin + i)) {
+          tile[i * num_lanes_ + lane] = -kInfinity;
+        }
       }
     }
   }
@@ -194,6 +202,17 @@ class Worker {
     for (int64_t lane = 0; lane < work_.num_rows; ++lane) {
       for (int i = 0; i < num_ids; ++i) {
         work_.logits[lane * args_.num_ids + begin + i] = tile[i * num_lanes_ + lane];
+      }
+    }
+  }
+
+  void keep_given(int64_t begin, int num_ids, const float* tile) const {
+    for (int64_t lane = 0; lane < work_.num_rows; ++lane) {
+      for (int64_t i = work_.rows[lane] * args_.num_given; i < (work_.rows[lane] + 1) * args_.num_given; ++i) {
+        const int64_t place = args_.given_ids[i] - args_.first_id - begin;
+        if (place >= 0 && place < num_ids) {
+          args_.given_logits[i] = tile[place * num_lanes_ + lane];
+        }
       }
     }
   }

@@ -10,6 +10,7 @@
 namespace dllm {
 
 constexpr uint32_t kMaxExcluded = 8;
+constexpr int64_t kMaxGiven = 8;
 constexpr int64_t kVocabChunk = 1024;  // ids of a partial: enough for a core or a CTA, 3 % of the memory of its logits
 constexpr int64_t kFilterRows = 8;     // rows whose logits exist at a time, of those that top_k or top_p filter
 
@@ -39,7 +40,8 @@ struct VocabSampling {
 };
 
 // Row i has the logits `<rows[i], weight[v]>` of the ids first_id + v for v < num_ids, in float32 without a rounding to
-// `type`; without a weight, `rows[i, v]` as they are. Those of excluded ids are -inf. Of each row:
+// `type`; without a weight, `rows[i, v]` as they are. Those of ids that are excluded or not allowed are -inf. Of each
+// row:
 //   top_ids, top_logits: the num_candidates largest logits above -inf, best first, the lowest id first of equal ones;
 //     places that are left over have id -1 and -inf.
 //   rest, weighted: the VocabSums of x = logit - top_logits[0]. An exponential of a logit of -inf is 0, and so is its
@@ -49,6 +51,7 @@ struct VocabSampling {
 //   token_ids, token_logits, scores: the id of the best score among those that top_k and top_p keep. top_k keeps each
 //     logit that is at least the k-th largest; top_p, of these, the smallest set of largest logits, the lowest id first
 //     of equal ones, whose tempered probability reaches top_p, and at least one id. Filters need the whole vocabulary.
+//   given_logits: those of the given ids, in the bits that all else is made of; -inf where an id is not among these.
 // A NaN is no candidate and never drawn; it makes all sums NaN. A row without a logit above -inf takes
 // first_id, with logit and score -inf.
 // Sums are made by chunks of kVocabChunk ids, and chunks merged in ascending order, whatever the threads and rows.
@@ -66,6 +69,10 @@ struct VocabStatsArgs {
   int32_t num_excluded;
   int32_t num_candidates;  // 1 to kMaxCandidates
   VocabSampling sampling;
+  const int64_t* given_ids;  // [num_rows, num_given], such as -1 for none; nullptr with num_given 0
+  const int32_t* allowed;    // [num_rows, num_words], bit id % 32 of word id / 32; nullptr allows all
+  int64_t num_given;         // 0 to kMaxGiven
+  int64_t num_words;         // enough for id first_id + num_ids - 1
   int64_t* top_ids;          // [num_rows, num_candidates], as all results contiguous
   float* top_logits;         // [num_rows, num_candidates]
   double* rest;              // [num_rows]
@@ -75,6 +82,7 @@ struct VocabStatsArgs {
   double* scores;            // [num_rows]
   double* sampled_rest;      // [num_rows]; nullptr: not wanted
   double* sampled_weighted;  // [num_rows]; nullptr with sampled_rest
+  float* given_logits;       // [num_rows, num_given]
   VocabPartial* partials;    // [num_chunks, num_rows] of scratch, num_chunks = ceil(num_ids / kVocabChunk)
   float* filter_logits;      // [kFilterRows, num_ids] of scratch; nullptr when no row is filtered
 };
@@ -82,6 +90,11 @@ struct VocabStatsArgs {
 // The temperature of the sampled sums of a row; 0: they are not wanted, or those of the model.
 DLLM_HOST_DEVICE inline double sampled_temperature(const VocabStatsArgs& args, int64_t row) {
   return args.sampled_rest == nullptr || args.sampling.keys == nullptr ? 0.0 : args.sampling.temperature[row];
+}
+
+// Whether the row may take an id, which may still be one of the excluded.
+DLLM_HOST_DEVICE inline bool is_allowed(const VocabStatsArgs& args, int64_t row, int64_t id) {
+  return args.allowed == nullptr || (args.allowed[row * args.num_words + id / 32] >> (id % 32) & 1) != 0;
 }
 
 // A number over the temperature as a factor that leaves 0 and -inf as they are, however small or large the temperature.

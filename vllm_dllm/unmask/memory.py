@@ -1,0 +1,76 @@
+"""What policies keep of a block from step to step, and by what they decide then.
+
+A policy with a memory names tensors of so many numbers per position of a block. They lie in the slot-indexed store
+(`state.canvas`), are empty when a block begins, and change where the policy decides a canvas of it, refreshed or not: a
+draft that did not come true changes nothing. Whether a draft came true is asked of its canvas alone.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vllm_dllm.ops.vocab_stats import Distribution, PartialStats
+
+if TYPE_CHECKING:
+    from vllm_dllm.unmask.policy import PolicyParams
+
+PolicyState = dict[str, Tensor]
+"""Field -> [num_canvases, block_length, width]; empty where no policy of the batch has a memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateField:
+    """One tensor of a memory."""
+
+    width: int  # numbers per position
+    dtype: torch.dtype
+    empty: float
+
+    def new(self, num_canvases: int, block_length: int, device: torch.device) -> Tensor:
+        """Return an empty one: [num_canvases, block_length, width]."""
+        shape = (num_canvases, block_length, self.width)
+        return torch.full(shape, self.empty, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What some canvases show to a policy with a memory."""
+
+    rows: PartialStats  # [num_canvases * block_length], with `given_logits`
+    given_ids: Tensor  # [num_canvases, block_length, num_given] int64, what `given_logits` are of
+    is_masked: Tensor  # [num_canvases, block_length] bool
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """What a policy makes of canvases by its memory."""
+
+    token_ids: Tensor  # [num_canvases * block_length] int64, in place of the drawn ones
+    distribution: Distribution  # [num_canvases * block_length], in place of the rows' own
+    state: PolicyState  # when the canvases are decided
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a policy remembers.
+
+    Attributes:
+        fields: of its state.
+        asks: the field with the ids whose logits it asks the head for, at every canvas of a step.
+        knows: whether the rows say all that `recall` needs; [num_canvases] bool. They do at the root, since its state
+            asked; a canvas where they do not is the next step's root.
+        recall: what it makes of canvases, given its state before them.
+    """
+
+    fields: Mapping[str, StateField]
+    asks: str
+    knows: Callable[[Shown, PolicyState], Tensor]
+    recall: Callable[[Shown, "PolicyParams", PolicyState], Recalled]
+
+
+def select(where: Tensor, yes: PolicyState, no: PolicyState) -> PolicyState:
+    """Take the states of `yes` where [num_canvases] bool says so, else those of `no`."""
+    return {name: torch.where(where[:, None, None], yes[name], no[name]) for name in no}
