@@ -93,6 +93,11 @@ class DllmConfig(BaseModel):
         "auto"
     )
 
+    @property
+    def is_block_causal(self) -> bool:
+        """A fact of the family (`models.interface.check_family`)."""
+        return self.kv_policy == "block_causal"
+
     @model_validator(mode="after")
     def _steps_fit_block(self) -> Self:
         if self.steps_per_block is None:

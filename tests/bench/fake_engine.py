@@ -7,8 +7,8 @@ import pytest
 
 from vllm_dllm.bench import decode
 from vllm_dllm.bench.workload import EngineSpec, Measurement, Workload
+from vllm_dllm.engine.report import MAX_DEPTH
 from vllm_dllm.engine.telemetry import StepStats
-from vllm_dllm.state.counters import MAX_DEPTH
 
 WORKLOAD = Workload("model", prompts=((5, 6), (7,)), gen_length=4, block_length=2, concurrency=(1, 2))
 

@@ -18,7 +18,7 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def causal(*requests: Any, budget: int | None = MAX_NODES, **stored: int) -> Any:
     scheduler = make(budget, list(requests), causal=True, spiffy=budget is not None)
     scheduler._stored = stored
-    scheduler._cache_blocks = lambda request, num_stored: cached.append((request.request_id, num_stored))
+    scheduler.pages.cache_stored = lambda request, num_stored: cached.append((request.request_id, num_stored))
     cached: list[tuple[str, int]] = []
     scheduler.cached = cached
     return scheduler

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.metrics.stats import SchedulerStats
 
 from tests.engine.scheduler_rig import MAX_NODES, B, allocated, make, observed, request, row, stand_in, step
 from vllm_dllm.engine.telemetry import StepStats
@@ -42,13 +43,12 @@ def test_a_request_at_its_prompt_is_left_alone() -> None:
 def test_without_speculation_nothing_is_trimmed() -> None:
     scheduler = make(running=[request(canvases=1)], spiffy=False)
     assert [len(rows) for rows in scheduler.schedule()] == [B]
-    assert not scheduler.wants_cost_curve
 
 
 def test_reports_are_taken_from_vllm(stock: SimpleNamespace) -> None:
-    stock.reports = "unseen"
+    stock.left = "unseen"
     step(make(running=[request()]), {"a": row()})
-    assert stock.reports is None
+    assert stock.left is None
 
 
 def test_an_emitted_block_tells_what_its_request_took(stock: SimpleNamespace) -> None:
@@ -147,7 +147,7 @@ def test_statistics_keep_vllm_s_sums_and_carry_our_step() -> None:
         2 * B,
         B,
     )  # canvas positions: no drafts
-    decoded = StepStats.decode(stats.num_accepted_tokens_per_pos)
+    decoded = StepStats.take(SchedulerStats(spec_decoding_stats=stats))
     assert decoded is not None
     assert (decoded.budgets, decoded.forwards, decoded.total_accepted) == ({MAX_NODES: 1}, 1, 1)
     assert scheduler.make_stats(None) is None

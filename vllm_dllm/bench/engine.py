@@ -66,8 +66,7 @@ class StepNotes(AggregateStatLoggerBase):
 
     def record(self, scheduler_stats: SchedulerStats | None, *args: Any, **kwargs: Any) -> None:
         """Keep the report of a step, None for a step that has none."""
-        stats = scheduler_stats and scheduler_stats.spec_decoding_stats
-        self.last = StepStats.decode(stats.num_accepted_tokens_per_pos) if stats else None
+        self.last = StepStats.take(scheduler_stats)
 
     def log_engine_initialized(self) -> None:
         """Say nothing."""

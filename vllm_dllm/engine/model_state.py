@@ -17,7 +17,6 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
-from vllm.platforms import current_platform
 from vllm.tasks import GenerationTask
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
@@ -33,7 +32,7 @@ from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.draft.native import choose_propose
 from vllm_dllm.engine.attention import ForwardAttention
-from vllm_dllm.engine.config_hook import rules_of, served_family, settings_of, spiffy_of
+from vllm_dllm.engine.configs import rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
@@ -58,10 +57,6 @@ class DllmModelState(ModelState):
         self, vllm_config: VllmConfig, model: "MaskedDiffusionLM", encoder_cache: None, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        if current_platform.is_cpu():
-            from vllm_dllm.engine import cpu
-
-            cpu.activate()
         self.settings = settings_of(vllm_config)
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id
@@ -231,6 +226,7 @@ class DllmModelState(ModelState):
             commits_np=self.kv_policy.commits(slots_np, block_start_np),
             num_refreshes=none,
             num_unmasked=none.clone(),
+            num_stored=none.clone(),
             is_finished_np=np.zeros(num_reqs, dtype=bool),
         )
 
@@ -282,6 +278,7 @@ class DllmModelState(ModelState):
         )
         input_ids = self._row_ids(blocks.slots[rows.request], rows.position, blocks.start[rows.request])
         hidden = self._forward(attention, input_ids, rows.position)
+        step.num_stored[index] = end - begin
         if self.kv_policy.is_causal:
             return
         step.num_refreshes.index_fill_(0, index, 1)

@@ -9,8 +9,9 @@ from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_dllm.engine.report import REPORT_LEN, StepFacts
 from vllm_dllm.engine.step import DenoiseStep, Group
-from vllm_dllm.state.counters import MAX_DEPTH, REPORT_LEN, Column
+from vllm_dllm.engine.worker_check import WorkerCheck
 from vllm_dllm.unmask.walk import Trajectory
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ class DllmSampler:
 
     def __init__(self, model_state: "DllmModelState") -> None:
         self.model_state = model_state
+        self.check: WorkerCheck | None = None
+        self._report: Tensor | None = None
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """Do nothing: the model state keeps all parameters."""
@@ -41,8 +44,7 @@ class DllmSampler:
 
         Returns: `num_sampled` is what was unknown of a finished block and 0 otherwise; `num_rejected` is the rest of
             the rows that a denoising request was scheduled, so that both vLLM's counts advance by finished blocks
-            alone. `num_nans` carries the step's report (`state.counters`) to our scheduler: vLLM has no other way for
-            it.
+            alone. The step's report stays for `take_rows`.
         """
         step = self.model_state.step_of(input_batch)
         if step is None:
@@ -60,12 +62,19 @@ class DllmSampler:
             sampled[: step.num_reqs][index] = emitted
             num_sampled[: step.num_reqs][index] = num_emitted
             num_rejected[: step.num_reqs][index] = group.num_scheduled - num_emitted
-            report[: step.num_reqs][index] = _report(step, group, done).int()
+            report[: step.num_reqs][index] = _facts(step, group, done).rows()
             denoiser.begin_blocks(group.blocks.slots, done.is_finished & ~done.came_over)
             group.came_over = done.came_over if group.looks_ahead else None
         begins = input_batch.idx_mapping[step.num_reqs : input_batch.num_reqs]
         denoiser.begin_blocks(begins, torch.ones_like(begins, dtype=torch.bool))
-        return _output(sampled, num_sampled, num_rejected, report)
+        self._report = report
+        return SamplerOutput(sampled, None, None, num_sampled, num_rejected)
+
+    def take_rows(self, input_batch: InputBatch) -> Tensor:
+        """Return the report of the batch that was just sampled; [num_reqs, REPORT_LEN or more] int32."""
+        report, self._report = self._report, None
+        assert report is not None, "the runner samples a batch before it asks for the report"
+        return self.check.with_state(report, input_batch) if self.check and self.check.reports_state else report
 
     def _decided(self, step: DenoiseStep, hidden: Tensor) -> Iterator[tuple[Group, Trajectory]]:
         """Decide the canvases of all groups; those of groups without rows are finished."""
@@ -82,31 +91,23 @@ class DllmSampler:
         num_rows = min(denoiser.head.chunk_rows, self.model_state.max_num_tokens)
         denoiser.reduce(hidden[:1].expand(num_rows, -1).contiguous(), is_sampled=True)
         none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
-        return _output(none[:, None], none, none, None)
+        return SamplerOutput(none[:, None], None, None, none, none)
 
 
-def _report(step: DenoiseStep, group: Group, done: Trajectory) -> Tensor:
-    """Put together what a step did for each request of a group; [num_reqs, REPORT_LEN] int64."""
+def _facts(step: DenoiseStep, group: Group, done: Trajectory) -> StepFacts:
+    """Put together what a step did for each request of a group."""
     nodes = group.nodes
     assert nodes is not None, "the forward ran on them"
-    report = torch.zeros(len(nodes.canvas), REPORT_LEN, dtype=torch.int64, device=nodes.canvas.device)
     is_masked = nodes.is_masked[:, 0].any(1)
-    report[:, Column.FORWARDS] = is_masked | done.came_over
-    report[:, Column.REFRESHES] = step.num_refreshes[group.index]
-    report[:, Column.UNMASKED] = step.num_unmasked[group.index] + done.num_unmasked
-    report[:, Column.ACCEPTED] = done.num_accepted
-    report[:, Column.FINISHED] = done.is_finished
-    report[:, Column.STORED] = group.blocks.start + done.came_over * group.block_length
-    report[:, Column.COMMITS] = int(group.commits)
-    column = Column.PROPOSED - 1 + nodes.depth[:, 1:].clamp(1, MAX_DEPTH)
-    return report.scatter_add_(1, column, (nodes.is_valid[:, 1:] & is_masked[:, None]).long())
-
-
-def _output(sampled: Tensor, num_sampled: Tensor, num_rejected: Tensor, report: Tensor | None) -> SamplerOutput:
-    return SamplerOutput(
-        sampled_token_ids=sampled,
-        logprobs_tensors=None,
-        num_nans=report,
-        num_sampled=num_sampled,
-        num_rejected=num_rejected,
+    return StepFacts(
+        forwards=is_masked | done.came_over,
+        refreshes=step.num_refreshes[group.index],
+        unmasked=step.num_unmasked[group.index] + done.num_unmasked,
+        accepted=done.num_accepted,
+        finished=done.is_finished,
+        stored=group.blocks.start + done.came_over * group.block_length,
+        wrote=step.num_stored[group.index] + (done.came_over + group.commits) * group.block_length,
+        commits=int(group.commits),
+        depth=nodes.depth[:, 1:],
+        proposed=nodes.is_valid[:, 1:] & is_masked[:, None],
     )

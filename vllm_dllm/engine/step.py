@@ -72,6 +72,7 @@ class DenoiseStep:
     commits_np: BoolArray  # [num_reqs], who stores the block before
     num_refreshes: Tensor  # [num_reqs] int64, 0 or 1
     num_unmasked: Tensor  # [num_reqs] int64, positions, by the refresh
+    num_stored: Tensor  # [num_reqs] int64, positions whose K/V were stored before the forward
     is_finished_np: BoolArray  # [num_reqs], by the refresh, as far as the host knows
     groups: list[Group] = field(default_factory=list)  # once that is known; the forward's rows are in their order
     store: PagedIndex | None = None  # [num_rows], where the forward stores K/V; None: nowhere

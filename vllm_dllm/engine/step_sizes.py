@@ -1,7 +1,7 @@
 """How many rows a step may have, and what vLLM sizes by it: its token budget, its buffers and its CUDA graphs."""
 
 from vllm.config import VllmConfig
-from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.config.compilation import CUDAGraphMode
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -25,7 +25,7 @@ def set_step_sizes(vllm_config: VllmConfig, settings: DllmConfig, spiffy: Spiffy
     Raises: ConfigError for capture sizes that no step has.
     """
     block_length = settings.block_length
-    is_causal = settings.kv_policy == "block_causal"
+    is_causal = settings.is_block_causal
     # The block before may be stored by the first step of a block.
     most = 1 + max(spiffy.max_nodes if spiffy else 0, int(is_causal))
     vllm_config.model_config.hf_config.canvas_length = most * block_length
@@ -109,10 +109,9 @@ def _set_cuda_graphs(vllm_config: VllmConfig, block_length: int, num_rows: int, 
 
     Where steps are uniform that is one block per request. With drafts, or blocks to commit, each step has its own
     number of blocks per request, and vLLM's graphs of decoding steps know one number only: `FULL` captures by the
-    number of rows, whoever they belong to. Refreshes and prefills differ in shape and run eagerly; nothing is compiled.
+    number of rows, whoever they belong to. Refreshes and prefills differ in shape and run eagerly.
     """
     compilation = vllm_config.compilation_config
-    compilation.mode = CompilationMode.NONE
     if vllm_config.model_config.enforce_eager or compilation.cudagraph_mode == CUDAGraphMode.NONE:
         return
     compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY if is_uniform else CUDAGraphMode.FULL
