@@ -54,6 +54,7 @@ _Policy = Annotated[
 _Threshold = Annotated[float, Field(gt=0.0, le=1.0, description="numbers above 0 and up to 1")]
 _Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False, description="finite numbers above 0")]
 _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
+_Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'flashinfer', 'xformers' and 'torch'")]
 _Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
 
 
@@ -89,9 +90,7 @@ class DllmConfig(BaseModel):
     entropy_bound: _Positive = 0.35
     alg_temp: _AlgTemp | None = None
     steps_per_block: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
-    attention: Annotated[AttentionName, Field(description="'auto', 'csrc', 'flashinfer', 'xformers' and 'torch'")] = (
-        "auto"
-    )
+    attention: _Attention = "auto"
 
     @property
     def is_block_causal(self) -> bool:
@@ -305,8 +304,8 @@ def request_steps(options: RequestOptions, settings: DllmConfig, max_tokens: int
     """Return the steps of each block of a request, 1..block_length.
 
     `dllm_steps` are split over the blocks that `max_tokens` fill, as LLaDA's `generate` does. Aligned blocks may be one
-    more, since the first one holds the prompt's tail; it gets as many steps as the others, so that what is allowed does
-    not depend on the prompt.
+    more, since the first one begins with the prompt's partial block; it gets as many steps as the others, so that
+    what is allowed does not depend on the prompt.
 
     Args:
         options: of the request.

@@ -7,7 +7,7 @@ import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
 from tests.engine.scheduler_rig import MAX_NODES, B, allocated, make, observed, request, row, stand_in, step
-from vllm_dllm.engine.telemetry import StepStats
+from vllm_dllm.engine import stats_way
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_statistics_keep_vllm_s_sums_and_carry_our_step() -> None:
         2 * B,
         B,
     )  # canvas positions: no drafts
-    decoded = StepStats.take(SchedulerStats(spec_decoding_stats=stats))
+    decoded = stats_way.take(SchedulerStats(spec_decoding_stats=stats))
     assert decoded is not None
     assert (decoded.budgets, decoded.forwards, decoded.total_accepted) == ({MAX_NODES: 1}, 1, 1)
     assert scheduler.make_stats(None) is None

@@ -14,7 +14,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.draft.budget import CostCurve
-from vllm_dllm.engine import costs, stat_logger, telemetry
+from vllm_dllm.engine import costs, stat_logger, stats_way
 from vllm_dllm.engine.report import MAX_DEPTH, RequestReport
 from vllm_dllm.engine.stat_logger import DllmStatLogger, describe
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
@@ -45,7 +45,7 @@ def logger_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def scheduler_stats(stats: StepStats) -> SchedulerStats:
     spec = SpecDecodingStats(32)
-    stats.put(spec)
+    stats_way.put(stats, spec)
     return SchedulerStats(spec_decoding_stats=spec)
 
 
@@ -69,29 +69,29 @@ def test_walks_beyond_the_last_depth_count_there() -> None:
 
 
 def test_statistics_survive_the_way_to_the_front_end() -> None:
-    telemetry.check_way()
+    stats_way.check_way()
     sent = EngineCoreOutputs(scheduler_stats=scheduler_stats(STEP))
     received = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(sent))
-    assert StepStats.take(received.scheduler_stats) == STEP
+    assert stats_way.take(received.scheduler_stats) == STEP
 
 
 def test_a_step_without_report_says_nothing() -> None:
-    assert StepStats.take(None) is None
-    assert StepStats.take(SchedulerStats()) is None
-    assert StepStats.take(SchedulerStats(spec_decoding_stats=SpecDecodingStats(32))) is None
+    assert stats_way.take(None) is None
+    assert stats_way.take(SchedulerStats()) is None
+    assert stats_way.take(SchedulerStats(spec_decoding_stats=SpecDecodingStats(32))) is None
 
 
-@pytest.mark.parametrize("numbers", [[1, 2, 3], [0] * 38, [telemetry.MARK, 1]], ids=["vLLM's", "as many", "fewer"])
+@pytest.mark.parametrize("numbers", [[1, 2, 3], [0] * 38, [stats_way.MARK, 1]], ids=["vLLM's", "as many", "fewer"])
 def test_numbers_that_are_not_ours_are_an_error(numbers: list[int]) -> None:
     stats = SpecDecodingStats(32, num_accepted_tokens_per_pos=numbers)
     with pytest.raises(UnsupportedVllmError, match="changed a step's numbers"):
-        StepStats.take(SchedulerStats(spec_decoding_stats=stats))
+        stats_way.take(SchedulerStats(spec_decoding_stats=stats))
 
 
 def test_a_way_that_loses_something_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry.MsgpackDecoder, "decode", lambda self, sent: EngineCoreOutputs())
+    monkeypatch.setattr(stats_way.MsgpackDecoder, "decode", lambda self, sent: EngineCoreOutputs())
     with pytest.raises(UnsupportedVllmError, match=r"statistics in the installed vLLM (is another than|delivered)"):
-        telemetry.check_way()
+        stats_way.check_way()
 
 
 def test_a_request_s_numbers_add_up() -> None:

@@ -1,7 +1,7 @@
 """Every place where vLLM's own code is replaced at run time, each with its reason, and the only functions that do so.
 
-What a subclass, a registry, a configuration field or a hook of vLLM can do is done there (docs/architecture.md). The
-table of this page in docs/patches.md says the same for readers.
+What a subclass, a registry, a configuration field or a hook of vLLM can do is done there; docs/patches.md says what,
+and has the same table for readers.
 """
 
 import functools

@@ -23,10 +23,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dllm.draft.budget import CostCurve
+from vllm_dllm.engine.telemetry import MAX_DEPTH
 from vllm_dllm.errors import UnsupportedVllmError
-
-MAX_DEPTH = 16
-"""Depth up to which drafts are counted apart; deeper ones count as this."""
 
 COSTS = "\0costs"
 """Stands in place of a request id; no request has it."""

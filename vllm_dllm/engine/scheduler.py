@@ -18,7 +18,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.draft.look_ahead import smallest_budget
-from vllm_dllm.engine import telemetry
+from vllm_dllm.engine import stats_way
 from vllm_dllm.engine.configs import settings_of, spiffy_of
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
@@ -57,7 +57,7 @@ class DllmScheduler(Scheduler):
         self._spiffy = spiffy_of(self.vllm_config)
         self._level = check_level()
         self._check = StateCheck(self) if self._level else None
-        telemetry.check_way()
+        stats_way.check_way()
         is_async = bool(self.vllm_config.scheduler_config.async_scheduling)
         look_ahead_from = smallest_budget(self.settings, is_async=is_async)
         self.rule = (
@@ -184,7 +184,7 @@ class DllmScheduler(Scheduler):
     ) -> SchedulerStats | None:
         """Make vLLM's statistics; those of a step with a report carry ours."""
         if self._stats is not None and spec_decoding_stats is not None:
-            self._stats.put(spec_decoding_stats)
+            stats_way.put(self._stats, spec_decoding_stats)
         self._stats = None
         return super().make_stats(spec_decoding_stats, *args, **kwargs)
 

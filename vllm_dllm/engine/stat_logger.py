@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
+from vllm_dllm.engine import stats_way
 from vllm_dllm.engine.configs import is_ours, spiffy_of
 from vllm_dllm.engine.patches import wrap
 from vllm_dllm.engine.telemetry import StepStats
@@ -72,7 +73,7 @@ class DllmStatLogger(AggregateStatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Count what one step of an engine did."""
-        stats = StepStats.take(scheduler_stats)
+        stats = stats_way.take(scheduler_stats)
         if stats is None:
             return
         self._interval.add(stats)

@@ -1,30 +1,17 @@
-"""What a step did, from the scheduler to the metrics of the front end; what a request took, to its output.
+"""What a step did, summed for the metrics of the front end, and what a request took, for its output. No vLLM here."""
 
-vLLM sends the front end `SchedulerStats` at each step. Its part for speculative decoding has a list of counts per draft
-position, which vLLM leaves unused with diffusion models: there `StepStats` travels, as plain whole numbers. None of its
-fields is made for a plugin's numbers: those for connectors' statistics end vLLM's own loggers where no connector
-is, and fields that its classes do not have are dropped on the way. `check_way` sends a known pattern when a scheduler
-starts.
-"""
-
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
-from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingStats
+if TYPE_CHECKING:
+    from vllm_dllm.engine.report import RequestReport
 
-from vllm_dllm.engine.report import MAX_DEPTH, RequestReport
-from vllm_dllm.errors import UnsupportedVllmError
+MAX_DEPTH = 16
+"""Depth up to which drafts are counted apart; deeper ones count as this."""
 
-MARK = -1_819_045_988
-"""Comes first: no count of vLLM's is negative."""
-
-_NUM_NUMBERS = 6 + 2 * MAX_DEPTH
-_WAY = "The way of the scheduler's statistics in the installed vLLM"
-_ALLOWED = "install vLLM 0.32 or 0.33"
+NUM_NUMBERS = 5 + 2 * MAX_DEPTH
+"""Of a step."""
 
 
 @dataclass(slots=True)
@@ -49,12 +36,12 @@ class StepStats:
     accepted: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
 
     @classmethod
-    def of_step(cls, budget: int, reports: Collection[RequestReport]) -> "StepStats":
+    def of_step(cls, budget: int, reports: Collection["RequestReport"]) -> "StepStats":
         """Sum the reports of a step's requests."""
-        walks = [report.accepted for report in reports]
+        lengths = [report.accepted for report in reports]
         accepted = [0] * MAX_DEPTH
-        for depth in range(1, max(walks, default=0) + 1):
-            accepted[min(depth, MAX_DEPTH) - 1] += sum(walk >= depth for walk in walks)
+        for depth in range(1, max(lengths, default=0) + 1):
+            accepted[min(depth, MAX_DEPTH) - 1] += sum(length >= depth for length in lengths)
         return cls(
             budgets={budget: 1},
             forwards=sum(report.forwards for report in reports),
@@ -86,24 +73,15 @@ class StepStats:
         self.proposed = [a + b for a, b in zip(self.proposed, other.proposed, strict=True)]
         self.accepted = [a + b for a, b in zip(self.accepted, other.accepted, strict=True)]
 
-    def put(self, into: SpecDecodingStats) -> None:
-        """Send the numbers of one step along."""
+    def numbers(self) -> list[int]:
+        """Return the numbers of one step, for `of_numbers`; [NUM_NUMBERS]."""
         (budget,) = self.budgets
-        counts = [budget, self.forwards, self.refreshes, self.unmasked, self.blocks]
-        into.num_accepted_tokens_per_pos = [MARK, *counts, *self.proposed, *self.accepted]
+        return [budget, self.forwards, self.refreshes, self.unmasked, self.blocks, *self.proposed, *self.accepted]
 
     @classmethod
-    def take(cls, stats: SchedulerStats | None) -> "StepStats | None":
-        """Read what `put` sent; None for a step that has no report.
-
-        Raises: UnsupportedVllmError where that is not what arrived.
-        """
-        numbers = stats.spec_decoding_stats.num_accepted_tokens_per_pos if stats and stats.spec_decoding_stats else None
-        if not numbers:
-            return None
-        if numbers[0] != MARK or len(numbers) != _NUM_NUMBERS:
-            raise UnsupportedVllmError(f"{_WAY} changed a step's numbers to {numbers}; {_ALLOWED}")
-        _, budget, forwards, refreshes, unmasked, blocks, *depths = numbers
+    def of_numbers(cls, numbers: Sequence[int]) -> "StepStats":
+        """Read what `numbers` returned."""
+        budget, forwards, refreshes, unmasked, blocks, *depths = numbers
         return cls({budget: 1}, forwards, refreshes, unmasked, blocks, depths[:MAX_DEPTH], depths[MAX_DEPTH:])
 
 
@@ -116,7 +94,7 @@ class RequestTotals:
     proposed: int = 0
     accepted: int = 0
 
-    def add(self, report: RequestReport) -> None:
+    def add(self, report: "RequestReport") -> None:
         """Add a step."""
         self.forwards += report.forwards
         self.refreshes += report.refreshes
@@ -138,27 +116,3 @@ class RequestTotals:
                 "accepted": self.accepted,
             }
         }
-
-
-def check_way() -> None:
-    """Send a known pattern as an engine sends a front end what a step and a request took.
-
-    Raises: UnsupportedVllmError where something else arrives.
-    """
-    step = StepStats({7: 1}, 1, 2, 3, 4, list(range(5, 5 + MAX_DEPTH)), list(range(5 + MAX_DEPTH, 5 + 2 * MAX_DEPTH)))
-    stats, took = SpecDecodingStats(1), RequestTotals(1, 2, 3, 4).as_output("exact")
-    step.put(stats)
-    sent = EngineCoreOutputs(
-        outputs=[EngineCoreOutput("a", [1], kv_transfer_params=took)],
-        scheduler_stats=SchedulerStats(spec_decoding_stats=stats),
-    )
-    received = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(sent))
-    try:
-        arrived = StepStats.take(received.scheduler_stats), received.outputs[0].kv_transfer_params
-        own = SpecDecodingLogging(is_diffusion=True)
-        own.observe(received.scheduler_stats.spec_decoding_stats)
-        own.log(lambda *args: None)
-    except (AttributeError, TypeError, LookupError, ValueError) as error:
-        raise UnsupportedVllmError(f"{_WAY} is another than vllm-dllm knows ({error}); {_ALLOWED}") from error
-    if arrived != (step, took):
-        raise UnsupportedVllmError(f"{_WAY} delivered {arrived} for {(step, took)}; {_ALLOWED}")

@@ -70,7 +70,7 @@ class WorkerCheck:
         for request in sorted(held.keys() ^ roster.requests):
             if request in held:
                 raise StateError(
-                    f"request {request} is in slot {held[request]} of the worker, but not in the scheduler"
+                    f"request {request} is in slot {held[request]} of the worker, but does not run in the scheduler"
                 )
             raise StateError(f"request {request} runs in the scheduler, but is in no slot of the worker")
         by_slot: dict[int, str] = {}
