@@ -5,6 +5,8 @@ import os
 # The models are so small that a second thread only waits; and what waits sleeps, since another worker has tests to run.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Every engine compares what scheduler and worker know, at the latest when it goes idle.
+os.environ.setdefault("VLLM_DLLM_CHECK", "idle")
 
 from importlib.util import find_spec
 from typing import Any

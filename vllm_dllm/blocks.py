@@ -31,7 +31,7 @@ def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model
     attends to every masked position of the sequence, whose length is part of what it sees. Under `block_causal` they
     begin at multiples of their length, and behind each there is room for another.
     """
-    block_length, is_causal = settings.block_length, settings.kv_policy == "block_causal"
+    block_length, is_causal = settings.block_length, settings.is_block_causal
     begin = prompt_len - prompt_len % block_length if is_causal else prompt_len
     wanted = -(-(prompt_len + max_tokens - begin) // block_length)
     fitting = (max_model_len - begin) // block_length - is_causal
@@ -46,4 +46,4 @@ def max_prompt_len(settings: DllmConfig, max_model_len: int) -> int:
     That is a block. Under `block_causal` it is two, counted from the known tokens as vLLM counts: with the first step
     of a block the rows of the block before it are in flight, and with async scheduling any step has as many.
     """
-    return max_model_len - settings.block_length * (1 + (settings.kv_policy == "block_causal"))
+    return max_model_len - settings.block_length * (1 + settings.is_block_causal)

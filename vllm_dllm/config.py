@@ -99,6 +99,11 @@ class DllmConfig(BaseModel):
     steps_per_block: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
     attention: _Attention = "auto"
 
+    @property
+    def is_block_causal(self) -> bool:
+        """A fact of the family (`models.interface.check_family`)."""
+        return self.kv_policy == "block_causal"
+
     @model_validator(mode="after")
     def _steps_fit_block(self) -> Self:
         if self.steps_per_block is None:

@@ -132,7 +132,7 @@ class Denoiser:
         return done
 
     def _ids(self, nodes: Nodes, asked: Tensor | None) -> RowIds | None:
-        """Return the ids that policies ask for, [num_reqs, block_length, num_given], of the rows of evaluated canvases."""
+        """Return what policies ask for of evaluated rows, of the ids [num_reqs, block_length, num_given]."""
         if asked is None:
             return None
         return RowIds(nodes.per_evaluated(asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1))

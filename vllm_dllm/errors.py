@@ -28,6 +28,10 @@ class UnsupportedVllmError(RuntimeError):
     """The installed vLLM is not one that this plugin knows how to extend."""
 
 
+class StateError(RuntimeError):
+    """Scheduler and worker hold different things of a request."""
+
+
 def nearest(given: object, known: Iterable[str], likeness: float = LIKENESS) -> str | None:
     """Return the known word that something looks like a typo of, or None; case and `-` for `_` count for nothing.
 

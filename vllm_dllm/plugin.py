@@ -1,14 +1,16 @@
 """Entry point of the plugin: tell vLLM of our models and hooks, in every process that loads plugins."""
 
+import functools
 import importlib.metadata
 import logging
+import os
 from pkgutil import resolve_name
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from vllm_dllm.errors import UnsupportedVllmError
-from vllm_dllm.models.interface import FAMILIES, FAMILY_BY_ARCHITECTURE
+from vllm_dllm.models.interface import FAMILIES
 
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
 
@@ -16,14 +18,18 @@ SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
 def register() -> None:
     """Register the model families; safe to call any number of times.
 
-    A vLLM that we do not know keeps serving its own models: the reason is logged and nothing of ours is registered.
+    All or nothing: what we rely on in vLLM is checked before anything of it is changed. A vLLM that we do not know
+    keeps serving its own models: the reason is logged and nothing of ours is registered.
     """
     try:
         check_vllm_version()
-        _register()
+        _check_names()
+        _import_all()
     except (UnsupportedVllmError, ImportError, AttributeError) as error:
-        # The two latter: a name of vLLM's that we import or wrap is gone.
+        # The two latter: a name that one of our modules imports is gone.
         logging.getLogger("vllm.dllm").error("vllm-dllm is not active, its models cannot be served: %s", error)
+        return
+    _register()
 
 
 def check_vllm_version() -> None:
@@ -36,8 +42,27 @@ def check_vllm_version() -> None:
         )
 
 
+@functools.cache
+def _check_names() -> None:
+    from vllm_dllm.engine.contracts import CONTRACTS, check_contracts
+    from vllm_dllm.engine.patches import PATCHES
+
+    check_contracts((*(patch.contract for patch in PATCHES.values()), *CONTRACTS), str(SUPPORTED_VLLM))
+
+
+def _import_all() -> None:
+    """Import all that `_register` needs, so that it cannot end half way."""
+    ours = ("compat", "config_hook", "front_end", "spiffy_arguments", "start_checks", "stat_logger")
+    theirs = ("model_executor.models", "model_executor.models.config", "transformers_utils.config")
+    for module in (*(f"vllm.{name}" for name in theirs), *(f"vllm_dllm.engine.{name}" for name in ours)):
+        importlib.import_module(module)
+    for family in FAMILIES:
+        resolve_name(family.config_class)
+
+
 def _register() -> None:
     from transformers import AutoConfig
+    from vllm import envs
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
@@ -45,33 +70,28 @@ def _register() -> None:
     from vllm_dllm.engine import (
         compat,
         config_hook,
-        cpu,
+        configs,
+        front_end,
         refusals,
         request,
-        serving,
         spiffy_arguments,
         start_checks,
         stat_logger,
     )
-    from vllm_dllm.engine.generation_defaults import family_defaults, read_generation_config
-    from vllm_dllm.engine.step_sizes import ASYNC_SCHEDULER, SCHEDULER
+    from vllm_dllm.engine.worker_check import VARIABLE
     from vllm_dllm.spiffy_config import METHOD, read_speculative_config
 
-    cpu.install_gate(frozenset(FAMILY_BY_ARCHITECTURE))
-    compat.around_argument_defaults(config_hook.refuse_explicit_flags, config_hook.clear_flags)
+    compat.explain_failures(start_checks.explain_config_file)
+    compat.after_model_config(config_hook.check_flags)
     compat.extend_speculative_arguments(read_speculative_config, METHOD)
     compat.before_speculative_config(spiffy_arguments.take_spiffy)
-    compat.replace_diffusion_check(config_hook.is_ours, refusals.refuse_unsupported)
-    compat.after_admission(request.finish_admission)
+    compat.replace_diffusion_check(configs.is_ours, refusals.refuse_unsupported)
     compat.around_tokenization(request.prompt_that_fits)
-    compat.unwrap_config_errors(start_checks.explain_config_file)
     compat.before_engine_processes(start_checks.check_start)
-    compat.choose_scheduler({SCHEDULER, ASYNC_SCHEDULER})
-    compat.describe_config(config_hook.is_ours, spiffy_arguments.speculation_of)
-    compat.around_generation_config(read_generation_config)
-    compat.add_sampling_defaults(family_defaults)
-    compat.before_serving(serving.install)
+    compat.after_front_end(front_end.take_over)
     stat_logger.add_to_vllm()
+    if VARIABLE in os.environ:  # vLLM warns of variables with its prefix that it does not know
+        envs.environment_variables.setdefault(VARIABLE, lambda: os.environ.get(VARIABLE))
     for family in FAMILIES:
         config_class = resolve_name(family.config_class)
         _CONFIG_REGISTRY[family.model_type] = config_class

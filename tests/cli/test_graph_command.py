@@ -98,7 +98,7 @@ def test_check_with_a_model_warns_as_its_server_does(tmp_path: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_dllm import plugin
-    from vllm_dllm.engine.config_hook import spiffy_of
+    from vllm_dllm.engine.configs import spiffy_of
 
     plugin.register()
     graph, small = EXAMPLES / "tiny_llada/graph.json", tmp_path / "small.json"

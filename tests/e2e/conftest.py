@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.engines import settle_shared_engine
 from tests.e2e.rig import CHECKPOINT, Oracle, make_wild_checkpoint, stop_shared_engine
 from tests.e2e.sdar import SdarOracle, make_wild_sdar
 
@@ -21,6 +22,13 @@ def _in_process() -> Iterator[None]:
         del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
     else:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = before
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settled() -> Iterator[None]:
+    """Have the shared engine's state checked at the end of each file."""
+    yield
+    settle_shared_engine()
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,18 @@ def stop_shared_engine() -> None:
         _stop(_shared.popitem()[1])
 
 
+def settle(llm: Any) -> None:
+    """Let an engine go idle: it tells its worker who is gone, and both compare what is left."""
+    core = llm.llm_engine.engine_core.engine_core
+    while core.scheduler.has_requests() or core.batch_queue:
+        core.step_fn()
+
+
+def settle_shared_engine() -> None:
+    for llm in _shared.values():
+        settle(llm)
+
+
 def shared_engine(checkpoint: Path, settings: dict[str, Any], **changes: Any) -> Any:
     """Return the `LLM` of these arguments: the one at hand if it was started with them, else a new one in its place.
 

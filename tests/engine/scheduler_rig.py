@@ -1,21 +1,27 @@
 """A scheduler without vLLM's part, which is a stand-in."""
 
+import dataclasses
 import itertools
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from vllm.distributed.aux_output_connector.connector import AuxRequestOutput
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.engine import scheduler as module
+from vllm_dllm.engine.pages import DllmPages
+from vllm_dllm.engine.report import MAX_DEPTH, RequestReport
 from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.scheduler import DllmScheduler
 from vllm_dllm.engine.telemetry import RequestTotals
-from vllm_dllm.state.counters import REPORT_LEN, Column
 
 B = 4
 MAX_NODES = 3
@@ -47,7 +53,8 @@ def make(
     """Make a scheduler of 64 tokens per step and a `max_model_len` of 32, without vLLM's part."""
     made = object.__new__(scheduler)
     made.settings = DllmConfig(block_length=B, kv_policy="block_causal" if causal else "dual")
-    made._is_causal, made.current_step = causal, 7
+    made._check, made.pages = None, SimpleNamespace(cache_stored=None)
+    made.is_causal, made.current_step = causal, 7
     made.block_length, made.max_model_len, made.max_num_scheduled_tokens = B, 32, 64
     made.running, made.waiting = running or [], []
     made.requests = {each.request_id: each for each in made.running}
@@ -64,18 +71,27 @@ def make(
 
 def row(
     refreshes: int = 0, accepted: int = 0, proposed: int = MAX_NODES, stored: int = 8, commits: int = 0
-) -> list[int]:
-    numbers = [0] * REPORT_LEN
-    numbers[: Column.PROPOSED + 1] = [1, refreshes, 1 + accepted, accepted, 0, stored, commits, proposed]
-    return numbers
+) -> RequestReport:
+    return RequestReport(
+        forwards=1,
+        refreshes=refreshes,
+        unmasked=1 + accepted,
+        accepted=accepted,
+        finished=0,
+        stored=stored,
+        wrote=0,
+        commits=commits,
+        faults=0,
+        proposed=[proposed, *[0] * (MAX_DEPTH - 1)],
+    )
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stand in for vLLM's scheduler; requests named in `emits` and `finishes` have an output."""
-    stock = SimpleNamespace(emits=[], finishes=[], reports=None, clock=itertools.count())
+    stock = SimpleNamespace(emits=[], finishes=[], left=None, clock=itertools.count())
 
     def update(self: DllmScheduler, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
-        stock.reports = model_runner_output.num_nans_in_logits
+        stock.left = model_runner_output.aux_output_connector_output
         outputs = []
         for name in stock.emits + stock.finishes:
             params = None
@@ -98,7 +114,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return stock
 
 
-def step(scheduler: DllmScheduler, reports: dict[str, list[int]], **kwargs: Any) -> Any:
+def step(scheduler: DllmScheduler, reports: dict[str, RequestReport], **kwargs: Any) -> Any:
     output = SimpleNamespace(
         scheduled_spec_decode_tokens={name: [-1] * (B + MAX_NODES) for name in reports},
         scheduled_new_reqs=[],
@@ -107,7 +123,13 @@ def step(scheduler: DllmScheduler, reports: dict[str, list[int]], **kwargs: Any)
     )
     vars(output).update(kwargs)
     scheduler.schedule()
-    return scheduler.update_from_output(output, SimpleNamespace(num_nans_in_logits=reports))[0].outputs
+    sent = {name: AuxRequestOutput(0, as_row(report)) for name, report in reports.items()}
+    return scheduler.update_from_output(output, SimpleNamespace(aux_output_connector_output=sent))[0].outputs
+
+
+def as_row(report: RequestReport) -> NDArray[np.int32]:
+    *counts, proposed, _ = dataclasses.astuple(report)
+    return np.array([*counts, *proposed], dtype=np.int32)
 
 
 def observed(monkeypatch: pytest.MonkeyPatch, scheduler: DllmScheduler) -> list[tuple[Any, ...]]:
@@ -120,14 +142,19 @@ def observed(monkeypatch: pytest.MonkeyPatch, scheduler: DllmScheduler) -> list[
     return seen
 
 
-def allocated(scheduler: Any, request: Any, num_new_tokens: int, blocks: Any = None, **kwargs: Any) -> int:
-    """Return up to where an allocation has pages; what is allocated may not be cached yet."""
-    seen: dict[str, Any] = {}
-    scheduler._allocate_slots = lambda request, num_new_tokens, **kwargs: seen.update(kwargs) or blocks
+def allocated(scheduler: Any, request: Any, num_new_tokens: int, hit: int = 0) -> int | None:
+    """Return up to where an allocation has pages, None for none; what is allocated may not be cached yet."""
+    seen: dict[str, int] = {}
+
+    def allocate(self: Any, request: Any, num_new_tokens: int, hit: int = 0, **options: Any) -> None:
+        assert (options["delay_cache_blocks"], options["num_lookahead_tokens"]) == (True, 0)
+        seen["end"] = request.num_computed_tokens + hit + num_new_tokens
+
+    pages = object.__new__(DllmPages)
+    pages.paged_end, pages.admits = scheduler._paged_end, scheduler._admits
     if not scheduler.rows.given:
         scheduler.rows.begin_step()
-    scheduler._allocate_pages(request, num_new_tokens, **kwargs)
-    assert seen["delay_cache_blocks"]
-    hit: int = kwargs.get("num_new_computed_tokens", 0)
-    end: int = request.num_computed_tokens + hit + num_new_tokens + seen["num_lookahead_tokens"]
-    return end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVCacheManager, "allocate_slots", allocate)
+        pages.allocate_slots(request, num_new_tokens, hit)
+    return seen.get("end")

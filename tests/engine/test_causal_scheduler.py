@@ -18,7 +18,7 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def causal(*requests: Any, budget: int | None = MAX_NODES, **stored: int) -> Any:
     scheduler = make(budget, list(requests), causal=True, spiffy=budget is not None)
     scheduler.rows.stored = stored
-    scheduler._cache_blocks = lambda request, num_stored: cached.append((request.request_id, num_stored))
+    scheduler.pages.cache_stored = lambda request, num_stored: cached.append((request.request_id, num_stored))
     cached: list[tuple[str, int]] = []
     scheduler.cached = cached
     return scheduler
@@ -55,7 +55,7 @@ def test_a_prompt_is_computed_behind_the_cache_hit(hit: int, rows: int) -> None:
     new = request("n", 0)
     new.num_tokens = 10
     scheduler = causal()
-    allocated(scheduler, new, 10 - hit, num_new_computed_tokens=hit, blocks="pages")
+    allocated(scheduler, new, 10 - hit, hit=hit)
     assert scheduler.rows.given == {"n": rows}
 
 
@@ -116,7 +116,7 @@ def test_pages_of_a_block_causal_model_end_with_the_block(
 ) -> None:
     each = request("a", computed)
     each.num_tokens = known
-    assert allocated(make(causal=True), each, new, num_new_computed_tokens=hit) == end
+    assert allocated(make(causal=True), each, new, hit=hit) == end
 
 
 def test_pages_leave_room_for_a_block_that_ends_under_way() -> None:

@@ -10,6 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from vllm_dllm.engine.contracts import CONTRACTS, Contract, check_contracts, parameters_in, read_owner
+from vllm_dllm.engine.patches import PATCHES
+from vllm_dllm.errors import UnsupportedVllmError
+
 RECORDED: dict[str, list[str]] = json.loads((Path(__file__).parent / "signatures_0_33.json").read_text())
 
 STATE = "vllm.v1.worker.gpu.model_states.interface.ModelState"
@@ -48,11 +54,8 @@ CALLS = {
     f"{SCHEDULER}.make_spec_decoding_stats": ["num_draft_tokens", "num_accepted_tokens", "request_id"],
     f"{SCHEDULER}._free_request": ["request"],
     "vllm.v1.metrics.loggers.StatLoggerManager.__init__": ["vllm_config", "enable_default_loggers", "client_count"],
-    "vllm.v1.engine.core.EngineCore._initialize_effective_attention_block_size": ["self"],
-    "vllm.v1.engine.core.EngineCore.collective_rpc": ["method", "args"],
     "vllm.engine.arg_utils.EngineArgs.add_cli_args": ["parser"],
     "vllm.engine.arg_utils.EngineArgs.create_speculative_config": ["target_model_config", "target_parallel_config"],
-    "vllm.engine.arg_utils.EngineArgs._set_default_chunked_prefill_and_prefix_caching_args": ["model_config"],
     "vllm.sampling_params.SamplingParams._validate_diffusion": ["model_config"],
     "vllm.sampling_params.SamplingParams.update_from_generation_config": ["generation_config", "eos_token_id"],
     "vllm.v1.engine.input_processor.InputProcessor.process_inputs": ["request_id", "prompt", "params"],
@@ -67,7 +70,7 @@ CALLS = {
 
 
 def find(name: str) -> Callable[..., Any]:
-    parts = name.split(".")
+    parts = name.replace(":", ".").split(".")
     for length in range(len(parts) - 1, 0, -1):
         try:
             found: Any = importlib.import_module(".".join(parts[:length]))
@@ -103,3 +106,60 @@ def test_calls_name_existing_parameters() -> None:
 
 def test_every_recorded_signature_is_used() -> None:
     assert set(RECORDED) == set(OVERRIDES) | set(CALLS)
+
+
+OVERLOADED = """
+class Other:
+    def find(self, wrong): ...
+
+class Owner(
+    Other,
+):
+    field: int = 3
+
+    @overload
+    def find(self, name: str, *, default: None = ...) -> str: ...
+
+    async def find(  # what it does
+        self, name: str, /, other: dict[str, int] = {"a": 1}, *rest: int, default: str = ":", **more: object
+    ) -> str:
+        return self.made
+
+    def __init__(self):
+        self.made = 1
+"""
+
+
+def test_contracts_are_read_from_sources(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/__init__.py").write_text("from .inner import Owner")
+    (tmp_path / "made/inner.py").write_text(OVERLOADED)
+    text = read_owner("vllm.made:Owner", tmp_path)
+    assert text is not None
+    assert parameters_in(text, "find") == ("self", "name", "other", "default")
+
+    def broken(*contracts: Contract) -> str:
+        with pytest.raises(UnsupportedVllmError) as error:
+            check_contracts(contracts, ">=1", tmp_path)
+        return str(error.value)
+
+    good = [Contract("vllm.made:Owner", name, None) for name in ("field", "made", "find")]
+    check_contracts((*good, Contract("vllm.made:Owner", "find", ("other", "default"))), ">=1", tmp_path)
+    assert "Owner.find takes (self, name, other, default), and not wrong;" in broken(
+        Contract("vllm.made:Owner", "find", ("wrong",))
+    )
+    gone = broken(Contract("vllm.made:Owner", "lost", None), Contract("vllm.made:Nobody", "x", None), *good)
+    assert "Owner.lost is gone; there is no vllm.made:Nobody; supported are the releases >=1" in gone
+
+
+def test_what_is_read_is_what_python_sees() -> None:
+    contracts = [*CONTRACTS, *(patch.contract for patch in PATCHES.values())]
+    for contract in contracts:
+        if contract.parameters and not contract.owner.startswith("vllm.entrypoints"):
+            text = read_owner(contract.owner)
+            assert text is not None
+            function = find(f"{contract.owner}.{contract.attribute}")
+            function = getattr(function, "fget", getattr(function, "__func__", function))
+            kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+            expected = [p.name for p in inspect.signature(function).parameters.values() if p.kind not in kinds]
+            assert list(parameters_in(text, contract.attribute) or ()) == expected

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from vllm.config import VllmConfig
 
 from vllm_dllm import plugin
-from vllm_dllm.engine import compat
-from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.engine import configs, contracts
+from vllm_dllm.engine.contracts import Contract
+from vllm_dllm.engine.patches import become
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,11 +60,28 @@ def test_a_name_that_vllm_lost_is_told_too(monkeypatch: pytest.MonkeyPatch, capl
     assert "vllm.model_executor.models.config" in caplog.text
 
 
-def test_a_changed_method_is_named() -> None:
-    class Changed:
-        def validate(self, other: int) -> None: ...
+def test_nothing_is_changed_where_one_contract_is_broken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = [
+        Contract("vllm.sampling_params:SamplingParams", "_validate_diffusion", ("self", "canvas")),
+        Contract("vllm.v1.outputs:ModelRunnerOutput", "plugin_output", None),
+    ]
+    monkeypatch.setattr(contracts, "CONTRACTS", (*contracts.CONTRACTS, *broken))
+    monkeypatch.setattr(plugin, "_import_all", lambda: pytest.fail("went on all the same"))
+    monkeypatch.setattr(plugin, "_register", lambda: pytest.fail("registered all the same"))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    plugin._check_names.cache_clear()
+    with caplog.at_level(logging.ERROR):
+        plugin.register()
+    (said,) = caplog.messages
+    assert "SamplingParams._validate_diffusion takes (self, model_config), and not canvas" in said
+    assert "ModelRunnerOutput.plugin_output is gone" in said
+    assert str(plugin.SUPPORTED_VLLM) in said
 
-    with pytest.raises(UnsupportedVllmError, match=r"Changed.validate .* needs model_config"):
-        compat.wrap(Changed, "validate", ("self", "model_config"), lambda original: original)
-    with pytest.raises(UnsupportedVllmError, match=r"Changed.gone .* needs self"):
-        compat.wrap(Changed, "gone", ("self",), lambda original: original)
+
+def test_another_model_s_configuration_stays_what_it_is() -> None:
+    config = VllmConfig()
+    assert type(config) is VllmConfig
+    with pytest.raises(TypeError, match="is no"):
+        become(config, configs.DllmSchedulerConfig)

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.metrics.stats import SchedulerStats
 
 from tests.engine.scheduler_rig import MAX_NODES, B, allocated, make, observed, request, row, stand_in, step
-from vllm_dllm.engine.telemetry import StepStats
+from vllm_dllm.engine import stats_way
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,6 @@ def test_a_request_without_a_block_is_left_alone() -> None:
 def test_without_speculation_there_is_the_block_alone() -> None:
     scheduler = begun(make(running=[request()], spiffy=False))
     assert [len(rows) for rows in scheduler.schedule()] == [B]
-    assert not scheduler.wants_cost_curve
 
 
 def test_blocks_that_begin_are_refreshed_oldest_first_and_the_others_wait() -> None:
@@ -80,7 +80,7 @@ def test_what_vllm_counts_is_told_in_rows() -> None:
     )
     new = request("n", 0)
     new.num_tokens, scheduler.requests["n"] = 8, new
-    allocated(scheduler, new, 8, blocks="pages")
+    allocated(scheduler, new, 8)
     scheduler._update_after_schedule(output)
     assert output.num_scheduled_tokens == {"a": B + 2, "n": 8 + B}
     assert output.scheduled_spec_decode_tokens["n"] == [-1] * B
@@ -98,16 +98,16 @@ def test_a_request_is_admitted_once_there_are_rows_for_its_first_step() -> None:
     new = request("n", 0)
     new.num_tokens = 8
     assert scheduler.rows.free == 12
-    assert scheduler._allocate_pages(new, 8) is None
+    assert allocated(scheduler, new, 8) is None
     assert scheduler.num_held == 1
     assert "n" not in scheduler.rows.given
     assert allocated(scheduler, scheduler.running[0], B) == 16, "a running one has its rows"
 
 
 def test_reports_are_taken_from_vllm(stock: SimpleNamespace) -> None:
-    stock.reports = "unseen"
+    stock.left = "unseen"
     step(make(running=[request()]), {"a": row()})
-    assert stock.reports is None
+    assert stock.left is None
 
 
 def test_an_emitted_block_tells_what_its_request_took(stock: SimpleNamespace) -> None:
@@ -206,7 +206,7 @@ def test_statistics_keep_vllm_s_sums_and_carry_our_step() -> None:
         2 * B,
         B,
     )  # canvas positions: no drafts
-    decoded = StepStats.decode(stats.num_accepted_tokens_per_pos)
+    decoded = stats_way.take(SchedulerStats(spec_decoding_stats=stats))
     assert decoded is not None
     assert (decoded.budgets, decoded.forwards, decoded.total_accepted) == ({MAX_NODES: 1}, 1, 1)
     assert scheduler.make_stats(None) is None

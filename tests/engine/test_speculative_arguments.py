@@ -67,7 +67,7 @@ def engine_config(**changes: Any) -> Any:
 def test_every_form_gives_the_same_settings(parser: Any, arguments: list[str]) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from vllm_dllm.engine.config_hook import spiffy_of
+    from vllm_dllm.engine.configs import spiffy_of
 
     arguments = [*arguments, "--model", str(CHECKPOINT), "--max-model-len", "128", "--load-format", "dummy"]
     config = AsyncEngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
@@ -82,7 +82,7 @@ def test_every_form_gives_the_same_settings(parser: Any, arguments: list[str]) -
 def test_python_forms_are_used_again_and_left_unchanged(value: Any) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_dllm.engine.config_hook import spiffy_of
+    from vllm_dllm.engine.configs import spiffy_of
 
     before, additional = copy.deepcopy(value), {"dllm": {"block_length": 16}}
     args = EngineArgs(
@@ -232,7 +232,7 @@ def test_a_path_works_for_other_methods() -> None:
     ],
 )
 def test_the_token_budget_holds_drafts_and_the_longest_prompt(given: dict[str, Any] | None, rows: int) -> None:
-    from vllm_dllm.engine.config_hook import spiffy_of
+    from vllm_dllm.engine.configs import spiffy_of
 
     config = engine_config(
         speculative_config=given and {"method": "spiffy"} | given, max_num_batched_tokens=128, enforce_eager=True
@@ -263,7 +263,7 @@ def test_a_fixed_budget_that_does_not_fit_for_all_is_told(
 
 
 def test_without_spiffy_nothing_of_it_is_there() -> None:
-    from vllm_dllm.engine.config_hook import spiffy_of
+    from vllm_dllm.engine.configs import spiffy_of
 
     config = engine_config()
     assert spiffy_of(config) is None
@@ -278,14 +278,13 @@ def test_without_spiffy_nothing_of_it_is_there() -> None:
     ],
 )
 def test_graphs_are_captured_by_number_of_blocks(has_drafts: bool, mode: str, num_blocks: list[int]) -> None:
-    from vllm.config.compilation import CompilationMode, CUDAGraphMode
+    from vllm.config.compilation import CUDAGraphMode
 
     from vllm_dllm.engine.step_sizes import _set_cuda_graphs
 
     compilation = SimpleNamespace(mode=None, cudagraph_mode=None, cudagraph_capture_sizes=None)
     config: Any = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(enforce_eager=False))
     _set_cuda_graphs(config, 32, 50 * 32, is_uniform=not has_drafts)
-    assert compilation.mode == CompilationMode.NONE
     assert compilation.cudagraph_mode == CUDAGraphMode[mode]
     assert compilation.cudagraph_capture_sizes == [32 * n for n in num_blocks]
     assert compilation.max_cudagraph_capture_size == 1600

@@ -148,7 +148,7 @@ def test_nobodys_script_is_checked_in_a_notebook_or_a_program(monkeypatch: pytes
 
 
 def test_vllm_warns_of_nothing_that_we_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.config import CompilationConfig, SchedulerConfig, VllmConfig, model, scheduler, vllm
+    from vllm.config import CompilationConfig, CompilationMode, SchedulerConfig, VllmConfig, model, scheduler, vllm
 
     from vllm_dllm.engine.scheduler import DllmScheduler
 
@@ -158,6 +158,7 @@ def test_vllm_warns_of_nothing_that_we_set(monkeypatch: pytest.MonkeyPatch) -> N
     engine_config.cache_clear()
     config = engine_config()
     config.__post_init__()  # as the engine's process does again
+    assert config.compilation_config.mode == CompilationMode.NONE
     assert config.scheduler_config.get_scheduler_cls() is DllmScheduler
     assert config.model_config.get_diff_sampling_param() == {"temperature": 0.0}
     parts = ("Inductor", "custom scheduler", "Default vLLM sampling")

@@ -14,20 +14,19 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.draft.budget import CostCurve
-from vllm_dllm.engine import costs, stat_logger
+from vllm_dllm.engine import costs, stat_logger, stats_way
+from vllm_dllm.engine.report import MAX_DEPTH, RequestReport
 from vllm_dllm.engine.stat_logger import DllmStatLogger, describe
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
-from vllm_dllm.state.counters import MAX_DEPTH, REPORT_LEN, Column
+from vllm_dllm.errors import UnsupportedVllmError
 
 SPIFFY = SimpleNamespace(exactness="exact")
 CONFIG = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m", architectures=["LLaDAModelLM"]))
 
 
-def row(forwards: int = 1, refreshes: int = 0, unmasked: int = 1, accepted: int = 0, *proposed: int) -> list[int]:
-    numbers = [0] * REPORT_LEN
-    numbers[: Column.FINISHED] = [forwards, refreshes, unmasked, accepted]
-    numbers[Column.PROPOSED : Column.PROPOSED + len(proposed)] = proposed
-    return numbers
+def row(forwards: int = 1, refreshes: int = 0, unmasked: int = 1, accepted: int = 0, *proposed: int) -> RequestReport:
+    by_depth = [*proposed, *[0] * (MAX_DEPTH - len(proposed))]
+    return RequestReport(forwards, refreshes, unmasked, accepted, 0, 0, 0, 0, 0, by_depth)
 
 
 STEP = StepStats.of_step(3, [row(1, 1, 3, 2, 2, 1), row(1, 0, 2, 1, 2, 1), row(1, 0, 1, 0, 2, 1), row(0, 0, 0)])
@@ -45,7 +44,8 @@ def logger_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def scheduler_stats(stats: StepStats) -> SchedulerStats:
-    spec = SpecDecodingStats(32, num_accepted_tokens_per_pos=stats.encode())
+    spec = SpecDecodingStats(32)
+    stats_way.put(stats, spec)
     return SchedulerStats(spec_decoding_stats=spec)
 
 
@@ -69,13 +69,29 @@ def test_walks_beyond_the_last_depth_count_there() -> None:
 
 
 def test_statistics_survive_the_way_to_the_front_end() -> None:
+    stats_way.check_way()
     sent = EngineCoreOutputs(scheduler_stats=scheduler_stats(STEP))
     received = MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(sent))
-    assert StepStats.decode(received.scheduler_stats.spec_decoding_stats.num_accepted_tokens_per_pos) == STEP
+    assert stats_way.take(received.scheduler_stats) == STEP
 
 
 def test_a_step_without_report_says_nothing() -> None:
-    assert StepStats.decode([]) is None
+    assert stats_way.take(None) is None
+    assert stats_way.take(SchedulerStats()) is None
+    assert stats_way.take(SchedulerStats(spec_decoding_stats=SpecDecodingStats(32))) is None
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 3], [0] * 38, [stats_way.MARK, 1]], ids=["vLLM's", "as many", "fewer"])
+def test_numbers_that_are_not_ours_are_an_error(numbers: list[int]) -> None:
+    stats = SpecDecodingStats(32, num_accepted_tokens_per_pos=numbers)
+    with pytest.raises(UnsupportedVllmError, match="changed a step's numbers"):
+        stats_way.take(SchedulerStats(spec_decoding_stats=stats))
+
+
+def test_a_way_that_loses_something_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats_way.MsgpackDecoder, "decode", lambda self, sent: EngineCoreOutputs())
+    with pytest.raises(UnsupportedVllmError, match=r"statistics in the installed vLLM (is another than|delivered)"):
+        stats_way.check_way()
 
 
 def test_a_request_s_numbers_add_up() -> None:
@@ -170,27 +186,6 @@ def test_logger_is_added_where_vllm_adds_its_own(
     assert manager.stat_loggers == [([0], is_logging) for is_logging in expected]
 
 
-class Engine:
-    """What `measure_curve` sees of an engine."""
-
-    def __init__(self, ms: list[list[float]], max_num_scheduled_tokens: int = 10**6, max_budget: int = 4) -> None:
-        self.ms = iter(ms)
-        self.asked: list[tuple[int, int]] = []
-        self.scheduler = SimpleNamespace(
-            max_num_running_reqs=16,
-            max_budget=max_budget,
-            block_length=32,
-            max_num_scheduled_tokens=max_num_scheduled_tokens,
-            wants_cost_curve=True,
-            rule=SimpleNamespace(curve=None),
-        )
-
-    def collective_rpc(self, method: Any, args: tuple[Any, ...]) -> list[float]:
-        assert method is costs.measure_point
-        self.asked.append(args[0])
-        return next(self.ms)
-
-
 def test_points_of_the_curve_ascend_and_are_few() -> None:
     assert list(costs.cost_points(16, 4)) == [(1, 1), (1, 2), (1, 3), (1, 5), (4, 5), (16, 5)]
     assert list(costs.cost_points(1, 1)) == [(1, 1), (1, 2)]
@@ -201,18 +196,35 @@ def test_points_of_the_curve_ascend_and_are_few() -> None:
             assert len(rows) <= 14
 
 
-def test_the_slowest_rank_counts() -> None:
-    engine = Engine([[1.0, 2.0], [3.0, 2.0], [4.0, 4.0], [5.0, 6.0], [7.0, 7.0], [9.0, 8.0]])
-    expected = ((32, 2.0), (64, 3.0), (96, 4.0), (160, 6.0), (640, 7.0), (2560, 9.0))
-    assert costs.measure_curve(engine) == CostCurve(expected)
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Measure a curve of steps that take so many ms, on a rank that is as slow as the others."""
+
+    def measure(ms: list[float], most_rows: int = 10**6, budget: int | None = None) -> tuple[Any, list[Any]]:
+        asked: list[tuple[int, int]] = []
+        spiffy = SimpleNamespace(budget=budget, max_nodes=4)
+        monkeypatch.setattr(costs, "spiffy_of", lambda config: spiffy)
+        monkeypatch.setattr(costs, "settings_of", lambda config: SimpleNamespace(block_length=32))
+        monkeypatch.setattr(costs, "get_tp_group", lambda: SimpleNamespace(world_size=1, is_first_rank=True))
+        scheduler = SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=most_rows)
+        config: Any = SimpleNamespace(scheduler_config=scheduler)
+        return costs.measure_curve(config, lambda *point: asked.append(point) or ms[len(asked) - 1]), asked
+
+    return measure
 
 
-def test_no_larger_step_is_measured_after_a_slow_one() -> None:
-    engine = Engine([[100.0], [501.0]])
-    assert costs.measure_curve(engine).points == ((32, 100.0), (64, 501.0))
+def test_the_curve_is_of_all_points(measured: Any) -> None:
+    curve, _ = measured([2.0, 3.0, 2.0, 4.0, 6.0, 9.0])
+    assert curve == CostCurve(((32, 2.0), (64, 3.0), (96, 3.0), (160, 4.0), (640, 6.0), (2560, 9.0)))
 
 
-def test_no_step_beyond_the_token_budget_is_measured() -> None:
-    engine = Engine([[1.0], [2.0], [3.0]], max_num_scheduled_tokens=100)
-    costs.measure_curve(engine)
-    assert engine.asked == [(1, 1), (1, 2), (1, 3)]
+def test_no_larger_step_is_measured_after_a_slow_one(measured: Any) -> None:
+    assert measured([100.0, 501.0])[0].points == ((32, 100.0), (64, 501.0))
+
+
+def test_no_step_beyond_the_token_budget_is_measured(measured: Any) -> None:
+    assert measured([1.0, 2.0, 3.0], most_rows=100)[1] == [(1, 1), (1, 2), (1, 3)]
+
+
+def test_nothing_is_measured_for_a_fixed_budget(measured: Any) -> None:
+    assert measured([], budget=2) == (None, [])

@@ -30,5 +30,5 @@ def smallest_budget(settings: DllmConfig, *, is_async: bool) -> int | None:
         settings: of the server.
         is_async: whether steps are scheduled before it is known what the step before came to.
     """
-    is_served = settings.kv_policy == "block_causal" and settings.block_length <= MAX_BLOCK_LENGTH
+    is_served = settings.is_block_causal and settings.block_length <= MAX_BLOCK_LENGTH
     return MIN_BUDGET if is_served and not is_async else None

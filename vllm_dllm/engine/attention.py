@@ -20,7 +20,8 @@ from vllm_dllm.attention.choose import IMPLEMENTATIONS
 from vllm_dllm.attention.interface import Attention, Heads, Plan
 from vllm_dllm.attention.layout import PagedIndex
 from vllm_dllm.attention.store import store_kv
-from vllm_dllm.engine.config_hook import KV_CACHE_DTYPES, settings_of
+from vllm_dllm.engine.config_hook import KV_CACHE_DTYPES
+from vllm_dllm.engine.configs import settings_of
 from vllm_dllm.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm_dllm.attention.choose import IMPLEMENTATIONS, choose_attention
 from vllm_dllm.attention.interface import Setting
 from vllm_dllm.config import DllmConfig
+from vllm_dllm.engine.configs import DllmVllmConfig
 
 logger = init_logger("vllm.dllm")
 
 
-def set_attention(vllm_config: VllmConfig, settings: DllmConfig) -> None:
+def set_attention(vllm_config: DllmVllmConfig, settings: DllmConfig) -> None:
     """Choose, tell, and put the choice into `additional_config`, where every process of the engine reads it.
 
     An implementation without CUDA graphs turns them off.
@@ -25,6 +26,7 @@ def set_attention(vllm_config: VllmConfig, settings: DllmConfig) -> None:
     given = vllm_config.additional_config
     assert isinstance(given, dict), "settings_in refuses others"
     vllm_config.additional_config = {**given, "dllm": {**given.get("dllm", {}), "attention": choice.name}}
+    vllm_config.dllm = vllm_config.dllm.with_attention(choice.name)
     compilation = vllm_config.compilation_config
     if not IMPLEMENTATIONS[choice.name].support.cuda_graphs and compilation.cudagraph_mode != CUDAGraphMode.NONE:
         if not current_platform.is_cpu():

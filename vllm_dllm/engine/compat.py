@@ -1,23 +1,17 @@
-"""Methods of vLLM that are wrapped on every device, one function each; `cpu/` has what only a CPU needs, `costs` and
-`stat_logger` wrap one method each beside what they do.
+"""What the methods of vLLM's that are wrapped on every device do then, one function each (`engine.patches`).
 
-All were read in 0.32.0 and 0.33.0; only 0.32.0 was run. Wrapping checks the parameters that are relied on, so that a
-vLLM that changed them is told at start, in a sentence.
+`stat_logger` and `serving` wrap some more, beside what these do.
 """
 
-import functools
 import inspect
-import sys
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pkgutil import resolve_name
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, get_args
 
 from pydantic import ValidationError
-from vllm.config import ModelConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig, VllmConfig
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.speculative import SpeculativeMethod
-from vllm.config.vllm import logger as vllm_config_logger
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.renderers.base import BaseRenderer
@@ -25,46 +19,24 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.utils import CoreEngineProcManager
 
-from vllm_dllm.errors import ConfigError, UnsupportedVllmError, nearest
+from vllm_dllm.engine.patches import wrap
+from vllm_dllm.errors import ConfigError, nearest
 
 logger = init_logger("vllm.dllm")
 
 SPECULATIVE_METHODS: tuple[str, ...] = get_args(SpeculativeMethod)
 """Those of vLLM."""
 
-_MARK = "__vllm_dllm_wrapped__"
 
-
-def wrap(owner: type, name: str, parameters: tuple[str, ...], make: Callable[[Any], Callable[..., Any]]) -> None:
-    """Replace a method by `make(original)`, once.
-
-    Raises: UnsupportedVllmError when the method lacks one of the parameters that the wrapper relies on.
-    """
-    original = getattr(owner, name, None)
-    if getattr(original, _MARK, False):
-        return
-    found = tuple(inspect.signature(original).parameters) if callable(original) else ()
-    missing = [parameter for parameter in parameters if parameter not in found]
-    if missing:
-        raise UnsupportedVllmError(
-            f"{owner.__name__}.{name} of the installed vLLM has the parameters {found}, vllm-dllm needs "
-            f"{', '.join(missing)}; install vLLM 0.32 or 0.33"
-        )
-    wrapper = functools.wraps(original)(make(original))  # type: ignore[arg-type]  # callable, or `missing` would say so
-    setattr(wrapper, _MARK, True)
-    is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
-    setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
-
-
-def unwrap_config_errors(explain: Callable[[EngineArgs], ConfigError | None]) -> None:
+def explain_failures(explain: Callable[[EngineArgs], ConfigError | None]) -> None:
     """Let a ConfigError that is raised inside of vLLM's configuration classes reach the user as it is.
 
     They are pydantic's, which puts a ValueError between two lines of its own, with all arguments in them. Where vLLM
     takes something for what it is not, `explain(args)` may know what that was.
     """
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+    def make(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
+        def wrapper(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
             try:
                 return original(self, *args, **kwargs)
             except ValidationError as error:
@@ -80,23 +52,21 @@ def unwrap_config_errors(explain: Callable[[EngineArgs], ConfigError | None]) ->
 
         return wrapper
 
-    wrap(EngineArgs, "create_engine_config", ("self",), make)
+    wrap("EngineArgs.create_engine_config", make)
 
 
-def around_argument_defaults(
-    check: Callable[[EngineArgs, ModelConfig], None], finish: Callable[[EngineArgs, ModelConfig], None]
-) -> None:
-    """Call `check` while `EngineArgs` still tells what the user set, and `finish` when vLLM filled in the rest."""
+def after_model_config(check: Callable[[EngineArgs, ModelConfig], None]) -> None:
+    """Call `check` while `EngineArgs` still tells what the user set."""
 
-    def make(original: Callable[..., None]) -> Callable[..., None]:
-        def wrapper(self: EngineArgs, model_config: ModelConfig) -> None:
+    def make(original: Callable[..., ModelConfig]) -> Callable[..., ModelConfig]:
+        def wrapper(self: EngineArgs) -> ModelConfig:
+            model_config = original(self)
             check(self, model_config)
-            original(self, model_config)
-            finish(self, model_config)
+            return model_config
 
         return wrapper
 
-    wrap(EngineArgs, "_set_default_chunked_prefill_and_prefix_caching_args", ("self", "model_config"), make)
+    wrap("EngineArgs.create_model_config", make)
 
 
 def extend_speculative_arguments(read: Callable[[str], object], method: str) -> None:
@@ -133,7 +103,7 @@ def extend_speculative_arguments(read: Callable[[str], object], method: str) -> 
 
         return wrapper
 
-    wrap(EngineArgs, "add_cli_args", ("parser",), make)
+    wrap("EngineArgs.add_cli_args", make)
 
 
 def _method_reader(method: str) -> Callable[[str], str]:
@@ -160,7 +130,7 @@ def before_speculative_config(take: Callable[[EngineArgs, ModelConfig], bool]) -
 
         return wrapper
 
-    wrap(EngineArgs, "create_speculative_config", ("self", "target_model_config", "target_parallel_config"), make)
+    wrap("EngineArgs.create_speculative_config", make)
 
 
 def replace_diffusion_check(is_ours: Callable[[ModelConfig], bool], check: Callable[[SamplingParams], None]) -> None:
@@ -175,21 +145,7 @@ def replace_diffusion_check(is_ours: Callable[[ModelConfig], bool], check: Calla
 
         return wrapper
 
-    wrap(SamplingParams, "_validate_diffusion", ("self", "model_config"), make)
-
-
-def after_admission(finish: Callable[[InputProcessor, Any], None]) -> None:
-    """Call `finish(processor, request)` on each request that vLLM admits; what it raises refuses the request."""
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
-            request = original(self, *args, **kwargs)
-            finish(self, request)
-            return request
-
-        return wrapper
-
-    wrap(InputProcessor, "process_inputs", ("self", "request_id", "prompt", "params"), make)
+    wrap("SamplingParams._validate_diffusion", make)
 
 
 def around_tokenization(guard: Callable[[BaseRenderer, Any, Any], AbstractContextManager[tuple[Any, Any]]]) -> None:
@@ -209,22 +165,21 @@ def around_tokenization(guard: Callable[[BaseRenderer, Any, Any], AbstractContex
 
         return wrapper
 
-    wrap(BaseRenderer, "_tokenize_singleton_prompt", ("self", "prompt", "params"), make)
-    wrap(BaseRenderer, "_tokenize_singleton_prompt_async", ("self", "prompt", "params"), make_async)
+    wrap("BaseRenderer._tokenize_singleton_prompt", make)
+    wrap("BaseRenderer._tokenize_singleton_prompt_async", make_async)
 
 
-def before_serving(prepare: Callable[[], None]) -> None:
-    """Call `prepare` once a process makes an asynchronous engine: others are spared the imports of vLLM's server."""
+def after_front_end(take: Callable[[InputProcessor], None]) -> None:
+    """Call `take(processor)` on what each front end makes to admit its requests."""
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def wrapper(self: InputProcessor, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            if "vllm.v1.engine.async_llm" in sys.modules:
-                prepare()
+            take(self)
 
         return wrapper
 
-    wrap(InputProcessor, "__init__", ("self", "vllm_config"), make)
+    wrap("InputProcessor.__init__", make)
 
 
 def before_engine_processes(check: Callable[[VllmConfig], None]) -> None:
@@ -239,87 +194,4 @@ def before_engine_processes(check: Callable[[VllmConfig], None]) -> None:
 
         return wrapper
 
-    wrap(CoreEngineProcManager, "__init__", ("self", "vllm_config"), make)
-
-
-def choose_scheduler(ours: Collection[str]) -> None:
-    """Find our schedulers by name, without the warning for users that a scheduler may not fit this vLLM: ours does."""
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(self: SchedulerConfig) -> Any:
-            name = self.scheduler_cls
-            return resolve_name(name) if isinstance(name, str) and name in ours else original(self)
-
-        return wrapper
-
-    wrap(SchedulerConfig, "get_scheduler_cls", ("self",), make)
-
-
-def describe_config(is_ours: Callable[[ModelConfig], bool], speculation: Callable[[VllmConfig], object]) -> None:
-    """Have vLLM say of our models' configuration what is true of it.
-
-    That nothing is compiled is no setting of the user's, of which vLLM warns; and it knows of no `speculative_config`
-    where there is `speculation`.
-    """
-
-    def make_quiet(original: Callable[..., None]) -> Callable[..., None]:
-        def wrapper(self: VllmConfig) -> None:
-            of_us = self.model_config is not None and is_ours(self.model_config)
-            with _without_warning(vllm_config_logger, "Inductor compilation was disabled") if of_us else nullcontext():
-                original(self)
-
-        return wrapper
-
-    def make_true(original: Callable[..., str]) -> Callable[..., str]:
-        def wrapper(self: VllmConfig) -> str:
-            text = original(self)
-            found = speculation(self) if is_ours(self.model_config) else None
-            return text.replace("speculative_config=None", f"speculative_config={found}", 1) if found else text
-
-        return wrapper
-
-    wrap(VllmConfig, "__post_init__", ("self",), make_quiet)
-    wrap(VllmConfig, "__str__", ("self",), make_true)
-
-
-@contextmanager
-def _without_warning(logger: Any, beginning: str) -> Iterator[None]:
-    """Let a logger of vLLM's leave out one warning, and not count it as given, so that another model's is."""
-    warn_once = logger.warning_once
-
-    def others(message: str, *args: Any, **kwargs: Any) -> None:
-        if not message.startswith(beginning):
-            warn_once(message, *args, **kwargs)
-
-    logger.warning_once = others
-    try:
-        yield
-    finally:
-        logger.warning_once = warn_once
-
-
-def around_generation_config(read: Callable[[ModelConfig, Callable[[], dict[str, Any]]], dict[str, Any]]) -> None:
-    """Have `read(model_config, original)` read a model's generation config."""
-
-    def make(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        def wrapper(self: ModelConfig) -> dict[str, Any]:
-            return read(self, functools.partial(original, self))
-
-        return wrapper
-
-    wrap(ModelConfig, "try_get_generation_config", ("self",), make)
-
-
-def add_sampling_defaults(more: Callable[[ModelConfig], Mapping[str, Any]]) -> None:
-    """Add `more(model_config)` to the sampling parameters of requests that name none; what vLLM finds comes first.
-
-    vLLM warns of those that a checkpoint's file has, and would say the same of others that are put beside them.
-    """
-
-    def make(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        def wrapper(self: ModelConfig) -> dict[str, Any]:
-            return {**more(self), **original(self)}
-
-        return wrapper
-
-    wrap(ModelConfig, "get_diff_sampling_param", ("self",), make)
+    wrap("CoreEngineProcManager.__init__", make)

@@ -1,6 +1,5 @@
 """Configuration of an engine that serves one of our models: what is set, and what is refused at start."""
 
-import json
 from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any
@@ -10,21 +9,32 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from vllm_dllm.additional_config import settings_in
 from vllm_dllm.blocks import max_prompt_len
-from vllm_dllm.config import DllmConfig, parse_server_settings
-from vllm_dllm.draft.graph_schema import ModelShape
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.engine.attention_choice import set_attention
+from vllm_dllm.engine.configs import (
+    DllmModelConfig,
+    become_dllm,
+    compile_nothing,
+    is_ours,
+    served_family,
+)
 from vllm_dllm.engine.generation_defaults import check_generation_defaults, family_defaults
+from vllm_dllm.engine.patches import become
 from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
+from vllm_dllm.engine.worker_check import check_level
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.checkpoint_fields import SPECIAL_IDS, check_token_ids
-from vllm_dllm.models.interface import ModelFamily, check_family, family_of
-from vllm_dllm.spiffy_config import METHOD, SpiffySettings, spiffy_settings
-from vllm_dllm.unmask.schedule import UnmaskRules, unmask_rules
+from vllm_dllm.models.interface import check_family
+from vllm_dllm.spiffy_config import SpiffySettings
 
 logger = init_logger("vllm.dllm")
+
+WORKERS = ("vllm_dllm.engine.cpu.worker.DllmCpuWorker", "vllm_dllm.engine.gpu_worker.DllmWorker")
+"""Of a CPU, and of a GPU."""
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
@@ -55,8 +65,7 @@ _REFUSALS: tuple[_Refusal, ...] = (
     ),
     (
         lambda c: envs.VLLM_RAISE_ON_LOGIT_NANS,
-        "VLLM_RAISE_ON_LOGIT_NANS is set, but diffusion models report their steps in the place of its counts; "
-        "allowed is 0; unset it",
+        "VLLM_RAISE_ON_LOGIT_NANS is set, but diffusion models do not count NaNs; allowed is 0; unset it",
     ),
     (
         lambda c: c.diffusion_config,
@@ -70,6 +79,11 @@ _REFUSALS: tuple[_Refusal, ...] = (
     (
         lambda c: c.scheduler_config.scheduler_cls,
         "scheduler_cls is set, but diffusion models need their own scheduler; remove --scheduler-cls",
+    ),
+    (
+        lambda c: c.parallel_config.worker_cls not in ("auto", *WORKERS),
+        "worker_cls is {c.parallel_config.worker_cls!r}, but diffusion models need their own worker; remove "
+        "--worker-cls",
     ),
     (
         lambda c: c.scheduler_config.long_prefill_token_threshold,
@@ -130,57 +144,12 @@ _REFUSALS: tuple[_Refusal, ...] = (
 )
 
 
-def is_ours(model_config: ModelConfig) -> bool:
-    """Tell whether a model is served by this plugin."""
-    return family_of(model_config.architectures) is not None
-
-
 def _is_block_causal(model_config: ModelConfig) -> bool:
-    return served_family(model_config).attention == "block_causal"
+    return served_family(model_config).is_block_causal
 
 
-def settings_of(vllm_config: VllmConfig) -> DllmConfig:
-    """Read the server's settings from `additional_config["dllm"]`; what is not given is as the model publishes it."""
-    given = settings_in(vllm_config.additional_config)
-    model_config = vllm_config.model_config
-    block_size = getattr(model_config.hf_config, "block_size", None)
-    return parse_server_settings(given, defaults=served_family(model_config).settings(block_size))
-
-
-def rules_of(vllm_config: VllmConfig) -> UnmaskRules:
-    """Return what the family fixes of unmasking."""
-    return unmask_rules(served_family(vllm_config.model_config), settings_of(vllm_config))
-
-
-def served_family(model_config: ModelConfig) -> ModelFamily:
-    """Return the family of a model of ours."""
-    family = family_of(model_config.architectures)
-    assert family is not None, "asked of our models only"
-    return family
-
-
-def spiffy_of(vllm_config: VllmConfig) -> SpiffySettings | None:
-    """Read what `spiffy_arguments.take_spiffy` put into `additional_config`; None without speculation.
-
-    Raises: ConfigError for a draft graph or a KV policy that does not fit.
-    """
-    additional = vllm_config.additional_config
-    if not isinstance(additional, dict) or METHOD not in additional:
-        return None
-    model_config = vllm_config.model_config
-    return spiffy_settings(
-        json.dumps(additional[METHOD]),
-        settings_of(vllm_config),
-        model_config.model,
-        model_config.hf_config.model_type,
-        ModelShape.of(model_config.hf_config.to_dict()),
-    )
-
-
-def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
+def check_flags(args: EngineArgs, model_config: ModelConfig) -> None:
     """Refuse flags that vLLM sets by itself or takes otherwise, where the user gave them and they do not fit.
-
-    Prefix caching is on for the models that can, unless the user turns it off.
 
     Raises: ConfigError.
     """
@@ -202,17 +171,8 @@ def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
             "enable_chunked_prefill is on, but a diffusion model takes its whole prompt at once; allowed is off; "
             "remove --enable-chunked-prefill"
         )
-    if args.enable_prefix_caching is None:
-        args.enable_prefix_caching = _is_block_causal(model_config)
-
-
-def clear_flags(args: EngineArgs, model_config: ModelConfig) -> None:
-    """Turn off for our models what vLLM turned on by default, and raise what it refuses before `set_step_sizes`."""
-    if not is_ours(model_config):
-        return
-    args.enable_chunked_prefill = False
     given, least = args.max_num_batched_tokens, max(model_config.max_model_len, args.max_num_seqs or 0)
-    if given is not None and given < least:
+    if given is not None and given < least:  # vLLM refuses it before `set_step_sizes`
         logger.info("Raising max_num_batched_tokens from %d to %d: max_model_len, or max_num_seqs", given, least)
         args.max_num_batched_tokens = least
 
@@ -227,6 +187,7 @@ class DllmConfigHook(VerifyAndUpdateConfig):
         Raises: ConfigError for another family's `model_type`, and for special ids of generation configs that the
             vocabulary does not have.
         """
+        become(model_config, DllmModelConfig)
         _check_config_class(model_config)
         _check_generation_ids(model_config)
         model_config.hf_config.canvas_length = DllmConfig().block_length
@@ -241,7 +202,9 @@ class DllmConfigHook(VerifyAndUpdateConfig):
         for is_asked_for, sentence in _REFUSALS:
             if is_asked_for(vllm_config):
                 raise ConfigError(sentence.format(c=vllm_config))
-        settings = settings_of(vllm_config)
+        config = become_dllm(vllm_config)
+        check_level()
+        settings, spiffy = config.dllm.settings, config.dllm.spiffy
         check_family(settings, served_family(vllm_config.model_config))
         if max_prompt_len(settings, vllm_config.model_config.max_model_len) < 1:
             raise ConfigError(
@@ -256,10 +219,11 @@ class DllmConfigHook(VerifyAndUpdateConfig):
                 f"to {num_positions}; allowed are up to this number; lower --max-model-len or raise "
                 "max_position_embeddings, or the factor of rope_parameters, with --hf-overrides"
             )
-        spiffy = spiffy_of(vllm_config)
-        if settings.kv_policy == "block_causal":
+        if settings.is_block_causal:
             set_page_size(vllm_config, settings.block_length)
-        set_attention(vllm_config, settings)
+        set_attention(config, settings)
+        set_worker(vllm_config)
+        compile_nothing(vllm_config)
         set_step_sizes(vllm_config, settings, spiffy)
         # vLLM's kernel warm-up steps requests with sampling parameters that are refused here (penalties, logprobs),
         # past the end of their generation; without it the runner's few Triton kernels compile in the first request.
@@ -273,6 +237,19 @@ class DllmConfigHook(VerifyAndUpdateConfig):
         )
         if spiffy:
             _tell_spiffy(spiffy)
+
+
+def set_worker(vllm_config: VllmConfig) -> None:
+    """Name our worker for the device. Raises: ConfigError where there is none."""
+    if current_platform.is_cpu():
+        vllm_config.parallel_config.worker_cls = WORKERS[0]
+    elif current_platform.is_cuda_alike():
+        vllm_config.parallel_config.worker_cls = WORKERS[1]
+    else:
+        raise ConfigError(
+            f"the device is {current_platform.device_type!r}, but diffusion models have workers for a CPU and for GPUs "
+            "of CUDA and ROCm; run them there"
+        )
 
 
 def _check_config_class(model_config: ModelConfig) -> None:

@@ -1,13 +1,14 @@
-"""What a step costs by its number of rows, measured once at start for the rule that chooses budgets."""
+"""What a step costs by its number of rows, measured once when a worker starts, for the rule that chooses budgets."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
-from vllm.v1.engine.core import EngineCore
 
 from vllm_dllm.draft.budget import CostCurve
-from vllm_dllm.engine import compat
+from vllm_dllm.engine.configs import settings_of, spiffy_of
 
 logger = init_logger("vllm.dllm")
 
@@ -32,42 +33,37 @@ def cost_points(max_num_reqs: int, max_budget: int) -> Iterator[tuple[int, int]]
     yield max_num_reqs, 1 + max_budget
 
 
-def measure_point(worker: Any, point: tuple[int, int]) -> float:
-    """Run in a worker: return the milliseconds of a step with synthetic canvases."""
-    ms: float = worker.model_runner.model_state.measure_cost(*point)
-    return ms
+def measure_curve(vllm_config: VllmConfig, measure: Callable[[int, int], float]) -> CostCurve | None:
+    """Measure the steps of `cost_points` that fit the token budget; None where the budget is not chosen by them.
 
+    All ranks measure together, and the slowest counts.
 
-def measure_curve(engine: EngineCore) -> CostCurve:
-    """Measure the steps of `cost_points` that fit the token budget, on all ranks at once; the slowest rank counts."""
-    scheduler = engine.scheduler
+    Args:
+        vllm_config: of the engine.
+        measure: return the milliseconds of a step of so many requests with so many canvases each.
+    """
+    spiffy, scheduler = spiffy_of(vllm_config), vllm_config.scheduler_config
+    if spiffy is None or spiffy.budget is not None or spiffy.max_nodes == 0:
+        return None
+    block_length = settings_of(vllm_config).block_length
     points: list[tuple[int, float]] = []
-    for num_reqs, num_canvases in cost_points(scheduler.max_num_running_reqs, scheduler.max_budget):
-        rows = num_reqs * num_canvases * scheduler.block_length
+    for num_reqs, num_canvases in cost_points(scheduler.max_num_seqs, spiffy.max_nodes):
+        rows = num_reqs * num_canvases * block_length
         is_slow = len(points) > 1 and points[-1][1] > SLOW_MS  # one point alone would be a flat curve
-        if points and (rows > scheduler.max_num_scheduled_tokens or is_slow):
+        if points and (rows > scheduler.max_num_batched_tokens or is_slow):
             break
-        points.append((rows, max(engine.collective_rpc(measure_point, args=((num_reqs, num_canvases),)))))
+        points.append((rows, slowest_rank(measure(num_reqs, num_canvases))))
+    if get_tp_group().is_first_rank:
+        steps = ", ".join(f"{rows} rows {ms:.1f}" for rows, ms in points)
+        logger.info("Draft budgets start from these times of a step in ms: %s", steps)
     return CostCurve(tuple(points))
 
 
-def measure_at_start() -> None:
-    """Give the scheduler its cost curve as soon as an engine has one, before the first request.
-
-    Called by the scheduler itself, so that no other model's process imports or wraps anything for it. The method that
-    is wrapped is the first that the engine calls on itself when it has both workers and scheduler.
-    """
-
-    def make(original: Callable[[EngineCore], None]) -> Callable[[EngineCore], None]:
-        def wrapper(self: EngineCore) -> None:
-            original(self)
-            scheduler = getattr(self, "scheduler", None)
-            if scheduler is not None and getattr(scheduler, "wants_cost_curve", False):
-                curve = measure_curve(self)
-                scheduler.rule.curve = curve
-                steps = ", ".join(f"{rows} rows {ms:.1f}" for rows, ms in curve.points)
-                logger.info("Draft budgets start from these times of a step in ms: %s", steps)
-
-        return wrapper
-
-    compat.wrap(EngineCore, "_initialize_effective_attention_block_size", ("self",), make)
+def slowest_rank(ms: float) -> float:
+    """Return the largest of all ranks' values: each goes on by it, so that none waits for a step another leaves out."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return ms
+    value = torch.tensor(ms, dtype=torch.float64)
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    return value.item()

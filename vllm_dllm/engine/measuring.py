@@ -9,6 +9,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
+from vllm_dllm.engine import stats_way
 from vllm_dllm.engine.kv_memory import kv_bytes
 from vllm_dllm.engine.telemetry import StepStats
 from vllm_dllm.measure.workload import EngineSpec, Measurement, Workload
@@ -66,8 +67,7 @@ class StepNotes(AggregateStatLoggerBase):
 
     def record(self, scheduler_stats: SchedulerStats | None, *args: Any, **kwargs: Any) -> None:
         """Keep the report of a step, None for a step that has none."""
-        stats = scheduler_stats and scheduler_stats.spec_decoding_stats
-        self.last = StepStats.decode(stats.num_accepted_tokens_per_pos) if stats else None
+        self.last = stats_way.take(scheduler_stats)
 
     def log_engine_initialized(self) -> None:
         """Say nothing."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
-from vllm.platforms import current_platform
 from vllm.tasks import GenerationTask
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
@@ -30,7 +29,7 @@ from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.draft.native import choose_propose
 from vllm_dllm.engine.attention import ForwardAttention
-from vllm_dllm.engine.config_hook import rules_of, served_family, settings_of, spiffy_of
+from vllm_dllm.engine.configs import rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.plan import plan_step
 from vllm_dllm.engine.request import resolve_params
@@ -56,10 +55,6 @@ class DllmModelState(ModelState):
         self, vllm_config: VllmConfig, model: "MaskedDiffusionLM", encoder_cache: None, device: torch.device
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        if current_platform.is_cpu():
-            from vllm_dllm.engine import cpu
-
-            cpu.activate()
         self.settings = settings_of(vllm_config)
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id

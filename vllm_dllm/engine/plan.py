@@ -97,6 +97,12 @@ class StepPlan:
         return _STORES[self.role]
 
     @property
+    def num_stored(self) -> IntArray:
+        """Positions of each request whose K/V are written whatever the step comes to, [num_reqs]."""
+        length = (self.end - self.begin) * (self.stores & (self.role != Role.END))
+        return np.bincount(self.request, length, self.num_reqs).astype(np.int64)
+
+    @property
     def decides(self) -> BoolArray:
         """Of which segments the block's rows go to the LM head, [num_segments]."""
         return _DECIDES[self.role]

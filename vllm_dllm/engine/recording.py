@@ -14,7 +14,7 @@ from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.denoiser import Observation
 from vllm_dllm.draft.graph_schema import ModelShape
-from vllm_dllm.engine.config_hook import rules_of
+from vllm_dllm.engine.configs import rules_of
 from vllm_dllm.engine.kv_memory import kv_bytes
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.unmask.schedule import UnmaskRules

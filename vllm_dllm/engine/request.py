@@ -22,7 +22,7 @@ from vllm_dllm.config import (
     plain_number,
     request_steps,
 )
-from vllm_dllm.engine.config_hook import is_ours, settings_of
+from vllm_dllm.engine.configs import is_ours, settings_of
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -170,7 +170,7 @@ def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
 
 def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_at_least: bool = False) -> RequestError:
     longest = max_prompt_len(settings, max_model_len)
-    what = "a block and as much behind it need" if settings.kv_policy == "block_causal" else "a block needs"
+    what = "a block and as much behind it need" if settings.is_block_causal else "a block needs"
     return RequestError(
         f"the prompt has {'at least ' if is_at_least else ''}{prompt_len} tokens, but {what} "
         f"{max_model_len - longest} of max_model_len {max_model_len}; shorten the prompt to at most {longest} tokens",

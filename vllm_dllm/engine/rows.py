@@ -24,7 +24,7 @@ class StepRows:
     def __init__(self, settings: DllmConfig, max_model_len: int, max_rows: int) -> None:
         self.settings = settings
         self.block_length = settings.block_length
-        self.is_causal = settings.kv_policy == "block_causal"
+        self.is_causal = settings.is_block_causal
         self.max_model_len = max_model_len
         self.max_rows = max_rows
         self.stored: dict[str, int] = {}  # of running requests of a block-causal model: positions with K/V
@@ -119,6 +119,11 @@ class StepRows:
             before, step = self._block.get(request.request_id, (-1, 0))
             start = request.num_tokens if before < 0 else request.num_computed_tokens
             self._block[request.request_id] = start, step + 1 if start == before else 0
+
+    @property
+    def known(self) -> set[str]:
+        """Requests of which anything is remembered."""
+        return {*self.stored, *self._block, *self._row_ends}
 
     def forget(self, request: Request) -> None:
         """Forget what a preempted or freed request has stored."""

@@ -8,8 +8,9 @@ from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_dllm.engine.report import REPORT_LEN, StepFacts
 from vllm_dllm.engine.step import Step
-from vllm_dllm.state.counters import MAX_DEPTH, REPORT_LEN, Column
+from vllm_dllm.engine.worker_check import WorkerCheck
 from vllm_dllm.unmask.walk import Trajectory
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class DllmSampler:
 
     def __init__(self, model_state: "DllmModelState") -> None:
         self.model_state = model_state
+        self.check: WorkerCheck | None = None
+        self._report: Tensor | None = None
 
     def add_request(self, req_idx: int, sampling_params: Any) -> None:
         """Do nothing: the model state keeps all parameters."""
@@ -39,8 +42,8 @@ class DllmSampler:
             input_batch: the step's batch.
 
         Returns: `num_sampled` is what was unknown of a finished block and 0 otherwise; `num_rejected` is the rest of
-            the drafts that vLLM counts, so that its counts advance by finished blocks alone. `num_nans` carries the
-            step's report (`state.counters`) to our scheduler: vLLM has no other way for it.
+            the drafts that vLLM counts, so that its counts advance by finished blocks alone. The step's report stays
+            for `take_rows`.
         """
         step = self.model_state.step_of(input_batch)
         if step is None:
@@ -50,19 +53,25 @@ class DllmSampler:
         sampled = torch.zeros(num_reqs, state.block_length, dtype=torch.int32, device=hidden.device)
         num_sampled = torch.zeros(num_reqs, dtype=torch.int32, device=hidden.device)
         num_rejected = torch.zeros_like(num_sampled)
-        report = torch.zeros(num_reqs, REPORT_LEN, dtype=torch.int32, device=hidden.device)
+        self._report = torch.zeros(num_reqs, REPORT_LEN, dtype=torch.int32, device=hidden.device)
         if num_steps == 0:  # prompts alone, which only vLLM's warm-up schedules so
-            return _output(sampled, num_sampled, num_rejected, report)
+            return SamplerOutput(sampled, None, None, num_sampled, num_rejected)
         done = denoiser.advance(step.blocks, step.nodes, hidden, None if step.special is None else step.special.fresh)
         known = (step.num_known - step.blocks.start)[:, None]
         columns = torch.arange(state.block_length, device=hidden.device) + known
         sampled[:num_steps] = done.canvas.gather(1, columns.clamp(max=state.block_length - 1))
         num_sampled[:num_steps] = done.is_finished * (state.block_length - known[:, 0])
         num_rejected[:num_steps] = step.num_counted - num_sampled[:num_steps]
-        report[:num_steps] = _report(step, done)
+        self._report[:num_steps] = _facts(step, done).rows()
         denoiser.begin_blocks(step.blocks.slots, done.is_finished & ~done.came_over)
         step.came_over = done.came_over if step.nodes.end is not None else None
-        return _output(sampled, num_sampled, num_rejected, report)
+        return SamplerOutput(sampled, None, None, num_sampled, num_rejected)
+
+    def take_rows(self, input_batch: InputBatch) -> Tensor:
+        """Return the report of the batch that was just sampled; [num_reqs, REPORT_LEN or more] int32."""
+        report, self._report = self._report, None
+        assert report is not None, "the runner samples a batch before it asks for the report"
+        return self.check.with_state(report, input_batch) if self.check and self.check.reports_state else report
 
     def _profile(self, hidden: Tensor, input_batch: InputBatch) -> SamplerOutput:
         """Use as much memory as a real step can, for the run in which vLLM measures it; the result is not used."""
@@ -70,33 +79,24 @@ class DllmSampler:
         num_rows = min(denoiser.head.chunk_rows, self.model_state.max_num_tokens)
         denoiser.reduce(hidden[:1].expand(num_rows, -1).contiguous(), is_sampled=True)
         none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
-        return _output(none[:, None], none, none, None)
+        return SamplerOutput(none[:, None], None, None, none, none)
 
 
-def _report(step: Step, done: Trajectory) -> Tensor:
-    """Put together what a step did for each request; [num_reqs, REPORT_LEN] int64."""
-    nodes = step.nodes
-    report = torch.zeros(len(nodes.canvas), REPORT_LEN, dtype=torch.int64, device=nodes.canvas.device)
+def _facts(step: Step, done: Trajectory) -> StepFacts:
+    """Put together what a step did for each request."""
+    nodes, special = step.nodes, step.special
     is_masked = nodes.is_masked[:, 0].any(1)
-    decides = is_masked | done.came_over
-    report[:, Column.FORWARDS] = decides
-    if step.special is not None:
-        report[:, Column.FORWARDS] = decides & ~step.special.refreshes
-        report[:, Column.REFRESHES] = step.special.refreshes
-        report[:, Column.COMMITS] = step.special.commits
-    report[:, Column.UNMASKED] = done.num_unmasked
-    report[:, Column.ACCEPTED] = done.num_accepted
-    report[:, Column.FINISHED] = done.is_finished
-    report[:, Column.STORED] = step.blocks.start + done.came_over * step.plan.block_length
-    column = Column.PROPOSED - 1 + nodes.depth[:, 1:].clamp(1, MAX_DEPTH)
-    return report.scatter_add_(1, column, (nodes.is_valid[:, 1:] & is_masked[:, None]).long())
-
-
-def _output(sampled: Tensor, num_sampled: Tensor, num_rejected: Tensor, report: Tensor | None) -> SamplerOutput:
-    return SamplerOutput(
-        sampled_token_ids=sampled,
-        logprobs_tensors=None,
-        num_nans=report,
-        num_sampled=num_sampled,
-        num_rejected=num_rejected,
+    decides, none = is_masked | done.came_over, torch.zeros_like(is_masked)
+    over = done.came_over * step.plan.block_length
+    return StepFacts(
+        forwards=decides if special is None else decides & ~special.refreshes,
+        refreshes=none if special is None else special.refreshes,
+        unmasked=done.num_unmasked,
+        accepted=done.num_accepted,
+        finished=done.is_finished,
+        stored=step.blocks.start + over,
+        wrote=over if special is None else special.num_stored + over,
+        commits=none if special is None else special.commits,
+        depth=nodes.depth[:, 1:],
+        proposed=nodes.is_valid[:, 1:] & is_masked[:, None],
     )

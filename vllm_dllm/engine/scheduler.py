@@ -2,10 +2,11 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -17,12 +18,16 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.draft.look_ahead import smallest_budget
-from vllm_dllm.engine import costs
-from vllm_dllm.engine.config_hook import settings_of, spiffy_of
+from vllm_dllm.engine import stats_way
+from vllm_dllm.engine.configs import settings_of, spiffy_of
+from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
+from vllm_dllm.engine.report import RequestReport, StepReport, take_report
 from vllm_dllm.engine.rows import StepRows
+from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
-from vllm_dllm.state.counters import Column
+from vllm_dllm.engine.worker_check import CheckLevel, check_level
+from vllm_dllm.errors import UnsupportedVllmError
 
 
 class DllmScheduler(Scheduler):
@@ -36,8 +41,7 @@ class DllmScheduler(Scheduler):
     What vLLM counts is tokens of a request, by position: its prompt and its block in the step that admits it, then its
     block, and one more for each draft, which is how the worker learns their number. What a forward has is rows
     (`engine.plan`): of refreshes, prefills, commits and drafts too. They are what `max_num_batched_tokens` bounds here,
-    and what vLLM is told as the step's total. The worker reports what became of a step (`state.counters`) where vLLM
-    would report the NaNs of its logits.
+    and what vLLM is told as the step's total. The worker reports what became of a step (`engine.report`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,20 +49,18 @@ class DllmScheduler(Scheduler):
         end_with_parent()
         self.settings = settings_of(self.vllm_config)
         self.block_length = self.settings.block_length
-        self._is_causal = self.settings.kv_policy == "block_causal"
+        self.is_causal = self.settings.is_block_causal
         self.rows = StepRows(self.settings, self.max_model_len, self.max_num_scheduled_tokens)
         self._placeholders = [-1] * self.num_spec_tokens
         self.num_held = 0
         compilation = self.vllm_config.compilation_config
         has_graphs = compilation.cudagraph_mode != CUDAGraphMode.NONE
         self._largest_graph = (compilation.max_cudagraph_capture_size or 0) if has_graphs else 0
-        self._allocate_slots = self.kv_cache_manager.allocate_slots
-        self._cache_blocks = self.kv_cache_manager.cache_blocks
-        self.kv_cache_manager.allocate_slots = self._allocate_pages
-        self.kv_cache_manager.cache_blocks = _cache_nothing
+        self.pages = DllmPages.take_over(self.kv_cache_manager, self._paged_end, self._admits)
         self._spiffy = spiffy_of(self.vllm_config)
-        if self._spiffy and self._spiffy.budget is None:
-            costs.measure_at_start()
+        self._level = check_level()
+        self._check = StateCheck(self) if self._level else None
+        stats_way.check_way()
         is_async = bool(self.vllm_config.scheduler_config.async_scheduling)
         look_ahead_from = smallest_budget(self.settings, is_async=is_async)
         self.rule = (
@@ -73,11 +75,6 @@ class DllmScheduler(Scheduler):
         self._host_ms: float | None = None
 
     @property
-    def wants_cost_curve(self) -> bool:
-        """Whether the budget is chosen by what steps cost."""
-        return self.rule is not None and self.rule.fixed is None and self.max_budget > 0
-
-    @property
     def max_budget(self) -> int:
         """The largest budget of any step."""
         return self._spiffy.max_nodes if self._spiffy else 0
@@ -89,6 +86,8 @@ class DllmScheduler(Scheduler):
         self._scheduled_at_s = time.perf_counter()
         if self._updated_at_s is not None:
             self._host_ms = (self._scheduled_at_s - self._updated_at_s) * 1e3
+        if self._check and (self._level == CheckLevel.STEP or not output.total_num_scheduled_tokens):
+            output.aux_output_connector_metadata = self._check.roster(self.running)
         return output
 
     def update_from_output(
@@ -96,10 +95,11 @@ class DllmScheduler(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """Take the step's report, then go on as vLLM does; an emitted block tells what its request took so far."""
         updated_at_s = time.perf_counter()
-        reports, model_runner_output.num_nans_in_logits = model_runner_output.num_nans_in_logits, None
-        rows = scheduler_output.scheduled_spec_decode_tokens
-        if reports and rows:
-            self._take_reports(scheduler_output, {req_id: reports[req_id] for req_id in rows}, updated_at_s)
+        reports = self._reports_of(scheduler_output, take_report(model_runner_output))
+        if self._check:
+            self._account(self._check, scheduler_output, model_runner_output, reports)
+        if reports:
+            self._take_reports(scheduler_output, reports, updated_at_s)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for of_client in outputs.values():
             for output in of_client.outputs:
@@ -107,7 +107,63 @@ class DllmScheduler(Scheduler):
                     output.kv_transfer_params = self._as_output(self._totals[output.request_id])
         self._updated_at_s = updated_at_s if self.running else None
         self._host_ms = None
+        if self._check:
+            self._compare(self._check)
         return outputs
+
+    def _reports_of(self, output: SchedulerOutput, report: StepReport | None) -> dict[str, RequestReport]:
+        """Return the reports of the requests that took a denoising step."""
+        if report is None:
+            if output.scheduled_spec_decode_tokens:
+                raise UnsupportedVllmError(
+                    "A step came back without its report: the installed vLLM's runner does not ask its connector for "
+                    "auxiliary outputs for one; install vLLM 0.32 or 0.33"
+                )
+            return {}
+        if report.costs is not None and self.rule is not None:
+            self.rule.curve = report.costs
+        return {req_id: report.requests[req_id] for req_id in output.scheduled_spec_decode_tokens}
+
+    def _account(
+        self,
+        check: StateCheck,
+        output: SchedulerOutput,
+        model_output: ModelRunnerOutput,
+        reports: dict[str, RequestReport],
+    ) -> None:
+        """Enter a step into the accounts of its requests."""
+        for new in output.scheduled_new_reqs:
+            if new.req_id in self.requests:
+                check.admit(new.req_id, new.num_computed_tokens)
+        for req_id, report in reports.items():
+            if req_id in self.requests:  # it may have been aborted meanwhile
+                emitted = model_output.sampled_token_ids[model_output.req_id_to_index[req_id]]
+                check.take(self.requests[req_id], report, len(emitted))
+
+    def _compare(self, check: StateCheck) -> None:
+        """Compare the accounts with what the scheduler knows behind a step, as far as the level of checks asks."""
+        if self._level == CheckLevel.STEP:
+            check.compare_totals(self._totals)
+            check.compare_pages(self.running)
+        if self.requests:
+            return
+        of_pages = self.pages.coordinator.single_type_managers[0].req_to_blocks
+        check.compare_idle({"the counts": self._totals, "the rows": self.rows.known, "the pages": of_pages})
+
+    def row_end(self, request: Request) -> int:
+        """Return the end of a bidirectional request's row."""
+        return self.rows.row_end(request)
+
+    @property
+    def page_size(self) -> int:
+        """Positions per page."""
+        size: int = self.pages.coordinator.single_type_managers[0].block_size
+        return size
+
+    def pages_of(self, request_id: str) -> Sequence[KVCacheBlock]:
+        """Return a request's pages."""
+        pages: Sequence[KVCacheBlock] = self.pages.coordinator.get_blocks(request_id)[0]
+        return pages
 
     def make_spec_decoding_stats(
         self,
@@ -131,7 +187,7 @@ class DllmScheduler(Scheduler):
     ) -> SchedulerStats | None:
         """Make vLLM's statistics; those of a step with a report carry ours."""
         if self._stats is not None and spec_decoding_stats is not None:
-            spec_decoding_stats.num_accepted_tokens_per_pos = self._stats.encode()
+            stats_way.put(self._stats, spec_decoding_stats)
         self._stats = None
         return super().make_stats(spec_decoding_stats, *args, **kwargs)
 
@@ -151,7 +207,7 @@ class DllmScheduler(Scheduler):
                 _leave_out(request, self.current_step)
                 self.num_held += 1
             elif begins_block:
-                num_begins += self._is_causal
+                num_begins += self.is_causal
             else:
                 drafting.append(request)
         if self.rule is not None and drafting:
@@ -192,22 +248,22 @@ class DllmScheduler(Scheduler):
         self.rows.note(self.requests[req_id] for req_id in scheduled)
         super()._update_after_schedule(scheduler_output)
 
-    def _take_reports(self, output: SchedulerOutput, reports: dict[str, list[int]], updated_at_s: float) -> None:
+    def _take_reports(self, output: SchedulerOutput, reports: dict[str, RequestReport], updated_at_s: float) -> None:
         """Add up what the step did and tell the rule.
 
         A step's time counts only if it did nothing but denoise: no refresh or prefill, nobody new, resumed or
         preempted.
         """
-        drafting = {req_id: row for req_id, row in reports.items() if not row[Column.COMMITS]}
+        drafting = {req_id: report for req_id, report in reports.items() if not report.commits}
         budget = max(map(len, output.scheduled_spec_decode_tokens.values())) - self.block_length
         self._stats = stats = StepStats.of_step(budget, list(reports.values()))
-        for req_id, row in reports.items():
+        for req_id, report in reports.items():
             if req_id in self.requests:  # it may have been aborted meanwhile
-                self._totals[req_id].add(row)
-        has_prefill = self._is_causal and not reports.keys() <= self.rows.stored.keys()
-        if self._is_causal:
+                self._totals[req_id].add(report)
+        has_prefill = self.is_causal and not reports.keys() <= self.rows.stored.keys()
+        if self.is_causal:
             self._cache_stored(reports)
-        forwards = sum(row[Column.FORWARDS] for row in drafting.values())
+        forwards = sum(report.forwards for report in drafting.values())
         if self.rule is None or forwards == 0:
             return
         is_pure = not (
@@ -225,15 +281,15 @@ class DllmScheduler(Scheduler):
         """Return what the step took, and what passed between the step before and this one; None if unknown."""
         return (updated_at_s - self._scheduled_at_s) * 1e3, self._host_ms
 
-    def _cache_stored(self, reports: dict[str, list[int]]) -> None:
+    def _cache_stored(self, reports: dict[str, RequestReport]) -> None:
         """Offer the pages whose positions are all stored to other requests, before a finished one gives them back."""
-        for req_id, row in reports.items():
+        for req_id, report in reports.items():
             request = self.requests.get(req_id)
             if request is None or request.num_stale_output_tokens:  # it was aborted or preempted: the pages are gone
                 continue
-            self.rows.stored[req_id] = row[Column.STORED]
+            self.rows.stored[req_id] = report.stored
             # A block that a look-ahead stored is cached a step later: its tokens are not the request's yet.
-            self._cache_blocks(request, min(row[Column.STORED], request.num_tokens))
+            self.pages.cache_stored(request, min(report.stored, request.num_tokens))
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt a request; when it comes back, all that it knows is its prompt."""
@@ -246,6 +302,8 @@ class DllmScheduler(Scheduler):
         """Free a request; its last output says what it took."""
         kv_transfer_params, ec_transfer_params = super()._free_request(request, *args, **kwargs)
         self.rows.forget(request)
+        if self._check:
+            self._check.free(request.request_id)
         totals = self._totals.pop(request.request_id, None)
         if totals is not None:
             kv_transfer_params = self._as_output(totals)
@@ -254,30 +312,19 @@ class DllmScheduler(Scheduler):
     def _as_output(self, totals: RequestTotals) -> dict[str, Any]:
         return totals.as_output(self._spiffy.exactness if self._spiffy else None)
 
-    def _allocate_pages(self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
-        """Call `KVCacheManager.allocate_slots` for the positions that get K/V.
-
-        The difference from the scheduled tokens is vLLM's number of lookahead tokens, which may be negative.
-        vLLM would cache what it takes for computed now. A request for whose first step there are not enough rows is not
-        admitted yet.
-        """
-        num_known = request.num_computed_tokens + kwargs.get("num_new_computed_tokens", 0)
-        is_first = request.request_id not in self.rows.given
-        num_rows = self.rows.first(request, num_known) if is_first else 0
-        if num_rows > self.rows.free:
-            self.num_held += 1
-            return None
-        kwargs["num_lookahead_tokens"] = self._paged_end(request) - num_known - num_new_tokens
-        kwargs["delay_cache_blocks"] = True
-        blocks = self._allocate_slots(request, num_new_tokens, *args, **kwargs)
-        if is_first and blocks is not None:
-            self.rows.give(request, num_rows, is_first=True)
-        return blocks
+    def _admits(self, request: Request, num_hit: int) -> bool:
+        """Tell whether a request may take the step: a running one has its rows, a new one needs those of its first."""
+        if request.request_id in self.rows.given:
+            return True
+        num_rows = self.rows.first(request, request.num_computed_tokens + num_hit)
+        is_admitted = self.rows.give(request, num_rows, is_first=True)
+        self.num_held += not is_admitted
+        return is_admitted
 
     def _paged_end(self, request: Request) -> int:
         """Return up to where a request has pages: to the end of its row, or of its block in a block-causal model."""
-        if not self._is_causal:
-            return self.rows.row_end(request)
+        if not self.is_causal:
+            return self.row_end(request)
         return request.num_tokens - request.num_tokens % self.block_length + self.block_length
 
 
@@ -315,7 +362,3 @@ class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
 def _leave_out(request: Request, current_step: int) -> None:
     """Let vLLM's next `schedule` pass a running request over; it counts the step before it compares."""
     request.next_decode_eligible_step = current_step + 2
-
-
-def _cache_nothing(request: Request, num_computed_tokens: int) -> None:
-    """Stand for `KVCacheManager.cache_blocks` where vLLM calls it: it does not know what is stored."""

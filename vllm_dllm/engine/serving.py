@@ -10,8 +10,8 @@ from vllm.config import ModelConfig
 from vllm.utils.async_utils import run_in_loop
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_dllm.engine.compat import wrap
-from vllm_dllm.engine.config_hook import is_ours
+from vllm_dllm.engine.configs import is_ours
+from vllm_dllm.engine.patches import wrap
 from vllm_dllm.engine.refusals import RequestError, refuse_body, refuse_fields
 from vllm_dllm.engine.request import check_early, counting
 
@@ -24,24 +24,13 @@ _GENERATING = (
 
 def install() -> None:
     """Wrap the methods of vLLM's server that every API's requests pass; those for other models pass unchanged."""
-    from fastapi import FastAPI
-    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-    from vllm.entrypoints.serve.engine.serving import BaseServing
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    wrap(FastAPI, "build_middleware_stack", ("self",), _with_bodies_checked)
-    wrap(BaseServing, "_check_model", ("self", "request"), _with_fields_checked)
-    wrap(AnthropicServingMessages, "create_messages", ("self", "request", "raw_request"), _without_traceback)
-    wrap(AnthropicServingMessages, "count_tokens", ("self", "request", "raw_request"), _only_counted)
-    wrap(AsyncLLM, "generate", ("self", "prompt", "sampling_params", "request_id", "data_parallel_rank"), _at_once)
-    wrap(AsyncLLM, "shutdown", ("self", "timeout"), _with_errors_sent)
-    wrap(
-        OpenAIServingResponses,
-        "_generate_with_builtin_tools",
-        ("self", "request_id", "engine_input", "sampling_params"),
-        _response_at_once,
-    )
+    wrap("FastAPI.build_middleware_stack", _with_bodies_checked)
+    wrap("BaseServing._check_model", _with_fields_checked)
+    wrap("AnthropicServingMessages.create_messages", _without_traceback)
+    wrap("AnthropicServingMessages.count_tokens", _only_counted)
+    wrap("AsyncLLM.generate", _at_once)
+    wrap("AsyncLLM.shutdown", _with_errors_sent)
+    wrap("OpenAIServingResponses._generate_with_builtin_tools", _response_at_once)
 
 
 def _with_bodies_checked(original: Callable[..., Any]) -> Callable[..., Any]:

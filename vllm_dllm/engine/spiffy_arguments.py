@@ -3,11 +3,11 @@
 import reprlib
 from collections.abc import Mapping
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_dllm.engine.compat import SPECULATIVE_METHODS
-from vllm_dllm.engine.config_hook import is_ours, spiffy_of
+from vllm_dllm.engine.configs import is_ours
 from vllm_dllm.errors import ConfigError, did_you_mean, nearest
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE
 from vllm_dllm.spiffy_config import METHOD, field_names, parse_spiffy, read_speculative_config, to_json_object
@@ -76,11 +76,3 @@ def _refuse_for_others(method: object, model_config: ModelConfig) -> None:
             f"speculative_config.method is {method!r}, which neither vLLM nor vllm-dllm knows; allowed are "
             f"{', '.join(SPECULATIVE_METHODS)}, and {METHOD!r} for diffusion models; did you mean {METHOD!r}?"
         )
-
-
-def speculation_of(vllm_config: VllmConfig) -> dict[str, object] | None:
-    """Return what Spiffy was set to, in a few words for the log, or None."""
-    spiffy = spiffy_of(vllm_config)
-    if spiffy is None:
-        return None
-    return {"method": METHOD, "draft_graph": spiffy.source, "max_nodes": spiffy.max_nodes}

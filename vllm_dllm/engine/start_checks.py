@@ -14,7 +14,7 @@ from vllm.transformers_utils.repo_utils import try_get_local_file
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.utils.system_utils import get_mp_context
 
-from vllm_dllm.engine.config_hook import is_ours
+from vllm_dllm.engine.configs import is_ours
 from vllm_dllm.engine.kv_memory import kv_bytes, least_kv_bytes
 from vllm_dllm.errors import ConfigError
 

@@ -10,8 +10,9 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from vllm_dllm.engine import compat
-from vllm_dllm.engine.config_hook import is_ours, spiffy_of
+from vllm_dllm.engine import stats_way
+from vllm_dllm.engine.configs import is_ours, spiffy_of
+from vllm_dllm.engine.patches import wrap
 from vllm_dllm.engine.telemetry import StepStats
 
 logger = init_logger("vllm.dllm")
@@ -72,9 +73,7 @@ class DllmStatLogger(AggregateStatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Count what one step of an engine did."""
-        if scheduler_stats is None or scheduler_stats.spec_decoding_stats is None:
-            return
-        stats = StepStats.decode(scheduler_stats.spec_decoding_stats.num_accepted_tokens_per_pos)
+        stats = stats_way.take(scheduler_stats)
         if stats is None:
             return
         self._interval.add(stats)
@@ -149,4 +148,4 @@ def add_to_vllm() -> None:
 
         return wrapper
 
-    compat.wrap(StatLoggerManager, "__init__", ("self", "vllm_config", "enable_default_loggers", "client_count"), make)
+    wrap("StatLoggerManager.__init__", make)

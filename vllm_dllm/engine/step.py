@@ -30,6 +30,7 @@ class Special:
     fresh: Tensor  # [num_fresh] int64, evaluated nodes with the row left of their block
     refreshes: Tensor  # [num_reqs] bool
     commits: Tensor  # [num_reqs] bool
+    num_stored: Tensor  # [num_reqs] int64, positions whose K/V are stored, but for those of look-aheads
 
 
 @dataclass(slots=True)
@@ -103,9 +104,10 @@ def rows_to_device(plan: StepPlan, device: torch.device) -> tuple[Tensor, Specia
         np.flatnonzero(rows.is_left_fresh),
         plan.has(Role.REFRESH),
         plan.has(Role.COMMIT),
+        plan.num_stored,
     )
     packed = async_tensor_h2d(np.concatenate([array.ravel() for array in arrays], dtype=np.int64), device=device)
     parts = [part.view(array.shape) for part, array in zip(packed.split([a.size for a in arrays]), arrays, strict=True)]
-    position, request, source, is_stored, head, node, place, fresh, refreshes, commits = parts
-    special = Special(request, source, is_stored.bool(), head, node, place, fresh, refreshes.bool(), commits.bool())
-    return position, special
+    position, request, source, is_stored, head, node, place, fresh, refreshes, commits, num_stored = parts
+    flags = refreshes.bool(), commits.bool()
+    return position, Special(request, source, is_stored.bool(), head, node, place, fresh, *flags, num_stored)

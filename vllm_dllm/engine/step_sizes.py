@@ -1,7 +1,7 @@
 """How many rows a step may have, and what vLLM sizes by it: its token budget, its buffers and its CUDA graphs."""
 
 from vllm.config import VllmConfig
-from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.config.compilation import CUDAGraphMode
 from vllm.config.diffusion import DiffusionConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -25,7 +25,7 @@ def set_step_sizes(vllm_config: VllmConfig, settings: DllmConfig, spiffy: Spiffy
     Raises: ConfigError for capture sizes that no step has.
     """
     block_length = settings.block_length
-    is_causal = settings.kv_policy == "block_causal"
+    is_causal = settings.is_block_causal
     # vLLM counts the positions of a request's block; how many drafts it may have is told by one more for each.
     canvas_length = block_length + (spiffy.max_nodes if spiffy else 0)
     vllm_config.model_config.hf_config.canvas_length = canvas_length
@@ -113,7 +113,6 @@ def _set_cuda_graphs(vllm_config: VllmConfig, block_length: int, num_rows: int, 
     compiled.
     """
     compilation = vllm_config.compilation_config
-    compilation.mode = CompilationMode.NONE
     if vllm_config.model_config.enforce_eager or compilation.cudagraph_mode == CUDAGraphMode.NONE:
         return
     compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY if is_uniform else CUDAGraphMode.FULL

@@ -1,14 +1,17 @@
-"""What a step did, from the scheduler to the metrics of the front end; what a request took, to its output.
+"""What a step did, summed for the metrics of the front end, and what a request took, for its output. No vLLM here."""
 
-vLLM sends the front end `SchedulerStats` at each step. Its part for speculative decoding has a list of counts per draft
-position, which vLLM leaves unused with diffusion models: there `StepStats` travels, as plain whole numbers.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_dllm.state.counters import MAX_DEPTH, REPORT_LEN, Column
+if TYPE_CHECKING:
+    from vllm_dllm.engine.report import RequestReport
+
+MAX_DEPTH = 16
+"""Depth up to which drafts are counted apart; deeper ones count as this."""
+
+NUM_NUMBERS = 5 + 2 * MAX_DEPTH
+"""Of a step."""
 
 
 @dataclass(slots=True)
@@ -33,20 +36,19 @@ class StepStats:
     accepted: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
 
     @classmethod
-    def of_step(cls, budget: int, rows: Sequence[Sequence[int]]) -> "StepStats":
-        """Sum the rows of a step's report, each of `REPORT_LEN` numbers (`state.counters.Column`)."""
-        sums = [sum(column) for column in zip(*rows, strict=True)] if rows else [0] * REPORT_LEN
-        lengths = [row[Column.ACCEPTED] for row in rows]
+    def of_step(cls, budget: int, reports: Collection["RequestReport"]) -> "StepStats":
+        """Sum the reports of a step's requests."""
+        lengths = [report.accepted for report in reports]
         accepted = [0] * MAX_DEPTH
         for depth in range(1, max(lengths, default=0) + 1):
             accepted[min(depth, MAX_DEPTH) - 1] += sum(length >= depth for length in lengths)
         return cls(
             budgets={budget: 1},
-            forwards=sums[Column.FORWARDS],
-            refreshes=sums[Column.REFRESHES],
-            unmasked=sums[Column.UNMASKED],
-            blocks=sums[Column.FINISHED],
-            proposed=sums[Column.PROPOSED :],
+            forwards=sum(report.forwards for report in reports),
+            refreshes=sum(report.refreshes for report in reports),
+            unmasked=sum(report.unmasked for report in reports),
+            blocks=sum(report.finished for report in reports),
+            proposed=[sum(column) for column in zip([0] * MAX_DEPTH, *(r.proposed for r in reports), strict=True)],
             accepted=accepted,
         )
 
@@ -71,16 +73,14 @@ class StepStats:
         self.proposed = [a + b for a, b in zip(self.proposed, other.proposed, strict=True)]
         self.accepted = [a + b for a, b in zip(self.accepted, other.accepted, strict=True)]
 
-    def encode(self) -> list[int]:
-        """Return the numbers of one step, for `decode`."""
+    def numbers(self) -> list[int]:
+        """Return the numbers of one step, for `of_numbers`; [NUM_NUMBERS]."""
         (budget,) = self.budgets
         return [budget, self.forwards, self.refreshes, self.unmasked, self.blocks, *self.proposed, *self.accepted]
 
     @classmethod
-    def decode(cls, numbers: Sequence[int]) -> "StepStats | None":
-        """Read what `encode` wrote; None for the list of a step that has no report."""
-        if not numbers:
-            return None
+    def of_numbers(cls, numbers: Sequence[int]) -> "StepStats":
+        """Read what `numbers` returned."""
         budget, forwards, refreshes, unmasked, blocks, *depths = numbers
         return cls({budget: 1}, forwards, refreshes, unmasked, blocks, depths[:MAX_DEPTH], depths[MAX_DEPTH:])
 
@@ -94,12 +94,12 @@ class RequestTotals:
     proposed: int = 0
     accepted: int = 0
 
-    def add(self, row: Sequence[int]) -> None:
-        """Add the request's row of a step's report."""
-        self.forwards += row[Column.FORWARDS]
-        self.refreshes += row[Column.REFRESHES]
-        self.accepted += row[Column.ACCEPTED]
-        self.proposed += sum(row[Column.PROPOSED :])
+    def add(self, report: "RequestReport") -> None:
+        """Add a step."""
+        self.forwards += report.forwards
+        self.refreshes += report.refreshes
+        self.accepted += report.accepted
+        self.proposed += sum(report.proposed)
 
     def as_output(self, exactness: str | None) -> dict[str, Any]:
         """Return what a request's output shows as `kv_transfer_params`.

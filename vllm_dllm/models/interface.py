@@ -44,6 +44,11 @@ class ModelFamily:
     unmasks_first_alone: bool = False
     confidence: Literal["model", "sampled"] = "model"
 
+    @property
+    def is_block_causal(self) -> bool:
+        """Whether a position sees its block and the blocks before it alone."""
+        return self.attention == "block_causal"
+
     def settings(self, block_size: int | None) -> dict[str, Any]:
         """Return the published values of `DllmConfig`'s fields for a checkpoint that says `block_size`."""
         return {**self.decoding_defaults, **({} if block_size is None else {"block_length": block_size})}
@@ -97,12 +102,11 @@ def check_family(settings: DllmConfig, family: ModelFamily) -> None:
 
     Raises: InvalidOptionError.
     """
-    is_block_causal = family.attention == "block_causal"
-    if is_block_causal == (settings.kv_policy == "block_causal"):
+    if family.is_block_causal == settings.is_block_causal:
         return
     allowed, reason = (
         ("'block_causal'", "sees nothing behind a block, so that its K/V never change")
-        if is_block_causal
+        if family.is_block_causal
         else ("'dual' and 'prefix'", "sees what follows a block, so that its K/V change")
     )
     raise InvalidOptionError(

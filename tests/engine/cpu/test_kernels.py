@@ -20,7 +20,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.v1.worker.cpu.buffer_utils import UvaBuffer
 
-from vllm_dllm.engine.cpu import binding, block_tables, kernels
+from vllm_dllm.engine.contracts import CONTRACTS
+from vllm_dllm.engine.cpu import binding, kernels
+from vllm_dllm.engine.cpu.block_tables import CpuBlockTables
 
 RUNNER = "vllm.v1.worker.gpu"
 RECORDED_0_33 = json.loads(Path(__file__).with_name("signatures_0_33.json").read_text())
@@ -260,7 +262,7 @@ def test_gather_block_tables(step: Step, originals: dict[str, ModuleType]) -> No
     num_rows = step.num_reqs + step.num_padded
     expected = tables.gather_block_tables(step.idx_mapping, num_rows)[0].clone()
     tables.input_block_tables[0].fill_(-7)
-    actual = block_tables.gather_block_tables(tables, step.idx_mapping, num_rows)[0]
+    actual = CpuBlockTables.gather_block_tables(tables, step.idx_mapping, num_rows)[0]
     assert torch.equal(actual, expected)
     assert not tables.input_block_tables[0][step.num_reqs :].any()
 
@@ -280,11 +282,11 @@ def test_compute_slot_mappings(step: Step, has_dummy: bool, originals: dict[str,
     returned = tables.compute_slot_mappings(*arguments)
     expected, shape = tables.slot_mappings.clone(), returned.shape
     tables.slot_mappings.fill_(-7)
-    assert block_tables.compute_slot_mappings(tables, *arguments).shape == shape
+    assert CpuBlockTables.compute_slot_mappings(tables, *arguments).shape == shape
     assert torch.equal(tables.slot_mappings, expected)
 
 
-@pytest.mark.parametrize("method", block_tables.METHODS)
+@pytest.mark.parametrize("method", [CpuBlockTables.gather_block_tables, CpuBlockTables.compute_slot_mappings])
 def test_block_tables_reject_other_layouts(
     method: Callable[..., Any], originals: dict[str, ModuleType], monkeypatch: Any
 ) -> None:
@@ -332,16 +334,14 @@ def test_launch_binds_by_name(name: str, version: str) -> None:
     assert received == {arg: arg for arg in inspect.signature(impl).parameters if arg in arg_names}
 
 
-@pytest.mark.parametrize("version", ["installed", "0.33"])
-@pytest.mark.parametrize("method", block_tables.METHODS)
-def test_methods_accept_every_parameter(method: Callable[..., Any], version: str) -> None:
-    name = f"{RUNNER}.block_table.BlockTables.{method.__name__}"
-    own = private_copy(f"{RUNNER}.block_table").BlockTables
-    installed = tuple(inspect.signature(getattr(own, method.__name__)).parameters)
-    parameters = installed if version == "installed" else tuple(RECORDED_0_33[name])
-    binding.require_accepts(name, parameters, method)
-    with pytest.raises(RuntimeError, match=r"takes .*surprise"):
-        binding.require_accepts(name, (*parameters, "surprise", "another"), method)
+def test_tables_accept_every_parameter() -> None:
+    tables = {contract.attribute: contract for contract in CONTRACTS if contract.owner.endswith(":BlockTables")}
+    for name, contract in tables.items():
+        ours = tuple(inspect.signature(getattr(CpuBlockTables, name)).parameters)
+        assert contract.most == ours
+        for theirs in (RECORDED_0_33[f"{RUNNER}.block_table.BlockTables.{name}"], list(contract.parameters or ())):
+            assert list(ours[: len(theirs)]) == theirs
+    assert len(tables) == 2
 
 
 def test_missing_argument_is_named() -> None:

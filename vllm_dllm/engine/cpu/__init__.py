@@ -1,9 +1,7 @@
 """The CPU backend: vLLM's stock V2 model runner without Triton, for our models alone.
 
-Two calls, each harmless where it is not needed (another device, or a Triton with a CPU backend):
-
-- `install_gate(architectures)` when the plugin is registered: our models get the V2 runner;
-- `activate()` when our model state is constructed: the runner's small kernels become numpy code.
+`activate()`, before our worker makes the runner, turns the runner's small kernels into numpy code; `worker`
+is our worker of a CPU, `engine.configs` lets our models have the V2 runner.
 
 Nothing changes for other models. Without Triton vLLM gives them the V1 runner, which shares no kernel with V2, and a
 V2 kernel without Triton is a plain function that cannot be launched: nobody can depend on one that we replace.
@@ -15,9 +13,9 @@ from functools import cache
 from vllm.logger import init_logger
 
 from vllm_dllm.engine.cpu.binding import REPLACEMENTS, bind, kernel_arg_names
-from vllm_dllm.engine.cpu.gate import install_gate, is_needed
+from vllm_dllm.engine.cpu.gate import is_needed
 
-__all__ = ["activate", "install_gate", "is_needed"]
+__all__ = ["activate", "is_needed"]
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM prints the messages of loggers below its own name
 
@@ -32,11 +30,10 @@ def activate() -> None:
     if not is_needed():
         return
     # Imported late: where `vllm.v1.worker.cpu.shm` is to patch torch, it must be imported before the runner.
-    from vllm.triton_utils import triton
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.utils.math_utils import next_power_of_2
 
-    from vllm_dllm.engine.cpu.block_tables import METHODS, install_methods
+    from vllm_dllm.engine.patches import add_to_module
 
     launches = {}
     for name, impl in REPLACEMENTS.items():
@@ -44,7 +41,6 @@ def activate() -> None:
         kernel = getattr(importlib.import_module(module_name), kernel_name)
         launches[name] = bind(name, kernel_arg_names(kernel), impl)
     register_kernels(launches)
-    install_methods()
     # Host code around the kernels sizes their tiles with it; vLLM's stand-in for the triton module lacks it.
-    triton.next_power_of_2 = next_power_of_2
-    logger.info("No Triton for this CPU: %d kernels of the V2 runner run as numpy code.", len(launches) + len(METHODS))
+    add_to_module("triton_utils.triton", "next_power_of_2", next_power_of_2)
+    logger.info("No Triton for this CPU: %d kernels of the V2 runner run as numpy code.", len(launches))

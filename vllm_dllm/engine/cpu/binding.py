@@ -61,17 +61,3 @@ def bind(name: str, arg_names: tuple[str, ...], impl: Callable[..., None]) -> Ke
 
     launch.__name__ = impl.__name__
     return launch
-
-
-def require_accepts(name: str, parameters: tuple[str, ...], impl: Callable[..., Any]) -> None:
-    """Check that `impl` can stand for a method of vLLM, i.e. takes each of its parameters in the same place.
-
-    Raises:
-        UnsupportedVllmError: it cannot.
-    """
-    accepted = tuple(inspect.signature(impl).parameters)
-    if accepted[: len(parameters)] != parameters:
-        raise UnsupportedVllmError(
-            f"{name} of the installed vLLM takes ({', '.join(parameters)}), the CPU backend replaces it by one that "
-            f"takes ({', '.join(accepted)}). It supports vLLM 0.32 and 0.33; install one of these."
-        )

@@ -1,0 +1,32 @@
+"""What a front end of one of our models does with its requests, beside vLLM."""
+
+import sys
+from typing import Any
+
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_dllm.engine import serving
+from vllm_dllm.engine.configs import is_ours
+from vllm_dllm.engine.patches import become
+from vllm_dllm.engine.request import finish_admission
+
+
+class DllmInputProcessor(InputProcessor):
+    """vLLM's, of a front end of one of our models."""
+
+    def process_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Admit a request. Raises: RequestError for one that is refused."""
+        request = super().process_inputs(*args, **kwargs)
+        finish_admission(self, request)
+        return request
+
+
+def take_over(processor: InputProcessor) -> None:
+    """Take what a front end made to admit its requests.
+
+    An asynchronous engine may be a server's; others are spared the imports of vLLM's.
+    """
+    if is_ours(processor.model_config):
+        become(processor, DllmInputProcessor)
+    if "vllm.v1.engine.async_llm" in sys.modules:
+        serving.install()

@@ -1,0 +1,250 @@
+"""A step's report: what the worker did for each request, to the scheduler.
+
+It travels where vLLM's V2 runner has a place for a step's auxiliary outputs. The runner asks its `aux_output_connector`
+for them when it has sampled, copies them to the host on the stream and under the event of the sampler's own output, and
+gives them to the scheduler as `ModelRunnerOutput.aux_output_connector_output`, which a scheduler without such a
+connector does not read. vLLM makes this connector for routed experts alone; `ReportConnector` has its three methods and
+is set by our worker. `check_way` sends a known pattern along the way when a worker starts.
+"""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.distributed.aux_output_connector.connector import AuxRequestOutput
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+from vllm_dllm.draft.budget import CostCurve
+from vllm_dllm.engine.telemetry import MAX_DEPTH
+from vllm_dllm.errors import UnsupportedVllmError
+
+COSTS = "\0costs"
+"""Stands in place of a request id; no request has it."""
+
+
+class Column(IntEnum):
+    """Columns of a step's report, `[num_reqs, REPORT_LEN] int32`; those from `PROPOSED` on count drafts by depth."""
+
+    FORWARDS = 0
+    REFRESHES = 1
+    UNMASKED = 2
+    ACCEPTED = 3
+    FINISHED = 4
+    STORED = 5
+    WROTE = 6
+    COMMITS = 7
+    FAULTS = 8
+    PROPOSED = 9
+
+
+REPORT_LEN = Column.PROPOSED + MAX_DEPTH
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What a step did for some requests, on the device: what the worker fills in.
+
+    Attributes:
+        forwards: 1 where the forward decided a step.
+        refreshes: 1 where K/V of a bidirectional model were recomputed.
+        unmasked: positions.
+        accepted: transitions made through accepted drafts, a next root among them.
+        finished: 1 where the block was emitted.
+        stored: positions before the request's block, the next one where that was begun by the step; a block-causal
+            model's have K/V in the cache.
+        wrote: positions whose K/V the step stored, as its plan says, apart from look-aheads that did not come true.
+        commits: 1 where the K/V of the block before were among them.
+        depth: of each draft in the draft graph; next roots among them.
+        proposed: whether a draft was evaluated.
+    """
+
+    forwards: Tensor  # [num_reqs], as all of them of any whole or bool dtype
+    refreshes: Tensor  # [num_reqs]
+    unmasked: Tensor  # [num_reqs]
+    accepted: Tensor  # [num_reqs]
+    finished: Tensor  # [num_reqs]
+    stored: Tensor  # [num_reqs]
+    wrote: Tensor  # [num_reqs]
+    commits: Tensor  # [num_reqs]
+    depth: Tensor  # [num_reqs, num_drafts]
+    proposed: Tensor  # [num_reqs, num_drafts]
+
+    def rows(self) -> Tensor:
+        """Return the rows of the report; [num_reqs, REPORT_LEN] int32."""
+        rows = torch.zeros(len(self.forwards), REPORT_LEN, dtype=torch.int32, device=self.forwards.device)
+        rows[:, Column.FORWARDS] = self.forwards
+        rows[:, Column.REFRESHES] = self.refreshes
+        rows[:, Column.UNMASKED] = self.unmasked
+        rows[:, Column.ACCEPTED] = self.accepted
+        rows[:, Column.FINISHED] = self.finished
+        rows[:, Column.STORED] = self.stored
+        rows[:, Column.WROTE] = self.wrote
+        rows[:, Column.COMMITS] = self.commits
+        column = Column.PROPOSED - 1 + self.depth.clamp(1, MAX_DEPTH)
+        return rows.scatter_add_(1, column, self.proposed.int())
+
+
+@dataclass(slots=True)
+class RequestReport:
+    """The same of one request, on the host.
+
+    Attributes:
+        faults: what is wrong with its canvas (`state_check.Fault`), where that is checked.
+        proposed: drafts that were evaluated, by depth 1..MAX_DEPTH.
+        pages: its pages as the worker has them, where they are checked.
+    """
+
+    forwards: int
+    refreshes: int
+    unmasked: int
+    accepted: int
+    finished: int
+    stored: int
+    wrote: int
+    commits: int
+    faults: int
+    proposed: list[int]
+    pages: list[int] | None = None
+
+    @classmethod
+    def of_row(cls, row: list[int]) -> "RequestReport":
+        """Read a row of `REPORT_LEN` numbers, and behind them the pages and their number where they are checked."""
+        end = Column.PROPOSED + MAX_DEPTH
+        pages = row[end + 1 : end + 1 + row[end]] if len(row) > end else None
+        counts = {column.name.lower(): row[column] for column in Column if column != Column.PROPOSED}
+        return cls(**counts, proposed=row[Column.PROPOSED : end], pages=pages)
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What a step did."""
+
+    requests: dict[str, RequestReport]  # of all in its batch, by their ids
+    costs: CostCurve | None = None  # with the first report where budgets are chosen by it
+
+
+def take_report(output: ModelRunnerOutput) -> StepReport | None:
+    """Take the report off a step's output; None where there is none, as of a step without requests.
+
+    Raises: UnsupportedVllmError where it is not as it was sent.
+    """
+    sent: Mapping[str, AuxRequestOutput] | None = output.aux_output_connector_output
+    output.aux_output_connector_output = None
+    if sent is None:
+        return None
+    try:
+        rows = {req_id: each.rows.tolist() for req_id, each in sent.items()}
+        costs = rows.pop(COSTS, None)
+        requests = {req_id: RequestReport.of_row(row) for req_id, row in rows.items()}
+        return StepReport(requests, costs and CostCurve(tuple((int(n), ms) for n, ms in costs)))
+    except (AttributeError, TypeError, IndexError) as error:
+        raise UnsupportedVllmError(f"{_WAY} changed a step's report ({error}); {_ALLOWED}") from error
+
+
+_WAY = "The way of auxiliary outputs in the installed vLLM"
+_ALLOWED = "install vLLM 0.32 or 0.33"
+
+
+class PendingReport:
+    """A report that is still on the device.
+
+    Args:
+        request_ids: of the batch.
+        rows: [num_reqs, REPORT_LEN or more] int32.
+        costs: what goes with it.
+    """
+
+    def __init__(self, request_ids: Sequence[str], rows: Tensor, costs: CostCurve | None) -> None:
+        self._request_ids = request_ids
+        self._on_device, self._costs = rows, costs  # kept, since another stream reads them
+        self._rows: np.ndarray | None = None
+
+    def enqueue_cpu_copy(self, num_sampled: np.ndarray, num_rejected: np.ndarray) -> None:
+        """Called on the stream of the step's output copies."""
+        self._rows = self._on_device.to("cpu", non_blocking=True, copy=True).numpy()
+
+    def process_output(self) -> dict[str, AuxRequestOutput]:
+        """Called when they are done."""
+        assert self._rows is not None, "enqueue_cpu_copy comes before"
+        sent = {
+            req_id: AuxRequestOutput(int(row[Column.STORED]), row)
+            for req_id, row in zip(self._request_ids, self._rows, strict=True)
+        }
+        if self._costs is not None:
+            sent[COSTS] = AuxRequestOutput(0, np.array(self._costs.points))
+        return sent
+
+
+class Reporter(Protocol):
+    """Who knows what a step did."""
+
+    def take_rows(self, input_batch: InputBatch) -> Tensor:
+        """Return the report of a batch that was just sampled; [num_reqs, REPORT_LEN or more] int32."""
+
+
+class RosterCheck(Protocol):
+    """Who knows what the worker should hold."""
+
+    def compare(self, roster: Any) -> None:
+        """Raise where it holds anything else."""
+
+
+class ReportConnector:
+    """The worker's side, as vLLM's runner calls it.
+
+    Args:
+        reporter: the sampler.
+        check: of what the scheduler sends along in `SchedulerOutput.aux_output_connector_metadata`.
+        costs: sent with the first report.
+    """
+
+    def __init__(self, reporter: Reporter, check: RosterCheck, costs: CostCurve | None) -> None:
+        self._reporter, self._check, self._costs = reporter, check, costs
+
+    def begin_step(self, metadata: Any) -> None:
+        """Called at the begin of each step, when requests were added and removed."""
+        if metadata is not None:
+            self._check.compare(metadata)
+
+    def prepare_output(self, input_batch: InputBatch) -> PendingReport:
+        """Called behind the sampler."""
+        costs, self._costs = self._costs, None
+        return PendingReport(input_batch.req_ids, self._reporter.take_rows(input_batch), costs)
+
+    def close(self) -> None:
+        """Called at the end; there is nothing to do."""
+
+
+def check_way(main_stream: Any, copy_stream: Any, device: torch.device) -> None:
+    """Send a known pattern from a worker's device to where the scheduler takes reports.
+
+    Raises: UnsupportedVllmError where something else arrives.
+    """
+    pattern = torch.arange(2 * REPORT_LEN, dtype=torch.int32).view(2, -1)
+    costs = CostCurve(((1, 0.5), (3, 2.0)))
+    expected = StepReport({name: RequestReport.of_row(row) for name, row in zip("ab", pattern.tolist(), strict=True)})
+    expected.costs = costs
+    none = torch.zeros(2, dtype=torch.int32, device=device)
+    try:
+        output = AsyncOutput(
+            ModelRunnerOutput(req_ids=["a", "b"], req_id_to_index={"a": 0, "b": 1}),
+            SamplerOutput(none[:, None], None, None, none, none),
+            none,
+            main_stream,
+            copy_stream,
+            check_ep_fault=False,
+            pending_aux_output=PendingReport(["a", "b"], pattern.to(device), costs),
+        ).get_output()
+    except (TypeError, AttributeError) as error:
+        raise UnsupportedVllmError(f"{_WAY} is another than vllm-dllm knows ({error}); {_ALLOWED}") from error
+    received = take_report(pickle.loads(pickle.dumps(output)))
+    if received != expected:
+        raise UnsupportedVllmError(f"{_WAY} delivered {received} for {expected}; {_ALLOWED}")
