@@ -13,7 +13,7 @@ from vllm_dllm.attention.choose import IMPLEMENTATIONS
 from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.plain import CHUNK_BYTES, PlainAttention
 from vllm_dllm.config import AttentionName, DllmConfig
-from vllm_dllm.engine import attention, attention_choice
+from vllm_dllm.engine import attention, attention_choice, configs
 from vllm_dllm.errors import KernelUnavailable
 
 
@@ -57,12 +57,14 @@ def stub_config(settings: dict[str, Any], cudagraph_mode: CUDAGraphMode = CUDAGr
         get_head_size=lambda: 128,
         max_model_len=64,
     )
-    return SimpleNamespace(
+    config: Any = SimpleNamespace(
         model_config=model,
         cache_config=SimpleNamespace(cache_dtype="auto", block_size=16, user_specified_block_size=True),
         compilation_config=SimpleNamespace(cudagraph_mode=cudagraph_mode),
         additional_config={"dllm": settings},
     )
+    config.dllm = configs.parse(config)
+    return config
 
 
 def test_the_choice_is_told_with_its_reason_and_kept(log: list[str]) -> None:

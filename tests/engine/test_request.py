@@ -9,6 +9,7 @@ import pytest
 from vllm import SamplingParams
 
 from vllm_dllm.config import DllmConfig
+from vllm_dllm.engine import configs
 from vllm_dllm.engine.refusals import RequestError, refuse_unsupported
 from vllm_dllm.engine.request import check_admission, finish_admission, resolve_params
 from vllm_dllm.state.canvas import RequestParams
@@ -194,7 +195,8 @@ def test_what_is_admitted_ends_with_its_blocks_and_at_the_end_of_turn() -> None:
         hf_config=SimpleNamespace(eot_token_id=9, mask_token_id=MASK),
         max_model_len=64,
     )
-    config = SimpleNamespace(model_config=model, additional_config={"dllm": {"block_length": 8}})
+    config: Any = SimpleNamespace(model_config=model, additional_config={"dllm": {"block_length": 8}})
+    config.dllm = configs.parse(config)
     request = admitted([5] * 50, max_tokens=99)
     params = request.sampling_params
     params.update_from_generation_config({}, 1)

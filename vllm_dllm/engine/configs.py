@@ -39,6 +39,24 @@ class Parsed:
         return replace(self, settings=self.settings.model_copy(update={"attention": name}))
 
 
+def parse(config: VllmConfig) -> Parsed:
+    """Parse what `additional_config` holds, where `spiffy_arguments.take_spiffy` put speculation, too.
+
+    Raises: ConfigError for settings that cannot work, and for a draft graph or a KV policy that does not fit.
+    """
+    model_config, additional = config.model_config, config.additional_config
+    family, hf_config = served_family(model_config), model_config.hf_config
+    published = family.settings(getattr(hf_config, "block_size", None))
+    settings = parse_server_settings(settings_in(additional), defaults=published)
+    spiffy = None
+    if isinstance(additional, dict) and METHOD in additional:
+        shape = ModelShape.of(hf_config.to_dict())
+        spiffy = spiffy_settings(
+            json.dumps(additional[METHOD]), settings, model_config.model, hf_config.model_type, shape
+        )
+    return Parsed(settings, unmask_rules(family, settings), spiffy)
+
+
 class DllmModelConfig(ModelConfig):
     """Of a model of ours."""
 
@@ -89,21 +107,8 @@ class DllmVllmConfig(VllmConfig):
 
     @functools.cached_property
     def dllm(self) -> Parsed:
-        """Parsed once.
-
-        Raises: ConfigError for settings that cannot work, and for a draft graph or a KV policy that does not fit.
-        """
-        family = served_family(self.model_config)
-        hf_config = self.model_config.hf_config
-        published = family.settings(getattr(hf_config, "block_size", None))
-        settings = parse_server_settings(settings_in(self.additional_config), defaults=published)
-        additional = self.additional_config
-        spiffy = None
-        if isinstance(additional, dict) and METHOD in additional:  # `spiffy_arguments.take_spiffy` put it there
-            shape = ModelShape.of(hf_config.to_dict())
-            text = json.dumps(additional[METHOD])
-            spiffy = spiffy_settings(text, settings, self.model_config.model, hf_config.model_type, shape)
-        return Parsed(settings, unmask_rules(family, settings), spiffy)
+        """Parsed once. Raises: as `parse`."""
+        return parse(self)
 
     @property
     def use_v2_model_runner(self) -> bool:
