@@ -44,8 +44,11 @@ def stop_shared_engine() -> None:
 def settle(llm: Any) -> None:
     """Let an engine go idle: it tells its worker who is gone, and both compare what is left."""
     core = llm.llm_engine.engine_core.engine_core
-    while core.scheduler.has_requests() or core.batch_queue:
+    for _ in range(1000):
+        if not core.scheduler.has_requests() and not core.batch_queue:
+            return
         core.step_fn()
+    raise AssertionError(f"requests never end: {[*core.scheduler.requests]}")
 
 
 def settle_shared_engine() -> None:
