@@ -85,6 +85,7 @@ class CanvasState:
         # [max_num_reqs, block_length]: the active block. The mask token is never chosen, so it stands for masked alone.
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)
         self._policy_state = new_state(max_num_reqs, block_length, device)
+        self._has_memory_np = np.zeros(max_num_reqs, dtype=bool)
         # Rows: a parameter each, then the request's table, `counts` or `times`.
         self._ints_np = np.zeros((len(_INTS) + block_length, max_num_reqs), dtype=np.int64)
         self._floats_np = np.zeros((len(_FLOATS) + block_length, max_num_reqs), dtype=np.float64)
@@ -97,6 +98,7 @@ class CanvasState:
         """Stage a request's parameters; its canvas is masked by `reset` when its first block begins."""
         self._ints_np[:, slot] = [getattr(params, name) for name in _INTS] + list(params.counts)
         self._floats_np[:, slot] = [getattr(params, name) for name in _FLOATS] + list(params.times)
+        self._has_memory_np[slot] = params.policy_id in MEMORIES
         self._is_staged = True
 
     def apply_staged_writes(self) -> None:
@@ -143,7 +145,7 @@ class CanvasState:
 
     def has_memory(self, slots_np: np.ndarray) -> bool:
         """Tell whether the policy of any of some requests remembers something."""
-        return bool(np.isin(self._ints_np[_INTS.index("policy_id"), slots_np], list(MEMORIES)).any())
+        return bool(self._has_memory_np[slots_np].any())
 
     def policy_state(self, blocks: Blocks) -> PolicyState:
         """Gather what the policies of some requests remember; empty where none remembers anything."""
@@ -234,7 +236,7 @@ class CanvasState:
             slots: [num_reqs] int64, without repetition.
             where: [num_reqs] bool.
         """
-        if self.has_memory(np.arange(len(self.canvas))):
+        if self._has_memory_np.any():
             anew = new_state(len(slots), self.block_length, self.device)
             self.remember(slots, select(where, anew, {name: its[slots] for name, its in self._policy_state.items()}))
         self.canvas[slots] = self.canvas[slots].masked_fill(where[:, None], self.mask_token_id)
