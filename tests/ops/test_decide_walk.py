@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields, replace
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -255,15 +256,15 @@ def test_cuda_can_be_captured_in_a_graph():
 @pytest.mark.parametrize("looks_ahead", [False, True])
 @pytest.mark.parametrize("decide", [walk, native_walk], ids=["torch", "op"])
 def test_requests_may_have_different_numbers_of_nodes(decide, looks_ahead):
-    nodes, stats, params = random_call(20, 5, 6, 3, looks_ahead=looks_ahead)
+    nodes, stats, params, state = random_call(20, 5, 6, 3, looks_ahead=looks_ahead)
     is_evaluated = torch.rand(20, 5, generator=torch.Generator().manual_seed(1)) < 0.6
     is_evaluated[:, 0] = True
     place = is_evaluated.flatten().nonzero()[:, 0]
     number = torch.full((100,), -1).index_put((place,), torch.arange(len(place))).view(20, 5)
     rows = (place[:, None] * 6 + torch.arange(6)).flatten()
-    some = PartialStats(*(column[rows] for column in stats.tensors))
+    some = PartialStats.of(itemgetter(rows), stats)
     all_nodes = replace(nodes, is_valid=nodes.is_valid & is_evaluated)
-    expected = columns(decide(all_nodes, stats, params, MASK, UnmaskRules()))
-    found = columns(decide(nodes.only(number, place), some, params, MASK, UnmaskRules()))
+    expected = columns(decide(all_nodes, stats, params, MASK, UnmaskRules(), state))
+    found = columns(decide(nodes.only(number, place), some, params, MASK, UnmaskRules(), state))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert torch.equal(nodes.only(number, place).per_evaluated(nodes.canvas), nodes.canvas.flatten(0, 1)[place])

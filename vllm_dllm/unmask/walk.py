@@ -84,7 +84,7 @@ class Nodes:
         block_length = self.canvas.shape[-1]
         first = self.evaluated.flatten().clamp(min=0) * block_length
         row = (first[:, None] + torch.arange(block_length, device=first.device)).flatten()
-        return PartialStats(*(column[row] for column in stats.tensors))
+        return PartialStats.of(itemgetter(row), stats)
 
 
 @dataclass(frozen=True, slots=True)
