@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.dream import make_wild_dream
 from tests.e2e.engines import settle_shared_engine
 from tests.e2e.rig import CHECKPOINT, Oracle, make_wild_checkpoint, stop_shared_engine
 from tests.e2e.sdar import SdarOracle, make_wild_sdar
@@ -57,6 +58,14 @@ def mild(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mild_oracle(mild: Path) -> Oracle:
     """The reference decoder on this model."""
     return Oracle(mild)
+
+
+@pytest.fixture(scope="session")
+def mild_dream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a random Dream model that can be foreseen a little."""
+    path = tmp_path_factory.mktemp("mild_dream") / "checkpoint"
+    make_wild_dream(path, mixing=0.05)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -44,14 +44,6 @@ def oracle(dream: Path) -> Oracle:
 
 
 @pytest.fixture(scope="session")
-def mild_dream(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that can be foreseen a little."""
-    path = tmp_path_factory.mktemp("mild_dream") / "checkpoint"
-    make_wild_dream(path, mixing=0.05)
-    return path
-
-
-@pytest.fixture(scope="session")
 def mild_oracle(mild_dream: Path) -> Oracle:
     return dream_oracle(mild_dream)
 

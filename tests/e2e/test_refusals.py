@@ -14,7 +14,6 @@ SETTINGS = {"block_length": 8}
 pytestmark = pytest.mark.xdist_group(f"llada {SETTINGS}")
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"enable_lora": True}, "LoRA is on"),
     ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline_parallel_size is 2"),
     ({"enable_prefix_caching": True}, "enable_prefix_caching is on"),
     ({"enable_chunked_prefill": True}, "enable_chunked_prefill is on"),

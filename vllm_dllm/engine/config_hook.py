@@ -38,11 +38,20 @@ WORKERS = ("vllm_dllm.engine.cpu.worker.DllmCpuWorker", "vllm_dllm.engine.gpu_wo
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
+"""The modules that an adapter may change, not the embedding and the LM head, by the names of `models.transformer`."""
+
 # What cannot work, as (is it asked for, sentence). The sentence says what was given, what is allowed and what to do; it
 # is formatted with the configuration as `c`.
 _Refusal = tuple[Callable[[VllmConfig], Any], str]
 _REFUSALS: tuple[_Refusal, ...] = (
-    (lambda c: c.lora_config, "LoRA is on, but diffusion models do not support it; remove --enable-lora"),
+    (
+        lambda c: c.lora_config and not {*(c.lora_config.target_modules or ())} <= {*LORA_MODULES},
+        "lora_target_modules is {c.lora_config.target_modules}, but adapters of diffusion models change the linear "
+        "modules of the layers, by the names that they have in vLLM; allowed are "
+        + ", ".join(LORA_MODULES)
+        + "; correct --lora-target-modules or remove it",
+    ),
     (
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
         "pipeline_parallel_size is {c.parallel_config.pipeline_parallel_size}, but diffusion models run in one stage; "

@@ -28,6 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.model_executor.parameter import BasevLLMParameter
 from vllm.platforms import current_platform
@@ -177,8 +178,12 @@ class Transformer(nn.Module):
         return out
 
 
-class MaskedDiffusionLM(nn.Module):
-    """The model vLLM serves, for every family."""
+class MaskedDiffusionLM(nn.Module, SupportsLoRA):
+    """The model vLLM serves, for every family.
+
+    Adapters (LoRA) change the layers' linear modules. The embedding and the LM head have none: `embedding_modules` is
+    empty, since the sampler reads the head's weight itself.
+    """
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
@@ -189,7 +194,7 @@ class MaskedDiffusionLM(nn.Module):
             ".up_proj": (".gate_up_proj", 1),
         },
     )
-    packed_modules_mapping = {  # noqa: RUF012 - the name and type vLLM's quantisation looks for
+    packed_modules_mapping = {  # noqa: RUF012 - the name and type vLLM's quantisation and LoRA look for
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }

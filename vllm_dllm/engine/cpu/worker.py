@@ -8,6 +8,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_dllm.engine.cpu import activate
 from vllm_dllm.engine.cpu.block_tables import CpuBlockTables
 from vllm_dllm.engine.cpu.gate import is_needed
+from vllm_dllm.engine.cpu.lora import use_own_rows
 from vllm_dllm.engine.patches import become, replaced_while
 from vllm_dllm.engine.worker import ReportingWorker
 
@@ -23,6 +24,12 @@ class DllmCpuWorker(ReportingWorker, CPUWorker):
         """Make the runner, whose kernels need code without Triton."""
         activate()
         super().init_device()
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the model; vLLM makes what applies adapters with it."""
+        super().load_model(**kwargs)
+        if self.vllm_config.lora_config:
+            use_own_rows(self.model_runner.lora_manager)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocate the K/V cache; the page tables come with it."""
