@@ -12,6 +12,7 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pkgutil import resolve_name
+from types import ModuleType
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -35,8 +36,10 @@ SPECULATIVE_METHODS: tuple[str, ...] = get_args(SpeculativeMethod)
 _MARK = "__vllm_dllm_wrapped__"
 
 
-def wrap(owner: type, name: str, parameters: tuple[str, ...], make: Callable[[Any], Callable[..., Any]]) -> None:
-    """Replace a method by `make(original)`, once.
+def wrap(
+    owner: type | ModuleType, name: str, parameters: tuple[str, ...], make: Callable[[Any], Callable[..., Any]]
+) -> None:
+    """Replace a method, or a function of a module, by `make(original)`, once.
 
     Raises: UnsupportedVllmError when the method lacks one of the parameters that the wrapper relies on.
     """
