@@ -209,7 +209,7 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
     if extra_args is not None and not (isinstance(extra_args, Mapping) and all(isinstance(k, str) for k in extra_args)):
         raise InvalidOptionError(
             f"extra_args is {reprlib.repr(extra_args)}, allowed are objects with text keys, of ours "
-            f"{', '.join(REQUEST_KEYS)}; give one of these",
+            f"{', '.join(REQUEST_KEYS)}; give an object like {{'dllm_policy': 'static'}}",
             "extra_args",
             extra_args,
         )

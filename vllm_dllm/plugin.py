@@ -46,11 +46,13 @@ def _register() -> None:
         compat,
         config_hook,
         cpu,
+        parameter_types,
         refusals,
         request,
         serving,
         spiffy_arguments,
         start_checks,
+        start_errors,
         stat_logger,
     )
     from vllm_dllm.engine.generation_defaults import family_defaults, read_generation_config
@@ -62,9 +64,9 @@ def _register() -> None:
     compat.extend_speculative_arguments(read_speculative_config, METHOD)
     compat.before_speculative_config(spiffy_arguments.take_spiffy)
     compat.replace_diffusion_check(config_hook.is_ours, refusals.refuse_unsupported)
-    compat.after_admission(request.finish_admission)
+    compat.around_admission(parameter_types.check_types, request.finish_admission)
     compat.around_tokenization(request.prompt_that_fits)
-    compat.unwrap_config_errors(start_checks.explain_config_file)
+    compat.explain_start_errors(start_errors.explain)
     compat.before_engine_processes(start_checks.check_start)
     compat.choose_scheduler({SCHEDULER, ASYNC_SCHEDULER})
     compat.describe_config(config_hook.is_ours, spiffy_arguments.speculation_of)

@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,63 @@ def test_offline_refusals_are_value_errors(llm: Any, changes: dict[str, Any], me
         llm.generate([{"prompt_token_ids": [5, 6, 7]}], case.sampling_params(**changes), use_tqdm=False)
     assert message in str(refused.value)
     assert len(run(llm, [case])[0]) == 16
+
+
+WRONG_TYPES: list[tuple[str, Any, str]] = [
+    ("ignore_eos", "x", "True and False"),
+    ("ignore_eos", None, "True and False"),
+    ("ignore_eos", np.True_, "True and False"),
+    *((name, 1, "True and False") for name in ("detokenize", "include_stop_str_in_output", "flat_logprobs")),
+    *((name, 0, "True and False") for name in ("skip_special_tokens", "spaces_between_special_tokens")),
+    ("skip_reading_prefix_cache", 1, "True and False and None"),
+    *((name, True, "numbers") for name in ("temperature", "top_p")),
+    *((name, value, "numbers") for name, value in [("temperature", "0"), ("temperature", None), ("top_p", "x")]),
+    *((name, value, "whole numbers") for name in ("n", "top_k") for value in (True, "x", 1.5, None)),
+    *((name, 0, "whole numbers from 1 on") for name in ("n", "max_tokens")),
+    ("stop", [5], "text and lists of text and None"),
+    ("stop", ("a",), "text and lists of text and None"),
+    ("stop_token_ids", "a", "lists of whole numbers and None"),
+    ("stop_token_ids", [1.5], "lists of whole numbers and None"),
+    ("extra_args", [], "objects and None"),
+]
+"""Values that a parameter may be changed to after vLLM checked it, and what is allowed."""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("name", "value", "allowed"), WRONG_TYPES, ids=[f"{n} {v!r}" for n, v, _ in WRONG_TYPES])
+def test_a_parameter_of_a_wrong_type_is_refused_before_it_reaches_the_engine(
+    llm: Any, name: str, value: Any, allowed: str
+) -> None:
+    params = Case(prompt=(5, 6, 7), max_tokens=4).sampling_params()
+    setattr(params, name, value)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{name} is {value!r}, allowed are {allowed}")):
+        llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
+
+
+@pytest.mark.engine
+def test_options_that_cannot_be_sent_to_the_engine_are_refused(llm: Any) -> None:
+    case = Case(prompt=(5, 6, 7), max_tokens=4)
+    with pytest.raises(ValueError, match=r"^x is <object .*, allowed are numbers, text, and lists"):
+        llm.generate([{"prompt_token_ids": [5]}], case.sampling_params(extra_args={"x": object()}), use_tqdm=False)
+
+
+def test_what_passes_is_what_the_engine_decodes() -> None:
+    """The types are those of vLLM's own decoder, whose error would end the thread that reads requests."""
+    import msgspec
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    from vllm_dllm.engine.parameter_types import check_types
+
+    ours: Any = SimpleNamespace(model_config=SimpleNamespace(architectures=["LLaDAModelLM"]))
+    sent = MsgpackEncoder().encode(SamplingParams(stop=["a"], stop_token_ids=[5], seed=3, extra_args={"a": [1, "b"]}))
+    params = MsgpackDecoder(SamplingParams).decode(sent)
+    check_types(ours, params)
+    params.ignore_eos = "x"
+    with pytest.raises(msgspec.ValidationError, match="ignore_eos"):
+        MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(params))
+    with pytest.raises(ValueError, match=r"^ignore_eos is 'x'"):
+        check_types(ours, params)
 
 
 @pytest.mark.engine

@@ -59,24 +59,22 @@ def wrap(
     setattr(owner, name, staticmethod(wrapper) if is_static else wrapper)
 
 
-def unwrap_config_errors(explain: Callable[[EngineArgs], ConfigError | None]) -> None:
+def explain_start_errors(explain: Callable[[EngineArgs, Exception], ConfigError | None]) -> None:
     """Let a ConfigError that is raised inside of vLLM's configuration classes reach the user as it is.
 
-    They are pydantic's, which puts a ValueError between two lines of its own, with all arguments in them. Where vLLM
-    takes something for what it is not, `explain(args)` may know what that was.
+    They are pydantic's, which puts a ValueError between two lines of its own, with all arguments in them. What else is
+    raised there, `explain(args, error)` may know how to say.
     """
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
             try:
                 return original(self, *args, **kwargs)
-            except ValidationError as error:
-                causes = [finding.get("ctx", {}).get("error") for finding in error.errors()]
-                found = next((cause for cause in causes if isinstance(cause, ConfigError)), None)
-                if found is None:
-                    raise
-            except (AttributeError, TypeError):
-                found = explain(self)
+            except (ValidationError, AttributeError, LookupError, TypeError) as error:
+                findings = error.errors() if isinstance(error, ValidationError) else []
+                causes = [finding.get("ctx", {}).get("error") for finding in findings]
+                ours = [cause for cause in causes if isinstance(cause, ConfigError)]
+                found = ours[0] if ours else explain(self, error)
                 if found is None:
                     raise
             raise found
@@ -181,11 +179,18 @@ def replace_diffusion_check(is_ours: Callable[[ModelConfig], bool], check: Calla
     wrap(SamplingParams, "_validate_diffusion", ("self", "model_config"), make)
 
 
-def after_admission(finish: Callable[[InputProcessor, Any], None]) -> None:
-    """Call `finish(processor, request)` on each request that vLLM admits; what it raises refuses the request."""
+def around_admission(
+    check: Callable[[InputProcessor, Any], None], finish: Callable[[InputProcessor, Any], None]
+) -> None:
+    """Call `check(processor, params)` on each request's parameters before vLLM reads them, and `finish(processor,
+    request)` on each request that it admits; what either raises refuses the request.
+    """
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        names = inspect.signature(original)
+
         def wrapper(self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+            check(self, names.bind(self, *args, **kwargs).arguments["params"])
             request = original(self, *args, **kwargs)
             finish(self, request)
             return request

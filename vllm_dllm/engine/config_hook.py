@@ -27,6 +27,10 @@ from vllm_dllm.unmask.schedule import UnmaskRules, unmask_rules
 logger = init_logger("vllm.dllm")
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+_KV_CACHE_DTYPE = (
+    f"kv_cache_dtype is '{{}}', but attention of diffusion models reads {', '.join(KV_CACHE_DTYPES)}; remove "
+    "--kv-cache-dtype"
+)
 
 # What cannot work, as (is it asked for, sentence). The sentence says what was given, what is allowed and what to do; it
 # is formatted with the configuration as `c`.
@@ -103,9 +107,7 @@ _REFUSALS: tuple[_Refusal, ...] = (
     ),
     (
         lambda c: c.cache_config.cache_dtype not in KV_CACHE_DTYPES,
-        "kv_cache_dtype is {c.cache_config.cache_dtype!r}, but attention of diffusion models reads "
-        + ", ".join(KV_CACHE_DTYPES)
-        + "; remove --kv-cache-dtype",
+        _KV_CACHE_DTYPE.format("{c.cache_config.cache_dtype}"),
     ),
     (
         lambda c: c.cache_config.kv_sharing_fast_prefill,
@@ -187,11 +189,12 @@ def refuse_explicit_flags(args: EngineArgs, model_config: ModelConfig) -> None:
     if not is_ours(model_config):
         return
     settings_in(args.additional_config)
-    if args.max_num_batched_tokens is not None and args.max_num_batched_tokens < 1:
-        raise ConfigError(
-            f"max_num_batched_tokens is {args.max_num_batched_tokens}, allowed are whole numbers from 1 on; leave it "
-            "out"
-        )
+    for name in ("max_num_batched_tokens", "max_num_seqs"):
+        value = getattr(args, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(f"{name} is {value!r}, allowed are whole numbers from 1 on; give one or leave it out")
+    if args.kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ConfigError(_KV_CACHE_DTYPE.format(args.kv_cache_dtype))
     if args.enable_prefix_caching and not _is_block_causal(model_config):
         raise ConfigError(
             "enable_prefix_caching is on, but the K/V of a bidirectional model depend on what follows the prefix; "

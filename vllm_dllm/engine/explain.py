@@ -20,6 +20,7 @@ _KINDS = {
     "finite_number": "finite numbers",
     "bytes_type": "base64 text",
     "none_required": "null",
+    "callable_type": "functions",
 }
 """The schema library's types of errors -> what is allowed."""
 
@@ -28,6 +29,7 @@ _LIMITS = {
     **{"greater_than": "numbers above {gt}", "less_than": "numbers below {lt}"},
     **{"string_too_short": "text of at least {min_length} characters"},
     **{"string_too_long": "text of at most {max_length} characters"},
+    "is_instance_of": "a {class}",
     **{"too_short": "at least {min_length} entries", "too_long": "at most {max_length} entries"},
 }
 """Those that tell what is allowed beside."""

@@ -131,6 +131,9 @@ def _check_numbers(params: SamplingParams) -> None:
         value = getattr(params, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
             raise not_allowed(name, value, "whole numbers")
+    for name in ("n", "max_tokens"):
+        if getattr(params, name) is not None and getattr(params, name) < 1:
+            raise not_allowed(name, getattr(params, name), "whole numbers from 1 on")
     if params.seed is not None and not -(2**63) <= params.seed < 2**63:
         raise not_allowed("seed", params.seed, "64-bit signed integers")
     if params.temperature != 0 and not MIN_TEMPERATURE <= params.temperature <= MAX_TEMPERATURE:

@@ -1,16 +1,12 @@
 """What would end an engine while it starts, told before its processes are: their messages lie deep in the log."""
 
 import ast
-import json
 import math
-import reprlib
 import sys
 from pathlib import Path
 
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
-from vllm.transformers_utils.repo_utils import try_get_local_file
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.utils.system_utils import get_mp_context
 
@@ -19,22 +15,6 @@ from vllm_dllm.engine.kv_memory import kv_bytes, least_kv_bytes
 from vllm_dllm.errors import ConfigError
 
 GIB = 1 << 30
-
-
-def explain_config_file(args: EngineArgs) -> ConfigError | None:
-    """Return what is wrong with a config.json that holds no object, or None; nothing is known of its model yet."""
-    for model in filter(None, (args.model, args.hf_config_path)):
-        file = try_get_local_file(model, "config.json", args.revision)
-        try:
-            content = json.loads(file.read_bytes()) if isinstance(file, Path) else {}
-        except ValueError:
-            continue
-        if not isinstance(content, dict):
-            return ConfigError(
-                f"config.json of {model} is {reprlib.repr(content)}; allowed is an object; put the checkpoint's own "
-                "there"
-            )
-    return None
 
 
 def check_start(vllm_config: VllmConfig) -> None:
