@@ -3,7 +3,7 @@ SHELL := bash
 PY := .venv/bin/python
 CMAKE := .venv/bin/cmake
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml packaging/vllm-alias/pyproject.toml
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/simt benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BENCH_ARGS ?= --model examples/tiny_llada/checkpoint --prompts examples/tiny_llada/questions.jsonl
 TEST_ARGS ?=
 # Instruction sets of the CPU kernels: native, the best of this machine; all; or a list with semicolons.
@@ -83,10 +83,10 @@ sanitize: setup ## run the tests of the ops with AddressSanitizer and UBSan
 	  ASAN_OPTIONS=detect_leaks=0 VLLM_DLLM_LIBRARY=$(CURDIR)/build/sanitize/_C.so $(PY) -m pytest -q tests/ops $(TEST_ARGS)
 
 bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: BENCH_ARGS)
-	.venv/bin/vllm-dllm bench reference $(BENCH_ARGS)
-	.venv/bin/vllm-dllm bench stages $(BENCH_ARGS)
+	$(PY) -m benchmarks reference $(BENCH_ARGS)
+	$(PY) -m benchmarks stages $(BENCH_ARGS)
 	.venv/bin/vllm-dllm bench decode $(BENCH_ARGS)
-	.venv/bin/vllm-dllm bench kernels --short
+	$(PY) -m benchmarks kernels --short
 
 docs: setup ## check the links and commands of the documentation
 	$(PY) -m pytest -q tests/test_docs.py

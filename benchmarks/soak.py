@@ -6,7 +6,7 @@ tokens of its first answer. The number in flight changes from minute to minute, 
 and down. Once a minute a line tells the resident memory of each process and the outcomes so far. The exit status is 1
 if a process grew by more than `--growth` in the last third, or if anything but the expected refusals went wrong:
 
-    python benchmarks/soak.py --model CHECKPOINT --speculative-config '{"method": "spiffy"}'
+    python -m benchmarks.soak --model CHECKPOINT --speculative-config '{"method": "spiffy"}'
 """
 
 import argparse

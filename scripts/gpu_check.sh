@@ -48,5 +48,5 @@ else
   done
 fi
 
-"$python" -m vllm_dllm.bench.gpu | tee build/gpu_check/kernels.md
+"$python" -m benchmarks.kernels.gpu | tee build/gpu_check/kernels.md
 say "measured; the tables are in build/gpu_check/kernels.md"

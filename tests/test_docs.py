@@ -9,20 +9,23 @@ from pathlib import Path
 import pytest
 import typer
 
+from benchmarks.__main__ import app as benchmarks
 from vllm_dllm.cli import main
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph_file import calibrate_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/simt/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / folder / "README.md" for folder in ("benchmarks", "tests/simt")),
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TEST_NAME = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
-REPO_PATH = re.compile(r"(?<![\w/.-])(?:examples|scripts|tests|docs|csrc|requirements)/[\w./-]*\w")
+MODULE = re.compile(r"python\d? -m ((?:vllm_dllm|benchmarks)[\w.]*)")
+REPO_PATH = re.compile(r"(?<![\w/.-])(?:benchmarks|examples|scripts|tests|docs|csrc|requirements)/[\w./-]*\w")
 
 
 def without_code(text: str) -> str:
@@ -67,7 +70,7 @@ def test_commands_name_things_that_exist():
     wrong = []
     for page, code in code_blocks("bash", "sh", "console"):
         named = set(re.findall(r"^\$? ?make ([a-z-]+)", code, re.MULTILINE)) - targets
-        named |= {name for name in re.findall(r"python\d? -m (vllm_dllm[\w.]*)", code) if not is_module(name)}
+        named |= {name for name in MODULE.findall(code) if not is_module(name)}
         named |= {path for path in REPO_PATH.findall(code) if not (ROOT / path).exists()}
         wrong += [f"{page}: {name}" for name in named]
     assert not wrong, "targets, modules and files that do not exist"
@@ -135,12 +138,16 @@ def test_shell_blocks_call_known_programs():
 UsageError = typer.BadParameter.__mro__[1]  # of the copy of click in typer, where it has no public name
 
 
+PROGRAMS = {"vllm-dllm": main.app, "python -m benchmarks": benchmarks}
+
+
 def parse(command: str) -> None:
-    """Read a `vllm-dllm` command as the program does, without running it.
+    """Read a command of ours as its program does, without running it.
 
     Raises: UsageError for a command or an option that does not exist, and for one that is missing.
     """
-    found, words = typer.main.get_command(main.app), shlex.split(command)[1:]
+    program = next(name for name in PROGRAMS if command.startswith(f"{name} "))
+    found, words = typer.main.get_command(PROGRAMS[program]), shlex.split(command.removeprefix(program))
     while commands := getattr(found, "commands", None):
         if not words or words[0] not in commands:
             raise UsageError(f"no command in {command}")
@@ -150,7 +157,8 @@ def parse(command: str) -> None:
 
 def own_commands() -> list[str]:
     blocks = (code.replace("\\\n", " ") for _, code in code_blocks("bash", "sh", "console"))
-    return [command for code in blocks for command in re.findall(r"^(?:\$ )?(vllm-dllm .*)", code, re.MULTILINE)]
+    ours = re.compile(rf"^(?:\$ )?((?:{'|'.join(PROGRAMS)}) .*)", re.MULTILINE)
+    return [command for code in blocks for command in ours.findall(code)]
 
 
 def test_our_commands_are_accepted():
@@ -160,8 +168,10 @@ def test_our_commands_are_accepted():
 
 def test_pages_show_every_command():
     shown = "\n".join(own_commands())
-    for name in ("calibrate", "graph show", "graph check", "graph merge", "bench decode", "bench kernels", "doctor"):
+    for name in ("calibrate", "graph show", "graph check", "graph merge", "bench decode", "doctor"):
         assert re.search(rf"vllm-dllm {name}\b", shown)
+    for name in ("reference", "stages", "kernels"):
+        assert re.search(rf"python -m benchmarks {name}\b", shown)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +198,8 @@ def test_commands_in_messages_are_accepted(settings):
         "vllm-dllm calibrate MODEL -o F",
         "vllm-dllm calibrate MODEL --prompts P -o F --policy best",
         "vllm-dllm bench decide --model M --prompts P",
+        "vllm-dllm bench kernels",
+        "python -m benchmarks kernels --model M",
         "vllm-dllm graph",
     ],
 )

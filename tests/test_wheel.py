@@ -15,6 +15,7 @@ from tests.tree import ROOT, tracked
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 ISA = "import vllm_dllm.ops.library as library; print(library.cpu_isa())"
+DECODE = "import vllm_dllm.measure.decode; from vllm_dllm.cli.main import main; main()"
 USE = "import vllm_dllm.ops.library as library; print(library.__file__, library.cpu_isa())"
 
 
@@ -44,7 +45,8 @@ def test_the_source_distribution_holds_the_sources(dist):
         files = {name.partition("/")[2] for name in archive.getnames()}
     sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*") if path.is_file()}
     assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= files
-    assert not [name for name in files if name.startswith(("tests", "examples", "build")) or name.endswith(".so")]
+    others = ("tests", "benchmarks", "examples", "build")
+    assert not [name for name in files if name.startswith(others) or name.endswith(".so")]
 
 
 def test_the_wheel_holds_the_package_and_its_library(dist):
@@ -70,15 +72,20 @@ def test_the_library_names_no_folder_of_the_build(dist):
     assert b"site-packages" not in library
 
 
-def test_the_wheel_installs_and_loads(dist, tmp_path):
+def test_the_wheel_installs_loads_and_brings_its_commands(dist, tmp_path):
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(tmp_path)]
     subprocess.run([*install, str(only(dist, "*.whl"))], check=True)
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_DLLM_ISA"}
     environment["PYTHONPATH"] = str(tmp_path)
-    command = [sys.executable, "-c", USE]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    file, isa = done.stdout.split()
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-c", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "--budgets" in run(DECODE, "bench", "decode", "--help")
+    file, isa = run(USE).split()
     assert Path(file).is_relative_to(tmp_path)
     assert isa in ISAS
 

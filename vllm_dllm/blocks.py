@@ -1,4 +1,4 @@
-"""Where the blocks of a request lie in its row. Nothing here imports vLLM or torch."""
+"""Where the blocks of a request lie in its sequence. Nothing here imports vLLM or torch."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from vllm_dllm.config import DllmConfig
 
 @dataclass(frozen=True, slots=True)
 class RowBlocks:
-    """The blocks that a request's row is decoded in, one after another.
+    """The blocks that a request's sequence is decoded in, one after another.
 
     Attributes:
-        begin: first position of the first one; the prompt's tail lies from here on, where there is one.
-        end: behind the last one, where the row ends.
+        begin: first position of the first one; the prompt's partial block begins here, where there is one.
+        end: behind the last one, where the sequence ends.
         block_length: positions of each.
     """
 
@@ -28,7 +28,7 @@ def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model
     """Return the blocks of a request; none for a prompt that leaves no room for one.
 
     As many as `max_tokens` needs and `max_model_len` has room for. A bidirectional model's begin behind the prompt; it
-    attends to every masked position of the row, so the row's length is part of what it sees. Under `block_causal` they
+    attends to every masked position of the sequence, whose length is part of what it sees. Under `block_causal` they
     begin at multiples of their length, and behind each there is room for another.
     """
     block_length, is_causal = settings.block_length, settings.kv_policy == "block_causal"

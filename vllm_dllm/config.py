@@ -300,8 +300,8 @@ def request_steps(options: RequestOptions, settings: DllmConfig, max_tokens: int
     """Return the steps of each block of a request, 1..block_length.
 
     `dllm_steps` are split over the blocks that `max_tokens` fill, as LLaDA's `generate` does. Aligned blocks may be one
-    more, since the first one holds the prompt's tail; it gets as many steps as the others, so that what is allowed does
-    not depend on the prompt.
+    more, since the first one begins with the prompt's partial block; it gets as many steps as the others, so that
+    what is allowed does not depend on the prompt.
 
     Args:
         options: of the request.

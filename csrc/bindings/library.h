@@ -12,7 +12,7 @@
 #include "dllm/types.h"
 
 // DLLM_CUDA: CUDA kernels are linked in. DLLM_SIMT: a library for tests, whose ops run the CUDA kernels on a CPU
-// (csrc/simt/README.md).
+// (tests/simt/README.md).
 #ifdef DLLM_SIMT
 #define DLLM_LIBRARY vllm_dllm_simt
 #else

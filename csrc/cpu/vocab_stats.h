@@ -9,7 +9,7 @@ namespace dllm::cpu {
 constexpr int64_t kMaxWorkRows = 192;  // a weight tile in the L2 cache meets so many rows before the next one comes
 constexpr int64_t kRowPadding = 16;    // the widest vector: rows of a work are padded to it
 
-// The head product of some rows: their statistics, or their logits.
+// The LM head's product of some rows: their statistics, or their logits.
 struct VocabWork {
   const VocabStatsArgs& args;
   const int64_t* rows;  // [num_rows], ascending

@@ -1,5 +1,5 @@
 // Launch of a kernel and what kernels need of their surroundings. Without nvcc the kernels run on the emulator
-// (csrc/simt/README.md).
+// (tests/simt/README.md).
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 // The bytes in shared memory that the launch asks for.
 #define DLLM_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #else
-#include "../simt/simt.h"
+#include "simt/simt.h"
 #define DLLM_SHARED(type, name)    \
   static const char name##_id = 0; \
   auto& name = *static_cast<::std::type_identity_t<type>*>(::dllm::simt::static_shared(&name##_id, sizeof(type)))

@@ -1,4 +1,4 @@
-// PTX instructions that C++ has no words for, one each. The emulator has the same functions in simt/ptx.h.
+// PTX instructions that C++ has no words for, one each. The emulator has the same functions in tests/simt/ptx.h.
 //
 // Fragments of a warp (PTX ISA, "Matrix Fragments for mma.m16n8k16"), each register two neighbours of a row:
 //   a  16 x 16: register i of lane l holds row l / 4 + 8 * (i % 2), columns 2 * (l % 4) + 8 * (i / 2) and the next
@@ -11,7 +11,7 @@
 #include "float16.cuh"
 #include "launch.h"
 #ifndef __CUDACC__
-#include "../simt/ptx.h"
+#include "simt/ptx.h"
 #else
 
 namespace dllm::cuda {

@@ -142,7 +142,7 @@ def test_a_block_that_one_step_finishes_is_recorded_once():
     assert [block.num_steps for block in found] == [1]
 
 
-def test_a_block_that_begins_with_the_prompts_tail_is_recorded_whole():
+def test_a_block_that_begins_with_the_prompts_end_is_recorded_whole():
     block = make_block([50, 51, 52], [[1], [2]], [0.5, 0.9, 0.2])
     block.canvas[:, 0] = 50
     found = []

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dllm.calibrate.select import count_formulas, select, walk_length
+from vllm_dllm.calibrate.select import accept_length, count_formulas, select
 from vllm_dllm.draft.graph import DraftGraph
 
 A, B, AB, ABC = ((0, 0),), ((1, 0),), ((0, 0), (1, 0)), ((0, 0), (1, 0), (2, 0))
@@ -78,7 +78,7 @@ def test_choice_hangs_together_and_its_prefixes_are_choices(objective, most_per_
 @given(paths=path_lists(1))
 def test_gain_is_no_worse_than_a_chain(paths):
     def saved(chosen):
-        return sum(walk_length(path, set(chosen)) for path in paths)
+        return sum(accept_length(path, set(chosen)) for path in paths)
 
     chosen = select(paths, 4, 1)
     assert saved(chosen[:1]) == max(saved([node]) for node in count_formulas(paths) or [A])

@@ -6,7 +6,7 @@ import pytest
 from tests.calibrate.traces import MASK, make_block, make_trace, random_trace
 from vllm_dllm.calibrate.build import make_graph, predict, split, tokens_per_step
 from vllm_dllm.calibrate.count import Decoding, anchor_paths
-from vllm_dllm.calibrate.select import walk_length
+from vllm_dllm.calibrate.select import accept_length
 from vllm_dllm.calibrate.simulate import count_forwards, draft_blocks, until_eos
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph
@@ -83,7 +83,7 @@ def test_a_walk_is_the_leading_part_of_the_path():
     traces = [random_trace(rng, prompt_idx=i) for i in range(10)]
     graph = make_graph(traces, Decoding(MASK), DllmConfig(block_length=8), 12)
     paths = anchor_paths(traces, Decoding(MASK, readiness=graph.readiness))
-    lengths = [walk_length(path, set(graph.formulas)) for path in paths]
+    lengths = [accept_length(path, set(graph.formulas)) for path in paths]
     blocks = draft_blocks(graph, traces, Decoding(MASK))
     found = [
         next(depth for depth in range(1, 9) if depth not in set(ahead)) - 1 for block in blocks for ahead in block.ahead

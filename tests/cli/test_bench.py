@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.bench.fake_engine import install
-from vllm_dllm.bench.decode import chain_graph
-from vllm_dllm.cli import bench
+from tests.measure.fake_engine import install
+from vllm_dllm.cli import main
 from vllm_dllm.draft.graph_file import GraphFile, save_graph
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.measure.decode import chain_graph
 
 TINY = Path(__file__).parents[2] / "examples/tiny_llada"
 GIVEN = {
@@ -26,7 +26,7 @@ def run(out: Path, **changes: object) -> tuple[int, str, str]:
     """Run `bench decode`: exit status, stdout, stderr."""
     options = GIVEN | {"--out": out} | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
     words = [str(word) for option in options.items() for word in option]
-    result = CliRunner().invoke(bench.app, ["decode", *words])
+    result = CliRunner().invoke(main.app, ["bench", "decode", *words])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr

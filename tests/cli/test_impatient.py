@@ -55,11 +55,10 @@ MODELS = [
 
 
 @pytest.mark.parametrize(("model", "part"), MODELS)
-@pytest.mark.parametrize("command", ["decode", "stages", "calibrate", "check"])
+@pytest.mark.parametrize("command", ["decode", "calibrate", "check"])
 def test_a_model_that_cannot_be_read(command: str, model: str, part: str, monkeypatch: Any, capsys: Any) -> None:
     words: dict[str, tuple[object, ...]] = {
         "decode": (*DECODE, model),
-        "stages": ("bench", "stages", "--prompts", "prompts.jsonl", "--model", model),
         "calibrate": (*CALIBRATE, model, "-o", "graph.json"),
         "check": ("graph", "check", GRAPH, "--model", model),
     }
@@ -77,8 +76,6 @@ def test_a_model_that_cannot_be_read(command: str, model: str, part: str, monkey
         ((*CALIBRATE, MODEL, "-o", "g.json", "--picture", "no/g.svg"), "--picture is 'no/g.svg', but there is no fold"),
         ((*DECODE, MODEL, "--out", "file"), "--out is 'file', but no folder can be made there"),
         ((*DECODE, MODEL, "--out", "/proc/x"), "--out is '/proc/x', but no folder can be made there"),
-        (("bench", "kernels", "--out", "no/k.md"), "--out is 'no/k.md', but there is no folder"),
-        (("bench", "kernels", "--out", "empty"), "--out is 'empty', but this is a folder"),
         (("graph", "merge", GRAPH, "-o", "no/g.json"), "--output is 'no/g.json', but there is no folder"),
         (("graph", "show", GRAPH, "--picture", "no/g.svg"), "--picture is 'no/g.svg', but there is no folder"),
         (("graph", "show", GRAPH, "--picture", "g.pdf"), "--picture is 'g.pdf'; allowed are paths that end in"),

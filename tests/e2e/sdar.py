@@ -75,7 +75,7 @@ class SdarOracle(Oracle):
 
 
 def sdar_cases(block_length: int, seed: int) -> list[Case]:
-    """Sixteen requests, see `mixed_cases`: prompts with and without a tail, and with nothing but a tail."""
+    """Sixteen requests, see `mixed_cases`: prompts with and without a partial block, and with nothing but one."""
     rng = random.Random(seed)
     lengths = [1, block_length - 1, block_length, block_length + 1, 4 * block_length, 16, 31, 32, 33, 47]
     cases = []

@@ -1,13 +1,15 @@
-"""The commands of `vllm-dllm bench` with engines, on the small model."""
+"""`vllm-dllm bench decode` and the commands of `python -m benchmarks` with engines, on the small model."""
 
 import json
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from benchmarks.__main__ import app as benchmarks
 from tests.e2e.rig import CHECKPOINT
-from vllm_dllm.cli import bench
+from vllm_dllm.cli import main
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("bench")]
 
@@ -20,15 +22,15 @@ GIVEN = {
 }
 
 
-def run(command: str, **options: object) -> str:
+def run(program: typer.Typer, *command: str, **options: object) -> str:
     words = [str(word) for option in (GIVEN | options).items() for word in option]
-    result = CliRunner().invoke(bench.app, [command, *words], catch_exceptions=False)
+    result = CliRunner().invoke(program, [*command, *words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def test_decode_measures_fewer_forwards_and_equal_tokens(tmp_path: Path) -> None:
-    run("decode", **{"--budgets": "3", "--chain": "", "--repeats": 1, "--out": tmp_path})
+    run(main.app, "bench", "decode", **{"--budgets": "3", "--chain": "", "--repeats": 1, "--out": tmp_path})
     content = json.loads((tmp_path / "decode.json").read_text())
     runs = {taken["variant"]: taken for taken in content["runs"]}
     assert runs.keys() == {"off", "budget 3", "auto"}
@@ -45,13 +47,13 @@ def test_decode_measures_fewer_forwards_and_equal_tokens(tmp_path: Path) -> None
 
 
 def test_reference_and_engine_decode_the_same() -> None:
-    out = run("reference", **{"--num-prompts": 2, "--gen-length": 32, "--policy": "threshold"})
+    out = run(benchmarks, "reference", **{"--num-prompts": 2, "--gen-length": 32, "--policy": "threshold"})
     assert "threshold 0.9" in out
     decoders = ("reference, no cache", "reference, dual cache", "engine, 2 at once")
     assert [out.count(decoder) for decoder in decoders] == [1, 1, 1]
 
 
 def test_stages_of_a_step() -> None:
-    out = run("stages")
+    out = run(benchmarks, "stages")
     stages = {"forward", "row statistics", "runner", "schedule", "host total", "step"}
     assert {stage for stage in stages if f" {stage} " in out} == stages

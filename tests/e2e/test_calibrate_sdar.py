@@ -1,4 +1,4 @@
-"""Calibration of a block-causal model: settings and memory are its own, blocks begin with the prompt's tail."""
+"""Calibration of a block-causal model: settings and memory are its own, blocks begin with the prompt's end."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_traces_are_what_the_reference_decodes(calibration: tuple[Path, dict[str
         AutoTokenizer.from_pretrained(folder / "model"),
         Qwen.from_pretrained(folder / "model", torch.float32),
     )
-    tails = set()
+    partial_lens = set()
     for i, conversation in enumerate(read_prompts(folder / "prompts.jsonl", NUM_PROMPTS).conversations):
         prompt = encode(tokenizer, conversation)
         history = generate(
@@ -102,5 +102,5 @@ def test_traces_are_what_the_reference_decodes(calibration: tuple[Path, dict[str
         ]
         assert [canvas for _, canvas in found] == expected
         assert {start % BLOCK_LENGTH for start, _ in found} == {0}
-        tails.add(len(prompt) % BLOCK_LENGTH)
-    assert tails - {0}
+        partial_lens.add(len(prompt) % BLOCK_LENGTH)
+    assert partial_lens - {0}

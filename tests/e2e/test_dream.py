@@ -153,7 +153,7 @@ def test_drafts_change_forwards_and_no_token(
 def test_two_ranks_with_drafts_equal_reference(
     mild_dream: Path, mild_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The K/V heads are split, and each rank keeps the edge rows."""
+    """The K/V heads are split, and each rank keeps the left-context hidden rows."""
     settings: dict[str, Any] = {"block_length": 8}
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     cases, graph = short(mixed_cases(8, seed=8, policies=PUBLISHED)), random_graph(4, 6, 8)

@@ -76,7 +76,7 @@ def test_stop_tokens_and_lengths_trim_inside_a_block(served: Any) -> None:
     assert (output.finish_reason, output.stop_reason) == ("stop", stop)
 
 
-def test_the_mask_token_is_refused_in_a_tail_alone(served: Any) -> None:
+def test_the_mask_token_is_refused_in_a_partial_block_alone(served: Any) -> None:
     llm, settings, oracle = served
     mask, block_length = oracle.model.config.mask_token_id, settings["block_length"]
     case = Case(prompt=(mask, 9) * (block_length // 2) + (7,), max_tokens=9)

@@ -120,7 +120,7 @@ def test_an_aborted_request_leaves_what_it_stored(llm: Any, oracle: SdarOracle) 
     answer = tuple(oracle.tokens(first, SETTINGS))
 
     def abort(number: int, llm: Any) -> None:
-        if number == 22:  # the prompt, two steps for the tail's block, four for each of the next: 32 are stored
+        if number == 22:  # the prompt, two steps for the partial block, four for each of the next: 32 are stored
             llm.llm_engine.abort_request(["0"])
 
     step_all(llm, [first], abort)

@@ -59,7 +59,7 @@ def test_sixteen_mixed_requests_at_once_equal_reference(client: openai.OpenAI, o
     assert took == [oracle.generation(case, SETTINGS).nfe for case in cases]
 
 
-def test_streams_a_first_block_without_its_tail(client: openai.OpenAI, oracle: SdarOracle) -> None:
+def test_streams_a_first_block_without_the_prompts_end(client: openai.OpenAI, oracle: SdarOracle) -> None:
     case = Case(prompt=(5, 6, 7, 8, 9, 10), max_tokens=9)
     chunks = [chunk.choices[0].token_ids for chunk in complete(client, case, stream=True) if chunk.choices]
     tokens = oracle.tokens(case, SETTINGS)
@@ -98,6 +98,6 @@ def test_a_chat_of_five_turns_reuses_blocks(client: openai.OpenAI) -> None:
     assert hits / queries > 0.3
 
 
-def test_the_mask_token_in_a_tail_is_a_400(client: openai.OpenAI) -> None:
+def test_the_mask_token_in_a_partial_block_is_a_400(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="the mask token 3 at position 4"):
         complete(client, Case(prompt=(5, 6, 7, 8, 3), max_tokens=8))

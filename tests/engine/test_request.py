@@ -78,7 +78,7 @@ def admitted(prompt: list[int], *, resumable: bool = False, max_tokens: int = 8,
 ALIGNED = DllmConfig(block_length=8, kv_policy="block_causal")
 
 
-def test_aligned_blocks_give_what_the_prompts_tail_leaves() -> None:
+def test_aligned_blocks_give_what_the_partial_block_leaves() -> None:
     assert check_admission(admitted([5] * 10, max_tokens=1), ALIGNED, 64, MASK) == 6
     assert check_admission(admitted([5] * 10, max_tokens=7), ALIGNED, 64, MASK) == 14
     assert check_admission(admitted([5] * 16, max_tokens=99), ALIGNED, 64, MASK) == 40
@@ -152,7 +152,7 @@ def test_the_steps_that_are_taken_do_not_depend_on_the_prompt() -> None:
         assert resolved.counts == expected.counts, f"a prompt of {prompt_len}"
 
 
-def test_the_longest_prompt_and_masks_before_the_tail_pass() -> None:
+def test_the_longest_prompt_and_masks_before_the_partial_block_pass() -> None:
     assert check_admission(admitted([5] * 48), ALIGNED, 64, MASK) == 8
     assert check_admission(admitted([MASK] * 8 + [5]), ALIGNED, 64, MASK) == 15
     assert check_admission(admitted([MASK] * 56), DllmConfig(block_length=8), 64, MASK) == 8

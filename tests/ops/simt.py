@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: builds csrc/simt and loads its ops, `torch.ops.vllm_dllm_simt.NAME`."""
+"""The CUDA kernels on a CPU: builds tests/simt and loads its ops, `torch.ops.vllm_dllm_simt.NAME`."""
 
 import fcntl
 import os

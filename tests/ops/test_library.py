@@ -13,7 +13,7 @@ import torch
 from vllm_dllm.ops import library
 
 ROOT = Path(__file__).parents[2]
-LANES = {"portable": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def isa_under(wanted: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +34,7 @@ def test_an_unknown_instruction_set_is_refused():
 
 
 def test_an_instruction_set_that_was_not_built_is_refused():
-    missing = sorted(set(LANES) - set(library.built_isas()))
+    missing = sorted(set(ISAS) - set(library.built_isas()))
     if not missing:
         pytest.skip("all are built")
     assert f"built for ({','.join(library.built_isas())})" in isa_under(missing[0]).stderr
@@ -64,14 +64,7 @@ def test_native_is_the_best_of_the_machine(tmp_path):
 def test_portable_is_built_always():
     assert library.built_isas()[0] == "portable"
     assert library.cpu_isa() in library.built_isas()
-    assert set(library.built_isas()) | {library.machine_isa()} <= set(LANES)
-
-
-@pytest.mark.parametrize("is_bfloat16", [False, True])
-def test_operations_are_counted(is_bfloat16):
-    has_pairs = is_bfloat16 and library.cpu_isa() == "avx512_bf16"
-    per_round = 12 * LANES[library.cpu_isa()] * (4 if has_pairs else 2)
-    assert library.multiply_adds(7, is_bfloat16) == 7 * per_round * torch.get_num_threads()
+    assert set(library.built_isas()) | {library.machine_isa()} <= set(ISAS)
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the ops are built with CUDA")

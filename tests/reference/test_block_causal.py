@@ -106,8 +106,8 @@ def test_equals_block_diffusion_generate(sdar, policy, sampling):
         assert generated.nfe_commit == num_blocks - 1
 
 
-def test_tail_takes_part_in_the_first_block(sdar):
-    """Positions of the tail are neither decoded nor counted: five masks of eight, two blocks."""
+def test_the_prompts_end_takes_part_in_the_first_block(sdar):
+    """Positions of the partial block are neither decoded nor counted: five masks of eight, two blocks."""
     prompt = torch.tensor(PROMPT[:3])
     policy = UnmaskPolicy("static", steps=2)
     generated = generate(sdar, prompt, gen_length=6, block_length=8, policy=policy, sampling=Sampling(**NO_MASK))
@@ -119,7 +119,7 @@ def test_tail_takes_part_in_the_first_block(sdar):
 def test_stop_ids_end_after_a_block(sdar):
     prompt, lengths = torch.tensor(PROMPT), {"gen_length": 12, "block_length": 4}
     whole = generate(sdar, prompt, sampling=Sampling(**NO_MASK), **lengths)
-    assert len(whole.tokens) == 13  # the tail of three leaves one position of the first block
+    assert len(whole.tokens) == 13  # a partial block of three leaves one position of the first block
     stop = whole.tokens[2].item()
     assert stop not in whole.tokens[:1]
     stopped = generate(sdar, prompt, sampling=Sampling(**NO_MASK), stop_ids=(stop, 99), **lengths)

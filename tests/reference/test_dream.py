@@ -170,7 +170,7 @@ def test_cached_equals_block_generate(dream, kv_name, steps, threshold, sampling
 
 
 def test_a_spans_first_position_is_predicted_by_the_refresh(make_qwen):
-    """Without Dream's first step alone, the edge is needed: the row left of the block, as the refresh saw it."""
+    """Without Dream's first step alone, the row left of the block is needed, as the refresh saw it."""
     torch.manual_seed(1)  # a model that unmasks the block's first position last
     model, begin = make_qwen(architecture="DreamModel"), len(PROMPT)
     with torch.no_grad():
@@ -184,9 +184,9 @@ def test_a_spans_first_position_is_predicted_by_the_refresh(make_qwen):
         sampling=Sampling(**NO_MASK),
         rules=Rules(logit_shift=True),
     )
-    edge, own = refreshed[begin - 1].argmax(), refreshed[begin].argmax()
-    assert edge != own
-    assert generated.history[:4, 0].tolist() == [MASK, MASK, MASK, edge]
+    left_context, own = refreshed[begin - 1].argmax(), refreshed[begin].argmax()
+    assert left_context != own
+    assert generated.history[:4, 0].tolist() == [MASK, MASK, MASK, left_context]
 
 
 def test_rounding_moves_a_position_from_the_first_step_to_the_last():

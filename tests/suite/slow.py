@@ -16,7 +16,10 @@ CHOICES = ("none", "changed", "only", "all")
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "answers": ("vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/denoiser.py", "examples/tiny_llada/**"),
-    "bench": ("vllm_dllm/bench/**", "vllm_dllm/cli/*bench*.py", "tests/bench/**", "tests/e2e/test_bench.py"),
+    "bench": (
+        *("vllm_dllm/measure/**", "vllm_dllm/engine/measuring.py", "vllm_dllm/cli/*bench*.py", "benchmarks/*.py"),
+        *("tests/measure/**", "tests/e2e/test_bench.py"),
+    ),
     "configurations": (
         *("vllm_dllm/engine/**", "vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/attention/**"),
         *("vllm_dllm/denoiser.py", "vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/ops/**"),

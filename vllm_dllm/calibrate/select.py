@@ -29,30 +29,30 @@ def count_formulas(paths: Iterable[FutureStates]) -> Counter[Formula]:
     return Counter(formula for path in paths for formula in path)
 
 
-def walk_length(path: Sequence[Node], chosen: set[Node]) -> int:
+def accept_length(path: Sequence[Node], chosen: set[Node]) -> int:
     """Count the leading nodes of a path that were chosen: the steps that drafts of all chosen nodes save."""
     return next((depth for depth, node in enumerate(path) if node not in chosen), len(path))
 
 
 def select_by_gain(paths: Sequence[Sequence[Node]], num_nodes: int) -> list[Node]:
-    """Take, one after another, the node that lengthens the walks of all anchors most.
+    """Take, one after another, the node that lengthens the accept paths of all anchors most.
 
     Greedy: the exact choice is a maximum coverage with connectivity, which no known method finds in reasonable time.
-    Each node continues the walk of an anchor, so one of its parents was chosen before. Equals go to the node that
-    comes first in its order.
+    Each node continues the accept path of an anchor, so one of its parents was chosen before. Equals go to the node
+    that comes first in its order.
 
     Args:
         paths: of each anchor; nodes are formulas or anything else that tells states apart.
-        num_nodes: at most so many are chosen, fewer if none is left that lengthens a walk.
+        num_nodes: at most so many are chosen, fewer if none is left that lengthens one.
     """
     chosen: list[Node] = []
     known: set[Node] = set()
     while len(chosen) < num_nodes:
         gains: Counter[Node] = Counter()
         for path in paths:
-            length = walk_length(path, known)
+            length = accept_length(path, known)
             if length < len(path):
-                gains[path[length]] += 1 + walk_length(path[length + 1 :], known)
+                gains[path[length]] += 1 + accept_length(path[length + 1 :], known)
         if not gains:
             break
         most = max(gains.values())

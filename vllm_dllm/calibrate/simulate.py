@@ -148,7 +148,7 @@ def count_forwards(blocks: Sequence[BlockDrafts], budget: int) -> Forwards:
     proposed, accepted = np.zeros(max_depth + 1, np.int64), np.zeros(max_depth + 1, np.int64)
     num_forwards = 0
     for block in blocks:
-        for anchor, length in walks(block, budget):
+        for anchor, length in accept_paths(block, budget):
             num_forwards += 1
             is_evaluated = block.is_valid[anchor, :budget]
             is_accepted = is_evaluated & (block.ahead[anchor, :budget] > 0) & (block.ahead[anchor, :budget] <= length)
@@ -164,7 +164,7 @@ def count_forwards(blocks: Sequence[BlockDrafts], budget: int) -> Forwards:
     )
 
 
-def walks(block: BlockDrafts, budget: int) -> Iterator[tuple[int, int]]:
+def accept_paths(block: BlockDrafts, budget: int) -> Iterator[tuple[int, int]]:
     """Yield the anchor of each forward but the refresh, and how many steps its drafts save."""
     anchor = 0
     while anchor < block.num_steps - 1:

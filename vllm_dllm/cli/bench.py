@@ -1,7 +1,7 @@
-"""`vllm-dllm bench`: measure an engine, or the native ops, on this machine."""
+"""`vllm-dllm bench`: measure an engine on this machine; benchmarks/ in the repository measures its parts."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -13,8 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_dllm.cli import bench_options
+from vllm_dllm.cli.bench_options import (
+    Concurrency,
+    GenLength,
+    Model,
+    NumPrompts,
+    PolicyNames,
+    Prompts,
+    SkipPrompts,
+)
 from vllm_dllm.cli.console import print_line
-from vllm_dllm.cli.inputs import Dtype, check_file, check_matplotlib, make_folder
+from vllm_dllm.cli.inputs import Dtype, check_matplotlib, make_folder
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
     BlockLength,
@@ -25,28 +34,15 @@ from vllm_dllm.cli.server_settings import (
     given_settings,
 )
 from vllm_dllm.draft.graph import MAX_NODES
-from vllm_dllm.errors import ConfigError
-from vllm_dllm.spiffy_config import DEFAULT_GRAPH
 
 if TYPE_CHECKING:
-    import torch
+    from vllm_dllm.measure.decode import Comparison, Runs
+    from vllm_dllm.measure.report import Section
 
-    from vllm_dllm.bench.decode import Comparison, Policy, Runs
-    from vllm_dllm.bench.report import Section
-    from vllm_dllm.bench.workload import Workload
-
-app = typer.Typer(
-    no_args_is_help=True, help="Measure an engine or the ops on this machine; figures are ratios within one run."
-)
+app = typer.Typer(no_args_is_help=True, help="Measure an engine on this machine; figures are ratios within one run.")
 
 _FILE_WIDTH = 160
 
-_Model = Annotated[str, typer.Option(help="Name or path of the model.")]
-_Prompts = Annotated[Path, typer.Option(help="JSONL file; each line has text, prompt, question or messages.")]
-_Skip = Annotated[int, typer.Option(min=0, help="Lines left out at the beginning.")]
-_NumPrompts = Annotated[int, typer.Option(min=1, help="Prompts that everyone decodes.")]
-_GenLength = Annotated[int, typer.Option(min=1, help="Tokens per prompt.")]
-_Policies = Annotated[str, typer.Option(metavar="NAME,...", help="Unmasking policies; each is measured.")]
 _Graphs = Annotated[
     str,
     typer.Option(metavar="FILE,...", help="Draft graph of all policies, or of each; `default` is each policy's own."),
@@ -55,7 +51,6 @@ _Budgets = Annotated[str, typer.Option(metavar="N,...", help="Fixed budgets besi
 _Chain = Annotated[
     str, typer.Option(metavar="N,...", help="Fixed budgets of a chain graph (FreeDave, SSD); '' is none.")
 ]
-_Concurrency = Annotated[str, typer.Option(metavar="N,...", help="Requests in flight; each number is measured.")]
 _Dtype = Annotated[
     Dtype, typer.Option(help="With bfloat16 near ties may round differently with drafts, which is exit status 1.")
 ]
@@ -64,70 +59,16 @@ _KvCacheMib = Annotated[
 ]
 
 
-def _measures_workload(policies: str) -> Callable[[Callable[["Workload", "tuple[Policy, ...]"], None]], None]:
-    """Make a command of a function; its options say what workload and which policies the function is given.
-
-    Args:
-        policies: default of `--policy`.
-    """
-
-    def add(measure: Callable[["Workload", "tuple[Policy, ...]"], None]) -> None:
-        @app.command(measure.__name__, help=measure.__doc__)
-        def command(  # noqa: PLR0913 - the options of a command
-            model: _Model,
-            prompts: _Prompts,
-            skip_prompts: _Skip = 0,
-            num_prompts: _NumPrompts = 16,
-            gen_length: _GenLength = 128,
-            block_length: BlockLength = None,
-            concurrency: _Concurrency = "1,4,16",
-            policy: _Policies = policies,
-            threshold: Threshold = None,
-            factor: Factor = None,
-            entropy_bound: EntropyBound = None,
-            alg_temp: AlgTemp = None,
-            steps_per_block: StepsPerBlock = None,
-        ) -> None:
-            given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
-            chosen = bench_options.policies(model, policy, DEFAULT_GRAPH, given)
-            measure(
-                bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),
-                chosen,
-            )
-
-    return add
-
-
-@_measures_workload("static,threshold")
-def reference(workload: "Workload", policies: "tuple[Policy, ...]") -> None:
-    """Measure the engine beside the plain reference decoders; the exit status is 1 when tokens differ."""
-    from vllm_dllm.bench.reference import compare_with_reference
-    from vllm_dllm.bench.workload import UnequalTokensError
-
-    try:
-        _print(compare_with_reference(workload, policies))
-    except UnequalTokensError as error:
-        _fail(error)
-
-
-@_measures_workload("static")
-def stages(workload: "Workload", policies: "tuple[Policy, ...]") -> None:
-    """Measure where the time of a denoising step goes."""
-    from vllm_dllm.bench.stages import stage_times
-
-    _print(stage_times(workload, policies))
-
-
 @app.command()
 def decode(  # noqa: PLR0913 - the options of a command
-    model: _Model,
-    prompts: _Prompts,
-    skip_prompts: _Skip = 0,
-    num_prompts: _NumPrompts = 16,
-    gen_length: _GenLength = 128,
+    model: Model,
+    prompts: Prompts,
+    skip_prompts: SkipPrompts = 0,
+    num_prompts: NumPrompts = 16,
+    gen_length: GenLength = 128,
     block_length: BlockLength = None,
-    concurrency: _Concurrency = "1,4,16",
-    policy: _Policies = "static",
+    concurrency: Concurrency = "1,4,16",
+    policy: PolicyNames = "static",
     threshold: Threshold = None,
     factor: Factor = None,
     entropy_bound: EntropyBound = None,
@@ -151,7 +92,7 @@ def decode(  # noqa: PLR0913 - the options of a command
     """
     check_matplotlib()
     make_folder("--out", out)
-    from vllm_dllm.bench.decode import Comparison, sections
+    from vllm_dllm.measure.decode import Comparison, sections
 
     given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
     comparison = Comparison(
@@ -170,58 +111,15 @@ def decode(  # noqa: PLR0913 - the options of a command
     )
     runs = _compare(comparison)
     tables = sections(runs, comparison.workload.block_length)
-    _print(tables)
+    print_sections(tables)
     _write(out, comparison, runs, tables)
-
-
-@app.command()
-def kernels(
-    short: Annotated[bool, typer.Option("--short", help="A few sizes, some seconds.")] = False,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="`auto` is a GPU if there is one.")] = "auto",
-    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the tables into this Markdown file.")] = None,
-) -> None:
-    """Measure the native ops against torch, vLLM and the machine; the exit status is 1 when results differ.
-
-    Needs no model. `x floor` is the time over the least that memory and arithmetic of the machine allow, measured
-    before; ratios to others say how many times as long they take.
-    """
-    if out is not None:
-        check_file("--out", out)
-    from vllm_dllm.bench.kernels import SHORT, KernelBench, Sizes
-    from vllm_dllm.bench.report import machine, to_markdown
-    from vllm_dllm.bench.turns import UnequalResultsError
-
-    sizes = SHORT if short else Sizes()
-    if repeats is not None:
-        sizes = replace(sizes, num_rounds=repeats)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
-        bench = KernelBench(sizes, _device(device), lambda what: progress.update(task, description=what))
-        try:
-            tables = list(bench.sections())
-        except UnequalResultsError as error:
-            _fail(error)
-    _print(tables)
-    if out is not None:
-        out.write_text(f"machine: {machine()}\n\n{to_markdown(tables)}")
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    allowed = {"cpu": "cpu", "auto": "cuda" if has_gpu else "cpu"} | ({"cuda": "cuda"} if has_gpu else {})
-    if name not in allowed:
-        raise ConfigError(f"--device is {name!r}, this machine allows {', '.join(allowed)}; choose one of these")
-    return torch.device(allowed[name])
 
 
 def _compare(comparison: "Comparison") -> "Runs":
     """Measure under a progress bar."""
-    from vllm_dllm.bench.decode import compare, num_measurements
-    from vllm_dllm.bench.process import EngineEndedError
-    from vllm_dllm.bench.workload import UnequalTokensError
+    from vllm_dllm.measure.decode import compare, num_measurements
+    from vllm_dllm.measure.process import EngineEndedError
+    from vllm_dllm.measure.workload import UnequalTokensError
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=num_measurements(comparison))
@@ -232,17 +130,18 @@ def _compare(comparison: "Comparison") -> "Runs":
         try:
             return compare(comparison, advance)
         except (UnequalTokensError, EngineEndedError) as error:
-            _fail(error)
+            fail(error)
 
 
-def _fail(error: RuntimeError) -> NoReturn:
+def fail(error: RuntimeError) -> NoReturn:
     """End with exit status 1."""
     Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
     raise typer.Exit(1) from None
 
 
-def _print(tables: "Sequence[Section]") -> None:
-    from vllm_dllm.bench.report import cell_text, machine
+def print_sections(tables: "Sequence[Section]") -> None:
+    """Write the machine and tables to stdout."""
+    from vllm_dllm.measure.report import cell_text, machine
 
     console = Console()
     if not console.is_terminal:
@@ -259,8 +158,8 @@ def _print(tables: "Sequence[Section]") -> None:
 
 def _write(out: Path, comparison: "Comparison", runs: "Runs", tables: "Sequence[Section]") -> None:
     """Write the tables, everything that was measured, and the picture."""
-    from vllm_dllm.bench.plot import draw
-    from vllm_dllm.bench.report import machine, to_markdown
+    from vllm_dllm.measure.plot import draw
+    from vllm_dllm.measure.report import machine, to_markdown
 
     content = {
         "machine": machine(),

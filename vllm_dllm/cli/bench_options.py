@@ -1,8 +1,10 @@
-"""What the options of `vllm-dllm bench` that describe a workload become."""
+"""Options that describe a workload to measure, and what they become."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from vllm_dllm.cli.console import waiting_for
 from vllm_dllm.cli.server_settings import check_gen_length, num_positions, server_settings
@@ -12,9 +14,17 @@ from vllm_dllm.errors import ConfigError
 from vllm_dllm.spiffy_config import DEFAULT_GRAPH
 
 if TYPE_CHECKING:
-    from vllm_dllm.bench.decode import Policy
-    from vllm_dllm.bench.workload import Workload
     from vllm_dllm.calibrate.prompts import Tokenizer
+    from vllm_dllm.measure.decode import Policy
+    from vllm_dllm.measure.workload import Workload
+
+Model = Annotated[str, typer.Option(help="Name or path of the model.")]
+Prompts = Annotated[Path, typer.Option(help="JSONL file; each line has text, prompt, question or messages.")]
+SkipPrompts = Annotated[int, typer.Option(min=0, help="Lines left out at the beginning.")]
+NumPrompts = Annotated[int, typer.Option(min=1, help="Prompts that everyone decodes.")]
+GenLength = Annotated[int, typer.Option(min=1, help="Tokens per prompt.")]
+Concurrency = Annotated[str, typer.Option(metavar="N,...", help="Requests in flight; each number is measured.")]
+PolicyNames = Annotated[str, typer.Option(metavar="NAME,...", help="Unmasking policies; each is measured.")]
 
 
 def workload(
@@ -33,8 +43,8 @@ def workload(
 
     Raises: ConfigError when nothing is left to measure, and for a generation that the model has no room for.
     """
-    from vllm_dllm.bench.workload import Workload
     from vllm_dllm.calibrate.prompts import encode, read_prompts
+    from vllm_dllm.measure.workload import Workload
 
     at_once = whole_numbers("--concurrency", concurrency, 1024)
     chosen = read_prompts(prompts, skip_prompts + num_prompts).conversations[skip_prompts:]
@@ -52,7 +62,7 @@ def workload(
 
 
 def _read_tokenizer(model: str) -> "tuple[Tokenizer, int]":
-    """Return a model's tokenizer, and how many positions a row has at most, as vLLM sees it."""
+    """Return a model's tokenizer, and how many positions a sequence has at most, as vLLM sees it."""
     with waiting_for("reading the tokenizer"):
         from transformers import PreTrainedTokenizerFast
 
@@ -85,7 +95,7 @@ def policies(model: str, policy: str, graph: str, settings: Mapping[str, object]
 
     Raises: ConfigError for what is not allowed.
     """
-    from vllm_dllm.bench.decode import Policy
+    from vllm_dllm.measure.decode import Policy
 
     names, graphs = policy.split(","), graph.split(",")
     if len(graphs) not in {1, len(names)}:

@@ -73,7 +73,7 @@ def server_settings(model: str, given: Mapping[str, object]) -> DllmConfig:
 
 
 def num_positions(model: str) -> int:
-    """Return how many positions a row of a model has at most.
+    """Return how many positions a sequence of a model has at most.
 
     Args:
         model: name or path.
@@ -86,13 +86,13 @@ def num_positions(model: str) -> int:
 
 
 def check_gen_length(gen_length: int, prompt_lens: Iterable[int], settings: DllmConfig, positions: int) -> None:
-    """Check that prompts and what they generate have room in a model's rows; an engine would cut the generation.
+    """Check that prompts and what they generate have room in a model's sequences; an engine would cut the generation.
 
     Args:
         gen_length: tokens to generate per prompt.
         prompt_lens: tokens of each prompt.
         settings: of the server.
-        positions: of a row, at most.
+        positions: of a sequence, at most.
 
     Raises: ConfigError.
     """

@@ -1,4 +1,4 @@
-"""Which implementation makes the row statistics of a model: decided once, by what is built and what the head is."""
+"""Which implementation makes the row statistics of a model: decided once, by what is built and what the LM head is."""
 
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ logger = init_logger("vllm.dllm")
 
 
 def choose_head(model: "MaskedDiffusionLM", vocab_size: int, mask_token_id: int, device: torch.device) -> Head:
-    """Take the op on the head's weight, on its logits where the weight is not all there is to it, else torch."""
+    """Take the op on the LM head's weight, on its logits where the weight is not all there is to it, else torch."""
     try:
         ops.require("vocab_stats", device.type)
     except KernelUnavailable as error:
@@ -30,19 +30,19 @@ def choose_head(model: "MaskedDiffusionLM", vocab_size: int, mask_token_id: int,
     if obstacle is not None:
         logger.info("Row statistics are made by the native op for %s from logits, as %s.", device.type, obstacle)
         return by_logits
-    logger.info("Row statistics are made by the native op for %s from the head's weight.", device.type)
+    logger.info("Row statistics are made by the native op for %s from the LM head's weight.", device.type)
     return WeightHead(_shard(model), by_logits, mask_token_id)
 
 
 def _obstacle(model: "MaskedDiffusionLM", device: torch.device) -> str | None:
-    """Return why the op does not make the head product itself; None if it can."""
+    """Return why the op does not make the product of the LM head itself; None if it can."""
     if device.type != "cpu":
         return "there the product is the GPU libraries'"
     head, processor = model.lm_head, model.logits_processor
     if not isinstance(head.quant_method, UnquantizedEmbeddingMethod):
-        return f"the head is quantised by {type(head.quant_method).__name__}"
+        return f"the LM head is quantised by {type(head.quant_method).__name__}"
     if head.bias is not None:
-        return "the head has a bias"
+        return "the LM head has a bias"
     if processor.scale != 1.0 or processor.soft_cap is not None:
         return "the logits are scaled or capped"
     if head.shard_indices.num_added_elements > 0:

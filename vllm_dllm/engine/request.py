@@ -117,8 +117,8 @@ def _plain_ids(ids: Any) -> list[int]:
 def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_model_len: int, mask_token_id: int) -> int:
     """Check what depends on the prompt; returns how many positions the request generates at most.
 
-    Raises: RequestError for a prompt that leaves less than one block, or whose tail could not be told from what is
-        masked, for options that the policy ignores, and for steps that do not divide over the request's blocks.
+    Raises: RequestError for a prompt that leaves less than one block, or whose partial block could not be told from
+        what is masked, for options that the policy ignores, and for steps that do not divide over the request's blocks.
     """
     params = request.sampling_params
     if params is None or request.prompt_token_ids is None:
@@ -135,10 +135,11 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
     blocks = row_blocks(prompt_len, params.max_tokens, settings, max_model_len)
     if not len(blocks):
         raise _too_long(prompt_len, settings, max_model_len)
-    tail = request.prompt_token_ids[blocks.begin :]
-    if mask_token_id in tail:
+    partial_block = request.prompt_token_ids[blocks.begin :]
+    if mask_token_id in partial_block:
+        position = blocks.begin + partial_block.index(mask_token_id)
         raise RequestError(
-            f"the prompt has the mask token {mask_token_id} at position {blocks.begin + tail.index(mask_token_id)} "
+            f"the prompt has the mask token {mask_token_id} at position {position} "
             f"(from 0), but the block of {settings.block_length} that begins at {blocks.begin} could not tell it from "
             "what is to be generated; allowed are other tokens there; remove it",
             parameter="prompt",

@@ -108,7 +108,7 @@ def _set_cuda_graphs(vllm_config: VllmConfig, block_length: int, num_rows: int, 
     """Capture denoising steps whole: their shape is the number of blocks in them times the block length.
 
     Where steps are uniform that is one block per request. With drafts, or blocks to commit, each step has its own
-    number of blocks per request, and vLLM's graphs of decoding steps know one number only: `FULL` captures by the
+    number of blocks per request, and vLLM's CUDA graphs of decoding steps know one number only: `FULL` captures by the
     number of rows, whoever they belong to. Refreshes and prefills differ in shape and run eagerly; nothing is compiled.
     """
     compilation = vllm_config.compilation_config

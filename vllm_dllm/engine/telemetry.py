@@ -36,10 +36,10 @@ class StepStats:
     def of_step(cls, budget: int, rows: Sequence[Sequence[int]]) -> "StepStats":
         """Sum the rows of a step's report, each of `REPORT_LEN` numbers (`state.counters.Column`)."""
         sums = [sum(column) for column in zip(*rows, strict=True)] if rows else [0] * REPORT_LEN
-        walks = [row[Column.ACCEPTED] for row in rows]
+        lengths = [row[Column.ACCEPTED] for row in rows]
         accepted = [0] * MAX_DEPTH
-        for depth in range(1, max(walks, default=0) + 1):
-            accepted[min(depth, MAX_DEPTH) - 1] += sum(walk >= depth for walk in walks)
+        for depth in range(1, max(lengths, default=0) + 1):
+            accepted[min(depth, MAX_DEPTH) - 1] += sum(length >= depth for length in lengths)
         return cls(
             budgets={budget: 1},
             forwards=sums[Column.FORWARDS],

@@ -59,7 +59,7 @@ def needed_tensors(config: CheckpointConfig) -> dict[str, Shape]:
 
 
 def head_name(config: CheckpointConfig) -> str:
-    """Return the published name of the head's weight."""
+    """Return the published name of the LM head's weight."""
     return _published(config.tensor_names, "lm_head.weight")
 
 
@@ -79,7 +79,7 @@ class TensorCount:
 
     Attributes:
         needed: by published name, the shape, or what is known of it where a quantisation method decides it.
-        tied: names of a head and of the embedding that it is, where the checkpoint may give both.
+        tied: names of an LM head and of the embedding that it is, where the checkpoint may give both.
         is_open: whether tensors of other names go to vLLM, whose quantisation methods have names of their own.
         is_part: whether the rest came before or comes later, as when weights are replaced in a running engine.
         passed: the name and shape of the tensor that went on last.
@@ -124,7 +124,7 @@ class TensorCount:
         return self.seen[name] == 1
 
     def _is_spare_head(self, name: str, tensor: Tensor) -> bool:
-        """Tell whether a tensor is the head of a model that takes the embedding for it, and compare the two."""
+        """Tell whether a tensor is the LM head of a model that takes the embedding for it, and compare the two."""
         assert self.tied is not None, "asked of tied models only"
         self.pair[name] = tensor
         if len(self.pair) == 2:

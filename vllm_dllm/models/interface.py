@@ -22,9 +22,9 @@ class ModelFamily:
             ends a turn besides EOS, or None) and `block_size` where the checkpoint says it.
         generation_defaults: published sampling defaults that a checkpoint's generation config may override.
         decoding_defaults: published values of `DllmConfig`'s fields; a checkpoint's `block_size` comes before them.
-        attention: `bidirectional`: every position sees the whole row, blocks begin behind the prompt. `block_causal`:
-            a position sees its block and the blocks before it, blocks begin at multiples of their length, so that the
-            first one may hold the prompt's end.
+        attention: `bidirectional`: every position sees the whole sequence, blocks begin behind the prompt.
+            `block_causal`: a position sees its block and the blocks before it, blocks begin at multiples of their
+            length, so that the first one may hold the prompt's end.
         logit_shift: whether the row of position p predicts the token at p + 1.
         schedule: how `static` and its kin spread a block over steps: `even`, the remainder first; `timesteps`, Dream's
             schedule of times from 1 to eps.

@@ -183,8 +183,8 @@ def table_arguments(rope: Mapping[str, Any], max_positions: int) -> tuple[int, d
     """Return `max_position` and `rope_parameters` of vLLM's `get_rope`.
 
     vLLM's tables of type `dynamic` are those of one length. Here it is the longest, `factor` times `max_positions`:
-    then a request's tokens depend neither on its length nor on --max-model-len. transformers, which sees one row at a
-    time, takes the same base for a row of that length.
+    then a request's tokens depend neither on its length nor on --max-model-len. transformers, which sees one sequence
+    at a time, takes the same base for one of that length.
     """
     if rope["rope_type"] != "dynamic":
         return max_positions, dict(rope)

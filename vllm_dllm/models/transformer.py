@@ -244,7 +244,7 @@ class MaskedDiffusionLM(nn.Module):
         return self.model(input_ids, positions)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Hand the hidden rows on: the sampler reduces them, with the head's weight or with `head_logits`."""
+        """Hand the hidden rows on: the sampler reduces them, with the LM head's weight or with `head_logits`."""
         return hidden
 
     def head_logits(self, hidden: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ def _sizes(module: nn.Module, parameter: nn.Parameter, num_outputs: int) -> Size
     """Return how much a checkpoint's part of a quantised layer has for `num_outputs`, in the dimension of outputs.
 
     vLLM takes of a larger tensor what the layer needs, as a tensor-parallel rank does, and says nothing.
-    Nothing is known of a quantised head, which is padded.
+    Nothing is known of a quantised LM head, which is padded.
     """
     output_dim = getattr(parameter, "output_dim", None)
     if not isinstance(module, LinearBase) or not isinstance(parameter, BasevLLMParameter) or output_dim is None:

@@ -34,15 +34,3 @@ def cuda_archs() -> list[str]:
     load_once()
     archs: str = torch.ops.vllm_dllm.cuda_archs()
     return archs.split(",") if archs else []
-
-
-def multiply_adds(num_rounds: int, is_bfloat16: bool) -> int:
-    """Multiply and add in registers on all threads of the CPU, and return the number of operations.
-
-    Args:
-        num_rounds: of each thread; a million takes some 2 ms.
-        is_bfloat16: take pairs of bfloat16 where the instruction set has them, float32 elsewhere.
-    """
-    load_once()
-    num_flops: int = torch.ops.vllm_dllm.multiply_adds(num_rounds, is_bfloat16)
-    return num_flops

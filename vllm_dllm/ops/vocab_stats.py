@@ -1,4 +1,4 @@
-"""What rows of logits say, from hidden rows and the head's weight, or from logits."""
+"""What rows of logits say, from hidden rows and the LM head's weight, or from logits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -124,11 +124,6 @@ class PartialStats:
         """[num_rows, num_candidates] float64 of the candidates, neither tempered nor filtered; -inf: none."""
         top = self.top_logits.double()
         return top - top[:, :1] - torch.log1p(self.rest)[:, None]
-
-    @property
-    def log_sum_exp(self) -> Tensor:
-        """[num_rows] float64."""
-        return self.top_logits[:, 0].double() + torch.log1p(self.rest)
 
 
 def merge(parts: Sequence[PartialStats], sampling: RowSampling | None) -> PartialStats:

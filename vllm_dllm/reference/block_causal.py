@@ -1,8 +1,8 @@
 """Block decoding of block-causal models, as published for SDAR (`block_diffusion_generate`, arXiv:2510.06303).
 
-Blocks lie at multiples of their length, so that the first one may begin with the prompt's end, its *tail*. The keys and
-values of the prompt's whole blocks are stored once; a block is denoised under what is stored before it, and is stored
-when it is finished. Batch of one.
+Blocks lie at multiples of their length, so that the first one may begin with the prompt's end, its *partial
+block*. The keys and values of the prompt's whole blocks are stored once; a block is denoised under what is stored
+before it, and is stored when it is finished. Batch of one.
 """
 
 import torch
@@ -18,7 +18,7 @@ _STATIC, _GREEDY = UnmaskPolicy(), Sampling()
 
 
 def decoded_region(prompt_len: int, gen_length: int, block_length: int) -> tuple[int, int]:
-    """Return the positions [first, last) of the blocks that a generation decodes; the first may hold a tail."""
+    """Return the positions [first, last) of the blocks that a generation decodes, a partial block included."""
     first = prompt_len // block_length * block_length
     return first, -(-(prompt_len + gen_length) // block_length) * block_length
 
@@ -45,8 +45,8 @@ def generate(
     """Generate at least `gen_length` tokens after a prompt [prompt_len] int64, up to the end of a block.
 
     Other than as published, the last block is not stored, and no more positions are unmasked than are masked: where
-    the tail leaves fewer than the schedule gives, the published code overwrites the prompt. Prompt positions are never
-    masked, whatever their ids.
+    the partial block leaves fewer than the schedule gives, the published code overwrites the prompt. Prompt positions
+    are never masked, whatever their ids.
 
     Args:
         model: the model.

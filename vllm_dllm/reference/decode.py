@@ -71,16 +71,16 @@ class Generation:
     nfe_commit: int = 0  # SDAR: further forwards that stored a finished block
 
 
-def shift(rows: Tensor, edge: Tensor) -> Tensor:
+def shift(rows: Tensor, left_context: Tensor) -> Tensor:
     """Turn logits of rows, each of which predicts the next position, into those of the rows' own positions.
 
     Args:
         rows: [len, vocab].
-        edge: [1, vocab], of the row on their left.
+        left_context: [1, vocab], of the row on their left.
 
     Returns: [len, vocab].
     """
-    return torch.cat((edge, rows[:-1]))
+    return torch.cat((left_context, rows[:-1]))
 
 
 @dataclass(slots=True)

@@ -19,9 +19,9 @@ Rotation = tuple[Tensor, Tensor]
 class Rope:
     """How positions turn the pairs of a head.
 
-    `linear` (kaiokendev) divides positions by `factor`. `dynamic` (NTK, bloc97 and emozilla) raises theta for a row of
-    `factor` times `max_positions`, whatever the row's own length: so vLLM does. `yarn` (arXiv:2309.00071) divides slow
-    frequencies, keeps fast ones, and scales both query and key.
+    `linear` (kaiokendev) divides positions by `factor`. `dynamic` (NTK, bloc97 and emozilla) raises theta for a
+    sequence of `factor` times `max_positions`, whatever its own length: so vLLM does. `yarn` (arXiv:2309.00071) divides
+    slow frequencies, keeps fast ones, and scales both query and key.
 
     Attributes:
         theta: the base.

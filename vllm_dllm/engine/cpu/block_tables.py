@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.block_table import BlockTables
 
 from vllm_dllm.engine.cpu.binding import require_accepts
-from vllm_dllm.engine.cpu.kernels import row_lens
+from vllm_dllm.engine.cpu.kernels import lens_of
 
 
 def _require_plain(tables: BlockTables) -> None:
@@ -82,7 +82,7 @@ def compute_slot_mappings(
     num_reqs = idx_mapping.shape[0]
     cu_lens = query_start_loc.numpy()
     num_tokens = cu_lens[num_reqs]
-    rows = np.repeat(idx_mapping.numpy(), row_lens(cu_lens, num_reqs))
+    rows = np.repeat(idx_mapping.numpy(), lens_of(cu_lens, num_reqs))
     token_positions = positions.numpy()[:num_tokens]
     for group_slots, table, block_size in zip(slot_mappings.numpy(), self.block_tables, self.block_sizes, strict=True):
         block_idx, offset = np.divmod(token_positions, block_size)

@@ -32,9 +32,9 @@ def ragged(starts: Ints | int, lens: Ints) -> Ints:
     return np.add(offsets, np.arange(offsets.shape[0]), out=offsets)
 
 
-def row_lens(cu_lens: Ints, num_rows: int) -> Ints:
-    """Return the lengths `[num_rows]` behind the prefix sums `cu_lens` `[>= num_rows + 1]`."""
-    return cu_lens[1 : num_rows + 1] - cu_lens[:num_rows]
+def lens_of(cu_lens: Ints, num_lens: int) -> Ints:
+    """Return the lengths `[num_lens]` behind the prefix sums `cu_lens` `[>= num_lens + 1]`."""
+    return cu_lens[1 : num_lens + 1] - cu_lens[:num_lens]
 
 
 def apply_write(
@@ -84,7 +84,7 @@ def expand_idx_mapping(
         cu_num_logits_ptr: [num_reqs + 1] int32.
     """
     idx_mapping = idx_mapping_ptr.numpy()
-    lens = row_lens(cu_num_logits_ptr.numpy(), idx_mapping.shape[0])
+    lens = lens_of(cu_num_logits_ptr.numpy(), idx_mapping.shape[0])
     expanded_idx_mapping_ptr.numpy()[:] = np.repeat(idx_mapping, lens)
     expanded_local_pos_ptr.numpy()[:] = ragged(0, lens)
 
@@ -113,7 +113,7 @@ def prepare_prefill_inputs(
     idx_mapping, cu_lens = idx_mapping_ptr.numpy(), query_start_loc_ptr.numpy()
     is_prefilling = num_computed_tokens_ptr.numpy()[idx_mapping] < prefill_lens_ptr.numpy()[idx_mapping]
     slots = idx_mapping[is_prefilling]
-    lens = row_lens(cu_lens, idx_mapping.shape[0])[is_prefilling]
+    lens = lens_of(cu_lens, idx_mapping.shape[0])[is_prefilling]
     starts = cu_lens[: idx_mapping.shape[0]][is_prefilling]
     computed = num_computed_tokens_ptr.numpy()[slots]
     all_token_ids = all_token_ids_ptr.numpy()
@@ -146,7 +146,7 @@ def prepare_pos_seq_lens(
     """
     idx_mapping, cu_lens = idx_mapping_ptr.numpy(), query_start_loc_ptr.numpy()
     num_reqs = idx_mapping.shape[0]
-    lens = row_lens(cu_lens, num_reqs)
+    lens = lens_of(cu_lens, num_reqs)
     computed = num_computed_tokens_ptr.numpy()[idx_mapping]
     seq_lens = seq_lens_ptr.numpy()
     seq_lens[:num_reqs] = computed + lens
@@ -183,7 +183,7 @@ def combine_sampled_and_draft_tokens(
     """
     slots = idx_mapping_ptr.numpy()
     num_reqs = slots.shape[0]
-    lens = row_lens(cu_num_logits_ptr.numpy(), num_reqs)
+    lens = lens_of(cu_num_logits_ptr.numpy(), num_reqs)
     firsts = query_start_loc_ptr.numpy()[1 : num_reqs + 1] - lens
     logits_indices_ptr.numpy()[:] = ragged(firsts, lens)
 
@@ -236,7 +236,7 @@ def post_update(
     computed = num_computed_tokens_ptr.numpy()
     computed[slots] -= num_rejected_ptr.numpy()[rows]
     if query_start_loc_ptr is not None:
-        computed[slots] += row_lens(query_start_loc_ptr.numpy(), idx_mapping_ptr.shape[0])[rows]
+        computed[slots] += lens_of(query_start_loc_ptr.numpy(), idx_mapping_ptr.shape[0])[rows]
 
     lens = num_sampled_ptr.numpy()[rows]
     emits = lens > 0

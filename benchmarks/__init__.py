@@ -1,0 +1,1 @@
+"""Measurements behind docs/benchmarks.md that need the repository: README.md lists them."""

@@ -1,0 +1,156 @@
+"""Measure the parts of the engine on this machine; figures are ratios within one run.
+
+    python -m benchmarks reference|stages|kernels
+
+`vllm-dllm bench decode`, which is in the package, measures speculation end to end.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.kernels.suite import SHORT, KernelBench, Sizes
+from benchmarks.kernels.turns import UnequalResultsError
+from vllm_dllm.cli import bench_options
+from vllm_dllm.cli.bench import fail, print_sections
+from vllm_dllm.cli.bench_options import (
+    Concurrency,
+    GenLength,
+    Model,
+    NumPrompts,
+    PolicyNames,
+    Prompts,
+    SkipPrompts,
+)
+from vllm_dllm.cli.console import print_error
+from vllm_dllm.cli.inputs import check_file
+from vllm_dllm.cli.server_settings import (
+    AlgTemp,
+    BlockLength,
+    EntropyBound,
+    Factor,
+    StepsPerBlock,
+    Threshold,
+    given_settings,
+)
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.measure.decode import Policy
+from vllm_dllm.measure.report import machine, to_markdown
+from vllm_dllm.measure.workload import UnequalTokensError, Workload
+from vllm_dllm.spiffy_config import DEFAULT_GRAPH
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure the parts of the engine on this machine; figures are ratios within one run.",
+    pretty_exceptions_enable=False,
+)
+
+
+def _measures_workload(policies: str) -> Callable[[Callable[[Workload, tuple[Policy, ...]], None]], None]:
+    """Make a command of a function; its options say what workload and which policies the function is given.
+
+    Args:
+        policies: default of `--policy`.
+    """
+
+    def add(measure: Callable[[Workload, tuple[Policy, ...]], None]) -> None:
+        @app.command(measure.__name__, help=measure.__doc__)
+        def command(  # noqa: PLR0913 - the options of a command
+            model: Model,
+            prompts: Prompts,
+            skip_prompts: SkipPrompts = 0,
+            num_prompts: NumPrompts = 16,
+            gen_length: GenLength = 128,
+            block_length: BlockLength = None,
+            concurrency: Concurrency = "1,4,16",
+            policy: PolicyNames = policies,
+            threshold: Threshold = None,
+            factor: Factor = None,
+            entropy_bound: EntropyBound = None,
+            alg_temp: AlgTemp = None,
+            steps_per_block: StepsPerBlock = None,
+        ) -> None:
+            given = given_settings(None, block_length, threshold, factor, entropy_bound, alg_temp, steps_per_block)
+            chosen = bench_options.policies(model, policy, DEFAULT_GRAPH, given)
+            measure(
+                bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),
+                chosen,
+            )
+
+    return add
+
+
+@_measures_workload("static,threshold")
+def reference(workload: Workload, policies: tuple[Policy, ...]) -> None:
+    """Measure the engine beside the plain reference decoders; the exit status is 1 when tokens differ."""
+    from benchmarks.reference import compare_with_reference
+
+    try:
+        print_sections(compare_with_reference(workload, policies))
+    except UnequalTokensError as error:
+        fail(error)
+
+
+@_measures_workload("static")
+def stages(workload: Workload, policies: tuple[Policy, ...]) -> None:
+    """Measure where the time of a denoising step goes."""
+    from benchmarks.stages import stage_times
+
+    print_sections(stage_times(workload, policies))
+
+
+@app.command()
+def kernels(
+    short: Annotated[bool, typer.Option("--short", help="A few sizes, some seconds.")] = False,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="`auto` is a GPU if there is one.")] = "auto",
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the tables into this Markdown file.")] = None,
+) -> None:
+    """Measure the native ops against torch, vLLM and the machine; the exit status is 1 when results differ.
+
+    Needs no model. `x floor` is the time over the least that memory and arithmetic of the machine allow, measured
+    before; ratios to others say how many times as long they take.
+    """
+    if out is not None:
+        check_file("--out", out)
+    sizes = SHORT if short else Sizes()
+    if repeats is not None:
+        sizes = replace(sizes, num_rounds=repeats)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        bench = KernelBench(sizes, _device(device), lambda what: progress.update(task, description=what))
+        try:
+            tables = list(bench.sections())
+        except UnequalResultsError as error:
+            fail(error)
+    print_sections(tables)
+    if out is not None:
+        out.write_text(f"machine: {machine()}\n\n{to_markdown(tables)}")
+
+
+def _device(name: str) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    allowed = {"cpu": "cpu", "auto": "cuda" if has_gpu else "cpu"} | ({"cuda": "cuda"} if has_gpu else {})
+    if name not in allowed:
+        raise ConfigError(f"--device is {name!r}, this machine allows {', '.join(allowed)}; choose one of these")
+    return torch.device(allowed[name])
+
+
+def main() -> None:
+    """Run the command of `sys.argv`; what the user can mend ends as one line and exit status 2."""
+    try:
+        app(prog_name="python -m benchmarks")
+    except ConfigError as error:
+        print_error(error)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

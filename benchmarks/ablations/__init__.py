@@ -1,0 +1,1 @@
+"""What the parts of drafting are worth, on recorded decoding."""

@@ -1,0 +1,30 @@
+"""What is wrong ends as one line and exit status 2, before anything is measured."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+
+WORKLOAD = ("--prompts", "prompts.jsonl", "--model")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("reference", *WORKLOAD, "/nope"), "model '/nope' is not there: no such folder"),
+        (("stages", *WORKLOAD, "/nope"), "model '/nope' is not there: no such folder"),
+        (("kernels", "--out", "no/k.md"), "--out is 'no/k.md', but there is no folder"),
+        (("kernels", "--out", "."), "--out is '.', but this is a folder"),
+    ],
+)
+def test_what_is_wrong_is_told_at_once(words, part, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert part in err

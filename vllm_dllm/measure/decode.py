@@ -1,0 +1,262 @@
+"""Speculation against none: the same prompts with each budget, in turns, so that a machine's moods hit all alike."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.draft.graph_file import GraphFile, dump_graph
+from vllm_dllm.measure.process import EngineProcess
+from vllm_dllm.measure.report import Row, Section, Spread
+from vllm_dllm.measure.workload import EngineSpec, Measurement, UnequalTokensError, Workload
+from vllm_dllm.spiffy_config import DEFAULT_GRAPH, DEFAULT_MAX_NODES, METHOD
+
+OFF, AUTO = "off", "auto"
+MIN_STEPS = 10
+"""Fewer steps of a kind are no measurement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """An unmasking policy to measure.
+
+    Attributes:
+        settings: of the server.
+        draft_graph: as in `speculative_config`; `default` is the one of this policy.
+    """
+
+    settings: dict[str, Any]
+    draft_graph: str = DEFAULT_GRAPH
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return " ".join(map(str, self.settings.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A way to decode: the engine that does it, and the budget that this engine is given for it.
+
+    Engines are `off`, `auto`, `budget` and `chain`, all alive at once; the latter two evaluate any budget up to their
+    largest.
+    """
+
+    engine: str
+    budget: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return self.engine if self.budget is None else f"{self.engine} {self.budget}"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What to compare.
+
+    Attributes:
+        workload: the requests.
+        policies: each is measured by itself.
+        budgets: fixed budgets of the draft graph.
+        chain: fixed budgets of a chain graph, as FreeDave (arXiv:2510.00294) and SSD (arXiv:2510.04147) draft.
+        repeats: rounds in which everyone decodes the workload once.
+        dtype: of the engines.
+    """
+
+    workload: Workload
+    policies: tuple[Policy, ...]
+    budgets: tuple[int, ...] = (1, 3, 5)
+    chain: tuple[int, ...] = (3,)
+    repeats: int = 3
+    dtype: str = "float32"
+
+    @property
+    def variants(self) -> list[Variant]:
+        """All ways to decode; the first is what the others are compared with."""
+        fixed = [Variant("budget", budget) for budget in self.budgets]
+        return [Variant(OFF), *fixed, Variant(AUTO), *(Variant("chain", budget) for budget in self.chain)]
+
+    def specs(self, policy: Policy) -> dict[str, EngineSpec]:
+        """Return the engines that a policy's variants need."""
+        speculation: dict[str, dict[str, Any] | None] = {
+            OFF: None,
+            AUTO: {"draft_graph": policy.draft_graph, "budget": AUTO},
+        }
+        if self.budgets:
+            speculation["budget"] = {"draft_graph": policy.draft_graph, "budget": max(self.budgets)}
+        if self.chain:
+            most = max(self.chain)
+            graph = json.loads(dump_graph(GraphFile(chain_graph(most))))
+            speculation["chain"] = {"draft_graph": graph, "budget": most}
+        most_drafts = max([DEFAULT_MAX_NODES, *self.budgets, *self.chain])
+        return {
+            name: EngineSpec(
+                self.workload, policy.settings, config and {"method": METHOD, **config}, self.dtype, most_drafts
+            )
+            for name, config in speculation.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a measurement is of."""
+
+    policy: str
+    concurrency: int
+    variant: str
+
+
+Runs = dict[Key, list[Measurement]]
+"""Measurements of each kind, one per round."""
+
+
+def chain_graph(num_nodes: int) -> DraftGraph:
+    """Return the graph whose node of depth d has the best d positions, with the most probable tokens."""
+    return DraftGraph(tuple(tuple((rank, 0) for rank in range(depth)) for depth in range(1, num_nodes + 1)))
+
+
+def in_turns(variants: Sequence[Variant], repeats: int) -> Iterator[Variant]:
+    """Yield all variants in each round, forth and back by turns, so that none is always the one behind another."""
+    for number in range(repeats):
+        yield from variants if number % 2 == 0 else reversed(variants)
+
+
+def compare(comparison: Comparison, advance: Callable[[str], None]) -> Runs:
+    """Measure, and check that everyone decodes the same tokens.
+
+    Args:
+        comparison: what to compare.
+        advance: called before each measurement with what it is.
+
+    Raises: UnequalTokensError, and EngineEndedError.
+    """
+    runs: defaultdict[Key, list[Measurement]] = defaultdict(list)
+    for policy in comparison.policies:
+        with ExitStack() as stack:
+            engines: dict[str, EngineProcess] = {}
+            for name, spec in comparison.specs(policy).items():
+                advance(f"{policy.name}: start of {name}")
+                engines[name] = stack.enter_context(EngineProcess(spec))
+            for key, measurement in _measure(comparison, policy, engines, advance):
+                runs[key].append(measurement)
+                check_tokens(runs, key)
+    return dict(runs)
+
+
+def _measure(
+    comparison: Comparison, policy: Policy, engines: dict[str, EngineProcess], advance: Callable[[str], None]
+) -> Iterator[tuple[Key, Measurement]]:
+    """Measure a policy, at each number of requests at once after a warm-up."""
+    for concurrency in comparison.workload.concurrency:
+        for name, engine in engines.items():
+            advance(f"{policy.name}: warm-up of {name}, {concurrency} at once")
+            engine.measure(concurrency, num_prompts=concurrency)
+        for variant in in_turns(comparison.variants, comparison.repeats):
+            advance(f"{policy.name}: {variant.name}, {concurrency} at once")
+            measurement = engines[variant.engine].measure(concurrency, variant.budget)
+            yield Key(policy.name, concurrency, variant.name), measurement
+
+
+def num_measurements(comparison: Comparison) -> int:
+    """Return how often `compare` calls `advance`."""
+    num_engines = len(comparison.specs(comparison.policies[0]))
+    per_concurrency = num_engines + len(comparison.variants) * comparison.repeats
+    return len(comparison.policies) * (num_engines + len(comparison.workload.concurrency) * per_concurrency)
+
+
+def check_tokens(runs: Runs, key: Key) -> None:
+    """Compare the newest measurement of a kind with the policy's very first one, which is without speculation.
+
+    Raises: UnequalTokensError.
+    """
+    first = next(measurements[0] for other, measurements in runs.items() if other.policy == key.policy)
+    for index, (expected, found) in enumerate(zip(first.tokens, runs[key][-1].tokens, strict=True)):
+        if expected != found:
+            raise UnequalTokensError(
+                f"policy {key.policy}, {key.variant}, {key.concurrency} at once: the tokens of prompt {index} (from 0) "
+                f"differ from those without speculation; expected {expected}, found {found}"
+            )
+
+
+def sections(runs: Runs, block_length: int) -> list[Section]:
+    """Make the tables of the measurements."""
+    return [
+        Section("speed: median of the rounds (least to most); ratios are to off of the same round", _speeds(runs)),
+        Section("share of forwards whose drafts were accepted to this depth", _depths(runs)),
+        Section("milliseconds of a step that only denoises, median", _step_times(runs, block_length)),
+    ]
+
+
+def ratios(runs: Runs, key: Key) -> list[float]:
+    """Return, for each round, the tokens per second as a multiple of those without speculation."""
+    off = runs[Key(key.policy, key.concurrency, OFF)]
+    return [a.tokens_per_s / b.tokens_per_s for a, b in zip(runs[key], off, strict=True)]
+
+
+def _speeds(runs: Runs) -> list[Row]:
+    return [_speed(runs, key) for key in runs]
+
+
+def _speed(runs: Runs, key: Key) -> Row:
+    measurements = runs[key]
+    tokens = sum(measurement.num_tokens for measurement in measurements)
+    forwards = sum(measurement.stats.forwards for measurement in measurements)
+    refreshes = sum(measurement.stats.refreshes for measurement in measurements)
+    proposed = sum(sum(measurement.stats.proposed) for measurement in measurements)
+    accepted = sum(measurement.stats.total_accepted for measurement in measurements)
+    return {
+        "policy": key.policy,
+        "at once": key.concurrency,
+        "drafts": key.variant,
+        "tokens/s": Spread.of([measurement.tokens_per_s for measurement in measurements]),
+        "ratio": Spread.of(ratios(runs, key)),
+        "NFE/token": (forwards + refreshes) / tokens,
+        "refreshes/token": refreshes / tokens,
+        "drafts/forward": proposed / forwards,
+        "accepted/forward": accepted / forwards,
+        "waste": 1 - accepted / proposed if proposed else 0.0,
+    }
+
+
+def _depths(runs: Runs) -> list[Row]:
+    """Sum over numbers of requests at once; depths beyond the longest accept path are left out."""
+    kinds: defaultdict[tuple[str, str], list[Measurement]] = defaultdict(list)
+    for key, measurements in runs.items():
+        if key.variant != OFF:
+            kinds[key.policy, key.variant] += measurements
+    rows: list[Row] = []
+    for (policy, variant), measurements in kinds.items():
+        forwards = sum(measurement.stats.forwards for measurement in measurements)
+        accepted = [sum(counts) for counts in zip(*(m.stats.accepted for m in measurements), strict=True)]
+        shares = {f"{depth}": count / forwards for depth, count in enumerate(accepted, start=1)}
+        rows.append({"policy": policy, "drafts": variant, **shares})
+    deepest = max((int(name) for row in rows for name, share in row.items() if name.isdecimal() and share), default=1)
+    return [
+        {name: value for name, value in row.items() if not name.isdecimal() or int(name) <= deepest} for row in rows
+    ]
+
+
+def _step_times(runs: Runs, block_length: int) -> list[Row]:
+    """Take all measurements together: what a step costs depends on its rows, not on why they are there."""
+    times: defaultdict[tuple[bool, int, int], list[float]] = defaultdict(list)
+    for key, measurements in runs.items():
+        for measurement in measurements:
+            for (num_reqs, budget), ms in measurement.step_ms.items():
+                times[key.variant == OFF, num_reqs, budget] += ms
+    return [
+        {
+            "engine": OFF if is_off else "with drafts",
+            "requests": num_reqs,
+            "drafts of each": budget,
+            "rows": num_reqs * (1 + budget) * block_length,
+            "steps": len(ms),
+            "ms": statistics.median(ms),
+        }
+        for (is_off, num_reqs, budget), ms in sorted(times.items(), key=lambda item: (not item[0][0], item[0][1:]))
+        if len(ms) >= MIN_STEPS
+    ]
