@@ -83,4 +83,6 @@ def speculation_of(vllm_config: VllmConfig) -> dict[str, object] | None:
     spiffy = spiffy_of(vllm_config)
     if spiffy is None:
         return None
-    return {"method": METHOD, "draft_graph": spiffy.source, "max_nodes": spiffy.max_nodes}
+    # With a fixed budget, max_nodes decides nothing more.
+    budget = {"budget": "auto", "max_nodes": spiffy.max_nodes} if spiffy.budget is None else {"budget": spiffy.budget}
+    return {"method": METHOD, "draft_graph": spiffy.source, **budget}
