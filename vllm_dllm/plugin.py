@@ -72,7 +72,7 @@ def _register() -> None:
     compat.describe_config(config_hook.is_ours, spiffy_arguments.speculation_of)
     compat.around_generation_config(read_generation_config)
     compat.add_sampling_defaults(family_defaults)
-    compat.before_serving(serving.install)
+    compat.before_serving(config_hook.is_ours, serving.install)
     stat_logger.add_to_vllm()
     for family in FAMILIES:
         config_class = resolve_name(family.config_class)

@@ -43,6 +43,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_prompt_embeds": True}, "prompt embeddings are on"),
     ({"logits_processors": ["a:B"]}, "logits_processors are set"),
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is"),
+    ({"quantization": "fp8"}, "quantization is 'fp8', but vLLM has no kernel that makes fp8 of weights on"),
     ({"max_model_len": 32}, "block_length is 32, but max_model_len is 32"),
     ({"additional_config": {"dllm": {"block_len": 8}}}, "additional_config.dllm.block_len is not known; allowed are"),
     ({"additional_config": {"dllm": {"block_length": "8"}}}, "additional_config.dllm.block_length is '8'"),

@@ -30,6 +30,21 @@ def test_registering_again_changes_nothing() -> None:
     assert (SamplingParams._validate_diffusion, InputProcessor.process_inputs) == before
 
 
+def test_a_server_of_another_model_is_not_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Processor:
+        def __init__(self, vllm_config: str) -> None:
+            self.model_config = vllm_config
+
+    prepared: list[str] = []
+    monkeypatch.setattr(compat, "InputProcessor", Processor)
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.async_llm", sys)
+    compat.before_serving(lambda model: model == "ours", lambda: prepared.append("server"))  # type: ignore[arg-type,return-value]
+    Processor("another's")
+    assert prepared == []
+    Processor("ours")
+    assert prepared == ["server"]
+
+
 def test_architectures_are_found_without_remote_code() -> None:
     from vllm.model_executor.models import ModelRegistry
 

@@ -221,13 +221,16 @@ def around_tokenization(guard: Callable[[BaseRenderer, Any, Any], AbstractContex
     wrap(BaseRenderer, "_tokenize_singleton_prompt_async", ("self", "prompt", "params"), make_async)
 
 
-def before_serving(prepare: Callable[[], None]) -> None:
-    """Call `prepare` once a process makes an asynchronous engine: others are spared the imports of vLLM's server."""
+def before_serving(is_ours: Callable[[ModelConfig], bool], prepare: Callable[[], None]) -> None:
+    """Call `prepare` when a process makes an asynchronous engine of one of our models.
+
+    Others are spared the imports of vLLM's server, and a server of another model is as it was.
+    """
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def wrapper(self: InputProcessor, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            if "vllm.v1.engine.async_llm" in sys.modules:
+            if "vllm.v1.engine.async_llm" in sys.modules and is_ours(self.model_config):
                 prepare()
 
         return wrapper

@@ -10,6 +10,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from vllm_dllm.additional_config import settings_in
 from vllm_dllm.blocks import max_prompt_len
@@ -126,6 +127,11 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "sampling replay is on, but diffusion models do not support it; remove the flag",
     ),
     (
+        lambda c: _quantises_to_fp8(c.model_config) and current_platform.is_cpu(),
+        "quantization is {c.model_config.quantization!r}, but vLLM has no kernel that makes fp8 of weights on a CPU; "
+        "allowed there are checkpoints that are quantised; remove --quantization",
+    ),
+    (
         lambda c: c.watermark_config,
         "watermark_config is set, but the sampler of diffusion models does not apply it; remove it",
     ),
@@ -139,6 +145,11 @@ def is_ours(model_config: ModelConfig) -> bool:
 
 def _is_block_causal(model_config: ModelConfig) -> bool:
     return served_family(model_config).attention == "block_causal"
+
+
+def _quantises_to_fp8(model_config: ModelConfig) -> bool:
+    is_quantised = getattr(model_config.hf_config, "quantization_config", None) is not None
+    return not is_quantised and str(model_config.quantization).startswith("fp8")
 
 
 def settings_of(vllm_config: VllmConfig) -> DllmConfig:
