@@ -207,10 +207,34 @@ def batch(monkeypatch: pytest.MonkeyPatch) -> Any:
         ({"messages": TALK, "temperature": "hot"}, "temperature is 'hot', allowed are numbers"),
         ({"messages": TALK, "tools": []}, "`tools` must not be an empty array"),
         ({"messages": None}, "messages is None, allowed are lists"),
+        ({"messages": says("\ud800")}, "messages[0].content has '\\ud800' at character 0"),
         (5, "body is 5, allowed are objects"),
     ],
 )
 def test_a_line_of_a_batch_that_is_wrong_leaves_the_others_alone(batch: Any, body: object, text: str) -> None:
+    line = {"custom_id": "0", "method": "POST", "url": CHAT, "body": body}
+    wrong = wrong_of(batch, json.dumps(line))
+    assert wrong.custom_id == "0"
+    assert wrong.error.error.message.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "custom_id", "text"),
+    [
+        ("{", "", "the line '{' is no JSON (Expecting property name"),
+        ("[]", "", "body is [], allowed are objects"),
+        ('{"custom_id": "a", "method": "POST"}', "a", "url is missing; add it"),
+        ('{"method": "POST", "url": "/v1/chat/completions", "body": {}}', "", "custom_id is missing; add it"),
+    ],
+)
+def test_a_line_that_is_no_request_leaves_the_others_alone(batch: Any, line: str, custom_id: str, text: str) -> None:
+    wrong = wrong_of(batch, line)
+    assert wrong.custom_id == custom_id
+    assert wrong.error.error.message.startswith(text)
+
+
+def wrong_of(batch: Any, line: str) -> Any:
+    """Reply to a line, behind which another one is served."""
     check_lines()
     answered: list[str] = []
 
@@ -219,18 +243,15 @@ def test_a_line_of_a_batch_that_is_wrong_leaves_the_others_alone(batch: Any, bod
         return batch.ChatCompletionResponse(model="m", choices=[], usage={"prompt_tokens": 1, "total_tokens": 1})
 
     async def run() -> list[Any]:
-        lines = [
-            {"custom_id": str(i), "method": "POST", "url": CHAT, "body": b}
-            for i, b in enumerate((body, {"messages": TALK}))
-        ]
-        requests = [batch.BatchRequestInput.model_validate_json(json.dumps(line)) for line in lines]
+        lines = [line, json.dumps({"custom_id": "1", "method": "POST", "url": CHAT, "body": {"messages": TALK}})]
+        requests = [batch.BatchRequestInput.model_validate_json(each) for each in lines]
         return [await batch.run_request(serve, request, batch.BatchProgressTracker()) for request in requests]
 
     wrong, right = asyncio.run(run())
     assert answered == ["a"]
     assert right.error is None
-    assert (wrong.custom_id, wrong.response.status_code) == ("0", 400)
-    assert wrong.error.error.message.startswith(text)
+    assert wrong.response.status_code == 400
+    return wrong
 
 
 def test_what_starts_a_server_or_a_batch_is_wrapped_for_our_models_alone(batch: Any) -> None:

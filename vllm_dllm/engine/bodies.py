@@ -1,5 +1,7 @@
 """Where the JSON of requests is checked before vLLM makes classes of it: in a server's app, and in a batch's file."""
 
+import json
+import reprlib
 import sys
 from http import HTTPStatus
 from typing import Any
@@ -19,8 +21,10 @@ from vllm_dllm.engine.explain import explain_validation
 from vllm_dllm.engine.malformed import refuse_malformed
 from vllm_dllm.engine.refusals import RequestError, refuse_body, refuse_token_body
 
+_CHAT = "/v1/chat/completions"
+
 _GENERATING = (
-    *("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/v1/messages"),
+    *("/v1/completions", _CHAT, f"{_CHAT}/batch", "/v1/responses", "/v1/messages"),
     *("/inference/v1/generate", "/generative_scoring", "/invocations", "/cohere/v2/chat"),
 )
 """Where requests that ask for tokens go; beside each there may be a `/render`."""
@@ -36,10 +40,27 @@ def check_in(app: FastAPI) -> None:
 
 
 def check_lines() -> None:
-    """Let a batch answer a line that is wrong as a server would; vLLM ends with a traceback at the first one."""
+    """Let a batch answer a line that is wrong as a server would; vLLM ends with a traceback at the first one.
+
+    What is no JSON at all is answered under the `custom_id` that there is, or "".
+    """
     module: Any = sys.modules["vllm.entrypoints.launchers.run_batch"]
 
     class CheckedInput(module.BatchRequestInput):
+        @classmethod
+        def model_validate_json(cls, json_data: str, **_: Any) -> Any:
+            line: Any = None
+            try:
+                line = json.loads(json_data)
+                return cls.model_validate(line)
+            except ValidationError as error:
+                why: Exception = explain_validation(error.errors(), line)
+            except ValueError as error:
+                text = f"the line {reprlib.repr(json_data)} is no JSON ({error}); allowed is an object; correct it"
+                why = RequestError(text, parameter="line")
+            name = line.get("custom_id") if isinstance(line, dict) else None
+            return cls.model_construct(custom_id=str(name or ""), method="POST", url=_CHAT, body=_Refused(why))
+
         @field_validator("body", mode="plain")
         @classmethod
         def check_type_for_url(cls, value: Any, info: ValidationInfo) -> Any:
