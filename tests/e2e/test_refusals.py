@@ -162,10 +162,35 @@ def test_a_parameter_of_a_wrong_type_is_refused_before_it_reaches_the_engine(
 
 
 @pytest.mark.engine
-def test_options_that_cannot_be_sent_to_the_engine_are_refused(llm: Any) -> None:
-    case = Case(prompt=(5, 6, 7), max_tokens=4)
-    with pytest.raises(ValueError, match=r"^x is <object .*, allowed are numbers, text, and lists"):
-        llm.generate([{"prompt_token_ids": [5]}], case.sampling_params(extra_args={"x": object()}), use_tqdm=False)
+@pytest.mark.parametrize("value", [object(), np.array([1]), [np.int64(1)], {"a": {1j}}])
+def test_options_that_cannot_be_sent_to_the_engine_are_refused(llm: Any, value: object) -> None:
+    params = Case(prompt=(5, 6, 7), max_tokens=4).sampling_params(extra_args={"x": value})
+    with pytest.raises(ValueError, match=r"^x is .*, allowed are numbers, text, and lists and objects of these"):
+        llm.generate([{"prompt_token_ids": [5]}], params, use_tqdm=False)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("prompt", "options", "text"),
+    [
+        ({"cache_salt": 5}, {}, "cache_salt is 5, allowed is str | null"),
+        ({}, {"priority": ["x"]}, "priority is 'x', allowed is int"),
+        ({}, {"priority": [None]}, "priority is None, allowed is int"),
+    ],
+)
+def test_what_the_engine_would_not_decode_of_a_request_is_refused(
+    llm: Any, prompt: dict[str, Any], options: dict[str, Any], text: str
+) -> None:
+    params = Case(prompt=(5, 6, 7), max_tokens=4).sampling_params()
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        llm.generate([{"prompt_token_ids": [5], **prompt}], params, use_tqdm=False, **options)
+
+
+@pytest.mark.engine
+def test_options_of_others_pass(llm: Any) -> None:
+    extra = {"dllm_policy": np.str_("static"), "x": [1, "a", None, {"b": True}], "y": np.float32(0.5)}
+    params = Case(prompt=(5, 6, 7), max_tokens=4).sampling_params(extra_args=extra)
+    assert len(llm.generate([{"prompt_token_ids": [5]}], params, use_tqdm=False)[0].outputs[0].token_ids) == 4
 
 
 def test_what_passes_is_what_the_engine_decodes() -> None:

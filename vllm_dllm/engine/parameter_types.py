@@ -4,6 +4,7 @@ Some wrong ones end in a TypeError without the parameter's name, and those that 
 thread that reads its requests: every client then waits forever.
 """
 
+import re
 import reprlib
 import types
 from enum import Enum
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 import msgspec
 from vllm.sampling_params import SamplingParams
-from vllm.v1.serial_utils import MsgpackEncoder
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_dllm.config import plain_number
 from vllm_dllm.engine.config_hook import is_ours
 from vllm_dllm.engine.refusals import REFUSED, RequestError, not_allowed
 
 if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
 
 _WORDS = {bool: "True and False", int: "whole numbers", float: "numbers", str: "text", dict: "objects", Any: "anything"}
@@ -43,13 +45,32 @@ def check_types(processor: "InputProcessor", params: Any) -> None:
             raise not_allowed(name, value, _allowed(of))
     for key, value in (params.extra_args or {}).items():
         try:
-            MsgpackEncoder().encode(plain_number(value))
-        except TypeError:
+            # Without vLLM's own extensions: an array reaches the engine core, which dies when it hands it on.
+            msgspec.msgpack.encode(str(value) if isinstance(value, str) else plain_number(value))
+        except (TypeError, ValueError, OverflowError, RecursionError):
             raise RequestError(
                 f"{key} is {reprlib.repr(value)}, allowed are numbers, text, and lists and objects of these, which can "
                 "be sent to the engine; give one of these",
                 parameter=str(key),
             ) from None
+
+
+def check_sent(request: "EngineCoreRequest") -> None:
+    """Check that the engine can decode what is sent of an admitted request: its salt, its priority and so on.
+
+    Raises: RequestError naming the field, its value and what is allowed.
+    """
+    sent = msgspec.structs.replace(request, prompt_token_ids=None)  # whole numbers, as its admission saw to
+    try:
+        MsgpackDecoder(type(request)).decode(MsgpackEncoder().encode(sent))
+    except (TypeError, ValueError) as error:
+        place = re.search(r"Expected (.*), got .* at `\$\[(\d+)\]", str(error))
+        name = request.__struct_fields__[int(place[2])] if place else "request"
+        value = getattr(request, name, None)
+        allowed = place[1].replace("`", "") if place else "what can be sent to the engine"
+        raise RequestError(
+            f"{name} is {reprlib.repr(value)}, allowed is {allowed} ({error}); give one of these", parameter=name
+        ) from None
 
 
 def _is(value: object, of: Any) -> bool:

@@ -22,6 +22,7 @@ from vllm_dllm.config import (
     request_steps,
 )
 from vllm_dllm.engine.config_hook import is_ours, settings_of
+from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -185,6 +186,7 @@ def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") 
     params.extra_args = _plain_args(params.extra_args)
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
+    check_sent(request)
 
 
 def _plain_args(args: dict[str, Any] | None) -> dict[str, Any] | None:
