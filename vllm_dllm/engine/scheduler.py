@@ -51,7 +51,7 @@ class DllmScheduler(Scheduler):
         self.is_causal = self.settings.is_block_causal
         self.rows = StepRows(self.settings, self.max_model_len, self.max_num_scheduled_tokens)
         self._placeholders = [-1] * self.num_spec_tokens
-        self.num_held = 0
+        self._num_held = 0  # requests, since the last report
         compilation = self.vllm_config.compilation_config
         has_graphs = compilation.cudagraph_mode != CUDAGraphMode.NONE
         self._largest_graph = (compilation.max_cudagraph_capture_size or 0) if has_graphs else 0
@@ -204,7 +204,7 @@ class DllmScheduler(Scheduler):
             request.spec_token_ids = self._placeholders[: self.block_length]
             if not self.rows.give(request, num_rows):
                 leave_out(request, self.current_step)
-                self.num_held += 1
+                self._num_held += 1
             elif begins_block:
                 num_begins += self.is_causal
             else:
@@ -255,7 +255,8 @@ class DllmScheduler(Scheduler):
         """
         drafting = {req_id: report for req_id, report in reports.items() if not report.commits}
         budget = max(map(len, output.scheduled_spec_decode_tokens.values())) - self.block_length
-        self._stats = stats = StepStats.of_step(budget, list(reports.values()))
+        self._stats = stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
+        self._num_held = 0
         for req_id, report in reports.items():
             if req_id in self.requests:  # it may have been aborted meanwhile
                 self._totals[req_id].add(report)
@@ -317,7 +318,7 @@ class DllmScheduler(Scheduler):
             return True
         num_rows = self.rows.first(request, request.num_computed_tokens + num_hit)
         is_admitted = self.rows.give(request, num_rows, is_first=True)
-        self.num_held += not is_admitted
+        self._num_held += not is_admitted
         return is_admitted
 
     def _paged_end(self, request: Request) -> int:
