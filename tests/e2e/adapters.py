@@ -38,3 +38,14 @@ def merge_adapter(path: Path, checkpoint: Path, adapter: Path) -> None:
         weight = weights[name.removeprefix("base_model.model.").replace(".lora_A.", ".")]
         weight += product.to(weight.dtype) * (config["lora_alpha"] / config["r"])
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_module(adapter: Path, module: str) -> Path:
+    """Return a copy of an adapter that changes one more module, by its published name."""
+    path = adapter.with_name(f"{adapter.name} and {module}")
+    shutil.copytree(adapter, path, dirs_exist_ok=True)
+    tensors = load_file(path / "adapter_model.safetensors")
+    for letter, shape in (("A", (RANK, 8)), ("B", (8, RANK))):
+        tensors[f"base_model.model.{module}.lora_{letter}.weight"] = torch.zeros(shape)
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.adapters import make_adapter, merge_adapter
+from tests.e2e.adapters import add_module, make_adapter, merge_adapter
 from tests.e2e.dream import dream_oracle
 from tests.e2e.rig import CHECKPOINT, Case, Oracle, engine, mixed_cases, random_graph, speculation
 from tests.e2e.sdar import SdarOracle, sdar_cases
@@ -72,10 +72,13 @@ def test_adapters_equal_merged_weights(adapted: Any, budget: int) -> None:
     config = {"speculative_config": speculation(graph, budget)} if budget else {}
     requests = [None, *(LoRARequest(path.name, i, str(path)) for i, path in enumerate(adapters, 1))]
     cases = cases_of(family, len(oracles))
+    with_head = add_module(adapters[0], "model.transformer.ff_out" if family == "llada" else "lm_head")
     turns = [i % len(oracles) for i in range(len(cases))]
     with engine(checkpoint, settings, **OPTIONS, **config) as llm:
         outputs = generate(llm, cases, [requests[turn] for turn in turns])
         again = generate(llm, cases[-3:], [requests[turn] for turn in turns[-3:]])
+        with pytest.raises(ValueError, match=r"but received \['lm_head'\]"):
+            llm.llm_engine.add_lora(LoRARequest("head", 3, str(with_head)))
     expected = [oracles[turn].tokens(case, settings) for turn, case in zip(turns, cases, strict=True)]
     assert [list(output.outputs[0].token_ids) for output in outputs] == expected
     assert len({tuple(tokens) for tokens in expected[-3:]}) == 3, "the adapters change too little"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vllm_dllm.engine.contracts import CONTRACTS, Contract, check_contracts, parameters_in, read_owner
+from vllm_dllm.engine.contracts import CONTRACTS, LORA_CONTRACTS, Contract, check_contracts, parameters_in, read_owner
 from vllm_dllm.engine.patches import PATCHES
 from vllm_dllm.errors import UnsupportedVllmError
 
@@ -153,7 +153,7 @@ def test_contracts_are_read_from_sources(tmp_path: Path) -> None:
 
 
 def test_what_is_read_is_what_python_sees() -> None:
-    contracts = [*CONTRACTS, *(patch.contract for patch in PATCHES.values())]
+    contracts = [*CONTRACTS, *LORA_CONTRACTS, *(patch.contract for patch in PATCHES.values())]
     for contract in contracts:
         if contract.parameters and not contract.owner.startswith("vllm.entrypoints"):
             text = read_owner(contract.owner)

@@ -22,6 +22,7 @@ from vllm_dllm.engine.configs import (
     is_ours,
     served_family,
 )
+from vllm_dllm.engine.contracts import LORA_CONTRACTS, check_contracts
 from vllm_dllm.engine.generation_defaults import check_generation_defaults, family_defaults
 from vllm_dllm.engine.patches import become
 from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
@@ -29,6 +30,7 @@ from vllm_dllm.engine.worker_check import check_level
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.checkpoint_fields import SPECIAL_IDS, check_token_ids
 from vllm_dllm.models.interface import check_family
+from vllm_dllm.plugin import SUPPORTED_VLLM
 from vllm_dllm.spiffy_config import SpiffySettings
 
 logger = init_logger("vllm.dllm")
@@ -219,11 +221,13 @@ class DllmConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Refuse what cannot work and set what diffusion needs.
 
-        Raises: ConfigError with one sentence.
+        Raises: ConfigError with one sentence; UnsupportedVllmError where adapters are asked for and vLLM's are others.
         """
         for is_asked_for, sentence in _REFUSALS:
             if is_asked_for(vllm_config):
                 raise ConfigError(sentence.format(c=vllm_config))
+        if vllm_config.lora_config:
+            check_contracts(LORA_CONTRACTS, str(SUPPORTED_VLLM))
         config = become_dllm(vllm_config)
         check_level()
         settings, spiffy = config.dllm.settings, config.dllm.spiffy

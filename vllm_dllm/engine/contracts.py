@@ -138,6 +138,25 @@ CONTRACTS = (
 )
 """Besides those of `patches.PATCHES`."""
 
+LORA_CONTRACTS = (
+    *_methods(f"{_GPU}.lora_utils:LoraState", {"make_lora_inputs": "self req_ids idx_mapping num_scheduled_tokens"}),
+    *_methods(
+        f"{_V1}.worker.lora_model_runner_mixin:LoRAModelRunnerMixin",
+        {"maybe_dummy_run_with_lora": "self lora_config num_scheduled_tokens num_sampled_tokens num_active_loras"},
+    ),
+    *_fields("vllm.lora.worker_manager:WorkerLoRAManager", "_adapter_manager"),
+    *_fields("vllm.lora.model_manager:LoRAModelManager", "punica_wrapper_mapping"),
+    *_methods(
+        "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU",
+        {
+            "_shrink_prefill": "self y x w_t_all scale",
+            "_expand_slice_prefill": "self y x w_t_all y_offset y_slice_size add_inputs",
+        },
+    ),
+    *_methods("vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase", {"prefill_metadata": "self"}),
+)
+"""Checked when an engine with adapters starts: without them all else is served."""
+
 
 def check_contracts(contracts: tuple[Contract, ...], supported: str, root: Path | None = None) -> None:
     """Check contracts with vLLM's sources.
