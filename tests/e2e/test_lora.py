@@ -60,10 +60,10 @@ def generate(llm: Any, cases: list[Case], adapters: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("adapted", "budget"),
-    [("llada", 0), ("llada", 4), ("dream", 4), ("sdar", 0), ("sdar", 4)],
+    [("llada", 0), ("llada", 4), ("dream", "auto"), ("sdar", 0), ("sdar", 4)],
     indirect=["adapted"],
 )
-def test_adapters_equal_merged_weights(adapted: Any, budget: int) -> None:
+def test_adapters_equal_merged_weights(adapted: Any, budget: int | str) -> None:
     from vllm.lora.request import LoRARequest
 
     family, checkpoint, adapters, oracles = adapted
@@ -77,14 +77,14 @@ def test_adapters_equal_merged_weights(adapted: Any, budget: int) -> None:
     with engine(checkpoint, settings, **OPTIONS, **config) as llm:
         outputs = generate(llm, cases, [requests[turn] for turn in turns])
         again = generate(llm, cases[-3:], [requests[turn] for turn in turns[-3:]])
-        with pytest.raises(ValueError, match=r"but received \['lm_head'\]"):
+        with pytest.raises(ValueError, match=r"but received \['lm_head'"):
             llm.llm_engine.add_lora(LoRARequest("head", 3, str(with_head)))
     expected = [oracles[turn].tokens(case, settings) for turn, case in zip(turns, cases, strict=True)]
     assert [list(output.outputs[0].token_ids) for output in outputs] == expected
     assert len({tuple(tokens) for tokens in expected[-3:]}) == 3, "the adapters change too little"
     assert [list(output.outputs[0].token_ids) for output in again] == expected[-3:]
     assert {output.num_cached_tokens for output in again} == {32 if family == "sdar" else 0}  # each finds its own pages
-    if budget:
+    if budget == 4:
         accepted = sum(output.kv_transfer_params["dllm"]["accepted"] for output in outputs)
         told = [
             oracles[turn].speculative(case, settings, graph, budget) for turn, case in zip(turns, cases, strict=True)
