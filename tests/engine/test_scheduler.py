@@ -70,6 +70,16 @@ def test_blocks_that_begin_are_refreshed_oldest_first_and_the_others_wait() -> N
     assert scheduler.rows.given == {**dict.fromkeys("abcg", B), **dict.fromkeys("def", 16)}
 
 
+def test_an_old_request_s_long_refresh_goes_before_short_ones() -> None:
+    """However many young requests refresh rows of two blocks in each step."""
+    scheduler = make(3, [request(name) for name in "abcdefgh"])
+    for each in scheduler.running[1:]:
+        each.num_computed_tokens = each.num_prompt_tokens = each.max_tokens = B
+    scheduler.running[0].max_tokens = 20
+    scheduler.schedule()
+    assert scheduler.rows.given == {"a": 28, **dict.fromkeys("bcde", 2 * B)}
+
+
 def test_what_vllm_counts_is_told_in_rows() -> None:
     scheduler = begun(make(2, [request()]))
     scheduler.schedule()

@@ -43,6 +43,15 @@ def test_prefix_recomputes_what_follows_at_every_step() -> None:
     assert stored(policy, [0, 1], [4, 14]) == [(4, 90), (0, 91)]
 
 
+def test_prefix_stores_nothing_of_the_last_block_but_when_it_begins() -> None:
+    """No step refreshes a block alone: it would have the shape of a captured graph, which stores nothing."""
+    policy = KvSchedule("prefix", None, 2, max_num_reqs=1)
+    assert stored(policy, [0], [86]) == [(0, 90)]
+    assert stored(policy, [0], [86]) == [(86, 90)]
+    assert stored(policy, [0], [88]) == [(0, 90)]
+    assert stored(policy, [0], [88]) == [(88, 88)]
+
+
 @pytest.mark.parametrize("name", ["dual", "prefix"])
 def test_a_new_request_in_the_slot_begins_a_block_at_the_same_position(name: str) -> None:
     policy = KvSchedule(name, None, 8, max_num_reqs=1)  # type: ignore[arg-type]

@@ -85,6 +85,7 @@ class StepRows:
         begin, end = refreshed(
             self.settings.kv_policy,
             self.settings.refresh_every,
+            self.block_length,
             begins,
             np.where(begins, 0, step + 1),
             start,

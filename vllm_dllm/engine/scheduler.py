@@ -191,7 +191,7 @@ class DllmScheduler(Scheduler):
         return super().make_stats(spec_decoding_stats, *args, **kwargs)
 
     def _choose_rows(self) -> None:
-        """Give running requests their rows, blocks before refreshes, both oldest first.
+        """Give running requests their rows, blocks before refreshes of any length, both oldest first.
 
         Those for whose refresh there are not enough wait for the next step. What is then left, but for the longest
         prompt if any waits, is for drafts.
@@ -199,8 +199,9 @@ class DllmScheduler(Scheduler):
         self.rows.begin_step()
         denoising = self._denoising()
         needed = zip(denoising, *self._needed_rows(denoising), strict=True)
+        longest = self.block_length * (1 + self.is_causal)  # with its commit; beside all blocks any refresh has room
         drafting, num_begins = [], 0
-        for request, num_rows, begins_block in sorted(needed, key=lambda each: each[1] > 2 * self.block_length):
+        for request, num_rows, begins_block in sorted(needed, key=lambda each: each[1] > longest):
             request.spec_token_ids = self._placeholders[: self.block_length]
             if not self.rows.give(request, num_rows):
                 leave_out(request, self.current_step)

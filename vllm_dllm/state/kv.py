@@ -8,7 +8,7 @@ stores before it attends. What must be stored is one more part of the step, over
   - every policy refreshes the whole row when a block begins;
   - `dual` with `refresh_every=n` does so again at every n-th step of the block (Fast-dLLM's dual cache for None,
     no cache at all for 1);
-  - `prefix` recomputes the block and what follows at every step (Fast-dLLM's prefix cache);
+  - `prefix` recomputes the block and what follows, if anything does, at every step (Fast-dLLM's prefix cache);
 - under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit. A
   block that ended is stored by its *commit*, one more node in the first step of the next block, unless a look-ahead
   (`draft.look_ahead`) stored it before.
@@ -97,13 +97,16 @@ class KvSchedule:
         if self.is_causal:
             begin, end = np.where(is_new, self._stored[slots], block_start), block_start
         else:
-            begin, end = refreshed(self.name, self.refresh_every, begins_block, step, block_start, row_len)
+            begin, end = refreshed(
+                self.name, self.refresh_every, self.block_length, begins_block, step, block_start, row_len
+            )
         return KvStep(begin, end, begins_block & ~is_new & self.is_causal, begins_block, is_new)
 
 
 def refreshed(
     name: KvPolicyName,
     refresh_every: int | None,
+    block_length: int,
     begins_block: BoolArray,
     step: IntArray,
     block_start: IntArray,
@@ -113,11 +116,14 @@ def refreshed(
 
     Args:
         name, refresh_every: the policy.
+        block_length: positions of a block.
         begins_block: [num_reqs], whose block has no decided step yet.
         step: [num_reqs], decided steps of the block.
         block_start, row_len: [num_reqs].
     """
     if name == "prefix":
-        return np.where(begins_block, 0, block_start), row_len
+        # Nothing follows the last block, and nobody reads its own K/V: its steps are no refreshes.
+        is_due = begins_block | (block_start + block_length < row_len)
+        return np.where(begins_block, 0, block_start), np.where(is_due, row_len, block_start)
     is_due = begins_block if refresh_every is None else step % refresh_every == 0
     return np.zeros_like(row_len), np.where(is_due, row_len, 0)
