@@ -2,8 +2,8 @@
 
 `nodes` gives the canvases of the next forward: the true ones and the drafts (`draft.propose`), made from the last
 distribution that came true. `advance` takes the forward's rows: statistics of each (`unmask.stats`), and the canvases
-that the unmasking policy makes in turn, as far as the drafts came true (`unmask.walk`). Batched tensor code; nothing
-waits for the device.
+that the unmasking policy makes in turn, as far as the drafts came true (`unmask.walk`). `settle` ends the
+step (`state.settle`). Batched tensor code; nothing waits for the device.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from vllm_dllm.draft.propose import Roots, likeliest_end, propose
 from vllm_dllm.ops.vocab_stats import RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
 from vllm_dllm.unmask.head import Head
 from vllm_dllm.unmask.policy import asked_ids
 from vllm_dllm.unmask.stats import Candidates
@@ -56,13 +57,17 @@ class Denoiser:
         drafting: None: without drafts.
         head: reduces the model's rows.
         walk: decides canvases.
+        settle: ends steps.
     """
 
-    def __init__(self, state: CanvasState, drafting: Drafting | None, head: Head, walk: Walk = walk) -> None:
+    def __init__(
+        self, state: CanvasState, drafting: Drafting | None, head: Head, walk: Walk = walk, settle: Settle = settle
+    ) -> None:
         self.state = state
         self.drafting = drafting
         self.head = head
         self.walk = walk
+        self._settle = settle
         self.observer: Callable[[Observation], None] | None = None
 
     def nodes(self, blocks: Blocks, num_drafts: int, *, looks_ahead: bool = False) -> Nodes:
@@ -103,7 +108,7 @@ class Denoiser:
     def advance(self, blocks: Blocks, nodes: Nodes, hidden: Tensor, fresh: Tensor | None = None) -> Trajectory:
         """Decide the next canvases of some requests, as many as their drafts foresaw and one more.
 
-        Where a look-ahead came true the request has the next block from then on.
+        Nothing is kept of them before `settle`.
 
         Args:
             blocks: of the requests, no request twice.
@@ -121,15 +126,16 @@ class Denoiser:
         stats = self.head(rows, self._sampling(blocks, nodes), num_candidates, ids)
         params = self.state.policy_params(blocks)
         done = self.walk(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
-        self.state.canvas[blocks.slots] = done.next_canvas
-        self.state.remember(blocks.slots, done.state)
-        request = torch.arange(len(done.node), device=done.node.device)
-        if self.drafting is not None:
-            self.drafting.state.put(blocks.slots, done.candidates, nodes.is_masked[request, done.node])
         if self.observer is not None:
+            request = torch.arange(len(done.node), device=done.node.device)
             before = nodes.canvas[request, done.node]
             self.observer(Observation(blocks, before, done.next_canvas, done.candidates))
         return done
+
+    def settle(self, blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger) -> Emission:
+        """Keep what `advance` came to, emit the blocks that it finished, begin those behind: see `state.settle`."""
+        drafts = None if self.drafting is None else self.drafting.state
+        return self._settle(self.state, drafts, blocks, nodes, done, ledger)
 
     def _ids(self, nodes: Nodes, asked: Tensor | None) -> RowIds | None:
         """Return what policies ask for of evaluated rows, of the ids [num_reqs, block_length, num_given]."""

@@ -10,15 +10,24 @@ namespace {
 
 constexpr const char* kOp = "decide_walk";
 
+// How many rows there must be: of all nodes, or of those that are evaluated, which must be whole ones, and no more.
+int64_t count_rows(const Tensor& canvas, const std::optional<Tensor>& evaluated, const std::vector<Tensor>& rows) {
+  const int64_t num_rows = canvas.size(0) * canvas.size(1) * canvas.size(2);
+  if (!evaluated || rows.empty() || rows[0].dim() != 1 || canvas.size(2) == 0) {
+    return num_rows;
+  }
+  const int64_t given = rows[0].size(0);
+  return given % canvas.size(2) == 0 && given < num_rows ? given : num_rows;
+}
+
 void check_input(const char* name, const Tensor& tensor, ScalarType type, const Sizes& sizes, const Tensor& canvas) {
   check_shape(kOp, name, tensor, sizes, "sizes follow from canvas and rows.top_ids");
   check_tensor(kOp, name, tensor, type, canvas);
 }
 
-void check_rows(const std::vector<Tensor>& rows, const Tensor& canvas) {
+void check_rows(const std::vector<Tensor>& rows, const Tensor& canvas, int64_t num_rows) {
   check(rows.size() == 6 || rows.size() == 8, kOp, "rows must be 6 or 8 tensors, got ", rows.size(),
         "; give token_ids, token_logits, top_ids, top_logits, rest, weighted and, if wanted, the sampled sums");
-  const int64_t num_rows = canvas.size(0) * canvas.size(1) * canvas.size(2);
   const int64_t num_candidates = rows[2].dim() == 2 ? rows[2].size(1) : 0;
   check(num_candidates >= 2 && num_candidates <= kMaxCandidates, kOp,
         "rows.top_ids must be [num_rows, num_candidates] with num_candidates in 2..", kMaxCandidates, ", got ",
@@ -49,7 +58,7 @@ void check_params(const std::vector<Tensor>& params, const Tensor& canvas) {
   check_input("params.times", params[13], ScalarType::Double, table, canvas);
 }
 
-void check_memory(const std::vector<Tensor>& memory, const Tensor& canvas) {
+void check_memory(const std::vector<Tensor>& memory, const Tensor& canvas, int64_t num_rows) {
   check(memory.empty() || memory.size() == 3, kOp, "memory must be 0 or 3 tensors, got ", memory.size(),
         "; give credit_ids, credits and the logits of these ids if a policy remembers something");
   if (memory.empty()) {
@@ -58,8 +67,7 @@ void check_memory(const std::vector<Tensor>& memory, const Tensor& canvas) {
   const Sizes positions = {canvas.size(0), canvas.size(2), kMaxCredited};
   check_input("memory.credit_ids", memory[0], ScalarType::Long, positions, canvas);
   check_input("memory.credits", memory[1], ScalarType::Double, positions, canvas);
-  const Sizes rows = {canvas.size(0) * canvas.size(1) * canvas.size(2), kMaxCredited};
-  check_input("memory.given_logits", memory[2], ScalarType::Float, rows, canvas);
+  check_input("memory.given_logits", memory[2], ScalarType::Float, {num_rows, kMaxCredited}, canvas);
 }
 
 // Of a memory there are as many results as it has tensors of a state.
@@ -91,9 +99,9 @@ std::vector<Tensor> new_results(const Tensor& canvas, int64_t num_candidates, bo
 
 }  // namespace
 
-std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Tensor> end, std::vector<Tensor> rows,
-                                std::vector<Tensor> params, std::vector<Tensor> memory, int64_t mask_token_id,
-                                bool unmasks_first_alone) {
+std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Tensor> end,
+                                std::optional<Tensor> evaluated, std::vector<Tensor> rows, std::vector<Tensor> params,
+                                std::vector<Tensor> memory, int64_t mask_token_id, bool unmasks_first_alone) {
   check(canvas.dim() == 3 && canvas.size(1) > 0, kOp,
         "canvas must be [num_reqs, num_nodes, block_length] with the root, got ", shape(canvas),
         "; put node 0, the request's true canvas, first");
@@ -102,9 +110,13 @@ std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Te
   if (end) {
     check_input("end", *end, ScalarType::Long, {canvas.size(0), canvas.size(2)}, canvas);
   }
-  check_rows(rows, canvas);
+  if (evaluated) {
+    check_input("evaluated", *evaluated, ScalarType::Long, {canvas.size(0), canvas.size(1)}, canvas);
+  }
+  const int64_t num_rows = count_rows(canvas, evaluated, rows);
+  check_rows(rows, canvas, num_rows);
   check_params(params, canvas);
-  check_memory(memory, canvas);
+  check_memory(memory, canvas, num_rows);
   const int64_t num_candidates = rows[2].size(1);
   std::vector<Tensor> out = new_results(canvas, num_candidates, !memory.empty());
   const bool is_sampled = rows.size() == 8;
@@ -112,6 +124,7 @@ std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Te
       .canvas = canvas.const_data_ptr<int64_t>(),
       .is_valid = is_valid.const_data_ptr<bool>(),
       .end = end ? end->const_data_ptr<int64_t>() : nullptr,
+      .evaluated = evaluated ? evaluated->const_data_ptr<int64_t>() : nullptr,
       .token_ids = rows[0].const_data_ptr<int64_t>(),
       .token_logits = rows[1].const_data_ptr<float>(),
       .top_ids = rows[2].const_data_ptr<int64_t>(),
@@ -164,5 +177,5 @@ std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Te
 }  // namespace dllm
 
 DLLM_OP(decide_walk,
-        "(Tensor canvas, Tensor is_valid, Tensor? end, Tensor[] rows, Tensor[] params, Tensor[] memory, "
-        "int mask_token_id, bool unmasks_first_alone) -> Tensor[]")
+        "(Tensor canvas, Tensor is_valid, Tensor? end, Tensor? evaluated, Tensor[] rows, Tensor[] params, "
+        "Tensor[] memory, int mask_token_id, bool unmasks_first_alone) -> Tensor[]")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +28,7 @@ from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.sampling import Sampling
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.state.settle import Ledger, native_settle, settle
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
@@ -140,24 +140,30 @@ def denoise(
     for slot, r in enumerate(requests):
         state.add_request(slot, r.params(rules, block_length, block_length))
         state.canvas[slot, : len(r.tail)] = torch.tensor(r.tail, dtype=torch.int64)
+    tokens = state.canvas.clone()
     state.apply_staged_writes()
     drafting = None
     if graph is not None:
         drafting = Drafting(compile_graph(graph, CPU), DraftState(state), native_propose if is_native else propose)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
-    denoiser = Denoiser(state, drafting, head, native_walk if is_native else walk)
+    denoiser = Denoiser(state, drafting, head, *((native_walk, native_settle) if is_native else (walk, settle)))
     slots = torch.arange(num_reqs)
     forwards, accepted = torch.zeros(num_reqs, dtype=torch.int64), torch.zeros(num_reqs, dtype=torch.int64)
     num_drafts = 0  # the first forward is the refresh
-    while (state.canvas == MASK).any():
-        blocks = Blocks(slots, np.arange(num_reqs), torch.zeros(num_reqs, dtype=torch.int64))
+    while len(slots):
+        start = torch.zeros_like(slots)
+        blocks = Blocks(slots, slots.numpy(), start)
         nodes = denoiser.nodes(blocks, num_drafts)
-        forwards += nodes.is_masked[:, 0].any(1)
+        forwards[slots] += nodes.is_masked[:, 0].any(1)
         hidden = model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1)
         decision = denoiser.advance(blocks, nodes, hidden)
-        accepted += decision.num_accepted
+        emitted = denoiser.settle(blocks, nodes, decision, Ledger(len(slots), start, start))
+        assert emitted.num_sampled.tolist() == (block_length * decision.is_finished).tolist()
+        accepted[slots] += decision.num_accepted
+        tokens[slots] = decision.canvas
+        slots = slots[~decision.is_finished]
         num_drafts = budget if graph is not None else 0
-    return state.canvas.tolist(), forwards.tolist(), accepted.tolist()
+    return tokens.tolist(), forwards.tolist(), accepted.tolist()
 
 
 @st.composite

@@ -21,6 +21,7 @@ from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import block_causal, policy, spiffy
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.state.settle import Ledger, native_settle, settle
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.walk import native_walk, walk
 
@@ -84,6 +85,8 @@ def step(model: ChainModel, denoiser: Denoiser, row: Row, budget: int, look_ahea
         first = len(canvas) - looks_ahead
         hidden = torch.cat([model.logits(canvas[:first], None), hidden[first:]])
     decision = denoiser.advance(blocks, nodes, hidden.flatten(0, 1))
+    emitted = denoiser.settle(blocks, nodes, decision, Ledger(1, blocks.start, blocks.start))
+    assert emitted.num_sampled.tolist() == [block_length * bool(decision.is_finished)]
     came_over = bool(decision.came_over)
     had_masks = bool(nodes.is_masked[0, 0].any())
     row.took += (had_masks or came_over, int(decision.num_accepted), int(nodes.is_valid[0, 1:].sum()) * had_masks)
@@ -93,7 +96,6 @@ def step(model: ChainModel, denoiser: Denoiser, row: Row, budget: int, look_ahea
         row.tokens += decision.canvas[0].tolist()
         row.start += block_length
         row.is_stored = came_over
-        denoiser.begin_blocks(blocks.slots, ~decision.came_over)
 
 
 def decode(
@@ -105,7 +107,7 @@ def decode(
     state.apply_staged_writes()
     drafting = Drafting(compile_graph(graph, CPU), DraftState(state), native_propose if is_native else propose)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
-    denoiser = Denoiser(state, drafting, head, native_walk if is_native else walk)
+    denoiser = Denoiser(state, drafting, head, *((native_walk, native_settle) if is_native else (walk, settle)))
     server = DllmConfig(block_length=model.block_length, kv_policy="block_causal")
     for row in rows:
         while row.start < row.end:

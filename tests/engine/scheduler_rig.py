@@ -18,10 +18,11 @@ from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.engine import scheduler as module
 from vllm_dllm.engine.pages import DllmPages
-from vllm_dllm.engine.report import MAX_DEPTH, RequestReport
+from vllm_dllm.engine.report import RequestReport
 from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.scheduler import DllmScheduler
 from vllm_dllm.engine.telemetry import RequestTotals
+from vllm_dllm.state.report import MAX_DEPTH
 
 B = 4
 MAX_NODES = 3

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from vllm_dllm.engine.report import MAX_DEPTH, RequestReport
+from vllm_dllm.engine.report import RequestReport
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals
 from vllm_dllm.engine.worker_check import CheckLevel, Fault, Roster, WorkerCheck, check_level
 from vllm_dllm.errors import ConfigError, StateError
+from vllm_dllm.state.report import MAX_DEPTH
 
 B = 4
 

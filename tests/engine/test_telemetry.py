@@ -15,10 +15,11 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.draft.budget import CostCurve
 from vllm_dllm.engine import costs, stat_logger, stats_way
-from vllm_dllm.engine.report import MAX_DEPTH, RequestReport
+from vllm_dllm.engine.report import RequestReport
 from vllm_dllm.engine.stat_logger import DllmStatLogger, describe
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.state.report import MAX_DEPTH
 
 SPIFFY = SimpleNamespace(exactness="exact")
 CONFIG = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m", architectures=["LLaDAModelLM"]))

@@ -5,9 +5,10 @@ from typing import Self
 
 import pytest
 
-from vllm_dllm.engine.telemetry import MAX_DEPTH, StepStats
+from vllm_dllm.engine.telemetry import StepStats
 from vllm_dllm.measure import decode
 from vllm_dllm.measure.workload import EngineSpec, Measurement, Workload
+from vllm_dllm.state.report import MAX_DEPTH
 
 WORKLOAD = Workload("model", prompts=((5, 6), (7,)), gen_length=4, block_length=2, concurrency=(1, 2))
 

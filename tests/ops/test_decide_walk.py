@@ -146,7 +146,7 @@ def native_args(call: Call) -> list[Any]:
     nodes, stats, params, state = call
     rows = [stats.token_ids, stats.token_logits, stats.top_ids, stats.top_logits, stats.rest, stats.weighted]
     memory = [*state.values(), stats.given_logits]
-    return [nodes.canvas, nodes.is_valid, nodes.end, rows, params.tensors, memory, MASK, False]
+    return [nodes.canvas, nodes.is_valid, nodes.end, nodes.evaluated, rows, params.tensors, memory, MASK, False]
 
 
 def test_no_requests():
@@ -176,11 +176,11 @@ def test_can_be_traced():
 
 
 def with_row(index: int, row: Any) -> Any:
-    return lambda args: args[3].__setitem__(index, row(args[3][index]))
+    return lambda args: args[4].__setitem__(index, row(args[4][index]))
 
 
 def with_param(index: int, param: Any) -> Any:
-    return lambda args: args[4].__setitem__(index, param(args[4][index]))
+    return lambda args: args[5].__setitem__(index, param(args[5][index]))
 
 
 @pytest.mark.parametrize(
@@ -203,22 +203,26 @@ def with_param(index: int, param: Any) -> Any:
             lambda args: args.__setitem__(2, args[0][:, 0, :2]),
             "end must be [2, 4], got [2, 2]; sizes follow from canvas",
         ),
-        (lambda args: args[3].pop(), "rows must be 6 or 8 tensors, got 5; give token_ids, "),
+        (lambda args: args[4].pop(), "rows must be 6 or 8 tensors, got 5; give token_ids, "),
         (
             with_row(2, lambda row: row[:, :1]),
             "rows.top_ids must be [num_rows, num_candidates] with num_candidates in 2..8, got [24, 1]; ",
         ),
         (with_row(1, lambda row: row.double()), "rows.token_logits must be Float, got Double; convert it with .to()"),
         (with_row(5, lambda row: row[:9]), "rows.weighted must be [24], got [9]; sizes follow from canvas"),
-        (lambda args: args[4].pop(), "params must be 14 tensors, got 13; give policy_id, "),
-        (lambda args: args[5].pop(), "memory must be 0 or 3 tensors, got 2; give credit_ids, credits and "),
+        (lambda args: args[5].pop(), "params must be 14 tensors, got 13; give policy_id, "),
+        (lambda args: args[6].pop(), "memory must be 0 or 3 tensors, got 2; give credit_ids, credits and "),
         (
-            lambda args: args[5].__setitem__(1, args[5][1][..., :7].contiguous()),
+            lambda args: args[6].__setitem__(1, args[6][1][..., :7].contiguous()),
             "memory.credits must be [2, 4, 8], got [2, 4, 7]; sizes follow from canvas",
         ),
         (
-            lambda args: args[5].__setitem__(2, args[5][2][:9]),
+            lambda args: args[6].__setitem__(2, args[6][2][:9]),
             "memory.given_logits must be [24, 8], got [9, 8]; sizes follow from canvas",
+        ),
+        (
+            lambda args: args.__setitem__(3, args[1].long()[:, :2].contiguous()),
+            "evaluated must be [2, 3], got [2, 2]; sizes follow from canvas",
         ),
         (
             with_param(0, lambda param: param.double()),
@@ -254,8 +258,7 @@ def test_cuda_can_be_captured_in_a_graph():
 
 
 @pytest.mark.parametrize("looks_ahead", [False, True])
-@pytest.mark.parametrize("decide", [walk, native_walk], ids=["torch", "op"])
-def test_requests_may_have_different_numbers_of_nodes(decide, looks_ahead):
+def test_requests_may_have_different_numbers_of_nodes(looks_ahead, where):
     nodes, stats, params, state = random_call(20, 5, 6, 3, looks_ahead=looks_ahead)
     is_evaluated = torch.rand(20, 5, generator=torch.Generator().manual_seed(1)) < 0.6
     is_evaluated[:, 0] = True
@@ -264,7 +267,7 @@ def test_requests_may_have_different_numbers_of_nodes(decide, looks_ahead):
     rows = (place[:, None] * 6 + torch.arange(6)).flatten()
     some = PartialStats.of(itemgetter(rows), stats)
     all_nodes = replace(nodes, is_valid=nodes.is_valid & is_evaluated)
-    expected = columns(decide(all_nodes, stats, params, MASK, UnmaskRules(), state))
-    found = columns(decide(nodes.only(number, place), some, params, MASK, UnmaskRules(), state))
+    expected = columns(walk(all_nodes, stats, params, MASK, UnmaskRules(), state))
+    found = columns(check_equal((nodes.only(number, place), some, params, state), where))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert torch.equal(nodes.only(number, place).per_evaluated(nodes.canvas), nodes.canvas.flatten(0, 1)[place])

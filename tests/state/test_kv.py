@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from vllm_dllm.state.kv import KvSchedule, KvStep
 
@@ -105,8 +104,7 @@ def test_a_request_that_comes_back_is_prefilled_again() -> None:
 
 
 def test_blocks_are_aligned_where_a_model_is_block_causal() -> None:
-    known = torch.tensor([0, 3, 4, 11])
+    known = np.array([0, 3, 4, 11])
     causal = KvSchedule("block_causal", None, 4, max_num_reqs=1)
     assert causal.block_start(known).tolist() == [0, 0, 4, 8]
-    assert causal.block_start(known.numpy()).tolist() == [0, 0, 4, 8]
     assert KvSchedule("dual", None, 4, max_num_reqs=1).block_start(known) is known

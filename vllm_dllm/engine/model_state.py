@@ -39,6 +39,7 @@ from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.kv import IntArray, KvSchedule
+from vllm_dllm.state.settle import Ledger, choose_settle
 from vllm_dllm.unmask.walk import choose_walk
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class DllmModelState(ModelState):
             drafting,
             choose_head(model, self.model_config.get_vocab_size(), mask_token_id, device),
             choose_walk(device),
+            choose_settle(device),
         )
         self.kv_policy = KvSchedule(
             self.settings.kv_policy, self.settings.refresh_every, self.block_length, self.max_num_reqs
@@ -214,12 +216,11 @@ class DllmModelState(ModelState):
         counted_np = np.zeros(0, dtype=np.int64) if counted is None else counted[:num_reqs].astype(np.int64)
         slots, slots_np = batch.idx_mapping[:num_reqs], batch.idx_mapping_np[:num_reqs]
         # A prompt is known, though its step is the one that vLLM counts it in.
-        num_known = torch.maximum(num_computed_tokens[slots], self._request_states.prefill_len.gpu[slots]).long()
-        known_np = np.maximum(batch.num_computed_tokens_np, batch.prefill_len_np)[:num_reqs]
-        if self._is_async:
-            known_np = num_known.cpu().numpy()
-        blocks = Blocks(slots, slots_np, self.kv_policy.block_start(num_known))
-        block_start_np = self.kv_policy.block_start(known_np.astype(np.int64))
+        computed_np = num_computed_tokens[slots].cpu().numpy() if self._is_async else batch.num_computed_tokens_np
+        known_np = np.maximum(computed_np[:num_reqs], batch.prefill_len_np[:num_reqs]).astype(np.int64)
+        block_start_np = self.kv_policy.block_start(known_np)
+        num_known, start, num_counted = self._to_device(np.stack([known_np, block_start_np, counted_np]))
+        blocks = Blocks(slots, slots_np, start)
         row_len_np = self.state.row_len_np[slots_np]
         kv = self.kv_policy.step(slots_np, block_start_np, row_len_np)
         plan = plan_step(
@@ -237,7 +238,9 @@ class DllmModelState(ModelState):
         nodes = self.denoiser.nodes(blocks, plan.max_drafts, looks_ahead=plan.has_look_ahead)
         if special is not None:
             nodes = nodes.only(special.node, special.place)
-        return Step(batch, plan, blocks, num_known, self._to_device(counted_np), position, special, nodes)
+        planned = None if special is None else special.planned
+        ledger = Ledger(batch.num_reqs, num_known, num_counted, planned)
+        return Step(batch, plan, blocks, ledger, position, special, nodes)
 
     def _num_drafts(self, batch: InputBatch, counted: IntArray) -> IntArray:
         """Read how many drafts each request may have from what vLLM counts: its block, and one more for each.

@@ -10,7 +10,6 @@ is set by our worker. `check_way` sends a known pattern along the way when a wor
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,73 +22,11 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dllm.draft.budget import CostCurve
-from vllm_dllm.engine.telemetry import MAX_DEPTH
 from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.state.report import MAX_DEPTH, REPORT_LEN, Column
 
 COSTS = "\0costs"
 """Stands in place of a request id; no request has it."""
-
-
-class Column(IntEnum):
-    """Columns of a step's report, `[num_reqs, REPORT_LEN] int32`; those from `PROPOSED` on count drafts by depth."""
-
-    FORWARDS = 0
-    REFRESHES = 1
-    UNMASKED = 2
-    ACCEPTED = 3
-    FINISHED = 4
-    STORED = 5
-    WROTE = 6
-    COMMITS = 7
-    FAULTS = 8
-    PROPOSED = 9
-
-
-REPORT_LEN = Column.PROPOSED + MAX_DEPTH
-
-
-@dataclass(frozen=True, slots=True)
-class StepFacts:
-    """What a step did for some requests, on the device: what the worker fills in.
-
-    Attributes:
-        forwards: 1 where the forward decided a step.
-        refreshes: 1 where K/V of a bidirectional model were recomputed.
-        unmasked: positions.
-        accepted: transitions made through accepted drafts, a next root among them.
-        finished: 1 where the block was emitted.
-        stored: positions before the request's block, the next one where that was begun by the step; a block-causal
-            model's have K/V in the cache.
-        wrote: positions whose K/V the step stored, as its plan says, apart from look-aheads that did not come true.
-        commits: 1 where the K/V of the block before were among them.
-        depth: of each draft in the draft graph; next roots among them.
-        proposed: whether a draft was evaluated.
-    """
-
-    forwards: Tensor  # [num_reqs], as all of them of any whole or bool dtype
-    refreshes: Tensor  # [num_reqs]
-    unmasked: Tensor  # [num_reqs]
-    accepted: Tensor  # [num_reqs]
-    finished: Tensor  # [num_reqs]
-    stored: Tensor  # [num_reqs]
-    wrote: Tensor  # [num_reqs]
-    commits: Tensor  # [num_reqs]
-    depth: Tensor  # [num_reqs, num_drafts]
-    proposed: Tensor  # [num_reqs, num_drafts]
-
-    def rows(self) -> Tensor:
-        """Return the rows of the report; [num_reqs, REPORT_LEN] int32."""
-        rows = torch.zeros(len(self.forwards), REPORT_LEN, dtype=torch.int32, device=self.forwards.device)
-        rows[:, Column.FORWARDS] = self.forwards
-        rows[:, Column.REFRESHES] = self.refreshes
-        rows[:, Column.UNMASKED] = self.unmasked
-        rows[:, Column.ACCEPTED] = self.accepted
-        rows[:, Column.FINISHED] = self.finished
-        rows[:, Column.STORED] = self.stored
-        rows[:, Column.WROTE] = self.wrote
-        rows[:, Column.COMMITS] = self.commits
-        column = Column.PROPOSED - 1 + self.depth.clamp(1, MAX_DEPTH)
-        return rows.scatter_add_(1, column, self.proposed.int())
 
 
 @dataclass(slots=True)

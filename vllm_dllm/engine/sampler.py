@@ -8,10 +8,8 @@ from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_dllm.engine.report import REPORT_LEN, StepFacts
-from vllm_dllm.engine.step import Step
 from vllm_dllm.engine.worker_check import WorkerCheck
-from vllm_dllm.unmask.walk import Trajectory
+from vllm_dllm.state.report import REPORT_LEN
 
 if TYPE_CHECKING:
     from vllm_dllm.engine.model_state import DllmModelState
@@ -48,24 +46,14 @@ class DllmSampler:
         step = self.model_state.step_of(input_batch)
         if step is None:
             return self._profile(hidden, input_batch)
-        num_reqs, num_steps = input_batch.num_reqs, step.plan.num_reqs
-        state, denoiser = self.model_state.state, self.model_state.denoiser
-        sampled = torch.zeros(num_reqs, state.block_length, dtype=torch.int32, device=hidden.device)
-        num_sampled = torch.zeros(num_reqs, dtype=torch.int32, device=hidden.device)
-        num_rejected = torch.zeros_like(num_sampled)
-        self._report = torch.zeros(num_reqs, REPORT_LEN, dtype=torch.int32, device=hidden.device)
-        if num_steps == 0:  # prompts alone, which only vLLM's warm-up schedules so
-            return SamplerOutput(sampled, None, None, num_sampled, num_rejected)
+        if step.plan.num_reqs == 0:  # prompts alone, which only vLLM's warm-up schedules so
+            return self._nothing(hidden, input_batch)
+        denoiser = self.model_state.denoiser
         done = denoiser.advance(step.blocks, step.nodes, hidden, None if step.special is None else step.special.fresh)
-        known = (step.num_known - step.blocks.start)[:, None]
-        columns = torch.arange(state.block_length, device=hidden.device) + known
-        sampled[:num_steps] = done.canvas.gather(1, columns.clamp(max=state.block_length - 1))
-        num_sampled[:num_steps] = done.is_finished * (state.block_length - known[:, 0])
-        num_rejected[:num_steps] = step.num_counted - num_sampled[:num_steps]
-        self._report[:num_steps] = _facts(step, done).rows()
-        denoiser.begin_blocks(step.blocks.slots, done.is_finished & ~done.came_over)
+        emitted = denoiser.settle(step.blocks, step.nodes, done, step.ledger)
+        self._report = emitted.report
         step.came_over = done.came_over if step.nodes.end is not None else None
-        return SamplerOutput(sampled, None, None, num_sampled, num_rejected)
+        return SamplerOutput(emitted.sampled, None, None, emitted.num_sampled, emitted.num_rejected)
 
     def take_rows(self, input_batch: InputBatch) -> Tensor:
         """Return the report of the batch that was just sampled; [num_reqs, REPORT_LEN or more] int32."""
@@ -78,25 +66,13 @@ class DllmSampler:
         denoiser = self.model_state.denoiser
         num_rows = min(denoiser.head.chunk_rows, self.model_state.max_num_tokens)
         denoiser.reduce(hidden[:1].expand(num_rows, -1).contiguous(), is_sampled=True)
-        none = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=hidden.device)
-        return SamplerOutput(none[:, None], None, None, none, none)
+        return self._nothing(hidden, input_batch)
 
+    def _nothing(self, hidden: Tensor, input_batch: InputBatch) -> SamplerOutput:
+        """Emit and report nothing."""
 
-def _facts(step: Step, done: Trajectory) -> StepFacts:
-    """Put together what a step did for each request."""
-    nodes, special = step.nodes, step.special
-    is_masked = nodes.is_masked[:, 0].any(1)
-    decides, none = is_masked | done.came_over, torch.zeros_like(is_masked)
-    over = done.came_over * step.plan.block_length
-    return StepFacts(
-        forwards=decides if special is None else decides & ~special.refreshes,
-        refreshes=none if special is None else special.refreshes,
-        unmasked=done.num_unmasked,
-        accepted=done.num_accepted,
-        finished=done.is_finished,
-        stored=step.blocks.start + over,
-        wrote=over if special is None else special.num_stored + over,
-        commits=none if special is None else special.commits,
-        depth=nodes.depth[:, 1:],
-        proposed=nodes.is_valid[:, 1:] & is_masked[:, None],
-    )
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(input_batch.num_reqs, *shape, dtype=torch.int32, device=hidden.device)
+
+        self._report = zeros(REPORT_LEN)
+        return SamplerOutput(zeros(self.model_state.block_length), None, None, zeros(), zeros())

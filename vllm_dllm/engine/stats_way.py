@@ -12,8 +12,9 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingStats
 
-from vllm_dllm.engine.telemetry import MAX_DEPTH, NUM_NUMBERS, RequestTotals, StepStats
+from vllm_dllm.engine.telemetry import NUM_NUMBERS, RequestTotals, StepStats
 from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.state.report import MAX_DEPTH
 
 MARK = -1_819_045_988
 """Comes first: no count of vLLM's is negative."""

@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm_dllm.attention.layout import PagedIndex
 from vllm_dllm.engine.plan import Role, StepPlan
 from vllm_dllm.state.canvas import Blocks
+from vllm_dllm.state.settle import Ledger
 from vllm_dllm.unmask.walk import Nodes
 
 NULL_PAGE = 0
@@ -28,9 +29,7 @@ class Special:
     node: Tensor  # [num_reqs, num_nodes] int64
     place: Tensor  # [num_decided] int64, of each node that is evaluated among [num_reqs * num_nodes]
     fresh: Tensor  # [num_fresh] int64, evaluated nodes with the row left of their block
-    refreshes: Tensor  # [num_reqs] bool
-    commits: Tensor  # [num_reqs] bool
-    num_stored: Tensor  # [num_reqs] int64, positions whose K/V are stored, but for those of look-aheads
+    planned: Tensor  # [3, num_reqs] int64, as in `state.settle.Ledger`
 
 
 @dataclass(slots=True)
@@ -40,8 +39,7 @@ class Step:
     batch: InputBatch
     plan: StepPlan
     blocks: Blocks
-    num_known: Tensor  # [num_reqs] int64, tokens; those behind `blocks.start` are a partial block's
-    num_counted: Tensor  # [num_reqs] int64, tokens that vLLM counts as scheduled drafts
+    ledger: Ledger
     position: Tensor  # [num_rows] int64
     special: Special | None  # None: the plan is plain
     nodes: Nodes  # the canvases
@@ -102,12 +100,9 @@ def rows_to_device(plan: StepPlan, device: torch.device) -> tuple[Tensor, Specia
         rows.node,
         np.flatnonzero(rows.node.ravel() >= 0),
         np.flatnonzero(rows.is_left_fresh),
-        plan.has(Role.REFRESH),
-        plan.has(Role.COMMIT),
-        plan.num_stored,
+        np.stack([plan.has(Role.REFRESH), plan.has(Role.COMMIT), plan.num_stored]),
     )
     packed = async_tensor_h2d(np.concatenate([array.ravel() for array in arrays], dtype=np.int64), device=device)
     parts = [part.view(array.shape) for part, array in zip(packed.split([a.size for a in arrays]), arrays, strict=True)]
-    position, request, source, is_stored, head, node, place, fresh, refreshes, commits, num_stored = parts
-    flags = refreshes.bool(), commits.bool()
-    return position, Special(request, source, is_stored.bool(), head, node, place, fresh, *flags, num_stored)
+    position, request, source, is_stored, head, node, place, fresh, planned = parts
+    return position, Special(request, source, is_stored.bool(), head, node, place, fresh, planned)

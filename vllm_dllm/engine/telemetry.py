@@ -4,11 +4,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm_dllm.state.report import MAX_DEPTH
+
 if TYPE_CHECKING:
     from vllm_dllm.engine.report import RequestReport
-
-MAX_DEPTH = 16
-"""Depth up to which drafts are counted apart; deeper ones count as this."""
 
 NUM_NUMBERS = 6 + 2 * MAX_DEPTH
 """Of a step."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_dllm.engine.report import REPORT_LEN, Column
 from vllm_dllm.errors import ConfigError, StateError
+from vllm_dllm.state.report import REPORT_LEN, Column
 
 VARIABLE = "VLLM_DLLM_CHECK"
 

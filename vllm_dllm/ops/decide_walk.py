@@ -8,10 +8,11 @@ from torch import Tensor
 from vllm_dllm.ops.load import check_one_device, require
 
 
-def decide_walk(
+def decide_walk(  # noqa: PLR0913 - the arguments of the op, once per step
     canvas: Tensor,
     is_valid: Tensor,
     end: Tensor | None,
+    evaluated: Tensor | None,
     rows: Sequence[Tensor],
     params: Sequence[Tensor],
     memory: Sequence[Tensor],
@@ -24,12 +25,14 @@ def decide_walk(
     which no policy makes. All tensors are contiguous.
 
     Args:
-        canvas: [num_reqs, num_nodes, block_length] int64, evaluated canvases, the root first.
+        canvas: [num_reqs, num_nodes, block_length] int64, canvases, the root first.
         is_valid: [num_reqs, num_nodes] bool, False for nodes that must not be accepted.
         end: [num_reqs, block_length] int64 of a look-ahead, whose next root is the last node.
+        evaluated: [num_reqs, num_nodes] int64, the place of each node among those that are evaluated, -1 for the
+            others, which are not valid; None: all are.
         rows: of `PartialStats` token_ids, token_logits, top_ids, top_logits, rest, weighted and, if policies look at
-            the sampled distribution, sampled_rest and sampled_weighted; rows in the order of requests, nodes,
-            positions, at least two candidates each.
+            the sampled distribution, sampled_rest and sampled_weighted; rows of the evaluated nodes in the
+            order of requests, nodes, positions, at least two candidates each.
         params: the tensors of `PolicyParams`: [num_reqs] each, but counts and times, [block_length, num_reqs].
         memory: where a policy of the batch remembers something: credit_ids and credits of its state, contiguous, and
             the given logits of the rows; else nothing.
@@ -44,15 +47,16 @@ def decide_walk(
     """
     require("decide_walk", canvas.device.type)
     trajectory: list[Tensor] = torch.ops.vllm_dllm.decide_walk(
-        canvas, is_valid, end, rows, params, memory, mask_token_id, unmasks_first_alone
+        canvas, is_valid, end, evaluated, rows, params, memory, mask_token_id, unmasks_first_alone
     )
     return trajectory
 
 
-def fake(
+def fake(  # noqa: PLR0913 - as above
     canvas: Tensor,
     is_valid: Tensor,
     end: Tensor | None,
+    evaluated: Tensor | None,
     rows: Sequence[Tensor],
     params: Sequence[Tensor],
     memory: Sequence[Tensor],
@@ -60,7 +64,7 @@ def fake(
     unmasks_first_alone: bool,
 ) -> list[Tensor]:
     """Return an empty trajectory."""
-    check_one_device("decide_walk", canvas, is_valid, end, *rows, *params, *memory)
+    check_one_device("decide_walk", canvas, is_valid, end, evaluated, *rows, *params, *memory)
     num_reqs, num_nodes, block_length = canvas.shape
     candidates = (num_reqs, block_length, rows[2].shape[1])
     return [

@@ -84,7 +84,8 @@ class CanvasState:
         self.left = left
         # [max_num_reqs, block_length]: the active block. The mask token is never chosen, so it stands for masked alone.
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)
-        self._policy_state = new_state(max_num_reqs, block_length, device)
+        # What policies remember: fields of [max_num_reqs, block_length, width].
+        self.memory = new_state(max_num_reqs, block_length, device)
         self._has_memory_np = np.zeros(max_num_reqs, dtype=bool)
         # Rows: a parameter each, then the request's table, `counts` or `times`.
         self._ints_np = np.zeros((len(_INTS) + block_length, max_num_reqs), dtype=np.int64)
@@ -151,12 +152,12 @@ class CanvasState:
         """Gather what the policies of some requests remember; empty where none remembers anything."""
         if not self.has_memory(blocks.slots_np):
             return {}
-        return {name: field[blocks.slots] for name, field in self._policy_state.items()}
+        return {name: field[blocks.slots] for name, field in self.memory.items()}
 
     def remember(self, slots: Tensor, state: PolicyState) -> None:
         """Keep what policies remember of their blocks from now on."""
         for name, field in state.items():
-            self._policy_state[name][slots] = field
+            self.memory[name][slots] = field
 
     def is_sampled(self, slots_np: np.ndarray) -> bool:
         """Tell whether any of some requests has a temperature above 0."""
@@ -238,7 +239,7 @@ class CanvasState:
         """
         if self._has_memory_np.any():
             anew = new_state(len(slots), self.block_length, self.device)
-            self.remember(slots, select(where, anew, {name: its[slots] for name, its in self._policy_state.items()}))
+            self.remember(slots, select(where, anew, {name: its[slots] for name, its in self.memory.items()}))
         self.canvas[slots] = self.canvas[slots].masked_fill(where[:, None], self.mask_token_id)
 
     def _int(self, name: str) -> Tensor:

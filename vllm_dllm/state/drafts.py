@@ -23,6 +23,11 @@ class DraftState:
         self.was_masked = torch.zeros(num_slots, block_length, dtype=torch.bool, device=device)
         self.is_known = torch.zeros(num_slots, dtype=torch.bool, device=device)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is kept, as the op `settle_step` writes it."""
+        return [self._token_ids, self._log_probs, self.was_masked, self.is_known]
+
     def candidates(self, slots: Tensor) -> Candidates:
         """Return the candidates of the given slots; [num_reqs, block_length, MAX_CANDIDATES]."""
         return Candidates(self._token_ids[slots], self._log_probs[slots])

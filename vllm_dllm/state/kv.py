@@ -15,17 +15,14 @@ stores before it attends. What must be stored is one more part of the step, over
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vllm_dllm.config import KvPolicyName
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
-_Positions = TypeVar("_Positions", IntArray, Tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +59,7 @@ class KvSchedule:
         """Tell whether a position sees its block and the blocks before it alone, and blocks are aligned."""
         return self.name == "block_causal"
 
-    def block_start(self, num_known: _Positions) -> _Positions:
+    def block_start(self, num_known: IntArray) -> IntArray:
         """Return where the active blocks begin, of requests with so many known tokens."""
         return num_known - num_known % self.block_length if self.is_causal else num_known
 

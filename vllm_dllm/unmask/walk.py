@@ -149,13 +149,20 @@ def native_walk(
     state: PolicyState = NO_STATE,
 ) -> Trajectory:
     """Do what `walk` does, in one launch; all tensors are contiguous."""
-    stats = nodes.rows(stats)
     rows = [stats.token_ids, stats.token_logits, stats.top_ids, stats.top_logits, stats.rest, stats.weighted]
     if stats.sampled_rest is not None and stats.sampled_weighted is not None:
         rows += [stats.sampled_rest, stats.sampled_weighted]
     memory = [*state.values(), stats.given_logits] if state and stats.given_logits is not None else []
     found = ops.decide_walk(
-        nodes.canvas, nodes.is_valid, nodes.end, rows, params.tensors, memory, mask_token_id, rules.unmasks_first_alone
+        nodes.canvas,
+        nodes.is_valid,
+        nodes.end,
+        nodes.evaluated,
+        rows,
+        params.tensors,
+        memory,
+        mask_token_id,
+        rules.unmasks_first_alone,
     )
     canvas, next_canvas, path, step, node, num_steps, num_unmasked, is_finished, came_over = found[:9]
     candidates, state = Candidates(*found[9:11]), dict(zip(state, found[11:], strict=True))

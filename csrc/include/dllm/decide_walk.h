@@ -45,8 +45,8 @@ DLLM_HOST_DEVICE inline WalkScratch make_walk_scratch(int64_t block_length, void
 template <typename Team>
 DLLM_HOST_DEVICE inline void decide(const DecideWalkArgs& args, const WalkScratch& scratch, const WalkNode& at,
                                     const Team& team) {
-  const int64_t first = (at.request * args.num_nodes + at.node) * args.block_length;
-  const int64_t* canvas = args.canvas + first;
+  const int64_t* canvas = args.canvas + (at.request * args.num_nodes + at.node) * args.block_length;
+  const int64_t first = first_row(args, at);
   team.once([&] {
     *scratch.num_masked = 0;
     for (int64_t offset = 0; offset < args.block_length; ++offset) {
@@ -91,7 +91,7 @@ DLLM_HOST_DEVICE inline void decide(const DecideWalkArgs& args, const WalkScratc
 template <typename Team>
 DLLM_HOST_DEVICE inline void put_candidates(const DecideWalkArgs& args, const WalkNode& at, const Team& team) {
   team.each(args.block_length, [&](int64_t offset) {
-    const int64_t row = (at.request * args.num_nodes + at.node) * args.block_length + offset;
+    const int64_t row = first_row(args, at) + offset;
     const int64_t out = (at.request * args.block_length + offset) * args.num_candidates;
     const int64_t* ids = args.top_ids + row * args.num_candidates;
     const float* logits = args.top_logits + row * args.num_candidates;

@@ -27,11 +27,13 @@ enum class Policy : int64_t {
   kCredit,
 };
 
-// All arrays are contiguous; rows are in the order of requests, nodes, positions.
+// All arrays are contiguous; rows are in the order of requests, nodes, positions, of the nodes that are evaluated.
 struct DecideWalkArgs {
   const int64_t* canvas;  // [num_reqs, num_nodes, block_length], evaluated; node 0 is the root
   const bool* is_valid;   // [num_reqs, num_nodes], false for nodes that must not be accepted
   const int64_t* end;     // [num_reqs, block_length] of a look-ahead, whose next root is the last node; nullptr: none
+  // [num_reqs, num_nodes], the place of a node among those evaluated; -1: it is not one, nor valid. nullptr: all are
+  const int64_t* evaluated;
 
   const int64_t* token_ids;        // [num_rows], drawn
   const float* token_logits;       // [num_rows]
@@ -91,6 +93,13 @@ struct WalkNode {
   int64_t start;  // absolute position of its block
 };
 
+// Where the rows of a node begin; of one that is not evaluated they say nothing.
+DLLM_HOST_DEVICE inline int64_t first_row(const DecideWalkArgs& args, const WalkNode& at) {
+  const int64_t node = at.request * args.num_nodes + at.node;
+  const int64_t place = args.evaluated == nullptr ? node : args.evaluated[node];
+  return (place > 0 ? place : 0) * args.block_length;
+}
+
 // What the policies ask of the distribution of a row: that of probabilities ~ exp(x), x = 0 at the most probable id.
 struct RowFacts {
   double rest;
@@ -128,7 +137,7 @@ DLLM_HOST_DEVICE inline double reveal_step(const DecideWalkArgs& args, int64_t r
 }
 
 DLLM_HOST_DEVICE inline double policy_score(const DecideWalkArgs& args, const WalkNode& at, int64_t offset) {
-  const int64_t row = (at.request * args.num_nodes + at.node) * args.block_length + offset;
+  const int64_t row = first_row(args, at) + offset;
   switch (static_cast<Policy>(args.policy[at.request])) {
     case Policy::kMargin:
       return row_facts(args, at.request, row).margin();
@@ -172,7 +181,7 @@ DLLM_HOST_DEVICE inline bool is_scored_before(const double* score, int64_t a, in
 }
 
 DLLM_HOST_DEVICE inline CreditRow credit_row(const DecideWalkArgs& args, const WalkNode& at, int64_t offset) {
-  const int64_t row = (at.request * args.num_nodes + at.node) * args.block_length + offset;
+  const int64_t row = first_row(args, at) + offset;
   const double temperature = args.temperature[at.request];
   const bool is_sampled = args.sampled_rest != nullptr;
   return {
