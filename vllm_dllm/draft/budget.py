@@ -1,17 +1,15 @@
 """How many drafts a step evaluates: as many as pay, none if none do (docs/never-slower.md).
 
 A step of n requests and a budget of K drafts makes 1 + E(K) transitions of each request in T(n, K) ms. `BudgetRule`
-takes the K with the most transitions per ms. Both are a forecast (a cost curve measured at start, the counts of the
-draft graph) times a factor learned from the steps themselves (`Factors`), so that a wrong forecast costs a few steps.
+takes the K with the most transitions per ms. Both are a forecast (a cost curve measured at start, what the drafter
+expects) times a factor learned from the steps themselves (`Factors`), so that a wrong forecast costs a few steps.
 """
 
 import math
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from vllm_dllm.draft.graph import DraftGraph
-from vllm_dllm.draft.look_ahead import NUM_NODES
 
 MARGIN = 0.03
 """A budget replaces the present one if it is better by this share; 0 replaces any that is worse than it."""
@@ -24,38 +22,6 @@ DECIDE_EVERY = 4
 known what a step takes without."""
 SETTLED = 8
 """Observations after which a change of a budget's time says that the load changed."""
-DEPTH_CHANCE = 0.6
-"""Without counts: the chance that one more step of the chain is foreseen..."""
-SIBLING_CHANCE = 0.3
-"""... and what each further draft of the same depth has of the one before it."""
-LOOK_AHEAD_CHANCE = 0.2
-"""The chance that a step's look-ahead comes true: 0.1 to 0.45 in simulations of blocks of 4 and 8."""
-
-
-def prior_accepted(graph: DraftGraph, look_ahead_from: int | None = None) -> list[float]:
-    """Return, for each budget 0..len(graph), how many transitions its best nodes are expected to save per step.
-
-    A node saves one when it is a true future state: the share of the anchors for which it was one in calibration, and
-    where nobody counted `DEPTH_CHANCE ** depth`, with `SIBLING_CHANCE` for each better node of its depth. From
-    `look_ahead_from` on, if that is given, a look-ahead takes the place of the last `NUM_NODES`.
-    """
-    if graph.counts is not None and graph.num_anchors > 0:
-        shares = [count / graph.num_anchors for count in graph.counts]
-    else:
-        better: defaultdict[int, int] = defaultdict(int)
-        shares = []
-        for depth in graph.depths:
-            shares.append(DEPTH_CHANCE**depth * SIBLING_CHANCE ** better[depth])
-            better[depth] += 1
-    shares.sort(reverse=True)  # a step evaluates the likeliest nodes, wherever they stand in the graph
-
-    def expected(budget: int) -> float:
-        if look_ahead_from is not None and budget >= look_ahead_from:
-            return math.fsum(shares[: budget - NUM_NODES]) + LOOK_AHEAD_CHANCE
-        return math.fsum(shares[:budget])
-
-    # Something of an expectation is left to every draft, since it is divided by when it is corrected.
-    return [0.0, *(max(expected(budget), 0.01) for budget in range(1, len(graph) + 1))]
 
 
 @dataclass(frozen=True)
@@ -141,19 +107,16 @@ class BudgetRule:
     """Chooses the budget of each step; deterministic in what it is told.
 
     Args:
-        graph: whose nodes are drafted, best first.
+        prior: transitions that drafts are expected to save, by budget (`draft.drafter.Drafter.prior`).
         block_length: rows of one canvas.
         fixed: a budget that overrides the rule.
-        look_ahead_from: the smallest budget of steps that look ahead; None: none does.
     """
 
-    def __init__(
-        self, graph: DraftGraph, block_length: int, fixed: int | None = None, look_ahead_from: int | None = None
-    ) -> None:
+    def __init__(self, prior: Sequence[float], block_length: int, fixed: int | None = None) -> None:
         self.fixed = fixed
         self.curve: CostCurve | None = None
         self._block_length = block_length
-        self._prior = prior_accepted(graph, look_ahead_from)
+        self._prior = prior
         self._accepted = Factors(rate=0.01, trust=20)
         self._host_ms = 0.0
         self._batches: defaultdict[int, _Batch] = defaultdict(_Batch)

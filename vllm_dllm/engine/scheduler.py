@@ -17,9 +17,8 @@ from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.draft.budget import BudgetRule
-from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.engine import stats_way
-from vllm_dllm.engine.configs import settings_of, spiffy_of
+from vllm_dllm.engine.configs import make_drafter, settings_of, spiffy_of
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
 from vllm_dllm.engine.report import RequestReport, StepReport, take_report
@@ -61,13 +60,8 @@ class DllmScheduler(Scheduler):
         self._level = check_level()
         self._check = StateCheck(self) if self._level else None
         stats_way.check_way()
-        is_async = bool(self.vllm_config.scheduler_config.async_scheduling)
-        look_ahead_from = smallest_budget(self.settings, is_async=is_async)
-        self.rule = (
-            BudgetRule(self._spiffy.graph, self.block_length, self._spiffy.budget, look_ahead_from)
-            if self._spiffy
-            else None
-        )
+        drafter = make_drafter(self.vllm_config)
+        self.rule = BudgetRule(drafter.prior(), self.block_length, self._spiffy.budget) if drafter and self._spiffy else None
         self._totals: defaultdict[str, RequestTotals] = defaultdict(RequestTotals)
         self._stats: StepStats | None = None
         self._scheduled_at_s = 0.0
