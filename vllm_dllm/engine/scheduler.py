@@ -61,7 +61,8 @@ class DllmScheduler(Scheduler):
         self._check = StateCheck(self) if self._level else None
         stats_way.check_way()
         drafter = make_drafter(self.vllm_config)
-        self.rule = BudgetRule(drafter.prior(), self.block_length, self._spiffy.budget) if drafter and self._spiffy else None
+        fixed = self._spiffy.budget if self._spiffy else None
+        self.rule = BudgetRule(drafter.prior(), self.block_length, fixed) if drafter else None
         self._totals: defaultdict[str, RequestTotals] = defaultdict(RequestTotals)
         self._stats: StepStats | None = None
         self._scheduled_at_s = 0.0
