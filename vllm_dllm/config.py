@@ -16,19 +16,12 @@ from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
 
+# fmt: off
 PolicyName = Literal[
-    "static",
-    "random",
-    "threshold",
-    "factor",
-    "margin",
-    "entropy",
-    "origin",
-    "sequential",
-    "dynamic",
-    "entropy_bounded",
-    "credit",
+    "static", "random", "threshold", "factor", "margin", "entropy", "origin", "sequential", "dynamic",
+    "entropy_bounded", "credit",
 ]
+# fmt: on
 POLICY_ALIASES: dict[str, PolicyName] = {
     "low_confidence": "static",  # LLaDA's name
     "low_confidence_static": "static",  # SDAR's
@@ -221,7 +214,7 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
     if extra_args is not None and not (isinstance(extra_args, Mapping) and all(isinstance(k, str) for k in extra_args)):
         raise InvalidOptionError(
             f"extra_args is {reprlib.repr(extra_args)}, allowed are objects with text keys, of ours "
-            f"{', '.join(REQUEST_KEYS)}; give one of these",
+            f"{', '.join(REQUEST_KEYS)}; give an object like {{'dllm_policy': 'static'}}",
             "extra_args",
             extra_args,
         )

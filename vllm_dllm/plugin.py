@@ -52,7 +52,7 @@ def _check_names() -> None:
 
 def _import_all() -> None:
     """Import all that `_register` needs, so that it cannot end half way."""
-    ours = ("compat", "config_hook", "front_end", "spiffy_arguments", "start_checks", "stat_logger")
+    ours = ("compat", "config_hook", "front_end", "spiffy_arguments", "start_checks", "start_errors", "stat_logger")
     theirs = ("model_executor.models", "model_executor.models.config", "transformers_utils.config")
     for module in (*(f"vllm.{name}" for name in theirs), *(f"vllm_dllm.engine.{name}" for name in ours)):
         importlib.import_module(module)
@@ -76,12 +76,13 @@ def _register() -> None:
         request,
         spiffy_arguments,
         start_checks,
+        start_errors,
         stat_logger,
     )
     from vllm_dllm.engine.worker_check import VARIABLE
     from vllm_dllm.spiffy_config import METHOD, read_speculative_config
 
-    compat.explain_failures(start_checks.explain_config_file)
+    compat.explain_start_errors(start_errors.explain)
     compat.after_model_config(config_hook.check_flags)
     compat.extend_speculative_arguments(read_speculative_config, METHOD)
     compat.before_speculative_config(spiffy_arguments.take_spiffy)

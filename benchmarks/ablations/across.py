@@ -8,11 +8,10 @@ the likeliest end is then known from the tokens alone. Calibrates on a part of t
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.ablations.drafting import BUDGETS, Material, load
+from benchmarks.ablations.drafting import BUDGETS, Material, load, traces_file
 from vllm_dllm.calibrate.simulate import BlockDrafts, accept_paths, draft_blocks, until_eos
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.draft.look_ahead import NUM_NODES
@@ -76,7 +75,7 @@ def rows(material: Material, eos_token_id: int | None) -> list[tuple[int, float,
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("traces", type=Path)
+    parser.add_argument("traces", type=traces_file)
     parser.add_argument("--held-out", type=float, default=0.5)
     parser.add_argument("--eos-token-id", type=int, help="leave out the blocks behind the one with this token")
     args = parser.parse_args()

@@ -65,6 +65,19 @@ class Material:
         return [_ratio(held_out, set(nodes[:budget])) for budget in BUDGETS]
 
 
+def traces_file(text: str) -> Path:
+    """Check the argument of a traces file. Raises: ArgumentTypeError."""
+    path, todo = Path(text), "give one that `vllm-dllm calibrate --keep-traces` left"
+    try:
+        with path.open() as file:
+            is_one = "settings" in json.loads(file.readline())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read as traces ({error}); {todo}") from None
+    if not is_one:
+        raise argparse.ArgumentTypeError(f"{text} has no settings in its first line; {todo}")
+    return path
+
+
 def load(path: Path, held_out: float) -> Material:
     """Read a traces file and divide its prompts at random."""
     with path.open() as file:
@@ -118,7 +131,7 @@ def ablations(material: Material) -> Iterator[tuple[str, list[float]]]:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("traces", type=Path)
+    parser.add_argument("traces", type=traces_file)
     parser.add_argument("--held-out", type=float, default=0.4)
     args = parser.parse_args()
     print("| drafts | " + " | ".join(f"budget {budget}" for budget in BUDGETS) + " |")

@@ -1,5 +1,6 @@
 """What is wrong ends as one line and exit status 2, before anything is measured."""
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -28,3 +29,17 @@ def test_what_is_wrong_is_told_at_once(words, part, tmp_path, monkeypatch, capsy
     out, err = capsys.readouterr()
     assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
     assert part in err
+
+
+@pytest.mark.parametrize("name", ["across", "drafting"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff", b"[]", b"{}"])
+def test_what_is_no_traces_file_is_told_at_once(name, content, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "graph.json.traces"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", [name, str(path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"benchmarks.ablations.{name}", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert "give one that `vllm-dllm calibrate --keep-traces` left" in err

@@ -104,6 +104,15 @@ def test_does_not_go_on_with_other_settings(prompts, decoded, tmp_path):
     assert "gen-length 256, but now gen-length is 64" in str(result.exception)
 
 
+def test_a_default_length_fits_the_model_and_a_given_one_has_to(prompts, decoded, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "num_positions", lambda model: 256)
+    output = tmp_path / "graph.json"
+    assert run(*options(prompts, output, "--keep-traces")).exit_code == 0
+    assert json.loads((tmp_path / "graph.json.traces").read_text().split("\n")[0])["settings"]["gen-length"] == 128
+    result = run(*options(prompts, tmp_path / "b.json", "--gen-length", 256))
+    assert str(result.exception).startswith("--gen-length is 256, but the model has room for 256 tokens")
+
+
 def test_keeps_traces_and_uses_them_again(prompts, decoded, tmp_path):
     output = tmp_path / "graph.json"
     assert run(*options(prompts, output, "--keep-traces")).exit_code == 0

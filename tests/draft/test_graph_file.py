@@ -220,8 +220,24 @@ TEXT = dump_graph(FILE)
         (TEXT.replace("llada-tiny", r"\ud800").encode(), "not JSON"),
         (TEXT.encode() + b" " * MAX_FILE_BYTES, "larger than"),
         (b"[1]", "objects with the fields"),
+        (
+            b'{"method": "spiffy", "draft_graph": "g.json"}',
+            "is a speculative_config, and no graph: its draft_graph is 'g.json'",
+        ),
     ],
-    ids=["empty", "truncated", "encoding", "lists", "objects", "repeated", "digits", "surrogate", "size", "list"],
+    ids=[
+        "empty",
+        "truncated",
+        "encoding",
+        "lists",
+        "objects",
+        "repeated",
+        "digits",
+        "surrogate",
+        "size",
+        "list",
+        "settings",
+    ],
 )
 def test_files_that_hold_no_graph_are_refused_by_name(data: bytes, part: str, tmp_path: Path) -> None:
     path = tmp_path / "graph.json"

@@ -39,5 +39,4 @@ def test_refreshes_of_64_requests_at_once_stay_in_the_budget(oracle: Oracle, wil
         assert run(llm, cases) == [oracle.tokens(case, SETTINGS) for case in cases]
         assert all(rows == counted <= budget for rows, counted, _ in steps)
         assert sum(rows for rows, *_ in steps) == 64 * (2 * 56 + 2 * 8), "two blocks of two steps each"
-        assert scheduler.num_held > 0
         assert max(num_reqs for *_, num_reqs in steps) < 64

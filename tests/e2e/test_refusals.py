@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_prompt_embeds": True}, "prompt embeddings are on"),
     ({"logits_processors": ["a:B"]}, "logits_processors are set"),
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is"),
+    ({"quantization": "fp8"}, "quantization is 'fp8', but vLLM has no kernel that makes fp8 of weights on"),
     ({"max_model_len": 32}, "block_length is 32, but max_model_len is 32"),
     ({"additional_config": {"dllm": {"block_len": 8}}}, "additional_config.dllm.block_len is not known; allowed are"),
     ({"additional_config": {"dllm": {"block_length": "8"}}}, "additional_config.dllm.block_length is '8'"),
@@ -126,6 +128,88 @@ def test_offline_refusals_are_value_errors(llm: Any, changes: dict[str, Any], me
         llm.generate([{"prompt_token_ids": [5, 6, 7]}], case.sampling_params(**changes), use_tqdm=False)
     assert message in str(refused.value)
     assert len(run(llm, [case])[0]) == 16
+
+
+WRONG_TYPES: list[tuple[str, Any, str]] = [
+    ("ignore_eos", "x", "True and False"),
+    ("ignore_eos", None, "True and False"),
+    ("ignore_eos", np.True_, "True and False"),
+    *((name, 1, "True and False") for name in ("detokenize", "include_stop_str_in_output", "flat_logprobs")),
+    *((name, 0, "True and False") for name in ("skip_special_tokens", "spaces_between_special_tokens")),
+    ("skip_reading_prefix_cache", 1, "True and False and None"),
+    *((name, True, "numbers") for name in ("temperature", "top_p")),
+    *((name, value, "numbers") for name, value in [("temperature", "0"), ("temperature", None), ("top_p", "x")]),
+    *((name, value, "whole numbers") for name in ("n", "top_k") for value in (True, "x", 1.5, None)),
+    *((name, 0, "whole numbers from 1 on") for name in ("n", "max_tokens")),
+    ("stop", [5], "text and lists of text and None"),
+    ("stop", ("a",), "text and lists of text and None"),
+    ("stop_token_ids", "a", "lists of whole numbers and None"),
+    ("stop_token_ids", [1.5], "lists of whole numbers and None"),
+    ("extra_args", [], "objects and None"),
+]
+"""Values that a parameter may be changed to after vLLM checked it, and what is allowed."""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("name", "value", "allowed"), WRONG_TYPES, ids=[f"{n} {v!r}" for n, v, _ in WRONG_TYPES])
+def test_a_parameter_of_a_wrong_type_is_refused_before_it_reaches_the_engine(
+    llm: Any, name: str, value: Any, allowed: str
+) -> None:
+    params = Case(prompt=(5, 6, 7), max_tokens=4).sampling_params()
+    setattr(params, name, value)
+    with pytest.raises(ValueError, match="^" + re.escape(f"{name} is {value!r}, allowed are {allowed}")):
+        llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("value", [object(), np.array([1]), [np.int64(1)], {"a": {1j}}])
+def test_options_that_cannot_be_sent_to_the_engine_are_refused(llm: Any, value: object) -> None:
+    params = Case(prompt=(5, 6, 7), max_tokens=4).sampling_params(extra_args={"x": value})
+    with pytest.raises(ValueError, match=r"^x is .*, allowed are numbers, text, and lists and objects of these"):
+        llm.generate([{"prompt_token_ids": [5]}], params, use_tqdm=False)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("prompt", "options", "text"),
+    [
+        ({"cache_salt": 5}, {}, "cache_salt is 5, allowed is str | null"),
+        ({}, {"priority": ["x"]}, "priority is 'x', allowed is int"),
+        ({}, {"priority": [None]}, "priority is None, allowed is int"),
+    ],
+)
+def test_what_the_engine_would_not_decode_of_a_request_is_refused(
+    llm: Any, prompt: dict[str, Any], options: dict[str, Any], text: str
+) -> None:
+    params = Case(prompt=(5, 6, 7), max_tokens=4).sampling_params()
+    with pytest.raises(ValueError, match="^" + re.escape(text)):
+        llm.generate([{"prompt_token_ids": [5], **prompt}], params, use_tqdm=False, **options)
+
+
+@pytest.mark.engine
+def test_options_of_others_pass(llm: Any) -> None:
+    extra = {"dllm_policy": np.str_("static"), "x": [1, "a", None, {"b": True}], "y": np.float32(0.5)}
+    params = Case(prompt=(5, 6, 7), max_tokens=4).sampling_params(extra_args=extra)
+    assert len(llm.generate([{"prompt_token_ids": [5]}], params, use_tqdm=False)[0].outputs[0].token_ids) == 4
+
+
+def test_what_passes_is_what_the_engine_decodes() -> None:
+    """The types are those of vLLM's own decoder, whose error would end the thread that reads requests."""
+    import msgspec
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    from vllm_dllm.engine.parameter_types import check_types
+
+    ours: Any = SimpleNamespace(model_config=SimpleNamespace(architectures=["LLaDAModelLM"]))
+    sent = MsgpackEncoder().encode(SamplingParams(stop=["a"], stop_token_ids=[5], seed=3, extra_args={"a": [1, "b"]}))
+    params = MsgpackDecoder(SamplingParams).decode(sent)
+    check_types(ours, params)
+    params.ignore_eos = "x"
+    with pytest.raises(msgspec.ValidationError, match="ignore_eos"):
+        MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(params))
+    with pytest.raises(ValueError, match=r"^ignore_eos is 'x'"):
+        check_types(ours, params)
 
 
 @pytest.mark.engine

@@ -61,7 +61,7 @@ def make(
     made.requests = {each.request_id: each for each in made.running}
     made.log_stats, made.num_spec_tokens = True, B + MAX_NODES
     made.rows = StepRows(made.settings, made.max_model_len, made.max_num_scheduled_tokens)
-    made._placeholders, made.num_held, made._largest_graph = [-1] * made.num_spec_tokens, 0, 0
+    made._placeholders, made._num_held, made._largest_graph = [-1] * made.num_spec_tokens, 0, 0
     made._spiffy = SimpleNamespace(exactness="exact", max_nodes=MAX_NODES) if spiffy else None
     made.rule = BudgetRule(GraphDrafter(GRAPH).prior(), B, budget) if spiffy else None
     made._totals = defaultdict(RequestTotals)

@@ -7,7 +7,7 @@ import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.engine.scheduler_rig import MAX_NODES, B, allocated, make, observed, request, row, stand_in, step
-from vllm_dllm.engine.scheduler import DllmAsyncScheduler
+from vllm_dllm.engine.async_scheduler import DllmAsyncScheduler
 
 
 @pytest.fixture(autouse=True)

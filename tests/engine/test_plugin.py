@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from vllm.config import VllmConfig
 
 from vllm_dllm import plugin
-from vllm_dllm.engine import configs, contracts
+from vllm_dllm.engine import configs, contracts, front_end
 from vllm_dllm.engine.contracts import Contract
 from vllm_dllm.engine.patches import become
 
@@ -30,6 +30,22 @@ def test_registering_again_changes_nothing() -> None:
     before = SamplingParams._validate_diffusion, InputProcessor.process_inputs
     plugin.register()
     assert (SamplingParams._validate_diffusion, InputProcessor.process_inputs) == before
+
+
+def test_a_server_of_another_model_is_not_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    prepared: list[str] = []
+    monkeypatch.setattr(front_end, "is_ours", lambda model: model == "ours")
+    monkeypatch.setattr(front_end.serving, "install", lambda: prepared.append("server"))
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine.async_llm", sys)
+    processor = object.__new__(InputProcessor)
+    processor.model_config = "another's"  # type: ignore[assignment]
+    front_end.take_over(processor)
+    assert (prepared, type(processor)) == ([], InputProcessor)
+    processor.model_config = "ours"  # type: ignore[assignment]
+    front_end.take_over(processor)
+    assert (prepared, type(processor)) == (["server"], front_end.DllmInputProcessor)
 
 
 def test_architectures_are_found_without_remote_code() -> None:

@@ -9,14 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from vllm import SamplingParams
-from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest
 
 from vllm_dllm.engine.generation_defaults import check_generation_defaults, family_defaults
-from vllm_dllm.engine.refusals import REFUSED, RequestError, refuse_body, refuse_fields, refuse_unsupported
+from vllm_dllm.engine.refusals import REFUSED, RequestError, refuse_body, refuse_token_body, refuse_unsupported
 from vllm_dllm.errors import ConfigError
 
 MESSAGES = [{"role": "user", "content": "a"}]
@@ -27,55 +23,41 @@ NAMED = {"type": "function", "function": {"name": "f"}}
 FLAT_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
 
 
-def chat(**fields: Any) -> ChatCompletionRequest:
-    return ChatCompletionRequest(**({"messages": MESSAGES} | fields))
-
-
-def completion(**fields: Any) -> CompletionRequest:
-    return CompletionRequest(prompt="a", **fields)
-
-
-def response(**fields: Any) -> ResponsesRequest:
-    return ResponsesRequest(input="a", **fields)
-
-
-def message(**fields: Any) -> AnthropicMessagesRequest:
-    return AnthropicMessagesRequest(model="m", max_tokens=8, messages=MESSAGES, **fields)
-
-
 @pytest.mark.parametrize(
-    ("request_", "parameter", "text"),
+    ("body", "parameter", "text"),
     [
-        (chat(response_format={"type": "json_object"}), "response_format", "is {'type': 'json_object'}"),
-        (chat(response_format=SCHEMA), "response_format", "is {'json_schema': "),
-        (completion(response_format={"type": "json_object"}), "response_format", "is {'type': 'json_object'}"),
-        (response(text={"format": {"type": "json_object"}}), "text.format", "is {'type': 'json_object'}"),
-        (response(text={"format": {"name": "a", **SCHEMA, "schema": {}}}), "text.format", "json_schema"),
-        (chat(structured_outputs={"regex": "a+"}), "structured_outputs", "is {'regex': 'a+'}"),
-        (chat(tools=[TOOL], tool_choice="required"), "tool_choice", "is 'required'"),
-        (chat(tools=[TOOL], tool_choice=NAMED), "tool_choice", "is {'function': {'name': 'f'}"),
-        (response(tools=[FLAT_TOOL], tool_choice="required"), "tool_choice", "is 'required'"),
-        (response(tools=[FLAT_TOOL], tool_choice={"type": "function", "name": "f"}), "tool_choice", "is {'name': 'f'"),
-        (message(tools=[{"name": "f", "input_schema": {}}], tool_choice={"type": "any"}), "tool_choice", "'any'"),
-        (chat(tools=[TOOL, STRICT]), "tools[1].function.strict", "is True"),
-        (response(tools=[FLAT_TOOL]), "tools[0].strict", "is True"),
-        (chat(use_beam_search=True), "use_beam_search", "is True"),
-        (completion(use_beam_search=True, n=2), "use_beam_search", "is True"),
-        (completion(best_of=3), "best_of", "is 3"),
-        (completion(logprobs=0), "logprobs", "is 0"),
-        (chat(logprobs=True), "logprobs", "is True"),
-        (chat(logprobs=True, top_logprobs=2), "logprobs", "is True"),
-        (response(include=["message.output_text.logprobs"]), "include", "allowed is all but"),
-        (chat(echo=True), "echo", "is True"),
-        (chat(guided_json={"type": "object"}), "guided_json", "is {'type': 'object'}"),
-        (completion(guided_choice=["a"]), "guided_choice", "is ['a']"),
-        (completion(dllm_policy="factor"), "dllm_policy", "allowed is {'vllm_xargs': {'dllm_policy': ...}}; move it"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "is {'type': 'json_object'}"),
+        ({"response_format": SCHEMA}, "response_format", "is {'json_schema': "),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format", "is {'type': 'json_object'}"),
+        ({"text": {"format": {"name": "a", **SCHEMA, "schema": {}}}}, "text.format", "json_schema"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format", "json_schema"),
+        ({"structured_outputs": {"regex": "a+"}}, "structured_outputs", "is {'regex': 'a+'}"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "is 'required'"),
+        ({"tools": [TOOL], "tool_choice": "x"}, "tool_choice", "allowed is 'none' and 'auto'"),
+        ({"tools": [TOOL], "tool_choice": NAMED}, "tool_choice", "is {'function': {'name': 'f'}"),
+        ({"tools": [FLAT_TOOL], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "is {'name': 'f'"),
+        ({"tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "any"}}, "tool_choice", "'any'"),
+        ({"tools": [TOOL, STRICT]}, "tools[1].function.strict", "is True"),
+        ({"tools": [FLAT_TOOL]}, "tools[0].strict", "is True"),
+        ({"use_beam_search": True, "n": 2}, "use_beam_search", "is True"),
+        ({"best_of": 3}, "best_of", "is 3"),
+        ({"logprobs": 0}, "logprobs", "is 0"),
+        ({"logprobs": True, "top_logprobs": 2}, "logprobs", "is True"),
+        ({"top_logprobs": 2}, "top_logprobs", "is 2"),
+        ({"logprob_token_ids": [5]}, "logprob_token_ids", "is [5]"),
+        ({"min_tokens": 100, "max_tokens": 4}, "min_tokens", "is 100"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs", "is -1"),
+        ({"prompt_embeds": "AAAA"}, "prompt_embeds", "is 'AAAA'"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "allowed is all but"),
+        ({"messages": MESSAGES, "echo": True}, "echo", "is True"),
+        ({"guided_json": {"type": "object"}}, "guided_json", "is {'type': 'object'}"),
+        ({"dllm_policy": "factor"}, "dllm_policy", "allowed is {'vllm_xargs': {'dllm_policy': ...}}; move it"),
     ],
-    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_field_is_refused_as_its_client_wrote_it(request_: Any, parameter: str, text: str) -> None:
+def test_a_field_is_refused_as_its_client_wrote_it(body: dict[str, Any], parameter: str, text: str) -> None:
     with pytest.raises(RequestError) as refused:
-        refuse_fields(request_)
+        refuse_body(body)
     assert refused.value.parameter == parameter
     assert str(refused.value).startswith(f"{parameter} is ")
     assert text in str(refused.value)
@@ -83,19 +65,37 @@ def test_a_field_is_refused_as_its_client_wrote_it(request_: Any, parameter: str
 
 
 @pytest.mark.parametrize(
-    "request_",
+    ("body", "text"),
     [
-        chat(tools=[TOOL], tool_choice="auto", response_format={"type": "text"}, logprobs=False, best_of=1),
-        chat(tools=[STRICT], tool_choice="none"),
-        completion(echo=True),
-        response(text={"format": {"type": "text"}}, include=[]),
-        message(tool_choice={"type": "auto"}, tools=[{"name": "f", "input_schema": {}}]),
-        TokenizeChatRequest(messages=MESSAGES, tools=[STRICT]),
+        ({"vllm_xargs": {"dllm_policy": "zz"}}, "vllm_xargs is {'dllm_policy': 'zz'}, where it has no effect"),
+        ({"dllm_policy": "zz"}, "dllm_policy is 'zz', where it has no effect; allowed is {'sampling_params': {'extra"),
+        ({"sampling_params": {"vllm_xargs": {"dllm_steps": 1}}}, "sampling_params.vllm_xargs is {'dllm_steps': 1}"),
+        ({"sampling_params": {"dllm_steps": 1}}, "sampling_params.dllm_steps is 1, where it has no effect"),
+        ({"sampling_params": {"structured_outputs": {"regex": "a"}}}, "sampling_params.structured_outputs is {'regex'"),
+        ({"sampling_params": {"logprobs": 1}}, "sampling_params.logprobs is 1, but diffusion models unmask tokens in"),
+        ({"sampling_params": {"min_tokens": 9, "max_tokens": 4}}, "sampling_params.min_tokens is 9"),
+        ({"min_p": 0.5, "sampling_params": {}}, "min_p is 0.5"),
     ],
-    ids=lambda value: type(value).__name__,
 )
-def test_what_asks_for_nothing_special_passes(request_: Any) -> None:
-    refuse_fields(request_)
+def test_a_body_of_token_ids_is_refused_where_its_client_wrote_it(body: dict[str, Any], text: str) -> None:
+    with pytest.raises(RequestError, match="^" + re.escape(text)) as refused:
+        refuse_token_body(body)
+    assert "beam search" not in str(refused.value)
+    refuse_token_body({"token_ids": [5], "sampling_params": {"extra_args": {"dllm_policy": "factor"}, "min_p": 0}})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [TOOL], "tool_choice": "auto", "response_format": {"type": "text"}, "logprobs": False, "best_of": 1},
+        {"tools": [STRICT], "tool_choice": "none"},
+        {"prompt": "a", "echo": True},
+        {"text": {"format": {"type": "text"}}, "include": []},
+        {"tool_choice": {"type": "auto"}, "tools": [{"name": "f", "input_schema": {}}]},
+    ],
+)
+def test_what_asks_for_nothing_special_passes(body: dict[str, Any]) -> None:
+    refuse_body(body)
 
 
 @pytest.mark.parametrize(
@@ -137,18 +137,10 @@ def test_a_body_without_wishes_passes() -> None:
     refuse_body({"best_of": 1, "logprobs": False, "presence_penalty": 0, "repetition_penalty": 1, "min_tokens": 0})
 
 
-def test_a_refusal_repeats_no_object_of_vllms() -> None:
-    for request in (chat(structured_outputs={"regex": "a"}), chat(tools=[TOOL], tool_choice=NAMED)):
-        with pytest.raises(RequestError) as refused:
-            refuse_fields(request)
-        assert "(json=" not in str(refused.value)
-        assert "value=" not in str(refused.value)
-
-
 def test_no_field_goes_unseen() -> None:
     """What an API's request makes of its fields is refused by the field's name, not by that of vLLM's parameter."""
     with pytest.raises(RequestError, match=r"^structured output is asked for \(by structured_outputs, response_format"):
-        refuse_unsupported(completion(response_format={"type": "json_object"}).to_sampling_params(8))
+        refuse_unsupported(CompletionRequest(prompt="a", response_format={"type": "json_object"}).to_sampling_params(8))
     with pytest.raises(RequestError, match="beam search asks for them too"):
         refuse_unsupported(SamplingParams(logprobs=4))
 

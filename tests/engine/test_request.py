@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.engine import configs
@@ -70,10 +71,12 @@ def test_a_prompt_that_arrives_in_parts_is_refused() -> None:
 
 
 def admitted(prompt: list[int], *, resumable: bool = False, max_tokens: int = 8, **options: object) -> Any:
-    """Return what admission reads of a request."""
+    """Return a request of which admission reads this."""
     extra = {f"dllm_{name}": value for name, value in options.items()}
     params = SamplingParams(max_tokens=max_tokens, extra_args=extra)
-    return SimpleNamespace(sampling_params=params, prompt_token_ids=prompt, resumable=resumable)
+    nothing = ("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank")
+    of_us = {"sampling_params": params, "prompt_token_ids": prompt, "resumable": resumable}
+    return EngineCoreRequest(request_id="a", arrival_time=0.0, **of_us, **dict.fromkeys(nothing))
 
 
 ALIGNED = DllmConfig(block_length=8, kv_policy="block_causal")

@@ -62,7 +62,7 @@ def test_blocks_that_begin_are_refreshed_oldest_first_and_the_others_wait() -> N
     scheduler.schedule()
     # The block of g, then rows of 16 each: three fit into 64, a fourth does not; what is left is for drafts of g.
     assert scheduler.rows.given == {"g": 4 * B, "a": 16, "b": 16, "c": 16}
-    assert scheduler.num_held == 3
+    assert scheduler._num_held == 3
     assert [each.next_decode_eligible_step for each in scheduler.running] == [0] * 3 + [9] * 3 + [0]
     assert len(scheduler.running[0].spec_token_ids) == B, "nothing is known to draft from"
     scheduler.rows.note(scheduler.running[:3])
@@ -99,7 +99,7 @@ def test_a_request_is_admitted_once_there_are_rows_for_its_first_step() -> None:
     new.num_tokens = 8
     assert scheduler.rows.free == 12
     assert allocated(scheduler, new, 8) is None
-    assert scheduler.num_held == 1
+    assert scheduler._num_held == 1
     assert "n" not in scheduler.rows.given
     assert allocated(scheduler, scheduler.running[0], B) == 16, "a running one has its rows"
 

@@ -103,6 +103,16 @@ def test_memory_for_kv_that_holds_no_request_is_told_before_processes_start(memo
     start(engine_config(kv_cache_memory_bytes=least))
 
 
+def test_a_number_of_pages_that_holds_no_request_is_told_before_processes_start(memory: Any) -> None:
+    memory((16, 15))
+    for given in (0, 1, 2):  # a request of 256 tokens takes two of 128
+        with pytest.raises(
+            ConfigError, match=rf"^num_gpu_blocks_override is {given}, .* max_model_len 256 take 3 pages"
+        ):
+            start(engine_config(num_gpu_blocks_override=given, kv_cache_memory_bytes=GIB // 2))
+    start(engine_config(num_gpu_blocks_override=3, kv_cache_memory_bytes=GIB // 2))
+
+
 def run_as_main(path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_dllm.engine.start_checks import check_main_guard
 
@@ -174,4 +184,8 @@ def test_vllm_warns_of_nothing_that_we_set(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_printed_configuration_names_spiffy() -> None:
     assert "speculative_config=None" in str(engine_config())
     config = engine_config(speculative_config='{"method": "spiffy", "max_nodes": 3}')
-    assert "speculative_config={'method': 'spiffy', 'draft_graph': 'default', 'max_nodes': 3}" in str(config)
+    assert "speculative_config={'method': 'spiffy', 'draft_graph': 'default', 'budget': 'auto', 'max_nodes': 3}" in str(
+        config
+    )
+    config = engine_config(speculative_config='{"method": "spiffy", "budget": 2}')
+    assert "speculative_config={'method': 'spiffy', 'draft_graph': 'default', 'budget': 2}" in str(config)

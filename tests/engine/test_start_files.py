@@ -48,6 +48,70 @@ def test_fields_that_transformers_and_vllm_read(family: str, name: str, value: o
     assert said.startswith(f"{name} in the checkpoint's config.json is {value!r}, ")
 
 
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        *(("architectures", value, "['") for value in ([], None, [5], ["Foo"], "Foo", {})),
+        *(("model_type", value, "'") for value in ([], 5, "foo", "", None)),
+        ("auto_map", 5, "an object"),
+    ],
+)
+def test_fields_that_say_whose_model_it_is(family: str, name: str, value: object, allowed: str, tmp_path: Path) -> None:
+    said = refusal(tmp_path, TINY[family] | {name: value})
+    assert said.startswith(f"{name} in config.json of {tmp_path} is {value!r}, but allowed is {allowed}")
+    assert TINY[family]["model_type"] in said or name != "model_type"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"generation_config": "/nope"}, "generation_config is '/nope', but generation_config.json is not there; all"),
+        ({"generation_config": "."}, "generation_config is '.', but generation_config.json is not there; allowed are"),
+        ({"hf_config_path": "/nope"}, "hf_config_path is '/nope', but config.json is not there; allowed is a folder"),
+        *(
+            ({"max_num_seqs": v}, f"max_num_seqs is {v!r}, allowed are whole numbers from 1 on")
+            for v in (0, -1, "x", 1.5)
+        ),
+        *(({"max_num_batched_tokens": v}, f"max_num_batched_tokens is {v!r}, allowed are whole") for v in (0, "x")),
+        ({"max_model_len": "x"}, "max_model_len is 'x', allowed are whole numbers"),
+        ({"max_model_len": 0}, "max_model_len must be a positive integer, got int: 0"),
+        ({"max_model_len": 2**40}, "max_model_len is 1099511627776, but config.json has rotary positions up to"),
+        *(({"block_size": v}, f"block_size is {v}, allowed are numbers above 0") for v in (0, -1)),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0, allowed are numbers from 1 on"),
+        ({"gpu_memory_utilization": 2}, "gpu_memory_utilization is 2, allowed are numbers up to 1"),
+        ({"seed": "x"}, "seed is 'x', allowed are whole numbers"),
+        ({"kv_cache_dtype": "x"}, "kv_cache_dtype is 'x', but attention of diffusion models reads auto, float16, bfl"),
+        ({"scheduling_policy": "x"}, "scheduling_policy is 'x', allowed are 'fcfs' or 'priority'"),
+        ({"hf_overrides": [1]}, "hf_overrides is [1], allowed are objects or functions"),
+        ({"override_generation_config": [1]}, "override_generation_config is [1], allowed are objects"),
+        ({"quantization": "x"}, "Unknown quantization method: x."),
+        ({"hf_overrides": {"architectures": []}}, "architectures in config.json of "),
+    ],
+)
+def test_settings_that_vllm_refuses_are_told_by_name(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    said = refusal(tmp_path, **changes)
+    assert said.startswith(sentence)
+    for raw in ("validation error", "Input should", "ArgsKwargs", "VLLM_ALLOW_LONG"):
+        assert raw not in said
+
+
+def test_what_vllm_says_of_other_models_stays(tmp_path: Path) -> None:
+    from pydantic import ValidationError
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": 32,
+        "max_position_embeddings": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValidationError, match="Input should be greater than 0"):
+        EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, block_size=0).create_engine_config()
+
+
 @pytest.mark.parametrize("value", ["x", 5, [], None])
 def test_additional_config_that_is_no_object(value: object, tmp_path: Path) -> None:
     for more in ({}, {"speculative_config": {"method": "spiffy"}}):

@@ -29,7 +29,7 @@ def row(forwards: int = 1, refreshes: int = 0, unmasked: int = 1, accepted: int 
     return RequestReport(forwards, refreshes, unmasked, accepted, 0, 0, 0, 0, 0, by_depth)
 
 
-STEP = StepStats.of_step(3, [row(1, 1, 3, 2, 2, 1), row(1, 0, 2, 1, 2, 1), row(1, 0, 1, 0, 2, 1), row(0, 0, 0)])
+STEP = StepStats.of_step(3, 2, [row(1, 1, 3, 2, 2, 1), row(1, 0, 2, 1, 2, 1), row(1, 0, 1, 0, 2, 1), row(0, 0, 0)])
 
 
 @pytest.fixture
@@ -54,7 +54,8 @@ def value(name: str, **labels: str) -> float | None:
 
 
 def test_a_step_is_the_sum_of_its_rows() -> None:
-    assert (STEP.forwards, STEP.refreshes, STEP.unmasked, STEP.budgets) == (3, 1, 6, {3: 1})
+    assert (STEP.forwards, STEP.refreshes, STEP.unmasked, STEP.held, STEP.budgets) == (3, 1, 6, 2, {3: 1})
+    assert StepStats.of_numbers(STEP.numbers()) == STEP
     assert STEP.proposed == [6, 3, *[0] * (MAX_DEPTH - 2)]
 
 
@@ -64,7 +65,7 @@ def test_a_walk_of_two_accepts_a_draft_of_each_depth() -> None:
 
 
 def test_walks_beyond_the_last_depth_count_there() -> None:
-    stats = StepStats.of_step(20, [row(1, 0, 20, MAX_DEPTH + 2)])
+    stats = StepStats.of_step(20, 0, [row(1, 0, 20, MAX_DEPTH + 2)])
     assert stats.accepted == [*[1] * (MAX_DEPTH - 1), 3]
 
 
@@ -121,7 +122,7 @@ def test_metrics_of_speculation(logger_of: Any) -> None:
 
 
 def test_without_speculation_there_are_no_draft_metrics(logger_of: Any) -> None:
-    logger_of(None).record(scheduler_stats(StepStats.of_step(0, [row()])), None, engine_idx=1)
+    logger_of(None).record(scheduler_stats(StepStats.of_step(0, 0, [row()])), None, engine_idx=1)
     assert value("vllm:dllm_forwards_total") == 1
     names = {metric.name for metric in prometheus_client.REGISTRY.collect()}
     assert not {name for name in names if "draft" in name or name == "vllm:dllm_steps"}
@@ -142,7 +143,7 @@ def test_log_lines() -> None:
         "Spiffy metrics: Tokens/forward: 1.50, Forwards: 3, Refreshes: 1, Blocks: 0, Mean accepted: 1.00, "
         "Per-depth acceptance: 0.667, 0.333, Proposed: 9, Accepted: 3, Mean budget: 3.0 (of 3 to 3)"
     )
-    assert "Per-depth acceptance: none" in describe(StepStats.of_step(0, [row()]), is_drafting=True)
+    assert "Per-depth acceptance: none" in describe(StepStats.of_step(0, 0, [row()]), is_drafting=True)
 
 
 def test_an_interval_is_logged_once(logger_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +151,7 @@ def test_an_interval_is_logged_once(logger_of: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(stat_logger.logger, "info", lambda *args: lines.append(args))
     logger = logger_of(SPIFFY)
     logger.record(scheduler_stats(STEP), None, engine_idx=0)
-    logger.record(scheduler_stats(StepStats.of_step(1, [row()])), None, engine_idx=1)
+    logger.record(scheduler_stats(StepStats.of_step(1, 0, [row()])), None, engine_idx=1)
     logger.log()
     logger.log()
     assert len(lines) == 1

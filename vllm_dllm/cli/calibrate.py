@@ -4,7 +4,7 @@ import datetime
 import importlib.metadata
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +46,9 @@ if TYPE_CHECKING:  # torch and vLLM are loaded when the command runs
     from vllm_dllm.calibrate.trace import PromptTrace
     from vllm_dllm.engine.recording import ModelFacts
 
+DEFAULT_GEN_LENGTH = 256
+"""Positions that a prompt generates in a model that has twice as many."""
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -63,7 +66,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     alg_temp: AlgTemp = None,
     steps_per_block: StepsPerBlock = None,
     block_length: BlockLength = None,
-    gen_length: Annotated[int, typer.Option(min=1, help="Positions that each prompt generates.")] = 256,
+    gen_length: Annotated[int | None, typer.Option(min=1, help="Positions of each; 256 or half the model's.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of the requests.")] = 0.0,
     nodes: Annotated[int, typer.Option(min=1, max=MAX_NODES, help="Nodes of the graph, at most.")] = 32,
     objective: Annotated[
@@ -95,7 +98,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
         output=output,
         picture=picture,
         settings=server_settings(model, given),
-        gen_length=gen_length,
+        gen_length=gen_length or DEFAULT_GEN_LENGTH,
         temperature=temperature,
         num_nodes=nodes,
         objective=objective,
@@ -108,7 +111,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     )
     if len(plan.prompts.conversations) < 2:
         raise ConfigError(f"{plan.prompts.path} has one prompt; give two or more, since some of them are held out")
-    _run(plan, keep_traces)
+    _run(_fitted(plan, is_default=gen_length is None), keep_traces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +159,20 @@ def _budgets(text: str, num_nodes: int) -> tuple[int, ...]:
     return tuple(sorted({min(budget, num_nodes) for budget in budgets}))
 
 
+def _fitted(plan: Plan, *, is_default: bool) -> Plan:
+    """Check that the model has room for what is generated, or make a default fit. Raises: ConfigError."""
+    with waiting_for("reading the model's configuration"):
+        positions = num_positions(plan.model)
+    if is_default:
+        plan = replace(plan, gen_length=min(plan.gen_length, max(1, positions // 2)))
+    # No prompt is shorter than a token; how long each is shows when it is encoded.
+    check_gen_length(plan.gen_length, [1], plan.settings, positions)
+    return plan
+
+
 def _run(plan: Plan, keep_traces: bool) -> None:
     from vllm_dllm.calibrate.record import TraceFile
 
-    # No prompt is shorter than a token; how long each is shows when it is encoded.
-    with waiting_for("reading the model's configuration"):
-        check_gen_length(plan.gen_length, [1], plan.settings, num_positions(plan.model))
     path = plan.output.with_name(plan.output.name + ".traces")
     with TraceFile(path, plan.trace_settings) as trace_file:
         try:

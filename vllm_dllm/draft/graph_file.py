@@ -176,9 +176,14 @@ def save_graph(file: GraphFile, path: str | Path) -> None:
 
 def _parse_text(text: str, where: str) -> GraphFile:
     try:
-        json.loads(text, object_pairs_hook=refuse_repeated_keys)
+        content = json.loads(text, object_pairs_hook=refuse_repeated_keys)
     except (ValueError, RecursionError) as error:
         raise GraphError(f"{where} is not JSON of a graph ({error}); {REMEDY}") from None
+    if isinstance(content, dict) and not {"method", "draft_graph"}.isdisjoint(content):
+        raise GraphError(
+            f"{where} is a speculative_config, and no graph: its draft_graph is "
+            f"{reprlib.repr(content.get('draft_graph', 'default'))}; give the file of a graph"
+        )
     schema = read_schema(text, where)
     graph = DraftGraph(
         formulas=tuple(tuple(sorted(node.formula)) for node in schema.nodes),

@@ -28,24 +28,22 @@ SPECULATIVE_METHODS: tuple[str, ...] = get_args(SpeculativeMethod)
 """Those of vLLM."""
 
 
-def explain_failures(explain: Callable[[EngineArgs], ConfigError | None]) -> None:
+def explain_start_errors(explain: Callable[[EngineArgs, Exception], ConfigError | None]) -> None:
     """Let a ConfigError that is raised inside of vLLM's configuration classes reach the user as it is.
 
-    They are pydantic's, which puts a ValueError between two lines of its own, with all arguments in them. Where vLLM
-    takes something for what it is not, `explain(args)` may know what that was.
+    They are pydantic's, which puts a ValueError between two lines of its own, with all arguments in them. What else is
+    raised there, `explain(args, error)` may know how to say.
     """
 
     def make(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
         def wrapper(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
             try:
                 return original(self, *args, **kwargs)
-            except ValidationError as error:
-                causes = [finding.get("ctx", {}).get("error") for finding in error.errors()]
-                found = next((cause for cause in causes if isinstance(cause, ConfigError)), None)
-                if found is None:
-                    raise
-            except (AttributeError, TypeError):
-                found = explain(self)
+            except (ValidationError, AttributeError, LookupError, TypeError) as error:
+                findings = error.errors() if isinstance(error, ValidationError) else []
+                causes = [finding.get("ctx", {}).get("error") for finding in findings]
+                ours = [cause for cause in causes if isinstance(cause, ConfigError)]
+                found = ours[0] if ours else explain(self, error)
                 if found is None:
                     raise
             raise found

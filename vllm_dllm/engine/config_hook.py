@@ -37,6 +37,10 @@ WORKERS = ("vllm_dllm.engine.cpu.worker.DllmCpuWorker", "vllm_dllm.engine.gpu_wo
 """Of a CPU, and of a GPU."""
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+_KV_CACHE_DTYPE = (
+    f"kv_cache_dtype is '{{}}', but attention of diffusion models reads {', '.join(KV_CACHE_DTYPES)}; remove "
+    "--kv-cache-dtype"
+)
 
 # What cannot work, as (is it asked for, sentence). The sentence says what was given, what is allowed and what to do; it
 # is formatted with the configuration as `c`.
@@ -117,9 +121,7 @@ _REFUSALS: tuple[_Refusal, ...] = (
     ),
     (
         lambda c: c.cache_config.cache_dtype not in KV_CACHE_DTYPES,
-        "kv_cache_dtype is {c.cache_config.cache_dtype!r}, but attention of diffusion models reads "
-        + ", ".join(KV_CACHE_DTYPES)
-        + "; remove --kv-cache-dtype",
+        _KV_CACHE_DTYPE.format("{c.cache_config.cache_dtype}"),
     ),
     (
         lambda c: c.cache_config.kv_sharing_fast_prefill,
@@ -138,6 +140,11 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "sampling replay is on, but diffusion models do not support it; remove the flag",
     ),
     (
+        lambda c: _quantises_to_fp8(c.model_config) and current_platform.is_cpu(),
+        "quantization is {c.model_config.quantization!r}, but vLLM has no kernel that makes fp8 of weights on a CPU; "
+        "allowed there are checkpoints that are quantised; remove --quantization",
+    ),
+    (
         lambda c: c.watermark_config,
         "watermark_config is set, but the sampler of diffusion models does not apply it; remove it",
     ),
@@ -148,6 +155,11 @@ def _is_block_causal(model_config: ModelConfig) -> bool:
     return served_family(model_config).is_block_causal
 
 
+def _quantises_to_fp8(model_config: ModelConfig) -> bool:
+    is_quantised = getattr(model_config.hf_config, "quantization_config", None) is not None
+    return not is_quantised and str(model_config.quantization).startswith("fp8")
+
+
 def check_flags(args: EngineArgs, model_config: ModelConfig) -> None:
     """Refuse flags that vLLM sets by itself or takes otherwise, where the user gave them and they do not fit.
 
@@ -156,11 +168,12 @@ def check_flags(args: EngineArgs, model_config: ModelConfig) -> None:
     if not is_ours(model_config):
         return
     settings_in(args.additional_config)
-    if args.max_num_batched_tokens is not None and args.max_num_batched_tokens < 1:
-        raise ConfigError(
-            f"max_num_batched_tokens is {args.max_num_batched_tokens}, allowed are whole numbers from 1 on; leave it "
-            "out"
-        )
+    for name in ("max_num_batched_tokens", "max_num_seqs"):
+        value = getattr(args, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(f"{name} is {value!r}, allowed are whole numbers from 1 on; give one or leave it out")
+    if args.kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ConfigError(_KV_CACHE_DTYPE.format(args.kv_cache_dtype))
     if args.enable_prefix_caching and not _is_block_causal(model_config):
         raise ConfigError(
             "enable_prefix_caching is on, but the K/V of a bidirectional model depend on what follows the prefix; "

@@ -133,7 +133,9 @@ class DllmVllmConfig(VllmConfig):
         text, spiffy = super().__str__(), self.dllm.spiffy
         if spiffy is None:
             return text
-        said = {"method": METHOD, "draft_graph": spiffy.source, "max_nodes": spiffy.max_nodes}
+        # With a fixed budget, max_nodes decides nothing more.
+        most = {"budget": "auto", "max_nodes": spiffy.max_nodes} if spiffy.budget is None else {"budget": spiffy.budget}
+        said = {"method": METHOD, "draft_graph": spiffy.source, **most}
         return text.replace("speculative_config=None", f"speculative_config={said}", 1)
 
 

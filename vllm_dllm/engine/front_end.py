@@ -1,5 +1,6 @@
 """What a front end of one of our models does with its requests, beside vLLM."""
 
+import inspect
 import sys
 from typing import Any
 
@@ -7,8 +8,11 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_dllm.engine import serving
 from vllm_dllm.engine.configs import is_ours
+from vllm_dllm.engine.parameter_types import check_types
 from vllm_dllm.engine.patches import become
 from vllm_dllm.engine.request import finish_admission
+
+_NAMES = inspect.signature(InputProcessor.process_inputs)
 
 
 class DllmInputProcessor(InputProcessor):
@@ -16,6 +20,7 @@ class DllmInputProcessor(InputProcessor):
 
     def process_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Admit a request. Raises: RequestError for one that is refused."""
+        check_types(self, _NAMES.bind(self, *args, **kwargs).arguments["params"])
         request = super().process_inputs(*args, **kwargs)
         finish_admission(self, request)
         return request
@@ -24,9 +29,11 @@ class DllmInputProcessor(InputProcessor):
 def take_over(processor: InputProcessor) -> None:
     """Take what a front end made to admit its requests.
 
-    An asynchronous engine may be a server's; others are spared the imports of vLLM's.
+    An asynchronous engine may be a server's; others are spared the imports of vLLM's, and a server of another model is
+    as it was.
     """
-    if is_ours(processor.model_config):
-        become(processor, DllmInputProcessor)
+    if not is_ours(processor.model_config):
+        return
+    become(processor, DllmInputProcessor)
     if "vllm.v1.engine.async_llm" in sys.modules:
         serving.install()

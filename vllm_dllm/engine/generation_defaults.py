@@ -60,7 +60,12 @@ def read_generation_config(model_config: ModelConfig, read: Callable[[], dict[st
     is_own = source in ("auto", "vllm")
     folder = (model_config.hf_config_path or model_config.model) if is_own else source
     revision = (model_config._hf_config_revision or model_config.revision) if is_own else None
-    text = get_hf_file_bytes(_FILE, folder, revision)
+    text = _file_of(folder, revision)
+    if text is None and not is_own:
+        raise ConfigError(
+            f"generation_config is {source!r}, but {_FILE} is not there; allowed are 'auto' (the checkpoint's), 'vllm' "
+            "(none), and a folder or a repository that has one; correct --generation-config"
+        )
     problem, content = (None, {}) if text is None else _problem(text)
     if problem is None:
         return read()
@@ -70,6 +75,13 @@ def read_generation_config(model_config: ModelConfig, read: Callable[[], dict[st
         f"{problem[0]}{_FILE} of {folder} {problem[1]}; correct it there or leave the file out with "
         "--generation-config vllm"
     )
+
+
+def _file_of(folder: str, revision: str | None) -> bytes | None:
+    try:
+        return get_hf_file_bytes(_FILE, folder, revision)
+    except (OSError, ValueError):  # no folder, and no name or no access either
+        return None
 
 
 def _problem(text: bytes) -> tuple[tuple[str, str] | None, dict[str, Any]]:

@@ -17,8 +17,12 @@ def least_kv_bytes(vllm_config: VllmConfig) -> int:
     """Return the memory below which vLLM starts no worker: that of one request of `max_model_len`, in each rank."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     itemsize = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model).itemsize
-    num_pages = -(-model.max_model_len // cache.block_size) + 1
-    return num_pages * _page_bytes(model, vllm_config.parallel_config, itemsize, cache.block_size)
+    return least_num_pages(vllm_config) * _page_bytes(model, vllm_config.parallel_config, itemsize, cache.block_size)
+
+
+def least_num_pages(vllm_config: VllmConfig) -> int:
+    """Return the pages of one request of `max_model_len`, and the one that vLLM keeps for itself."""
+    return -(-vllm_config.model_config.max_model_len // vllm_config.cache_config.block_size) + 1
 
 
 def _page_bytes(model_config: ModelConfig, parallel: ParallelConfig, itemsize: int, page_tokens: int) -> int:

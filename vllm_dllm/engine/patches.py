@@ -102,17 +102,16 @@ PATCHES = {
             "self vllm_config enable_default_loggers client_count",
             "vLLM's entry point for loggers would add ours to every model, and turn on statistics that are off",
         ),
-        _method(
-            "fastapi:FastAPI",
-            "build_middleware_stack",
-            "self",
-            "Fields that vLLM's request classes drop can be refused in the body alone",
+        Patch(
+            Contract(f"{_SERVE}.launchers.api_server.entry", "build_app", None),
+            "Fields that vLLM's request classes drop can be refused in the body alone: the app of one of our models "
+            "checks it, and answers in the form of its API",
         ),
         _method(
-            f"{_SERVE}.serve.engine.serving:BaseServing",
-            "_check_model",
-            "self request",
-            "All APIs' requests pass it before a reply begins: fields that have no effect are refused here",
+            f"{_SERVE}.launchers.run_batch",
+            "run_batch",
+            "engine_client args",
+            "It reads bodies without an app; one that is wrong would end the whole batch",
         ),
         _method(
             f"{_SERVE}.anthropic.serving:AnthropicServingMessages",

@@ -1,9 +1,8 @@
 """What a request may not ask of a diffusion model; each is refused under the name it was sent by."""
 
-import dataclasses
 import math
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -33,7 +32,8 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trace_decode_token_ids": (bool, "null"),
 }
 
-# Fields of the APIs' requests that become a sampling parameter of another name or value, or that vLLM would ignore.
+# Fields of the APIs' requests that become a sampling parameter of another name or value, or that vLLM would ignore or
+# give advice on.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_beam_search": (bool, "false"),
     "best_of": (lambda v: v not in (None, 1), "null"),  # not a set: a list has no hash
@@ -48,10 +48,16 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{f"guided_{kind}": (lambda v: v is not None, "null") for kind in ("json", "regex", "choice", "grammar")},
     "guided_json_object": (bool, "null"),
     "structural_tag": (lambda v: v is not None, "null"),
+    "prompt_embeds": (lambda v: v is not None, "null and a prompt of text or token ids"),
 }
 
 # The same by their names in a body: an API that does not know a field ignores it.
-_IN_BODY = {name: check for name, check in {**REFUSED, **_FIELDS}.items() if "." not in name}
+_IN_BODY = {**REFUSED, **_FIELDS}
+
+_OWNERS = tuple({name.partition(".")[0]: None for name in _FIELDS if "." in name})
+"""Fields of a body that are objects whose own fields are refused."""
+
+_NEVER: tuple[Callable[[Any], bool], str] = (lambda _: False, "")
 
 _LENGTHS = ("max_completion_tokens", "max_output_tokens")
 """Names that APIs have for `max_tokens`."""
@@ -66,6 +72,9 @@ _MISPLACED = {
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 """vLLM's own range above 0, which it keeps when parameters are made, and not when they are changed later. In it the
 native ops and torch draw the same tokens; at 1e38 they do not."""
+
+_SHORT = 80
+"""Characters of a text that an error repeats."""
 
 _FOREIGN_PREFIX = "diffusion_"
 """Keys of vLLM's own diffusion model in `extra_args`; its admission check would let them pass unused."""
@@ -121,58 +130,68 @@ def _check_numbers(params: SamplingParams) -> None:
     for name in ("seed", "max_tokens", "top_k"):
         value = getattr(params, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
-            raise _not_allowed(name, value, "whole numbers")
+            raise not_allowed(name, value, "whole numbers")
+    for name in ("n", "max_tokens"):
+        if getattr(params, name) is not None and getattr(params, name) < 1:
+            raise not_allowed(name, getattr(params, name), "whole numbers from 1 on")
     if params.seed is not None and not -(2**63) <= params.seed < 2**63:
-        raise _not_allowed("seed", params.seed, "64-bit signed integers")
+        raise not_allowed("seed", params.seed, "64-bit signed integers")
     if params.temperature != 0 and not MIN_TEMPERATURE <= params.temperature <= MAX_TEMPERATURE:
         allowed = f"0 (greedy) and {MIN_TEMPERATURE} to {MAX_TEMPERATURE}"
-        raise _not_allowed("temperature", params.temperature, allowed)
+        raise not_allowed("temperature", params.temperature, allowed)
     if not 0.0 < params.top_p <= 1.0:
-        raise _not_allowed("top_p", params.top_p, "numbers above 0 and up to 1")
+        raise not_allowed("top_p", params.top_p, "numbers above 0 and up to 1")
 
 
-def refuse_fields(request: Any) -> None:
-    """Check the fields of an API's request (vLLM's class of it) that no sampling parameter is named after.
-
-    Raises: RequestError naming the field, its value and what is allowed.
-    """
-    if not hasattr(request, "temperature"):
-        return  # it asks for no generation: its messages are to be tokenized, say
-    for name, (is_used, allowed) in _FIELDS.items():
-        owner, _, field = name.rpartition(".")
-        value = getattr(getattr(request, owner, None) if owner else request, field, None)
-        if is_used(value):
-            raise _unsupported(name, value, allowed)
-    if getattr(request, "messages", None) is not None and getattr(request, "echo", None):
-        raise _unsupported("echo", True, "false")
-    for path, strict in _strict_tools(request):
-        raise _unsupported(path, strict, "false and null")
-    for key, value in (getattr(request, "model_extra", None) or {}).items():
-        _refuse_misplaced(key, value)
-
-
-def refuse_body(body: dict[str, Any]) -> None:
+def refuse_body(body: Mapping[str, Any]) -> None:
     """Check a request's JSON, which still has the fields that vLLM's class of it ignores, converts or fails on.
 
     Raises: RequestError naming the field, its value and what is allowed.
     """
     for name, value in body.items():
         _refuse_misplaced(name, value)
-        is_used, allowed = _IN_BODY.get(name, (_is_never_used, ""))
-        if value is not None and is_used(value):
-            raise _unsupported(name, value, allowed)
+        _refuse_used(name, value)
         if name in _LENGTHS and type(value) is int and value < 1:
-            raise _not_allowed(name, value, "null and whole numbers from 1")
+            raise not_allowed(name, value, "null and whole numbers from 1")
         if name == "label_token_ids":
             raise RequestError(
-                f"label_token_ids is {_shown(value)}, but scoring needs the logprobs of a next token, which diffusion "
-                "models do not have; allowed is no scoring; score by a model that generates from left to right",
+                f"label_token_ids is {reprlib.repr(value)}, but scoring needs the logprobs of a next token, which "
+                "diffusion models do not have; allowed is no scoring; score by a model that generates from left to "
+                "right",
                 parameter=name,
             )
+    if body.get("messages") is not None and body.get("echo"):
+        raise _unsupported("echo", body["echo"], "false")
+    for path, strict in _strict_tools(body):
+        raise _unsupported(path, strict, "false and null")
+    for owner in _OWNERS:
+        for name, value in body[owner].items() if isinstance(body.get(owner), Mapping) else ():
+            _refuse_used(f"{owner}.{name}", value)
 
 
-def _is_never_used(_: Any) -> bool:
-    return False
+def refuse_token_body(body: Mapping[str, Any]) -> None:
+    """Do the same for the API whose body has `token_ids`, and its sampling parameters in an object of their own.
+
+    Raises: RequestError.
+    """
+    parameters = body.get("sampling_params")
+    at_the_top = {name: value for name, value in body.items() if name != "sampling_params"}
+    for where, fields in (("", at_the_top), ("sampling_params.", parameters)):
+        for name, value in fields.items() if isinstance(fields, Mapping) else ():
+            is_option = name in ("vllm_xargs", *_MISPLACED) or name.startswith(REQUEST_PREFIX)
+            if value is not None and is_option and where + name != "sampling_params.extra_args":
+                raise RequestError(
+                    f"{where}{name} is {reprlib.repr(value)}, where it has no effect; allowed is "
+                    "{'sampling_params': {'extra_args': {...}}}; move it there",
+                    parameter=where + name,
+                )
+            _refuse_used(name, value, where)
+
+
+def _refuse_used(name: str, value: object, where: str = "") -> None:
+    is_used, allowed = _IN_BODY.get(name, _NEVER)
+    if value is not None and is_used(value):
+        raise _unsupported(where + name, value, allowed)
 
 
 def _refuse_misplaced(name: str, value: object) -> None:
@@ -181,7 +200,7 @@ def _refuse_misplaced(name: str, value: object) -> None:
         allowed = f"{{'vllm_xargs': {{{name!r}: ...}}}}; move it there"
     if allowed:
         raise RequestError(
-            f"{name} is {_shown(value)} at the top of the request, where it has no effect; allowed is {allowed}",
+            f"{name} is {reprlib.repr(value)} at the top of the request, where it has no effect; allowed is {allowed}",
             parameter=name,
             value=_scalar(value),
         )
@@ -189,7 +208,7 @@ def _refuse_misplaced(name: str, value: object) -> None:
 
 def _unsupported(name: str, value: object, allowed: str) -> RequestError:
     return RequestError(
-        f"{name} is {_shown(value)}, but diffusion models unmask tokens in any order and do not support it; "
+        f"{name} is {reprlib.repr(value)}, but diffusion models unmask tokens in any order and do not support it; "
         f"allowed is {allowed}; remove it from the request",
         parameter=name,
         value=_scalar(value),
@@ -198,23 +217,20 @@ def _unsupported(name: str, value: object, allowed: str) -> RequestError:
 
 def _scalar(value: object) -> object:
     """What vLLM may print behind the message, whole and by its `repr`."""
-    return value if isinstance(value, str | int | float) else None
+    is_short = not isinstance(value, str) or len(value) <= _SHORT
+    return value if isinstance(value, str | int | float) and is_short else None
 
 
-def _not_allowed(name: str, value: Any, allowed: str) -> RequestError:
-    shown = value if isinstance(value, float) and math.isfinite(value) else repr(value)
-    return RequestError(f"{name} is {shown}, allowed are {allowed}; give one of these", parameter=name, value=value)
+def not_allowed(name: str, value: object, allowed: str) -> RequestError:
+    """Return the error for a value of a field, with what is allowed of it."""
+    shown = value if isinstance(value, float) and math.isfinite(value) else reprlib.repr(value)
+    return RequestError(
+        f"{name} is {shown}, allowed are {allowed}; give one of these", parameter=name, value=_scalar(value)
+    )
 
 
-def _shown(value: Any) -> str:
-    if dataclasses.is_dataclass(value):
-        value = {name: v for name, v in vars(value).items() if v not in (None, False) and not name.startswith("_")}
-    dump = getattr(value, "model_dump", None)
-    return reprlib.repr(dump(exclude_none=True, by_alias=True) if dump else value)
-
-
-def _part(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+def _part(value: object, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else None
 
 
 def _includes_logprobs(include: Any) -> bool:
@@ -222,16 +238,15 @@ def _includes_logprobs(include: Any) -> bool:
 
 
 def _forces_tool(choice: Any) -> bool:
-    """Tell whether a `tool_choice` of any API demands a call: 'required' or an object, if not one of mode 'auto'."""
+    """Tell whether a `tool_choice` of any API demands a call: a word or an object, if not one of mode 'auto'."""
     if choice is None or isinstance(choice, str):
-        return choice == "required"
+        return choice not in (None, "none", "auto")
     return _part(choice, "mode") != "auto" and _part(choice, "type") not in ("auto", "none")
 
 
-def _strict_tools(request: Any) -> Iterator[tuple[str, bool]]:
-    if getattr(request, "tool_choice", None) == "none":
-        return
-    for i, tool in enumerate(getattr(request, "tools", None) or ()):
-        for owner, path in ((tool, "strict"), (getattr(tool, "function", None), "function.strict")):
-            if getattr(owner, "strict", None):
+def _strict_tools(body: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    tools = body.get("tools")
+    for i, tool in enumerate(tools if isinstance(tools, list) and body.get("tool_choice") != "none" else ()):
+        for owner, path in ((tool, "strict"), (_part(tool, "function"), "function.strict")):
+            if _part(owner, "strict"):
                 yield f"tools[{i}].{path}", True

@@ -23,6 +23,7 @@ from vllm_dllm.config import (
     request_steps,
 )
 from vllm_dllm.engine.configs import is_ours, settings_of
+from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -98,7 +99,7 @@ def _plain_ids(ids: Any) -> list[int]:
     if type(ids) is list and all(type(token) is int for token in ids):
         return ids
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    if not isinstance(ids, list | tuple):
+    if not isinstance(ids, list | tuple | range):
         raise RequestError(
             f"prompt_token_ids is {reprlib.repr(ids)}, allowed are lists of whole numbers; give one",
             parameter="prompt_token_ids",
@@ -195,13 +196,15 @@ def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") 
     params.max_tokens = min(int(params.max_tokens or length), length)
     # Plain numbers: what goes to the engine is packed, and NumPy's are not.
     params.temperature, params.top_p = float(params.temperature), float(params.top_p)
-    params.seed, params.extra_args = plain_number(params.seed), _plain_args(params.extra_args)
+    params.n, params.top_k, params.seed = map(plain_number, (params.n, params.top_k, params.seed))
+    params.extra_args = _plain_args(params.extra_args)
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
+    check_sent(request)
 
 
 def _plain_args(args: dict[str, Any] | None) -> dict[str, Any] | None:
-    return args and {key: plain_number(value) for key, value in args.items()}
+    return args and {key: str(v) if isinstance(v, str) else plain_number(v) for key, v in args.items()}
 
 
 def check_early(processor: "InputProcessor", prompt: Any, params: Any, **options: Any) -> None:

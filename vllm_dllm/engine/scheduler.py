@@ -7,7 +7,6 @@ from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -51,7 +50,7 @@ class DllmScheduler(Scheduler):
         self.is_causal = self.settings.is_block_causal
         self.rows = StepRows(self.settings, self.max_model_len, self.max_num_scheduled_tokens)
         self._placeholders = [-1] * self.num_spec_tokens
-        self.num_held = 0
+        self._num_held = 0  # requests, since the last report
         compilation = self.vllm_config.compilation_config
         has_graphs = compilation.cudagraph_mode != CUDAGraphMode.NONE
         self._largest_graph = (compilation.max_cudagraph_capture_size or 0) if has_graphs else 0
@@ -199,8 +198,8 @@ class DllmScheduler(Scheduler):
         for request, num_rows, begins_block in sorted(needed, key=lambda each: each[1] > 2 * self.block_length):
             request.spec_token_ids = self._placeholders[: self.block_length]
             if not self.rows.give(request, num_rows):
-                _leave_out(request, self.current_step)
-                self.num_held += 1
+                leave_out(request, self.current_step)
+                self._num_held += 1
             elif begins_block:
                 num_begins += self.is_causal
             else:
@@ -251,7 +250,8 @@ class DllmScheduler(Scheduler):
         """
         drafting = {req_id: report for req_id, report in reports.items() if not report.commits}
         budget = max(map(len, output.scheduled_spec_decode_tokens.values())) - self.block_length
-        self._stats = stats = StepStats.of_step(budget, list(reports.values()))
+        self._stats = stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
+        self._num_held = 0
         for req_id, report in reports.items():
             if req_id in self.requests:  # it may have been aborted meanwhile
                 self._totals[req_id].add(report)
@@ -313,7 +313,7 @@ class DllmScheduler(Scheduler):
             return True
         num_rows = self.rows.first(request, request.num_computed_tokens + num_hit)
         is_admitted = self.rows.give(request, num_rows, is_first=True)
-        self.num_held += not is_admitted
+        self._num_held += not is_admitted
         return is_admitted
 
     def _paged_end(self, request: Request) -> int:
@@ -323,37 +323,6 @@ class DllmScheduler(Scheduler):
         return request.num_tokens - request.num_tokens % self.block_length + self.block_length
 
 
-class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
-    """Schedules a step of a block-causal model while the step before is under way.
-
-    It does not know which requests begin a block in the step, so all have room for a block to commit. vLLM's counts
-    take what is under way for accepted until it is known.
-    """
-
-    def _denoising(self) -> list[Request]:
-        """Leave a request out of the step where its count comes too near to `max_model_len`, until it is known."""
-        denoising = super()._denoising()
-        last = self.max_model_len - self.block_length
-        for request in denoising:
-            if request.num_computed_tokens > last:
-                _leave_out(request, self.current_step)
-        return [request for request in denoising if request.num_computed_tokens <= last]
-
-    def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool]]:
-        return [2 * self.block_length] * len(requests), [False] * len(requests)
-
-    def _rows_of_drafts(self, num_drafts: int) -> int:
-        return self.block_length * max(0, num_drafts - 1)
-
-    def _paged_end(self, request: Request) -> int:
-        """Add a block to what is known, if the step before may end one."""
-        return super()._paged_end(request) + (self.block_length if request.num_output_placeholders else 0)
-
-    def _step_ms(self, updated_at_s: float) -> tuple[float | None, float | None]:
-        """Return the time from one step's end to the next, in which the host does its part meanwhile."""
-        return None if self._updated_at_s is None else (updated_at_s - self._updated_at_s) * 1e3, None
-
-
-def _leave_out(request: Request, current_step: int) -> None:
+def leave_out(request: Request, current_step: int) -> None:
     """Let vLLM's next `schedule` pass a running request over; it counts the step before it compares."""
     request.next_decode_eligible_step = current_step + 2

@@ -2,108 +2,85 @@
 a request in flight its error when the server ends.
 """
 
+import re
+import sys
 from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
 from typing import Any
 
+from pydantic import ValidationError
 from vllm.config import ModelConfig
 from vllm.utils.async_utils import run_in_loop
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_dllm.engine.configs import is_ours
+from vllm_dllm.engine.explain import explain_validation
 from vllm_dllm.engine.patches import wrap
-from vllm_dllm.engine.refusals import RequestError, refuse_body, refuse_fields
 from vllm_dllm.engine.request import check_early, counting
 
-_GENERATING = (
-    *("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/v1/messages"),
-    *("/inference/v1/generate", "/generative_scoring", "/invocations", "/cohere/v2/chat"),
-)
-"""Where requests that ask for tokens go; beside each there may be a `/render`."""
+_SENT_AS = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
+"""Fields of the chat API -> what the Messages API calls them."""
 
 
 def install() -> None:
     """Wrap the methods of vLLM's server that every API's requests pass; those for other models pass unchanged."""
-    wrap("FastAPI.build_middleware_stack", _with_bodies_checked)
-    wrap("BaseServing._check_model", _with_fields_checked)
+    wrap("entry.build_app", _with_bodies_checked)
     wrap("AnthropicServingMessages.create_messages", _without_traceback)
     wrap("AnthropicServingMessages.count_tokens", _only_counted)
     wrap("AsyncLLM.generate", _at_once)
     wrap("AsyncLLM.shutdown", _with_errors_sent)
     wrap("OpenAIServingResponses._generate_with_builtin_tools", _response_at_once)
+    if "vllm.entrypoints.launchers.run_batch" in sys.modules:  # a program of its own
+        wrap("run_batch.run_batch", _with_lines_checked)
 
 
 def _with_bodies_checked(original: Callable[..., Any]) -> Callable[..., Any]:
-    """An app builds its middleware when it starts; what all its APIs depend on checks a body before it is parsed."""
-    from fastapi import Request
-    from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+    """The app of a server with one of our models checks bodies; that of another is as vLLM made it."""
 
-    async def check(raw_request: Request) -> None:
-        await validate_json_request(raw_request)
-        engine = getattr(raw_request.app.state, "engine_client", None)
-        path = raw_request.url.path.removesuffix("/render")
-        if engine is None or not is_ours(engine.model_config) or not path.endswith(_GENERATING):
-            return
-        try:
-            body = await raw_request.json()
-        except ValueError:
-            return  # whoever parses it says so
-        if isinstance(body, dict):
-            _check_body(path, body)
+    def wrapper(args: Any, supported_tasks: Any = None, model_config: ModelConfig | None = None) -> Any:
+        app = original(args, supported_tasks, model_config)
+        if model_config is not None and is_ours(model_config):
+            from vllm_dllm.engine.bodies import check_in
 
-    def wrapper(self: Any) -> Any:
-        self.dependency_overrides.setdefault(validate_json_request, check)
-        return original(self)
+            check_in(app)
+        return app
 
     return wrapper
 
 
-def _check_body(path: str, body: dict[str, Any]) -> None:
-    """Refuse what vLLM's class of the request would not show us, in the body that it is made of.
+def _with_lines_checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def wrapper(engine_client: Any, args: Any) -> Any:
+        if is_ours(engine_client.model_config):
+            from vllm_dllm.engine.bodies import check_lines
 
-    Raises: RequestError.
-    """
-    if path.endswith("/inference/v1/generate"):
-        body = {name: value for name, value in body.items() if name != "sampling_params"}
-    refuse_body(body)
-    if body.get("logprobs") is False:
-        body["logprobs"] = None  # a number in the completions API, which would take it for 0
-
-
-def _with_fields_checked(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def wrapper(self: Any, request: Any) -> Any:
-        return await original(self, request) or _refusal(self, request)
+            check_lines()
+        return await original(engine_client, args)
 
     return wrapper
-
-
-def _refusal(serving: Any, request: Any) -> Any:
-    """Return vLLM's reply to a request with a field that is refused, or None."""
-    model_config: ModelConfig = serving.model_config
-    if not is_ours(model_config):
-        return None
-    try:
-        refuse_fields(request)
-    except RequestError as error:
-        return serving.create_error_response(error)
-    return None
 
 
 def _without_traceback(original: Callable[..., Any]) -> Callable[..., Any]:
-    """This API logs whatever is raised with its traceback, and sends requests on as those of another API."""
+    """This API logs whatever is raised with its traceback, and names the fields of the chat API that it calls."""
 
     async def wrapper(self: Any, request: Any, raw_request: Any = None) -> Any:
-        if refusal := _refusal(self, request):
-            return refusal
         try:
             return await original(self, request, raw_request)
         except Exception as error:
-            reply = self.create_error_response(error) if is_ours(self.model_config) else None
+            reply = self.create_error_response(_explained(error)) if is_ours(self.model_config) else None
             if reply is None or reply.error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise
-            return reply
+        for name, sent in _SENT_AS.items():
+            if re.match(rf"{name}\b", reply.error.message):
+                reply.error.message = re.sub(rf"\b{name}\b", sent, reply.error.message)
+        return reply
 
     return wrapper
+
+
+def _explained(error: Exception) -> Exception:
+    if not isinstance(error, ValidationError):
+        return error
+    return explain_validation(error.errors(), {each["loc"][0]: each["input"] for each in error.errors() if each["loc"]})
 
 
 def _only_counted(original: Callable[..., Any]) -> Callable[..., Any]:

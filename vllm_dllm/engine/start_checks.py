@@ -1,40 +1,20 @@
 """What would end an engine while it starts, told before its processes are: their messages lie deep in the log."""
 
 import ast
-import json
 import math
-import reprlib
 import sys
 from pathlib import Path
 
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
-from vllm.transformers_utils.repo_utils import try_get_local_file
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.utils.system_utils import get_mp_context
 
 from vllm_dllm.engine.configs import is_ours
-from vllm_dllm.engine.kv_memory import kv_bytes, least_kv_bytes
+from vllm_dllm.engine.kv_memory import kv_bytes, least_kv_bytes, least_num_pages
 from vllm_dllm.errors import ConfigError
 
 GIB = 1 << 30
-
-
-def explain_config_file(args: EngineArgs) -> ConfigError | None:
-    """Return what is wrong with a config.json that holds no object, or None; nothing is known of its model yet."""
-    for model in filter(None, (args.model, args.hf_config_path)):
-        file = try_get_local_file(model, "config.json", args.revision)
-        try:
-            content = json.loads(file.read_bytes()) if isinstance(file, Path) else {}
-        except ValueError:
-            continue
-        if not isinstance(content, dict):
-            return ConfigError(
-                f"config.json of {model} is {reprlib.repr(content)}; allowed is an object; put the checkpoint's own "
-                "there"
-            )
-    return None
 
 
 def check_start(vllm_config: VllmConfig) -> None:
@@ -44,6 +24,7 @@ def check_start(vllm_config: VllmConfig) -> None:
     """
     if not is_ours(vllm_config.model_config):
         return
+    check_num_pages(vllm_config)
     if get_mp_context().get_start_method() == "spawn":
         check_main_guard()
     if current_platform.is_cpu():
@@ -84,6 +65,21 @@ def check_kv_memory(vllm_config: VllmConfig) -> None:
             f"kv_cache_memory_bytes is {given}, but the K/V of one request of max_model_len "
             f"{vllm_config.model_config.max_model_len} take {least}, with the page that vLLM keeps; allowed are this "
             "number and more; raise --kv-cache-memory-bytes or lower --max-model-len"
+        )
+
+
+def check_num_pages(vllm_config: VllmConfig) -> None:
+    """Refuse a number of pages that does not hold one request.
+
+    Raises: ConfigError with what it takes.
+    """
+    cache, max_model_len = vllm_config.cache_config, vllm_config.model_config.max_model_len
+    given, least = cache.num_gpu_blocks_override, least_num_pages(vllm_config)
+    if given is not None and given < least:
+        raise ConfigError(
+            f"num_gpu_blocks_override is {given}, but the K/V of one request of max_model_len {max_model_len} take "
+            f"{least} pages of {cache.block_size} tokens, with the page that vLLM keeps; allowed are this number and "
+            "more; leave it out or lower --max-model-len"
         )
 
 

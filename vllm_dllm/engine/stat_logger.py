@@ -24,6 +24,7 @@ COUNTERS = {
     "refreshes": "Refreshes of a request's K/V.",
     "unmasked": "Positions unmasked.",
     "blocks": "Blocks emitted.",
+    "held": "Requests that waited for the next step, since not all rows fitted.",
 }
 DRAFT_COUNTERS = {
     "draft_nodes_proposed": ("depth", "Drafts evaluated, by depth."),

@@ -13,7 +13,7 @@ from vllm_dllm.spiffy_config import SpiffySettings
 logger = init_logger("vllm.dllm")
 
 SCHEDULER = "vllm_dllm.engine.scheduler.DllmScheduler"
-ASYNC_SCHEDULER = "vllm_dllm.engine.scheduler.DllmAsyncScheduler"
+ASYNC_SCHEDULER = "vllm_dllm.engine.async_scheduler.DllmAsyncScheduler"
 
 MAX_DRAFT_ROWS = 2048
 """Rows of a step beyond which a forward is bound by arithmetic on any device, so that drafts only cost."""

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 MAX_DEPTH = 16
 """Depth up to which drafts are counted apart; deeper ones count as this."""
 
-NUM_NUMBERS = 5 + 2 * MAX_DEPTH
+NUM_NUMBERS = 6 + 2 * MAX_DEPTH
 """Of a step."""
 
 
@@ -23,6 +23,7 @@ class StepStats:
         forwards, refreshes: requests that took part.
         unmasked: positions.
         blocks: emitted.
+        held: requests that waited for the next step, since not all rows fitted into this one.
         proposed: drafts that were evaluated, by depth 1..MAX_DEPTH in the graph.
         accepted: drafts that came true, by the steps 1..MAX_DEPTH that they were ahead.
     """
@@ -32,11 +33,12 @@ class StepStats:
     refreshes: int = 0
     unmasked: int = 0
     blocks: int = 0
+    held: int = 0
     proposed: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
     accepted: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
 
     @classmethod
-    def of_step(cls, budget: int, reports: Collection["RequestReport"]) -> "StepStats":
+    def of_step(cls, budget: int, held: int, reports: Collection["RequestReport"]) -> "StepStats":
         """Sum the reports of a step's requests."""
         lengths = [report.accepted for report in reports]
         accepted = [0] * MAX_DEPTH
@@ -48,6 +50,7 @@ class StepStats:
             refreshes=sum(report.refreshes for report in reports),
             unmasked=sum(report.unmasked for report in reports),
             blocks=sum(report.finished for report in reports),
+            held=held,
             proposed=[sum(column) for column in zip([0] * MAX_DEPTH, *(r.proposed for r in reports), strict=True)],
             accepted=accepted,
         )
@@ -70,19 +73,21 @@ class StepStats:
         self.refreshes += other.refreshes
         self.unmasked += other.unmasked
         self.blocks += other.blocks
+        self.held += other.held
         self.proposed = [a + b for a, b in zip(self.proposed, other.proposed, strict=True)]
         self.accepted = [a + b for a, b in zip(self.accepted, other.accepted, strict=True)]
 
     def numbers(self) -> list[int]:
         """Return the numbers of one step, for `of_numbers`; [NUM_NUMBERS]."""
         (budget,) = self.budgets
-        return [budget, self.forwards, self.refreshes, self.unmasked, self.blocks, *self.proposed, *self.accepted]
+        counts = [self.forwards, self.refreshes, self.unmasked, self.blocks, self.held]
+        return [budget, *counts, *self.proposed, *self.accepted]
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[int]) -> "StepStats":
         """Read what `numbers` returned."""
-        budget, forwards, refreshes, unmasked, blocks, *depths = numbers
-        return cls({budget: 1}, forwards, refreshes, unmasked, blocks, depths[:MAX_DEPTH], depths[MAX_DEPTH:])
+        budget, forwards, refreshes, unmasked, blocks, held, *depths = numbers
+        return cls({budget: 1}, forwards, refreshes, unmasked, blocks, held, depths[:MAX_DEPTH], depths[MAX_DEPTH:])
 
 
 @dataclass(slots=True)

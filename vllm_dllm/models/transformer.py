@@ -269,9 +269,13 @@ class MaskedDiffusionLM(nn.Module):
         except ConfigError:
             raise
         except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            asked, todo = "what its config.json asks for", "correct config.json"
+            if self.quant_config is not None:  # of the checkpoint, or of a flag
+                asked = f"what quantization {self.quant_config.get_name()!r} does with it here"
+                todo = "correct quantization_config in config.json, or --quantization"
             raise ConfigError(
-                f"the checkpoint's tensor {count.passed} does not fit what its config.json asks for: "
-                f"{error or type(error).__name__}; repair the checkpoint's files or correct config.json"
+                f"the checkpoint's tensor {count.passed} does not fit {asked}: {error or type(error).__name__}; repair "
+                f"the checkpoint's files or {todo}"
             ) from error
         self.takes_part = True
         return loaded

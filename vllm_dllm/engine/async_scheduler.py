@@ -1,0 +1,37 @@
+"""Scheduling a step of a block-causal model while the step before runs."""
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import Request
+
+from vllm_dllm.engine.scheduler import DllmScheduler, leave_out
+
+
+class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
+    """Schedules a step of a block-causal model while the step before is under way.
+
+    It does not know which requests begin a block in the step, so all have room for a block to commit. vLLM's counts
+    take what is under way for accepted until it is known.
+    """
+
+    def _denoising(self) -> list[Request]:
+        """Leave a request out of the step where its count comes too near to `max_model_len`, until it is known."""
+        denoising = super()._denoising()
+        last = self.max_model_len - self.block_length
+        for request in denoising:
+            if request.num_computed_tokens > last:
+                leave_out(request, self.current_step)
+        return [request for request in denoising if request.num_computed_tokens <= last]
+
+    def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool]]:
+        return [2 * self.block_length] * len(requests), [False] * len(requests)
+
+    def _rows_of_drafts(self, num_drafts: int) -> int:
+        return self.block_length * max(0, num_drafts - 1)
+
+    def _paged_end(self, request: Request) -> int:
+        """Add a block to what is known, if the step before may end one."""
+        return super()._paged_end(request) + (self.block_length if request.num_output_placeholders else 0)
+
+    def _step_ms(self, updated_at_s: float) -> tuple[float | None, float | None]:
+        """Return the time from one step's end to the next, in which the host does its part meanwhile."""
+        return None if self._updated_at_s is None else (updated_at_s - self._updated_at_s) * 1e3, None

@@ -1,0 +1,93 @@
+"""Types of sampling parameters that were changed after vLLM checked them.
+
+Some wrong ones end in a TypeError without the parameter's name, and those that only the engine's decoder finds end the
+thread that reads its requests: every client then waits forever.
+"""
+
+import re
+import reprlib
+import types
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+
+import msgspec
+from vllm.sampling_params import SamplingParams
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from vllm_dllm.config import plain_number
+from vllm_dllm.engine.configs import is_ours
+from vllm_dllm.engine.refusals import REFUSED, RequestError, not_allowed
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.input_processor import InputProcessor
+
+_WORDS = {bool: "True and False", int: "whole numbers", float: "numbers", str: "text", dict: "objects", Any: "anything"}
+
+_FIELDS = {
+    field.name: field.type
+    for field in msgspec.structs.fields(SamplingParams)
+    if not field.name.startswith("_") and field.name not in {*REFUSED, "structured_outputs"}
+}
+"""Parameters that a request may set -> the type that the engine decodes."""
+
+
+def check_types(processor: "InputProcessor", params: Any) -> None:
+    """Check the sampling parameters of a request to a model of ours, before anything else reads them.
+
+    Raises: RequestError naming the parameter, its value and what is allowed.
+    """
+    if not is_ours(processor.model_config) or not isinstance(params, SamplingParams):
+        return
+    for name, of in _FIELDS.items():
+        value = getattr(params, name)
+        if type(value) is not of and not _is(plain_number(value), of):
+            raise not_allowed(name, value, _allowed(of))
+    for key, value in (params.extra_args or {}).items():
+        try:
+            # Without vLLM's own extensions: an array reaches the engine core, which dies when it hands it on.
+            msgspec.msgpack.encode(str(value) if isinstance(value, str) else plain_number(value))
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            raise RequestError(
+                f"{key} is {reprlib.repr(value)}, allowed are numbers, text, and lists and objects of these, which can "
+                "be sent to the engine; give one of these",
+                parameter=str(key),
+            ) from None
+
+
+def check_sent(request: "EngineCoreRequest") -> None:
+    """Check that the engine can decode what is sent of an admitted request: its salt, its priority and so on.
+
+    Raises: RequestError naming the field, its value and what is allowed.
+    """
+    sent = msgspec.structs.replace(request, prompt_token_ids=None)  # whole numbers, as its admission saw to
+    try:
+        MsgpackDecoder(type(request)).decode(MsgpackEncoder().encode(sent))
+    except (TypeError, ValueError) as error:
+        place = re.search(r"Expected (.*), got .* at `\$\[(\d+)\]", str(error))
+        name = request.__struct_fields__[int(place[2])] if place else "request"
+        value = getattr(request, name, None)
+        allowed = place[1].replace("`", "") if place else "what can be sent to the engine"
+        raise RequestError(
+            f"{name} is {reprlib.repr(value)}, allowed is {allowed} ({error}); give one of these", parameter=name
+        ) from None
+
+
+def _is(value: object, of: Any) -> bool:
+    if isinstance(value, tuple | set | frozenset):
+        return False  # a decoder takes them for lists, what reads the parameters before does not
+    try:
+        msgspec.convert(value, of)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _allowed(of: Any) -> str:
+    if get_origin(of) in (Union, types.UnionType):
+        return " and ".join(_allowed(each) for each in get_args(of))
+    if get_origin(of) is list:
+        return f"lists of {_allowed(get_args(of)[0])}"
+    if isinstance(of, type) and issubclass(of, Enum):
+        return ", ".join(str(member) for member in of)
+    return "None" if of is type(None) else _WORDS[get_origin(of) or of]
