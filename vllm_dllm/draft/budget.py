@@ -110,41 +110,52 @@ class BudgetRule:
         prior: transitions that drafts are expected to save, by budget (`draft.drafter.Drafter.prior`).
         block_length: rows of one canvas.
         fixed: a budget that overrides the rule.
+
+    Attributes:
+        break_even: share of the transitions expected of the present budget at which its drafts pay for their rows, 0 to
+            1; 0 where it is 0 or fixed.
     """
 
     def __init__(self, prior: Sequence[float], block_length: int, fixed: int | None = None) -> None:
         self.fixed = fixed
         self.curve: CostCurve | None = None
         self._block_length = block_length
+        self.break_even = 0.0
         self._prior = prior
         self._accepted = Factors(rate=0.01, trust=20)
         self._host_ms = 0.0
         self._batches: defaultdict[int, _Batch] = defaultdict(_Batch)
 
-    def choose(self, num_reqs: int, limit: int, num_begins: int = 0) -> int:
+    def choose(self, num_reqs: int, limit: int, num_begins: int = 0, num_without: int = 0) -> int:
         """Return the budget of the next step.
 
         Args:
             num_reqs: requests that may have drafts in the step, at least 1.
             limit: the largest budget for which there is room.
             num_begins: requests besides, which begin a block: two canvases each, no drafts.
+            num_without: others without drafts: one canvas each.
         """
         limit = min(limit, len(self._prior) - 1)
         if self.fixed is not None:
             return max(0, min(self.fixed, limit))
-        batch = self._batch(num_reqs + num_begins)
+        others = num_begins + num_without
+        batch = self._batch(num_reqs + others)
         batch.num_steps += 1
         if limit <= 0 or self.curve is None:
             return 0
         if batch.num_steps % DECIDE_EVERY:
             return min(batch.budget, limit)
-        rows = [self._rows(num_reqs, budget, num_begins) for budget in range(limit + 1)]
+        rows = [self._rows(num_reqs, budget, num_begins, num_without) for budget in range(limit + 1)]
         ms = [self._host_ms + self.curve.ms(rows[budget]) * batch.cost.of(budget) for budget in range(limit + 1)]
-        rates = [(num_begins + num_reqs * self._transitions(budget)) / ms[budget] for budget in range(limit + 1)]
+        rates = [(others + num_reqs * (1 + self.expected(budget))) / ms[budget] for budget in range(limit + 1)]
         best, present = rates.index(max(rates)), min(batch.budget, limit)
         if rates[best] >= (1 + MARGIN) * rates[present]:
             present = best
         batch.budget = present if rates[present] >= rates[0] else 0
+        self.break_even = 0.0
+        if batch.budget > 0:
+            extra_ms = ms[batch.budget] - ms[0]
+            self.break_even = max(0.0, rates[batch.budget] * extra_ms / (num_reqs * self.expected(batch.budget)))
         return self._tried(batch, ms, rates)
 
     def observe(
@@ -155,23 +166,24 @@ class BudgetRule:
         ms: float | None = None,
         host_ms: float | None = None,
         num_begins: int = 0,
+        num_without: int = 0,
     ) -> None:
         """Learn from a step.
 
         Args:
-            num_reqs, budget, num_begins: of the step, as in `choose`.
+            num_reqs, budget, num_begins, num_without: of the step, as in `choose`.
             mean_accepted: transitions made through drafts, mean of the `num_reqs` requests.
             ms: what the step took; None for one that did something besides denoising, such as a refresh.
             host_ms: what passed between the step before and this one; None if the engine may have waited for work.
         """
         if self.fixed is not None:
             return
-        batch = self._batch(num_reqs + num_begins)
+        batch = self._batch(num_reqs + num_begins + num_without)
         is_usual = budget == batch.budget
         if budget > 0:
             self._accepted.observe(budget, mean_accepted / self._prior[budget], is_usual)
         if ms is not None and self.curve is not None:
-            forecast = self.curve.ms(self._rows(num_reqs, budget, num_begins))
+            forecast = self.curve.ms(self._rows(num_reqs, budget, num_begins, num_without))
             batch.cost.observe(budget, ms / forecast, is_usual)
         if host_ms is not None:
             self._host_ms += 0.1 * (min(host_ms, 2 * self._host_ms or host_ms) - self._host_ms)
@@ -179,11 +191,12 @@ class BudgetRule:
     def _batch(self, num_reqs: int) -> _Batch:
         return self._batches[(num_reqs - 1).bit_length()]
 
-    def _rows(self, num_reqs: int, budget: int, num_begins: int) -> int:
-        return self._block_length * (num_reqs * (1 + budget) + 2 * num_begins)
+    def expected(self, budget: int) -> float:
+        """Return how many transitions the drafts of a budget are expected to save a request."""
+        return self._prior[budget] * self._accepted.of(budget)
 
-    def _transitions(self, budget: int) -> float:
-        return 1 + self._prior[budget] * self._accepted.of(budget)
+    def _rows(self, num_reqs: int, budget: int, num_begins: int, num_without: int) -> int:
+        return self._block_length * (num_reqs * (1 + budget) + 2 * num_begins + num_without)
 
     def _tried(self, batch: _Batch, ms: list[float], rates: list[float]) -> int:
         """Return the batch's budget, or now and then one more, none or one less, when the time that costs is earned."""
