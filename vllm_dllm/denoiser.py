@@ -1,9 +1,9 @@
 """One step of block diffusion around the forward: which canvases it evaluates, and what becomes of them.
 
-`nodes` gives the canvases of the next forward: the true ones and the drafts (`draft.propose`), made from the last
-distribution that came true. `advance` takes the forward's rows: statistics of each (`unmask.stats`), and the canvases
-that the unmasking policy makes in turn, as far as the drafts came true (`unmask.walk`). `settle` ends the
-step (`state.settle`). Batched tensor code; nothing waits for the device.
+`nodes` gives the canvases of the next forward: the true ones and the drafts (`draft.drafter`). `advance` takes the
+forward's rows: statistics of each (`unmask.stats`), and the canvases that the unmasking policy makes in turn, as far as
+the drafts came true (`unmask.walk`). `settle` ends the step (`state.settle`). Batched tensor code; nothing waits for
+the device.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from vllm_dllm.draft.compile import CompiledGraph
+from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph import MAX_CANDIDATES
-from vllm_dllm.draft.native import Propose
-from vllm_dllm.draft.propose import Roots, likeliest_end, propose
 from vllm_dllm.ops.vocab_stats import RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
-from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
 from vllm_dllm.unmask.head import Head
 from vllm_dllm.unmask.policy import asked_ids
@@ -28,15 +24,6 @@ from vllm_dllm.unmask.walk import Nodes, Trajectory, Walk, walk
 
 POLICY_CANDIDATES = 2
 """Most probable tokens of a row that a policy looks at: `margin` compares two."""
-
-
-@dataclass(frozen=True, slots=True)
-class Drafting:
-    """What drafts are made by and from."""
-
-    graph: CompiledGraph
-    state: DraftState
-    propose: Propose = propose
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +41,19 @@ class Denoiser:
 
     Args:
         state: the canvases.
-        drafting: None: without drafts.
+        drafter: attached to the canvases here; None: without drafts.
         head: reduces the model's rows.
         walk: decides canvases.
         settle: ends steps.
     """
 
     def __init__(
-        self, state: CanvasState, drafting: Drafting | None, head: Head, walk: Walk = walk, settle: Settle = settle
+        self, state: CanvasState, drafter: Drafter | None, head: Head, walk: Walk = walk, settle: Settle = settle
     ) -> None:
         self.state = state
-        self.drafting = drafting
+        self.drafter = drafter
+        if drafter is not None:
+            drafter.attach(state)
         self.head = head
         self.walk = walk
         self._settle = settle
@@ -73,37 +62,21 @@ class Denoiser:
     def nodes(self, blocks: Blocks, num_drafts: int, *, looks_ahead: bool = False) -> Nodes:
         """Return the present canvases of some requests, and their best `num_drafts` drafts.
 
-        Without a draft graph `num_drafts` is 0; with a look-ahead it is not.
+        Without a drafter `num_drafts` is 0; with a look-ahead it is not.
         """
-        root = self.state.canvas[blocks.slots]
-        is_masked = root == self.state.mask_token_id
-        if self.drafting is None or num_drafts == 0:
-            one = torch.ones_like(root[:, :1])
-            return Nodes(root[:, None], is_masked[:, None], one.bool(), one - 1)
-        graph, state = self.drafting.graph, self.drafting.state
-        is_new = state.was_masked[blocks.slots] & ~is_masked
-        roots = Roots(root, is_masked, is_new, state.candidates(blocks.slots))
-        draft_noise = self.state.draft_noise(blocks)
-        drafts = self.drafting.propose(graph, roots, draft_noise, num_drafts)
-        canvas = torch.cat([root[:, None], drafts.canvas], 1)
-        is_valid = drafts.is_valid & state.is_known[blocks.slots, None]
-        nodes = Nodes(
-            canvas=canvas,
-            is_masked=canvas == self.state.mask_token_id,
-            is_valid=pad(is_valid, (1, 0), value=True),
-            depth=pad(drafts.depth, (1, 0)),
-        )
-        if not looks_ahead:
-            return nodes
-        end = likeliest_end(graph, roots, draft_noise)
-        has_next = blocks.start + self.state.block_length < self.state.row_len[blocks.slots]
-        return nodes.with_look_ahead(end, state.is_known[blocks.slots] & has_next, self.state.mask_token_id)
+        roots = Nodes.of_roots(self.state.canvas[blocks.slots], self.state.mask_token_id)
+        if self.drafter is None or num_drafts == 0:
+            return roots
+        return self.drafter.propose(blocks, roots, num_drafts, looks_ahead=looks_ahead)
 
     def begin_blocks(self, slots: Tensor, where: Tensor) -> None:
         """Begin a new block for those of the given slots that `where` [num_reqs] bool marks."""
         self.state.reset(slots, where)
-        if self.drafting is not None:
-            self.drafting.state.forget(slots, where)
+        if self.drafter is None:
+            return
+        if self.drafter.memory is not None:
+            self.drafter.memory.forget(slots, where)
+        self.drafter.forget(slots, where)
 
     def advance(self, blocks: Blocks, nodes: Nodes, hidden: Tensor, fresh: Tensor | None = None) -> Trajectory:
         """Decide the next canvases of some requests, as many as their drafts foresaw and one more.
@@ -119,7 +92,7 @@ class Denoiser:
         """
         slots = nodes.per_evaluated(blocks.slots[:, None].expand(nodes.depth.shape)) if self.state.shifts else None
         rows = hidden if slots is None else self.state.predicting_rows(slots, hidden, fresh)
-        keeps_candidates = self.drafting is not None or self.observer is not None
+        keeps_candidates = self.drafter is not None or self.observer is not None
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
         ids = self._ids(nodes, asked_ids(remembered))
@@ -134,8 +107,12 @@ class Denoiser:
 
     def settle(self, blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger) -> Emission:
         """Keep what `advance` came to, emit the blocks that it finished, begin those behind: see `state.settle`."""
-        drafts = None if self.drafting is None else self.drafting.state
-        return self._settle(self.state, drafts, blocks, nodes, done, ledger)
+        drafts = None if self.drafter is None else self.drafter.memory
+        emission = self._settle(self.state, drafts, blocks, nodes, done, ledger)
+        if self.drafter is not None:
+            self.drafter.observe(blocks, nodes, done)
+            self.drafter.forget(blocks.slots, done.is_finished & ~done.came_over)
+        return emission
 
     def _ids(self, nodes: Nodes, asked: Tensor | None) -> RowIds | None:
         """Return what policies ask for of evaluated rows, of the ids [num_reqs, block_length, num_given]."""
@@ -167,4 +144,4 @@ class Denoiser:
             ones = torch.ones(len(hidden), dtype=torch.float64, device=hidden.device)
             wants_sampled = self.state.rules.confidence == "sampled"
             sampling = RowSampling(ones, zeros, 0.9 * ones, zeros, has_filter=True, wants_sampled=wants_sampled)
-        self.head(hidden, sampling, POLICY_CANDIDATES if self.drafting is None else MAX_CANDIDATES)
+        self.head(hidden, sampling, POLICY_CANDIDATES if self.drafter is None else MAX_CANDIDATES)

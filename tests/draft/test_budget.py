@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dllm.draft.budget import DECIDE_EVERY, EXPLORE_EVERY, EXPLORE_SHARES, BudgetRule, CostCurve, prior_accepted
+from vllm_dllm.draft.budget import DECIDE_EVERY, EXPLORE_EVERY, EXPLORE_SHARES, BudgetRule, CostCurve
+from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.graph import DraftGraph
 
 B = 32
@@ -68,7 +69,7 @@ class Machine:
 
 
 def rule_of(graph: DraftGraph, ms: Callable[[int], float]) -> BudgetRule:
-    rule = BudgetRule(graph, B)
+    rule = BudgetRule(GraphDrafter(graph).prior(), B)
     rule.curve = curve(ms)
     return rule
 
@@ -100,29 +101,29 @@ def test_a_curve_that_is_none_is_refused(points: tuple[tuple[int, float], ...]) 
 
 
 def test_prior_of_counts_is_the_share_of_anchors() -> None:
-    assert prior_accepted(chain(3, (80, 50, 20), 100)) == pytest.approx([0, 0.8, 1.3, 1.5])
+    assert GraphDrafter(chain(3, (80, 50, 20), 100)).prior() == pytest.approx([0, 0.8, 1.3, 1.5])
 
 
 def test_prior_without_counts_falls_with_depth_and_with_every_sibling() -> None:
     graph = DraftGraph((((0, 0),), ((0, 0), (1, 0)), ((1, 0),)), 1)
-    assert prior_accepted(graph) == pytest.approx([0, 0.6, 0.6 + 0.36, 0.6 + 0.36 + 0.6 * 0.3])
+    assert GraphDrafter(graph).prior() == pytest.approx([0, 0.6, 0.6 + 0.36, 0.6 + 0.36 + 0.6 * 0.3])
 
 
 def test_a_look_ahead_takes_the_place_of_two_nodes() -> None:
     graph = chain(5, (80, 50, 20, 10, 5), 100)
-    assert prior_accepted(graph, 4) == pytest.approx([0, 0.8, 1.3, 1.5, 0.8 + 0.5 + 0.2, 0.8 + 0.5 + 0.2 + 0.2])
+    assert GraphDrafter(graph, 4).prior() == pytest.approx([0, 0.8, 1.3, 1.5, 0.8 + 0.5 + 0.2, 0.8 + 0.5 + 0.2 + 0.2])
 
 
 def test_a_budget_grows_up_to_where_steps_look_ahead() -> None:
     """Two drafts less are no hindrance."""
-    rule = BudgetRule(chain(8), B, look_ahead_from=5)
+    rule = BudgetRule(GraphDrafter(chain(8), 5).prior(), B)
     rule.curve = curve(flat)
     _, budgets = Machine(flat, [0.8] * 8).run(rule, 400)
     assert usual(budgets[200:]) >= 5
 
 
 def test_a_node_that_was_never_right_still_has_an_expectation_to_correct() -> None:
-    assert prior_accepted(chain(2, (0, 0), 50)) == [0, 0.01, 0.01]
+    assert GraphDrafter(chain(2, (0, 0), 50)).prior() == [0, 0.01, 0.01]
 
 
 def test_memory_bound_steps_take_all_drafts() -> None:
@@ -149,7 +150,7 @@ def test_more_requests_leave_less_for_drafts() -> None:
 
 
 def test_begins_without_drafts_and_has_none_without_a_curve() -> None:
-    rule = BudgetRule(chain(4), B)
+    rule = BudgetRule(GraphDrafter(chain(4)).prior(), B)
     assert {rule.choose(1, 4) for _ in range(50)} == {0}
     rule.curve = curve(flat)
     assert max(rule.choose(1, 4) for _ in range(DECIDE_EVERY)) > 0
@@ -209,7 +210,7 @@ def test_limit_is_kept() -> None:
 
 
 def test_fixed_budget_overrides_the_rule() -> None:
-    rule = BudgetRule(chain(8), B, fixed=3)
+    rule = BudgetRule(GraphDrafter(chain(8)).prior(), B, fixed=3)
     assert [rule.choose(1, limit) for limit in (8, 3, 2, 0)] == [3, 3, 2, 0]
     rule.curve = curve(linear)
     rule.observe(1, 3, 0.0, 1e6)

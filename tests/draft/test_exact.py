@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dllm.config import POLICY_OPTIONS, PolicyName
-from vllm_dllm.denoiser import Denoiser, Drafting
-from vllm_dllm.draft.compile import compile_graph
+from vllm_dllm.denoiser import Denoiser
+from vllm_dllm.draft.calibrated import GraphDrafter
+from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
 from vllm_dllm.draft.native import native_propose
@@ -27,7 +28,6 @@ from vllm_dllm.reference import block_causal, decode, policy, spiffy
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.sampling import Sampling
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
-from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.settle import Ledger, native_settle, settle
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -125,10 +125,16 @@ class Request:
         }
 
 
+def drafter_of(drafts: DraftGraph | Drafter | None, *, is_native: bool) -> Drafter | None:
+    if not isinstance(drafts, DraftGraph):
+        return drafts
+    return GraphDrafter(drafts, choose=lambda _: native_propose if is_native else propose)
+
+
 def denoise(
     model: SyntheticModel,
     requests: list[Request],
-    graph: DraftGraph | None,
+    drafts: DraftGraph | Drafter | None,
     budget: int,
     *,
     is_native: bool = True,
@@ -142,11 +148,9 @@ def denoise(
         state.canvas[slot, : len(r.tail)] = torch.tensor(r.tail, dtype=torch.int64)
     tokens = state.canvas.clone()
     state.apply_staged_writes()
-    drafting = None
-    if graph is not None:
-        drafting = Drafting(compile_graph(graph, CPU), DraftState(state), native_propose if is_native else propose)
+    drafter = drafter_of(drafts, is_native=is_native)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
-    denoiser = Denoiser(state, drafting, head, *((native_walk, native_settle) if is_native else (walk, settle)))
+    denoiser = Denoiser(state, drafter, head, *((native_walk, native_settle) if is_native else (walk, settle)))
     slots = torch.arange(num_reqs)
     forwards, accepted = torch.zeros(num_reqs, dtype=torch.int64), torch.zeros(num_reqs, dtype=torch.int64)
     num_drafts = 0  # the first forward is the refresh
@@ -162,7 +166,7 @@ def denoise(
         accepted[slots] += decision.num_accepted
         tokens[slots] = decision.canvas
         slots = slots[~decision.is_finished]
-        num_drafts = budget if graph is not None else 0
+        num_drafts = budget if drafter is not None else 0
     return tokens.tolist(), forwards.tolist(), accepted.tolist()
 
 

@@ -21,14 +21,13 @@ from tests.draft.test_exact import (
 )
 from tests.draft.test_look_ahead import ChainModel, Row, decode, reference_options, step
 from vllm_dllm.config import PolicyName
-from vllm_dllm.denoiser import Denoiser, Drafting
-from vllm_dllm.draft.compile import compile_graph
+from vllm_dllm.denoiser import Denoiser
+from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.native import native_propose
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import policy, spiffy
 from vllm_dllm.state.canvas import Blocks, CanvasState
-from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.walk import native_walk
@@ -114,9 +113,9 @@ def test_a_new_block_has_no_drafts_before_its_first_step() -> None:
     state = CanvasState(2, BLOCK_LENGTH, MASK, CPU, SDAR)
     rows = [Row(Request("static", 0.9, 8, 0.0, 0, 1.0, 0), slot, state, num_blocks=2) for slot in (0, 1)]
     state.apply_staged_writes()
-    drafting = Drafting(compile_graph(CHAIN, CPU), DraftState(state), native_propose)
+    drafter = GraphDrafter(CHAIN, choose=lambda _: native_propose)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=True)
-    denoiser = Denoiser(state, drafting, head, native_walk)
+    denoiser = Denoiser(state, drafter, head, native_walk)
     for row in rows:
         step(ChainModel(BLOCK_LENGTH, 0, 12.0), denoiser, row, budget=0, look_ahead_from=None)
     slots = torch.tensor([0, 1])

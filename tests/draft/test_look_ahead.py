@@ -9,18 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.draft.test_exact import CPU, MASK, SDAR, VOCAB, Request, SyntheticModel, graphs, requests_of
+from tests.draft.test_exact import CPU, MASK, SDAR, VOCAB, Request, SyntheticModel, drafter_of, graphs, requests_of
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.denoiser import Denoiser, Drafting
-from vllm_dllm.draft.compile import compile_graph
+from vllm_dllm.denoiser import Denoiser
+from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.look_ahead import smallest_budget
-from vllm_dllm.draft.native import native_propose
-from vllm_dllm.draft.propose import propose
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import block_causal, policy, spiffy
 from vllm_dllm.state.canvas import Blocks, CanvasState
-from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.settle import Ledger, native_settle, settle
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.walk import native_walk, walk
@@ -99,15 +96,21 @@ def step(model: ChainModel, denoiser: Denoiser, row: Row, budget: int, look_ahea
 
 
 def decode(
-    model: ChainModel, requests: list[Request], graph: DraftGraph, budget: int, num_blocks: int, *, is_native: bool
+    model: ChainModel,
+    requests: list[Request],
+    drafts: DraftGraph | Drafter,
+    budget: int,
+    num_blocks: int,
+    *,
+    is_native: bool,
 ) -> list[Row]:
     """Decode some requests, from slots of one state."""
     state = CanvasState(len(requests), model.block_length, MASK, CPU, SDAR)
     rows = [Row(request, slot, state, num_blocks) for slot, request in enumerate(requests)]
     state.apply_staged_writes()
-    drafting = Drafting(compile_graph(graph, CPU), DraftState(state), native_propose if is_native else propose)
+    drafter = drafter_of(drafts, is_native=is_native)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
-    denoiser = Denoiser(state, drafting, head, *((native_walk, native_settle) if is_native else (walk, settle)))
+    denoiser = Denoiser(state, drafter, head, *((native_walk, native_settle) if is_native else (walk, settle)))
     server = DllmConfig(block_length=model.block_length, kv_policy="block_causal")
     for row in rows:
         while row.start < row.end:

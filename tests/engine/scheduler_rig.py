@@ -14,7 +14,9 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_dllm.config import DllmConfig
+from vllm_dllm.draft.acceptance import RequestAcceptance
 from vllm_dllm.draft.budget import BudgetRule
+from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.engine import scheduler as module
 from vllm_dllm.engine.pages import DllmPages
@@ -63,7 +65,8 @@ def make(
     made.rows = StepRows(made.settings, made.max_model_len, made.max_num_scheduled_tokens)
     made._placeholders, made._num_held, made._largest_graph = [-1] * made.num_spec_tokens, 0, 0
     made._spiffy = SimpleNamespace(exactness="exact", max_nodes=MAX_NODES) if spiffy else None
-    made.rule = BudgetRule(GRAPH, B, budget) if spiffy else None
+    made.rule = BudgetRule(GraphDrafter(GRAPH).prior(), B, budget) if spiffy else None
+    made.acceptance = RequestAcceptance()
     made._totals = defaultdict(RequestTotals)
     made._stats = made._updated_at_s = made._host_ms = None
     made._scheduled_at_s = 0.0
@@ -138,7 +141,7 @@ def observed(monkeypatch: pytest.MonkeyPatch, scheduler: DllmScheduler) -> list[
     monkeypatch.setattr(
         scheduler.rule,
         "observe",
-        lambda n, budget, mean, ms, host_ms, begins: seen.append((n, budget, mean, ms, host_ms, begins)),
+        lambda n, budget, mean, ms, host_ms, begins, _without: seen.append((n, budget, mean, ms, host_ms, begins)),
     )
     return seen
 

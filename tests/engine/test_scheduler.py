@@ -7,6 +7,7 @@ import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
 from tests.engine.scheduler_rig import MAX_NODES, B, allocated, make, observed, request, row, stand_in, step
+from vllm_dllm.draft.acceptance import FIRST_WAIT
 from vllm_dllm.engine import stats_way
 
 
@@ -171,6 +172,48 @@ def test_the_rule_learns_acceptance_step_time_and_what_lies_between(monkeypatch:
     # The clock ticks once per question: a step ends one tick after it was scheduled, the next is scheduled one later.
     assert seen[0] == (2, MAX_NODES, 1.5, pytest.approx(1.0), None, 0)
     assert seen[1] == (2, MAX_NODES, 1.5, pytest.approx(1.0), pytest.approx(1.0), 0)
+
+
+def drafted(scheduler: Any, accepted: dict[str, int]) -> list[int]:
+    """Take a step; return how many drafts each request had."""
+    begun(scheduler).schedule()
+    counted = {each.request_id: each.spec_token_ids for each in scheduler.running}
+    had = [len(counted[name]) - B for name in accepted]
+    rows = {name: row(accepted=min(n, num)) for (name, n), num in zip(accepted.items(), had, strict=True)}
+    step(scheduler, rows, scheduled_spec_decode_tokens=counted)
+    return had
+
+
+def test_a_request_whose_drafts_never_come_true_takes_none_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for a probe now and then; what it does not take is told to the rule."""
+    scheduler = make(None, [request(name) for name in "abcdef"])
+    scheduler.rule.break_even = 0.5
+    monkeypatch.setattr(scheduler.rule, "choose", lambda n, limit, begins, without: min(limit, 1))
+    seen = []
+    monkeypatch.setattr(scheduler.rule, "observe", lambda *args: seen.append(args))
+    had = [drafted(scheduler, {"a": 0, **dict.fromkeys("bcdef", 2)}) for _ in range(60)]
+    assert had[0] == [1] * 6
+    first = [num for num, *_ in had].index(0)
+    assert 5 < first < 40
+    assert had[first : first + FIRST_WAIT] == [[0, *[1] * 5]] * FIRST_WAIT
+    assert had[first + FIRST_WAIT] == [1] * 6, "a probe"
+    assert had[-1] == [0, *[1] * 5]
+    (without,) = {(n, budget, mean, num) for n, budget, mean, *_, num in seen if num}
+    assert without == (5, 1, 1.0, 1)
+
+
+def test_a_fixed_budget_is_every_request_s() -> None:
+    scheduler = make(2, [request(), request("b")])
+    assert {tuple(drafted(scheduler, {"a": 0, "b": 2})) for _ in range(100)} == {(2, 2)}
+
+
+def test_nothing_is_known_of_a_request_that_ended() -> None:
+    scheduler = make(None, [request()])
+    step(scheduler, {"a": row()})
+    assert scheduler.acceptance.known == {"a"}
+    scheduler._free_request(scheduler.requests["a"])
+    step(scheduler, {"a": row()})
+    assert not scheduler.acceptance.known
 
 
 def test_an_idle_engine_is_not_measured(monkeypatch: pytest.MonkeyPatch, stock: SimpleNamespace) -> None:

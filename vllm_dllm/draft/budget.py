@@ -1,17 +1,15 @@
 """How many drafts a step evaluates: as many as pay, none if none do (docs/never-slower.md).
 
 A step of n requests and a budget of K drafts makes 1 + E(K) transitions of each request in T(n, K) ms. `BudgetRule`
-takes the K with the most transitions per ms. Both are a forecast (a cost curve measured at start, the counts of the
-draft graph) times a factor learned from the steps themselves (`Factors`), so that a wrong forecast costs a few steps.
+takes the K with the most transitions per ms. Both are a forecast (a cost curve measured at start, what the drafter
+expects) times a factor learned from the steps themselves (`Factors`), so that a wrong forecast costs a few steps.
 """
 
 import math
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from vllm_dllm.draft.graph import DraftGraph
-from vllm_dllm.draft.look_ahead import NUM_NODES
 
 MARGIN = 0.03
 """A budget replaces the present one if it is better by this share; 0 replaces any that is worse than it."""
@@ -24,38 +22,6 @@ DECIDE_EVERY = 4
 known what a step takes without."""
 SETTLED = 8
 """Observations after which a change of a budget's time says that the load changed."""
-DEPTH_CHANCE = 0.6
-"""Without counts: the chance that one more step of the chain is foreseen..."""
-SIBLING_CHANCE = 0.3
-"""... and what each further draft of the same depth has of the one before it."""
-LOOK_AHEAD_CHANCE = 0.2
-"""The chance that a step's look-ahead comes true: 0.1 to 0.45 in simulations of blocks of 4 and 8."""
-
-
-def prior_accepted(graph: DraftGraph, look_ahead_from: int | None = None) -> list[float]:
-    """Return, for each budget 0..len(graph), how many transitions its best nodes are expected to save per step.
-
-    A node saves one when it is a true future state: the share of the anchors for which it was one in calibration, and
-    where nobody counted `DEPTH_CHANCE ** depth`, with `SIBLING_CHANCE` for each better node of its depth. From
-    `look_ahead_from` on, if that is given, a look-ahead takes the place of the last `NUM_NODES`.
-    """
-    if graph.counts is not None and graph.num_anchors > 0:
-        shares = [count / graph.num_anchors for count in graph.counts]
-    else:
-        better: defaultdict[int, int] = defaultdict(int)
-        shares = []
-        for depth in graph.depths:
-            shares.append(DEPTH_CHANCE**depth * SIBLING_CHANCE ** better[depth])
-            better[depth] += 1
-    shares.sort(reverse=True)  # a step evaluates the likeliest nodes, wherever they stand in the graph
-
-    def expected(budget: int) -> float:
-        if look_ahead_from is not None and budget >= look_ahead_from:
-            return math.fsum(shares[: budget - NUM_NODES]) + LOOK_AHEAD_CHANCE
-        return math.fsum(shares[:budget])
-
-    # Something of an expectation is left to every draft, since it is divided by when it is corrected.
-    return [0.0, *(max(expected(budget), 0.01) for budget in range(1, len(graph) + 1))]
 
 
 @dataclass(frozen=True)
@@ -141,47 +107,55 @@ class BudgetRule:
     """Chooses the budget of each step; deterministic in what it is told.
 
     Args:
-        graph: whose nodes are drafted, best first.
+        prior: transitions that drafts are expected to save, by budget (`draft.drafter.Drafter.prior`).
         block_length: rows of one canvas.
         fixed: a budget that overrides the rule.
-        look_ahead_from: the smallest budget of steps that look ahead; None: none does.
+
+    Attributes:
+        break_even: share of the transitions expected of the present budget at which its drafts pay for their rows, 0 to
+            1; 0 where it is 0 or fixed.
     """
 
-    def __init__(
-        self, graph: DraftGraph, block_length: int, fixed: int | None = None, look_ahead_from: int | None = None
-    ) -> None:
+    def __init__(self, prior: Sequence[float], block_length: int, fixed: int | None = None) -> None:
         self.fixed = fixed
         self.curve: CostCurve | None = None
         self._block_length = block_length
-        self._prior = prior_accepted(graph, look_ahead_from)
+        self.break_even = 0.0
+        self._prior = prior
         self._accepted = Factors(rate=0.01, trust=20)
         self._host_ms = 0.0
         self._batches: defaultdict[int, _Batch] = defaultdict(_Batch)
 
-    def choose(self, num_reqs: int, limit: int, num_begins: int = 0) -> int:
+    def choose(self, num_reqs: int, limit: int, num_begins: int = 0, num_without: int = 0) -> int:
         """Return the budget of the next step.
 
         Args:
             num_reqs: requests that may have drafts in the step, at least 1.
             limit: the largest budget for which there is room.
             num_begins: requests besides, which begin a block: two canvases each, no drafts.
+            num_without: others without drafts: one canvas each.
         """
         limit = min(limit, len(self._prior) - 1)
         if self.fixed is not None:
             return max(0, min(self.fixed, limit))
-        batch = self._batch(num_reqs + num_begins)
+        others = num_begins + num_without
+        batch = self._batch(num_reqs + others)
         batch.num_steps += 1
         if limit <= 0 or self.curve is None:
             return 0
         if batch.num_steps % DECIDE_EVERY:
             return min(batch.budget, limit)
-        rows = [self._rows(num_reqs, budget, num_begins) for budget in range(limit + 1)]
+        rows = [self._rows(num_reqs, budget, num_begins, num_without) for budget in range(limit + 1)]
         ms = [self._host_ms + self.curve.ms(rows[budget]) * batch.cost.of(budget) for budget in range(limit + 1)]
-        rates = [(num_begins + num_reqs * self._transitions(budget)) / ms[budget] for budget in range(limit + 1)]
+        rates = [(others + num_reqs * (1 + self.expected(budget))) / ms[budget] for budget in range(limit + 1)]
         best, present = rates.index(max(rates)), min(batch.budget, limit)
         if rates[best] >= (1 + MARGIN) * rates[present]:
             present = best
         batch.budget = present if rates[present] >= rates[0] else 0
+        self.break_even = 0.0
+        if batch.budget > 0:
+            extra_ms = ms[batch.budget] - ms[0]
+            self.break_even = max(0.0, rates[batch.budget] * extra_ms / (num_reqs * self.expected(batch.budget)))
         return self._tried(batch, ms, rates)
 
     def observe(
@@ -192,23 +166,24 @@ class BudgetRule:
         ms: float | None = None,
         host_ms: float | None = None,
         num_begins: int = 0,
+        num_without: int = 0,
     ) -> None:
         """Learn from a step.
 
         Args:
-            num_reqs, budget, num_begins: of the step, as in `choose`.
+            num_reqs, budget, num_begins, num_without: of the step, as in `choose`.
             mean_accepted: transitions made through drafts, mean of the `num_reqs` requests.
             ms: what the step took; None for one that did something besides denoising, such as a refresh.
             host_ms: what passed between the step before and this one; None if the engine may have waited for work.
         """
         if self.fixed is not None:
             return
-        batch = self._batch(num_reqs + num_begins)
+        batch = self._batch(num_reqs + num_begins + num_without)
         is_usual = budget == batch.budget
         if budget > 0:
             self._accepted.observe(budget, mean_accepted / self._prior[budget], is_usual)
         if ms is not None and self.curve is not None:
-            forecast = self.curve.ms(self._rows(num_reqs, budget, num_begins))
+            forecast = self.curve.ms(self._rows(num_reqs, budget, num_begins, num_without))
             batch.cost.observe(budget, ms / forecast, is_usual)
         if host_ms is not None:
             self._host_ms += 0.1 * (min(host_ms, 2 * self._host_ms or host_ms) - self._host_ms)
@@ -216,11 +191,12 @@ class BudgetRule:
     def _batch(self, num_reqs: int) -> _Batch:
         return self._batches[(num_reqs - 1).bit_length()]
 
-    def _rows(self, num_reqs: int, budget: int, num_begins: int) -> int:
-        return self._block_length * (num_reqs * (1 + budget) + 2 * num_begins)
+    def expected(self, budget: int) -> float:
+        """Return how many transitions the drafts of a budget are expected to save a request."""
+        return self._prior[budget] * self._accepted.of(budget)
 
-    def _transitions(self, budget: int) -> float:
-        return 1 + self._prior[budget] * self._accepted.of(budget)
+    def _rows(self, num_reqs: int, budget: int, num_begins: int, num_without: int) -> int:
+        return self._block_length * (num_reqs * (1 + budget) + 2 * num_begins + num_without)
 
     def _tried(self, batch: _Batch, ms: list[float], rates: list[float]) -> int:
         """Return the batch's budget, or now and then one more, none or one less, when the time that costs is earned."""

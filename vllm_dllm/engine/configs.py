@@ -17,7 +17,10 @@ from vllm.config.vllm import OptimizationLevel
 
 from vllm_dllm.additional_config import settings_in
 from vllm_dllm.config import AttentionName, DllmConfig, parse_server_settings
+from vllm_dllm.draft.calibrated import GraphDrafter
+from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph_schema import ModelShape
+from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.engine.cpu.gate import is_needed
 from vllm_dllm.engine.generation_defaults import family_defaults, read_generation_config
 from vllm_dllm.engine.patches import become
@@ -176,3 +179,12 @@ def rules_of(vllm_config: VllmConfig) -> UnmaskRules:
 def spiffy_of(vllm_config: VllmConfig) -> SpiffySettings | None:
     """Return what `spiffy_arguments.take_spiffy` put into `additional_config`, parsed; None without speculation."""
     return _parsed(vllm_config).spiffy
+
+
+def make_drafter(vllm_config: VllmConfig) -> Drafter | None:
+    """Make who drafts, for the scheduler's process or a worker's; None without speculation."""
+    spiffy = spiffy_of(vllm_config)
+    if spiffy is None:
+        return None
+    is_async = bool(vllm_config.scheduler_config.async_scheduling)
+    return GraphDrafter(spiffy.graph, smallest_budget(settings_of(vllm_config), is_async=is_async))

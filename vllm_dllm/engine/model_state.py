@@ -24,12 +24,9 @@ from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_dllm.attention.layout import empty_layout
-from vllm_dllm.denoiser import Denoiser, Drafting
-from vllm_dllm.draft.compile import compile_graph
-from vllm_dllm.draft.look_ahead import smallest_budget
-from vllm_dllm.draft.native import choose_propose
+from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.engine.attention import ForwardAttention
-from vllm_dllm.engine.configs import rules_of, served_family, settings_of, spiffy_of
+from vllm_dllm.engine.configs import make_drafter, rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.plan import plan_step
 from vllm_dllm.engine.request import resolve_params
@@ -37,7 +34,6 @@ from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step import Step, rows_to_device
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.state.canvas import Blocks, CanvasState
-from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.kv import IntArray, KvSchedule
 from vllm_dllm.state.settle import Ledger, choose_settle
 from vllm_dllm.unmask.walk import choose_walk
@@ -63,12 +59,10 @@ class DllmModelState(ModelState):
         self.state = CanvasState(
             self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config), self._left_rows()
         )
-        drafting = None
-        if spiffy is not None:
-            drafting = Drafting(compile_graph(spiffy.graph, device), DraftState(self.state), choose_propose(device))
+        drafter = make_drafter(vllm_config)
         self.denoiser = Denoiser(
             self.state,
-            drafting,
+            drafter,
             choose_head(model, self.model_config.get_vocab_size(), mask_token_id, device),
             choose_walk(device),
             choose_settle(device),
@@ -78,7 +72,7 @@ class DllmModelState(ModelState):
         )
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
-        self._look_ahead_from = smallest_budget(self.settings, is_async=self._is_async)
+        self._look_ahead_from = None if drafter is None else drafter.look_ahead_from
         self._step: Step | None = None
         self._attention: StepAttention | None = None
         self._req_states: RequestState | None = None

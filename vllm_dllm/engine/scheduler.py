@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
@@ -15,10 +16,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_dllm.draft.acceptance import RequestAcceptance
 from vllm_dllm.draft.budget import BudgetRule
-from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.engine import stats_way
-from vllm_dllm.engine.configs import settings_of, spiffy_of
+from vllm_dllm.engine.configs import make_drafter, settings_of, spiffy_of
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
 from vllm_dllm.engine.report import RequestReport, StepReport, take_report
@@ -60,13 +61,10 @@ class DllmScheduler(Scheduler):
         self._level = check_level()
         self._check = StateCheck(self) if self._level else None
         stats_way.check_way()
-        is_async = bool(self.vllm_config.scheduler_config.async_scheduling)
-        look_ahead_from = smallest_budget(self.settings, is_async=is_async)
-        self.rule = (
-            BudgetRule(self._spiffy.graph, self.block_length, self._spiffy.budget, look_ahead_from)
-            if self._spiffy
-            else None
-        )
+        drafter = make_drafter(self.vllm_config)
+        fixed = self._spiffy.budget if self._spiffy else None
+        self.rule = BudgetRule(drafter.prior(), self.block_length, fixed) if drafter else None
+        self.acceptance = RequestAcceptance()
         self._totals: defaultdict[str, RequestTotals] = defaultdict(RequestTotals)
         self._stats: StepStats | None = None
         self._scheduled_at_s = 0.0
@@ -147,7 +145,9 @@ class DllmScheduler(Scheduler):
         if self.requests:
             return
         of_pages = self.pages.coordinator.single_type_managers[0].req_to_blocks
-        check.compare_idle({"the counts": self._totals, "the rows": self.rows.known, "the pages": of_pages})
+        check.compare_idle(
+            {"the counts": self._totals, "the rows": self.rows.known | self.acceptance.known, "the pages": of_pages}
+        )
 
     def row_end(self, request: Request) -> int:
         """Return the end of a bidirectional request's row."""
@@ -211,9 +211,12 @@ class DllmScheduler(Scheduler):
             else:
                 drafting.append(request)
         if self.rule is not None and drafting:
+            pays = self.acceptance.pay([request.request_id for request in drafting], self.rule.break_even)
+            worth = list(compress(drafting, pays))
             reserved = self.max_model_len if self.waiting else 0
-            limit = (self.rows.free - reserved) // (self.block_length * len(drafting))
-            self._give_drafts(drafting, self.rule.choose(len(drafting), max(0, limit), num_begins))
+            limit = (self.rows.free - reserved) // (self.block_length * len(worth))
+            num_without = len(drafting) - len(worth)
+            self._give_drafts(worth, self.rule.choose(len(worth), max(0, limit), num_begins, num_without))
 
     def _give_drafts(self, drafting: list[Request], budget: int) -> None:
         """Let requests have a budget of drafts, or what is left of it before `max_model_len`, where vLLM cuts."""
@@ -254,8 +257,9 @@ class DllmScheduler(Scheduler):
         A step's time counts only if it did nothing but denoise: no refresh or prefill, nobody new, resumed or
         preempted.
         """
-        drafting = {req_id: report for req_id, report in reports.items() if not report.commits}
-        budget = max(map(len, output.scheduled_spec_decode_tokens.values())) - self.block_length
+        counted = output.scheduled_spec_decode_tokens
+        num_drafts = {req_id: len(counted[req_id]) - self.block_length for req_id in reports}
+        budget = max(num_drafts.values())
         self._stats = stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
         self._num_held = 0
         for req_id, report in reports.items():
@@ -264,8 +268,15 @@ class DllmScheduler(Scheduler):
         has_prefill = self.is_causal and not reports.keys() <= self.rows.stored.keys()
         if self.is_causal:
             self._cache_stored(reports)
-        forwards = sum(report.forwards for report in drafting.values())
-        if self.rule is None or forwards == 0:
+        if self.rule is None:
+            return
+        for req_id in reports.keys() & self.requests.keys():
+            own = 0.0 if reports[req_id].commits else self.rule.expected(num_drafts[req_id])
+            self.acceptance.observe(req_id, reports[req_id].accepted, own, self.rule.break_even)
+        in_block = {req_id: report for req_id, report in reports.items() if not report.commits}
+        drafting = [report for req_id, report in in_block.items() if num_drafts[req_id] > 0 or budget == 0]
+        forwards = sum(report.forwards for report in drafting)
+        if forwards == 0:
             return
         is_pure = not (
             has_prefill
@@ -275,8 +286,9 @@ class DllmScheduler(Scheduler):
             or output.preempted_req_ids
         )
         ms, host_ms = self._step_ms(updated_at_s) if is_pure else (None, None)
-        num_begins = len(reports) - len(drafting)
-        self.rule.observe(len(drafting), budget, stats.total_accepted / forwards, ms, host_ms, num_begins)
+        num_begins, num_without = len(reports) - len(in_block), len(in_block) - len(drafting)
+        accepted = sum(report.accepted for report in drafting) / forwards
+        self.rule.observe(len(drafting), budget, accepted, ms, host_ms, num_begins, num_without)
 
     def _step_ms(self, updated_at_s: float) -> tuple[float | None, float | None]:
         """Return what the step took, and what passed between the step before and this one; None if unknown."""
@@ -303,6 +315,7 @@ class DllmScheduler(Scheduler):
         """Free a request; its last output says what it took."""
         kv_transfer_params, ec_transfer_params = super()._free_request(request, *args, **kwargs)
         self.rows.forget(request)
+        self.acceptance.forget(request.request_id)
         if self._check:
             self._check.free(request.request_id)
         totals = self._totals.pop(request.request_id, None)

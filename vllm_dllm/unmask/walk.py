@@ -50,6 +50,18 @@ class Nodes:
     evaluated: Tensor | None = None
     place: Tensor | None = None
 
+    @classmethod
+    def of_roots(cls, canvas: Tensor, mask_token_id: int) -> "Nodes":
+        """Return the true canvases [num_reqs, block_length] alone."""
+        one = torch.ones_like(canvas[:, :1])
+        return cls(canvas[:, None], (canvas == mask_token_id)[:, None], one.bool(), one - 1)
+
+    def with_drafts(self, canvas: Tensor, is_valid: Tensor, depth: Tensor, mask_token_id: int) -> "Nodes":
+        """Return these roots with drafts behind them; arguments as the fields, without the roots."""
+        canvas = torch.cat([self.canvas, canvas], 1)
+        is_valid, depth = torch.cat([self.is_valid, is_valid], 1), torch.cat([self.depth, depth], 1)
+        return replace(self, canvas=canvas, is_masked=canvas == mask_token_id, is_valid=is_valid, depth=depth)
+
     def with_look_ahead(self, end: Tensor, is_valid: Tensor, mask_token_id: int) -> "Nodes":
         """Return these nodes with a look-ahead.
 

@@ -1,0 +1,100 @@
+"""Drafts by a calibrated draft graph, and the look-ahead: the `Drafter` that serves."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vllm_dllm.draft.compile import compile_graph
+from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.draft.look_ahead import NUM_NODES
+from vllm_dllm.draft.native import Propose, choose_propose
+from vllm_dllm.draft.propose import Roots, likeliest_end
+from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.unmask.walk import Nodes, Trajectory
+
+DEPTH_CHANCE = 0.6
+"""Without counts: the chance that one more step of the chain is foreseen..."""
+SIBLING_CHANCE = 0.3
+"""... and what each further draft of the same depth has of the one before it."""
+LOOK_AHEAD_CHANCE = 0.2
+"""The chance that a step's look-ahead comes true: 0.1 to 0.45 in simulations of blocks of 4 and 8."""
+
+
+class GraphDrafter:
+    """Fills the nodes of a draft graph from the candidates of each slot's last decided step.
+
+    Drafts are made when a step has room for them, so that a step without costs nothing more than a copy.
+
+    Args:
+        graph: of the model.
+        look_ahead_from: as in `Drafter`.
+        choose: how drafts are made on a device.
+    """
+
+    def __init__(
+        self,
+        graph: DraftGraph,
+        look_ahead_from: int | None = None,
+        choose: Callable[[torch.device], Propose] = choose_propose,
+    ) -> None:
+        self.look_ahead_from = look_ahead_from
+        self.memory: DraftState | None = None
+        self._graph, self._choose = graph, choose
+
+    def prior(self) -> list[float]:
+        """Return how many transitions the best nodes of each budget 0..len(graph) are expected to save per step.
+
+        A node saves one when it is a true future state: the share of the anchors for which it was one in calibration,
+        and where nobody counted `DEPTH_CHANCE ** depth`, with `SIBLING_CHANCE` for each better node of its depth. From
+        `look_ahead_from` on a look-ahead takes the place of the last `NUM_NODES`.
+        """
+        graph = self._graph
+        if graph.counts is not None and graph.num_anchors > 0:
+            shares = [count / graph.num_anchors for count in graph.counts]
+        else:
+            better: defaultdict[int, int] = defaultdict(int)
+            shares = []
+            for depth in graph.depths:
+                shares.append(DEPTH_CHANCE**depth * SIBLING_CHANCE ** better[depth])
+                better[depth] += 1
+        shares.sort(reverse=True)  # a step evaluates the likeliest nodes, wherever they stand in the graph
+
+        def expected(budget: int) -> float:
+            if self.look_ahead_from is not None and budget >= self.look_ahead_from:
+                return math.fsum(shares[: budget - NUM_NODES]) + LOOK_AHEAD_CHANCE
+            return math.fsum(shares[:budget])
+
+        # Something of an expectation is left to every draft, since it is divided by when it is corrected.
+        return [0.0, *(max(expected(budget), 0.01) for budget in range(1, len(graph) + 1))]
+
+    def attach(self, canvases: CanvasState) -> None:
+        """Compile the graph and make room for the candidates of every slot."""
+        self._canvases = canvases
+        self._compiled = compile_graph(self._graph, canvases.device)
+        self._propose = self._choose(canvases.device)
+        self.memory = DraftState(canvases)
+
+    def propose(self, blocks: Blocks, roots: Nodes, num_drafts: int, *, looks_ahead: bool) -> Nodes:
+        """Return the roots and their best drafts; none is valid where the block has no step behind it."""
+        slots, canvases = blocks.slots, self._canvases
+        root, is_masked = roots.canvas[:, 0], roots.is_masked[:, 0]
+        assert self.memory is not None, "attach comes before"
+        origin = Roots(root, is_masked, self.memory.was_masked[slots] & ~is_masked, self.memory.candidates(slots))
+        noise, is_known = canvases.draft_noise(blocks), self.memory.is_known[slots]
+        drafts = self._propose(self._compiled, origin, noise, num_drafts)
+        mask_token_id = canvases.mask_token_id
+        nodes = roots.with_drafts(drafts.canvas, drafts.is_valid & is_known[:, None], drafts.depth, mask_token_id)
+        if not looks_ahead:
+            return nodes
+        has_next = blocks.start + canvases.block_length < canvases.row_len[slots]
+        return nodes.with_look_ahead(likeliest_end(self._compiled, origin, noise), is_known & has_next, mask_token_id)
+
+    def observe(self, blocks: Blocks, nodes: Nodes, done: Trajectory) -> None:
+        """Learn nothing besides the memory, which has the candidates of the last canvas that the step decided."""
+
+    def forget(self, slots: Tensor, where: Tensor) -> None:
+        """Forget nothing besides the memory."""

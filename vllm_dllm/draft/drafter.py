@@ -1,0 +1,52 @@
+"""Who guesses the canvases that follow the present ones.
+
+A draft is accepted where it equals the canvas that the decoder makes (`unmask.walk`), so any drafter is lossless: its
+guesses decide how many forwards are taken, never a token. `draft.calibrated` has the one that serves.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.unmask.walk import Nodes, Trajectory
+
+
+class Drafter(Protocol):
+    """Makes the drafts of every step. The scheduler's process has one for `prior` alone, a worker's attaches its own.
+
+    Attributes:
+        look_ahead_from: the smallest budget with a look-ahead (`draft.look_ahead`); None: none has one.
+        memory: the last decided step of each slot, which the end of a step writes (`state.settle`), there once the
+            drafter is attached; None: it needs none.
+    """
+
+    look_ahead_from: int | None
+    memory: DraftState | None
+
+    def prior(self) -> Sequence[float]:
+        """Return how many transitions its drafts are expected to save per step, by budget 0, 1, ... up to the largest.
+
+        The first is 0, all others are more; measurements correct them (`draft.budget`).
+        """
+
+    def attach(self, canvases: CanvasState) -> None:
+        """Make whatever is kept by slot; called once, before anything below."""
+
+    def propose(self, blocks: Blocks, roots: Nodes, num_drafts: int, *, looks_ahead: bool) -> Nodes:
+        """Return the roots and behind them the drafts of some requests, the most promising first.
+
+        Args:
+            blocks: of the requests.
+            roots: their true canvases.
+            num_drafts: how many of each, at least 1. One that means nothing is not valid.
+            looks_ahead: whether a look-ahead is asked for, too.
+        """
+
+    def observe(self, blocks: Blocks, nodes: Nodes, done: Trajectory) -> None:
+        """Learn what a step came to, besides `memory`; called behind every step, also of requests without drafts."""
+
+    def forget(self, slots: Tensor, where: Tensor) -> None:
+        """Forget, besides `memory`, the block of those of the given slots that `where` [num_reqs] bool marks."""
