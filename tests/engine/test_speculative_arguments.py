@@ -283,13 +283,20 @@ def test_graphs_are_captured_by_number_of_blocks(has_drafts: bool, mode: str, nu
     from vllm_dllm.engine.step_sizes import _set_cuda_graphs
 
     compilation = SimpleNamespace(mode=None, cudagraph_mode=None, cudagraph_capture_sizes=None)
-    config: Any = SimpleNamespace(compilation_config=compilation, model_config=SimpleNamespace(enforce_eager=False))
+    config: Any = SimpleNamespace(
+        compilation_config=compilation,
+        model_config=SimpleNamespace(enforce_eager=False),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+    )
     _set_cuda_graphs(config, 32, 50 * 32, is_uniform=not has_drafts)
     assert compilation.cudagraph_mode == CUDAGraphMode[mode]
     assert compilation.cudagraph_capture_sizes == [32 * n for n in num_blocks]
     assert compilation.max_cudagraph_capture_size == 1600
     compilation.cudagraph_capture_sizes = [32, 40]
     with pytest.raises(ConfigError, match=r"cudagraph_capture_sizes are \[32, 40\]"):
+        _set_cuda_graphs(config, 32, 50 * 32, is_uniform=not has_drafts)
+    compilation.cudagraph_capture_sizes = [32, 2048]
+    with pytest.raises(ConfigError, match="but max_num_batched_tokens is 2048; give sizes below it"):
         _set_cuda_graphs(config, 32, 50 * 32, is_uniform=not has_drafts)
 
 

@@ -127,3 +127,9 @@ def _set_cuda_graphs(vllm_config: VllmConfig, block_length: int, num_rows: int, 
             f"cudagraph_capture_sizes are {compilation.cudagraph_capture_sizes}, but a step has block_length "
             f"{block_length} rows for each block in it; give multiples of it"
         )
+    elif max(compilation.cudagraph_capture_sizes, default=0) >= vllm_config.scheduler_config.max_num_batched_tokens:
+        # A step that refreshes counts as larger than any captured one, and has to fit, too.
+        raise ConfigError(
+            f"cudagraph_capture_sizes are {compilation.cudagraph_capture_sizes}, but max_num_batched_tokens is "
+            f"{vllm_config.scheduler_config.max_num_batched_tokens}; give sizes below it"
+        )
