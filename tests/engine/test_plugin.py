@@ -90,7 +90,7 @@ def test_nothing_is_changed_where_one_contract_is_broken(
     plugin._check_names.cache_clear()
     with caplog.at_level(logging.ERROR):
         plugin.register()
-    (said,) = caplog.messages
+    (said,) = set(caplog.messages)  # handlers of other tests of the process may be there
     assert "SamplingParams._validate_diffusion takes (self, model_config), and not canvas" in said
     assert "ModelRunnerOutput.plugin_output is gone" in said
     assert str(plugin.SUPPORTED_VLLM) in said

@@ -11,6 +11,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.engine import configs
+from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.refusals import RequestError, refuse_unsupported
 from vllm_dllm.engine.request import check_admission, finish_admission, resolve_params
 from vllm_dllm.state.canvas import RequestParams
@@ -77,6 +78,18 @@ def admitted(prompt: list[int], *, resumable: bool = False, max_tokens: int = 8,
     nothing = ("mm_features", "pooling_params", "lora_request", "cache_salt", "data_parallel_rank")
     of_us = {"sampling_params": params, "prompt_token_ids": prompt, "resumable": resumable}
     return EngineCoreRequest(request_id="a", arrival_time=0.0, **of_us, **dict.fromkeys(nothing))
+
+
+def test_numbers_that_cannot_be_sent_are_told_by_their_names() -> None:
+    request = admitted([5] * 8, max_tokens=7)
+    request.priority = 2**70
+    with pytest.raises(RequestError, match=f"^priority is {2**70}, allowed is what can be sent to the engine"):
+        check_sent(request)
+    request = admitted([5] * 8, max_tokens=7)
+    assert request.sampling_params is not None
+    request.sampling_params.stop_token_ids = [2**70]
+    with pytest.raises(RequestError, match=r"^stop_token_ids is \[1180"):
+        check_sent(request)
 
 
 ALIGNED = DllmConfig(block_length=8, kv_policy="block_causal")

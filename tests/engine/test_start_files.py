@@ -11,6 +11,12 @@ from vllm_dllm import plugin
 from vllm_dllm.errors import ConfigError
 
 
+@pytest.fixture(autouse=True)
+def _as_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process vLLM warns of the seed, and formats it as a number."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+
+
 def engine_config(folder: Path, config: object = TINY["llada"], generation: str | None = None, **changes: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 

@@ -63,14 +63,25 @@ def check_sent(request: "EngineCoreRequest") -> None:
     sent = msgspec.structs.replace(request, prompt_token_ids=None)  # whole numbers, as its admission saw to
     try:
         MsgpackDecoder(type(request)).decode(MsgpackEncoder().encode(sent))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         place = re.search(r"Expected (.*), got .* at `\$\[(\d+)\]", str(error))
-        name = request.__struct_fields__[int(place[2])] if place else "request"
-        value = getattr(request, name, None)
+        name = request.__struct_fields__[int(place[2])] if place else _first_unsendable(request)
+        value = getattr(request, name, getattr(request.sampling_params, name, None))
         allowed = place[1].replace("`", "") if place else "what can be sent to the engine"
         raise RequestError(
             f"{name} is {reprlib.repr(value)}, allowed is {allowed} ({error}); give one of these", parameter=name
         ) from None
+
+
+def _first_unsendable(request: "EngineCoreRequest") -> str:
+    """Return the name of the first field, of the request or of its sampling parameters, that cannot be encoded."""
+    for of in filter(None, (request.sampling_params, request)):
+        for name in of.__struct_fields__:
+            try:
+                MsgpackEncoder().encode(getattr(of, name))
+            except (TypeError, ValueError, OverflowError):
+                return name
+    return "request"
 
 
 def _is(value: object, of: Any) -> bool:
