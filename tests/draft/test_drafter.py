@@ -69,7 +69,7 @@ class TextDrafter:
         nodes = roots.with_drafts(canvas, is_valid, is_valid.long(), mask)
         if not looks_ahead:
             return nodes
-        has_next = blocks.start + block_length < self._canvases.row_len[blocks.slots]
+        has_next = blocks.start + block_length < self._canvases.seq_len[blocks.slots]
         return nodes.with_look_ahead(torch.where(root == mask, text, root), has_next, mask)
 
     def _guess(self, root: Tensor, text: Tensor, number: int) -> Tensor:

@@ -83,7 +83,7 @@ class Request:
     tail: tuple[int, ...] = ()  # of the prompt, known from the start
     credit: tuple[float, float, float] = (0.7, 0.8, 0.2)
 
-    def params(self, rules: UnmaskRules, block_length: int, row_len: int) -> RequestParams:
+    def params(self, rules: UnmaskRules, block_length: int, seq_len: int) -> RequestParams:
         return RequestParams(
             policy_id=POLICY_IDS[self.policy],
             threshold=self.threshold,
@@ -94,7 +94,7 @@ class Request:
             counts=count_table(rules, block_length, self.steps),
             times=reveal_times(block_length, self.steps),
             prompt_len=len(self.tail),
-            row_len=row_len,
+            seq_len=seq_len,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,

@@ -17,11 +17,11 @@ def planned(
 ) -> StepPlan:
     """Plan a step of the slots 0, 1, ..."""
     block_start = np.array(starts, dtype=np.int64)
-    row_len = np.full(len(starts), ROW_LEN)
+    seq_len = np.full(len(starts), ROW_LEN)
     return plan_step(
-        kv.step(np.arange(len(starts)), block_start, row_len),
+        kv.step(np.arange(len(starts)), block_start, seq_len),
         block_start=block_start,
-        row_len=row_len,
+        seq_len=seq_len,
         num_drafts=np.array(drafts or [0] * len(starts)),
         block_length=B,
         is_causal=kv.is_causal,

@@ -36,7 +36,7 @@ def test_options_override_the_servers_settings() -> None:
     settings = DllmConfig(block_length=8, policy="factor", factor=0.5, threshold=0.8, steps_per_block=2)
     plain = resolve(SamplingParams(max_tokens=20), settings)
     assert (plain.policy_id, plain.factor, plain.counts) == (POLICY_IDS["factor"], 0.5, (4,) * 8)
-    assert plain.row_len == 10 + 24
+    assert plain.seq_len == 10 + 24
     own = {"dllm_policy": "static", "dllm_steps": 12}
     assert resolve(SamplingParams(max_tokens=20, extra_args=own), settings).counts == (2,) * 8
     own = {"dllm_policy": "threshold", "dllm_threshold": 0.3}

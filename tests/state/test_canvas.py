@@ -27,7 +27,7 @@ def request(**changes: Any) -> RequestParams:
         "counts": (1, 2, 1, 1),
         "times": (0.75, 0.5, 0.25, 0.0),
         "prompt_len": 10,
-        "row_len": 20,
+        "seq_len": 20,
         "temperature": 0.0,
         "top_k": 0,
         "top_p": 1.0,
@@ -59,9 +59,9 @@ def keys(state: CanvasState, *slots: int, start: int = 0, num_masked: int = 4) -
 def test_parameters_reach_the_device_when_staged_writes_are_applied() -> None:
     state = CanvasState(2, 4, MASK, torch.device("cpu"))
     state.add_request(1, request(seed=-(2**63), top_p=0.5, temperature=0.7))
-    assert state.row_len.tolist() == [0, 0]
+    assert state.seq_len.tolist() == [0, 0]
     state.apply_staged_writes()
-    assert state.row_len.tolist() == [0, 20]
+    assert state.seq_len.tolist() == [0, 20]
     params = sampling(state, blocks(1, 1), torch.tensor([4, 2]))
     assert params.top_p.tolist() == [0.5] * 8
 

@@ -90,7 +90,7 @@ class GraphDrafter:
         nodes = roots.with_drafts(drafts.canvas, drafts.is_valid & is_known[:, None], drafts.depth, mask_token_id)
         if not looks_ahead:
             return nodes
-        has_next = blocks.start + canvases.block_length < canvases.row_len[slots]
+        has_next = blocks.start + canvases.block_length < canvases.seq_len[slots]
         return nodes.with_look_ahead(likeliest_end(self._compiled, origin, noise), is_known & has_next, mask_token_id)
 
     def observe(self, blocks: Blocks, nodes: Nodes, done: Trajectory) -> None:

@@ -215,12 +215,12 @@ class DllmModelState(ModelState):
         block_start_np = self.kv_policy.block_start(known_np)
         num_known, start, num_counted = self._to_device(np.stack([known_np, block_start_np, counted_np]))
         blocks = Blocks(slots, slots_np, start)
-        row_len_np = self.state.row_len_np[slots_np]
-        kv = self.kv_policy.step(slots_np, block_start_np, row_len_np)
+        seq_len_np = self.state.seq_len_np[slots_np]
+        kv = self.kv_policy.step(slots_np, block_start_np, seq_len_np)
         plan = plan_step(
             kv,
             block_start=block_start_np,
-            row_len=row_len_np,
+            seq_len=seq_len_np,
             num_drafts=self._num_drafts(batch, counted_np),
             block_length=self.block_length,
             is_causal=self.kv_policy.is_causal,

@@ -204,7 +204,7 @@ def plan_step(
     kv: KvStep,
     *,
     block_start: IntArray,
-    row_len: IntArray,
+    seq_len: IntArray,
     num_drafts: IntArray,
     block_length: int,
     is_causal: bool,
@@ -214,7 +214,7 @@ def plan_step(
 
     Args:
         kv: what it stores.
-        block_start, row_len: [num_reqs], where blocks begin and rows end.
+        block_start, seq_len: [num_reqs], where blocks begin and rows end.
         num_drafts: [num_reqs], drafts that each may have. Who begins a block has none: nothing of it is known yet.
         block_length: positions of a block.
         is_causal: whether blocks see what is before them alone.
@@ -239,6 +239,6 @@ def plan_step(
         begin = np.where(is_prefill, kv.begin[request] + block_length * number, begin)
         end = np.where(is_prefill, begin + block_length, end)
         begin, end = np.where(is_refresh, kv.begin[request], begin), np.where(is_refresh, kv.end[request], end)
-    visible_end = end if is_causal else row_len[request]
+    visible_end = end if is_causal else seq_len[request]
     context = np.stack([np.zeros_like(begin), begin, end, visible_end], 1)
     return StepPlan(block_length, block_start, num_drafts, looks_ahead, request, role, begin, end, context)

@@ -247,7 +247,7 @@ def resolve_params(
         counts=count_table(rules, settings.block_length, steps),
         times=reveal_times(settings.block_length, steps),
         prompt_len=prompt_len,
-        row_len=blocks.end,
+        seq_len=blocks.end,
         temperature=params.temperature,
         top_k=min(max(params.top_k, 0), _INT64_MAX),
         top_p=params.top_p,

@@ -34,7 +34,7 @@ class RequestParams:
     counts: tuple[int, ...]  # schedule.count_table
     times: tuple[float, ...]  # schedule.reveal_times
     prompt_len: int
-    row_len: int  # prompt and generation, in positions
+    seq_len: int  # prompt and generation, in positions
     temperature: float
     top_k: int  # 0 keeps all
     top_p: float
@@ -50,7 +50,7 @@ class Blocks:
     start: Tensor  # [num_reqs] int64, absolute position of each block
 
 
-_INTS = ("policy_id", "prompt_len", "row_len", "top_k", "seed")
+_INTS = ("policy_id", "prompt_len", "seq_len", "top_k", "seed")
 _CREDIT = ("credit_alpha", "credit_beta", "credit_gamma")
 _FLOATS = ("threshold", "factor", "entropy_bound", *_CREDIT, "alg_temp", "temperature", "top_p")
 
@@ -111,14 +111,14 @@ class CanvasState:
             self._is_staged = False
 
     @property
-    def row_len(self) -> Tensor:
+    def seq_len(self) -> Tensor:
         """[max_num_reqs] int64, positions of the prompt and the whole generation."""
-        return self._int("row_len")
+        return self._int("seq_len")
 
     @property
-    def row_len_np(self) -> np.ndarray:
+    def seq_len_np(self) -> np.ndarray:
         """[max_num_reqs] int64 on the host."""
-        row: np.ndarray = self._ints_np[_INTS.index("row_len")]
+        row: np.ndarray = self._ints_np[_INTS.index("seq_len")]
         return row
 
     def policy_params(self, blocks: Blocks) -> PolicyParams:

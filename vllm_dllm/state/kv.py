@@ -78,13 +78,13 @@ class KvSchedule:
         slots = slots[self._block_start[slots] == block_start]
         self._block_start[slots] += self.block_length
 
-    def step(self, slots: IntArray, block_start: IntArray, row_len: IntArray) -> KvStep:
+    def step(self, slots: IntArray, block_start: IntArray, seq_len: IntArray) -> KvStep:
         """Take note of a step and decide what it stores.
 
         Args:
             slots: [num_reqs], the requests that take it.
             block_start: [num_reqs], where each one's block begins.
-            row_len: [num_reqs], end of each one's row.
+            seq_len: [num_reqs], end of each one's row.
         """
         before = self._block_start[slots]
         is_new, begins_block = before < 0, before != block_start
@@ -95,7 +95,7 @@ class KvSchedule:
             begin, end = np.where(is_new, self._stored[slots], block_start), block_start
         else:
             begin, end = refreshed(
-                self.name, self.refresh_every, self.block_length, begins_block, step, block_start, row_len
+                self.name, self.refresh_every, self.block_length, begins_block, step, block_start, seq_len
             )
         return KvStep(begin, end, begins_block & ~is_new & self.is_causal, begins_block, is_new)
 
@@ -107,7 +107,7 @@ def refreshed(
     begins_block: BoolArray,
     step: IntArray,
     block_start: IntArray,
-    row_len: IntArray,
+    seq_len: IntArray,
 ) -> tuple[IntArray, IntArray]:
     """Return which positions [begin, end) of bidirectional requests a step refreshes; empty ones for none.
 
@@ -116,11 +116,11 @@ def refreshed(
         block_length: positions of a block.
         begins_block: [num_reqs], whose block has no decided step yet.
         step: [num_reqs], decided steps of the block.
-        block_start, row_len: [num_reqs].
+        block_start, seq_len: [num_reqs].
     """
     if name == "prefix":
         # Nothing follows the last block, and nobody reads its own K/V: its steps are no refreshes.
-        is_due = begins_block | (block_start + block_length < row_len)
-        return np.where(begins_block, 0, block_start), np.where(is_due, row_len, block_start)
+        is_due = begins_block | (block_start + block_length < seq_len)
+        return np.where(begins_block, 0, block_start), np.where(is_due, seq_len, block_start)
     is_due = begins_block if refresh_every is None else step % refresh_every == 0
-    return np.zeros_like(row_len), np.where(is_due, row_len, 0)
+    return np.zeros_like(seq_len), np.where(is_due, seq_len, 0)

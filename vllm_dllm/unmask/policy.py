@@ -52,7 +52,7 @@ class PolicyParams:
 
     @property
     def num_known(self) -> Tensor:
-        """[num_canvases] int64, positions of the block that hold the prompt's tail."""
+        """[num_canvases] int64, positions of the block that hold the prompt's end, in a partial block."""
         return (self.prompt_len - self.start).clamp(min=0)
 
     @property

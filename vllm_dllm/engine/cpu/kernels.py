@@ -49,7 +49,7 @@ def apply_write(
     """Apply the staged writes of one `StagedWriteTensor`.
 
     Args:
-        output_ptr: [num_slots] or [num_slots, row_len], contiguous.
+        output_ptr: [num_slots] or [num_slots, seq_len], contiguous.
         write_indices_ptr: [num_writes] int32, slot of each write; no element is written twice.
         write_starts_ptr: [num_writes] int32, first column of each write.
         write_contents_ptr: [sum of lengths], the values of all writes.
