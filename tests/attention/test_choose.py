@@ -8,8 +8,8 @@ import torch
 from vllm_dllm.attention import choose
 from vllm_dllm.attention.choose import IMPLEMENTATIONS, choose_attention
 from vllm_dllm.attention.interface import Setting
-from vllm_dllm.config import AttentionName
 from vllm_dllm.errors import ConfigError, KernelUnavailable
+from vllm_dllm.names import AttentionName
 
 CPU = Setting("cpu", None, torch.float32, torch.float32, 64, None)
 GPU = Setting("cuda", (9, 0), torch.bfloat16, torch.bfloat16, 128, 16)

@@ -7,8 +7,8 @@ from vllm_dllm.attention.flashinfer import FlashInferAttention
 from vllm_dllm.attention.interface import Attention, Setting
 from vllm_dllm.attention.plain import PlainAttention
 from vllm_dllm.attention.xformers import XformersAttention
-from vllm_dllm.config import AttentionName
 from vllm_dllm.errors import ConfigError, KernelUnavailable
+from vllm_dllm.names import AttentionName
 from vllm_dllm.ops.library import cpu_isa
 
 IMPLEMENTATIONS: dict[AttentionName, type[Attention]] = {
