@@ -20,12 +20,12 @@ from tests.draft.test_exact import (
     reference_budget,
 )
 from tests.draft.test_look_ahead import ChainModel, Row, decode, reference_options, step
-from vllm_dllm.config import PolicyName
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.native import native_nodes
 from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.names import PolicyName
 from vllm_dllm.reference import policy, spiffy
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.unmask.head import LogitsHead
