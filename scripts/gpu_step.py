@@ -91,6 +91,12 @@ class Model:
             hidden = hidden + linear(silu(gate) * up, down)
         return rms_norm(hidden, size)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits; on a GPU with the float32 of their sums, as `engine.head` asks for."""
+        if self.device.type == "cuda":
+            return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
+        return linear(hidden, self.head)
+
     def _draw(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device=self.device).normal_(std=size[-1] ** -0.5)
 
@@ -131,7 +137,7 @@ class Engine:
         for slot in range(num_reqs):
             self.state.add_request(slot, _params(slot, block_length, int(self.start[slot]), int(self.seq_len[slot])))
         self.state.apply_staged_writes()
-        head = LogitsHead(lambda rows: linear(rows, model.head), shape.vocab_size, mask, is_native=True)
+        head = LogitsHead(model.logits, shape.vocab_size, mask, is_native=True)
         drafter = GraphDrafter(shipped_graph(shape.graph))
         self.denoiser = Denoiser(self.state, drafter, head, choose_walk(device), choose_settle(device))
         self.layout = CapturedLayout(
