@@ -15,8 +15,7 @@ from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.graph import DraftGraph, Formula
-from vllm_dllm.draft.native import native_propose
-from vllm_dllm.draft.propose import DraftNoise, Drafts, Roots, propose
+from vllm_dllm.draft.native import native_nodes, torch_nodes
 from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, vocab_stats
 from vllm_dllm.self_test.check import Check, relative_error, share_unequal
@@ -145,15 +144,30 @@ class _Compared:
             blocks = replace(blocks, start=blocks.start + done.is_finished * shape.block_length)
         return self.errors
 
-    def propose(self, graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | None, num_drafts: int) -> Drafts:
+    def propose(
+        self,
+        graph: CompiledGraph,
+        canvases: CanvasState,
+        memory: DraftState,
+        blocks: Blocks,
+        num_drafts: int,
+        looks_ahead: bool = False,
+    ) -> Nodes:
         """Stand where a drafter asks for drafts."""
-        expected = propose(graph, roots, draft_noise, num_drafts)
+        expected = torch_nodes(graph, canvases, memory, blocks, num_drafts, looks_ahead)
         if "propose_nodes" in self._built:
-            found = native_propose(graph, roots, draft_noise, num_drafts)
+            found = native_nodes(graph, canvases, memory, blocks, num_drafts, looks_ahead)
             valid = expected.is_valid
-            pairs = [(getattr(found, name), getattr(expected, name)) for name in ("node", "is_valid", "depth")]
-            pairs += [(found.canvas[valid], expected.canvas[valid])]  # what others hold is open
-            self._note("propose_nodes", [*pairs, (found.log_reach[valid], expected.log_reach[valid])])
+            pairs = [(found.is_valid, valid), (found.depth, expected.depth)]
+            # What others hold is open.
+            pairs += [
+                (found.canvas[valid], expected.canvas[valid]),
+                (found.is_masked[valid], expected.is_masked[valid]),
+            ]
+            if expected.end is not None and found.end is not None:
+                is_ahead = valid[:, -1]
+                pairs += [(found.end[is_ahead], expected.end[is_ahead])]
+            self._note("propose_nodes", pairs)
         return expected
 
     def walk(
