@@ -36,7 +36,9 @@ def compare_with_reference(workload: Workload, policies: Sequence[Policy]) -> li
     family = family_said(json.loads((Path(workload.model) / "config.json").read_text()))
     assert family is not None, "an engine serves models of ours only"
     rules = Rules(**{field.name: getattr(family, field.name) for field in fields(Rules)})
-    model = (LLaDA if family.architecture == "LLaDAModelLM" else Qwen).from_pretrained(Path(workload.model), torch.float32)
+    model = (LLaDA if family.architecture == "LLaDAModelLM" else Qwen).from_pretrained(
+        Path(workload.model), torch.float32
+    )
     rows = [
         row for policy in policies for row in _policy_rows(workload, policy, _decoders(workload, policy, model, rules))
     ]
