@@ -97,7 +97,7 @@ def _answer(child: subprocess.Popen[str]) -> str:
     assert child.stdout is not None
     line = child.stdout.readline().strip()
     if not line:
-        raise RuntimeError(f"{child.args!r} ended; its own words are above")
+        raise RuntimeError("an engine ended; its own words are above")
     return line
 
 

@@ -30,7 +30,7 @@ class Special:
     planned: Tensor  # [3, num_reqs] int64, as in `state.settle.Ledger`
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """The requests of a batch that take a step, its first ones, and what they evaluate."""
 
@@ -41,7 +41,6 @@ class Step:
     special: Special | None  # None: the plan is plain
     nodes: Nodes  # the canvases
     store: PagedIndex | None = None  # where each row's K/V go; None: nowhere
-    came_over: Tensor | None = None  # [num_reqs] bool, whose look-ahead came true, once that is known
 
     def head_rows(self, *, logit_shift: bool) -> Tensor | slice:
         """Return the rows of the forward that go to the LM head, those of a node together.
