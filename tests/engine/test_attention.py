@@ -9,6 +9,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from tests.e2e.rig import CHECKPOINT
+from vllm_dllm.attention import varlen
 from vllm_dllm.attention.choose import IMPLEMENTATIONS
 from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.plain import CHUNK_BYTES, PlainAttention
@@ -119,7 +120,18 @@ def test_the_gpu_is_named(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> No
     on_a_gpu(monkeypatch)
     config = stub_config({})
     attention_choice.set_attention(config, DllmConfig())
-    assert "Attention: csrc (sm_90): the first of csrc, flashinfer, xformers" in log
+    assert "Attention: csrc (sm_90): the first of csrc, vllm, flashinfer, xformers" in log
+
+
+@pytest.mark.parametrize("refusal", [None, "the installed vLLM has no FlashAttention"])
+def test_it_is_told_who_takes_rows_without_context(
+    refusal: str | None, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(varlen, "refusal", lambda setting: refusal)
+    attention_choice.set_attention(stub_config({}), DllmConfig())
+    by = f"csrc: {refusal}" if refusal else "FlashAttention of vLLM"
+    assert f"Attention of refreshes and prefills without context: {by}" in log
 
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("csrc", 0), ("torch", 2 * CHUNK_BYTES)])

@@ -6,6 +6,7 @@ from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.flashinfer import FlashInferAttention
 from vllm_dllm.attention.interface import Attention, Setting
 from vllm_dllm.attention.plain import PlainAttention
+from vllm_dllm.attention.vllm_flash import VllmFlashAttention
 from vllm_dllm.attention.xformers import XformersAttention
 from vllm_dllm.config import AttentionName
 from vllm_dllm.errors import ConfigError, KernelUnavailable
@@ -13,12 +14,16 @@ from vllm_dllm.ops.library import cpu_isa
 
 IMPLEMENTATIONS: dict[AttentionName, type[Attention]] = {
     "csrc": CsrcAttention,
+    "vllm": VllmFlashAttention,
     "flashinfer": FlashInferAttention,
     "xformers": XformersAttention,
     "torch": PlainAttention,
 }
 
-ORDER: dict[str, tuple[AttentionName, ...]] = {"cpu": ("csrc", "torch"), "cuda": ("csrc", "flashinfer", "xformers")}
+ORDER: dict[str, tuple[AttentionName, ...]] = {
+    "cpu": ("csrc", "torch"),
+    "cuda": ("csrc", "vllm", "flashinfer", "xformers"),
+}
 """By device, what `auto` tries; on a GPU `torch` is for who asks for it, since it is several times slower."""
 
 
