@@ -72,7 +72,7 @@ def with_context(change: Callable[[Any], Any]) -> Callable[[ForwardLayout], Forw
     def changed(layout: ForwardLayout) -> ForwardLayout:
         host = layout.host
         context = change(host.context.copy())
-        return to_device(replace(host, context=context), layout.page_table, layout.page_size)
+        return to_device(replace(host, context=context), layout.page_table, layout.page_size, heads_per_kv=2)
 
     return changed
 
