@@ -9,7 +9,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_dllm.attention.layout import CapturedLayout, HostLayout, PagedIndex, denoise_layout, lone_layout, to_device
 from vllm_dllm.engine.attention import ForwardAttention, implementation_of
-from vllm_dllm.engine.step import NULL_PAGE
+from vllm_dllm.state.step_rows import NULL_PAGE
 
 
 class StepAttention:
