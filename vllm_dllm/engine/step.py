@@ -40,7 +40,7 @@ class Step:
     ledger: Ledger
     special: Special | None  # None: the plan is plain
     nodes: Nodes  # the canvases
-    store: PagedIndex | None = None  # where each row's K/V go; None: nowhere
+    store: PagedIndex | None = None  # where each row's K/V go, once the rows are made; None: nowhere
 
     def head_rows(self, *, logit_shift: bool) -> Tensor | slice:
         """Return the rows of the forward that go to the LM head, those of a node together.
