@@ -141,6 +141,10 @@ CONTRACTS = (
     *_fields("vllm.envs", "environment_variables"),
     *_fields("vllm.model_executor.models.config", "MODELS_CONFIG_MAP"),
     *_fields("vllm.transformers_utils.config", "_CONFIG_REGISTRY"),
+    *_fields("vllm.model_executor.models.registry:_ModelRegistry", "models"),
+    *_fields("vllm.model_executor.models.registry:_LazyRegisteredModel", "module_name class_name"),
+    *_fields("vllm.model_executor.models.registry:_RegisteredModel", "model_cls"),
+    *_fields("vllm.engine.arg_utils:EngineArgs", "diffusion_config"),
     *_methods("vllm.model_executor.models.registry:_ModelRegistry", {"register_model": "self model_arch model_cls"}),
 )
 """Besides those of `patches.PATCHES`."""

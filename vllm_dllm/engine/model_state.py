@@ -26,6 +26,7 @@ from vllm_dllm.attention.layout import empty_layout
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.engine.configs import make_drafter, rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
+from vllm_dllm.engine.natives import check_hook
 from vllm_dllm.engine.plan import plan_step
 from vllm_dllm.engine.report import StepOrder
 from vllm_dllm.engine.request import resolve_params
@@ -51,6 +52,7 @@ class DllmModelState(ModelState):
     def __init__(
         self, vllm_config: VllmConfig, model: "MaskedDiffusionLM", encoder_cache: None, device: torch.device
     ) -> None:
+        check_hook(vllm_config)
         super().__init__(vllm_config, model, encoder_cache, device)
         self.settings = settings_of(vllm_config)
         self.block_length = self.settings.block_length

@@ -166,7 +166,8 @@ class _Compared:
             # What others hold is open.
             pairs += [(getattr(found, name)[valid], getattr(expected, name)[valid]) for name in ("canvas", "is_masked")]
             if found.end is not None and expected.end is not None:
-                pairs += [(found.end, expected.end)]
+                is_ahead = valid[:, -1]
+                pairs += [(found.end[is_ahead], expected.end[is_ahead])]
             self._note("propose_nodes", pairs)
         return expected
 
