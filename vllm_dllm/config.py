@@ -31,7 +31,7 @@ POLICY_ALIASES: dict[str, PolicyName] = {
 }
 """The families' own names of policies; taken wherever the name of one is, and replaced by ours."""
 
-KvPolicyName = Literal["dual", "prefix", "block_causal"]
+KvPolicyName = Literal["dual", "prefix", "block_causal", "causal"]
 AttentionName = Literal["auto", "csrc", "flashinfer", "xformers", "torch"]
 
 REQUEST_PREFIX = "dllm_"
@@ -61,7 +61,7 @@ class DllmConfig(BaseModel):
         block_length: positions denoised together (tokens).
         kv_policy: `dual` freezes the K/V of everything but the block, `prefix` of what precedes it
             (Fast-dLLM, arXiv:2505.22618); `block_causal`, for models that see nothing behind a block, never computes
-            K/V again.
+            K/V again, nor does `causal`, for models whose final positions see those before them alone.
         refresh_every: with `dual`, recompute all K/V before every n-th step of a block; None only before the first,
             1 before each, which equals decoding without a cache.
         policy: unmasking policy of requests that name none.
@@ -79,7 +79,7 @@ class DllmConfig(BaseModel):
     model_config = STRICT
 
     block_length: Annotated[int, Field(ge=1, le=1024, description="whole numbers from 1 to 1024")] = 32
-    kv_policy: Annotated[KvPolicyName, Field(description="'dual', 'prefix' and 'block_causal'")] = "dual"
+    kv_policy: Annotated[KvPolicyName, Field(description="'dual', 'prefix', 'block_causal' and 'causal'")] = "dual"
     refresh_every: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
@@ -94,7 +94,17 @@ class DllmConfig(BaseModel):
 
     @property
     def is_block_causal(self) -> bool:
-        """A fact of the family (`models.interface.check_family`)."""
+        """Whether stored K/V never change; a fact of the family, as the next two (`models.interface.check_family`)."""
+        return self.kv_policy in ("block_causal", "causal")
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether final positions see those before them alone."""
+        return self.kv_policy == "causal"
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether blocks begin at multiples of their length, not behind the prompt."""
         return self.kv_policy == "block_causal"
 
     @model_validator(mode="after")

@@ -1,8 +1,9 @@
-"""The Qwen transformers of Dream and SDAR in plain torch: the model half of their oracle.
+"""The Qwen transformers of Dream, SDAR and Fast-dLLM v2 in plain torch: the model half of their oracle.
 
 Dream (arXiv:2508.15487) is Qwen2 without a causal mask: biases on query, key and value. SDAR (arXiv:2510.06303), and
 TraDo with it, is Qwen3: no biases, query and key normalised per head before they are rotated; a position sees its
-block and the blocks before it. The parameter names are the published ones, so a checkpoint loads without a name map.
+block and the blocks before it. Fast-dLLM v2 (arXiv:2509.26328) is Qwen2 that sees as SDAR does. The parameter names are
+the published ones, so a checkpoint loads without a name map. Nemotron, in `reference.nemotron`, has these layers too.
 Shapes are named as in `reference.layers`.
 """
 
@@ -27,12 +28,32 @@ from vllm_dllm.reference.layers import (
 )
 from vllm_dllm.reference.rope import Rope, Rotation
 
+Rotations = tuple[Rotation, Rotation]
+"""Of queries and of keys."""
+
 _IMPLEMENTED: dict[str, object] = {
     "hidden_act": "silu",
     "use_sliding_window": False,
-    "attention_bias": False,  # SDAR's; Dream has its biases whatever this says
+    "attention_bias": False,  # SDAR's; others have their biases whatever this says
 }
 """Fields of config.json that this model has one answer to; another value is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Where the layers of the architectures differ."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False  # of query and key, per head, before they are rotated
+
+
+LAYERS = {
+    "DreamModel": Layers(qkv_bias=True),
+    "SDARForCausalLM": Layers(qk_norm=True),
+    "Fast_dLLM_QwenForCausalLM": Layers(qkv_bias=True),
+    "NemotronLabsDiffusionModel": Layers(),
+}
+"""By architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +75,13 @@ class QwenConfig:
     rope_scaling: Mapping[str, Any] | None = None  # or `rope_parameters`
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    block_size: int | None = None  # SDAR: the block length of training
+    block_size: int | None = None  # SDAR, Nemotron and, as `bd_size`, Fast-dLLM v2: the block length of training
+    query_scale_beta: float = 0.0  # Nemotron's `llama_4_scaling_beta`
 
     def __post_init__(self) -> None:
         """Raise ValueError for an architecture that this model is not."""
-        if self.architecture not in ("DreamModel", "SDARForCausalLM"):
-            message = f"architecture is {self.architecture!r}; the reference model is 'DreamModel' or 'SDARForCausalLM'"
+        if self.architecture not in LAYERS:
+            message = f"architecture is {self.architecture!r}; the reference model is one of {', '.join(LAYERS)}"
             raise ValueError(message)
 
     @property
@@ -83,6 +105,11 @@ class QwenConfig:
             values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
         values["rope_scaling"] = values.get("rope_parameters") or values.get("rope_scaling")
         values.setdefault("rope_theta", (values["rope_scaling"] or {}).get("rope_theta"))
+        if values["architecture"] == "NemotronLabsDiffusionModel":
+            values["rope_scaling"] = dict(values["rope_scaling"] or {})
+            values["query_scale_beta"] = values["rope_scaling"].pop("llama_4_scaling_beta", 0.0)
+            values["rope_scaling"].pop("max_position_embeddings", None)
+        values.setdefault("block_size", values.get("bd_size"))
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
@@ -92,23 +119,23 @@ class Attention(nn.Module):
     def __init__(self, config: QwenConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        is_dream = config.architecture == "DreamModel"
+        layers = LAYERS[config.architecture]
         width = config.hidden_size
         query_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, query_width, bias=is_dream)
-        self.k_proj = nn.Linear(width, kv_width, bias=is_dream)
-        self.v_proj = nn.Linear(width, kv_width, bias=is_dream)
+        self.q_proj = nn.Linear(width, query_width, bias=layers.qkv_bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=layers.qkv_bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=layers.qkv_bias)
         self.o_proj = nn.Linear(query_width, width, bias=False)
-        self.q_norm = nn.Identity() if is_dream else RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = nn.Identity() if is_dream else RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if layers.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if layers.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None, visible: Tensor | None
+        self, x: Tensor, rotations: Rotations, start: int, kv: LayerKv | None, visible: Tensor | None
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
-        query = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), rotation)
-        key = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), rotation)
+        query = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), rotations[0])
+        key = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), rotations[1])
         value = split_heads(self.v_proj(x), self.head_dim)
         attended, kv = attend(query, key, value, start, kv, visible)
         return self.o_proj(merge_heads(attended)), kv
@@ -140,10 +167,10 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None, visible: Tensor | None
+        self, x: Tensor, rotations: Rotations, start: int, kv: LayerKv | None, visible: Tensor | None
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
-        attended, kv = self.self_attn(self.input_layernorm(x), rotation, start, kv, visible)
+        attended, kv = self.self_attn(self.input_layernorm(x), rotations, start, kv, visible)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
@@ -191,14 +218,23 @@ class Qwen(nn.Module):
         """
         if positions is None:
             positions = torch.arange(start, start + ids.shape[-1], device=ids.device)
-        rotation = self.config.rope.rotation(positions, self.config.head_dim)
-        x: Tensor = self.model.embed_tokens(ids)
+        decoder, head = self.parts()
+        rotations = self.rotations(positions)
+        x: Tensor = decoder.embed_tokens(ids)
         updated: list[LayerKv] = []
-        for index, layer in enumerate(self.model.layers):
-            x, layer_kv = layer(x, rotation, start, None if kv is None else kv[index], visible)
+        for index, layer in enumerate(decoder.layers):
+            x, layer_kv = layer(x, rotations, start, None if kv is None else kv[index], visible)
             updated.append(layer_kv)
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(self.model.norm(x), head.weight), updated
+        return F.linear(decoder.norm(x), head.weight), updated
+
+    def parts(self) -> tuple[Decoder, nn.Embedding | nn.Linear]:
+        """Return the layers, and the module whose weight is the LM head."""
+        return self.model, self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    def rotations(self, positions: Tensor) -> Rotations:
+        """Return how queries and keys at positions [len] are rotated."""
+        rotation = self.config.rope.rotation(positions, self.config.head_dim)
+        return rotation, rotation
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype) -> "Qwen":
