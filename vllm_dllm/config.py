@@ -33,9 +33,7 @@ POLICY_ALIASES: dict[str, PolicyName] = {
 
 KvPolicyName = Literal["dual", "prefix", "block_causal", "causal"]
 AttentionName = Literal["auto", "csrc", "flashinfer", "xformers", "torch"]
-
 REQUEST_PREFIX = "dllm_"
-
 # Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -94,17 +92,12 @@ class DllmConfig(BaseModel):
 
     @property
     def is_block_causal(self) -> bool:
-        """Whether stored K/V never change; a fact of the family, as the next two (`models.interface.check_family`)."""
+        """Whether stored K/V never change; a fact of the family (`models.interface.check_family`)."""
         return self.kv_policy in ("block_causal", "causal")
 
     @property
-    def is_causal(self) -> bool:
-        """Whether final positions see those before them alone."""
-        return self.kv_policy == "causal"
-
-    @property
     def is_aligned(self) -> bool:
-        """Whether blocks begin at multiples of their length, not behind the prompt."""
+        """Whether blocks begin at multiples of their length, else behind the prompt."""
         return self.kv_policy == "block_causal"
 
     @model_validator(mode="after")
@@ -325,9 +318,8 @@ def request_steps(options: RequestOptions, settings: DllmConfig, max_tokens: int
     """
     block_length, policy = settings.block_length, options.policy or settings.policy
     name, value = ("policy", policy) if options.steps is None else ("steps", options.steps)
-    if options.steps is None:
-        steps = settings.steps_per_block or block_length
-    else:
+    steps = settings.steps_per_block or block_length
+    if options.steps is not None:
         num_blocks = -(-max_tokens // block_length)
         most = num_blocks * block_length
         if options.steps % num_blocks or options.steps > most:

@@ -52,8 +52,9 @@ def _check_names() -> None:
 
 def _import_all() -> None:
     """Import all that `_register` needs, so that it cannot end half way."""
-    ours = ("compat", "config_hook", "front_end", "spiffy_arguments", "start_checks", "start_errors", "stat_logger")
     theirs = ("model_executor.models", "model_executor.models.config", "transformers_utils.config")
+    ours = ["compat", "config_hook", "front_end", "mode", "spiffy_arguments"]
+    ours += ["start_checks", "start_errors", "stat_logger"]
     for module in (*(f"vllm.{name}" for name in theirs), *(f"vllm_dllm.engine.{name}" for name in ours)):
         importlib.import_module(module)
     for family in FAMILIES:
@@ -72,6 +73,7 @@ def _register() -> None:
         config_hook,
         configs,
         front_end,
+        mode,
         refusals,
         request,
         spiffy_arguments,
@@ -83,7 +85,7 @@ def _register() -> None:
     from vllm_dllm.spiffy_config import METHOD, read_speculative_config
 
     compat.explain_start_errors(start_errors.explain)
-    compat.after_model_config(config_hook.check_flags)
+    compat.after_model_config(mode.take_mode, config_hook.check_flags)
     compat.extend_speculative_arguments(read_speculative_config, METHOD)
     compat.before_speculative_config(spiffy_arguments.take_spiffy)
     compat.replace_diffusion_check(configs.is_ours, refusals.refuse_unsupported)
@@ -99,3 +101,5 @@ def _register() -> None:
         AutoConfig.register(family.model_type, config_class, exist_ok=True)
         ModelRegistry.register_model(family.architecture, family.model_class)
         MODELS_CONFIG_MAP[family.architecture] = config_hook.DllmConfigHook
+        if family.causal_class:
+            ModelRegistry.register_model(family.causal_class.partition(":")[2], family.causal_class)

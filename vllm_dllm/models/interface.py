@@ -33,6 +33,8 @@ class ModelFamily:
             Where K/V never change this position is predicted by the row on its left, of the forward that stores it.
         sub_block_length: of parts of a block that are decided one after another; None: it has none.
         confidence: `model`: of the distribution as the model gives it. `sampled`: after temperature, top_k and top_p.
+        causal_class: "module:Class" of the vLLM model that serves the same weights autoregressively, under the class's
+            name as architecture (mode `ar`); None: it is trained for diffusion alone.
     """
 
     architecture: str
@@ -47,6 +49,7 @@ class ModelFamily:
     unmasks_first_alone: bool = False
     sub_block_length: int | None = None
     confidence: Literal["model", "sampled"] = "model"
+    causal_class: str | None = None
 
     @property
     def is_block_causal(self) -> bool:
@@ -102,6 +105,7 @@ FAMILIES = (
         decoding_defaults={"block_length": 32, "kv_policy": "causal", "policy": "threshold", "threshold": 0.9},
         attention="causal",
         unmasks_first_alone=True,
+        causal_class="vllm_dllm.models.nemotron_causal:NemotronLabsDiffusionForCausalLM",
     ),
     ModelFamily(
         architecture="Fast_dLLM_QwenForCausalLM",

@@ -54,7 +54,7 @@ class NemotronConfig(QwenConfig):
 
     def resolve(self, fields: Any) -> dict[str, Any]:
         """Return the numbers that fields of the table stand for, by attribute."""
-        return {**super().resolve(fields), "block_size": fields.block_size}
+        return {**super().resolve(fields), "block_size": fields.block_size, "hidden_act": fields.hidden_act}
 
     def _read(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Read the query scale from the object of rotary positions, where the published files have it."""

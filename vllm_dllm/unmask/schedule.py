@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 if TYPE_CHECKING:
     from vllm_dllm.config import DllmConfig
@@ -39,6 +40,24 @@ class UnmaskRules:
     unmasks_first_alone: bool = False
     sub_block_length: int | None = None
     confidence: Literal["model", "sampled"] = "model"
+
+    def open(self, is_masked: Tensor) -> Tensor:
+        """Return which masked positions a step may unmask: those of the leftmost stage of the block that has any.
+
+        Args:
+            is_masked: [num_canvases, block_length] bool.
+
+        Returns: the same shape.
+        """
+        is_open = is_masked
+        if self.sub_block_length is not None:
+            part = torch.arange(is_masked.shape[1], device=is_masked.device) // self.sub_block_length
+            is_open = is_masked & (part == part[is_masked.byte().argmax(1)][:, None])
+        if not self.unmasks_first_alone:
+            return is_open
+        is_first = torch.zeros_like(is_masked[:1])
+        is_first[:, 0] = True
+        return is_open & (is_first | ~is_masked[:, :1])
 
 
 def unmask_rules(family: "ModelFamily", settings: "DllmConfig") -> UnmaskRules:
