@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph
@@ -14,7 +13,7 @@ from vllm_dllm.draft.native import Propose, choose_propose
 from vllm_dllm.draft.propose import Roots, likeliest_end
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
-from vllm_dllm.unmask.walk import Nodes, Trajectory
+from vllm_dllm.unmask.walk import Nodes
 
 DEPTH_CHANCE = 0.6
 """Without counts: the chance that one more step of the chain is foreseen..."""
@@ -92,9 +91,3 @@ class GraphDrafter:
             return nodes
         has_next = blocks.start + canvases.block_length < canvases.seq_len[slots]
         return nodes.with_look_ahead(likeliest_end(self._compiled, origin, noise), is_known & has_next, mask_token_id)
-
-    def observe(self, blocks: Blocks, nodes: Nodes, done: Trajectory) -> None:
-        """Learn nothing besides the memory, which has the candidates of the last canvas that the step decided."""
-
-    def forget(self, slots: Tensor, where: Tensor) -> None:
-        """Forget nothing besides the memory."""

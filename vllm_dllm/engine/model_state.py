@@ -29,6 +29,7 @@ from vllm_dllm.engine.attention import ForwardAttention
 from vllm_dllm.engine.configs import make_drafter, rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.plan import plan_step
+from vllm_dllm.engine.report import StepOrder
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step import Step, rows_to_device
@@ -67,9 +68,8 @@ class DllmModelState(ModelState):
             choose_walk(device),
             choose_settle(device),
         )
-        self.kv_policy = KvSchedule(
-            self.settings.kv_policy, self.settings.refresh_every, self.block_length, self.max_num_reqs
-        )
+        self.kv_schedule = KvSchedule(self.settings.kv_policy, self.settings.refresh_every, self.block_length)
+        self.order: StepOrder | None = None  # None: vLLM warms up
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._look_ahead_from = None if drafter is None else drafter.look_ahead_from
@@ -89,7 +89,7 @@ class DllmModelState(ModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Get attention ready for the cache."""
         self._attention = StepAttention(
-            self.vllm_config, kv_cache_config, self.block_length, self.device, stores=self.kv_policy.is_causal
+            self.vllm_config, kv_cache_config, self.block_length, self.device, stores=self.settings.is_block_causal
         )
 
     @property
@@ -110,7 +110,7 @@ class DllmModelState(ModelState):
             max_model_len=self.max_model_len,
         )
         self.state.add_request(req_index, params)
-        self.kv_policy.add_request(req_index, new_req_data.num_computed_tokens)
+        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens)
 
     def apply_staged_writes(self) -> None:
         """Copy new requests' parameters to the device."""
@@ -124,10 +124,6 @@ class DllmModelState(ModelState):
         num_computed_tokens: Tensor,
     ) -> None:
         """Plan the step, and put its rows where the prompt tokens of the batch would be."""
-        if self._step is not None and self._step.came_over is not None:
-            has_left = self._step.came_over.cpu().numpy()
-            before = self._step.blocks.slots_np, self._step.plan.block_start
-            self.kv_policy.came_over(*(array[has_left] for array in before))
         step = self._step = self._begin_step(input_batch, num_computed_tokens)
         num_rows = step.plan.num_rows
         if num_rows > input_batch.num_tokens:
@@ -212,18 +208,22 @@ class DllmModelState(ModelState):
         # A prompt is known, though its step is the one that vLLM counts it in.
         computed_np = num_computed_tokens[slots].cpu().numpy() if self._is_async else batch.num_computed_tokens_np
         known_np = np.maximum(computed_np[:num_reqs], batch.prefill_len_np[:num_reqs]).astype(np.int64)
-        block_start_np = self.kv_policy.block_start(known_np)
+        block_start_np = self.kv_schedule.block_start(known_np)
         num_known, start, num_counted = self._to_device(np.stack([known_np, block_start_np, counted_np]))
         blocks = Blocks(slots, slots_np, start)
         seq_len_np = self.state.seq_len_np[slots_np]
-        kv = self.kv_policy.step(slots_np, block_start_np, seq_len_np)
+        kv = None if self.order is None else self.order.kv_of(batch.req_ids[:num_reqs])
+        if kv is None:
+            kv = self.kv_schedule.step(slots_np.tolist(), block_start_np, seq_len_np)
+            for slot, start_of in zip(slots_np.tolist(), block_start_np.tolist(), strict=True):
+                self.kv_schedule.note(slot, start_of)
         plan = plan_step(
             kv,
             block_start=block_start_np,
             seq_len=seq_len_np,
             num_drafts=self._num_drafts(batch, counted_np),
             block_length=self.block_length,
-            is_causal=self.kv_policy.is_causal,
+            is_causal=self.settings.is_block_causal,
             look_ahead_from=self._look_ahead_from,
         )
         if kv.is_new.any():
@@ -253,7 +253,7 @@ class DllmModelState(ModelState):
         """Begin the first blocks of some requests: masked, but for the end of a prompt that lies in one."""
         slots = blocks.slots[index]
         self.denoiser.begin_blocks(slots, torch.ones_like(slots, dtype=torch.bool))
-        if not self.kv_policy.is_causal:
+        if not self.settings.is_block_causal:
             return
         positions = self.state.positions(blocks)[index]
         known = self._all_token_ids[slots[:, None], positions].long()

@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
+from vllm_dllm.engine.report import StepOrder
 from vllm_dllm.engine.worker_check import WorkerCheck
 from vllm_dllm.state.report import REPORT_LEN
 
@@ -52,8 +53,13 @@ class DllmSampler:
         done = denoiser.advance(step.blocks, step.nodes, hidden, None if step.special is None else step.special.fresh)
         emitted = denoiser.settle(step.blocks, step.nodes, done, step.ledger)
         self._report = emitted.report
-        step.came_over = done.came_over if step.nodes.end is not None else None
         return SamplerOutput(emitted.sampled, None, None, emitted.num_sampled, emitted.num_rejected)
+
+    def take_order(self, order: StepOrder) -> None:
+        """Take what the scheduler tells of the next step. Raises: StateError where its roster is not ours."""
+        self.model_state.order = order
+        if self.check and order.roster is not None:
+            self.check.compare(order.roster)
 
     def take_rows(self, input_batch: InputBatch) -> Tensor:
         """Return the report of the batch that was just sampled; [num_reqs, REPORT_LEN or more] int32."""

@@ -32,7 +32,7 @@ class Special:
     planned: Tensor  # [3, num_reqs] int64, as in `state.settle.Ledger`
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """The requests of a batch that take a step, its first ones, and what they evaluate."""
 
@@ -43,7 +43,6 @@ class Step:
     position: Tensor  # [num_rows] int64
     special: Special | None  # None: the plan is plain
     nodes: Nodes  # the canvases
-    came_over: Tensor | None = None  # [num_reqs] bool, whose look-ahead came true, once that is known
 
     def head_rows(self, *, logit_shift: bool) -> Tensor | slice:
         """Return the rows of the forward that go to the LM head, those of a node together.

@@ -30,9 +30,8 @@ class ReportingWorker(VllmWorker):
         runner = self.model_runner
         check_way(runner.main_stream, runner.output_copy_stream, runner.device)
         costs = measure_curve(self.vllm_config, self.measure_cost)
-        check = WorkerCheck(runner)
-        runner.sampler.check = check
-        runner.aux_output_connector = ReportConnector(runner.sampler, check, costs)
+        runner.sampler.check = WorkerCheck(runner)
+        runner.aux_output_connector = ReportConnector(runner.sampler, costs)
         return times
 
     def measure_cost(self, num_reqs: int, num_nodes: int) -> float:
