@@ -45,7 +45,7 @@ def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model
 def max_prompt_len(settings: DllmConfig, max_model_len: int) -> int:
     """Return the length of the longest prompt that leaves room for what its first step has in flight.
 
-    That is a block. Where stored K/V never change it is two, counted from the known tokens as vLLM counts: with the first step
-    of a block the rows of the block before it are in flight, and with async scheduling any step has as many.
+    That is a block. Where stored K/V never change it is two, counted from the known tokens as vLLM counts: with the
+    first step of a block the rows of the block before it are in flight, and with async scheduling any step has as many.
     """
     return max_model_len - settings.block_length * (1 + settings.is_block_causal)

@@ -1,4 +1,4 @@
-"""Nemotron and Fast-dLLM v2: published configurations as vLLM reads them, names of tensors, layers as the reference's."""
+"""Nemotron and Fast-dLLM v2: published configurations, names of tensors, layers as the reference's."""
 
 import re
 from collections.abc import Iterator

@@ -48,14 +48,14 @@ class Step:
         """Return the rows of the forward that go to the LM head, those of a node together.
 
         Args:
-            logit_shift: whether a position is predicted by the row on its left; where that is not in the segment, any
-                row stands for it, see `CanvasState.predicting_rows`.
+            logit_shift: as in `StepPlan.rows`.
         """
+        if self.special is not None:
+            return self.special.head.flatten()
+        num_rows = self.plan.num_rows
         if not logit_shift:
-            return slice(self.plan.num_rows) if self.special is None else self.special.head.flatten()
-        num_rows, device = self.plan.num_rows, self.position.device
-        head = torch.arange(num_rows, device=device) if self.special is None else self.special.head.flatten()
-        return (head - 1).clamp(min=0)
+            return slice(num_rows)
+        return (torch.arange(num_rows, device=self.position.device) - 1).clamp(min=0)
 
     def input_ids(self, all_token_ids: Tensor, mask_token_id: int) -> Tensor:
         """Return the token of each row; [num_rows] int64.
@@ -85,11 +85,17 @@ class Step:
         return PagedIndex(page.masked_fill(~self.special.is_stored, NULL_PAGE), self.position % page_size)
 
 
-def rows_to_device(plan: StepPlan, device: torch.device) -> tuple[Tensor, Special | None]:
-    """Copy what the device must know of a plan's rows: positions, and what is special of them; in one copy."""
+def rows_to_device(plan: StepPlan, device: torch.device, *, logit_shift: bool = False) -> tuple[Tensor, Special | None]:
+    """Copy what the device must know of a plan's rows: positions, and what is special of them; in one copy.
+
+    Args:
+        plan: of the step.
+        device: of the results.
+        logit_shift: as in `StepPlan.rows`.
+    """
     if plan.is_plain:
         return async_tensor_h2d(plan.position, device=device), None
-    rows = plan.rows()
+    rows = plan.rows(logit_shift=logit_shift)
     arrays = (
         plan.position,
         rows.request,

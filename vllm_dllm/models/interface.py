@@ -57,6 +57,11 @@ class ModelFamily:
         return self.attention != "bidirectional"
 
     @property
+    def stores_alone(self) -> bool:
+        """Whether a block begins with a step that stores, whose last row decides the block's first position."""
+        return self.is_block_causal and self.unmasks_first_alone
+
+    @property
     def kv_policies(self) -> tuple[KvPolicyName, ...]:
         """The KV policies that its attention allows."""
         return ("dual", "prefix") if self.attention == "bidirectional" else (self.attention,)
