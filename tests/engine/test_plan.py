@@ -158,15 +158,21 @@ def test_a_step_of_nobody_has_no_rows() -> None:
     assert not plan.is_long
 
 
-@given(data=st.data(), name=st.sampled_from(["dual", "prefix", "block_causal"]), every=st.sampled_from([None, 1, 2]))
-def test_every_step_is_whole(data: st.DataObject, name: str, every: int | None) -> None:
+@given(
+    data=st.data(),
+    name=st.sampled_from(["dual", "prefix", "block_causal", "causal"]),
+    every=st.sampled_from([None, 1, 2]),
+    stores_alone=st.booleans(),
+)
+def test_every_step_is_whole(data: st.DataObject, name: str, every: int | None, stores_alone: bool) -> None:
     """Whatever the step: nodes are blocks, context and own rows are disjoint, positions in the row, tokens in reach."""
-    is_causal = name == "block_causal"
-    kv = KvSchedule(name, every if name == "dual" else None, B)  # type: ignore[arg-type]
-    starts = [B * data.draw(st.integers(0, 2)) for _ in range(data.draw(st.integers(1, 4)))]
+    is_causal = name in ("block_causal", "causal")
+    stores_alone &= is_causal
+    kv = KvSchedule(name, every if name == "dual" else None, B, stores_alone=stores_alone)  # type: ignore[arg-type]
+    starts = [B * data.draw(st.integers(int(stores_alone), 2)) for _ in range(data.draw(st.integers(1, 4)))]
     for _ in range(3):
         drafts = [data.draw(st.integers(0, 6)) for _ in starts]
-        plan = planned(kv, starts, drafts, 5 if is_causal else None)
+        plan = planned(kv, starts, drafts, 5 if is_causal and not stores_alone else None)
         own, context = np.stack([plan.begin, plan.end], 1), plan.context
         assert (context[:, 1] == own[:, 0]).all()
         assert (context[:, 2] == own[:, 1]).all()
@@ -175,7 +181,9 @@ def test_every_step_is_whole(data: st.DataObject, name: str, every: int | None) 
         rows = plan.rows()
         assert np.array_equal(np.sort(rows.node[rows.node >= 0]), np.arange(len(rows.head)))
         assert (rows.node[:, 0] >= 0).all()
-        assert (plan.position[rows.head][:, 0] % B == plan.position[rows.head][:, -1] % B - B + 1).all()
+        of_block = rows.head[~plan.decides_first[plan.decides]]
+        assert (plan.position[of_block][:, 0] % B == plan.position[of_block][:, -1] % B - B + 1).all()
+        assert plan.decides_first.sum() == (0 if plan.stores_alone is None else plan.stores_alone.sum())
         canvases = (plan.num_reqs * plan.num_nodes + plan.num_reqs * plan.has_look_ahead) * B
         assert (rows.source <= canvases).all()
         assert ((rows.source == canvases) == (plan.position >= (plan.block_start[rows.request] + B)))[

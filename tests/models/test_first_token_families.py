@@ -95,6 +95,7 @@ def test_published_nemotron() -> None:
     assert config.llama_4_scaling == {"beta": 0.1, "original_max_position_embeddings": 16384}
     assert config.num_positions == 131072
     assert not hasattr(config, "canvas_length")
+    assert NemotronConfig.from_dict(config.to_dict()).llama_4_scaling == config.llama_4_scaling
     older = {k: v for k, v in NEMOTRON_8B.items() if k != "rope_parameters"}
     older["rope_scaling"] = {k: v for k, v in NEMOTRON_8B["rope_parameters"].items() if k != "rope_type"}
     older["rope_scaling"] |= {"type": "yarn", "max_position_embeddings": 131072}

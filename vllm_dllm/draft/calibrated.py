@@ -80,10 +80,10 @@ class GraphDrafter:
     def propose(self, blocks: Blocks, roots: Nodes, num_drafts: int, *, looks_ahead: bool) -> Nodes:
         """Return the roots and their best drafts; none is valid where the block has no step behind it."""
         slots, canvases = blocks.slots, self._canvases
-        # What the next step may unmask: guesses beyond could not come true.
-        root, is_masked = roots.canvas[:, 0], canvases.rules.open(roots.is_masked[:, 0])
+        root, is_masked = roots.canvas[:, 0], roots.is_masked[:, 0]
         assert self.memory is not None, "attach comes before"
-        origin = Roots(root, is_masked, self.memory.was_masked[slots] & ~is_masked, self.memory.candidates(slots))
+        is_new, is_open = self.memory.was_masked[slots] & ~is_masked, canvases.rules.open(is_masked)
+        origin = Roots(root, is_open, is_new, self.memory.candidates(slots))  # guesses beyond could not come true
         noise, is_known = canvases.draft_noise(blocks), self.memory.is_known[slots]
         drafts = self._propose(self._compiled, origin, noise, num_drafts)
         mask_token_id = canvases.mask_token_id

@@ -35,6 +35,7 @@ class ModelFamily:
         confidence: `model`: of the distribution as the model gives it. `sampled`: after temperature, top_k and top_p.
         causal_class: "module:Class" of the vLLM model that serves the same weights autoregressively, under the class's
             name as architecture (mode `ar`); None: it is trained for diffusion alone.
+        block_size_name: what config.json calls the block length of training.
     """
 
     architecture: str
@@ -50,6 +51,7 @@ class ModelFamily:
     sub_block_length: int | None = None
     confidence: Literal["model", "sampled"] = "model"
     causal_class: str | None = None
+    block_size_name: str = "block_size"
 
     @property
     def is_block_causal(self) -> bool:
@@ -124,6 +126,7 @@ FAMILIES = (
         unmasks_first_alone=True,
         sub_block_length=8,
         confidence="sampled",
+        block_size_name="bd_size",
     ),
 )
 

@@ -64,6 +64,8 @@ class NemotronConfig(QwenConfig):
                 betas += [given[name][_BETA]] if given[name].get(_BETA) is not None else []
                 # Their `max_position_embeddings` says again what the field says.
                 given[name] = {k: v for k, v in given[name].items() if k not in (_BETA, "max_position_embeddings")}
+        if isinstance(given.get("llama_4_scaling"), Mapping):  # of a saved configuration
+            betas.append(given["llama_4_scaling"].get("beta"))
         values = super()._read(given)
         for beta in betas:
             if type(beta) not in (int, float) or not 0 <= beta <= 100 or beta != betas[0]:

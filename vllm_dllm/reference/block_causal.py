@@ -44,8 +44,10 @@ def store(
         block_length: positions per block.
         rules: of the family.
     """
+    if rules.attention != "causal" and len(tokens) - begin <= block_length:  # a block sees all of itself
+        return model.forward(tokens[begin:], begin, kv)
     visible = block_causal(len(tokens), 1 if rules.attention == "causal" else block_length)[begin:]
-    return model.forward(tokens[begin:], begin, kv, visible)
+    return model.forward(tokens[begin:], begin, kv, visible=visible)
 
 
 def store_prompt(model: Qwen, prompt: Tensor, block_length: int) -> list[LayerKv] | None:
@@ -84,7 +86,7 @@ def generate(
         rules: of the family.
 
     Returns: the tokens and the history to the last block's end. `nfe` counts forwards that unmask something, those
-        that store and decide a first position among them; `nfe_commit` those that store a block.
+        that store and decide a first position among them.
     """
     prompt_len = len(prompt)
     first_begin, seq_len = decoded_region(prompt_len, gen_length, block_length, rules)
@@ -100,10 +102,8 @@ def generate(
             nfe_commit += begin > first_begin
             num_stored = begin
         end = min(begin + block_length, seq_len)
-        num_known = max(0, prompt_len - begin)
-        block = Block(
-            begin, block_length, block_length - num_known, steps, policy, sampling, rules, model.config.eos_token_id
-        )
+        num_masked = block_length - max(0, prompt_len - begin)
+        block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
         while is_masked[begin:end].any():
             if rules.unmasks_first_alone and is_masked[begin]:
                 logits = stored[-1:].expand(end - begin, -1)
