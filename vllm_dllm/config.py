@@ -9,19 +9,14 @@ import re
 import reprlib
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
+from vllm_dllm.names import AttentionName, KvPolicyName, PolicyName
 
-# fmt: off
-PolicyName = Literal[
-    "static", "random", "threshold", "factor", "margin", "entropy", "origin", "sequential", "dynamic",
-    "entropy_bounded", "credit",
-]
-# fmt: on
 POLICY_ALIASES: dict[str, PolicyName] = {
     "low_confidence": "static",  # LLaDA's name
     "low_confidence_static": "static",  # SDAR's
@@ -31,8 +26,6 @@ POLICY_ALIASES: dict[str, PolicyName] = {
 }
 """The families' own names of policies; taken wherever the name of one is, and replaced by ours."""
 
-KvPolicyName = Literal["dual", "prefix", "block_causal", "causal"]
-AttentionName = Literal["auto", "csrc", "flashinfer", "xformers", "torch"]
 REQUEST_PREFIX = "dllm_"
 # Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -1,7 +1,6 @@
 """Nemotron and Fast-dLLM v2 in the engine == their reference decoders, token for token, in fp32."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from tests.e2e.first_token import FirstTokenOracle, make_wild
 from tests.e2e.rig import (
     Case,
     check_counts_while_running,
+    engine,
     random_graph,
     run,
     run_outputs,
@@ -18,6 +18,8 @@ from tests.e2e.rig import (
     speculation,
     step_all,
 )
+from tests.e2e.test_graphs import EagerGraphs
+from tests.e2e.test_sdar_async import scheduled_ahead
 from tests.suite.order import configurations
 from vllm_dllm.reference.block_causal import generate_causally
 
@@ -74,10 +76,10 @@ def test_order_and_neighbours_do_not_matter(served: Any) -> None:
 
 def test_preemption_and_aborts_leave_the_others_alone(served: Any) -> None:
     llm, oracle, _ = served
-    cases, preempted = oracle.cases(seed=6)[:8], []
+    cases, preempted, every = oracle.cases(seed=6)[:8], [], oracle.model.config.block_size + 5
 
     def interfere(number: int, llm: Any) -> None:
-        if number % 9 == 5:
+        if number % every == 5:
             preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
             assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
         if number == 3:
@@ -125,7 +127,19 @@ def test_a_cached_prompt_gives_the_same_tokens(served: Any, prompt_len: int) -> 
         assert output.num_cached_tokens == min(stored, len(longer.prompt) - 1) // 16 * 16
 
 
-def test_ar_mode_is_vllms_own(oracles: dict[str, FirstTokenOracle], tmp_path: Path) -> None:
+def test_steps_that_are_scheduled_ahead_and_replayed(oracles: dict[str, FirstTokenOracle]) -> None:
+    """Causal commits in a captured shape, short blocks out of it, and the host a step behind."""
+    oracle = oracles["nemotron"]
+    graph = speculation(random_graph(3, 12, oracle.model.config.block_size), 3)
+    with scheduled_ahead(), engine(oracle.checkpoint, {}, speculative_config=graph, async_scheduling=True) as llm:
+        assert llm.llm_engine.vllm_config.max_concurrent_batches == 2
+        graphs = EagerGraphs(llm, [1, 3, 7, 12, 24, 48, 80], is_mixed=True)
+        cases = oracle.cases(seed=3)
+        assert run(llm, cases) == [oracle.tokens(case, {}) for case in cases]
+        assert graphs.num_replays > 16
+
+
+def test_ar_mode_is_vllms_own(oracles: dict[str, FirstTokenOracle]) -> None:
     """The same weights, autoregressively: the tokens of the reference, with and without cached prompts."""
     oracle = oracles["nemotron"]
     llm = shared_engine(oracle.checkpoint, {"mode": "ar"}, enforce_eager=True)

@@ -5,7 +5,6 @@ rows the forward has is ours to say (`engine.plan`): of the batch that vLLM made
 blocks begin and how many drafts each may have.
 """
 
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import set_forward_context
 from vllm.tasks import GenerationTask
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
@@ -26,7 +24,6 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_dllm.attention.layout import empty_layout
 from vllm_dllm.denoiser import Denoiser
-from vllm_dllm.engine.attention import ForwardAttention
 from vllm_dllm.engine.configs import make_drafter, rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.plan import plan_step
@@ -274,37 +271,6 @@ class DllmModelState(ModelState):
         known = self._all_token_ids[slots[:, None], positions].long()
         is_known = positions < num_known[index, None]
         self.state.canvas[slots] = torch.where(is_known, known, self.state.canvas[slots])
-
-    @torch.inference_mode()
-    def measure_cost(self, num_reqs: int, num_nodes: int) -> float:
-        """Time a forward with its row statistics, on canvases that belong to nobody.
-
-        Args:
-            num_reqs: requests that take part.
-            num_nodes: canvases of each.
-
-        Returns: milliseconds, the better of two runs.
-        """
-        context_len = min(self.max_model_len - self.block_length, 512)
-        attention = self.attention.example(num_reqs, num_nodes, context_len)
-        num_rows = num_reqs * num_nodes * self.block_length
-        ids = torch.full((num_rows,), self.state.mask_token_id, device=self.device)
-        positions = torch.arange(num_rows, device=self.device) % self.block_length
-        return min(self._time_forward(attention, ids, positions) for _ in range(2))
-
-    def _time_forward(self, attention: dict[str, ForwardAttention], input_ids: Tensor, positions: Tensor) -> float:
-        begin = time.perf_counter()
-        self.denoiser.reduce(self._forward(attention, input_ids, positions), is_sampled=False)
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return 1e3 * (time.perf_counter() - begin)
-
-    def _forward(self, attention: dict[str, ForwardAttention], input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Run the model outside the runner's own forward; returns its hidden rows."""
-        num_rows = len(input_ids)
-        with set_forward_context(attention, self.vllm_config, num_tokens=num_rows, slot_mapping={}):
-            hidden: Tensor = self.model(input_ids=input_ids, positions=positions)
-        return hidden
 
     @property
     def _request_states(self) -> RequestState:

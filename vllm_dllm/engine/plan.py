@@ -25,8 +25,8 @@ from enum import IntEnum
 import numpy as np
 
 from vllm_dllm.attention.layout import HostLayout, host_layout
-from vllm_dllm.config import KvPolicyName
 from vllm_dllm.draft.look_ahead import NUM_NODES
+from vllm_dllm.names import KvPolicyName
 from vllm_dllm.state.kv import BoolArray, IntArray, KvStep
 
 

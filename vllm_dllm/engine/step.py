@@ -1,18 +1,20 @@
 """A step from its plan to its decision, as the runner's hooks hand it on: the plan on the device, and its canvases."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_dllm.attention.layout import PagedIndex
+from vllm_dllm.attention.layout import PagedIndex, pinned
 from vllm_dllm.engine.plan import Role, StepPlan
 from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.settle import Ledger
 from vllm_dllm.unmask.walk import Nodes
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
 
 NULL_PAGE = 0
 """vLLM's page that belongs to nobody: what is stored there is never read."""
@@ -36,7 +38,7 @@ class Special:
 class Step:
     """The requests of a batch that take a step, its first ones, and what they evaluate."""
 
-    batch: InputBatch
+    batch: "InputBatch"
     plan: StepPlan
     blocks: Blocks
     ledger: Ledger
@@ -94,7 +96,7 @@ def rows_to_device(plan: StepPlan, device: torch.device, *, logit_shift: bool = 
         logit_shift: as in `StepPlan.rows`.
     """
     if plan.is_plain:
-        return async_tensor_h2d(plan.position, device=device), None
+        return pinned(plan.position, device).to(device, non_blocking=True), None
     rows = plan.rows(logit_shift=logit_shift)
     arrays = (
         plan.position,
@@ -107,7 +109,8 @@ def rows_to_device(plan: StepPlan, device: torch.device, *, logit_shift: bool = 
         np.flatnonzero(rows.is_left_fresh),
         np.stack([plan.has(Role.REFRESH), plan.has(Role.COMMIT), plan.num_stored]),
     )
-    packed = async_tensor_h2d(np.concatenate([array.ravel() for array in arrays], dtype=np.int64), device=device)
+    flat = np.concatenate([array.ravel() for array in arrays], dtype=np.int64)
+    packed = pinned(flat, device).to(device, non_blocking=True)
     parts = [part.view(array.shape) for part, array in zip(packed.split([a.size for a in arrays]), arrays, strict=True)]
     position, request, source, is_stored, head, node, place, fresh, planned = parts
     return position, Special(request, source, is_stored.bool(), head, node, place, fresh, planned)

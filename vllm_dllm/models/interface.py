@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vllm_dllm.config import DllmConfig, InvalidOptionError, KvPolicyName
+from vllm_dllm.config import DllmConfig, InvalidOptionError
+from vllm_dllm.names import KvPolicyName
 
 
 @dataclass(frozen=True, slots=True)

@@ -255,6 +255,11 @@ class MaskedDiffusionLM(nn.Module, SupportsLoRA):
         logits: Tensor = self.logits_processor(self.lm_head, hidden)
         return logits
 
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """Return logits of this rank's part of the vocabulary, and behind them those of the rows that pad it."""
+        logits: Tensor = self.logits_processor(self.lm_head, hidden, skip_gather=True)
+        return logits
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the names of the parameters they filled.
 

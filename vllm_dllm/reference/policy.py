@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vllm_dllm.config import PolicyName
+from vllm_dllm.names import PolicyName
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.credit import Credits
 from vllm_dllm.reference.sampling import Sampling, choose_tokens, remove_tokens, sampled_logits

@@ -84,9 +84,8 @@ DLLM_HOST_DEVICE inline void decide(const DecideWalkArgs& args, const WalkScratc
       scratch.ordered[rank] = scratch.score[offset];
     }
   });
-  team.once([&] {
-    *scratch.count = static_cast<int32_t>(policy_count(args, at, scratch.ordered, num_masked, num_open));
-  });
+  team.once(
+      [&] { *scratch.count = static_cast<int32_t>(policy_count(args, at, scratch.ordered, num_masked, num_open)); });
   team.each(args.block_length, [&](int64_t offset) {
     const bool is_chosen = is_open(offset) && scratch.rank[offset] < *scratch.count;
     scratch.canvas[offset] = is_chosen ? scratch.token[offset] : canvas[offset];
