@@ -35,6 +35,7 @@ from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.kv import IntArray, KvSchedule
 from vllm_dllm.state.settle import Ledger, choose_settle
+from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
 from vllm_dllm.unmask.walk import choose_walk
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class DllmModelState(ModelState):
             choose_walk(device),
             choose_settle(device),
         )
+        self._fill_rows = choose_rows(device)
         self.kv_schedule = KvSchedule(
             self.settings.kv_policy,
             self.settings.refresh_every,
@@ -127,7 +129,7 @@ class DllmModelState(ModelState):
         num_computed_tokens: Tensor,
     ) -> None:
         """Plan the step, and put its rows where the prompt tokens of the batch would be."""
-        step = self._step = self._begin_step(input_batch, num_computed_tokens)
+        step = self._begin_step(input_batch, num_computed_tokens)
         num_rows = step.plan.num_rows
         if num_rows > input_batch.num_tokens:
             raise RuntimeError(
@@ -136,8 +138,16 @@ class DllmModelState(ModelState):
             )
         input_batch.num_scheduled_tokens = step.plan.rows_of_requests  # whose adapters each row takes
         input_batch.logits_indices = step.head_rows(logit_shift=self._family.logit_shift)
-        input_batch.input_ids[:num_rows] = step.input_ids(self._all_token_ids, self.state.mask_token_id)
-        input_batch.positions[:num_rows] = step.position
+        pages = block_tables[0] if step.plan.stores.any() else None
+        store = self._fill_rows(
+            step.nodes,
+            step.blocks,
+            None if step.special is None else step.special.rows,
+            Sequences(self._all_token_ids, pages, self.attention.page_size),
+            RowInputs(input_batch.input_ids[:num_rows], input_batch.positions[:num_rows]),
+            self.state.mask_token_id,
+        )
+        self._step = replace(step, store=store)
 
     def prepare_attn(
         self,
@@ -163,7 +173,7 @@ class DllmModelState(ModelState):
             host, page_table, store = empty_layout(), block_tables[0][:0], None
         else:
             host, page_table = step.plan.layout(), block_tables[0][: step.plan.num_reqs]
-            store = step.store(page_table, self.attention.page_size)
+            store = step.store
         if not is_graph:
             return self.attention.eager(host, page_table, store)
         if step is not None and step.plan.is_long:
@@ -232,7 +242,7 @@ class DllmModelState(ModelState):
         if kv.is_new.any():
             self._begin_rows(blocks, num_known, self._to_device(np.flatnonzero(kv.is_new)))
         missing = self._cut(blocks, block_start_np, seq_len_np) if kv.is_short.any() else None
-        position, special = rows_to_device(plan, self.device, logit_shift=self._family.logit_shift)
+        special = rows_to_device(plan, self.device, logit_shift=self._family.logit_shift)
         nodes = self.denoiser.nodes(blocks, plan.max_drafts, looks_ahead=plan.has_look_ahead)
         if special is not None:
             nodes = nodes.only(special.node, special.place)
@@ -240,7 +250,7 @@ class DllmModelState(ModelState):
         ledger = Ledger(batch.num_reqs, num_known, num_counted, planned, missing=missing)
         if kv.stores_alone.any():
             ledger = replace(ledger, begun=self._to_device(kv.stores_alone.astype(np.int64)))
-        return Step(batch, plan, blocks, ledger, position, special, nodes)
+        return Step(batch, plan, blocks, ledger, special, nodes)
 
     def _cut(self, blocks: Blocks, block_start: IntArray, seq_len: IntArray) -> Tensor:
         """Cut blocks that end with their rows; returns how many positions each has fewer, [num_reqs] int64."""

@@ -97,6 +97,7 @@ NEMOTRON = Rules(attention="causal", unmasks_first_alone=True)
 FAST_DLLM = Rules(
     attention="block_causal", logit_shift=True, unmasks_first_alone=True, sub_block_length=8, confidence="sampled"
 )
+STABLE_DIFFCODER = Rules(attention="block_causal")
 
 
 def static_counts(num_masked: int, steps: int) -> list[int]:
