@@ -136,7 +136,7 @@ def test_steps_that_are_scheduled_ahead_and_replayed(oracles: dict[str, FirstTok
         graphs = EagerGraphs(llm, [1, 3, 7, 12, 24, 48, 80], is_mixed=True)
         cases = oracle.cases(seed=3)
         assert run(llm, cases) == [oracle.tokens(case, {}) for case in cases]
-        assert graphs.num_replays > 16
+        assert graphs.num_replays >= 8  # where no block may be short
 
 
 def test_ar_mode_is_vllms_own(oracles: dict[str, FirstTokenOracle]) -> None:
