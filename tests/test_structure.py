@@ -148,6 +148,23 @@ def test_the_core_imports_without_vllm():
     run_python(code)
 
 
+DECODING = {"attention", "ops", "self_test", "state", "unmask", "denoiser", "noise", "names"}
+DECODING_FILES = {"draft": {"calibrated", "drafter", "budget"}, "engine": {"plan", "step", "sampler"}}
+
+
+def test_decoding_imports_with_torch_and_numpy_alone():
+    parts = [path.relative_to(ROOT).with_suffix("").parts for path in OURS if path.name != "__init__.py"]
+    decoding = [
+        ".".join(part) for part in parts if part[1] in DECODING or part[-1] in DECODING_FILES.get(part[1], set())
+    ]
+    assert len(decoding) > 35
+    roots = {module.partition(".")[0] for path in OURS for module in imported_modules(path)}
+    others = roots - {"torch", "numpy", "vllm_dllm"} - sys.stdlib_module_names
+    assert {"vllm", "pydantic", "safetensors"} <= others
+    code = f"import sys, importlib; sys.modules.update(dict.fromkeys({others!r})); "
+    run_python(code + f"[importlib.import_module(name) for name in {decoding!r}]")
+
+
 def test_public_names_have_docstrings():
     missing = [
         f"{relative(path)}::{getattr(node, 'name', 'module')}"

@@ -9,19 +9,14 @@ import re
 import reprlib
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
+from vllm_dllm.names import AttentionName, KvPolicyName, PolicyName
 
-# fmt: off
-PolicyName = Literal[
-    "static", "random", "threshold", "factor", "margin", "entropy", "origin", "sequential", "dynamic",
-    "entropy_bounded", "credit",
-]
-# fmt: on
 POLICY_ALIASES: dict[str, PolicyName] = {
     "low_confidence": "static",  # LLaDA's name
     "low_confidence_static": "static",  # SDAR's
@@ -30,9 +25,6 @@ POLICY_ALIASES: dict[str, PolicyName] = {
     "low_confidence_dynamic": "dynamic",
 }
 """The families' own names of policies; taken wherever the name of one is, and replaced by ours."""
-
-KvPolicyName = Literal["dual", "prefix", "block_causal"]
-AttentionName = Literal["auto", "csrc", "flashinfer", "xformers", "torch"]
 
 REQUEST_PREFIX = "dllm_"
 

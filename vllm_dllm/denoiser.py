@@ -60,14 +60,10 @@ class Denoiser:
         self.observer: Callable[[Observation], None] | None = None
 
     def nodes(self, blocks: Blocks, num_drafts: int, *, looks_ahead: bool = False) -> Nodes:
-        """Return the present canvases of some requests, and their best `num_drafts` drafts.
-
-        Without a drafter `num_drafts` is 0; with a look-ahead it is not.
-        """
-        roots = Nodes.of_roots(self.state.canvas[blocks.slots], self.state.mask_token_id)
-        if self.drafter is None or num_drafts == 0:
-            return roots
-        return self.drafter.propose(blocks, roots, num_drafts, looks_ahead=looks_ahead)
+        """Return the present canvases of some requests, and their best `num_drafts` drafts; without a drafter 0."""
+        if self.drafter is None:
+            return Nodes.of_roots(self.state.canvas[blocks.slots], self.state.mask_token_id)
+        return self.drafter.propose(blocks, num_drafts, looks_ahead=looks_ahead)
 
     def begin_blocks(self, slots: Tensor, where: Tensor) -> None:
         """Begin a new block for those of the given slots that `where` [num_reqs] bool marks."""

@@ -9,9 +9,10 @@ from torch import Tensor
 from benchmarks.kernels.turns import Contestant, UnequalResultsError
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph
-from vllm_dllm.draft.native import native_propose
-from vllm_dllm.draft.propose import DraftNoise, Roots, propose
+from vllm_dllm.draft.native import native_nodes, torch_nodes
 from vllm_dllm.ops.vocab_stats import PartialStats
+from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.policy import POLICY_IDS, PolicyParams
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.stats import Candidates
@@ -51,13 +52,12 @@ def propose_contestants(problem: WalkProblem) -> dict[str, Contestant]:
     Raises: UnequalResultsError.
     """
     graph = compile_graph(DraftGraph(FORMULAS, tokens_per_step=1), problem.device)
-    roots, draft_noise = _roots(problem), _noise(problem) if problem.has_noise else None
-    ours, theirs = (way(graph, roots, draft_noise, len(FORMULAS)) for way in (native_propose, propose))
+    slots = torch.arange(problem.num_requests, device=problem.device)
+    blocks = Blocks(slots, slots.cpu().numpy(), problem.block_length * slots)
+    call = (graph, *_slots(problem), blocks, len(FORMULAS))
+    ours, theirs = (way(*call) for way in (native_nodes, torch_nodes))
     _check_equal("propose_nodes", [ours.canvas, ours.is_valid], [theirs.canvas, theirs.is_valid])
-    return {
-        "csrc": lambda _: native_propose(graph, roots, draft_noise, len(FORMULAS)),
-        "torch": lambda _: propose(graph, roots, draft_noise, len(FORMULAS)),
-    }
+    return {"csrc": lambda _: native_nodes(*call), "torch": lambda _: torch_nodes(*call)}
 
 
 def decide_contestants(problem: WalkProblem) -> dict[str, Contestant]:
@@ -123,27 +123,43 @@ def _from_left_to_right(problem: WalkProblem) -> PolicyParams:
     )
 
 
-def _roots(problem: WalkProblem) -> Roots:
-    """Make canvases whose second half is masked."""
-    shape = (problem.num_requests, problem.block_length)
-    canvas = torch.randint(_MASK_ID, shape, device=problem.device)
-    is_masked = (torch.arange(problem.block_length, device=problem.device) >= problem.block_length // 2).expand(shape)
-    canvas[is_masked] = _MASK_ID
-    probs, token_ids = torch.rand(*shape, 64, device=problem.device, dtype=torch.float64).topk(MAX_CANDIDATES)
-    log_probs = (8 * probs).log_softmax(-1) - 0.5
-    return Roots(canvas, is_masked.contiguous(), ~is_masked, Candidates(token_ids, log_probs))
+def _slots(problem: WalkProblem) -> tuple[CanvasState, DraftState]:
+    """Fill the slots of canvases whose second half is masked, and of the steps that made them."""
+    length = problem.block_length
+    canvases = CanvasState(problem.num_requests, length, _MASK_ID, problem.device)
+    for slot in range(problem.num_requests):
+        canvases.add_request(slot, _request(problem, slot))
+    canvases.apply_staged_writes()
+    canvases.canvas.random_(_MASK_ID)
+    canvases.canvas[:, length // 2 :] = _MASK_ID
+    shape = (problem.num_requests, length, 64)
+    probs, token_ids = torch.rand(shape, device=problem.device, dtype=torch.float64).topk(MAX_CANDIDATES)
+    memory = DraftState(canvases)
+    slots, was_masked = torch.arange(problem.num_requests, device=problem.device), torch.ones_like(canvases.canvas)
+    memory.put(slots, Candidates(token_ids, (8 * probs).log_softmax(-1) - 0.5), was_masked.bool())
+    return canvases, memory
 
 
-def _noise(problem: WalkProblem) -> DraftNoise:
-    ones = torch.ones(problem.num_requests, dtype=torch.int64, device=problem.device)
-    position = torch.arange(problem.block_length, device=problem.device).repeat(problem.num_requests, 1)
-    return DraftNoise(
-        seed=ones.cumsum(0),
-        position=position,
-        temperature=ones.double(),
-        top_k=0 * ones,
-        top_p=0.9 * ones.double(),
-        is_random=ones > 1,
+def _request(problem: WalkProblem, slot: int) -> RequestParams:
+    """Return a request that draws where the problem has noise, all but the first one positions too."""
+    is_random = problem.has_noise and slot > 0
+    return RequestParams(
+        policy_id=POLICY_IDS["random" if is_random else "static"],
+        threshold=0.9,
+        factor=1.0,
+        entropy_bound=0.1,
+        credit_alpha=0.0,
+        credit_beta=0.0,
+        credit_gamma=0.0,
+        alg_temp=0.0,
+        counts=(1,) * problem.block_length,
+        times=(0.0,) * problem.block_length,
+        prompt_len=0,
+        seq_len=2**20,
+        temperature=float(problem.has_noise),
+        top_k=0,
+        top_p=0.9,
+        seed=1 + slot,
     )
 
 

@@ -59,6 +59,10 @@ void check_context(const DraftGraphAttentionArgs& args, int32_t request, int32_t
 
 // Only where reading values costs no synchronisation.
 void check_values(const DraftGraphAttentionArgs& args) {
+  for (int32_t node = 0; node < args.num_nodes; ++node) {
+    check(args.is_causal[node] == 0 || args.is_causal[node] == 1, kOp, "is_causal[", node, "] is ",
+          args.is_causal[node], ", allowed are 0 and 1; give 1 where a row sees no later row of its node");
+  }
   check_ascending("first_node", args.first_node, args.num_requests, args.num_nodes);
   check_ascending("first_row", args.first_row, args.num_nodes, args.num_rows);
   for (int32_t request = 0; request < args.num_requests; ++request) {
@@ -78,8 +82,8 @@ RowStrides row_strides(const Tensor& tensor) { return {.row = tensor.stride(0), 
 }  // namespace
 
 void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cache, Tensor page_table,
-                           Tensor first_node, Tensor first_row, Tensor context, double scale, Tensor out,
-                           std::optional<Tensor> lse) {
+                           Tensor first_node, Tensor first_row, Tensor context, Tensor is_causal, double scale,
+                           Tensor out, std::optional<Tensor> lse) {
   const FloatType type = float_type(kOp, "query", query);
   check_dims(kOp, "query", query, 3, "[num_rows, num_heads, head_dim]");
   check_dims(kOp, "key", key, 3, "[num_rows, num_kv_heads, head_dim]");
@@ -112,6 +116,7 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
   check_argument("first_row", first_row, {num_nodes + 1}, ScalarType::Int, query);
   check_argument("context", context, {num_nodes, 2 * kContextIntervals}, ScalarType::Int, query);
   check_contiguous(kOp, "context", context);
+  check_argument("is_causal", is_causal, {num_nodes}, ScalarType::Int, query);
   if (lse.has_value()) {
     check_argument("lse", *lse, {num_rows, num_heads}, ScalarType::Float, query);
     check_contiguous(kOp, "lse", *lse);
@@ -126,6 +131,7 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
       .first_node = first_node.const_data_ptr<int32_t>(),
       .first_row = first_row.const_data_ptr<int32_t>(),
       .context = reinterpret_cast<const Context*>(context.const_data_ptr<int32_t>()),
+      .is_causal = is_causal.const_data_ptr<int32_t>(),
       .out = out.mutable_data_ptr(),
       .lse = lse.has_value() ? lse->mutable_data_ptr<float>() : nullptr,
       .workspace = nullptr,
@@ -167,4 +173,4 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
 
 DLLM_OP(draft_graph_attention,
         "(Tensor query, Tensor key, Tensor value, Tensor kv_cache, Tensor page_table, Tensor first_node, "
-        "Tensor first_row, Tensor context, float scale, Tensor(a!) out, Tensor(b!)? lse=None) -> ()")
+        "Tensor first_row, Tensor context, Tensor is_causal, float scale, Tensor(a!) out, Tensor(b!)? lse=None) -> ()")

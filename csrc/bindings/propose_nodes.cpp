@@ -10,7 +10,8 @@ namespace {
 constexpr const char* kOp = "propose_nodes";
 
 void check_input(const char* name, const Tensor& tensor, ScalarType type, const Sizes& sizes, const Tensor& canvas) {
-  check_shape(kOp, name, tensor, sizes, "sizes follow from roots.canvas, roots.token_ids and graph.nodes");
+  check_shape(kOp, name, tensor, sizes,
+              "sizes follow from requests.slots, state.canvas, state.token_ids and graph.nodes");
   check_tensor(kOp, name, tensor, type, canvas);
 }
 
@@ -39,36 +40,51 @@ void check_values(const ProposeNodesArgs& args, int64_t num_pairs) {
   }
 }
 
-void check_roots(const std::vector<Tensor>& roots, int64_t num_vocab_ranks) {
-  check_count(kOp, "roots", roots, 5, "canvas, is_masked, is_new, token_ids and log_probs");
-  const Tensor& canvas = roots[0];
-  check(canvas.dim() == 2, kOp, "roots.canvas must be [num_reqs, block_length], got ", shape(canvas),
-        "; give one canvas for each request");
-  const int64_t num_candidates = roots[3].dim() == 3 ? roots[3].size(2) : 0;
-  check(num_vocab_ranks >= 1 && num_vocab_ranks <= num_candidates && num_candidates <= kMaxCandidates, kOp,
-        "roots.token_ids must be [num_reqs, block_length, num_candidates] with num_candidates in ", num_vocab_ranks,
-        "..", kMaxCandidates, ", got ", shape(roots[3]), "; keep as many as the graph has vocab ranks");
-  const Sizes positions = {canvas.size(0), canvas.size(1)};
-  const Sizes candidates = {canvas.size(0), canvas.size(1), num_candidates};
-  check_input("roots.canvas", canvas, ScalarType::Long, positions, canvas);
-  check_input("roots.is_masked", roots[1], ScalarType::Bool, positions, canvas);
-  check_input("roots.is_new", roots[2], ScalarType::Bool, positions, canvas);
-  check_input("roots.token_ids", roots[3], ScalarType::Long, candidates, canvas);
-  check_input("roots.log_probs", roots[4], ScalarType::Double, candidates, canvas);
+void check_requests(const std::vector<Tensor>& requests, const std::vector<Tensor>& state) {
+  check_count(kOp, "requests", requests, 2, "slots and start");
+  check(!state.empty() && state[0].dim() == 2, kOp,
+        "state must begin with canvas [num_slots, block_length]; give one canvas for each slot");
+  check(requests[0].dim() == 1, kOp, "requests.slots must be [num_reqs], got ", shape(requests[0]),
+        "; give one slot for each request");
+  check_input("requests.slots", requests[0], ScalarType::Long, {requests[0].size(0)}, state[0]);
+  check_input("requests.start", requests[1], ScalarType::Long, {requests[0].size(0)}, state[0]);
 }
 
-void check_noise(const std::vector<Tensor>& noise, const Tensor& canvas) {
-  if (noise.empty()) {
+void check_state(const std::vector<Tensor>& state, int64_t num_vocab_ranks) {
+  check_count(kOp, "state", state, 6, "canvas, token_ids, log_probs, was_masked, is_known and seq_len");
+  const Tensor& canvas = state[0];
+  const int64_t num_candidates = state[1].dim() == 3 ? state[1].size(2) : 0;
+  check(num_vocab_ranks >= 1 && num_vocab_ranks <= num_candidates && num_candidates <= kMaxCandidates, kOp,
+        "state.token_ids must be [num_slots, block_length, num_candidates] with num_candidates in ", num_vocab_ranks,
+        "..", kMaxCandidates, ", got ", shape(state[1]), "; keep as many as the graph has vocab ranks");
+  const Sizes slots = {canvas.size(0)};
+  const Sizes positions = {canvas.size(0), canvas.size(1)};
+  const Sizes candidates = {canvas.size(0), canvas.size(1), num_candidates};
+  check_input("state.canvas", canvas, ScalarType::Long, positions, canvas);
+  check_input("state.token_ids", state[1], ScalarType::Long, candidates, canvas);
+  check_input("state.log_probs", state[2], ScalarType::Double, candidates, canvas);
+  check_input("state.was_masked", state[3], ScalarType::Bool, positions, canvas);
+  check_input("state.is_known", state[4], ScalarType::Bool, slots, canvas);
+  check_input("state.seq_len", state[5], ScalarType::Long, slots, canvas);
+}
+
+void check_params(const std::vector<Tensor>& params, const Tensor& canvas) {
+  if (params.empty()) {
     return;
   }
-  check_count(kOp, "draft_noise", noise, 6, "the fields of draft.propose.DraftNoise, or none for greedy requests");
-  const Sizes requests = {canvas.size(0)};
-  check_input("draft_noise.seed", noise[0], ScalarType::Long, requests, canvas);
-  check_input("draft_noise.position", noise[1], ScalarType::Long, {canvas.size(0), canvas.size(1)}, canvas);
-  check_input("draft_noise.temperature", noise[2], ScalarType::Double, requests, canvas);
-  check_input("draft_noise.top_k", noise[3], ScalarType::Long, requests, canvas);
-  check_input("draft_noise.top_p", noise[4], ScalarType::Double, requests, canvas);
-  check_input("draft_noise.is_random", noise[5], ScalarType::Bool, requests, canvas);
+  check_count(kOp, "params", params, 5, "policy, seed, top_k, temperature and top_p, or none for greedy requests");
+  const char* const names[] = {"params.policy", "params.seed", "params.top_k", "params.temperature", "params.top_p"};
+  for (size_t i = 0; i < params.size(); ++i) {
+    check_input(names[i], params[i], i < 3 ? ScalarType::Long : ScalarType::Double, {canvas.size(0)}, canvas);
+  }
+}
+
+void check_slots(const Tensor& slots, int64_t num_slots) {
+  for (int64_t i = 0; i < slots.size(0); ++i) {
+    const int64_t slot = slots.const_data_ptr<int64_t>()[i];
+    check(0 <= slot && slot < num_slots, kOp, "requests.slots[", i, "] is ", slot, ", allowed are 0..", num_slots - 1,
+          "; give the slots of the requests");
+  }
 }
 
 template <typename T>
@@ -78,57 +94,72 @@ const T* data_or_null(const std::vector<Tensor>& tensors, size_t index) {
 
 }  // namespace
 
-std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double> readiness, std::vector<Tensor> roots,
-                                  std::vector<Tensor> draft_noise, bool is_one_by_one, int64_t num_vocab_ranks,
-                                  int64_t num_drafts) {
-  check_roots(roots, num_vocab_ranks);
-  const Tensor& canvas = roots[0];
+std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double> readiness,
+                                  std::vector<Tensor> requests, std::vector<Tensor> state, std::vector<Tensor> params,
+                                  bool is_one_by_one, int64_t num_vocab_ranks, int64_t num_drafts, bool looks_ahead,
+                                  int64_t mask_token_id) {
+  check_requests(requests, state);
+  check_state(state, num_vocab_ranks);
+  const Tensor& canvas = state[0];
   check_graph(graph, canvas);
-  check_noise(draft_noise, canvas);
+  check_params(params, canvas);
   check(readiness.size() == 4, kOp, "readiness must be 4 numbers, got ", readiness.size(),
         "; give slope, near[0], near[1] and bias");
   const int64_t num_nodes = graph[0].size(0);
   check(num_drafts >= 0 && num_drafts <= num_nodes, kOp, "num_drafts is ", num_drafts, ", the graph has ", num_nodes,
         " nodes; choose 0..", num_nodes);
-  const Sizes drafts = {canvas.size(0), num_drafts};
+  const int64_t num_reqs = requests[0].size(0);
+  const int64_t num_canvases = 1 + num_drafts + looks_ahead;
+  const Sizes tokens = {num_reqs, num_canvases, canvas.size(1)};
   std::vector<Tensor> out = {
-      torch::stable::new_empty(canvas, {canvas.size(0), num_drafts, canvas.size(1)}, ScalarType::Long),
-      torch::stable::new_empty(canvas, drafts, ScalarType::Bool),
-      torch::stable::new_empty(canvas, drafts, ScalarType::Long),
-      torch::stable::new_empty(canvas, drafts, ScalarType::Long),
-      torch::stable::new_empty(canvas, drafts, ScalarType::Double),
+      torch::stable::new_empty(canvas, tokens, ScalarType::Long),
+      torch::stable::new_empty(canvas, tokens, ScalarType::Bool),
+      torch::stable::new_empty(canvas, {num_reqs, num_canvases}, ScalarType::Bool),
+      torch::stable::new_empty(canvas, {num_reqs, num_canvases}, ScalarType::Long),
+      torch::stable::new_empty(canvas, {num_reqs, num_drafts}, ScalarType::Long),
+      torch::stable::new_empty(canvas, {num_reqs, num_drafts}, ScalarType::Double),
   };
+  if (looks_ahead) {
+    out.push_back(torch::stable::new_empty(canvas, {num_reqs, canvas.size(1)}, ScalarType::Long));
+  }
   const ProposeNodesArgs args = {
       .nodes = reinterpret_cast<const GraphNode*>(graph[0].const_data_ptr<int32_t>()),
       .pairs = reinterpret_cast<const GraphPair*>(graph[1].const_data_ptr<int32_t>()),
       .log_correction = graph[2].const_data_ptr<double>(),
       .readiness = {readiness[0], {readiness[1], readiness[2]}, readiness[3]},
       .is_one_by_one = is_one_by_one,
+      .slots = requests[0].const_data_ptr<int64_t>(),
+      .start = requests[1].const_data_ptr<int64_t>(),
       .canvas = canvas.const_data_ptr<int64_t>(),
-      .is_masked = roots[1].const_data_ptr<bool>(),
-      .is_new = roots[2].const_data_ptr<bool>(),
-      .token_ids = roots[3].const_data_ptr<int64_t>(),
-      .log_probs = roots[4].const_data_ptr<double>(),
-      .seed = data_or_null<int64_t>(draft_noise, 0),
-      .position = data_or_null<int64_t>(draft_noise, 1),
-      .temperature = data_or_null<double>(draft_noise, 2),
-      .top_k = data_or_null<int64_t>(draft_noise, 3),
-      .top_p = data_or_null<double>(draft_noise, 4),
-      .is_random = data_or_null<bool>(draft_noise, 5),
+      .token_ids = state[1].const_data_ptr<int64_t>(),
+      .log_probs = state[2].const_data_ptr<double>(),
+      .was_masked = state[3].const_data_ptr<bool>(),
+      .is_known = state[4].const_data_ptr<bool>(),
+      .seq_len = state[5].const_data_ptr<int64_t>(),
+      .policy = data_or_null<int64_t>(params, 0),
+      .seed = data_or_null<int64_t>(params, 1),
+      .top_k = data_or_null<int64_t>(params, 2),
+      .temperature = data_or_null<double>(params, 3),
+      .top_p = data_or_null<double>(params, 4),
       .out_canvas = out[0].mutable_data_ptr<int64_t>(),
-      .out_is_valid = out[1].mutable_data_ptr<bool>(),
-      .out_node = out[2].mutable_data_ptr<int64_t>(),
+      .out_is_masked = out[1].mutable_data_ptr<bool>(),
+      .out_is_valid = out[2].mutable_data_ptr<bool>(),
       .out_depth = out[3].mutable_data_ptr<int64_t>(),
-      .out_log_reach = out[4].mutable_data_ptr<double>(),
-      .num_reqs = canvas.size(0),
+      .out_node = out[4].mutable_data_ptr<int64_t>(),
+      .out_log_reach = out[5].mutable_data_ptr<double>(),
+      .out_end = looks_ahead ? out[6].mutable_data_ptr<int64_t>() : nullptr,
+      .num_reqs = num_reqs,
+      .mask_token_id = mask_token_id,
+      .num_canvases = static_cast<int32_t>(num_canvases),
       .block_length = static_cast<int32_t>(canvas.size(1)),
       .num_nodes = static_cast<int32_t>(num_nodes),
       .num_drafts = static_cast<int32_t>(num_drafts),
-      .num_candidates = static_cast<int32_t>(roots[3].size(2)),
+      .num_candidates = static_cast<int32_t>(state[1].size(2)),
       .num_vocab_ranks = static_cast<int32_t>(num_vocab_ranks),
   };
   if (canvas.is_cpu()) {
     check_values(args, graph[1].size(0));
+    check_slots(requests[0], canvas.size(0));
   }
   DLLM_KERNEL(propose_nodes).launch(canvas, args);
   return out;
@@ -137,5 +168,5 @@ std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double>
 }  // namespace dllm
 
 DLLM_OP(propose_nodes,
-        "(Tensor[] graph, float[] readiness, Tensor[] roots, Tensor[] draft_noise, bool is_one_by_one, "
-        "int num_vocab_ranks, int num_drafts) -> Tensor[]")
+        "(Tensor[] graph, float[] readiness, Tensor[] requests, Tensor[] state, Tensor[] params, bool is_one_by_one, "
+        "int num_vocab_ranks, int num_drafts, bool looks_ahead, int mask_token_id) -> Tensor[]")

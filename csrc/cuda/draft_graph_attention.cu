@@ -43,18 +43,20 @@ __device__ inline Query query_at(const DraftGraphAttentionArgs& args, const Work
   return {row, work.kv_head * heads_per_kv + query % heads_per_kv, row < work.tile.rows.end};
 }
 
-// Hide from a query, `half` of the thread's two, the keys that its node does not see.
+// Hide from a query, `half` of the thread's two, the keys that it does not see.
 template <int kPairs>
-__device__ inline void hide(float (&scores)[kPairs][4], int half, const TileNode& node, KeyTile tile) {
+__device__ inline void hide(float (&scores)[kPairs][4], int half, const TileNode& node, int32_t row, KeyTile tile) {
   const Interval seen = {tile.begin, tile.begin + 8 * kPairs};
   if (!tile.is_own && (covers(node.context.interval[0], seen) || covers(node.context.interval[1], seen))) {
     return;
   }
   const int32_t first = tile.begin + threadIdx.x % 4 * 2;
+  const int32_t num_seen = seen_rows(node.rows, node.is_causal != 0, row).end - node.rows.begin;
+  const Interval slots = intersect(node.slots, {node.slots.begin, node.slots.begin + num_seen});
 #pragma unroll
   for (int j = 0; j < 2 * kPairs; ++j) {
     const int32_t at = first + j / 2 * 8 + j % 2;
-    const bool is_visible = tile.is_own ? contains(node.slots, at) : sees_stored(node.context, at);
+    const bool is_visible = tile.is_own ? contains(slots, at) : sees_stored(node.context, at);
     float& score = scores[j / 2][2 * half + j % 2];
     score = is_visible ? score : kNegativeInfinity;
   }
@@ -150,7 +152,7 @@ __device__ inline void finish(const DraftGraphAttentionArgs& args, const Work& w
   }
   const bool splits = is_split(args, node.rows);
   if (splits) {
-    const Part part = part_of(args, work.split, query.row, node.rows, node.node, query.head);
+    const Part part = part_of(args, work.split, query.row, node.rows, static_cast<int32_t>(node.node), query.head);
     for (int j = 0; j < kPairs && 8 * j < args.head_dim; ++j) {
       store_pair(part.out + 8 * j + 2 * lane, out[j][2 * half], out[j][2 * half + 1]);
     }
@@ -242,7 +244,7 @@ __global__ void __launch_bounds__(kNumThreads, kMinCtas<kDim>) attend(const Draf
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      hide(scores, half, plan.nodes[node[half]], tile);
+      hide(scores, half, plan.nodes[node[half]], query_at(args, work, query[half]).row, tile);
       weigh(scores, out, half, args.scale * kLog2E, state[half]);
     }
     wait_for_copies<1>();

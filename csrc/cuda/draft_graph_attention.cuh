@@ -71,10 +71,11 @@ __device__ inline QueryTile find_query_tile(const DraftGraphAttentionArgs& args,
 // Own rows lie in slots, since a node's place among the packed rows must not change its sums: each node begins at a
 // multiple of kDepth, and in a tile that it fits into or at the begin of one.
 struct TileNode {
-  int32_t node;
+  uint32_t node : 31;
+  uint32_t is_causal : 1;
   Interval rows;
   Context context;  // of this split
-  Interval slots;   // of its rows; empty in a split without own rows
+  Interval slots;   // of its rows, in a causal node up to the tile's last; empty in a split without own rows
 };
 
 struct Plan {
@@ -89,9 +90,9 @@ __device__ inline bool is_split(const DraftGraphAttentionArgs& args, Interval no
   return context_split(args).num > 1 && node_rows.end - node_rows.begin <= kSplitRows;
 }
 
-// Limit a node to what split number `split` has of it.
+// Limit a node to what split number `split` has of it, and rows before `rows_end` see.
 template <int num_positions>
-__device__ inline void take_share(const DraftGraphAttentionArgs& args, int32_t split, TileNode& node,
+__device__ inline void take_share(const DraftGraphAttentionArgs& args, int32_t split, int32_t rows_end, TileNode& node,
                                   int32_t& num_slots) {
   const ContextSplit all = context_split(args);
   const bool splits = is_split(args, node.rows);
@@ -102,7 +103,7 @@ __device__ inline void take_share(const DraftGraphAttentionArgs& args, int32_t s
   }
   node.slots = {0, 0};
   if (split == (splits ? all.num - 1 : 0)) {
-    const int32_t num_rows = node.rows.end - node.rows.begin;
+    const int32_t num_rows = (node.is_causal ? min(node.rows.end, rows_end) : node.rows.end) - node.rows.begin;
     const int32_t padded = round_up(num_rows, kDepth);
     if (num_slots % num_positions + padded > num_positions) {
       num_slots = round_up(num_slots, num_positions);
@@ -119,7 +120,7 @@ __device__ inline void arrange_nodes(const DraftGraphAttentionArgs& args, Interv
   for (int32_t row = rows.begin; row < rows.end;) {
     TileNode node = plan.nodes[row - rows.begin];
     row = node.rows.end;
-    take_share<num_positions>(args, split, node, num_slots);
+    take_share<num_positions>(args, split, rows.end, node, num_slots);
     if (num_nodes == 0 || !is_same(node.context, plan.nodes[num_nodes - 1].context)) {
       plan.contexts[num_contexts++] = static_cast<uint8_t>(num_nodes);
     }
@@ -139,7 +140,8 @@ __device__ inline void make_plan(const DraftGraphAttentionArgs& args, int32_t re
     const Interval of_node = {args.first_row[node], args.first_row[node + 1]};
     const Interval inside = intersect(of_node, rows);
     if (!is_empty(inside)) {
-      plan.nodes[inside.begin - rows.begin] = {node, of_node, args.context[node], {0, 0}};
+      plan.nodes[inside.begin - rows.begin] = {
+          static_cast<uint32_t>(node), args.is_causal[node] != 0, of_node, args.context[node], {0, 0}};
     }
   }
   __syncthreads();

@@ -51,14 +51,14 @@ def prefilling() -> HostLayout:
 
 def mixed() -> HostLayout:
     """Nodes of any length and context, an empty node, an empty request, a request whose nodes differ."""
-    return HostLayout(
-        first_node=np.array([0, 2, 2, 5, 6], dtype=np.int32),
-        first_row=np.array([0, 7, 8, 11, 11, 14, 27], dtype=np.int32),
-        context=np.array(
-            [[0, 33, 40, 41], [0, 33, 40, 41], [3, 20, 20, 20], [0, 9, 9, 9], [0, 0, 17, 50], [0, 0, 0, 0]],
-            dtype=np.int32,
-        ),
-    )
+    context = [[0, 33, 40, 41], [0, 33, 40, 41], [3, 20, 20, 20], [0, 9, 9, 9], [0, 0, 17, 50], [0, 0, 0, 0]]
+    return host_layout(ints(2, 0, 3, 1), ints(7, 1, 3, 0, 3, 13), np.array(context))
+
+
+def causal(*which: int) -> HostLayout:
+    """The nodes of `mixed`, some of them causal."""
+    host = mixed()
+    return host_layout(np.diff(host.first_node), host.own_len, host.context, np.isin(np.arange(host.num_nodes), which))
 
 
 LAYOUTS = {
@@ -72,6 +72,11 @@ LAYOUTS = {
         ints(1, 3), ints(40, 5, 5, 5), np.array([[0, 0, 40, 40], *[[0, 33, 38, 70]] * 3])
     ),
     "mixed": mixed(),
+    "causal": causal(0, 1, 2, 3, 4, 5),
+    "some causal": causal(0, 4, 5),
+    "a causal prefill beside blocks": host_layout(
+        ints(1, 2), ints(70, 9, 9), np.array([[0, 3, 3, 3], *[[0, 33, 33, 33]] * 2]), np.array([True, False, False])
+    ),
 }
 
 
@@ -105,15 +110,18 @@ class Scene:
                 stored = self.kv_cache[page, :, position % PAGE_SIZE]
                 key = torch.cat([stored[..., :HEAD_DIM], self.key[rows]]).to(dtype)
                 value = torch.cat([stored[..., HEAD_DIM:], self.value[rows]]).to(dtype)
-                out[rows] = dense(self.query[rows].to(dtype), key, value)
+                out[rows] = dense(self.query[rows].to(dtype), key, value, is_causal=bool(host.is_causal[node]))
         return out
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend from all rows to all keys."""
+def dense(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
+    """Attend from all rows to all keys; if causal, of the last ones, the rows' own, to those up to the row."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = torch.einsum("qhd,khd->hqk", query, key) * SCALE
+    if is_causal:
+        num_rows, num_keys = scores.shape[1:]
+        scores.masked_fill_(torch.ones(num_rows, num_keys).bool().triu(num_keys - num_rows + 1), -torch.inf)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
 
 

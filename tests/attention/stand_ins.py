@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """Attend from all rows [n, heads, d] to all keys [m, heads, d]; the output and its natural log-sum-exp [n, heads].
 
-    Without keys they are 0 and -inf.
+    If causal, row i of n sees keys up to m - n + i. Without keys they are 0 and -inf.
     """
     scores = torch.einsum("qhd,khd->qhk", query.double(), key.double()) * scale
+    if is_causal:
+        is_hidden = torch.ones(len(query), len(key)).bool().triu(len(key) - len(query) + 1)
+        scores.masked_fill_(is_hidden[:, None], -math.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.clamp(min=-1e300)[..., None]).exp()
     return torch.einsum("qhk,khd->qhd", weights, value.double()).to(query.dtype), lse.float()
@@ -29,7 +34,7 @@ class Ragged:
         self, qo_indptr: Tensor, kv_indptr: Tensor, *, num_qo_heads: int, num_kv_heads: int, **numbers: Any
     ) -> None:
         assert qo_indptr.dtype == kv_indptr.dtype == torch.int32
-        assert not numbers.pop("causal")
+        self.is_causal = numbers.pop("causal")
         assert numbers.pop("disable_split_kv")
         assert numbers.keys() == {"head_dim_qk", "sm_scale", "q_data_type", "kv_data_type"}
         self.qo, self.kv, self.heads, self.numbers = qo_indptr.tolist(), kv_indptr.tolist(), num_qo_heads, numbers
@@ -47,7 +52,7 @@ class Ragged:
         for i in range(len(self.qo) - 1):
             rows, keys = slice(self.qo[i], self.qo[i + 1]), slice(self.kv[i], self.kv[i + 1])
             key, value = (part[keys].repeat_interleave(self.group, 1) for part in (k, v))
-            out[rows], lse[rows] = attend(q[rows], key, value, self.numbers["sm_scale"])
+            out[rows], lse[rows] = attend(q[rows], key, value, self.numbers["sm_scale"], is_causal=self.is_causal)
         return (out, lse / math.log(2)) if return_lse else out  # its log-sum-exp has base 2
 
 
@@ -65,6 +70,7 @@ class Paged(Ragged):
         **numbers: Any,
     ) -> None:
         assert paged_kv_indices.dtype == paged_kv_last_page_len.dtype == torch.int32
+        assert not numbers["causal"]
         num_pages = paged_kv_indptr.diff()
         length = (num_pages - 1).clamp(min=0) * page_size + paged_kv_last_page_len
         offsets = torch.nn.functional.pad(length.cumsum(0), (1, 0)).int()
@@ -110,6 +116,14 @@ class BlockDiagonalMask:
         return cls(q_seqlen, kv_seqlen)
 
 
+class BlockDiagonalCausalMask(BlockDiagonalMask):
+    """Query i of a part sees the keys of the part up to number i."""
+
+    def __init__(self, q_seqlen: list[int], kv_seqlen: list[int]) -> None:
+        super().__init__(q_seqlen, kv_seqlen)
+        assert q_seqlen == kv_seqlen
+
+
 def memory_efficient_attention_partial(
     query: Tensor, key: Tensor, value: Tensor, attn_bias: BlockDiagonalMask, *, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -123,7 +137,8 @@ def memory_efficient_attention_partial(
         value[0].flatten(1, 2).split(attn_bias.kv_seqlen),
         strict=True,
     )
-    done = [attend(*part, scale) for part in parts]
+    is_causal = isinstance(attn_bias, BlockDiagonalCausalMask)
+    done = [attend(*part, scale, is_causal=is_causal) for part in parts]
     out = torch.cat([part for part, _ in done]).view(query.shape)
     return out, torch.cat([lse for _, lse in done]).T.view(1, *query.shape[2:4], -1)
 
@@ -136,7 +151,8 @@ def merge_attentions(attn_split: list[Tensor], lse_split: list[Tensor], write_ls
 
 def xformers_fmha() -> ModuleType:
     module = ModuleType("xformers.ops.fmha")
-    module.attn_bias = SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask)  # type: ignore[attr-defined]
+    masks = {mask.__name__: mask for mask in (BlockDiagonalMask, BlockDiagonalCausalMask)}
+    module.attn_bias = SimpleNamespace(**masks)  # type: ignore[attr-defined]
     module.memory_efficient_attention_partial = memory_efficient_attention_partial  # type: ignore[attr-defined]
     module.merge_attentions = merge_attentions  # type: ignore[attr-defined]
     return module

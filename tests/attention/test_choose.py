@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from vllm_dllm.attention import choose
-from vllm_dllm.attention.choose import IMPLEMENTATIONS, choose_attention
+from vllm_dllm.attention.choose import IMPLEMENTATIONS, ORDER, Measure, choose_attention
 from vllm_dllm.attention.interface import Setting
-from vllm_dllm.config import AttentionName
 from vllm_dllm.errors import ConfigError, KernelUnavailable
+from vllm_dllm.names import AttentionName
+from vllm_dllm.self_test.check import Check
 
 CPU = Setting("cpu", None, torch.float32, torch.float32, 64, None)
 GPU = Setting("cuda", (9, 0), torch.bfloat16, torch.bfloat16, 128, 16)
@@ -96,3 +97,46 @@ def test_a_named_one_that_cannot_serve_raises(name: AttentionName, setting: Sett
     with pytest.raises(ConfigError) as refused:
         choose_attention(name, setting)
     assert f"attention is {name!r}, but {clause}; change that or choose 'auto'" in str(refused.value)
+
+
+def measured(*wrong: AttentionName) -> tuple[list[str], Measure]:
+    """Return who was compared, and a comparison in which some are wrong."""
+    asked: list[str] = []
+
+    def measure(name: AttentionName) -> list[Check]:
+        asked.append(name)
+        return [Check(f"attention {name}", "a case", 0.003, 0.01), Check(name, "on 2", 0.5 * (name in wrong), 0.01)]
+
+    return asked, measure
+
+
+def test_auto_takes_the_first_that_agrees(installed: set[str]) -> None:
+    installed.remove("flashinfer")
+    asked, measure = measured("csrc")
+    choice = choose_attention("auto", GPU, measure)
+    first = next(name for name in ORDER["cuda"] if name in installed and name != "csrc")
+    assert (choice.name, asked) == (first, [name for name in ORDER["cuda"] if name in asked])
+    assert "csrc: it disagrees with plain torch on this device (csrc, on 2: error 0.5, allowed 0.01)" in choice.reason
+    assert choice.reason.endswith(f"; against plain torch: attention {first}, a case: error 0.003, allowed 0.01")
+    asked, measure = measured()
+    assert choose_attention("auto", GPU, measure).name == "csrc"
+    assert asked == ["csrc"]
+
+
+def test_auto_takes_none_that_disagrees(installed: set[str]) -> None:
+    _, measure = measured(*ORDER["cuda"])
+    with pytest.raises(KernelUnavailable, match=r"works here: csrc: it disagrees .* error 0.5, allowed 0.01"):
+        choose_attention("auto", GPU, measure)
+
+
+def test_a_named_one_that_disagrees_raises_with_the_figures(installed: set[str]) -> None:
+    asked, measure = measured("csrc")
+    with pytest.raises(KernelUnavailable) as wrong:
+        choose_attention("csrc", GPU, measure)
+    assert str(wrong.value) == (
+        "additional_config.dllm.attention is 'csrc', but it disagrees with plain torch on this device (csrc, on 2: "
+        "error 0.5, allowed 0.01); choose 'auto' or another one, and report it with what "
+        "`vllm-dllm doctor --self-test` prints"
+    )
+    assert choose_attention("torch", GPU, measure).reason.startswith("as set; against plain torch: ")
+    assert asked == ["csrc", "torch"]

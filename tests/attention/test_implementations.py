@@ -76,7 +76,7 @@ def test_a_captured_layout_is_read_where_it_was(implementation: type[Attention])
     assert implementation.support.cuda_graphs
     plan = implementation(first.heads, first.kv_cache).plan(buffers.layout)
     again = captured(later, num_rows=48, block_length=4, max_num_requests=5)
-    for name in ("page_table", "first_node", "first_row", "context"):
+    for name in ("page_table", "first_node", "first_row", "context", "is_causal"):
         old, new = getattr(buffers.layout, name), getattr(again.layout, name)
         assert old.shape == new.shape
         old.copy_(new)

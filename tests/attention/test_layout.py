@@ -45,8 +45,9 @@ def test_padding_sees_only_itself() -> None:
 
 def test_requests_with_different_nodes_are_padded_alike() -> None:
     context = np.array([[0, 8, 12, 12], [0, 4, 8, 8], *[[0, 20, 24, 24]] * 3])
-    host = host_layout(ints(2, 3), np.full(5, 4), context)
+    host = host_layout(ints(2, 3), np.full(5, 4), context, np.array([False, True, False, False, True]))
     padded = pad_layout(host, num_rows=32, num_requests=4, block_length=4)
+    assert padded.is_causal.tolist() == [0, 1, 0, 0, 1, 0, 0, 0]
     assert padded.first_node.tolist() == [0, 2, 5, 8, 8]
     assert padded.first_row.tolist() == list(range(0, 33, 4))
     assert padded.context[:5].tolist() == host.context.tolist()
@@ -63,13 +64,13 @@ def test_a_captured_shape_is_decided_by_rows_alone(num_reqs: int) -> None:
         host = denoise_layout(start[:count], start[:count] + 8, num_nodes=1, block_length=8)
         pages = page_table[: host.num_requests]
         layout = buffers.fill(host, pages, num_rows=56, block_length=8, page_size=16)
-        tensors = (layout.page_table, layout.first_node, layout.first_row, layout.context)
+        tensors = (layout.page_table, layout.first_node, layout.first_row, layout.context, layout.is_causal)
         shapes.add(tuple(tensor.shape for tensor in tensors))
         addresses.add(tuple(tensor.data_ptr() for tensor in tensors))
         assert torch.equal(layout.page_table[: len(pages)], pages[:, :3])
         assert layout.first_node[-1] == 7
         assert layout.first_row.tolist() == list(range(0, 57, 8))
-    assert shapes == {((6, 3), (7,), (8,), (7, 4))}
+    assert shapes == {((6, 3), (7,), (8,), (7, 4), (7,))}
     assert len(addresses) == 1
     assert layout.context.data_ptr() % 16 == 0
 
@@ -87,6 +88,6 @@ def test_a_layout_travels_as_it_is() -> None:
     table = torch.zeros((4, 6), dtype=torch.int32)
     layout = to_device(host, table, 16)
     assert layout.page_table is table
-    for name in ("first_node", "first_row", "context"):
+    for name in ("first_node", "first_row", "context", "is_causal"):
         assert getattr(layout, name).dtype == torch.int32
         assert np.array_equal(getattr(layout, name).numpy(), getattr(host, name))

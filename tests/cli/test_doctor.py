@@ -13,6 +13,9 @@ from vllm_dllm.cli.doctor import Finding, cpu_kernels, cuda_kernels, runs_on
 from vllm_dllm.cli.main import app
 from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.ops import load
+from vllm_dllm.self_test import isolated
+from vllm_dllm.self_test.check import Check
+from vllm_dllm.self_test.isolated import Request
 
 
 def forget(monkeypatch: pytest.MonkeyPatch, *distributions: str) -> None:
@@ -161,3 +164,23 @@ def test_attention_on_a_cpu(monkeypatch):
     (chosen,) = find("attention")
     assert chosen.level == "ok"
     assert re.fullmatch(r"auto takes csrc \(\w+\) for bfloat16 and heads of 128", chosen.text)
+
+
+def test_the_self_test_is_a_table(monkeypatch):
+    monkeypatch.setattr(doctor_module, "examine", lambda: [Finding("torch", "9")])
+    asked = []
+
+    def run(request: Request) -> list[Check]:
+        asked.append(request)
+        kernel = "vocab_stats" if request.attention is None else f"attention {request.attention[0]}"
+        return [Check(kernel, "a case", float("nan") if kernel == "attention torch" else 0.002, 0.01)]
+
+    monkeypatch.setattr(isolated, "run_isolated", run)
+    result = CliRunner().invoke(app, ["doctor", "--self-test"])
+    assert result.exit_code == 1
+    assert re.search(r"^ok +vocab_stats +a case: error 0.002, allowed 0.01$", result.stdout, re.MULTILINE)
+    assert re.search(r"^ok +attention csrc +a case: error 0.002, allowed 0.01$", result.stdout, re.MULTILINE)
+    assert re.search(r"^broken +attention torch +a case: error nan, allowed 0.01$", result.stdout, re.MULTILINE)
+    assert {request.device_type for request in asked} == {"cuda" if torch.cuda.is_available() else "cpu"}
+    heads = [(r.attention[1].num_kv_heads, r.attention[1].block_length) for r in asked if r.attention]
+    assert heads == [(32, 32), (8, 4)] * (len(heads) // 2)

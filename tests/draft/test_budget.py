@@ -82,9 +82,10 @@ def usual(budgets: list[int]) -> int:
 @given(
     st.lists(st.tuples(st.integers(1, 10_000), st.floats(0.01, 1e4)), min_size=1, unique_by=lambda p: p[0]),
     st.lists(st.integers(1, 20_000), min_size=2),
+    st.integers(0, 5),
 )
-def test_the_curve_never_falls(points: list[tuple[int, float]], rows: list[int]) -> None:
-    cost = CostCurve(tuple(sorted(points)))
+def test_the_curve_never_falls(points: list[tuple[int, float]], rows: list[int], num_captured: int) -> None:
+    cost = CostCurve(tuple(sorted(points)), min(num_captured, len(points)))
     times = [cost.ms(number) for number in sorted(rows)]
     assert all(a <= b * (1 + 1e-9) for a, b in pairwise(times))
 
@@ -92,6 +93,22 @@ def test_the_curve_never_falls(points: list[tuple[int, float]], rows: list[int])
 def test_the_curve_passes_its_points_and_goes_on_as_a_line() -> None:
     cost = CostCurve(((32, 1.0), (64, 3.0), (128, 2.0), (256, 7.0)))
     assert [cost.ms(rows) for rows in (1, 32, 48, 64, 128, 192, 256, 384)] == [1, 1, 2, 3, 3, 5, 7, 11]
+
+
+def test_the_curve_is_a_staircase_up_to_the_largest_captured_graph() -> None:
+    cost = CostCurve(((32, 1.0), (64, 3.0), (128, 2.0), (256, 7.0)), num_captured=3)
+    assert [cost.ms(rows) for rows in (1, 32, 33, 64, 65, 128, 192, 256, 384)] == [1, 1, 3, 3, 3, 3, 5, 7, 11]
+    alone = CostCurve(((32, 1.0), (64, 3.0), (128, 4.0)), num_captured=3)
+    assert [alone.ms(rows) for rows in (96, 128, 192)] == [4, 4, 5]
+
+
+def test_a_draft_that_fills_what_pads_the_graph_is_taken() -> None:
+    """A canvas more is free where the graph has it anyway, and costs more than it brings where it begins another."""
+    priors = [0.0, 0.3, 0.6, 0.61, 0.62]
+    for captured, budget in ((((32, 1.0), (96, 1.4), (160, 3.0)), 2), (((32, 1.0), (128, 1.4), (160, 3.0)), 3)):
+        rule = BudgetRule(priors, 32)
+        rule.curve = CostCurve(captured, len(captured))
+        assert [rule.choose(1, 4) for _ in range(DECIDE_EVERY)][-1] == budget
 
 
 @pytest.mark.parametrize("points", [((64, 1.0), (32, 2.0)), ((32, 1.0), (32, 2.0)), ((32, 0.0),), ((32, math.nan),)])

@@ -53,8 +53,11 @@ class TextDrafter:
     def attach(self, canvases: CanvasState) -> None:
         self._canvases = canvases
 
-    def propose(self, blocks: Blocks, roots: Nodes, num_drafts: int, *, looks_ahead: bool) -> Nodes:
+    def propose(self, blocks: Blocks, num_drafts: int, *, looks_ahead: bool) -> Nodes:
         block_length, mask = self._canvases.block_length, self._canvases.mask_token_id
+        roots = Nodes.of_roots(self._canvases.canvas[blocks.slots], mask)
+        if num_drafts == 0:
+            return roots
         starts = blocks.start.tolist()
         believed = [self.texts[slot][s : s + block_length] for slot, s in zip(blocks.slots_np, starts, strict=True)]
         text = torch.tensor(believed)

@@ -21,8 +21,7 @@ from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
-from vllm_dllm.draft.native import native_propose
-from vllm_dllm.draft.propose import propose
+from vllm_dllm.draft.native import native_nodes, torch_nodes
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import block_causal, decode, policy, spiffy
 from vllm_dllm.reference.decode import KvPolicy
@@ -128,7 +127,7 @@ class Request:
 def drafter_of(drafts: DraftGraph | Drafter | None, *, is_native: bool) -> Drafter | None:
     if not isinstance(drafts, DraftGraph):
         return drafts
-    return GraphDrafter(drafts, choose=lambda _: native_propose if is_native else propose)
+    return GraphDrafter(drafts, choose=lambda _: native_nodes if is_native else torch_nodes)
 
 
 def denoise(

@@ -20,12 +20,12 @@ from tests.draft.test_exact import (
     reference_budget,
 )
 from tests.draft.test_look_ahead import ChainModel, Row, decode, reference_options, step
-from vllm_dllm.config import PolicyName
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.graph import DraftGraph
-from vllm_dllm.draft.native import native_propose
+from vllm_dllm.draft.native import native_nodes
 from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.names import PolicyName
 from vllm_dllm.reference import policy, spiffy
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.unmask.head import LogitsHead
@@ -113,7 +113,7 @@ def test_a_new_block_has_no_drafts_before_its_first_step() -> None:
     state = CanvasState(2, BLOCK_LENGTH, MASK, CPU, SDAR)
     rows = [Row(Request("static", 0.9, 8, 0.0, 0, 1.0, 0), slot, state, num_blocks=2) for slot in (0, 1)]
     state.apply_staged_writes()
-    drafter = GraphDrafter(CHAIN, choose=lambda _: native_propose)
+    drafter = GraphDrafter(CHAIN, choose=lambda _: native_nodes)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=True)
     denoiser = Denoiser(state, drafter, head, native_walk)
     for row in rows:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tests.e2e.rig import Oracle, write_wild
-from vllm_dllm.config import PolicyName
+from vllm_dllm.names import PolicyName
 from vllm_dllm.reference.policy import DREAM
 from vllm_dllm.reference.qwen import Qwen, QwenConfig
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from tests.e2e.rig import NUM_SLOTS, Oracle, engine, mixed_cases, random_graph, run, speculation
+from vllm_dllm.engine.costs import step_shapes
+from vllm_dllm.engine.step_timer import StepTimer
 
 pytestmark = pytest.mark.engine
 
@@ -98,3 +100,25 @@ def test_replayed_steps_with_drafts_equal_reference(mild_oracle: Oracle, mild: P
         graphs = EagerGraphs(llm, [1, 3, 7, 12, 24, 48, 80], is_mixed=True)
         assert run(llm, cases) == [mild_oracle.tokens(case, SETTINGS) for case in cases]
         assert graphs.num_replays > 16
+        graphs.num_replays = 0
+        times = measure_steps(llm, list(graphs.graphs))
+        assert graphs.num_replays == 2 * len(graphs.graphs)
+        assert min(times) > 0
+        assert run(llm, cases[:2]) == [mild_oracle.tokens(case, SETTINGS) for case in cases[:2]], "nothing is left"
+
+
+def measure_steps(llm: Any, sizes: list[int]) -> list[float]:
+    """Time captured steps as a worker does when it starts; check what each replays."""
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    worker.vllm_config.compilation_config.cudagraph_capture_sizes = sizes
+    timer = StepTimer(worker.model_runner)
+    assert timer.captured_rows() == sizes
+    times = []
+    for shape in step_shapes(sizes, BLOCK_LENGTH, NUM_SLOTS, 4):
+        if shape.is_captured:
+            times.append(timer.measure(shape))
+            captured = worker.model_runner.model_state.attention.captured
+            num_nodes = shape.num_reqs * shape.num_canvases
+            seen = captured._packed[: 4 * shape.rows // BLOCK_LENGTH].view(-1, 4)[:, 1]  # ends of what is stored
+            assert (seen > 0).sum() == num_nodes <= shape.rows // BLOCK_LENGTH, "padding sees itself alone"
+    return times

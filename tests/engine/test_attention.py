@@ -13,10 +13,15 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from tests.e2e.rig import CHECKPOINT
 from vllm_dllm.attention.choose import IMPLEMENTATIONS
 from vllm_dllm.attention.csrc import CsrcAttention
+from vllm_dllm.attention.flashinfer import FlashInferAttention
 from vllm_dllm.attention.plain import CHUNK_BYTES, PlainAttention
 from vllm_dllm.config import AttentionName, DllmConfig
 from vllm_dllm.engine import attention, attention_choice, configs
 from vllm_dllm.errors import ConfigError, KernelUnavailable
+from vllm_dllm.self_test.attention import AttentionShape
+from vllm_dllm.self_test.check import Check
+from vllm_dllm.self_test.decoding import DecodingShape
+from vllm_dllm.self_test.isolated import Request
 
 REFUSES_OTHER_CACHES = Version(version("vllm")) >= Version("0.33")
 """vLLM does it itself from then on."""
@@ -37,9 +42,20 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return messages
 
 
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *wrong: str) -> list[Request]:
+    """Stand on a GPU whose kernels are right, but for those named; returns what was compared there."""
+    asked: list[Request] = []
+
+    def run(request: Request) -> list[Check]:
+        asked.append(request)
+        kernels = ["vocab_stats"] if request.decoding else []
+        kernels += [f"attention {request.attention[0]}"] if request.attention else []
+        return [Check(kernel, "a case", 0.5 if kernel in wrong else 0.003, 0.01) for kernel in kernels]
+
     monkeypatch.setattr(attention_choice, "current_platform", _Gpu)
+    monkeypatch.setattr(attention_choice, "run_isolated", run)
     monkeypatch.setattr(CsrcAttention, "unavailable", staticmethod(lambda _: None))
+    return asked
 
 
 class _Gpu:
@@ -60,6 +76,9 @@ def stub_config(settings: dict[str, Any], cudagraph_mode: CUDAGraphMode = CUDAGr
         hf_config=SimpleNamespace(),
         dtype=torch.bfloat16,
         get_head_size=lambda: 128,
+        get_num_attention_heads=lambda parallel: 32 // parallel.tensor_parallel_size,
+        get_num_kv_heads=lambda parallel: 8 // parallel.tensor_parallel_size,
+        get_vocab_size=lambda: 1000,
         max_model_len=64,
     )
     config: Any = SimpleNamespace(
@@ -67,6 +86,7 @@ def stub_config(settings: dict[str, Any], cudagraph_mode: CUDAGraphMode = CUDAGr
         cache_config=SimpleNamespace(cache_dtype="auto", block_size=16, user_specified_block_size=True),
         compilation_config=SimpleNamespace(cudagraph_mode=cudagraph_mode),
         additional_config={"dllm": settings},
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
     )
     config.dllm = configs.parse(config)
     return config
@@ -128,7 +148,36 @@ def test_the_gpu_is_named(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> No
     on_a_gpu(monkeypatch)
     config = stub_config({})
     attention_choice.set_attention(config, DllmConfig())
-    assert "Attention: csrc (sm_90): the first of csrc, flashinfer, xformers" in log
+    assert any(line.startswith("Attention: csrc (sm_90): the first of csrc, ") for line in log)
+
+
+def test_a_gpus_kernels_are_compared_first(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
+    asked = on_a_gpu(monkeypatch)
+    attention_choice.set_attention(stub_config({"block_length": 8}), DllmConfig(block_length=8))
+    bfloat16 = torch.bfloat16
+    shape = AttentionShape(16, 4, 128, bfloat16, bfloat16, page_size=16, block_length=8, max_len=64)
+    assert asked == [Request("cuda", ("csrc", shape), DecodingShape(1000, 8, bfloat16))]
+    measured = "attention csrc, a case: error 0.003, allowed 0.01"
+    assert any(line.startswith("Self-test (") and line.endswith(measured) for line in log)
+    assert any(line.endswith(f"; against plain torch: {measured}") for line in log)
+
+
+def test_a_native_op_that_is_wrong_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, "vocab_stats")
+    with pytest.raises(KernelUnavailable, match=r"native ops disagree .*\(vocab_stats, a case: error 0.5, "):
+        attention_choice.set_attention(stub_config({}), DllmConfig())
+
+
+def test_attention_that_is_wrong_gives_way_or_stops_the_start(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
+    asked = on_a_gpu(monkeypatch, "attention csrc")
+    monkeypatch.setattr(FlashInferAttention, "unavailable", staticmethod(lambda _: None))
+    config = stub_config({})
+    attention_choice.set_attention(config, DllmConfig())
+    assert config.additional_config["dllm"]["attention"] != "csrc"
+    assert [request.decoding is None for request in asked] == [False, True]
+    assert any("csrc: it disagrees with plain torch on this device" in line for line in log)
+    with pytest.raises(KernelUnavailable, match="attention is 'csrc', but it disagrees"):
+        attention_choice.set_attention(stub_config({"attention": "csrc"}), DllmConfig(attention="csrc"))
 
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("csrc", 0), ("torch", 2 * CHUNK_BYTES)])

@@ -63,7 +63,9 @@ CALLS = {
     "vllm.forward_context.set_forward_context": ["attn_metadata", "vllm_config", "num_tokens", "slot_mapping"],
     "vllm.model_executor.layers.attention.attention.Attention.__init__": ["num_kv_heads", "attn_backend", "prefix"],
     "vllm.model_executor.layers.rotary_embedding.get_rope": ["head_size", "max_position", "rope_parameters"],
-    "vllm.model_executor.layers.logits_processor.LogitsProcessor.forward": ["lm_head", "hidden_states"],
+    "vllm.model_executor.layers.logits_processor.LogitsProcessor.forward": [
+        *("lm_head", "hidden_states", "skip_gather")
+    ],
     "vllm.model_executor.models.utils.AutoWeightsLoader.load_weights": ["weights", "mapper"],
     "vllm.utils.torch_utils.async_tensor_h2d": ["data", "device"],
 }

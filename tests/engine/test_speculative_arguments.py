@@ -13,6 +13,7 @@ import pytest
 
 from vllm_dllm import plugin
 from vllm_dllm.draft.graph_file import default_graph, dump_graph
+from vllm_dllm.engine.step_sizes import captured_blocks
 from vllm_dllm.errors import ConfigError
 
 CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_llada/checkpoint"
@@ -270,14 +271,8 @@ def test_without_spiffy_nothing_of_it_is_there() -> None:
     assert config.additional_config.keys() == {"dllm"}
 
 
-@pytest.mark.parametrize(
-    ("has_drafts", "mode", "num_blocks"),
-    [
-        (False, "FULL_DECODE_ONLY", [1, 2, 4, 8, 16, 24, 32, 40, 48, 50]),
-        (True, "FULL", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 50]),
-    ],
-)
-def test_graphs_are_captured_by_number_of_blocks(has_drafts: bool, mode: str, num_blocks: list[int]) -> None:
+@pytest.mark.parametrize(("has_drafts", "mode"), [(False, "FULL_DECODE_ONLY"), (True, "FULL")])
+def test_graphs_are_captured_by_number_of_blocks(has_drafts: bool, mode: str) -> None:
     from vllm.config.compilation import CUDAGraphMode
 
     from vllm_dllm.engine.step_sizes import _set_cuda_graphs
@@ -290,6 +285,7 @@ def test_graphs_are_captured_by_number_of_blocks(has_drafts: bool, mode: str, nu
     )
     _set_cuda_graphs(config, 32, 50 * 32, is_uniform=not has_drafts)
     assert compilation.cudagraph_mode == CUDAGraphMode[mode]
+    num_blocks = [*range(1, 17), 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 44, 48, 50]
     assert compilation.cudagraph_capture_sizes == [32 * n for n in num_blocks]
     assert compilation.max_cudagraph_capture_size == 1600
     compilation.cudagraph_capture_sizes = [32, 40]
@@ -298,6 +294,18 @@ def test_graphs_are_captured_by_number_of_blocks(has_drafts: bool, mode: str, nu
     compilation.cudagraph_capture_sizes = [32, 2048]
     with pytest.raises(ConfigError, match="but max_num_batched_tokens is 2048; give sizes below it"):
         _set_cuda_graphs(config, 32, 50 * 32, is_uniform=not has_drafts)
+
+
+def test_few_rows_are_padding_and_few_graphs_are_captured() -> None:
+    for most in (*range(1, 40), 64, 65, 512, 1000):
+        sizes = captured_blocks(most)
+        assert sizes == sorted(set(sizes))
+        assert sizes[0] == 1
+        assert sizes[-1] == most
+        assert len(sizes) <= 16 + 8 * max(0, (most - 1).bit_length() - 4)
+        for num_blocks in range(1, most + 1):
+            padding = min(n for n in sizes if n >= num_blocks) - num_blocks
+            assert padding == 0 if num_blocks <= 16 else 9 * padding <= num_blocks + padding
 
 
 @pytest.mark.parametrize("value", [{}, 8, {"method": "spiffy"}])

@@ -4,8 +4,10 @@ import logging
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import prometheus_client
 import pytest
+import torch
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
@@ -15,11 +17,11 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.draft.budget import CostCurve
 from vllm_dllm.engine import costs, stat_logger, stats_way
-from vllm_dllm.engine.report import RequestReport
+from vllm_dllm.engine.report import PendingReport, RequestReport, take_report
 from vllm_dllm.engine.stat_logger import DllmStatLogger, describe
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 from vllm_dllm.errors import UnsupportedVllmError
-from vllm_dllm.state.report import MAX_DEPTH
+from vllm_dllm.state.report import MAX_DEPTH, REPORT_LEN
 
 SPIFFY = SimpleNamespace(exactness="exact")
 CONFIG = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m", architectures=["LLaDAModelLM"]))
@@ -202,15 +204,22 @@ def test_points_of_the_curve_ascend_and_are_few() -> None:
 def measured(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Measure a curve of steps that take so many ms, on a rank that is as slow as the others."""
 
-    def measure(ms: list[float], most_rows: int = 10**6, budget: int | None = None) -> tuple[Any, list[Any]]:
-        asked: list[tuple[int, int]] = []
+    def measure(
+        ms: list[float], most_rows: int = 10**6, budget: int | None = None, captured: tuple[int, ...] = ()
+    ) -> tuple[Any, list[Any]]:
+        asked: list[tuple[int, int, bool]] = []
         spiffy = SimpleNamespace(budget=budget, max_nodes=4)
         monkeypatch.setattr(costs, "spiffy_of", lambda config: spiffy)
         monkeypatch.setattr(costs, "settings_of", lambda config: SimpleNamespace(block_length=32))
         monkeypatch.setattr(costs, "get_tp_group", lambda: SimpleNamespace(world_size=1, is_first_rank=True))
         scheduler = SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=most_rows)
         config: Any = SimpleNamespace(scheduler_config=scheduler)
-        return costs.measure_curve(config, lambda *point: asked.append(point) or ms[len(asked) - 1]), asked
+
+        def take(shape: costs.StepShape) -> float:
+            asked.append((shape.num_reqs, shape.num_canvases, shape.is_captured))
+            return ms[len(asked) - 1]
+
+        return costs.measure_curve(config, take, captured), asked
 
     return measure
 
@@ -220,12 +229,34 @@ def test_the_curve_is_of_all_points(measured: Any) -> None:
     assert curve == CostCurve(((32, 2.0), (64, 3.0), (96, 3.0), (160, 4.0), (640, 6.0), (2560, 9.0)))
 
 
+def test_the_curve_arrives_as_it_was_measured() -> None:
+    """With the first report, and never again."""
+    curve = CostCurve(((32, 1.0), (64, 2.5)), 1)
+    rows = torch.zeros(1, REPORT_LEN, dtype=torch.int32)
+    output = SimpleNamespace(aux_output_connector_output=PendingReport(["a"], rows, curve))
+    pending = output.aux_output_connector_output
+    pending.enqueue_cpu_copy(np.zeros(1), np.zeros(1))
+    output.aux_output_connector_output = pending.process_output()
+    report = take_report(output)  # type: ignore[arg-type]
+    assert report is not None
+    assert report.costs == curve
+
+
 def test_no_larger_step_is_measured_after_a_slow_one(measured: Any) -> None:
     assert measured([100.0, 501.0])[0].points == ((32, 100.0), (64, 501.0))
 
 
 def test_no_step_beyond_the_token_budget_is_measured(measured: Any) -> None:
-    assert measured([1.0, 2.0, 3.0], most_rows=100)[1] == [(1, 1), (1, 2), (1, 3)]
+    assert measured([1.0, 2.0, 3.0], most_rows=100)[1] == [(1, 1, False), (1, 2, False), (1, 3, False)]
+
+
+def test_captured_graphs_are_measured_each_and_larger_steps_as_they_come(measured: Any) -> None:
+    """Of one request as long as it may have so many canvases, 5; then of as few more as it takes."""
+    curve, asked = measured([1.0, 2.0, 3.0, 4.0, 9.0, 30.0], captured=(32, 96, 160, 192))
+    assert asked == [(1, 1, True), (1, 3, True), (1, 5, True), (2, 3, True), (4, 5, False), (16, 5, False)]
+    assert curve == CostCurve(((32, 1.0), (96, 2.0), (160, 3.0), (192, 4.0), (640, 9.0), (2560, 30.0)), 4)
+    slow, _ = measured([1.0, 501.0], captured=(32, 96, 160, 192))
+    assert slow == CostCurve(((32, 1.0), (96, 501.0)), 2)
 
 
 def test_nothing_is_measured_for_a_fixed_budget(measured: Any) -> None:

@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 Interval = tuple[int, int]
-Nodes = Sequence[tuple[int, Sequence[Interval]]]
-"""The nodes of a request: how many rows, and the stored positions they see, in one or two intervals."""
+Node = tuple[int, Sequence[Interval]] | tuple[int, Sequence[Interval], bool]
+"""How many rows, the stored positions they see, in one or two intervals, and whether it is causal."""
+
+Nodes = Sequence[Node]
+"""The nodes of a request."""
 
 EXPONENT_ERROR = 2e-7
 """Relative error of the CPU kernel's 2^x, as csrc/cpu/simd/vec.h states it."""
@@ -38,6 +41,7 @@ class Case:
     first_node: Tensor
     first_row: Tensor
     context: Tensor
+    is_causal: Tensor
     scale: float
 
     @property
@@ -90,6 +94,7 @@ class Case:
             first_node=torch.tensor([0, 1], dtype=torch.int32),
             first_row=torch.tensor([0, rows.stop - rows.start], dtype=torch.int32),
             context=self.context[node : node + 1],
+            is_causal=self.is_causal[node : node + 1],
         )
 
 
@@ -104,8 +109,8 @@ def make_case(heads: Heads, requests: Sequence[Nodes], dtype: torch.dtype, *, la
             numbers]. With "NHD", query, key and value are slices of one tensor, too.
     """
     nodes = [node for request in requests for node in request]
-    num_rows = sum(rows for rows, _ in nodes)
-    longest = max([end for _, intervals in nodes for _, end in intervals], default=0)
+    num_rows = sum(node[0] for node in nodes)
+    longest = max([end for node in nodes for _, end in node[1]], default=0)
     max_pages = longest // heads.page_size + 2
     num_pages = len(requests) * max_pages + 3
     shape = (num_pages, heads.num_kv_heads, heads.page_size, 2 * heads.head_dim)
@@ -119,7 +124,7 @@ def make_case(heads: Heads, requests: Sequence[Nodes], dtype: torch.dtype, *, la
         query = torch.randn(num_rows, query_heads, heads.head_dim).to(dtype)
         key, value = torch.randn(2, num_rows, kv_heads, heads.head_dim).to(dtype)
     pages = torch.randperm(num_pages)[: len(requests) * max_pages]
-    context = torch.tensor([[*intervals[0], *intervals[1]] for intervals in (_two(some) for _, some in nodes)])
+    context = torch.tensor([[*intervals[0], *intervals[1]] for intervals in (_two(node[1]) for node in nodes)])
     return Case(
         query=query,
         key=key,
@@ -127,8 +132,9 @@ def make_case(heads: Heads, requests: Sequence[Nodes], dtype: torch.dtype, *, la
         kv_cache=kv_cache,
         page_table=pages.view(len(requests), max_pages).int(),
         first_node=_running_sum([len(request) for request in requests]),
-        first_row=_running_sum([rows for rows, _ in nodes]),
+        first_row=_running_sum([node[0] for node in nodes]),
         context=context.int().view(len(nodes), 4),
+        is_causal=torch.tensor([len(node) == 3 and node[2] for node in nodes], dtype=torch.int32),
         scale=heads.head_dim**-0.5,
     )
 
@@ -170,9 +176,13 @@ def expected(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
                 for parts in zip(stored, own, strict=True)
             )
             query = case.query[rows].to(dtype).transpose(0, 1)
-            attended = scaled_dot_product_attention(query[None], key[None], value[None], scale=case.scale)[0]
+            seen = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool)
+            if case.is_causal[node]:
+                seen = seen.tril(len(positions))
+            masked = {"attn_mask": seen} if case.is_causal[node] else {}
+            attended = scaled_dot_product_attention(query[None], key[None], value[None], scale=case.scale, **masked)[0]
             out[rows] = attended.transpose(0, 1)
-            lse[rows] = (case.scale * query @ key.mT).logsumexp(-1).T
+            lse[rows] = (case.scale * query @ key.mT).masked_fill(~seen, float("-inf")).logsumexp(-1).T
     return out, lse
 
 

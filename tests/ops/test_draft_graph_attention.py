@@ -35,6 +35,7 @@ NUMERIC: dict[str, tuple[Heads, list[Nodes]]] = {
     "head-dim-256": (Heads(2, 1, 256, 24), [[(7, [(0, 113)])] * 2, [(1, [(1, 2)])]]),
     "empty": (SMALL, [[], [(0, [(0, 7)])], [(3, [(0, 7)]), (0, [(5, 99)]), (3, [(0, 7)])], []]),
     "refresh": (SMALL, [[(200, [(0, 0)])], [(113, [(0, 33)])]]),
+    "causal": (SMALL, [[(200, [(0, 0)], True)], [(9, [(0, 33)]), (70, [(0, 33)], True), (1, [(0, 5)], True)]]),
 }
 """(shape of the layer, nodes of each request)."""
 
@@ -84,7 +85,7 @@ def test_rows_of_no_node_give_nothing():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["contexts", "13-nodes", "commit-node", "gqa-8"])
+@pytest.mark.parametrize("name", ["contexts", "13-nodes", "commit-node", "gqa-8", "causal"])
 def test_node_alone_equals_node_in_the_batch(name, dtype):
     case = numeric_case(name, dtype)
     out, lse = run(draft_graph_attention, case)
@@ -95,9 +96,23 @@ def test_node_alone_equals_node_in_the_batch(name, dtype):
             assert torch.equal(alone_lse, lse[case.rows(node)])
 
 
-def test_chunks_and_threads_do_not_matter():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_later_rows_of_a_causal_node_change_no_bit(dtype):
+    case = make_case(SMALL, [[(150, [(0, 33)], True)]], dtype)
+    out, lse = run(draft_graph_attention, case)
+    for num_rows in (1, 2, 63, 64, 65, 130):
+        parts = {name: getattr(case, name)[:num_rows] for name in ("query", "key", "value")}
+        first = replace(case, **parts, first_row=int32(0, num_rows))
+        first_out, first_lse = run(draft_graph_attention, first)
+        assert torch.equal(first_out, out[:num_rows])
+        assert torch.equal(first_lse, lse[:num_rows])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_chunks_and_threads_do_not_matter(is_causal):
     """Few lanes per item with many threads, a request's heads and rows over several chunks with one."""
-    case = make_case(Heads(8, 1, 32, 16), [[(250, [(0, 33)])], [(7, [(0, 113)])] * 3], torch.float32)
+    requests = [[(250, [(0, 33)], is_causal)], [(7, [(0, 113)])] * 3]
+    case = make_case(Heads(8, 1, 32, 16), requests, torch.float32)
     assert 250 * 8 > 1536
     before = torch.get_num_threads()
     results = []
@@ -142,18 +157,21 @@ def test_visible_as_written():
     contexts = [(*a, *b) for a, b in itertools.product(intervals, intervals) if a[1] <= b[0]]
     splits = [(0, 3, 3), (0, 1, 3), (0, 0, 3)]
     for context, other in zip(contexts, reversed(contexts), strict=True):
-        for split in splits:
-            case = one_hot_case(num_positions, num_rows, head_dim, split, (context, other))
+        for split, is_causal in itertools.product(splits, [False, True]):
+            case = one_hot_case(num_positions, num_rows, head_dim, split, (context, other), is_causal=is_causal)
             out, _ = run(draft_graph_attention, case)
             for row in range(num_rows):
                 node = 0 if row < split[1] else 1
                 begin0, end0, begin1, end1 = (context, other)[node]
                 seen = {*range(begin0, end0), *range(begin1, end1)}
-                seen |= {num_positions + own for own in range(split[node], split[node + 1])}
+                end = row + 1 if is_causal and node == 1 else split[node + 1]
+                seen |= {num_positions + own for own in range(split[node], end)}
                 assert set(out[row, 0].nonzero().flatten().tolist()) == seen
 
 
-def one_hot_case(num_positions: int, num_rows: int, head_dim: int, split: tuple[int, ...], contexts: tuple) -> Case:
+def one_hot_case(
+    num_positions: int, num_rows: int, head_dim: int, split: tuple[int, ...], contexts: tuple, *, is_causal: bool
+) -> Case:
     one_hot = torch.eye(head_dim)
     cache = torch.zeros(1, 1, 16, 2 * head_dim)
     cache[0, 0, :num_positions, head_dim:] = one_hot[:num_positions]
@@ -166,6 +184,7 @@ def one_hot_case(num_positions: int, num_rows: int, head_dim: int, split: tuple[
         first_node=torch.tensor([0, 2], dtype=torch.int32),
         first_row=torch.tensor(split, dtype=torch.int32),
         context=torch.tensor(contexts, dtype=torch.int32),
+        is_causal=torch.tensor([False, is_causal], dtype=torch.int32),
         scale=1.0,
     )
 
@@ -228,6 +247,11 @@ BAD: dict[str, tuple[dict[str, object], str]] = {
     "context-strides": (
         {"context": torch.zeros(2, 8, dtype=torch.int32)[:, :4]},
         "context must be contiguous, got strides [8, 1]; call .contiguous()",
+    ),
+    "is-causal-size": ({"is_causal": int32(0)}, "is_causal must be [2], got [1]"),
+    "is-causal": (
+        {"is_causal": int32(0, 2)},
+        "is_causal[1] is 2, allowed are 0 and 1; give 1 where a row sees no later",
     ),
     "lse": ({"lse": torch.zeros(2, 6)}, "lse must be [6, 2], got [2, 6]"),
     "first-node-begin": ({"first_node": int32(1, 2)}, "first_node must begin with 0, got 1; give running sums"),

@@ -20,11 +20,16 @@ REQUESTS = {
     "refresh": [[(150, [])], [(33, [(0, 16)])]],
     "blocks": [[(32, [(0, 32 * i)]) for i in range(4)]],
     "one-row-nodes": [[(1, [(i, 40)]) for i in range(70)]],
+    "causal": [[(150, [], True)], [(33, [(0, 16)]), (33, [(0, 90)], True), (5, [(0, 90)], True)]],
     "nothing-seen": [[(0, [(0, 9)]), (3, []), (0, [])], [], [(2, [(5, 5), (9, 9)])]],
 }
+ALONE = ["odd", "blocks", "causal"]
 GROUPS = {"mha": (3, 3), "gqa4": (8, 2), "gqa7": (7, 1)}
 
-SPLIT = [[(8, [(0, 1040), (1050, 2300)]), (8, [(0, 1040)])], [(70, [(1000, 1100)]), (3, [(2200, 2299)]), (4, [])]]
+SPLIT = [
+    [(8, [(0, 1040), (1050, 2300)]), (8, [(0, 1040)], True)],
+    [(70, [(1000, 1100)]), (3, [(2200, 2299)]), (4, [])],
+]
 """More than a split's 1024 positions, some splits empty, and a node with too many rows to be split."""
 
 Op = Callable[..., None]
@@ -80,7 +85,7 @@ def test_equals_torch_with_more_rows_than_the_workspace_has(op):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("requests", [REQUESTS["odd"], REQUESTS["blocks"], SPLIT], ids=["odd", "blocks", "split"])
+@pytest.mark.parametrize("requests", [*(REQUESTS[name] for name in ALONE), SPLIT], ids=[*ALONE, "split"])
 def test_a_node_alone_gives_the_same_bits(op, dtype, requests):
     case = make_case(Heads(4, 2, 32, 16), requests, dtype)
     together = run(op, case)
@@ -105,6 +110,7 @@ def test_padding_of_captured_graphs(op, requests):
         first_node=torch.cat([case.first_node, case.first_node[-1:].expand(35)]),
         first_row=torch.cat([case.first_row, case.first_row[-1:].expand(9)]),
         context=torch.cat([case.context, torch.tensor([[5, 2**31 - 1, -7, 3]]).int().expand(9, 4)]),
+        is_causal=torch.cat([case.is_causal, torch.ones(9).int()]),
     )
     out, lse = run(op, case)
     padded_out, padded_lse = run(op, padded)
@@ -117,7 +123,8 @@ def test_padding_of_captured_graphs(op, requests):
 def test_the_grid_reaches_the_last_row(op):
     """Two rows in two tiles, of the request and of nobody: the most tiles that two rows can need."""
     case = make_case(Heads(1, 1, 32, 16), [[(1, []), (1, [])]], torch.bfloat16)
-    case = replace(case, first_row=case.first_row[:2], context=case.context[:1], first_node=torch.tensor([0, 1]).int())
+    fewer = {name: getattr(case, name)[:1] for name in ("context", "is_causal")}
+    case = replace(case, first_row=case.first_row[:2], first_node=torch.tensor([0, 1]).int(), **fewer)
     out, lse = run(op, case)
     assert torch.equal(out[:1], case.value[:1])
     assert torch.equal(out[1:], torch.zeros(1, 1, 32, dtype=torch.bfloat16))

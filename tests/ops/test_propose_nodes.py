@@ -1,4 +1,4 @@
-"""`propose_nodes` equals `draft.propose.propose`, on each device."""
+"""`propose_nodes` equals `draft.propose.propose`, on each device, for requests in any slots."""
 
 import random
 import re
@@ -11,10 +11,10 @@ from torch import Tensor
 from tests.ops import simt
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph, Formula
-from vllm_dllm.draft.native import native_propose
-from vllm_dllm.draft.propose import DraftNoise, Drafts, Roots, propose
+from vllm_dllm.draft.propose import DraftNoise, Drafts, Roots, likeliest_end, propose
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.ops import propose_nodes
+from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.stats import Candidates
 
 MASK, VOCAB = 3, 50
@@ -101,18 +101,23 @@ def case(block_length: int, tokens_per_step: int | None, seed: int, *, is_noisy:
     return Case(random_graph(tokens_per_step, seed), random_roots(num_reqs, block_length, seed), noise)
 
 
-def to(value, device):
-    """Move a dataclass of tensors."""
-    if value is None or isinstance(value, Tensor):
-        return value if value is None else value.to(device)
-    return replace(value, **{field.name: to(getattr(value, field.name), device) for field in fields(value)})
+def found(given: Case, num_drafts: int, where: str, *, looks_ahead: bool = False) -> list[Tensor]:
+    """Call the op; returns its results on the CPU."""
+    call = arguments(given, num_drafts, looks_ahead=looks_ahead)
+    if where == "simt":
+        return list(simt.ops().propose_nodes(*call))
+    moved = [[each.to(where) for each in arg] if isinstance(arg, list) and arg is not call[1] else arg for arg in call]
+    return [result.cpu() for result in propose_nodes(*moved)]
 
 
 def drafts_of(given: Case, num_drafts: int, where: str) -> Drafts:
-    if where == "simt":
-        return Drafts(*simt.ops().propose_nodes(*arguments(given, num_drafts)))
-    graph = compile_graph(given.graph, torch.device(where))
-    return to(native_propose(graph, to(given.roots, where), to(given.noise, where), num_drafts), "cpu")
+    """Return the drafts that the op makes; what is in front of them has to be the requests' canvases."""
+    canvas, is_masked, is_valid, depth, node, log_reach = found(given, num_drafts, where)
+    assert torch.equal(canvas[:, 0], given.roots.canvas)
+    assert torch.equal(is_masked, canvas == MASK)
+    assert is_valid[:, 0].all()
+    assert not depth[:, 0].any()
+    return Drafts(canvas[:, 1:], is_valid[:, 1:], node, depth[:, 1:], log_reach)
 
 
 def check_equal(given: Case, num_drafts: int, where: str) -> Drafts:
@@ -166,8 +171,7 @@ def test_equal_scores_go_to_the_lowest_node():
 @pytest.mark.parametrize("is_noisy", [False, True], ids=["greedy", "noisy"])
 def test_a_request_alone_is_as_in_company(is_noisy):
     given = case(33, None, 3, is_noisy=is_noisy, num_reqs=7)
-    graph = compile_graph(given.graph, CPU)
-    together = native_propose(graph, given.roots, given.noise, 8)
+    together = drafts_of(given, 8, "cpu")
 
     def only(value, request: int):
         if value is None or isinstance(value, Tensor):
@@ -175,7 +179,7 @@ def test_a_request_alone_is_as_in_company(is_noisy):
         return replace(value, **{field.name: only(getattr(value, field.name), request) for field in fields(value)})
 
     for request in range(7):
-        alone = native_propose(graph, only(given.roots, request), only(given.noise, request), 8)
+        alone = drafts_of(Case(given.graph, only(given.roots, request), only(given.noise, request)), 8, "cpu")
         for field in fields(Drafts):
             assert torch.equal(getattr(alone, field.name)[0], getattr(together, field.name)[request])
 
@@ -195,20 +199,73 @@ def test_probabilities_that_are_none_give_drafts_that_can_be_evaluated(log_prob,
 
 def test_no_requests():
     given = case(7, None, 1, is_noisy=True, num_reqs=0)
-    drafts = native_propose(compile_graph(given.graph, CPU), given.roots, given.noise, 3)
+    drafts = drafts_of(given, 3, "cpu")
     assert drafts.canvas.shape == (0, 3, 7)
     assert drafts.log_reach.shape == (0, 3)
 
 
-def arguments(given: Case, num_drafts: int) -> list[object]:
-    """The op's arguments."""
-    graph = compile_graph(given.graph, CPU)
+NUM_OTHERS = 3
+"""Slots of nobody."""
+
+
+def arguments(given: Case, num_drafts: int, *, looks_ahead: bool = False, seq_len: int = 2**50) -> list[object]:
+    """The op's arguments; each request is in some slot, and what other slots hold is of nobody's drafts."""
+    graph, roots, noise = compile_graph(given.graph, CPU), given.roots, given.noise
     packed = [getattr(graph.packed, field.name) for field in fields(graph.packed)]
-    noise = [] if given.noise is None else [getattr(given.noise, field.name) for field in fields(given.noise)]
-    roots, readiness = given.roots, given.graph.readiness
-    tensors = [roots.canvas, roots.is_masked, roots.is_new, roots.candidates.token_ids, roots.candidates.log_probs]
+    readiness, num_reqs = given.graph.readiness, len(roots.canvas)
     weights = [readiness.slope, *readiness.near, readiness.bias]
-    return [packed, weights, tensors, noise, graph.is_one_by_one, graph.num_vocab_ranks, num_drafts]
+    generator = torch.Generator().manual_seed(num_reqs)
+    slots = torch.randperm(num_reqs + NUM_OTHERS, generator=generator)[:num_reqs]
+
+    def by_slot(values: Tensor) -> Tensor:
+        others = values.new_zeros(num_reqs + NUM_OTHERS, *values.shape[1:])
+        others[slots] = values
+        return others
+
+    start = torch.zeros(num_reqs, dtype=torch.int64) if noise is None else noise.position[:, 0].contiguous()
+    was_masked, is_known = roots.is_masked | roots.is_new, torch.ones(num_reqs, dtype=torch.bool)
+    memory = (roots.candidates.token_ids, roots.candidates.log_probs, was_masked, is_known, start * 0 + seq_len)
+    params = []
+    if noise is not None:
+        policy = torch.where(noise.is_random, POLICY_IDS["random"], POLICY_IDS["static"])
+        params = [by_slot(each) for each in (policy, noise.seed, noise.top_k, noise.temperature, noise.top_p)]
+    state = [by_slot(each) for each in (roots.canvas, *memory)]
+    ranks = (graph.is_one_by_one, graph.num_vocab_ranks)
+    return [packed, weights, [slots, start], state, params, *ranks, num_drafts, looks_ahead, MASK]
+
+
+@pytest.mark.parametrize("is_noisy", [False, True], ids=["greedy", "noisy"])
+@pytest.mark.parametrize("block_length", BLOCK_LENGTHS)
+def test_the_end_of_a_look_ahead_equals_the_torch_twin(block_length, is_noisy):
+    for seed in range(6):
+        given = case(block_length, STEPS[seed % 3], seed, is_noisy=is_noisy)
+        expected = likeliest_end(compile_graph(given.graph, CPU), given.roots, given.noise)
+        num_drafts = seed % 3
+        alone = found(given, num_drafts, "cpu")
+        for where in ("cpu", "simt"):
+            canvas, is_masked, is_valid, depth, node, log_reach, end = found(given, num_drafts, where, looks_ahead=True)
+            assert torch.equal(end, expected)
+            next_root = [canvas[:, -1], is_masked[:, -1], is_valid[:, -1], depth[:, -1]]
+            assert (next_root[0] == MASK).all()
+            assert (next_root[1].all(), next_root[2].all()) == (True, True)
+            assert torch.equal(next_root[3], given.roots.is_masked.sum(1))
+            before = [canvas[:, :-1], is_masked[:, :-1], is_valid[:, :-1], depth[:, :-1], node, log_reach]
+            assert all(map(torch.equal, before, alone))
+
+
+@pytest.mark.parametrize("where", ["cpu", "simt"])
+def test_nothing_is_valid_of_a_block_without_a_step_and_no_look_ahead_of_the_last_block(where):
+    given = case(7, None, 3, is_noisy=False)
+    call = arguments(given, 4, looks_ahead=True, seq_len=8)  # one more position than the blocks have
+    (slots, _), state = call[2], call[3]
+    state[4][slots[0]] = False  # is_known
+    state[5][slots[1]] = 7  # seq_len
+    op = propose_nodes if where == "cpu" else simt.ops().propose_nodes
+    is_valid = op(*call)[2]
+    assert is_valid[:, 0].all()
+    assert not is_valid[0, 1:].any()
+    assert is_valid[1:, 1].any()
+    assert is_valid[:, -1].tolist() == [False, False] + [True] * 11
 
 
 @pytest.mark.parametrize("is_noisy", [False, True], ids=["greedy", "noisy"])
@@ -219,13 +276,13 @@ def test_opcheck(is_noisy):
 
 
 def test_can_be_traced():
-    given = case(7, 1, 0, is_noisy=True)
-    graph = compile_graph(given.graph, CPU)
+    call = arguments(case(7, 1, 0, is_noisy=True), 3, looks_ahead=True)
 
-    def canvas(roots: Roots) -> Tensor:
-        return native_propose(graph, roots, given.noise, 3).canvas + 1
+    def canvas(start: Tensor) -> Tensor:
+        return propose_nodes(*call[:2], [call[2][0], start], *call[3:])[0] + 1
 
-    assert torch.equal(torch.compile(canvas, fullgraph=True, backend="eager")(given.roots), canvas(given.roots))
+    start = call[2][1]
+    assert torch.equal(torch.compile(canvas, fullgraph=True, backend="eager")(start), canvas(start))
 
 
 WRONG = {
@@ -233,23 +290,23 @@ WRONG = {
     "nodes": ((0, 0, lambda t: t[:, :4]), "graph.nodes must be [{n}, 5], got [{n}, 4]; sizes follow from"),
     "pairs": ((0, 1, lambda t: t.long()), "graph.pairs must be Int, got Long; convert it with .to()"),
     "readiness": ((1, slice(3)), "readiness must be 4 numbers, got 3; give slope, near[0], near[1] and bias"),
-    "roots": ((2, slice(4)), "roots must be 5 tensors, got 4; give canvas, is_masked, is_new, token_ids and log_probs"),
-    "canvas": ((2, 0, lambda t: t[0]), "roots.canvas must be [num_reqs, block_length], got [7]; give one canvas for"),
-    "is_new": ((2, 2, lambda t: t[:, 1:]), "roots.is_new must be [13, 7], got [13, 6]; sizes follow from roots.canvas"),
-    "candidates": ((2, 3, lambda t: t[..., :0]), "num_candidates in {v}..8, got [13, 7, 0]; keep as many as the graph"),
-    "log_probs": ((2, 4, lambda t: t.mT.contiguous().mT), "roots.log_probs must be contiguous, got strides [56, 1, 7]"),
-    "noise": ((3, slice(5)), "draft_noise must be 6 tensors, got 5; give the fields of draft.propose.DraftNoise"),
-    "position": ((3, 1, lambda t: t[:1]), "draft_noise.position must be [13, 7], got [1, 7]; sizes follow from"),
-    "parent": (
-        (0, 0, lambda t: t.clone().fill_(10**8)),
-        "graph.nodes[0] has parent 100000000 and end_pair 100000000, ",
-    ),
+    "requests": ((2, slice(1)), "requests must be 2 tensors, got 1; give slots and start"),
+    "slots": ((2, 0, lambda t: t + 99), "allowed are 0..15; give the slots of the requests"),
+    "start": ((2, 1, lambda t: t[1:]), "requests.start must be [13], got [12]; sizes follow from requests.slots"),
+    "state": ((3, slice(5)), "state must be 6 tensors, got 5; give canvas, token_ids, log_probs, was_masked, is_known"),
+    "canvas": ((3, 0, lambda t: t[0]), "state must begin with canvas [num_slots, block_length]; give one canvas for"),
+    "was_masked": ((3, 3, lambda t: t[:, 1:]), "state.was_masked must be [16, 7], got [16, 6]; sizes follow from"),
+    "candidates": ((3, 1, lambda t: t[..., :0]), "num_candidates in {v}..8, got [16, 7, 0]; keep as many as the graph"),
+    "log_probs": ((3, 2, lambda t: t.mT.contiguous().mT), "state.log_probs must be contiguous, got strides [56, 1, 7]"),
+    "params": ((4, slice(4)), "params must be 5 tensors, got 4; give policy, seed, top_k, temperature and top_p"),
+    "seed": ((4, 1, lambda t: t[:1]), "params.seed must be [16], got [1]; sizes follow from"),
+    "parent": ((0, 0, lambda t: t.clone().fill_(10**8)), "nodes[0] has parent 100000000 and end_pair 100000000, "),
     "end_pair": (
         (0, 0, lambda t: t.clone().index_fill_(1, torch.tensor([4]), -1)),
         "graph.nodes[0] has parent 0 and end",
     ),
     "pair": ((0, 1, lambda t: t - 9), "allowed are [0 or more, 0.."),
-    "num_drafts": ((6, 99), "num_drafts is 99, the graph has {n} nodes; choose 0..{n}"),
+    "num_drafts": ((7, 99), "num_drafts is 99, the graph has {n} nodes; choose 0..{n}"),
 }
 
 
@@ -281,12 +338,12 @@ def test_cuda_equals_the_torch_twin(block_length, is_noisy):
 @pytest.mark.gpu
 def test_cuda_can_be_captured_in_a_graph():
     """A capture fails unless the launch goes to the current stream and nothing synchronises."""
-    given = to(case(33, 1, 0, is_noisy=True), "cuda")
-    graph = compile_graph(given.graph, torch.device("cuda"))
-    expected = native_propose(graph, given.roots, given.noise, 3)
+    call = arguments(case(33, 1, 0, is_noisy=True), 3)
+    moved = [[each.cuda() for each in arg] if isinstance(arg, list) and arg is not call[1] else arg for arg in call]
+    expected = propose_nodes(*moved)[5]
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
-        drafts = native_propose(graph, given.roots, given.noise, 3)
-    drafts.log_reach.zero_()
+        log_reach = propose_nodes(*moved)[5]
+    log_reach.zero_()
     captured.replay()
-    assert torch.equal(drafts.log_reach, expected.log_reach)
+    assert torch.equal(log_reach, expected)

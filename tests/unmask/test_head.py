@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm_dllm import noise
 from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling
 from vllm_dllm.unmask import head as head_module
-from vllm_dllm.unmask.head import LogitsHead, Shard, WeightHead, _pack
+from vllm_dllm.unmask.head import NATIVE_ROWS, Head, LogitsHead, MergedHead, WeightHead, _pack
 
 VOCAB, HIDDEN, ROWS, MASK = 113, 33, 21, 5
 NUM_GREEDY = 11  # numbers of a greedy row: three candidates and their logits, and the next five fields
@@ -46,9 +46,22 @@ def by_logits(*, is_native: bool) -> LogitsHead:
     return LogitsHead(lambda hidden: hidden @ WEIGHT.t(), VOCAB, MASK, is_native=is_native)
 
 
-def sharded(cut: int, ids: RowIds | None = None) -> WeightHead:
+def own_weight(ids: slice) -> Head:
+    return WeightHead(WEIGHT[ids], MASK, ids.start)
+
+
+def own_logits(ids: slice) -> Head:
+    """As of a GPU's rank: the product is a library's, with rows that pad the part."""
+    padded = torch.cat([WEIGHT[ids], torch.full((3, HIDDEN), 9.0)])
+    num_ids = ids.stop - ids.start
+    return LogitsHead(
+        lambda hidden: (hidden @ padded.t())[:, :num_ids], num_ids, MASK, is_native=True, first_id=ids.start
+    )
+
+
+def sharded(cut: int, ids: RowIds | None = None, part: Callable[[slice], Head] = own_weight) -> MergedHead:
     """The first of two ranks; the collective is played by the other rank's statistics."""
-    other = WeightHead(Shard(WEIGHT[cut:], cut, 1, lambda own: own), by_logits(is_native=True), MASK)
+    other = part(slice(cut, VOCAB))
 
     def gather(own: Tensor) -> Tensor:
         # What follows the other columns are the sums of the sampled distribution, where they are wanted.
@@ -56,13 +69,14 @@ def sharded(cut: int, ids: RowIds | None = None) -> WeightHead:
         theirs = other(HIDDEN_ROWS, None if is_greedy else sampling(has_filter=False), 3, ids)
         return torch.cat([own, _pack(theirs)], 1)
 
-    return WeightHead(Shard(WEIGHT[:cut], 0, 2, gather), by_logits(is_native=True), MASK)
+    return MergedHead(part(slice(0, cut)), by_logits(is_native=True), 2, gather)
 
 
-HEADS: dict[str, Callable[..., LogitsHead | WeightHead]] = {
+HEADS: dict[str, Callable[..., Head]] = {
     "native logits": lambda _=None: by_logits(is_native=True),
-    "weight": lambda _=None: WeightHead(Shard(WEIGHT, 0, 1, lambda own: own), by_logits(is_native=True), MASK),
+    "weight": lambda _=None: WeightHead(WEIGHT, MASK),
     "two shards": lambda ids=None: sharded(64, ids),
+    "two shards of logits": lambda ids=None: sharded(64, ids, own_logits),
 }
 
 
@@ -104,7 +118,9 @@ def test_heads_agree_on_what_rows_ask_for_and_may_take(name: str) -> None:
     for rows in (None, sampling(has_filter=False), sampling(has_filter=True)):
         expected = by_logits(is_native=False)(HIDDEN_ROWS, rows, 3, ids)
         head = HEADS[name](ids)
-        head.chunk_rows = 4  # type: ignore[misc]
+        for each in (head, getattr(head, "own", head), getattr(head, "whole", head)):
+            if not isinstance(each, MergedHead):
+                each.chunk_rows = 4  # type: ignore[misc]
         found = head(HIDDEN_ROWS, rows, 3, ids)
         is_out = expected.given_logits == -torch.inf  # type: ignore[union-attr]
         assert torch.equal(found.given_logits == -torch.inf, is_out)  # type: ignore[arg-type]
@@ -136,4 +152,20 @@ def test_chunks_change_nothing(is_native: bool) -> None:
 def test_chunks_of_logits_stay_below_the_bound(vocab_size: int) -> None:
     rows = LogitsHead(lambda hidden: hidden, vocab_size, MASK, is_native=False).chunk_rows
     assert rows >= 1
-    assert rows == 1 or rows * vocab_size * 8 <= head_module.LOGITS_BYTES
+    assert rows == 1 or rows * vocab_size * 8 <= head_module.TORCH_BYTES
+
+
+def test_the_op_takes_whole_tiles_of_rows_in_as_few_products_as_fit() -> None:
+    """Each product reads the head's weights again, and a GPU computes 128 rows where there are fewer in a tile."""
+    asked: list[int] = []
+
+    def head_logits(hidden: Tensor) -> Tensor:
+        asked.append(len(hidden))
+        return hidden @ WEIGHT.t()
+
+    head = LogitsHead(head_logits, VOCAB, MASK, is_native=True)
+    rows = HIDDEN_ROWS[torch.arange(2 * NATIVE_ROWS + 5) % ROWS]
+    found = head(rows, None, 3)
+    assert asked == [NATIVE_ROWS, NATIVE_ROWS, 5]
+    assert NATIVE_ROWS % 128 == 0
+    assert torch.equal(found.token_ids, head(HIDDEN_ROWS, None, 3).token_ids[torch.arange(len(rows)) % ROWS])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_dllm import noise
-from vllm_dllm.config import PolicyName
+from vllm_dllm.names import PolicyName
 from vllm_dllm.ops.vocab_stats import Distribution
 from vllm_dllm.reference.policy import factor_count, threshold_count
 from vllm_dllm.unmask.policy import POLICY_IDS, Evidence, PolicyParams, choose_positions, score_positions

@@ -76,6 +76,7 @@ class CsrcPlan:
             layout.first_node,
             layout.first_row,
             layout.context,
+            layout.is_causal,
             self.scale,
             out,
         )

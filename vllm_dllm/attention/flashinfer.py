@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dllm.attention.groups import context_groups, context_index
+from vllm_dllm.attention.groups import OwnNodes, context_groups, context_index, own_nodes
 from vllm_dllm.attention.interface import Heads, Setting, Support
-from vllm_dllm.attention.layout import ForwardLayout, Int32Array
+from vllm_dllm.attention.layout import ForwardLayout, Int32Array, pinned
 
 WORKSPACE_BYTES = 128 << 20
 """What FlashInfer recommends."""
@@ -56,27 +56,29 @@ class FlashInferAttention:
         self.positions_per_page = kv_cache.stride(0) // kv_cache.stride(2)
         assert kv_cache.stride(0) % kv_cache.stride(2) == 0, "a page begins where a position could"
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=kv_cache.device)
-        # Both wrappers work one after another in one stream. Of the library's kernels "fa2" runs on every GPU.
+        # All wrappers work one after another in one stream. Of the library's kernels "fa2" runs on every GPU.
         self.context = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
-        self.own = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="fa2")
+        ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper
+        self.own = {is_causal: ragged(workspace, "NHD", backend="fa2") for is_causal in (False, True)}
         self.merge_in_place = flashinfer.merge_state_in_place
 
     def plan(self, layout: ForwardLayout) -> "FlashInferPlan":
         """Plan both parts; a plan holds until the next one is made."""
-        first_row = torch.from_numpy(layout.host.first_row)
         heads = self.heads
         numbers: dict[str, Any] = {
             "num_qo_heads": heads.num_heads,
             "num_kv_heads": heads.num_kv_heads,
             "head_dim_qk": heads.head_dim,
-            "causal": False,
             "sm_scale": heads.scale,
             "q_data_type": heads.dtype,
             "kv_data_type": heads.dtype,
             # Splits depend on the batch, and with them the order of a row's sums.
             "disable_split_kv": True,
         }
-        self.own.plan(first_row, first_row, **numbers)
+        own = own_nodes(layout.host)
+        for nodes in own:
+            offsets = _offsets(nodes.num_rows)
+            self.own[nodes.is_causal].plan(offsets, offsets, causal=nodes.is_causal, **numbers)
         groups = context_groups(layout)
         if groups.context_len.any():
             index = context_index(layout, groups)
@@ -86,9 +88,23 @@ class FlashInferAttention:
                 paged_kv_indices=(index.page * self.positions_per_page + index.offset).int(),
                 paged_kv_last_page_len=torch.from_numpy(np.minimum(groups.context_len, 1)),
                 page_size=1,
+                causal=False,
                 **numbers,
             )
-        return FlashInferPlan(self, has_context=bool(groups.context_len.any()))
+        parts = tuple(self._own_part(nodes, layout.context.device) for nodes in own)
+        return FlashInferPlan(self, parts, has_context=bool(groups.context_len.any()))
+
+    def _own_part(self, nodes: OwnNodes, device: torch.device) -> "OwnPart":
+        rows = None if nodes.rows is None else pinned(nodes.rows, device).to(device, non_blocking=True)
+        return OwnPart(self.own[nodes.is_causal], rows)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPart:
+    """Nodes that see their rows alike."""
+
+    wrapper: Any
+    rows: Tensor | None  # [num_rows] int64, theirs; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +112,21 @@ class FlashInferPlan:
     """A forward that the wrappers are planned for."""
 
     attention: FlashInferAttention
+    own: tuple[OwnPart, ...]
     has_context: bool
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, out: Tensor) -> None:
         """Attend to the own rows, then to the context, and merge the latter in."""
-        own, context = self.attention.own, self.attention.context
-        if not self.has_context:
-            own.run(query, key, value, out=out)
-            return
-        _, own_lse = own.run(query, key, value, out=out, return_lse=True)
-        seen, seen_lse = context.run(query, _positions(kv_cache), return_lse=True)
-        self.attention.merge_in_place(out, own_lse, seen, seen_lse)
+        own_lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        for part in self.own:
+            if part.rows is None:
+                _, own_lse = part.wrapper.run(query, key, value, out=out, return_lse=True)
+            else:
+                rows = part.rows
+                out[rows], own_lse[rows] = part.wrapper.run(query[rows], key[rows], value[rows], return_lse=True)
+        if self.has_context:
+            seen, seen_lse = self.attention.context.run(query, _positions(kv_cache), return_lse=True)
+            self.attention.merge_in_place(out, own_lse, seen, seen_lse)
 
 
 def _positions(kv_cache: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_dllm.attention.layout import ForwardLayout, Int32Array, PagedIndex, pinned
+from vllm_dllm.attention.layout import ForwardLayout, HostLayout, Int32Array, PagedIndex, pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,27 @@ def context_groups(layout: ForwardLayout) -> ContextGroups:
     num_rows = host.first_row[ends] - first_row
     groups = ContextGroups(first_row, num_rows, request[begins], host.context[begins], host.context_len[begins])
     return groups.where(num_rows > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnNodes:
+    """The nodes of a layout that have rows and see them alike, causally or not; on the host."""
+
+    is_causal: bool
+    rows: NDArray[np.int64] | None  # packed rows, one node's after another's; None: those of all nodes, as they lie
+    num_rows: Int32Array  # [num_nodes of these]
+
+
+def own_nodes(host: HostLayout) -> tuple[OwnNodes, ...]:
+    """Divide the nodes of a layout by how they see their own rows."""
+    own_len, is_causal = host.own_len, host.is_causal != 0
+    kinds = np.unique(is_causal[own_len > 0])
+    if len(kinds) == 1:
+        return (OwnNodes(bool(kinds[0]), None, own_len[own_len > 0]),)
+    wanted = [(bool(kind), (is_causal == kind) & (own_len > 0)) for kind in kinds]
+    return tuple(
+        OwnNodes(kind, _ranges(host.first_row[:-1][where], own_len[where]), own_len[where]) for kind, where in wanted
+    )
 
 
 def context_index(layout: ForwardLayout, groups: ContextGroups) -> PagedIndex:

@@ -72,7 +72,7 @@ class Plan(Protocol):
     """The attention of one forward, ready for any layer."""
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, out: Tensor) -> None:
-        """Attend from every row to its node's context and to its node's rows, in both directions.
+        """Attend from every row to its node's context, and to its node's rows or those of them up to it.
 
         Args:
             query: [num_rows, num_heads, head_dim].

@@ -1,7 +1,8 @@
 """Who sees whom in a forward, as the small tensors that attention takes, and where rows store their K/V.
 
-A *node* is a segment of a step (`engine.plan`): packed rows that see each other, and besides their *context*, two
-intervals of their request's stored positions, and nothing else (csrc/include/dllm/visible.h):
+A *node* is a segment of a step (`engine.plan`): packed rows that see each other (in a *causal* node each one itself and
+those before it), and besides their *context*, two intervals of their request's stored positions, and nothing else
+(csrc/include/dllm/visible.h):
 
     block     0 ......... block_start |  own block  | block_end ......... end of the sequence
               context                                 context (empty in a block-causal model)
@@ -25,6 +26,7 @@ from torch import Tensor
 
 IntArray = NDArray[np.int64]
 Int32Array = NDArray[np.int32]
+BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class HostLayout:
     first_node: Int32Array  # [num_requests + 1], nodes of request r are [first_node[r], first_node[r + 1])
     first_row: Int32Array  # [num_nodes + 1], rows of node n are [first_row[n], first_row[n + 1])
     context: Int32Array  # [num_nodes, 4], positions [begin, end) twice, disjoint and ascending
+    is_causal: Int32Array  # [num_nodes], 1: a row sees of its node's rows itself and those before it; 0: all
 
     @property
     def num_requests(self) -> int:
@@ -66,8 +69,8 @@ class HostLayout:
 
     @property
     def packed(self) -> Int32Array:
-        """All three arrays in one, the context first, since kernels read it 16 bytes at a time."""
-        return np.concatenate([self.context.ravel(), self.first_node, self.first_row])
+        """All arrays in one, the context first, since kernels read it 16 bytes at a time."""
+        return np.concatenate([self.context.ravel(), self.first_node, self.first_row, self.is_causal])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +81,27 @@ class ForwardLayout:
     first_node: Tensor  # [num_requests + 1] int32
     first_row: Tensor  # [num_nodes + 1] int32
     context: Tensor  # [num_nodes, 4] int32
+    is_causal: Tensor  # [num_nodes] int32
     page_size: int  # positions per page
     host: HostLayout  # of a captured CUDA graph: that of the capture
 
 
-def host_layout(num_nodes: IntArray, own_len: IntArray, context: IntArray) -> HostLayout:
+def host_layout(
+    num_nodes: IntArray, own_len: IntArray, context: IntArray, is_causal: BoolArray | None = None
+) -> HostLayout:
     """Lay out nodes, those of a request one after another.
 
     Args:
         num_nodes: [num_requests], of each.
         own_len: [num_nodes], rows of each.
         context: [num_nodes, 4], as in `HostLayout`.
+        is_causal: [num_nodes], whether a row sees of its node's rows itself and those before it alone; None: none does.
     """
     return HostLayout(
         first_node=np.concatenate([[0], np.cumsum(num_nodes)]).astype(np.int32),
         first_row=np.concatenate([[0], np.cumsum(own_len)]).astype(np.int32),
         context=context.astype(np.int32),
+        is_causal=np.zeros(len(own_len), dtype=np.int32) if is_causal is None else is_causal.astype(np.int32),
     )
 
 
@@ -140,6 +148,7 @@ def pad_layout(host: HostLayout, *, num_rows: int, num_requests: int, block_leng
         first_node=first_node,
         first_row=np.arange(num_nodes + 1, dtype=np.int32) * np.int32(block_length),
         context=np.pad(host.context, ((0, num_nodes - host.num_nodes), (0, 0))),
+        is_causal=np.pad(host.is_causal, (0, num_nodes - host.num_nodes)),
     )
 
 
@@ -164,7 +173,7 @@ class CapturedLayout:
 
     def __init__(self, *, max_num_requests: int, max_num_nodes: int, max_pages: int, device: torch.device) -> None:
         self._page_table = torch.zeros((max_num_requests + 1, max_pages), dtype=torch.int32, device=device)
-        most = 4 * max_num_nodes + (max_num_requests + 2) + (max_num_nodes + 1)
+        most = 4 * max_num_nodes + (max_num_requests + 2) + (max_num_nodes + 1) + max_num_nodes
         self._packed = torch.zeros(most, dtype=torch.int32, device=device)
 
     def fill(
@@ -196,6 +205,6 @@ def pinned(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def _unpack(packed: Tensor, host: HostLayout, page_table: Tensor, page_size: int) -> ForwardLayout:
-    sizes = [host.context.size, len(host.first_node), len(host.first_row)]
-    context, first_node, first_row = packed.split(sizes)
-    return ForwardLayout(page_table, first_node, first_row, context.view(-1, 4), page_size, host)
+    sizes = [host.context.size, len(host.first_node), len(host.first_row), len(host.is_causal)]
+    context, first_node, first_row, is_causal = packed.split(sizes)
+    return ForwardLayout(page_table, first_node, first_row, context.view(-1, 4), is_causal, page_size, host)

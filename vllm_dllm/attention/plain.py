@@ -68,7 +68,8 @@ class _Chunk:
     row: Tensor  # [num_nodes, max_own_len] int64, packed row; any row where the node has none
     place: Tensor  # [num_rows] int64, where each row is in the flattened rectangle
     stored: PagedIndex  # [num_nodes, max_context_len]; anywhere where the node sees nothing
-    is_visible: Tensor | None  # [num_nodes, max_context_len + max_own_len] bool; None: all
+    # [num_nodes, 1 or max_own_len, max_context_len + max_own_len] bool, 1: a node's rows see the same; None: all do
+    is_visible: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class PlainPlan:
                 query[chunk.row].transpose(1, 2),
                 seen_key.transpose(1, 2),
                 seen_value.transpose(1, 2),
-                attn_mask=None if chunk.is_visible is None else chunk.is_visible[:, None, None, :],
+                attn_mask=None if chunk.is_visible is None else chunk.is_visible[:, None],
                 scale=self.scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
@@ -101,7 +102,7 @@ def _visible_kv(chunk: _Chunk, key: Tensor, value: Tensor, kv_cache: Tensor) -> 
         return own_key, own_value
     stored = kv_cache[chunk.stored.page, :, chunk.stored.offset].to(key.dtype)
     if chunk.is_visible is not None:  # what is there may be NaN, which no weight of 0 hides
-        stored.masked_fill_(~chunk.is_visible[:, :width, None, None], 0)
+        stored.masked_fill_(~chunk.is_visible[:, 0, :width, None, None], 0)
     stored_key, stored_value = stored.chunk(2, dim=-1)
     return torch.cat([stored_key, own_key], 1), torch.cat([stored_value, own_value], 1)
 
@@ -122,8 +123,18 @@ def _chunk(layout: ForwardLayout, part: slice) -> _Chunk:
         row=row.clamp(max=int(host.first_row[-1]) - 1).long(),
         place=place + torch.arange(last - first, device=device),
         stored=stored,
-        is_visible=torch.cat([is_stored, is_own], 1) if is_ragged else None,
+        is_visible=_visible(layout, part, is_stored, is_own) if is_ragged or host.is_causal[part].any() else None,
     )
+
+
+def _visible(layout: ForwardLayout, part: slice, is_stored: Tensor, is_own: Tensor) -> Tensor:
+    """Return `_Chunk.is_visible` from which columns some nodes have, stored and own."""
+    if not layout.host.is_causal[part].any():
+        return torch.cat([is_stored, is_own], 1)[:, None]
+    width = is_own.shape[1]
+    is_before = torch.ones(width, width, dtype=torch.bool, device=is_own.device).tril()
+    is_seen = is_own[:, None] & (is_before | (layout.is_causal[part, None, None] == 0))
+    return torch.cat([is_stored[:, None].expand(-1, width, -1), is_seen], 2)
 
 
 def _stored(layout: ForwardLayout, part: slice, width: int) -> tuple[PagedIndex, Tensor]:

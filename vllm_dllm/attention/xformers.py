@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dllm.attention.groups import ContextGroups, context_groups, context_index
+from vllm_dllm.attention.groups import ContextGroups, OwnNodes, context_groups, context_index, own_nodes
 from vllm_dllm.attention.interface import Heads, Setting, Support
 from vllm_dllm.attention.layout import ForwardLayout, Int32Array, PagedIndex, pinned
 
@@ -55,23 +55,35 @@ class XformersAttention:
 
     def plan(self, layout: ForwardLayout) -> "XformersPlan":
         """Describe the groups to the library."""
-        own_len = layout.host.own_len
-        own_bias = self._bias(own_len[own_len > 0], own_len[own_len > 0])
+        own = tuple(self._own_part(nodes) for nodes in own_nodes(layout.host))
         groups = context_groups(layout)
         groups = groups.where(groups.context_len > 0)
         position_bytes = 2 * self.heads.num_kv_heads * self.heads.head_dim * self.heads.dtype.itemsize
         chunk = np.cumsum(groups.context_len.astype(np.int64) * position_bytes) // CHUNK_BYTES
         parts = tuple(self._part(layout, groups.where(chunk == number)) for number in np.unique(chunk))
-        return XformersPlan(self, own_bias, parts)
+        return XformersPlan(self, own, parts)
 
     def _part(self, layout: ForwardLayout, groups: ContextGroups) -> "ContextPart":
         rows = pinned(groups.rows, self.device).to(self.device, non_blocking=True)
         return ContextPart(rows, context_index(layout, groups), self._bias(groups.num_rows, groups.context_len))
 
-    def _bias(self, num_rows: Int32Array, num_keys: Int32Array) -> object:
-        mask = self.fmha.attn_bias.BlockDiagonalMask
+    def _own_part(self, nodes: OwnNodes) -> "OwnPart":
+        rows = None if nodes.rows is None else pinned(nodes.rows, self.device).to(self.device, non_blocking=True)
+        return OwnPart(rows, self._bias(nodes.num_rows, nodes.num_rows, is_causal=nodes.is_causal))
+
+    def _bias(self, num_rows: Int32Array, num_keys: Int32Array, *, is_causal: bool = False) -> object:
+        masks = self.fmha.attn_bias
+        mask = masks.BlockDiagonalCausalMask if is_causal else masks.BlockDiagonalMask
         bias: object = mask.from_seqlens(num_rows.tolist(), num_keys.tolist(), device=self.device)
         return bias
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPart:
+    """Nodes that see their rows alike."""
+
+    rows: Tensor | None  # [num_rows] int64, theirs; None: all
+    bias: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,27 +100,36 @@ class XformersPlan:
     """The groups of a forward."""
 
     attention: XformersAttention
-    own_bias: object
+    own: tuple[OwnPart, ...]
     parts: tuple[ContextPart, ...]
 
     def run(self, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, out: Tensor) -> None:
         """Attend to the own rows, and merge what the rows with a context see there."""
-        fmha, scale = self.attention.fmha, self.attention.heads.scale
         query = query.unflatten(1, (key.shape[1], -1))[None]  # [1, num_rows, num_kv_heads, heads of each, head_dim]
-        own, own_lse = fmha.memory_efficient_attention_partial(
-            query, *_grouped(key, value, query), attn_bias=self.own_bias, scale=scale
-        )
+        own, own_lse = self._attend_own(query, key, value)
         out.copy_(own[0].flatten(1, 2))
         for part in self.parts:
             stored_key, stored_value = kv_cache[part.index.page, :, part.index.offset].to(key.dtype).chunk(2, dim=-1)
-            some = query[:, part.rows]
-            seen, seen_lse = fmha.memory_efficient_attention_partial(
-                some, *_grouped(stored_key, stored_value, some), attn_bias=part.bias, scale=scale
-            )
-            merged, _ = fmha.merge_attentions(
+            seen, seen_lse = self._attend(query[:, part.rows], stored_key, stored_value, part)
+            merged, _ = self.attention.fmha.merge_attentions(
                 [own[:, part.rows], seen], [own_lse[..., part.rows], seen_lse], write_lse=False
             )
             out[part.rows] = merged[0].flatten(1, 2)
+
+    def _attend_own(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if len(self.own) == 1:
+            return self._attend(query, key, value, self.own[0])
+        own, lse = torch.empty_like(query), query.new_empty(1, *query.shape[2:4], query.shape[1], dtype=torch.float32)
+        for part in self.own:
+            own[:, part.rows], lse[..., part.rows] = self._attend(
+                query[:, part.rows], key[part.rows], value[part.rows], part
+            )
+        return own, lse
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, part: OwnPart | ContextPart) -> tuple[Tensor, Tensor]:
+        attend, scale = self.attention.fmha.memory_efficient_attention_partial, self.attention.heads.scale
+        result: tuple[Tensor, Tensor] = attend(query, *_grouped(key, value, query), attn_bias=part.bias, scale=scale)
+        return result
 
 
 def _grouped(key: Tensor, value: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ import platform
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from itertools import chain
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -41,13 +42,17 @@ class Finding:
     level: Level = "ok"
 
 
-def doctor() -> None:
+def doctor(
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Compare every kernel with plain torch on this device, too.")
+    ] = False,
+) -> None:
     """Show what is installed, which kernels are loaded and which attention serves, and how to mend what is missing.
 
-    The exit status is 1 when no model can be served here.
+    The exit status is 1 when no model can be served here, and where a kernel is wrong.
     """
     console, findings = Console(), []
-    for finding in examine():
+    for finding in chain(examine(), compare() if self_test else ()):
         findings.append(finding)
         line = Text.assemble((f"{finding.level:8}", STYLES[finding.level]), f"{finding.topic:22}", finding.text)
         console.print(line, soft_wrap=True)
@@ -224,6 +229,18 @@ def attention() -> Iterator[Finding]:
         yield Finding("attention", str(error), "broken")
     else:
         yield Finding("attention", f"auto takes {choice.label} for bfloat16 and heads of 128")
+
+
+def compare() -> Iterator[Finding]:
+    """Compare native ops and each implementation of attention that works here with plain torch, at usual shapes."""
+    from vllm_dllm.self_test.isolated import run_isolated, usual_requests
+
+    for request in usual_requests():
+        with waiting_for(f"comparing {'native ops' if request.attention is None else request.attention[0]}"):
+            checks = run_isolated(request)
+        for check in checks:
+            text = f"{check.case}: error {check.error:.2g}, allowed {check.allowed:.2g}"
+            yield Finding(check.kernel, text, "ok" if check.agrees else "broken")
 
 
 def libraries() -> Iterator[Finding]:

@@ -30,9 +30,12 @@ class CostCurve:
 
     Args:
         points: (rows, ms) by ascending rows, at least one; a point that is cheaper than one before it is raised to it.
+        num_captured: so many first points are those of all captured CUDA graphs; a step is padded to the next of them
+            and takes its time.
     """
 
     points: tuple[tuple[int, float], ...]
+    num_captured: int = 0
 
     def __post_init__(self) -> None:
         rows, ms = zip(*self.points, strict=True)
@@ -46,6 +49,8 @@ class CostCurve:
         if rows <= self.points[0][0] or len(self.points) == 1:
             return self.points[0][1]
         after = min(bisect_left(self.points, (rows, 0.0)), len(self.points) - 1)
+        if after < self.num_captured and rows <= self.points[after][0]:
+            return self.points[after][1]
         (rows_0, ms_0), (rows_1, ms_1) = self.points[after - 1], self.points[after]
         return ms_0 + (ms_1 - ms_0) * (rows - rows_0) / (rows_1 - rows_0)
 

@@ -10,7 +10,6 @@ from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.look_ahead import NUM_NODES
 from vllm_dllm.draft.native import Propose, choose_propose
-from vllm_dllm.draft.propose import Roots, likeliest_end
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.walk import Nodes
@@ -77,17 +76,7 @@ class GraphDrafter:
         self._propose = self._choose(canvases.device)
         self.memory = DraftState(canvases)
 
-    def propose(self, blocks: Blocks, roots: Nodes, num_drafts: int, *, looks_ahead: bool) -> Nodes:
-        """Return the roots and their best drafts; none is valid where the block has no step behind it."""
-        slots, canvases = blocks.slots, self._canvases
-        root, is_masked = roots.canvas[:, 0], roots.is_masked[:, 0]
+    def propose(self, blocks: Blocks, num_drafts: int, *, looks_ahead: bool) -> Nodes:
+        """Return the canvases and their best drafts; none is valid where the block has no step behind it."""
         assert self.memory is not None, "attach comes before"
-        origin = Roots(root, is_masked, self.memory.was_masked[slots] & ~is_masked, self.memory.candidates(slots))
-        noise, is_known = canvases.draft_noise(blocks), self.memory.is_known[slots]
-        drafts = self._propose(self._compiled, origin, noise, num_drafts)
-        mask_token_id = canvases.mask_token_id
-        nodes = roots.with_drafts(drafts.canvas, drafts.is_valid & is_known[:, None], drafts.depth, mask_token_id)
-        if not looks_ahead:
-            return nodes
-        has_next = blocks.start + canvases.block_length < canvases.seq_len[slots]
-        return nodes.with_look_ahead(likeliest_end(self._compiled, origin, noise), is_known & has_next, mask_token_id)
+        return self._propose(self._compiled, self._canvases, self.memory, blocks, num_drafts, looks_ahead)

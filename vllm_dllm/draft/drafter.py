@@ -33,12 +33,11 @@ class Drafter(Protocol):
     def attach(self, canvases: CanvasState) -> None:
         """Make whatever is kept by slot; called once, before anything below."""
 
-    def propose(self, blocks: Blocks, roots: Nodes, num_drafts: int, *, looks_ahead: bool) -> Nodes:
-        """Return the roots and behind them the drafts of some requests, the most promising first.
+    def propose(self, blocks: Blocks, num_drafts: int, *, looks_ahead: bool) -> Nodes:
+        """Return the true canvases and behind them the drafts of some requests, the most promising first.
 
         Args:
             blocks: of the requests.
-            roots: their true canvases.
-            num_drafts: how many of each, at least 1. One that means nothing is not valid.
+            num_drafts: how many of each, 0 or more. One that means nothing is not valid.
             looks_ahead: whether a look-ahead is asked for, too.
         """

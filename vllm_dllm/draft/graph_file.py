@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from vllm_dllm.config import DllmConfig, PolicyName, policy_settings
+from vllm_dllm.config import DllmConfig, policy_settings
 from vllm_dllm.draft.graph import DraftGraph, formula_text
 from vllm_dllm.draft.graph_schema import (
     MAX_POSITION_RANK,
@@ -30,6 +30,7 @@ from vllm_dllm.draft.graph_schema import (
 )
 from vllm_dllm.draft.readiness import BY_CONFIDENCE, Readiness
 from vllm_dllm.errors import GraphError, did_you_mean_file
+from vllm_dllm.names import PolicyName
 
 T = TypeVar("T")
 

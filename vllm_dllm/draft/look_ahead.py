@@ -12,7 +12,10 @@ nobody reads these K/V before a later end, or the commit, overwrites them. So th
 a token.
 """
 
-from vllm_dllm.config import DllmConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_dllm.config import DllmConfig
 
 NUM_NODES = 2
 """Nodes of a budget that a look-ahead takes: the end and the next root."""
@@ -23,7 +26,7 @@ MAX_BLOCK_LENGTH = 8
 """Longest block with a look-ahead: the longer a block, the more rarely it ends, and as foreseen."""
 
 
-def smallest_budget(settings: DllmConfig, *, is_async: bool) -> int | None:
+def smallest_budget(settings: "DllmConfig", *, is_async: bool) -> int | None:
     """Return the budget from which on steps look ahead; None where none does.
 
     Args:

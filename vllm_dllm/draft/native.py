@@ -1,40 +1,80 @@
-"""Drafts by a native op, and the choice between it and its torch twin."""
+"""The canvases of a step, by slot: in torch, by a native op, and the choice between them."""
 
 import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from vllm_dllm import ops
 from vllm_dllm.draft.compile import CompiledGraph
-from vllm_dllm.draft.propose import DraftNoise, Drafts, Roots, propose
+from vllm_dllm.draft.propose import Roots, likeliest_end, propose
 from vllm_dllm.errors import KernelUnavailable
+from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.unmask.walk import Nodes
 
 logger = logging.getLogger("vllm.dllm")
 
 
-Propose = Callable[[CompiledGraph, Roots, DraftNoise | None, int], Drafts]
+Propose = Callable[[CompiledGraph, CanvasState, DraftState, Blocks, int, bool], Nodes]
 
 
-def native_propose(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | None, num_drafts: int) -> Drafts:
-    """Do what `draft.propose.propose` does, in one launch; all tensors are contiguous."""
-    readiness, packed, candidates = graph.readiness, graph.packed, roots.candidates
-    noise: tuple[Tensor, ...] = ()
-    if draft_noise is not None:
-        n = draft_noise
-        noise = (n.seed, n.position, n.temperature, n.top_k, n.top_p, n.is_random)
-    return Drafts(
-        *ops.propose_nodes(
-            (packed.nodes, packed.pairs, packed.log_correction),
-            (readiness.slope, *readiness.near, readiness.bias),
-            (roots.canvas, roots.is_masked, roots.is_new, candidates.token_ids, candidates.log_probs),
-            noise,
-            graph.is_one_by_one,
-            graph.num_vocab_ranks,
-            num_drafts,
-        )
+def torch_nodes(
+    graph: CompiledGraph,
+    canvases: CanvasState,
+    memory: DraftState,
+    blocks: Blocks,
+    num_drafts: int,
+    looks_ahead: bool = False,
+) -> Nodes:
+    """Return the requests' own canvases and their best drafts; none is valid where the block has no step behind it.
+
+    Args:
+        graph: whose nodes are filled.
+        canvases: the canvases, and what draws depend on.
+        memory: the candidates of the last decided step of each slot.
+        blocks: of the requests.
+        num_drafts: how many of each, 0 to the graph's nodes.
+        looks_ahead: whether a look-ahead comes behind them.
+    """
+    slots, mask_token_id = blocks.slots, canvases.mask_token_id
+    roots = Nodes.of_roots(canvases.canvas[slots], mask_token_id)
+    if num_drafts == 0 and not looks_ahead:
+        return roots
+    root, is_masked = roots.canvas[:, 0], roots.is_masked[:, 0]
+    origin = Roots(root, is_masked, memory.was_masked[slots] & ~is_masked, memory.candidates(slots))
+    noise, is_known = canvases.draft_noise(blocks), memory.is_known[slots]
+    drafts = propose(graph, origin, noise, num_drafts)
+    nodes = roots.with_drafts(drafts.canvas, drafts.is_valid & is_known[:, None], drafts.depth, mask_token_id)
+    if not looks_ahead:
+        return nodes
+    has_next = blocks.start + canvases.block_length < canvases.seq_len[slots]
+    return nodes.with_look_ahead(likeliest_end(graph, origin, noise), is_known & has_next, mask_token_id)
+
+
+def native_nodes(
+    graph: CompiledGraph,
+    canvases: CanvasState,
+    memory: DraftState,
+    blocks: Blocks,
+    num_drafts: int,
+    looks_ahead: bool = False,
+) -> Nodes:
+    """Do what `torch_nodes` does, in one launch; all tensors are contiguous."""
+    readiness, packed = graph.readiness, graph.packed
+    canvas, is_masked, is_valid, depth, _node, _log_reach, *end = ops.propose_nodes(
+        (packed.nodes, packed.pairs, packed.log_correction),
+        (readiness.slope, *readiness.near, readiness.bias),
+        (blocks.slots, blocks.start),
+        (canvases.canvas, *memory.tensors, canvases.seq_len),
+        canvases.draft_params(blocks),
+        graph.is_one_by_one,
+        graph.num_vocab_ranks,
+        num_drafts,
+        looks_ahead,
+        canvases.mask_token_id,
     )
+    return Nodes(canvas, is_masked, is_valid, depth, *end)
 
 
 def choose_propose(device: torch.device) -> Propose:
@@ -43,6 +83,6 @@ def choose_propose(device: torch.device) -> Propose:
         ops.require("propose_nodes", device.type)
     except KernelUnavailable as error:
         logger.warning("Drafts are made by torch: %s", error)
-        return propose
+        return torch_nodes
     logger.info("Drafts are made by a native op for %s.", device.type)
-    return native_propose
+    return native_nodes

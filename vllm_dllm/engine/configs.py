@@ -16,7 +16,7 @@ from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 from vllm.config.vllm import OptimizationLevel
 
 from vllm_dllm.additional_config import settings_in
-from vllm_dllm.config import AttentionName, DllmConfig, parse_server_settings
+from vllm_dllm.config import DllmConfig, parse_server_settings
 from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph_schema import ModelShape
@@ -25,6 +25,7 @@ from vllm_dllm.engine.cpu.gate import is_needed
 from vllm_dllm.engine.generation_defaults import family_defaults, read_generation_config
 from vllm_dllm.engine.patches import become
 from vllm_dllm.models.interface import ModelFamily, family_of
+from vllm_dllm.names import AttentionName
 from vllm_dllm.spiffy_config import METHOD, SpiffySettings, spiffy_settings
 from vllm_dllm.unmask.schedule import UnmaskRules, unmask_rules
 

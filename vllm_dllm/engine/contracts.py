@@ -130,6 +130,7 @@ CONTRACTS = (
     *_fields(f"{_GPU}.states:RequestState", "req_id_to_index free_indices all_token_ids num_computed_tokens"),
     *_fields(f"{_GPU}.input_batch:InputBatch", "req_ids idx_mapping idx_mapping_np num_draft_tokens_per_req num_reqs"),
     *_methods("vllm.entrypoints.launchers.app", {"build_app": "args supported_tasks model_config"}),
+    *_fields("vllm.model_executor.layers.logits_processor:LogitsProcessor", "head_dtype"),
     # Registries.
     *_fields("vllm.envs", "environment_variables"),
     *_fields("vllm.model_executor.models.config", "MODELS_CONFIG_MAP"),

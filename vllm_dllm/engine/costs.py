@@ -1,6 +1,7 @@
 """What a step costs by its number of rows, measured once when a worker starts, for the rule that chooses budgets."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
@@ -33,30 +34,61 @@ def cost_points(max_num_reqs: int, max_budget: int) -> Iterator[tuple[int, int]]
     yield max_num_reqs, 1 + max_budget
 
 
-def measure_curve(vllm_config: VllmConfig, measure: Callable[[int, int], float]) -> CostCurve | None:
-    """Measure the steps of `cost_points` that fit the token budget; None where the budget is not chosen by them.
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """A step to measure."""
+
+    rows: int  # of the forward, with those that pad it to the captured graph
+    num_reqs: int
+    num_canvases: int  # of each request
+    is_captured: bool
+
+
+def step_shapes(captured: Sequence[int], block_length: int, max_num_reqs: int, max_budget: int) -> Iterator[StepShape]:
+    """Yield the steps to measure: each captured graph, since none costs much, and what is larger than all of them.
+
+    Args:
+        captured: rows of the captured graphs, ascending.
+        block_length: rows of a canvas.
+        max_num_reqs, max_budget: as in `cost_points`.
+    """
+    for rows in captured:
+        num_blocks = rows // block_length
+        num_reqs = min(-(-num_blocks // (1 + max_budget)), max_num_reqs)
+        yield StepShape(rows, num_reqs, num_blocks // num_reqs, is_captured=True)
+    for num_reqs, num_canvases in cost_points(max_num_reqs, max_budget):
+        rows = num_reqs * num_canvases * block_length
+        if rows > max(captured, default=0):
+            yield StepShape(rows, num_reqs, num_canvases, is_captured=False)
+
+
+def measure_curve(
+    vllm_config: VllmConfig, measure: Callable[[StepShape], float], captured: Sequence[int] = ()
+) -> CostCurve | None:
+    """Measure the steps of `step_shapes` that fit the token budget; None where the budget is not chosen by them.
 
     All ranks measure together, and the slowest counts.
 
     Args:
         vllm_config: of the engine.
-        measure: return the milliseconds of a step of so many requests with so many canvases each.
+        measure: return the milliseconds of a step.
+        captured: as in `step_shapes`.
     """
     spiffy, scheduler = spiffy_of(vllm_config), vllm_config.scheduler_config
     if spiffy is None or spiffy.budget is not None or spiffy.max_nodes == 0:
         return None
     block_length = settings_of(vllm_config).block_length
     points: list[tuple[int, float]] = []
-    for num_reqs, num_canvases in cost_points(scheduler.max_num_seqs, spiffy.max_nodes):
-        rows = num_reqs * num_canvases * block_length
+    for shape in step_shapes(captured, block_length, scheduler.max_num_seqs, spiffy.max_nodes):
         is_slow = len(points) > 1 and points[-1][1] > SLOW_MS  # one point alone would be a flat curve
-        if points and (rows > scheduler.max_num_batched_tokens or is_slow):
+        if points and (shape.rows > scheduler.max_num_batched_tokens or is_slow):
             break
-        points.append((rows, slowest_rank(measure(num_reqs, num_canvases))))
+        points.append((shape.rows, slowest_rank(measure(shape))))
     if get_tp_group().is_first_rank:
         steps = ", ".join(f"{rows} rows {ms:.1f}" for rows, ms in points)
-        logger.info("Draft budgets start from these times of a step in ms: %s", steps)
-    return CostCurve(tuple(points))
+        way = f", the first {len(captured)} of captured graphs" if captured else ""
+        logger.info("Draft budgets start from these times of a step in ms%s: %s", way, steps)
+    return CostCurve(tuple(points), min(len(captured), len(points)))
 
 
 def slowest_rank(ms: float) -> float:

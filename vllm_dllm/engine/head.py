@@ -3,14 +3,16 @@
 from typing import TYPE_CHECKING
 
 import torch
+import vllm.envs
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from vllm_dllm import ops
 from vllm_dllm.errors import KernelUnavailable
-from vllm_dllm.unmask.head import Head, LogitsHead, Shard, WeightHead
+from vllm_dllm.unmask.head import Head, LogitsHead, MergedHead, WeightHead
 
 if TYPE_CHECKING:
     from vllm_dllm.models.transformer import MaskedDiffusionLM
@@ -19,19 +21,51 @@ logger = init_logger("vllm.dllm")
 
 
 def choose_head(model: "MaskedDiffusionLM", vocab_size: int, mask_token_id: int, device: torch.device) -> Head:
-    """Take the op on the LM head's weight, on its logits where the weight is not all there is to it, else torch."""
+    """Take the op on the LM head's weight, on its logits where the weight is not all there is to it, else torch.
+
+    Each rank reduces its own part of the vocabulary; all of it only by torch, and where the vocabulary was extended.
+    """
+    keep_float32(model, device)
     try:
         ops.require("vocab_stats", device.type)
     except KernelUnavailable as error:
         logger.warning("Row statistics are made by torch: %s", error)
         return LogitsHead(model.head_logits, vocab_size, mask_token_id, is_native=False)
-    by_logits = LogitsHead(model.head_logits, vocab_size, mask_token_id, is_native=True)
+    whole = LogitsHead(model.head_logits, vocab_size, mask_token_id, is_native=True)
+    num_ranks, indices = get_tensor_model_parallel_world_size(), model.lm_head.shard_indices
+    first_id, num_ids = indices.org_vocab_start_index, indices.num_org_elements
     obstacle = _obstacle(model, device)
-    if obstacle is not None:
+    own: Head
+    if obstacle is None:
+        logger.info("Row statistics are made by the native op for %s from the LM head's weight.", device.type)
+        own = WeightHead(model.lm_head.weight.data[:num_ids], mask_token_id, first_id)
+    else:
         logger.info("Row statistics are made by the native op for %s from logits, as %s.", device.type, obstacle)
-        return by_logits
-    logger.info("Row statistics are made by the native op for %s from the LM head's weight.", device.type)
-    return WeightHead(_shard(model), by_logits, mask_token_id)
+        if num_ranks == 1 or indices.num_added_elements > 0:
+            return whole
+
+        def own_logits(hidden: Tensor) -> Tensor:
+            return model.own_logits(hidden)[:, :num_ids]
+
+        own = LogitsHead(own_logits, num_ids, mask_token_id, is_native=True, first_id=first_id)
+    return own if num_ranks == 1 else MergedHead(own, whole, num_ranks, _all_gather)
+
+
+def keep_float32(model: "MaskedDiffusionLM", device: torch.device) -> None:
+    """Let vLLM's product of a plain LM head keep the float32 of its sums on a GPU, as if `head_dtype` were given.
+
+    In bfloat16 logits near 20 lie 0.125 apart: ties, and with them the tokens, would change with the kernel that cuBLAS
+    takes for the number of rows. On a CPU the op does not round either. A dtype that the user gave stays, and so does
+    vLLM's batch-invariant product, which has none.
+    """
+    processor, head = model.logits_processor, model.lm_head
+    is_plain = isinstance(head.quant_method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+    is_given = processor.head_dtype not in (None, head.weight.dtype) if is_plain else True
+    if device.type != "cuda" or is_given or vllm.envs.VLLM_BATCH_INVARIANT:
+        return
+    if head.weight.dtype in (torch.bfloat16, torch.float16):
+        processor.head_dtype = torch.float32
+        logger.info("The LM head's product of %s weights keeps its float32 sums.", head.weight.dtype)
 
 
 def _obstacle(model: "MaskedDiffusionLM", device: torch.device) -> str | None:
@@ -48,17 +82,6 @@ def _obstacle(model: "MaskedDiffusionLM", device: torch.device) -> str | None:
     if head.shard_indices.num_added_elements > 0:
         return "the vocabulary was extended"
     return None
-
-
-def _shard(model: "MaskedDiffusionLM") -> Shard:
-    """Return this rank's rows of the weight, without those that pad it."""
-    indices = model.lm_head.shard_indices
-    return Shard(
-        weight=model.lm_head.weight.data[: indices.num_org_elements],
-        first_id=indices.org_vocab_start_index,
-        num_shards=get_tensor_model_parallel_world_size(),
-        gather=_all_gather,
-    )
 
 
 def _all_gather(columns: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ rows the forward has is ours to say (`engine.plan`): of the batch that vLLM made
 blocks begin and how many drafts each may have.
 """
 
-import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import set_forward_context
 from vllm.tasks import GenerationTask
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
@@ -25,7 +24,6 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_dllm.attention.layout import empty_layout
 from vllm_dllm.denoiser import Denoiser
-from vllm_dllm.engine.attention import ForwardAttention
 from vllm_dllm.engine.configs import make_drafter, rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.natives import check_hook
@@ -38,6 +36,7 @@ from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.kv import IntArray, KvSchedule
 from vllm_dllm.state.settle import Ledger, choose_settle
+from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
 from vllm_dllm.unmask.walk import choose_walk
 
 if TYPE_CHECKING:
@@ -70,6 +69,7 @@ class DllmModelState(ModelState):
             choose_walk(device),
             choose_settle(device),
         )
+        self._fill_rows = choose_rows(device)
         self.kv_schedule = KvSchedule(self.settings.kv_policy, self.settings.refresh_every, self.block_length)
         self.order: StepOrder | None = None  # None: vLLM warms up
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
@@ -126,7 +126,7 @@ class DllmModelState(ModelState):
         num_computed_tokens: Tensor,
     ) -> None:
         """Plan the step, and put its rows where the prompt tokens of the batch would be."""
-        step = self._step = self._begin_step(input_batch, num_computed_tokens)
+        step = self._begin_step(input_batch, num_computed_tokens)
         num_rows = step.plan.num_rows
         if num_rows > input_batch.num_tokens:
             raise RuntimeError(
@@ -135,8 +135,16 @@ class DllmModelState(ModelState):
             )
         input_batch.num_scheduled_tokens = step.plan.rows_of_requests  # whose adapters each row takes
         input_batch.logits_indices = step.head_rows(logit_shift=self.state.shifts)
-        input_batch.input_ids[:num_rows] = step.input_ids(self._all_token_ids, self.state.mask_token_id)
-        input_batch.positions[:num_rows] = step.position
+        pages = block_tables[0] if step.plan.stores.any() else None
+        store = self._fill_rows(
+            step.nodes,
+            step.blocks,
+            None if step.special is None else step.special.rows,
+            Sequences(self._all_token_ids, pages, self.attention.page_size),
+            RowInputs(input_batch.input_ids[:num_rows], input_batch.positions[:num_rows]),
+            self.state.mask_token_id,
+        )
+        self._step = replace(step, store=store)
 
     def prepare_attn(
         self,
@@ -162,7 +170,7 @@ class DllmModelState(ModelState):
             host, page_table, store = empty_layout(), block_tables[0][:0], None
         else:
             host, page_table = step.plan.layout(), block_tables[0][: step.plan.num_reqs]
-            store = step.store(page_table, self.attention.page_size)
+            store = step.store
         if not is_graph:
             return self.attention.eager(host, page_table, store)
         if step is not None and step.plan.is_long:
@@ -230,13 +238,13 @@ class DllmModelState(ModelState):
         )
         if kv.is_new.any():
             self._begin_rows(blocks, num_known, self._to_device(np.flatnonzero(kv.is_new)))
-        position, special = rows_to_device(plan, self.device)
+        special = rows_to_device(plan, self.device)
         nodes = self.denoiser.nodes(blocks, plan.max_drafts, looks_ahead=plan.has_look_ahead)
         if special is not None:
             nodes = nodes.only(special.node, special.place)
         planned = None if special is None else special.planned
         ledger = Ledger(batch.num_reqs, num_known, num_counted, planned)
-        return Step(batch, plan, blocks, ledger, position, special, nodes)
+        return Step(batch, plan, blocks, ledger, special, nodes)
 
     def _num_drafts(self, batch: InputBatch, counted: IntArray) -> IntArray:
         """Read how many drafts each request may have from what vLLM counts: its block, and one more for each.
@@ -261,37 +269,6 @@ class DllmModelState(ModelState):
         known = self._all_token_ids[slots[:, None], positions].long()
         is_known = positions < num_known[index, None]
         self.state.canvas[slots] = torch.where(is_known, known, self.state.canvas[slots])
-
-    @torch.inference_mode()
-    def measure_cost(self, num_reqs: int, num_nodes: int) -> float:
-        """Time a forward with its row statistics, on canvases that belong to nobody.
-
-        Args:
-            num_reqs: requests that take part.
-            num_nodes: canvases of each.
-
-        Returns: milliseconds, the better of two runs.
-        """
-        context_len = min(self.max_model_len - self.block_length, 512)
-        attention = self.attention.example(num_reqs, num_nodes, context_len)
-        num_rows = num_reqs * num_nodes * self.block_length
-        ids = torch.full((num_rows,), self.state.mask_token_id, device=self.device)
-        positions = torch.arange(num_rows, device=self.device) % self.block_length
-        return min(self._time_forward(attention, ids, positions) for _ in range(2))
-
-    def _time_forward(self, attention: dict[str, ForwardAttention], input_ids: Tensor, positions: Tensor) -> float:
-        begin = time.perf_counter()
-        self.denoiser.reduce(self._forward(attention, input_ids, positions), is_sampled=False)
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return 1e3 * (time.perf_counter() - begin)
-
-    def _forward(self, attention: dict[str, ForwardAttention], input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Run the model outside the runner's own forward; returns its hidden rows."""
-        num_rows = len(input_ids)
-        with set_forward_context(attention, self.vllm_config, num_tokens=num_rows, slot_mapping={}):
-            hidden: Tensor = self.model(input_ids=input_ids, positions=positions)
-        return hidden
 
     @property
     def _request_states(self) -> RequestState:

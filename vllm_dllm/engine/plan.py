@@ -1,6 +1,7 @@
 """What a step evaluates, as a value: *segments* of rows, from which all that its forward needs is derived.
 
-A segment is some consecutive rows of one request that are evaluated together. They see each other, up to two intervals
+A segment is some consecutive rows of one request that are evaluated together. They see each other (in a causal segment
+each row itself and those before it), up to two intervals
 of the request's stored positions, and nothing else (csrc/include/dllm/visible.h). A layer stores before it attends, so
 segments of a step see what others of the same step store:
 
@@ -42,6 +43,7 @@ class Role(IntEnum):
 _ROLES = np.arange(len(Role))
 _STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT])
 _DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT])
+_IS_CAUSAL = np.isin(_ROLES, [])
 _BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1])  # of a segment's block, as seen from the present one
 
 
@@ -87,6 +89,11 @@ class StepPlan:
         return found
 
     @property
+    def is_causal(self) -> BoolArray:
+        """In which segments a row sees of the segment's rows itself and those before it alone, [num_segments]."""
+        return _IS_CAUSAL[self.role]
+
+    @property
     def stores(self) -> BoolArray:
         """Whose rows' K/V are written, [num_segments]."""
         return _STORES[self.role]
@@ -120,7 +127,7 @@ class StepPlan:
     def layout(self) -> HostLayout:
         """Say what each segment sees."""
         num_segments = np.bincount(self.request, minlength=self.num_reqs)
-        return host_layout(num_segments, self.end - self.begin, self.context)
+        return host_layout(num_segments, self.end - self.begin, self.context, self.is_causal)
 
     @property
     def is_plain(self) -> bool:

@@ -106,7 +106,7 @@ def take_report(output: ModelRunnerOutput) -> StepReport | None:
         rows = {req_id: each.rows.tolist() for req_id, each in sent.items()}
         costs = rows.pop(COSTS, None)
         requests = {req_id: RequestReport.of_row(row) for req_id, row in rows.items()}
-        return StepReport(requests, costs and CostCurve(tuple((int(n), ms) for n, ms in costs)))
+        return StepReport(requests, costs and _read_curve(costs))
     except (AttributeError, TypeError, IndexError) as error:
         raise UnsupportedVllmError(f"{_WAY} changed a step's report ({error}); {_ALLOWED}") from error
 
@@ -141,7 +141,7 @@ class PendingReport:
             for req_id, row in zip(self._request_ids, self._rows, strict=True)
         }
         if self._costs is not None:
-            sent[COSTS] = AuxRequestOutput(0, np.array(self._costs.points))
+            sent[COSTS] = AuxRequestOutput(0, np.array([(self._costs.num_captured, 0.0), *self._costs.points]))
         return sent
 
 
@@ -187,7 +187,7 @@ def check_way(main_stream: Any, copy_stream: Any, device: torch.device) -> None:
     Raises: UnsupportedVllmError where something else arrives.
     """
     pattern = torch.arange(2 * REPORT_LEN, dtype=torch.int32).view(2, -1)
-    costs = CostCurve(((1, 0.5), (3, 2.0)))
+    costs = CostCurve(((1, 0.5), (3, 2.0)), 1)
     expected = StepReport({name: RequestReport.of_row(row) for name, row in zip("ab", pattern.tolist(), strict=True)})
     expected.costs = costs
     none = torch.zeros(2, dtype=torch.int32, device=device)
@@ -206,3 +206,9 @@ def check_way(main_stream: Any, copy_stream: Any, device: torch.device) -> None:
     received = take_report(pickle.loads(pickle.dumps(output)))
     if received != expected:
         raise UnsupportedVllmError(f"{_WAY} delivered {received} for {expected}; {_ALLOWED}")
+
+
+def _read_curve(rows: Any) -> CostCurve:
+    """Take the cost curve of what was sent: the number of captured points, then the points."""
+    (num_captured, _), *points = rows
+    return CostCurve(tuple((int(rows_of), ms) for rows_of, ms in points), int(num_captured))

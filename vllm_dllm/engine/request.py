@@ -17,7 +17,6 @@ from vllm_dllm.config import (
     POLICY_OPTIONS,
     DllmConfig,
     InvalidOptionError,
-    PolicyName,
     check_policy_options,
     plain_number,
     request_steps,
@@ -25,6 +24,7 @@ from vllm_dllm.config import (
 from vllm_dllm.engine.configs import is_ours, settings_of
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.refusals import RequestError, request_options
+from vllm_dllm.names import PolicyName
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times

@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from vllm_dllm.engine.report import StepOrder
 from vllm_dllm.engine.worker_check import WorkerCheck
 from vllm_dllm.state.report import REPORT_LEN
 
 if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
     from vllm_dllm.engine.model_state import DllmModelState
+    from vllm_dllm.engine.report import StepOrder
 
 
 class DllmSampler:
@@ -33,7 +34,7 @@ class DllmSampler:
     def apply_staged_writes(self) -> None:
         """Do nothing: the model state keeps all parameters."""
 
-    def __call__(self, hidden: Tensor, input_batch: InputBatch) -> SamplerOutput:
+    def __call__(self, hidden: Tensor, input_batch: "InputBatch") -> "SamplerOutput":
         """Advance every denoising request and emit the blocks that are now finished.
 
         Args:
@@ -53,32 +54,39 @@ class DllmSampler:
         done = denoiser.advance(step.blocks, step.nodes, hidden, None if step.special is None else step.special.fresh)
         emitted = denoiser.settle(step.blocks, step.nodes, done, step.ledger)
         self._report = emitted.report
-        return SamplerOutput(emitted.sampled, None, None, emitted.num_sampled, emitted.num_rejected)
+        return _output(emitted.sampled, emitted.num_sampled, emitted.num_rejected)
 
-    def take_order(self, order: StepOrder) -> None:
+    def take_order(self, order: "StepOrder") -> None:
         """Take what the scheduler tells of the next step. Raises: StateError where its roster is not ours."""
         self.model_state.order = order
         if self.check and order.roster is not None:
             self.check.compare(order.roster)
 
-    def take_rows(self, input_batch: InputBatch) -> Tensor:
+    def take_rows(self, input_batch: "InputBatch") -> Tensor:
         """Return the report of the batch that was just sampled; [num_reqs, REPORT_LEN or more] int32."""
         report, self._report = self._report, None
         assert report is not None, "the runner samples a batch before it asks for the report"
         return self.check.with_state(report, input_batch) if self.check and self.check.reports_state else report
 
-    def _profile(self, hidden: Tensor, input_batch: InputBatch) -> SamplerOutput:
+    def _profile(self, hidden: Tensor, input_batch: "InputBatch") -> "SamplerOutput":
         """Use as much memory as a real step can, for the run in which vLLM measures it; the result is not used."""
         denoiser = self.model_state.denoiser
         num_rows = min(denoiser.head.chunk_rows, self.model_state.max_num_tokens)
         denoiser.reduce(hidden[:1].expand(num_rows, -1).contiguous(), is_sampled=True)
         return self._nothing(hidden, input_batch)
 
-    def _nothing(self, hidden: Tensor, input_batch: InputBatch) -> SamplerOutput:
+    def _nothing(self, hidden: Tensor, input_batch: "InputBatch") -> "SamplerOutput":
         """Emit and report nothing."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(input_batch.num_reqs, *shape, dtype=torch.int32, device=hidden.device)
 
         self._report = zeros(REPORT_LEN)
-        return SamplerOutput(zeros(self.model_state.block_length), None, None, zeros(), zeros())
+        return _output(zeros(self.model_state.block_length), zeros(), zeros())
+
+
+def _output(sampled: Tensor, num_sampled: Tensor, num_rejected: Tensor) -> "SamplerOutput":
+    """Return what a step emits as the runner takes it."""
+    from vllm.v1.worker.gpu.sample.output import SamplerOutput  # here, so that decoding is imported without vLLM
+
+    return SamplerOutput(sampled, None, None, num_sampled, num_rejected)

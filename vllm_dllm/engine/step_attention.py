@@ -9,7 +9,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_dllm.attention.layout import CapturedLayout, HostLayout, PagedIndex, denoise_layout, lone_layout, to_device
 from vllm_dllm.engine.attention import ForwardAttention, implementation_of
-from vllm_dllm.engine.step import NULL_PAGE
+from vllm_dllm.state.step_rows import NULL_PAGE
 
 
 class StepAttention:
@@ -99,10 +99,24 @@ class StepAttention:
             captured.offset[: len(store.offset)] = store.offset
         return captured
 
-    def example(self, num_reqs: int, num_nodes: int, context_len: int) -> dict[str, ForwardAttention]:
-        """Return the metadata of a denoising step of nobody's canvases, over pages as they would be: all different."""
+    def example(
+        self, num_reqs: int, num_nodes: int, context_len: int, graph_rows: int | None = None
+    ) -> dict[str, ForwardAttention]:
+        """Return the metadata of a denoising step of nobody's canvases, over pages as they would be: all different.
+
+        Args:
+            num_reqs: requests.
+            num_nodes: canvases of each.
+            context_len: positions that each has stored.
+            graph_rows: of a captured graph that is to be replayed; None: the step is run as it comes.
+        """
         start = np.full(num_reqs, context_len)
         host = denoise_layout(start, start + self.block_length, num_nodes=num_nodes, block_length=self.block_length)
         pages_each = -(-context_len // self.page_size)
         page = torch.arange(num_reqs * pages_each, dtype=torch.int32, device=self.device) % self.num_pages
-        return self.eager(host, page.view(num_reqs, pages_each))
+        page_table = page.view(num_reqs, pages_each)
+        if graph_rows is None:
+            return self.eager(host, page_table)
+        # As wide as that of a batch: a captured graph finds all pages that a request may have.
+        wide = torch.nn.functional.pad(page_table, (0, self.max_pages - pages_each))
+        return self.graph(host, wide, graph_rows, None)

@@ -6,10 +6,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vllm_dllm.engine.costs import measure_curve
 from vllm_dllm.engine.report import ReportConnector, check_way
+from vllm_dllm.engine.step_timer import StepTimer
 from vllm_dllm.engine.worker_check import WorkerCheck
 
 if TYPE_CHECKING:
@@ -29,16 +28,8 @@ class ReportingWorker(VllmWorker):
         times = super().compile_or_warm_up_model()
         runner = self.model_runner
         check_way(runner.main_stream, runner.output_copy_stream, runner.device)
-        costs = measure_curve(self.vllm_config, self.measure_cost)
+        timer = StepTimer(runner)
+        costs = measure_curve(self.vllm_config, timer.measure, timer.captured_rows())
         runner.sampler.check = WorkerCheck(runner)
         runner.aux_output_connector = ReportConnector(runner.sampler, costs)
         return times
-
-    def measure_cost(self, num_reqs: int, num_nodes: int) -> float:
-        """Time a step of so many requests with so many canvases each, in ms, with as many adapters as one may have."""
-        state, lora = self.model_runner.model_state, self.vllm_config.lora_config
-        if lora is None:
-            return float(state.measure_cost(num_reqs, num_nodes))
-        num_rows, num_sampled = (np.full(num_reqs, n, dtype=np.int32) for n in (num_nodes * state.block_length, 1))
-        with self.model_runner.maybe_dummy_run_with_lora(lora, num_rows, num_sampled, num_active_loras=lora.max_loras):
-            return float(state.measure_cost(num_reqs, num_nodes))

@@ -2,14 +2,16 @@
 
 import os
 from enum import IntEnum, IntFlag
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_dllm.errors import ConfigError, StateError
 from vllm_dllm.state.report import REPORT_LEN, Column
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
 
 VARIABLE = "VLLM_DLLM_CHECK"
 
@@ -79,7 +81,7 @@ class WorkerCheck:
                 f"{states.max_num_reqs}"
             )
 
-    def with_state(self, report: Tensor, batch: InputBatch) -> Tensor:
+    def with_state(self, report: Tensor, batch: "InputBatch") -> Tensor:
         """Add to a report the faults of the canvases, and behind it each request's number of pages and pages.
 
         Args:

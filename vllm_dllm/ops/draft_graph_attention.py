@@ -15,11 +15,12 @@ def draft_graph_attention(  # noqa: PLR0913 - the arguments of the op, once per 
     first_node: Tensor,
     first_row: Tensor,
     context: Tensor,
+    is_causal: Tensor,
     scale: float,
     out: Tensor,
     lse: Tensor | None = None,
 ) -> None:
-    """Attend from each row to its node's context and to its node's rows, both directions, into `out` and `lse`.
+    """Attend from each row to its node's context and to its node's rows, into `out` and `lse`.
 
     A row's result does not depend on the other nodes and requests of the call, bit for bit. Rows that see nothing,
     which are those behind the last request's nodes, get 0 and a log-sum-exp of -inf. Requests and nodes may be empty.
@@ -33,6 +34,7 @@ def draft_graph_attention(  # noqa: PLR0913 - the arguments of the op, once per 
         first_node: [num_requests + 1] int32; the nodes of request r are [first_node[r], first_node[r + 1]).
         first_row: [num_nodes + 1] int32; the rows of node n are [first_row[n], first_row[n + 1]).
         context: [num_nodes, 4] int32, positions [begin, end) of two disjoint intervals in ascending order.
+        is_causal: [num_nodes] int32; 1 where a row sees of its node's rows itself and those before it, 0 where all.
         scale: factor of the scores, positive.
         out: [num_rows, num_heads, head_dim], written.
         lse: [num_rows, num_heads] float32, written; natural logarithm.
@@ -47,7 +49,7 @@ def draft_graph_attention(  # noqa: PLR0913 - the arguments of the op, once per 
     """
     require("draft_graph_attention", query.device.type)
     torch.ops.vllm_dllm.draft_graph_attention(
-        query, key, value, kv_cache, page_table, first_node, first_row, context, scale, out, lse
+        query, key, value, kv_cache, page_table, first_node, first_row, context, is_causal, scale, out, lse
     )
 
 

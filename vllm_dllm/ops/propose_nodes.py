@@ -1,4 +1,4 @@
-"""The drafts of some requests: the nodes of a draft graph, filled, those first that are likeliest reached."""
+"""The canvases of a step: the requests' own, and the nodes of a draft graph, filled, that are likeliest reached."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,19 @@ from torch import Tensor
 from vllm_dllm.ops.load import check_one_device, require
 
 
-def propose_nodes(
+def propose_nodes(  # noqa: PLR0913 - the arguments of the op, once per step
     graph: Sequence[Tensor],
     readiness: Sequence[float],
-    roots: Sequence[Tensor],
-    draft_noise: Sequence[Tensor],
+    requests: Sequence[Tensor],
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
     is_one_by_one: bool,
     num_vocab_ranks: int,
     num_drafts: int,
+    looks_ahead: bool,
+    mask_token_id: int,
 ) -> list[Tensor]:
-    """Fill the nodes of a graph and keep the best; does what `draft.propose.propose` does, which states it.
+    """Fill the nodes of a graph and keep the best; does what `draft.native.torch_nodes` does, which states it.
 
     Log probabilities agree to rounding, so nodes whose scores are equal but for rounding may change places. What an
     invalid node holds is open. All tensors are contiguous.
@@ -25,44 +28,63 @@ def propose_nodes(
     Args:
         graph: the fields of `draft.compile.PackedGraph`.
         readiness: slope, near[0], near[1], bias of `draft.readiness.Readiness`.
-        roots: canvas [num_reqs, block_length] int64, is_masked and is_new [num_reqs, block_length] bool, and of each
-            position's candidates token_ids int64 and log_probs float64 [num_reqs, block_length, num_candidates].
-        draft_noise: the fields of `draft.propose.DraftNoise`; empty when all requests are greedy and none has the
-            policy `random`.
+        requests: slots and start, [num_reqs] int64 each.
+        state: by slot, canvas [num_slots, block_length] int64; `state.drafts.DraftState.tensors`, of candidates
+            token_ids int64 and log_probs float64 [num_slots, block_length, num_candidates], was_masked [num_slots,
+            block_length] bool and is_known [num_slots] bool; and seq_len [num_slots] int64.
+        params: `state.canvas.CanvasState.draft_params`, [num_slots] each; empty when all requests are greedy and none
+            has the policy `random`.
         is_one_by_one: whether every step unmasks one position.
         num_vocab_ranks: 1 + the graph's largest vocab rank, at most num_candidates.
         num_drafts: how many to keep, at most the graph's nodes.
+        looks_ahead: whether the last canvas is a look-ahead's next root.
+        mask_token_id: what stands for masked in a canvas.
 
-    Returns: the fields of `draft.propose.Drafts`.
+    Returns: of `unmask.walk.Nodes` canvas, is_masked, is_valid and depth; of `draft.propose.Drafts` node and log_reach;
+        and with a look-ahead its end.
 
     Raises:
-        KernelUnavailable: the op is not built for the device of the roots.
+        KernelUnavailable: the op is not built for the device of the canvases.
         RuntimeError: an argument breaks the rules above; the message names it.
     """
-    require("propose_nodes", roots[0].device.type)
-    drafts: list[Tensor] = torch.ops.vllm_dllm.propose_nodes(
-        graph, readiness, roots, draft_noise, is_one_by_one, num_vocab_ranks, num_drafts
+    require("propose_nodes", requests[0].device.type)
+    nodes: list[Tensor] = torch.ops.vllm_dllm.propose_nodes(
+        graph,
+        readiness,
+        requests,
+        state,
+        params,
+        is_one_by_one,
+        num_vocab_ranks,
+        num_drafts,
+        looks_ahead,
+        mask_token_id,
     )
-    return drafts
+    return nodes
 
 
-def fake(
+def fake(  # noqa: PLR0913 - as above
     graph: Sequence[Tensor],
     readiness: Sequence[float],
-    roots: Sequence[Tensor],
-    draft_noise: Sequence[Tensor],
+    requests: Sequence[Tensor],
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
     is_one_by_one: bool,
     num_vocab_ranks: int,
     num_drafts: int,
+    looks_ahead: bool,
+    mask_token_id: int,
 ) -> list[Tensor]:
-    """Return empty drafts: canvas, is_valid, node, depth, log_reach."""
-    check_one_device("propose_nodes", *graph, *roots, *draft_noise)
-    canvas = roots[0]
-    shape = (canvas.shape[0], num_drafts)
+    """Return empty canvases."""
+    check_one_device("propose_nodes", *graph, *requests, *state, *params)
+    canvas, num_reqs = state[0], requests[0].shape[0]
+    shape, drafts = (num_reqs, 1 + num_drafts + looks_ahead), (num_reqs, num_drafts)
     return [
         canvas.new_empty((*shape, canvas.shape[1])),
+        canvas.new_empty((*shape, canvas.shape[1]), dtype=torch.bool),
         canvas.new_empty(shape, dtype=torch.bool),
         canvas.new_empty(shape),
-        canvas.new_empty(shape),
-        canvas.new_empty(shape, dtype=torch.float64),
+        canvas.new_empty(drafts),
+        canvas.new_empty(drafts, dtype=torch.float64),
+        *([canvas.new_empty((num_reqs, canvas.shape[1]))] if looks_ahead else []),
     ]

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vllm_dllm.config import PolicyName
+from vllm_dllm.names import PolicyName
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.credit import Credits
 from vllm_dllm.reference.sampling import Sampling, choose_tokens, remove_tokens, sampled_logits
@@ -87,6 +87,7 @@ class Rules:
 LLADA = Rules()
 DREAM = Rules(logit_shift=True, schedule="timesteps", unmasks_first_alone=True, confidence="sampled")
 SDAR = Rules(attention="block_causal", confidence="sampled")
+STABLE_DIFFCODER = Rules(attention="block_causal")
 
 
 def static_counts(num_masked: int, steps: int) -> list[int]:

@@ -191,9 +191,7 @@ class CanvasState:
 
     def draft_noise(self, blocks: Blocks) -> DraftNoise | None:
         """Gather what the requests' draws depend on; None when all are greedy and none has the policy `random`."""
-        temperature_np, _, _ = self._sampling_np(blocks.slots_np)
-        policy_np = self._ints_np[_INTS.index("policy_id")][blocks.slots_np]
-        if not (temperature_np > 0).any() and not (policy_np == POLICY_IDS["random"]).any():
+        if not self._has_draft_noise(blocks):
             return None
         return DraftNoise(
             seed=self._int("seed")[blocks.slots],
@@ -203,6 +201,17 @@ class CanvasState:
             top_p=self._float("top_p")[blocks.slots],
             is_random=self._int("policy_id")[blocks.slots] == POLICY_IDS["random"],
         )
+
+    def draft_params(self, blocks: Blocks) -> list[Tensor]:
+        """Return what `draft_noise` gathers, of all slots: policy, seed, top_k, temperature and top_p; or nothing."""
+        if not self._has_draft_noise(blocks):
+            return []
+        return [*map(self._int, ("policy_id", "seed", "top_k")), *map(self._float, ("temperature", "top_p"))]
+
+    def _has_draft_noise(self, blocks: Blocks) -> bool:
+        temperature_np, _, _ = self._sampling_np(blocks.slots_np)
+        policy_np = self._ints_np[_INTS.index("policy_id")][blocks.slots_np]
+        return bool((temperature_np > 0).any() or (policy_np == POLICY_IDS["random"]).any())
 
     def positions(self, blocks: Blocks) -> Tensor:
         """Return the absolute positions of the blocks; [num_reqs, block_length] int64."""

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_dllm.config import KvPolicyName
+from vllm_dllm.names import KvPolicyName
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]

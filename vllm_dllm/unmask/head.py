@@ -1,11 +1,11 @@
 """Where the statistics of a step's rows come from: the head product and its reduction, in one place.
 
 Logits of all rows of a step never exist together. `WeightHead` multiplies and reduces in one op; `LogitsHead` makes
-logits of some rows at a time.
+logits of some rows at a time. With several ranks each has a part of the vocabulary, and `MergedHead` puts their
+statistics together, some 25 numbers of a row where its logits would be 100,000.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -15,12 +15,14 @@ from torch import Tensor
 from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling, merge, vocab_stats
 from vllm_dllm.unmask.stats import torch_stats
 
-LOGITS_BYTES = 128 << 20
+TORCH_BYTES = 128 << 20
 """Bound of the largest temporary of `torch_stats`, float64 of `[chunk_rows, vocab_size]`: some 130 rows at LLaDA-8B's
-126,464 entries, where the head product of a chunk already costs more in arithmetic than in reading the weights."""
+126,464 entries."""
 
-WEIGHT_ROWS = 1024
-"""Rows of a call of the op with a weight: its scratch is some 3 % of the logits."""
+NATIVE_ROWS = 1024
+"""Rows of a call of the op, whole tiles of any GPU's matrix product. Each call reads all weights, which is hidden by
+arithmetic from some 200 rows on. Float32 logits of as many are 0.5 GB at LLaDA-8B's vocabulary; the op's scratch
+beside a weight is some 3 % of that."""
 
 
 class Head(Protocol):
@@ -43,32 +45,29 @@ class Head(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A rank's part of a head without bias, scale or quantisation."""
-
-    weight: Tensor  # [num_ids, hidden_size]
-    first_id: int
-    num_shards: int
-    gather: Callable[[Tensor], Tensor]  # [num_rows, n] float64 -> [num_rows, num_shards * n], in the order of ids
-
-
 class LogitsHead:
     """Statistics of logits, natively or by torch.
 
     Args:
-        head_logits: maps hidden rows to logits [num_rows, vocab_size], which may be overwritten.
-        vocab_size: ids of a row.
+        head_logits: maps hidden rows to logits [num_rows, num_ids], which may be overwritten.
+        num_ids: ids of a row.
         mask_token_id: the id that is never chosen.
         is_native: by the op.
+        first_id: the id of the first logit; 0 without the op.
     """
 
     def __init__(
-        self, head_logits: Callable[[Tensor], Tensor], vocab_size: int, mask_token_id: int, *, is_native: bool
+        self,
+        head_logits: Callable[[Tensor], Tensor],
+        num_ids: int,
+        mask_token_id: int,
+        *,
+        is_native: bool,
+        first_id: int = 0,
     ) -> None:
         self.head_logits = head_logits
-        self.chunk_rows = max(1, LOGITS_BYTES // (8 * vocab_size))
-        reduce = partial(vocab_stats, weight=None) if is_native else torch_stats
+        self.chunk_rows = NATIVE_ROWS if is_native else max(1, TORCH_BYTES // (8 * num_ids))
+        reduce = partial(vocab_stats, weight=None, first_id=first_id) if is_native else torch_stats
         self._reduce = partial(reduce, excluded_ids=[mask_token_id])
 
     def __call__(
@@ -84,52 +83,63 @@ class LogitsHead:
 
 
 class WeightHead:
-    """Statistics by one op of hidden rows and the head's weight, merged over the shards of the vocabulary.
-
-    top_k and top_p need a row's whole vocabulary: with several shards, rows that they filter take `by_logits`.
+    """Statistics by one op of hidden rows and the weight of a head without bias, scale or quantisation.
 
     Args:
-        shard: this rank's part.
-        by_logits: the same head.
+        weight: [num_ids, hidden_size].
         mask_token_id: the id that is never chosen.
+        first_id: the id of the first row.
     """
 
-    chunk_rows = WEIGHT_ROWS
-
-    def __init__(self, shard: Shard, by_logits: LogitsHead, mask_token_id: int) -> None:
-        self._shard = shard
-        self._by_logits = by_logits
-        self._mask_token_id = mask_token_id
+    def __init__(self, weight: Tensor, mask_token_id: int, first_id: int = 0) -> None:
+        self.chunk_rows = NATIVE_ROWS
+        self.weight = weight
+        self._reduce = partial(vocab_stats, weight=weight, first_id=first_id, excluded_ids=[mask_token_id])
 
     def __call__(
         self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
     ) -> PartialStats:
         """Implement `Head`."""
-        if self._shard.num_shards == 1:
-            return self._own(hidden, sampling, num_candidates, ids)
+
+        def reduce(rows: Tensor, sampling: RowSampling | None, ids: RowIds | None) -> PartialStats:
+            return self._reduce(rows, num_candidates=num_candidates, sampling=sampling, ids=ids)
+
+        return _in_chunks(hidden, sampling, ids, self.chunk_rows, reduce)
+
+
+class MergedHead:
+    """Statistics of a vocabulary of which each rank has a part.
+
+    top_k and top_p need a row's whole vocabulary: rows that they filter take `whole`.
+
+    Args:
+        own: of this rank's ids.
+        whole: of all.
+        num_ranks: with parts.
+        gather: [num_rows, n] float64 -> [num_rows, num_ranks * n], in the order of ids.
+    """
+
+    def __init__(self, own: Head, whole: Head, num_ranks: int, gather: Callable[[Tensor], Tensor]) -> None:
+        self.own, self.whole = own, whole
+        self._num_ranks, self._gather = num_ranks, gather
+
+    @property
+    def chunk_rows(self) -> int:
+        """Implement `Head`."""
+        return max(self.own.chunk_rows, self.whole.chunk_rows)
+
+    def __call__(
+        self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
+    ) -> PartialStats:
+        """Implement `Head`."""
         unfiltered = sampling and sampling.without_filter()
-        own = self._own(hidden, unfiltered, num_candidates, ids)
-        gathered = self._shard.gather(_pack(own)).chunk(self._shard.num_shards, 1)
+        own = self.own(hidden, unfiltered, num_candidates, ids)
+        gathered = self._gather(_pack(own)).chunk(self._num_ranks, 1)
         stats = merge([_unpack(packed, own) for packed in gathered], unfiltered)
         if sampling is None or not sampling.has_filter:
             return stats
-        whole = self._by_logits(hidden, sampling, num_candidates, ids)
+        whole = self.whole(hidden, sampling, num_candidates, ids)
         return PartialStats.of(partial(_select, sampling.is_filtered()), whole, stats)
-
-    def _own(
-        self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None
-    ) -> PartialStats:
-        """Return the statistics of this rank's ids."""
-        reduce = partial(
-            vocab_stats,
-            weight=self._shard.weight,
-            first_id=self._shard.first_id,
-            excluded_ids=[self._mask_token_id],
-            num_candidates=num_candidates,
-        )
-        return _in_chunks(
-            hidden, sampling, ids, self.chunk_rows, lambda rows, own, its: reduce(rows, sampling=own, ids=its)
-        )
 
 
 def _in_chunks(

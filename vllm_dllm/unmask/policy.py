@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm import noise
-from vllm_dllm.config import PolicyName
+from vllm_dllm.names import PolicyName
 from vllm_dllm.ops.vocab_stats import Distribution
 from vllm_dllm.unmask.credit import CREDIT
 from vllm_dllm.unmask.memory import Memory, PolicyState

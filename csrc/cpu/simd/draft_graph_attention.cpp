@@ -7,13 +7,14 @@
 //
 // Before them come a node's own rows, in tiles from its first one, while the first stored tile is on its way. A step's
 // segment is seen by all its lanes whole, so there are no masks along positions, and what a row does not see is not
-// even multiplied by 0. Lanes of a vector that the step does not concern keep what they have, bit for bit.
+// even multiplied by 0. The one exception is the diagonal of a causal node: tile by tile, its rows see a part each.
+// Lanes of a vector that the step does not concern keep what they have, bit for bit.
 #include "dllm/draft_graph_attention.h"
 
 #include "../thread_scratch.h"
-#include "dllm/softmax_state.h"
 #include "operands.h"
 #include "panel.h"
+#include "softmax_step.h"
 
 extern "C" int omp_get_max_threads();
 
@@ -163,7 +164,7 @@ class Chunk {
           stage_stored(segment);
           staged = segment;
         }
-        attend(lanes, segment.end - segment.begin);
+        attend(lanes, segment.end - segment.begin, WholeSegment{});
       }
     }
   }
@@ -174,9 +175,29 @@ class Chunk {
       const int32_t end = is_empty(lanes) ? 0 : args_.first_row[node + 1];
       for (int32_t row = args_.first_row[node]; row < end; row += kTile) {
         const Interval rows = intersect({row, row + kTile}, {0, end});
-        stage_own(rows);
-        attend(lanes, rows.end - rows.begin);
+        if (args_.is_causal[node] == 0) {
+          stage_own(rows);
+          attend(lanes, rows.end - rows.begin, WholeSegment{});
+        } else {
+          attend_causal(rows, lanes);
+        }
       }
+    }
+  }
+
+  // Own rows of a causal node: lanes before them see none, lanes behind them all.
+  void attend_causal(Interval rows, Interval lanes) {
+    const Interval on_diagonal = intersect({lane_of(rows.begin), lane_of(rows.end)}, lanes);
+    const Interval behind = intersect({lane_of(rows.end), lanes.end}, lanes);
+    if (is_empty(on_diagonal) && is_empty(behind)) {
+      return;
+    }
+    stage_own(rows);
+    if (!is_empty(on_diagonal)) {
+      attend(on_diagonal, rows.end - rows.begin, Diagonal{lane_of(rows.begin), group_size_});
+    }
+    if (!is_empty(behind)) {
+      attend(behind, rows.end - rows.begin, WholeSegment{});
     }
   }
 
@@ -224,25 +245,26 @@ class Chunk {
     }
   }
 
-  // One step of online softmax: the staged positions, for lanes that see all of them.
-  void attend(Interval lanes, int32_t num_positions) {
+  // One step of online softmax: the staged positions, of which each lane sees what `visible` says.
+  template <typename Visible>
+  void attend(Interval lanes, int32_t num_positions, Visible visible) {
     const int32_t end = (lanes.end + kLanes - 1) / kLanes;
     for (int32_t vec = lanes.begin / kLanes; vec < end; vec += kMaxVecs) {
       switch (end - vec) {
         case 1:
-          attend_vecs<1>(vec, lanes, num_positions);
+          attend_vecs<1>(vec, lanes, num_positions, visible);
           break;
         case 2:
-          attend_vecs<2>(vec, lanes, num_positions);
+          attend_vecs<2>(vec, lanes, num_positions, visible);
           break;
         default:
-          attend_vecs<kMaxVecs>(vec, lanes, num_positions);
+          attend_vecs<kMaxVecs>(vec, lanes, num_positions, visible);
       }
     }
   }
 
-  template <int kVecs>
-  void attend_vecs(int32_t first_vec, Interval lanes, int32_t num_positions) {
+  template <int kVecs, typename Visible>
+  void attend_vecs(int32_t first_vec, Interval lanes, int32_t num_positions, Visible visible) {
     const Panel<Element> query = {query_ + first_vec * depth_ * kLanes, kLanes, depth_ * kLanes};
     for (int32_t i = 0; i < num_positions; i += kTileRows) {
       prefetch_stored();
@@ -254,7 +276,8 @@ class Chunk {
       is_concerned[vec] = are_between((first_vec + vec) * kLanes, lanes.begin, lanes.end);
     }
     VecF factor[kVecs];
-    softmax<kVecs>(state_ + first_vec, is_concerned, num_positions, factor);
+    const typename Visible::template Lanes<kVecs> seen(visible, first_vec);
+    softmax_step<kVecs>(scores_, exponent_scale_, num_positions, is_concerned, seen, state_ + first_vec, factor);
     const int64_t depth = Operands::template pair_up<kVecs>(scores_, kPanelLanes, num_positions);
     const Panel<Element> weights = {reinterpret_cast<const Element*>(scores_), kPanelLanes, kLanes};
     const int64_t vec_stride = int64_t{args_.head_dim} * kLanes;
@@ -263,42 +286,6 @@ class Chunk {
       float* out = out_ + first_vec * vec_stride + i * kLanes;
       tile_product<Number, kTileRows, kVecs>(Operands::values(value_, value_row_, args_.head_dim, i), weights, depth,
                                              OutSums<kVecs>{out, vec_stride, factor, is_concerned});
-    }
-  }
-
-  // Turn scores into weights, 0 in lanes that are not concerned; `factor` is that of all that was summed before.
-  template <int kVecs>
-  void softmax(SoftmaxState<VecF>* state, const VecI (&is_concerned)[kVecs], int32_t num_positions,
-               VecF (&factor)[kVecs]) {
-    const VecF none = splat(kNegativeInfinity);
-    const VecF scale = splat(exponent_scale_);
-    VecF top[kVecs];
-    VecF base[kVecs];
-    VecF sum[kVecs];
-    for (int vec = 0; vec < kVecs; ++vec) {
-      top[vec] = none;
-      sum[vec] = VecF{};
-    }
-    for (int32_t i = 0; i < num_positions; ++i) {
-      for (int vec = 0; vec < kVecs; ++vec) {
-        top[vec] = max(top[vec], load(scores_ + i * kPanelLanes + vec * kLanes));
-      }
-    }
-    for (int vec = 0; vec < kVecs; ++vec) {
-      factor[vec] = exp2(raise_max(state[vec], is_concerned[vec] ? top[vec] * scale : none));
-      base[vec] = softmax_base(state[vec].max);
-    }
-    for (int32_t i = 0; i < num_positions; ++i) {
-      for (int vec = 0; vec < kVecs; ++vec) {
-        float* score = scores_ + i * kPanelLanes + vec * kLanes;
-        const VecF weight = exp2(load(score) * scale - base[vec]);
-        const VecF concerned = is_concerned[vec] ? weight : VecF{};
-        store(score, concerned);
-        sum[vec] = sum[vec] + concerned;
-      }
-    }
-    for (int vec = 0; vec < kVecs; ++vec) {
-      state[vec].sum = state[vec].sum * factor[vec] + sum[vec];
     }
   }
 

@@ -28,6 +28,7 @@ struct DraftGraphAttentionArgs {
   const int32_t* first_node;  // [num_requests + 1], contiguous; of request r: [first_node[r], first_node[r + 1])
   const int32_t* first_row;   // [num_nodes + 1], contiguous; of node n: [first_row[n], first_row[n + 1])
   const Context* context;     // [num_nodes], contiguous
+  const int32_t* is_causal;   // [num_nodes], contiguous; 1: a row sees of its node's rows itself and those before
   void* out;                  // [num_rows, num_heads, head_dim]
   float* lse;                 // [num_rows, num_heads], contiguous; nullptr: not wanted
   float* workspace;           // [attention_workspace(args)], contents lost; CUDA only

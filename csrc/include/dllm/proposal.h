@@ -4,7 +4,8 @@
 // The nodes that start from canvases with as many positions unmasked share a *draw*: what the step from there would put
 // at each position, and how ready the positions are. Order of work: `begin_position` of all positions; then for each
 // draw `draw_position` of all masked positions, their order into `ranked`, `fill_node` of its nodes; at last
-// `put_draft` of all nodes. Without noise all draws are the same.
+// `put_draft` of all nodes; with a look-ahead, `rank_end` and `put_end` of all positions. Without noise all draws are
+// the same.
 #pragma once
 
 #include <cmath>
@@ -13,12 +14,17 @@
 #include "dllm/macros.h"
 #include "dllm/propose_nodes.h"
 #include "dllm/splitmix.h"
+#include "dllm/walk_policies.h"
 
 namespace dllm {
 
 // What a node holds at a position: the candidate it puts there, or one of these.
 constexpr uint8_t kOpen = 255;   // the mask token
 constexpr uint8_t kKnown = 254;  // the root's token
+
+// Sums over positions have an order that a warp can keep: lane i adds i, i + kSumLanes, ...; then the second half of
+// the lanes is added to the first, and so on.
+constexpr int32_t kSumLanes = 32;
 
 // What is sorted must not be NaN, whatever the probabilities are.
 DLLM_HOST_DEVICE inline double number_or_least(double value) { return value == value ? value : -HUGE_VAL; }
@@ -27,6 +33,7 @@ DLLM_HOST_DEVICE inline double number_or_least(double value) { return value == v
 struct ProposeScratch {
   double* log_reach;  // [1 + num_nodes]
   double* worst;      // [1 + num_nodes], least corrected log_reach on the way to the node
+  double* log_z;      // [1 + num_nodes], log_choices of the node's canvas, where several threads need it
   double* ready;      // [block_length], readiness, of the draw
   double* order;      // [block_length], what the position rank follows, of the draw
   int32_t* num_open;  // [1 + num_nodes], masked positions; 0 for a node that may not be evaluated
@@ -39,7 +46,7 @@ struct ProposeScratch {
 DLLM_HOST_DEVICE inline size_t scratch_bytes(const ProposeNodesArgs& args) {
   const auto nodes = static_cast<size_t>(args.num_nodes) + 1;
   const auto positions = static_cast<size_t>(args.block_length);
-  return nodes * (2 * sizeof(double) + sizeof(int32_t) + positions) +
+  return nodes * (3 * sizeof(double) + sizeof(int32_t) + positions) +
          positions * (2 * sizeof(double) + sizeof(int32_t) + kMaxCandidates + 1);
 }
 
@@ -50,7 +57,8 @@ DLLM_HOST_DEVICE inline ProposeScratch make_scratch(const ProposeNodesArgs& args
   ProposeScratch scratch;
   scratch.log_reach = static_cast<double*>(memory);
   scratch.worst = scratch.log_reach + nodes;
-  scratch.ready = scratch.worst + nodes;
+  scratch.log_z = scratch.worst + nodes;
+  scratch.ready = scratch.log_z + nodes;
   scratch.order = scratch.ready + positions;
   scratch.num_open = reinterpret_cast<int32_t*>(scratch.order + positions);
   scratch.ranked = scratch.num_open + nodes;
@@ -65,13 +73,18 @@ struct Proposal {
   ProposeScratch scratch;
   int64_t request;
 
-  DLLM_HOST_DEVICE double temperature() const { return args.seed == nullptr ? 0.0 : args.temperature[request]; }
-  DLLM_HOST_DEVICE bool is_random() const { return args.seed != nullptr && args.is_random[request]; }
+  DLLM_HOST_DEVICE int64_t slot() const { return args.slots[request]; }
+  DLLM_HOST_DEVICE double temperature() const { return args.policy == nullptr ? 0.0 : args.temperature[slot()]; }
+  DLLM_HOST_DEVICE bool is_random() const {
+    return args.policy != nullptr && static_cast<Policy>(args.policy[slot()]) == Policy::kRandom;
+  }
 
   // Whether draws differ.
   DLLM_HOST_DEVICE bool is_noisy() const { return temperature() > 0.0 || is_random(); }
 
-  DLLM_HOST_DEVICE int64_t at(int32_t position) const { return request * args.block_length + position; }
+  DLLM_HOST_DEVICE int64_t at(int32_t position) const { return slot() * args.block_length + position; }
+  DLLM_HOST_DEVICE bool is_masked(int32_t position) const { return args.canvas[at(position)] == args.mask_token_id; }
+  DLLM_HOST_DEVICE bool is_new(int32_t position) const { return args.was_masked[at(position)] && !is_masked(position); }
   DLLM_HOST_DEVICE uint8_t* filled(int32_t node) const {
     return scratch.filled + static_cast<int64_t>(node) * args.block_length;
   }
@@ -84,7 +97,7 @@ struct Proposal {
   DLLM_HOST_DEVICE uint8_t kept_candidates(int32_t position) const {
     const double* log_prob = log_probs(position);
     const double scale = temperature() > 1e-9 ? temperature() : 1e-9;
-    const int64_t top_k = args.top_k[request];
+    const int64_t top_k = args.top_k[slot()];
     const int64_t num_kept = top_k > 0 && top_k < args.num_candidates ? top_k : args.num_candidates;
     double mass[kMaxCandidates];
     double total = 0.0;
@@ -97,14 +110,18 @@ struct Proposal {
     for (int c = 1; c < num_kept; ++c) {
       const double share = mass[c] / total;
       sum += share;
-      kept |= static_cast<int>(share > 0.0 && sum - share < args.top_p[request]) << c;
+      kept |= static_cast<int>(share > 0.0 && sum - share < args.top_p[slot()]) << c;
     }
     return static_cast<uint8_t>(kept);
   }
 
   DLLM_HOST_DEVICE void begin_position(int32_t position) const {
-    filled(0)[position] = args.is_masked[at(position)] ? kOpen : kKnown;
+    filled(0)[position] = is_masked(position) ? kOpen : kKnown;
     scratch.kept[position] = temperature() > 0.0 ? kept_candidates(position) : 0;
+    put_token(0, position, args.canvas[at(position)]);
+    if (position == 0) {
+      put_canvas(0, true, 0);
+    }
   }
 
   // Order the candidates by Gumbel-max, equal ones as they are, and keep as many as there are vocab ranks.
@@ -140,10 +157,20 @@ struct Proposal {
     return sum;
   }
 
+  DLLM_HOST_DEVICE double readiness(int32_t position, double log_confidence) const {
+    const double below_zero = log_confidence < -1e-12 ? log_confidence : -1e-12;
+    const double logit = below_zero - std::log(-std::expm1(below_zero));
+    const double near_new = near(position, [this](int32_t other) { return is_new(other); });
+    return args.readiness.slope * logit + near_new + args.readiness.bias;
+  }
+
+  DLLM_HOST_DEVICE uint64_t noise_key(int32_t position, int64_t num_masked) const {
+    return stream_key(args.seed[slot()], args.start[request] + position, num_masked);
+  }
+
   // `num_masked`: how many positions are masked in the canvases that the draw starts from.
   DLLM_HOST_DEVICE void draw_position(int32_t position, int64_t num_masked) const {
-    const uint64_t key =
-        is_noisy() ? stream_key(args.seed[request], args.position[at(position)], num_masked) : uint64_t{0};
+    const uint64_t key = is_noisy() ? noise_key(position, num_masked) : uint64_t{0};
     if (temperature() > 0.0) {
       pick_candidates(position, key);
     } else {
@@ -151,12 +178,7 @@ struct Proposal {
         scratch.pick[position * kMaxCandidates + rank] = static_cast<uint8_t>(rank);
       }
     }
-    const double log_confidence = log_probs(position)[scratch.pick[position * kMaxCandidates]];
-    const double below_zero = log_confidence < -1e-12 ? log_confidence : -1e-12;
-    const double logit = below_zero - std::log(-std::expm1(below_zero));
-    const bool* is_new = args.is_new + at(0);
-    const double near_new = near(position, [=](int32_t other) { return is_new[other]; });
-    scratch.ready[position] = args.readiness.slope * logit + near_new + args.readiness.bias;
+    scratch.ready[position] = readiness(position, log_probs(position)[scratch.pick[position * kMaxCandidates]]);
     scratch.order[position] = number_or_least(is_random() ? uniform(key, kStream) : scratch.ready[position]);
   }
 
@@ -172,25 +194,35 @@ struct Proposal {
     return scratch.ready[position] + near(position, [=](int32_t other) { return canvas[other] < kKnown; });
   }
 
-  // The logarithm of the sum of exp(readiness) over all choices that a step from `node` has (draft/prune.py).
-  DLLM_HOST_DEVICE double log_choices(int32_t node) const {
-    const uint8_t* canvas = filled(node);
+  // The largest readiness of the open positions lane, lane + kSumLanes, ... of a canvas.
+  DLLM_HOST_DEVICE double largest_ready(const uint8_t* canvas, int32_t lane) const {
     double largest = -HUGE_VAL;
+    for (int32_t position = lane; position < args.block_length; position += kSumLanes) {
+      const double ready = canvas[position] == kOpen ? ready_in(canvas, position) : -HUGE_VAL;
+      largest = ready > largest ? ready : largest;
+    }
+    return largest;
+  }
+
+  // What these positions add to the sum of `log_choices`. `largest`: of all open positions.
+  DLLM_HOST_DEVICE double sum_choices(const uint8_t* canvas, int32_t lane, double largest) const {
     double sum = 0.0;
-    for (int32_t position = 0; position < args.block_length; ++position) {
+    for (int32_t position = lane; position < args.block_length; position += kSumLanes) {
       if (canvas[position] != kOpen) {
         continue;
       }
       const double ready = ready_in(canvas, position);
-      if (!args.is_one_by_one) {
-        sum += ready > 20.0 ? ready : std::log1p(std::exp(ready));  // as torch's softplus
-      } else if (ready <= largest) {
+      if (args.is_one_by_one) {
         sum += std::exp(ready - largest);
       } else {
-        sum = sum * std::exp(largest - ready) + 1.0;
-        largest = ready;
+        sum += ready > 20.0 ? ready : std::log1p(std::exp(ready));  // as torch's softplus
       }
     }
+    return sum;
+  }
+
+  // The logarithm of the sum of exp(readiness) over all choices that a step from a canvas has (draft/prune.py).
+  DLLM_HOST_DEVICE double log_choices(double sum, double largest) const {
     return args.is_one_by_one ? largest + std::log(sum) : sum + std::log(-std::expm1(-sum));
   }
 
@@ -205,7 +237,8 @@ struct Proposal {
     return -1;
   }
 
-  // Fill node `index` + 1 from its parent. `log_z`: log_choices of the parent, not used where the order is random.
+  // Fill node `index` + 1 from its parent. `log_z`: log_choices of the parent's canvas, not used where the order is
+  // random.
   DLLM_HOST_DEVICE void fill_node(int32_t index, double log_z) const {
     const GraphNode& node = args.nodes[index];
     const uint8_t* from = filled(node.parent);
@@ -233,6 +266,18 @@ struct Proposal {
     scratch.worst[index + 1] = scratch.worst[node.parent] < score ? scratch.worst[node.parent] : score;
   }
 
+  // Write a token of a canvas.
+  DLLM_HOST_DEVICE void put_token(int64_t canvas, int32_t position, int64_t token) const {
+    const int64_t out = (request * args.num_canvases + canvas) * args.block_length + position;
+    args.out_canvas[out] = token;
+    args.out_is_masked[out] = token == args.mask_token_id;
+  }
+
+  DLLM_HOST_DEVICE void put_canvas(int64_t canvas, bool is_valid, int64_t depth) const {
+    args.out_is_valid[request * args.num_canvases + canvas] = is_valid;
+    args.out_depth[request * args.num_canvases + canvas] = depth;
+  }
+
   // Write node `index` + 1 to its place among the drafts, if it has one.
   DLLM_HOST_DEVICE void put_draft(int32_t index) const {
     const GraphNode& node = args.nodes[index];
@@ -245,16 +290,49 @@ struct Proposal {
     if (place >= args.num_drafts) {
       return;
     }
+    put_canvas(1 + place, args.is_known[slot()] && scratch.num_open[index + 1] > 0, node.depth);
     const int64_t draft = request * args.num_drafts + place;
-    args.out_is_valid[draft] = scratch.num_open[index + 1] > 0;
     args.out_node[draft] = node.number;
-    args.out_depth[draft] = node.depth;
     args.out_log_reach[draft] = scratch.log_reach[index + 1];
     const uint8_t* canvas = filled(index + 1);
     for (int32_t position = 0; position < args.block_length; ++position) {
-      args.out_canvas[draft * args.block_length + position] =
-          canvas[position] < kKnown ? args.token_ids[at(position) * args.num_candidates + canvas[position]]
-                                    : args.canvas[at(position)];
+      const bool is_filled = canvas[position] < kKnown;
+      put_token(1 + place, position,
+                is_filled ? args.token_ids[at(position) * args.num_candidates + canvas[position]]
+                          : args.canvas[at(position)]);
+    }
+  }
+
+  // Order the masked positions by the readiness of their likeliest tokens.
+  DLLM_HOST_DEVICE void rank_end(int32_t position) const {
+    scratch.order[position] = number_or_least(readiness(position, log_probs(position)[0]));
+  }
+
+  // The likeliest token of a position: at a temperature the one that its draw will give, if positions become ready in
+  // that order, or, where steps unmask as many as they like, if the next step unmasks all.
+  DLLM_HOST_DEVICE int64_t end_token(int32_t position) const {
+    if (filled(0)[position] != kOpen) {
+      return args.canvas[at(position)];
+    }
+    int candidate = 0;
+    if (temperature() > 0.0) {
+      int64_t num_masked = scratch.num_open[0];
+      for (int32_t other = 0; args.is_one_by_one && other < args.block_length; ++other) {
+        num_masked -= filled(0)[other] == kOpen && is_before(other, position);
+      }
+      pick_candidates(position, noise_key(position, num_masked));
+      candidate = scratch.pick[position * kMaxCandidates];
+    }
+    return args.token_ids[at(position) * args.num_candidates + candidate];
+  }
+
+  // Write a position of the look-ahead.
+  DLLM_HOST_DEVICE void put_end(int32_t position) const {
+    args.out_end[request * args.block_length + position] = end_token(position);
+    put_token(args.num_canvases - 1, position, args.mask_token_id);
+    if (position == 0) {
+      const bool has_next = args.start[request] + args.block_length < args.seq_len[slot()];
+      put_canvas(args.num_canvases - 1, args.is_known[slot()] && has_next, scratch.num_open[0]);
     }
   }
 };

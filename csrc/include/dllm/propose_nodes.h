@@ -1,6 +1,8 @@
-// propose_nodes: fill the nodes of a draft graph for each request and keep those that are likeliest reached.
+// propose_nodes: the canvases of a step. Of each request its own, read by slot, and the nodes of a draft graph, filled,
+// that are likeliest reached.
 //
-// What it computes is stated in vllm_dllm/draft/propose.py and prune.py; how, for one request, is in proposal.h.
+// What it computes is stated in vllm_dllm/draft/native.py, propose.py and prune.py; how, for one request, in
+// proposal.h.
 #pragma once
 
 #include "dllm/types.h"
@@ -36,26 +38,34 @@ struct ProposeNodesArgs {
   Readiness readiness;
   bool is_one_by_one;  // every step unmasks one position
 
-  const int64_t* canvas;     // [num_reqs, block_length]
-  const bool* is_masked;     // [num_reqs, block_length]
-  const bool* is_new;        // [num_reqs, block_length]
-  const int64_t* token_ids;  // [num_reqs, block_length, num_candidates], most probable first
-  const double* log_probs;   // [num_reqs, block_length, num_candidates]
+  const int64_t* slots;  // [num_reqs]
+  const int64_t* start;  // [num_reqs], absolute position of the block
 
-  const int64_t* seed;        // [num_reqs]; nullptr: no request has noise, and the five below are not read
-  const int64_t* position;    // [num_reqs, block_length]
-  const double* temperature;  // [num_reqs]
-  const int64_t* top_k;       // [num_reqs], 0 keeps all
-  const double* top_p;        // [num_reqs]
-  const bool* is_random;      // [num_reqs]
+  // By slot: the canvas, and of the step that made it the candidates and what was masked before it.
+  const int64_t* canvas;     // [num_slots, block_length]
+  const int64_t* token_ids;  // [num_slots, block_length, num_candidates], most probable first
+  const double* log_probs;   // [num_slots, block_length, num_candidates]
+  const bool* was_masked;    // [num_slots, block_length]
+  const bool* is_known;      // [num_slots], whether there was such a step
+  const int64_t* seq_len;    // [num_slots], where the sequence ends
 
-  int64_t* out_canvas;    // [num_reqs, num_drafts, block_length]
-  bool* out_is_valid;     // [num_reqs, num_drafts]
+  const int64_t* policy;      // [num_slots], of Policy; nullptr: no request has noise, and the four below are not read
+  const int64_t* seed;        // [num_slots]
+  const int64_t* top_k;       // [num_slots], 0 keeps all
+  const double* temperature;  // [num_slots]
+  const double* top_p;        // [num_slots]
+
+  int64_t* out_canvas;    // [num_reqs, num_canvases, block_length], the root first
+  bool* out_is_masked;    // [num_reqs, num_canvases, block_length]
+  bool* out_is_valid;     // [num_reqs, num_canvases]
+  int64_t* out_depth;     // [num_reqs, num_canvases]
   int64_t* out_node;      // [num_reqs, num_drafts]
-  int64_t* out_depth;     // [num_reqs, num_drafts]
   double* out_log_reach;  // [num_reqs, num_drafts]
+  int64_t* out_end;  // [num_reqs, block_length], of the look-ahead, whose next root is the last canvas; nullptr: none
 
   int64_t num_reqs;
+  int64_t mask_token_id;
+  int32_t num_canvases;  // 1 + num_drafts, and one with a look-ahead
   int32_t block_length;
   int32_t num_nodes;
   int32_t num_drafts;

@@ -1,8 +1,9 @@
 // Who sees whom (docs/attention.md): the one statement of visibility, for host and device.
 //
-// A row of a node sees the stored positions in the node's context, which is two intervals, and the rows of its own
-// node, in both directions. It sees nothing else: no other node, no other request. A denoising canvas, its drafts, a
-// refresh, the commit of a finished block and a block-causal prefill differ in their intervals alone.
+// A row of a node sees the stored positions in the node's context, which is two intervals, and rows of its own node:
+// all of them, or, in a causal node, itself and those before it. It sees nothing else: no other node, no other request.
+// A denoising canvas, its drafts, a refresh, the commit of a finished block and a block-causal prefill differ in their
+// intervals alone.
 #pragma once
 
 #include "dllm/macros.h"
@@ -36,6 +37,11 @@ DLLM_HOST_DEVICE inline bool is_same(const Context& a, const Context& b) {
 
 DLLM_HOST_DEVICE inline bool contains(Interval interval, int32_t position) {
   return interval.begin <= position && position < interval.end;
+}
+
+// Of a node's rows those that one of them sees.
+DLLM_HOST_DEVICE inline Interval seen_rows(Interval rows, bool is_causal, int32_t row) {
+  return {rows.begin, is_causal && row < rows.end ? row + 1 : rows.end};
 }
 
 DLLM_HOST_DEVICE inline bool sees_stored(const Context& context, int32_t position) {

@@ -1,0 +1,17 @@
+"""The names that settings choose by. A module of its own, so that decoding needs no library that checks settings."""
+
+from typing import Literal
+
+# fmt: off
+PolicyName = Literal[
+    "static", "random", "threshold", "factor", "margin", "entropy", "origin", "sequential", "dynamic",
+    "entropy_bounded", "credit",
+]
+# fmt: on
+"""Unmasking policies, see `unmask.policy`."""
+
+KvPolicyName = Literal["dual", "prefix", "block_causal"]
+"""Which K/V a step recomputes, see `state.kv`."""
+
+AttentionName = Literal["auto", "csrc", "flashinfer", "xformers", "torch"]
+"""Implementations of attention, see `attention.choose`."""

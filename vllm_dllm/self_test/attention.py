@@ -1,0 +1,149 @@
+"""An implementation of attention against the rule in float64, over pages that hold NaN wherever nothing may be read."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_dllm.attention.interface import Attention, Heads
+from vllm_dllm.attention.layout import HostLayout, PagedIndex, host_layout, to_device
+from vllm_dllm.attention.store import store_kv
+from vllm_dllm.self_test.check import Check, row_error
+
+ALLOWED = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+"""Of each row's error, by the model's dtype: some roundings of its inputs and outputs."""
+
+CONTEXTS = (19, 300, 2100)
+"""Stored positions that canvases see: less than a page or two, some pages, more than a split of the context."""
+
+LONGEST_SEGMENT = 200
+"""Rows of the segment that sees nothing stored, as a refresh."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What of a server decides how its attention is computed; of one rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype  # of the cache
+    page_size: int
+    block_length: int
+    max_len: int  # positions of a request, at most
+
+    @property
+    def heads(self) -> Heads:
+        """What implementations are made for."""
+        return Heads(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim**-0.5, self.dtype)
+
+
+def step_layout(shape: AttentionShape) -> HostLayout:
+    """Lay out a step of everything: a refresh, and for each length of the context a request with drafts.
+
+    Every other one of these sees nothing behind its block, as in a block-causal model, and has the block before to
+    commit.
+    """
+    block_length = shape.block_length
+    own_len, context, num_nodes = [min(LONGEST_SEGMENT, shape.max_len)], [[0, 0, 0, 0]], [1]
+    room = shape.max_len - block_length
+    for number, length in enumerate(sorted({min(length, room) for length in CONTEXTS if room > 0})):
+        start = length if number % 2 else length // 2
+        nodes = [[0, start, start + block_length, length + block_length]] * (2 + number)
+        if number % 2 and start >= block_length:
+            nodes.append([0, start - block_length, start, start])
+        context += nodes
+        own_len += [block_length] * len(nodes)
+        num_nodes.append(len(nodes))
+    return host_layout(np.array(num_nodes), np.array(own_len), np.array(context))
+
+
+class Scene:
+    """Rows and stored positions of a layout.
+
+    Args:
+        shape: of the model.
+        host: who sees whom.
+        device: where everything is.
+    """
+
+    def __init__(self, shape: AttentionShape, host: HostLayout, device: torch.device) -> None:
+        self.shape, self.host = shape, host
+        generator = torch.Generator(device).manual_seed(1)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(shape.dtype)
+
+        num_rows = int(host.first_row[-1])
+        num_q, num_kv = shape.num_heads, shape.num_kv_heads
+        rows = draw(num_rows, num_q + 2 * num_kv, shape.head_dim)  # strided, as the projection's output is
+        self.query, self.key, self.value = rows.split([num_q, num_kv, num_kv], 1)
+        ends = _per_request(host)
+        self.stored = [draw(end, 2 * num_kv, shape.head_dim) for end in ends]
+        self.kv_cache, self.page_table = self._pages(ends, generator, device)
+
+    def _pages(self, ends: list[int], generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Store what requests have stored, in shuffled pages; all else is NaN, and so is the whole of page 0."""
+        shape = self.shape
+        num_pages = [-(-end // shape.page_size) for end in ends]
+        size = (1 + sum(num_pages), shape.num_kv_heads, shape.page_size, 2 * shape.head_dim)
+        kv_cache = torch.full(size, torch.nan, device=device).to(shape.kv_dtype)
+        page_table = torch.zeros(len(ends), max([1, *num_pages]), dtype=torch.int32, device=device)
+        shuffled = 1 + torch.randperm(sum(num_pages), generator=generator, device=device).int()
+        for request, pages in enumerate(shuffled.split(num_pages)):
+            page_table[request, : len(pages)] = pages
+        for request, stored in enumerate(self.stored):
+            position = torch.arange(len(stored), device=device)
+            page = page_table[request, position // shape.page_size].long()
+            key, value = stored.chunk(2, 1)
+            store_kv(key, value, kv_cache, PagedIndex(page, position % shape.page_size))
+        return kv_cache, page_table
+
+    def attend(self, implementation: type[Attention]) -> Tensor:
+        """Run an implementation; what it does not write is NaN."""
+        out = torch.full_like(self.query, torch.nan)
+        layout = to_device(self.host, self.page_table, self.shape.page_size)
+        plan = implementation(self.shape.heads, self.kv_cache).plan(layout)
+        plan.run(self.query, self.key, self.value, self.kv_cache, out)
+        return out
+
+    def expected(self) -> Tensor:
+        """Attend node by node, as the rule is written, in float64; the layout's rows."""
+        host, shape = self.host, self.shape
+        exact = torch.zeros_like(self.query, dtype=torch.float64)
+        for request in range(host.num_requests):
+            seen = self.stored[request].to(shape.kv_dtype).double()
+            for node in range(host.first_node[request], host.first_node[request + 1]):
+                rows = slice(int(host.first_row[node]), int(host.first_row[node + 1]))
+                begin0, end0, begin1, end1 = host.context[node].tolist()
+                own = torch.cat([self.key[rows], self.value[rows]], 1).double()
+                key, value = torch.cat([seen[begin0:end0], seen[begin1:end1], own]).chunk(2, 1)
+                exact[rows] = _dense(self.query[rows].double(), key, value, shape.heads.scale)
+        return exact
+
+
+def check_attention(name: str, implementation: type[Attention], shape: AttentionShape, device: torch.device) -> Check:
+    """Compare an implementation with the rule, in a step that has everything."""
+    scene = Scene(shape, step_layout(shape), device)
+    error = row_error(scene.attend(implementation), scene.expected())
+    case = (
+        f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, pages of {shape.page_size}, blocks of "
+        f"{shape.block_length}, contexts up to {int(scene.host.context_len.max())}"
+    )
+    return Check(f"attention {name}", case, error, ALLOWED[shape.dtype])
+
+
+def _per_request(host: HostLayout) -> list[int]:
+    """Return up to where each request's stored positions are seen."""
+    ends = host.context.max(1, initial=0)
+    return [int(ends[a:b].max(initial=0)) for a, b in zip(host.first_node, host.first_node[1:], strict=False)]
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend from all rows to all keys; [num_rows, num_heads, head_dim]."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(group, 1).transpose(0, 1) for each in (key, value))
+    scores = (query.transpose(0, 1) @ key.transpose(1, 2)) * scale
+    return (scores.softmax(-1) @ value).transpose(0, 1)
