@@ -13,5 +13,5 @@ PolicyName = Literal[
 KvPolicyName = Literal["dual", "prefix", "block_causal"]
 """Which K/V a step recomputes, see `state.kv`."""
 
-AttentionName = Literal["auto", "csrc", "flashinfer", "xformers", "torch"]
+AttentionName = Literal["auto", "csrc", "vllm", "flashinfer", "xformers", "torch"]
 """Implementations of attention, see `attention.choose`."""

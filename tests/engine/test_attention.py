@@ -11,6 +11,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from tests.e2e.rig import CHECKPOINT
+from vllm_dllm.attention import varlen
 from vllm_dllm.attention.choose import IMPLEMENTATIONS
 from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.flashinfer import FlashInferAttention
@@ -178,6 +179,17 @@ def test_attention_that_is_wrong_gives_way_or_stops_the_start(monkeypatch: pytes
     assert any("csrc: it disagrees with plain torch on this device" in line for line in log)
     with pytest.raises(KernelUnavailable, match="attention is 'csrc', but it disagrees"):
         attention_choice.set_attention(stub_config({"attention": "csrc"}), DllmConfig(attention="csrc"))
+
+
+@pytest.mark.parametrize("refusal", [None, "the installed vLLM has no FlashAttention"])
+def test_it_is_told_who_takes_rows_without_context(
+    refusal: str | None, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(varlen, "refusal", lambda setting: refusal)
+    attention_choice.set_attention(stub_config({}), DllmConfig())
+    by = f"csrc: {refusal}" if refusal else "FlashAttention of vLLM"
+    assert f"Attention of refreshes and prefills without context: {by}" in log
 
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("csrc", 0), ("torch", 2 * CHUNK_BYTES)])
