@@ -1,6 +1,5 @@
 """The canvases of a step, by slot: in torch, by a native op, and the choice between them."""
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -8,13 +7,9 @@ import torch
 from vllm_dllm import ops
 from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.propose import Roots, likeliest_end, propose
-from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.walk import Nodes
-
-logger = logging.getLogger("vllm.dllm")
-
 
 Propose = Callable[[CompiledGraph, CanvasState, DraftState, Blocks, int, bool], Nodes]
 
@@ -81,10 +76,4 @@ def native_nodes(
 
 def choose_propose(device: torch.device) -> Propose:
     """Take the native op where it is built for the device, else its torch twin."""
-    try:
-        ops.require("propose_nodes", device.type)
-    except KernelUnavailable as error:
-        logger.warning("Drafts are made by torch: %s", error)
-        return torch_nodes
-    logger.info("Drafts are made by a native op for %s.", device.type)
-    return native_nodes
+    return ops.native_or_twin("propose_nodes", device.type, "Drafts are made", native_nodes, torch_nodes)

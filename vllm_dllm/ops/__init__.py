@@ -2,7 +2,7 @@
 
 from vllm_dllm.ops.decide_walk import decide_walk
 from vllm_dllm.ops.draft_graph_attention import draft_graph_attention
-from vllm_dllm.ops.load import require
+from vllm_dllm.ops.load import native_or_twin, require
 from vllm_dllm.ops.propose_nodes import propose_nodes
 from vllm_dllm.ops.row_draws import row_draws
 from vllm_dllm.ops.settle_step import settle_step
@@ -12,6 +12,7 @@ from vllm_dllm.ops.vocab_stats import vocab_stats
 __all__ = [
     "decide_walk",
     "draft_graph_attention",
+    "native_or_twin",
     "propose_nodes",
     "require",
     "row_draws",

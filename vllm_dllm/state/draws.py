@@ -3,18 +3,14 @@
 `torch_draws` states it in tensor code; the op `row_draws` does the same in one launch.
 """
 
-import logging
 from collections.abc import Callable
 
 import torch
 
 from vllm_dllm import ops
-from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.unmask.walk import Nodes
-
-logger = logging.getLogger("vllm.dllm")
 
 Draw = Callable[[CanvasState, Blocks, Nodes], RowSampling]
 
@@ -46,10 +42,4 @@ def native_draws(state: CanvasState, blocks: Blocks, nodes: Nodes) -> RowSamplin
 
 def choose_draws(device: torch.device) -> Draw:
     """Take the native op where it is built for the device, else its torch twin."""
-    try:
-        ops.require("row_draws", device.type)
-    except KernelUnavailable as error:
-        logger.warning("Draws are made ready by torch: %s", error)
-        return torch_draws
-    logger.info("Draws are made ready by a native op for %s.", device.type)
-    return native_draws
+    return ops.native_or_twin("row_draws", device.type, "Draws are made ready", native_draws, torch_draws)

@@ -7,7 +7,6 @@ next step.
 `walk` states it in tensor code; the op `decide_walk` does the same in one launch.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_dllm import ops
-from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.ops.vocab_stats import PartialStats
 from vllm_dllm.unmask.memory import PolicyState, Shown, select
 from vllm_dllm.unmask.policy import (
@@ -31,8 +29,6 @@ from vllm_dllm.unmask.policy import (
 )
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.stats import Candidates, candidates_of
-
-logger = logging.getLogger("vllm.dllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +182,7 @@ def native_walk(
 
 def choose_walk(device: torch.device) -> Walk:
     """Take the native op where it is built for the device, else its torch twin."""
-    try:
-        ops.require("decide_walk", device.type)
-    except KernelUnavailable as error:
-        logger.warning("Canvases are decided by torch: %s", error)
-        return walk
-    logger.info("Canvases are decided by a native op for %s.", device.type)
-    return native_walk
+    return ops.native_or_twin("decide_walk", device.type, "Canvases are decided", native_walk, walk)
 
 
 @dataclass(frozen=True, slots=True)
