@@ -2,9 +2,9 @@
 
     python -m benchmarks.host CHECKPOINT --before OTHER_CHECKOUT --budget auto
 
-Each checkout has its engine on the CPU in a process of its own, with its own environment (`.venv`, as `make setup` leaves
-it), and both are asked in turn, so that what else the machine does meets both alike. It uses nothing of them but `LLM` and
-the runner's model and LM head, so the other one may be old.
+Each checkout has its engine on the CPU in a process of its own, with its own environment (`.venv`, as `make setup`
+leaves it), and both are asked in turn, so that what else the machine does meets both alike. It uses nothing of them but
+`LLM` and the runner's model and LM head, so the other one may be old.
 """
 
 import json
@@ -97,7 +97,7 @@ def _answer(child: subprocess.Popen[str]) -> str:
     assert child.stdout is not None
     line = child.stdout.readline().strip()
     if not line:
-        raise RuntimeError(f"{child.args} ended; its own words are above")
+        raise RuntimeError("an engine ended; its own words are above")
     return line
 
 

@@ -16,7 +16,7 @@ from vllm_dllm.measure.decode import Policy
 from vllm_dllm.measure.process import EngineProcess
 from vllm_dllm.measure.report import Row, Section
 from vllm_dllm.measure.workload import EngineSpec, Measurement, UnequalTokensError, Workload
-from vllm_dllm.models.interface import family_of
+from vllm_dllm.models.interface import family_said
 from vllm_dllm.reference import block_causal
 from vllm_dllm.reference.decode import Generation, KvPolicy, generate
 from vllm_dllm.reference.model import LLaDA
@@ -33,10 +33,12 @@ def compare_with_reference(workload: Workload, policies: Sequence[Policy]) -> li
 
     Raises: UnequalTokensError.
     """
-    architecture = json.loads((Path(workload.model) / "config.json").read_text())["architectures"]
-    family = family_of(architecture)
+    family = family_said(json.loads((Path(workload.model) / "config.json").read_text()))
+    assert family is not None, "an engine serves models of ours only"
     rules = Rules(**{field.name: getattr(family, field.name) for field in fields(Rules)})
-    model = (LLaDA if architecture == ["LLaDAModelLM"] else Qwen).from_pretrained(Path(workload.model), torch.float32)
+    model = (LLaDA if family.architecture == "LLaDAModelLM" else Qwen).from_pretrained(
+        Path(workload.model), torch.float32
+    )
     rows = [
         row for policy in policies for row in _policy_rows(workload, policy, _decoders(workload, policy, model, rules))
     ]
@@ -66,7 +68,7 @@ def _decoders(workload: Workload, policy: Policy, model: Any, rules: Rules) -> d
             "multiple of it"
         )
     if rules.attention == "block_causal":
-        return {"reference": partial(block_causal.generate, model, **common)}
+        return {"reference": partial(block_causal.generate, model, rules=rules, **common)}
     return {
         "reference, no cache": partial(generate, model, kv=KvPolicy("none"), rules=rules, **common),
         "reference, dual cache": partial(generate, model, kv=KvPolicy("dual"), rules=rules, **common),

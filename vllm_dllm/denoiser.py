@@ -68,11 +68,8 @@ class Denoiser:
     def begin_blocks(self, slots: Tensor, where: Tensor) -> None:
         """Begin a new block for those of the given slots that `where` [num_reqs] bool marks."""
         self.state.reset(slots, where)
-        if self.drafter is None:
-            return
-        if self.drafter.memory is not None:
+        if self.drafter is not None and self.drafter.memory is not None:
             self.drafter.memory.forget(slots, where)
-        self.drafter.forget(slots, where)
 
     def advance(self, blocks: Blocks, nodes: Nodes, hidden: Tensor, fresh: Tensor | None = None) -> Trajectory:
         """Decide the next canvases of some requests, as many as their drafts foresaw and one more.
@@ -104,11 +101,7 @@ class Denoiser:
     def settle(self, blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger) -> Emission:
         """Keep what `advance` came to, emit the blocks that it finished, begin those behind: see `state.settle`."""
         drafts = None if self.drafter is None else self.drafter.memory
-        emission = self._settle(self.state, drafts, blocks, nodes, done, ledger)
-        if self.drafter is not None:
-            self.drafter.observe(blocks, nodes, done)
-            self.drafter.forget(blocks.slots, done.is_finished & ~done.came_over)
-        return emission
+        return self._settle(self.state, drafts, blocks, nodes, done, ledger)
 
     def _ids(self, nodes: Nodes, asked: Tensor | None) -> RowIds | None:
         """Return what policies ask for of evaluated rows, of the ids [num_reqs, block_length, num_given]."""

@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from vllm_dllm.errors import UnsupportedVllmError
-from vllm_dllm.models.interface import FAMILIES
+from vllm_dllm.models.interface import FAMILIES, config_classes
 
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
 
@@ -83,6 +83,7 @@ def _register() -> None:
     from vllm_dllm.spiffy_config import METHOD, read_speculative_config
 
     compat.explain_start_errors(start_errors.explain)
+    compat.before_config_class(config_hook.read_config)
     compat.after_model_config(config_hook.check_flags)
     compat.extend_speculative_arguments(read_speculative_config, METHOD)
     compat.before_speculative_config(spiffy_arguments.take_spiffy)
@@ -94,8 +95,9 @@ def _register() -> None:
     if VARIABLE in os.environ:  # vLLM warns of variables with its prefix that it does not know
         envs.environment_variables.setdefault(VARIABLE, lambda: os.environ.get(VARIABLE))
     for family in FAMILIES:
-        config_class = resolve_name(family.config_class)
-        _CONFIG_REGISTRY[family.model_type] = config_class
-        AutoConfig.register(family.model_type, config_class, exist_ok=True)
         ModelRegistry.register_model(family.architecture, family.model_class)
         MODELS_CONFIG_MAP[family.architecture] = config_hook.DllmConfigHook
+    for model_type, name in config_classes().items():
+        config_class = resolve_name(name)
+        _CONFIG_REGISTRY[model_type] = config_class
+        AutoConfig.register(model_type, config_class, exist_ok=True)

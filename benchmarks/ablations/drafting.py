@@ -21,7 +21,7 @@ from vllm_dllm.calibrate.trace import PromptTrace
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.readiness import Readiness
-from vllm_dllm.models.interface import family_of
+from vllm_dllm.models.interface import family_said
 from vllm_dllm.unmask.schedule import unmask_rules
 
 BUDGETS = (3, 5, 8, 10)
@@ -87,7 +87,7 @@ def load(path: Path, held_out: float) -> Material:
     settings = DllmConfig.model_validate({key: head[key] for key in DllmConfig.model_fields if key in head})
     used, rest = split(len(traces), held_out, head["seed"])
     mask_token_id = int(traces[0].blocks[0].canvas[0, -1])  # where every block begins masked
-    family = family_of(json.loads((Path(head["model"]) / "config.json").read_text())["architectures"])
+    family = family_said(json.loads((Path(head["model"]) / "config.json").read_text()))
     assert family is not None, "calibrate records models of ours only"
     rules = unmask_rules(family, settings)
     decoding = Decoding(mask_token_id, head["temperature"], settings.policy == "random", rules=rules)

@@ -28,7 +28,7 @@ from vllm_dllm.reference import decode as bidirectional
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.unmask.schedule import UnmaskRules
-from vllm_dllm.unmask.walk import Nodes, Trajectory
+from vllm_dllm.unmask.walk import Nodes
 
 
 @dataclass
@@ -44,8 +44,6 @@ class TextDrafter:
     chance: float
     rng: random.Random
     look_ahead_from: int | None = 5
-    num_steps: int = 0
-    num_begun: int = 0
 
     memory = None
 
@@ -82,13 +80,6 @@ class TextDrafter:
         filled, guess = masked[: number + 1], root.clone()
         guess[filled] = text[filled]
         return guess
-
-    def observe(self, blocks: Blocks, nodes: Nodes, done: Trajectory) -> None:
-        assert done.node.shape == blocks.slots.shape
-        self.num_steps += 1
-
-    def forget(self, slots: Tensor, where: Tensor) -> None:
-        self.num_begun += int(where.sum())
 
 
 def believing(texts: list[list[int]], share: float, seed: int) -> TextDrafter:
@@ -159,4 +150,3 @@ def test_a_drafter_that_knows_saves_what_can_be_saved(is_native: bool) -> None:
     (row,) = decode(model, [request], drafter, 5, 5, is_native=is_native)
     assert row.tokens == plain.tokens.tolist()
     assert (plain.nfe, row.took.tolist()[:2], row.num_over) == (20, [5, 15], 4)
-    assert (drafter.num_steps, drafter.num_begun) == (5, 1)

@@ -11,7 +11,7 @@ from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases, step_all, wr
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig, PolicyName
 from vllm_dllm.reference.block_causal import generate
-from vllm_dllm.reference.policy import SDAR
+from vllm_dllm.reference.policy import SDAR, Rules
 from vllm_dllm.reference.qwen import Qwen, QwenConfig
 
 CONFIG = {
@@ -54,15 +54,14 @@ class SdarOracle(Oracle):
     Args:
         checkpoint: its folder.
         max_model_len: of the engine that it is compared with.
+        rules: the family's.
     """
 
-    def __init__(self, checkpoint: Path, max_model_len: int = MAX_MODEL_LEN) -> None:
-        super().__init__(checkpoint, Qwen.from_pretrained(checkpoint, torch.float32), SDAR, max_model_len)
+    def __init__(self, checkpoint: Path, max_model_len: int = MAX_MODEL_LEN, rules: Rules = SDAR) -> None:
+        super().__init__(checkpoint, Qwen.from_pretrained(checkpoint, torch.float32), rules, max_model_len)
 
     def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
-        options = self._options(case, settings)
-        del options["rules"]
-        return generate(self.model, torch.tensor(case.prompt), **options)
+        return generate(self.model, torch.tensor(case.prompt), **self._options(case, settings))
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", CONFIG["block_size"])

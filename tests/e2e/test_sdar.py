@@ -115,7 +115,7 @@ def test_more_requests_than_pages(wild_sdar: Path, sdar_oracle: SdarOracle, monk
     assert preempted, "nobody ran out of pages"
     num_pages = FEW_PAGES["num_gpu_blocks_override"]
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_pages - 1
-    assert not scheduler.rows.stored
+    assert not scheduler.rows.known
 
 
 @pytest.mark.xdist_group("sdar with few pages")

@@ -68,7 +68,7 @@ def test_mixed_batch_equals_reference(served: Any, oracle: SdarOracle) -> None:
         expected = [oracle.generation(case, settings).nfe for case in cases]
         assert [n["nfe"] + n["accepted"] for n in took] == expected
     assert any(output.num_cached_tokens for output in outputs)
-    assert not scheduler_of(llm).rows.stored
+    assert not scheduler_of(llm).rows.known
 
 
 def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle: SdarOracle) -> None:
@@ -136,4 +136,4 @@ def test_more_requests_than_pages(mild_sdar: Path, oracle: SdarOracle) -> None:
             assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, settings) for case in cases]
         assert any(under_way), "nobody was preempted while a step was under way"
         assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_pages - 1
-        assert not scheduler.rows.stored
+        assert not scheduler.rows.known

@@ -118,7 +118,7 @@ def test_more_requests_than_pages(moody: Path, oracle: SdarOracle, came_over: li
     with engine(moody, settings, num_gpu_blocks_override=18, **options) as llm:
         outputs = run_outputs(llm, cases)
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        assert not scheduler.rows.stored
+        assert not scheduler.rows.known
         assert model_state(llm)._look_ahead_from is not None
     assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, settings) for case in cases]
     assert count(came_over) > 0

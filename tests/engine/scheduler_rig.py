@@ -64,6 +64,8 @@ def make(
     made.log_stats, made.num_spec_tokens = True, B + MAX_NODES
     made.rows = StepRows(made.settings, made.max_model_len, made.max_num_scheduled_tokens)
     made._placeholders, made._num_held, made._largest_graph = [-1] * made.num_spec_tokens, 0, 0
+    for each in made.running:
+        made.rows.kv.add(each.request_id, 0)
     made._spiffy = SimpleNamespace(exactness="exact", max_nodes=MAX_NODES) if spiffy else None
     made.rule = BudgetRule(GraphDrafter(GRAPH).prior(), B, budget) if spiffy else None
     made.acceptance = RequestAcceptance()
@@ -101,12 +103,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             params = None
             if name in stock.finishes:
                 params, _ = self._free_request(self.requests[name])
-                self.running = [each for each in self.running if each.request_id != name]
             outputs.append(SimpleNamespace(request_id=name, kv_transfer_params=params))
         return {0: SimpleNamespace(outputs=outputs)}
 
     def free(self: DllmScheduler, freed: Any) -> tuple[None, None]:
         del self.requests[freed.request_id]
+        self.running = [each for each in self.running if each is not freed]
         return None, None
 
     monkeypatch.setattr(Scheduler, "schedule", lambda self: [each.spec_token_ids for each in self.running])

@@ -8,6 +8,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.engine.scheduler_rig import MAX_NODES, B, allocated, make, observed, request, row, stand_in, step
 from vllm_dllm.engine.async_scheduler import DllmAsyncScheduler
+from vllm_dllm.engine.state_check import StateCheck
+from vllm_dllm.engine.worker_check import CheckLevel
+from vllm_dllm.errors import StateError
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +20,8 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def causal(*requests: Any, budget: int | None = MAX_NODES, **stored: int) -> Any:
     scheduler = make(budget, list(requests), causal=True, spiffy=budget is not None)
-    scheduler.rows.stored = stored
+    for name, start in stored.items():
+        scheduler.rows.kv.note(name, start)
     scheduler.pages.cache_stored = lambda request, num_stored: cached.append((request.request_id, num_stored))
     cached: list[tuple[str, int]] = []
     scheduler.cached = cached
@@ -38,16 +42,10 @@ def causal(*requests: Any, budget: int | None = MAX_NODES, **stored: int) -> Any
 def test_who_begins_a_block_has_the_rows_of_two(
     budget: int | None, known: dict[str, int], blocks: list[int], counted: list[int]
 ) -> None:
-    scheduler = causal(*(request(name, n) for name, n in known.items()), budget=budget, **dict.fromkeys(known, 8))
-    if known["b"] == 26:
-        scheduler.rows.stored["b"] = 24
+    begun = {name: 24 if n == 26 else 8 for name, n in known.items()}
+    scheduler = causal(*(request(name, n) for name, n in known.items()), budget=budget, **begun)
     assert [len(rows) - B for rows in scheduler.schedule()] == counted
     assert [rows // B for rows in scheduler.rows.given.values()] == blocks
-
-
-def test_a_request_s_first_step_has_nothing_to_commit() -> None:
-    assert [len(rows) for rows in causal(request("a", 12), budget=1).schedule()] == [B + 1]
-    assert [len(rows) for rows in causal(request("a", 12), budget=2).schedule()] == [B + 2]
 
 
 @pytest.mark.parametrize(("hit", "rows"), [(0, 10 + B), (4, 6 + B), (8, 2 + B)])
@@ -65,7 +63,8 @@ def test_what_is_stored_is_cached_unless_the_pages_are_gone() -> None:
     scheduler._free_request(scheduler.requests["c"])
     step(scheduler, {"a": row(stored=8), "b": row(stored=12), "c": row(stored=16)})
     assert scheduler.cached == [("a", 8)]
-    assert scheduler.rows.stored == {"a": 8}
+    assert scheduler.rows.step([scheduler.requests["a"], scheduler.requests["b"]]).is_new.tolist() == [False, True]
+    assert scheduler.rows.known == {"a", "b"}
 
 
 def test_a_preempted_or_finished_request_has_nothing_stored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +72,7 @@ def test_a_preempted_or_finished_request_has_nothing_stored(monkeypatch: pytest.
     scheduler = causal(request("a"), request("b"), a=8, b=8)
     scheduler._preempt_request(scheduler.requests["a"], 0.0)
     scheduler._free_request(scheduler.requests["b"])
-    assert scheduler.rows.stored == {}
+    assert not scheduler.rows.known
 
 
 def test_the_rule_learns_from_those_that_may_draft(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,13 +81,6 @@ def test_the_rule_learns_from_those_that_may_draft(monkeypatch: pytest.MonkeyPat
     rows = {"a": row(accepted=1), "b": row(commits=1, proposed=0), "c": row(accepted=2)}
     step(scheduler, rows)
     assert seen == [(2, MAX_NODES, 1.5, pytest.approx(1.0), None, 1)]
-
-
-def test_a_step_with_a_prefill_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = causal(request("a"), request("b"), a=8)
-    seen = observed(monkeypatch, scheduler)
-    step(scheduler, {"a": row(), "b": row()})
-    assert seen == [(2, MAX_NODES, 0.0, None, None, 0)]
 
 
 @pytest.mark.parametrize(("budget", "blocks"), [(None, 2), (1, 2), (3, 4)])
@@ -123,3 +115,28 @@ def test_pages_leave_room_for_a_block_that_ends_under_way() -> None:
     each = request("a", 8 + B + 2)
     each.num_tokens, each.num_output_placeholders = 8, B + 2
     assert allocated(make(causal=True, scheduler=DllmAsyncScheduler), each, B + 2) == 16
+
+
+def test_pages_found_in_the_cache_are_shared_before_the_first_report() -> None:
+    """With async scheduling other steps are compared while a request's first one is under way."""
+    new, other = request("n", 0), request("o")
+    new.num_tokens = 12
+    scheduler = make(None, [other], spiffy=False, causal=True)
+    page = SimpleNamespace(block_id=3, block_hash="h", is_null=False)
+    pages: Any = SimpleNamespace(page_size=8, owners={"o": [page], "n": [page]})
+    scheduler._check, scheduler._level = StateCheck(scheduler.rows, pages), CheckLevel.STEP
+    scheduler.schedule()
+    scheduler.requests["n"] = new
+    scheduler.rows.give(new, 16)
+    scheduler.running.append(new)
+    output: Any = SimpleNamespace(
+        num_scheduled_tokens={"n": 4},
+        scheduled_spec_decode_tokens={},
+        scheduled_new_reqs=[SimpleNamespace(req_id="n", num_computed_tokens=8)],
+    )
+    scheduler._update_after_schedule(output)
+    assert output.aux_output_connector_metadata.roster == {"o", "n"}
+    scheduler._check.compare_pages(scheduler.running)
+    scheduler._check.admit("n", 0)
+    with pytest.raises(StateError, match="request n has page 3, which is o's"):
+        scheduler._check.compare_pages(scheduler.running)

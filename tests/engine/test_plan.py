@@ -15,11 +15,17 @@ ROW_LEN = 24
 def planned(
     kv: KvSchedule, starts: list[int], drafts: list[int] | None = None, look_ahead_from: int | None = None
 ) -> StepPlan:
-    """Plan a step of the slots 0, 1, ..."""
+    """Plan a step of the requests 0, 1, ..."""
     block_start = np.array(starts, dtype=np.int64)
     seq_len = np.full(len(starts), ROW_LEN)
+    for request in range(len(starts)):
+        if request not in kv.known:
+            kv.add(request, 0)
+    step = kv.step(range(len(starts)), block_start, seq_len)
+    for request, start in enumerate(starts):
+        kv.note(request, start)
     return plan_step(
-        kv.step(np.arange(len(starts)), block_start, seq_len),
+        step,
         block_start=block_start,
         seq_len=seq_len,
         num_drafts=np.array(drafts or [0] * len(starts)),
@@ -35,7 +41,7 @@ def segments(plan: StepPlan) -> list[tuple[int, str, int, int]]:
 
 
 def test_a_block_begins_with_a_refresh_that_decides() -> None:
-    plan = planned(KvSchedule("dual", None, B, 2), [5, 9], [2, 2])
+    plan = planned(KvSchedule("dual", None, B), [5, 9], [2, 2])
     assert segments(plan) == [(0, "REFRESH", 0, 24), (1, "REFRESH", 0, 24)]
     assert plan.context.tolist() == [[0, 0, 24, 24]] * 2
     assert plan.rows_of_requests.tolist() == [24, 24]
@@ -49,7 +55,7 @@ def test_a_block_begins_with_a_refresh_that_decides() -> None:
 
 
 def test_drafts_of_each_request_see_all_but_the_block() -> None:
-    kv = KvSchedule("dual", None, B, 2)
+    kv = KvSchedule("dual", None, B)
     planned(kv, [5, 9])
     plan = planned(kv, [5, 9], [2, 0])
     assert segments(plan) == [(0, "ROOT", 5, 9), (0, "DRAFT", 5, 9), (0, "DRAFT", 5, 9), (1, "ROOT", 9, 13)]
@@ -65,7 +71,7 @@ def test_drafts_of_each_request_see_all_but_the_block() -> None:
 
 
 def test_a_step_that_refreshes_again_evaluates_drafts_too() -> None:
-    kv = KvSchedule("prefix", None, B, 1)
+    kv = KvSchedule("prefix", None, B)
     planned(kv, [5])
     plan = planned(kv, [5], [2])
     assert segments(plan) == [(0, "REFRESH", 5, 24), (0, "DRAFT", 5, 9), (0, "DRAFT", 5, 9)]
@@ -76,8 +82,8 @@ def test_a_step_that_refreshes_again_evaluates_drafts_too() -> None:
 
 
 def test_a_prompt_is_stored_by_the_step_that_decides_the_first_block() -> None:
-    kv = KvSchedule("block_causal", None, B, 2)
-    kv.add_request(0, 4)
+    kv = KvSchedule("block_causal", None, B)
+    kv.add(0, 4)
     plan = planned(kv, [12, 0], [3, 3])
     assert segments(plan) == [(0, "PREFILL", 4, 8), (0, "PREFILL", 8, 12), (0, "ROOT", 12, 16), (1, "ROOT", 0, 4)]
     assert plan.context.tolist() == [[0, 4, 8, 8], [0, 8, 12, 12], [0, 12, 16, 16], [0, 0, 4, 4]]
@@ -86,7 +92,7 @@ def test_a_prompt_is_stored_by_the_step_that_decides_the_first_block() -> None:
 
 
 def test_commits_and_look_aheads_store_a_block() -> None:
-    kv = KvSchedule("block_causal", None, B, 3)
+    kv = KvSchedule("block_causal", None, B)
     planned(kv, [4, 4, 4])
     plan = planned(kv, [4, 8, 4], [5, 5, 4], look_ahead_from=5)
     first = [(0, "END", 4, 8), (0, "ROOT", 4, 8), *[(0, "DRAFT", 4, 8)] * 3, (0, "NEXT_ROOT", 8, 12)]
@@ -109,7 +115,7 @@ def test_commits_and_look_aheads_store_a_block() -> None:
 
 
 def test_a_step_of_nobody_has_no_rows() -> None:
-    plan = planned(KvSchedule("dual", None, B, 1), [])
+    plan = planned(KvSchedule("dual", None, B), [])
     assert (plan.num_reqs, plan.num_rows, plan.layout().num_nodes) == (0, 0, 0)
     assert not plan.is_long
 
@@ -118,7 +124,7 @@ def test_a_step_of_nobody_has_no_rows() -> None:
 def test_every_step_is_whole(data: st.DataObject, name: str, every: int | None) -> None:
     """Whatever the step: nodes are blocks, context and own rows are disjoint, positions in the row, tokens in reach."""
     is_causal = name == "block_causal"
-    kv = KvSchedule(name, every if name == "dual" else None, B, 4)  # type: ignore[arg-type]
+    kv = KvSchedule(name, every if name == "dual" else None, B)  # type: ignore[arg-type]
     starts = [B * data.draw(st.integers(0, 2)) for _ in range(data.draw(st.integers(1, 4)))]
     for _ in range(3):
         drafts = [data.draw(st.integers(0, 6)) for _ in starts]

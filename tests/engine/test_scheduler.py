@@ -18,7 +18,8 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def begun(scheduler: Any) -> Any:
     """Let the running requests have taken the first step of their blocks."""
-    scheduler.rows.note(scheduler.running)
+    for each in scheduler.running:
+        scheduler.rows.kv.note(each.request_id, each.num_tokens)
     return scheduler
 
 
@@ -59,14 +60,15 @@ def test_without_speculation_there_is_the_block_alone() -> None:
 def test_blocks_that_begin_are_refreshed_oldest_first_and_the_others_wait() -> None:
     scheduler = begun(make(3, [request(name) for name in "abcdefg"]))
     for each in scheduler.running[:6]:
-        each.num_computed_tokens = 12
+        each.num_computed_tokens = each.num_tokens = 12
     scheduler.schedule()
     # The block of g, then rows of 16 each: three fit into 64, a fourth does not; what is left is for drafts of g.
     assert scheduler.rows.given == {"g": 4 * B, "a": 16, "b": 16, "c": 16}
     assert scheduler._num_held == 3
     assert [each.next_decode_eligible_step for each in scheduler.running] == [0] * 3 + [9] * 3 + [0]
     assert len(scheduler.running[0].spec_token_ids) == B, "nothing is known to draft from"
-    scheduler.rows.note(scheduler.running[:3])
+    for each in scheduler.running[:3]:
+        scheduler.rows.kv.note(each.request_id, 12)
     scheduler.schedule()
     assert scheduler.rows.given == {**dict.fromkeys("abcg", B), **dict.fromkeys("def", 16)}
 
@@ -75,7 +77,7 @@ def test_an_old_request_s_long_refresh_goes_before_short_ones() -> None:
     """However many young requests refresh rows of two blocks in each step."""
     scheduler = make(3, [request(name) for name in "abcdefgh"])
     for each in scheduler.running[1:]:
-        each.num_computed_tokens = each.num_prompt_tokens = each.max_tokens = B
+        each.num_computed_tokens = each.num_tokens = each.num_prompt_tokens = each.max_tokens = B
     scheduler.running[0].max_tokens = 20
     scheduler.schedule()
     assert scheduler.rows.given == {"a": 28, **dict.fromkeys("bcde", 2 * B)}
@@ -87,7 +89,7 @@ def test_what_vllm_counts_is_told_in_rows() -> None:
     output = SimpleNamespace(
         num_scheduled_tokens={"a": B + 2, "n": 8},
         scheduled_spec_decode_tokens={"a": [-1] * (B + 2)},
-        scheduled_new_reqs=[SimpleNamespace(req_id="n")],
+        scheduled_new_reqs=[SimpleNamespace(req_id="n", num_computed_tokens=0)],
     )
     new = request("n", 0)
     new.num_tokens, scheduler.requests["n"] = 8, new
@@ -96,11 +98,19 @@ def test_what_vllm_counts_is_told_in_rows() -> None:
     assert output.num_scheduled_tokens == {"a": B + 2, "n": 8 + B}
     assert output.scheduled_spec_decode_tokens["n"] == [-1] * B
     assert output.total_num_scheduled_tokens == 3 * B + 16
-    scheduler._largest_graph = 40
-    assert scheduler.rows.total({"a": B + 2}, 40) == 3 * B
-    assert scheduler.rows.total({"a": B + 2, "n": 12}, 40) == 41
+    order = output.aux_output_connector_metadata
+    assert (order.requests, order.kv.end.tolist(), order.roster) == (("a", "n"), [0, 16], None)
+    output.scheduled_new_reqs = []
+    for graph, total in ((40, 41), (20, 3 * B + 16)):
+        scheduler._largest_graph = graph
+        scheduler._update_after_schedule(output)
+        assert output.total_num_scheduled_tokens == total
+    scheduler._largest_graph = 64
     with pytest.raises(RuntimeError, match="a step has 65 rows, max_num_batched_tokens is 64"):
-        scheduler.rows.total({"a": B + 2, "n": 12}, 64)
+        scheduler._update_after_schedule(output)
+    output.num_scheduled_tokens = {"a": B + 2}
+    scheduler._update_after_schedule(output)
+    assert output.total_num_scheduled_tokens == 3 * B
 
 
 def test_a_request_is_admitted_once_there_are_rows_for_its_first_step() -> None:
@@ -223,6 +233,7 @@ def test_an_idle_engine_is_not_measured(monkeypatch: pytest.MonkeyPatch, stock: 
     step(scheduler, {"a": row()})
     stock.finishes = []
     scheduler.running = [request("b")]
+    scheduler.rows.kv.add("b", 0)
     step(scheduler, {"b": row()})
     assert seen[1][4] is None
 

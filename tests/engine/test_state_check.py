@@ -8,7 +8,7 @@ import pytest
 from vllm_dllm.engine.report import RequestReport
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals
-from vllm_dllm.engine.worker_check import CheckLevel, Fault, Roster, WorkerCheck, check_level
+from vllm_dllm.engine.worker_check import CheckLevel, Fault, WorkerCheck, check_level
 from vllm_dllm.errors import ConfigError, StateError
 from vllm_dllm.state.report import MAX_DEPTH
 
@@ -20,11 +20,9 @@ def page(number: int, block_hash: object = None, is_null: bool = False) -> Any:
 
 
 def check_of(is_causal: bool, pages: dict[str, list[Any]] | None = None) -> StateCheck:
-    known = pages or {}
-    rows: Any = SimpleNamespace(
-        is_causal=is_causal, block_length=B, page_size=8, row_end=lambda request: 16, pages_of=lambda name: known[name]
-    )
-    made = StateCheck(rows)
+    rows: Any = SimpleNamespace(is_causal=is_causal, block_length=B, row_end=lambda request: 16)
+    owned: Any = SimpleNamespace(page_size=8, owners=pages or {})
+    made = StateCheck(rows, owned)
     made.admit("a", 8 if is_causal else 0)
     return made
 
@@ -136,9 +134,9 @@ def worker(held: dict[str, int], free: list[int]) -> WorkerCheck:
     ],
 )
 def test_slots_are_those_of_the_roster(held: dict[str, int], free: list[int], said: str) -> None:
-    worker({"a": 0, "b": 1}, [2]).compare(Roster(frozenset("ab")))
+    worker({"a": 0, "b": 1}, [2]).compare(frozenset("ab"))
     with pytest.raises(StateError, match=said):
-        worker(held, free).compare(Roster(frozenset("ab")))
+        worker(held, free).compare(frozenset("ab"))
 
 
 def test_the_variable_says_when(monkeypatch: pytest.MonkeyPatch) -> None:

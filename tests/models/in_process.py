@@ -66,7 +66,34 @@ SDAR = {
     "torch_dtype": "float32",
 }
 DREAM = {k: v for k, v in SDAR.items() if k != "block_size"} | {"architectures": ["DreamModel"], "model_type": "Dream"}
-TINY: dict[str, dict[str, Any]] = {"llada": LLADA, "dream": DREAM, "sdar": SDAR}
+DIFFCODER = SDAR | {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "auto_map": {"AutoModelForCausalLM": "modeling_seed_diffcoder.SeedDiffcoderForCausalLM"},
+}
+# Sizes of experts are those that vLLM's kernel for CPUs takes: multiples of 32, which it pads one of.
+EXPERTS = {"hidden_size": 32, "num_experts": 6, "num_experts_per_tok": 3}
+SDAR_MOE = (
+    SDAR
+    | EXPERTS
+    | {"architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe"}
+    | {"moe_intermediate_size": 40, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+)
+LLADA_MOE = (
+    DREAM
+    | EXPERTS
+    | {"architectures": ["LLaDAMoEModelLM"], "model_type": "llada", "num_key_value_heads": 4, "qk_layernorm": True}
+    | {"intermediate_size": None, "expert_intermediate_size": 40, "norm_topk_prob": None, "moe_layer_freq": [1, 1]}
+    | {"moe_router_score_function": "softmax", "shared_expert_intermediate_size": None, "routed_scaling_factor": 1.0}
+)
+TINY: dict[str, dict[str, Any]] = {
+    "llada": LLADA,
+    "dream": DREAM,
+    "sdar": SDAR,
+    "diffcoder": DIFFCODER,
+    "llada_moe": LLADA_MOE,
+    "sdar_moe": SDAR_MOE,
+}
 
 
 class SeesAll(nn.Module):
@@ -128,16 +155,22 @@ def read_config(folder: Path, config: Mapping[str, Any], overrides: Mapping[str,
 
 def make_model(hf_config: Any, quant_config: Any = None, load_format: str = "auto") -> Any:
     """Return our model without weights."""
+    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.models import ModelRegistry
 
     model_class = ModelRegistry._try_load_model_cls(hf_config.architectures[0])
+    current = VllmConfig()  # of this model alone, as layers of experts are found by their names in it
     vllm_config = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=hf_config),
+        model_config=SimpleNamespace(hf_config=hf_config, hf_text_config=hf_config),
         quant_config=quant_config,
         cache_config=None,
         load_config=SimpleNamespace(load_format=load_format),
+        parallel_config=current.parallel_config,
     )
-    return model_class(vllm_config=vllm_config)
+    with set_current_vllm_config(current):
+        model = model_class(vllm_config=vllm_config)
+    model.current_config = current
+    return model
 
 
 def reference_of(config: Mapping[str, Any], folder: Path) -> LLaDA | Qwen:
@@ -157,7 +190,9 @@ def reference_of(config: Mapping[str, Any], folder: Path) -> LLaDA | Qwen:
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     """Return [num_rows, vocab_size] logits of our model, for a row from position 0 on."""
-    with torch.inference_mode():
+    from vllm.forward_context import set_forward_context
+
+    with torch.inference_mode(), set_forward_context(None, model.current_config):
         return model.head_logits(model(ids, torch.arange(len(ids))))
 
 

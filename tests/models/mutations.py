@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.models.in_process import TINY
 
+EXPERTS = ("llada_moe", "sdar_moe")
 ABSENT = object()
 """The value of a field that is taken out."""
 
@@ -32,6 +33,8 @@ ROLES = {
         "tied": "tie_word_embeddings",
     },
 }
+ROLES["llada_moe"] = ROLES["qwen"] | {"inner": "expert_intermediate_size"}
+ROLES["sdar_moe"] = ROLES["qwen"] | {"inner": "moe_intermediate_size"}
 OTHER_ARITHMETIC: dict[str, dict[str, Sequence[Any]]] = {
     "llada": {
         "activation_type": ("gelu", "swiglu", None, 1),
@@ -64,6 +67,24 @@ OTHER_ARITHMETIC: dict[str, dict[str, Sequence[Any]]] = {
         "use_sliding_window": (True,),
         "is_encoder_decoder": (True,),
     },
+}
+OTHER_ARITHMETIC["diffcoder"] = {"pretraining_tp": (2, True)}
+OTHER_ARITHMETIC["llada_moe"] = {
+    "clip_qkv": (8.0,),
+    "moe_layer_freq": ([0, 1], 0, 2, "1"),
+    "moe_router_enable_expert_bias": (True,),
+    "moe_router_score_function": ("sigmoid",),
+    "qk_layernorm": (False, None),
+    "routed_scaling_factor": (2.5,),
+    "router_num_group": (2,),
+    "router_topk_group": (1,),
+    "shared_expert_intermediate_size": (8,),
+}
+OTHER_ARITHMETIC["sdar_moe"] = {
+    "decoder_sparse_step": (2, 0),
+    "mlp_only_layers": ([0], 0),
+    "norm_topk_prob": (None, 1),
+    "shared_expert_intermediate_size": (8,),
 }
 UNKNOWN = {
     "num_experts": 8,
@@ -131,14 +152,28 @@ class Mutation:
 def changes_of(family: str) -> list[Change]:
     """Return all changes of a family."""
     kind = "llada" if family == "llada" else "qwen"
-    return [*_shapes(kind), *_numbers(kind), *_token_ids(), *_ropes(ROLES[kind]["positions"]), *_others(family, kind)]
+    role = ROLES.get(family, ROLES[kind])
+    found = [*_shapes(kind, family), *_numbers(kind, role), *_token_ids(), *_ropes(role["positions"])]
+    return found + _others(family, kind) + (_experts() if family in EXPERTS else [])
 
 
-def _shapes(kind: str) -> list[Change]:
+def _experts() -> list[Change]:
+    """Return changes of numbers of experts."""
+    found = [Change("experts", {"num_experts": n, "num_experts_per_tok": k}) for n, k in ((1, 1), (3, 3), (17, 2))]
+    found += [Change("experts", {"num_experts_per_tok": 7}, ("num_experts_per_tok",))]
+    return found + [
+        Change("experts", {name: value}, (name,))
+        for name in ("num_experts", "num_experts_per_tok")
+        for value in (*NOT_SIZES, None, ABSENT)
+    ]
+
+
+def _shapes(kind: str, family: str) -> list[Change]:
     role = ROLES[kind]
     width, heads, kv = role["width"], role["heads"], role["kv"]
     found = [Change("shape", {heads: h, kv: k}) for h, k in ((2, 1), (6, 3), (3, 1), (6, 6), (4, None), (2, None))]
-    found += [Change("shape", {width: w}) for w in ((16, 32, 48) if kind == "llada" else (16, 20, 34))]
+    widths = (64, 96) if family in EXPERTS else (16, 20, 34)  # vLLM's kernel for experts on CPUs takes these alone
+    found += [Change("shape", {width: w}) for w in ((16, 32, 48) if kind == "llada" else widths)]
     found += [
         Change("shape", {heads: 5}, (heads,)) if kind == "llada" else Change("shape", {heads: 8, kv: 3}, (heads, kv)),
         Change("shape", {kv: 3}, (kv,)),
@@ -157,8 +192,7 @@ def _shapes(kind: str) -> list[Change]:
     return found
 
 
-def _numbers(kind: str) -> list[Change]:
-    role = ROLES[kind]
+def _numbers(kind: str, role: dict[str, str]) -> list[Change]:
     layers, inner, tied = role["layers"], role["inner"], role["tied"]
     found = [Change("layers", {layers: n}) for n in (1, 3)] + [Change("inner", {inner: n}) for n in (8, 41)]
     found += [Change("eps", {"rms_norm_eps": value}) for value in (1e-3, 0.1, 1)]
@@ -269,13 +303,17 @@ def _ropes(positions: str) -> list[Change]:
 
 
 def _others(family: str, kind: str) -> list[Change]:
-    other = OTHER_ARITHMETIC[kind].items()
+    other = {**OTHER_ARITHMETIC[kind], **OTHER_ARITHMETIC.get(family, {})}.items()
     found = [Change(name, {name: value}, (name,)) for name, values in other for value in values]
-    found += [Change(name, {name: value}, (name,)) for name, value in UNKNOWN.items()]
+    found += [
+        Change(name, {name: value}, (name,))
+        for name, value in UNKNOWN.items()
+        if not (name == "num_experts" and family in EXPERTS)
+    ]
     # vLLM makes the name that it knows of this one.
     found += [Change("rotary_pct", {"rotary_pct": 0.5}, ("rotary_pct", "partial_rotary_factor"))]
     found += [Change(name, {name: value}) for name, value in HARMLESS.items()]
-    if family == "sdar":
+    if family in {"sdar", "diffcoder", "sdar_moe"}:
         found += [Change("block", {"block_size": value}) for value in (8, None, ABSENT)]
         found += [Change("block", {"block_size": value}, ("block_size",)) for value in NOT_SIZES]
     else:
@@ -283,6 +321,10 @@ def _others(family: str, kind: str) -> list[Change]:
     if kind == "qwen":
         found += [Change("window", {"sliding_window": 8, "max_window_layers": 1})]
         found += [Change("layers", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3})]
+    if family == "llada_moe":  # the published code reads no answer here
+        found += [Change("norm", {"norm_topk_prob": value}) for value in (True, False, None)]
+    if family == "sdar_moe":
+        found += [Change("norm", {"norm_topk_prob": value}) for value in (True, False, ABSENT)]
     return found
 
 

@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.models.checkpoint_tensors import needed_tensors
 from vllm_dllm.models.dream_config import DreamConfig
 from vllm_dllm.models.interface import FAMILIES
+from vllm_dllm.models.llada_moe_config import LLaDAMoeConfig
 from vllm_dllm.models.qwen_config import QwenConfig
 from vllm_dllm.models.sdar_config import SDARConfig
+from vllm_dllm.models.sdar_moe_config import SDARMoeConfig
+from vllm_dllm.models.stable_diffcoder_config import StableDiffCoderConfig
 
 # config.json of the published checkpoints, fields that matter.
 DREAM = {
@@ -64,7 +68,88 @@ SDAR_4B = {
     "vocab_size": 151936,
 }
 SDAR_8B = SDAR_4B | {"hidden_size": 4096, "intermediate_size": 12288, "block_size": 32, "mask_token_id": 151669}
-PUBLISHED = {"dream": (DreamConfig, DREAM), "sdar-4b": (SDARConfig, SDAR_4B), "sdar-8b-b32": (SDARConfig, SDAR_8B)}
+SDAR_30B = SDAR_4B | {
+    "architectures": ["SDARMoeForCausalLM"],
+    "model_type": "sdar_moe",
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+LLADA_MOE = {
+    "architectures": ["LLaDAMoEModelLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "clip_qkv": None,
+    "dense_intermediate_size": 8192,
+    "eos_token_id": 156892,
+    "expert_intermediate_size": 1024,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": None,
+    "max_position_embeddings": 8192,
+    "model_type": "llada",
+    "moe_layer_freq": [1] * 16,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_score_function": "softmax",
+    "norm_topk_prob": None,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "pad_token_id": 156892,
+    "partial_rotary_factor": 1,
+    "qk_layernorm": True,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 50000,
+    "routed_scaling_factor": 1.0,
+    "router_num_group": None,
+    "router_topk_group": None,
+    "shared_expert_intermediate_size": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 157184,
+}
+STABLE_DIFFCODER = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "auto_map": {"AutoModelForCausalLM": "modeling_seed_diffcoder.SeedDiffcoderForCausalLM"},
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 155136,
+}
+PUBLISHED = {
+    "sdar-moe": (SDARMoeConfig, SDAR_30B),
+    "llada-moe": (LLaDAMoeConfig, LLADA_MOE),
+    "stable-diffcoder": (StableDiffCoderConfig, STABLE_DIFFCODER),
+    "dream": (DreamConfig, DREAM),
+    "sdar-4b": (SDARConfig, SDAR_4B),
+    "sdar-8b-b32": (SDARConfig, SDAR_8B),
+}
 
 
 @pytest.fixture(params=list(PUBLISHED))
@@ -77,7 +162,7 @@ def test_published_fields_are_kept(published: tuple[type[QwenConfig], dict[str, 
     config_class, fields = published
     config = config_class(**fields)
     changed = {name for name, value in fields.items() if name in config.__dict__ and getattr(config, name) != value}
-    assert changed <= {"sliding_window"}
+    assert changed <= {"sliding_window", "norm_topk_prob", "shared_expert_intermediate_size"}
     assert config.sliding_window is None
     assert config.head_dim == 128
 
@@ -91,6 +176,26 @@ def test_sdar_names_neither_mask_token_nor_block_length() -> None:
     config = SDARConfig(**SDAR_4B)
     assert (config.mask_token_id, config.eot_token_id, config.block_size) == (151669, 151645, None)
     assert SDARConfig(**SDAR_8B).block_size == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "special", "experts"),
+    [
+        ("stable-diffcoder", (5, 2, None), None),
+        ("sdar-moe", (151669, 151643, 151645), (128, 8, 768, True)),
+        ("llada-moe", (156895, 156892, None), (64, 8, 1024, False)),
+    ],
+)
+def test_tokens_and_experts(name: str, special: tuple[int | None, ...], experts: tuple[Any, ...] | None) -> None:
+    config_class, fields = PUBLISHED[name]
+    config = config_class(**fields)
+    assert (config.mask_token_id, config.eos_token_id, config.eot_token_id) == special
+    assert config.has_experts == (experts is not None)
+    if experts:
+        asked = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+        assert tuple(getattr(config, each) for each in asked) == experts
+        assert config_class(**fields | {"norm_topk_prob": False}).norm_topk_prob is False
+        assert config_class(**fields | {"norm_topk_prob": True}).norm_topk_prob is experts[3]
 
 
 def test_another_vocabulary_has_its_own_end_of_turn() -> None:
@@ -149,26 +254,29 @@ def test_families_name_their_configurations() -> None:
         assert resolve_name(family.config_class).model_type == family.model_type
 
 
-LAYER = [f"self_attn.{name}_proj.weight" for name in "qkvo"] + [f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")]
-LAYER += ["input_layernorm.weight", "post_attention_layernorm.weight"]
-BIASES = [f"self_attn.{name}_proj.bias" for name in "qkv"]
-NORMS = ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
-EXPECTED = {"self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight"}
-EXPECTED |= {"input_layernorm.weight", "post_attention_layernorm.weight"}
-
-
 @pytest.mark.parametrize(
-    ("num_layers", "more", "expected_more", "count"),
-    [(28, BIASES, {"self_attn.qkv_proj.bias"}, 339), (36, NORMS, set(NORMS), 399)],
-    ids=["dream", "sdar"],
+    ("name", "count"),
+    [("dream", 339), ("sdar-4b", 399), ("stable-diffcoder", 291), ("llada-moe", 3219), ("sdar-moe", 18867)],
 )
-def test_every_published_tensor_has_a_place(
-    num_layers: int, more: list[str], expected_more: set[str], count: int
-) -> None:
+def test_every_published_tensor_has_a_place(name: str, count: int) -> None:
+    """A layer of Qwen3-MoE has 128 experts of 3 tensors, what chooses among them, 4 projections and 4 norms."""
     from vllm_dllm.models.transformer import MaskedDiffusionLM
 
-    outside = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    names = [f"model.layers.{i}.{name}" for i in range(num_layers) for name in LAYER + more] + list(outside)
-    mapped = {MaskedDiffusionLM.hf_to_vllm_mapper.map_name(name) for name in names}
-    assert len(names) == count
-    assert mapped == {f"model.layers.{i}.{n}" for i in range(num_layers) for n in EXPECTED | expected_more} | outside
+    config_class, fields = PUBLISHED[name]
+    config = config_class(**fields)
+    needed = needed_tensors(config)
+    assert len(needed) == count
+    mapped = {MaskedDiffusionLM.hf_to_vllm_mapper.map_name(tensor) for tensor in needed}
+    layer = {tensor.removeprefix("model.layers.0.") for tensor in mapped if ".layers.0." in tensor}
+    dense = {"mlp.gate_up_proj.weight", "mlp.down_proj.weight"}
+    parts = [f"{i}.{part}_proj" for i in range(getattr(config, "num_experts", 0)) for part in ("gate", "up", "down")]
+    experts = {"mlp.gate.weight", *(f"mlp.experts.{part}.weight" for part in parts)}
+    norms = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+    assert layer == {
+        *("self_attn.qkv_proj.weight", "self_attn.o_proj.weight"),
+        *("input_layernorm.weight", "post_attention_layernorm.weight"),
+        *(["self_attn.qkv_proj.bias"] if config.qkv_bias else []),
+        *(norms if config.qk_norm else []),
+        *(experts if config.has_experts else dense),
+    }
+    assert needed["lm_head.weight"] == (config.vocab_size, config.hidden_size)

@@ -247,8 +247,7 @@ def test_the_end_of_a_look_ahead_equals_the_torch_twin(block_length, is_noisy):
             assert torch.equal(end, expected)
             next_root = [canvas[:, -1], is_masked[:, -1], is_valid[:, -1], depth[:, -1]]
             assert (next_root[0] == MASK).all()
-            assert next_root[1].all()
-            assert next_root[2].all()
+            assert (next_root[1].all(), next_root[2].all()) == (True, True)
             assert torch.equal(next_root[3], given.roots.is_masked.sum(1))
             before = [canvas[:, :-1], is_masked[:, :-1], is_valid[:, :-1], depth[:, :-1], node, log_reach]
             assert all(map(torch.equal, before, alone))
@@ -301,10 +300,7 @@ WRONG = {
     "log_probs": ((3, 2, lambda t: t.mT.contiguous().mT), "state.log_probs must be contiguous, got strides [56, 1, 7]"),
     "params": ((4, slice(4)), "params must be 5 tensors, got 4; give policy, seed, top_k, temperature and top_p"),
     "seed": ((4, 1, lambda t: t[:1]), "params.seed must be [16], got [1]; sizes follow from"),
-    "parent": (
-        (0, 0, lambda t: t.clone().fill_(10**8)),
-        "graph.nodes[0] has parent 100000000 and end_pair 100000000, ",
-    ),
+    "parent": ((0, 0, lambda t: t.clone().fill_(10**8)), "nodes[0] has parent 100000000 and end_pair 100000000, "),
     "end_pair": (
         (0, 0, lambda t: t.clone().index_fill_(1, torch.tensor([4]), -1)),
         "graph.nodes[0] has parent 0 and end",

@@ -1,6 +1,7 @@
 """The reference Qwen against transformers' Qwen2 and Qwen3, and its keys and values against forwards without them."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +10,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from vllm_dllm.reference.qwen import Qwen, QwenConfig, block_causal
 
@@ -71,7 +83,7 @@ PUBLISHED_SDAR = {
 
 
 def transformers_logits(model: Qwen, ids: Tensor, visible: Tensor) -> Tensor:
-    """Run transformers' Qwen with the same weights and the given attention mask [len, len]."""
+    """Run transformers' layers of the same kind with the same weights and the given attention mask [len, len]."""
     config = model.config
     shared = {
         name: getattr(config, name)
@@ -80,16 +92,39 @@ def transformers_logits(model: Qwen, ids: Tensor, visible: Tensor) -> Tensor:
     shared |= {"num_key_value_heads": config.num_key_value_heads, "rms_norm_eps": config.rms_norm_eps}
     shared |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     shared |= {"tie_word_embeddings": config.tie_word_embeddings, "attn_implementation": "eager"}
+    own = {"head_dim": config.head_dim, "attention_bias": False}
     if config.architecture == "DreamModel":
         other = Qwen2ForCausalLM(Qwen2Config(**shared))
+    elif config.architecture == "SeedDiffcoderForCausalLM":
+        other = LlamaForCausalLM(LlamaConfig(**own, **shared))
+    elif config.num_experts:
+        # OLMoE's layers normalise query and key over all heads at once; its experts are these without renormalisation.
+        names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+        experts = {name: getattr(config, name) for name in names}
+        other = Qwen3MoeForCausalLM(Qwen3MoeConfig(**own, **shared, **experts))
     else:
-        other = Qwen3ForCausalLM(Qwen3Config(head_dim=config.head_dim, attention_bias=False, **shared))
-    missing = other.load_state_dict(model.state_dict(), strict=not config.tie_word_embeddings)
+        other = Qwen3ForCausalLM(Qwen3Config(**own, **shared))
+    missing = other.load_state_dict(fused(model.state_dict()), strict=not config.tie_word_embeddings)
     assert set(missing.missing_keys) <= {"lm_head.weight"}
     hidden = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     return other.eval()(ids[None], attention_mask=hidden[None, None], use_cache=False).logits[0]
 
 
+def fused(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the experts of a layer together, as transformers has them."""
+    kept = {name: weight for name, weight in weights.items() if ".experts." not in name}
+    layers = {name.partition(".experts.")[0] for name in weights.keys() - kept.keys()}
+    for layer in layers:
+        num = sum(name.startswith(f"{layer}.experts.") for name in weights) // 3
+        parts = [
+            [weights[f"{layer}.experts.{i}.{part}_proj.weight"] for i in range(num)] for part in ("gate", "up", "down")
+        ]
+        gate, up, down = (torch.stack(part) for part in parts)
+        kept |= {f"{layer}.experts.gate_up_proj": torch.cat((gate, up), 1), f"{layer}.experts.down_proj": down}
+    return kept
+
+
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 CONFIGS = {
     "dream": {"architecture": "DreamModel"},
     "dream-mha": {"architecture": "DreamModel", "num_key_value_heads": 4, "rope_theta": 1e6},
@@ -97,6 +132,9 @@ CONFIGS = {
     "sdar": {"architecture": "SDARForCausalLM"},
     "sdar-wide-heads": {"architecture": "SDARForCausalLM", "head_dim": 12, "num_key_value_heads": 1},
     "sdar-tied": {"architecture": "SDARForCausalLM", "tie_word_embeddings": True},
+    "stable-diffcoder": {"architecture": "SeedDiffcoderForCausalLM", "rope_theta": 5e5},
+    "sdar-moe": {"architecture": "SDARMoeForCausalLM", **EXPERTS},
+    "llada-moe": {"architecture": "LLaDAMoEModelLM", "norm_topk_prob": False, "num_key_value_heads": 4, **EXPERTS},
 }
 
 
@@ -169,7 +207,39 @@ def write_checkpoint(model: Qwen, folder: Path, **changes: object) -> None:
     save_file(model.state_dict(), folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("architecture", ["DreamModel", "SDARForCausalLM"])
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_experts_equal_olmoe(make_qwen, norm_topk_prob):
+    """LLaDA-MoE's code is made of OLMoE's; this is its block of experts alone."""
+    model = make_qwen(architecture="LLaDAMoEModelLM", norm_topk_prob=norm_topk_prob, **EXPERTS)
+    own = model.model.layers[0].mlp
+    config = OlmoeConfig(
+        hidden_size=32, intermediate_size=20, num_experts=6, num_experts_per_tok=3, norm_topk_prob=norm_topk_prob
+    )
+    other = OlmoeSparseMoeBlock(config)
+    other.load_state_dict(
+        {name[4:]: weight for name, weight in fused({f"mlp.{n}": w for n, w in own.state_dict().items()}).items()}
+    )
+    x = torch.randn(1, 50, 32)
+    with torch.no_grad():
+        expected = other(x)
+        assert_close(own(x), expected[0] if isinstance(expected, tuple) else expected, **ROUNDING)
+
+
+def test_weights_of_experts_are_as_published_code_has_them(make_qwen):
+    """In scalars, for one token: LLaDA-MoE keeps the probabilities, SDAR-MoE makes them add up to 1."""
+    for architecture, renormalises in (("LLaDAMoEModelLM", False), ("SDARMoeForCausalLM", True)):
+        layer = make_qwen(architecture=architecture, norm_topk_prob=renormalises, **EXPERTS).model.layers[0].mlp
+        x = torch.randn(32)
+        with torch.no_grad():
+            probs = [math.exp(logit) for logit in layer.gate(x).tolist()]
+            total = sum(probs)
+            best = sorted(range(6), key=lambda i: -probs[i])[:3]
+            scale = sum(probs[i] for i in best) if renormalises else total
+            expected = sum(probs[i] / scale * layer.experts[i](x) for i in best)
+            assert_close(layer(x[None])[0], expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("architecture", ["DreamModel", "SDARForCausalLM", "SeedDiffcoderForCausalLM"])
 def test_from_pretrained(make_qwen, tmp_path, architecture):
     model = make_qwen(architecture=architecture)
     write_checkpoint(model, tmp_path)

@@ -147,7 +147,7 @@ def other(tensor: Tensor) -> Tensor:
     return flat.view_as(tensor)
 
 
-RESULTS = [("propose_nodes", 4), ("decide_walk", 11), ("settle_step", 4)]
+RESULTS = [("propose_nodes", 4), ("step_rows", 2), ("decide_walk", 11), ("settle_step", 4)]
 """Ops of the steps, and how many results each has that are compared always."""
 
 
@@ -236,3 +236,16 @@ def test_a_process_that_does_not_end_is_a_check_that_fails(tmp_path: Path, monke
     monkeypatch.setattr(isolated, "TIMEOUT_S", 1)
     (check,) = run_isolated(Request("cpu", ("csrc", SHAPE)))
     assert (check.case, check.agrees) == ("did not end within 1 s", False)
+
+
+@pytest.mark.parametrize("written", [0, 1], ids=["token", "position"])
+def test_a_row_that_is_written_wrong_is_seen(written: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.step_rows
+
+    def wrong(*args: Any) -> Any:
+        places = right(*args)
+        args[7][written].copy_(other(args[7][written]))
+        return places
+
+    monkeypatch.setattr(ops, "step_rows", wrong)
+    assert {check.kernel for check in check_decoding(DECODING, CPU) if not check.agrees} == {"step_rows"}

@@ -233,24 +233,9 @@ def attention() -> Iterator[Finding]:
 
 def compare() -> Iterator[Finding]:
     """Compare native ops and each implementation of attention that works here with plain torch, at usual shapes."""
-    import torch
+    from vllm_dllm.self_test.isolated import run_isolated, usual_requests
 
-    from vllm_dllm.attention.choose import IMPLEMENTATIONS
-    from vllm_dllm.self_test.attention import AttentionShape
-    from vllm_dllm.self_test.decoding import DecodingShape
-    from vllm_dllm.self_test.isolated import Request, run_isolated
-
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
-    works = {finding.topic for finding in attention() if finding.level == "ok"}
-    shapes = [
-        AttentionShape(32, num_kv_heads, 128, dtype, dtype, page_size=16, block_length=block_length, max_len=4096)
-        for num_kv_heads, block_length in ((32, 32), (8, 4))  # LLaDA-8B, SDAR-8B
-    ]
-    requests = [Request(device, decoding=DecodingShape(32000, 32, dtype))]
-    requests += [
-        Request(device, (name, shape)) for name in IMPLEMENTATIONS if f"attention {name}" in works for shape in shapes
-    ]
-    for request in requests:
+    for request in usual_requests():
         with waiting_for(f"comparing {'native ops' if request.attention is None else request.attention[0]}"):
             checks = run_isolated(request)
         for check in checks:

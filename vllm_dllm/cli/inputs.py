@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from vllm_dllm.draft.picture import SUFFIXES
 from vllm_dllm.errors import ConfigError, did_you_mean_file
-from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, ModelFamily, family_of
+from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, ModelFamily, family_said
 
 Dtype = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
 """Of vLLM's engines."""
@@ -65,12 +65,11 @@ def family_for(model: str, config: Mapping[str, Any]) -> ModelFamily:
 
     Raises: ConfigError for a model that is none of ours.
     """
-    architectures = config.get("architectures")
-    family = family_of(architectures) if isinstance(architectures, list) else None
+    family = family_said(config)
     if family is None:
         raise ConfigError(
-            f"model {model!r} has architectures {architectures!r}, allowed are {', '.join(FAMILY_BY_ARCHITECTURE)}; "
-            "give another model"
+            f"model {model!r} has architectures {config.get('architectures')!r}, allowed are "
+            f"{', '.join(FAMILY_BY_ARCHITECTURE)}; give another model"
         )
     return family
 

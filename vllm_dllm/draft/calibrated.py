@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph
@@ -13,7 +12,7 @@ from vllm_dllm.draft.look_ahead import NUM_NODES
 from vllm_dllm.draft.native import Propose, choose_propose
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
-from vllm_dllm.unmask.walk import Nodes, Trajectory
+from vllm_dllm.unmask.walk import Nodes
 
 DEPTH_CHANCE = 0.6
 """Without counts: the chance that one more step of the chain is foreseen..."""
@@ -81,9 +80,3 @@ class GraphDrafter:
         """Return the canvases and their best drafts; none is valid where the block has no step behind it."""
         assert self.memory is not None, "attach comes before"
         return self._propose(self._compiled, self._canvases, self.memory, blocks, num_drafts, looks_ahead)
-
-    def observe(self, blocks: Blocks, nodes: Nodes, done: Trajectory) -> None:
-        """Learn nothing besides the memory, which has the candidates of the last canvas that the step decided."""
-
-    def forget(self, slots: Tensor, where: Tensor) -> None:
-        """Forget nothing besides the memory."""

@@ -7,11 +7,9 @@ guesses decide how many forwards are taken, never a token. `draft.calibrated` ha
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
-
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
-from vllm_dllm.unmask.walk import Nodes, Trajectory
+from vllm_dllm.unmask.walk import Nodes
 
 
 class Drafter(Protocol):
@@ -19,8 +17,8 @@ class Drafter(Protocol):
 
     Attributes:
         look_ahead_from: the smallest budget with a look-ahead (`draft.look_ahead`); None: none has one.
-        memory: the last decided step of each slot, which the end of a step writes (`state.settle`), there once the
-            drafter is attached; None: it needs none.
+        memory: what it observes, there once it is attached: the last decided step of each slot, written by the end of
+            every step, also of one without drafts (`state.settle`), and forgotten when a block begins; None: nothing.
     """
 
     look_ahead_from: int | None
@@ -43,9 +41,3 @@ class Drafter(Protocol):
             num_drafts: how many of each, 0 or more. One that means nothing is not valid.
             looks_ahead: whether a look-ahead is asked for, too.
         """
-
-    def observe(self, blocks: Blocks, nodes: Nodes, done: Trajectory) -> None:
-        """Learn what a step came to, besides `memory`; called behind every step, also of requests without drafts."""
-
-    def forget(self, slots: Tensor, where: Tensor) -> None:
-        """Forget, besides `memory`, the block of those of the given slots that `where` [num_reqs] bool marks."""

@@ -1,9 +1,11 @@
 """Scheduling a step of a block-causal model while the step before runs."""
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from vllm_dllm.engine.scheduler import DllmScheduler, leave_out
+from vllm_dllm.state.kv import KvStep
 
 
 class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
@@ -24,6 +26,10 @@ class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
 
     def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool]]:
         return [2 * self.block_length] * len(requests), [False] * len(requests)
+
+    def _decide_kv(self, output: SchedulerOutput) -> tuple[KvStep | None, bool]:
+        """Leave it to the workers; only a new request may have a prefill."""
+        return None, bool(output.scheduled_new_reqs)
 
     def _rows_of_drafts(self, num_drafts: int) -> int:
         return self.block_length * max(0, num_drafts - 1)

@@ -5,17 +5,22 @@
 
 import inspect
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, get_args
 
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
+from transformers import PretrainedConfig
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.speculative import SpeculativeMethod
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.renderers.base import BaseRenderer
 from vllm.sampling_params import SamplingParams
+from vllm.transformers_utils.config import HFConfigParser
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.utils import CoreEngineProcManager
 
@@ -29,21 +34,17 @@ SPECULATIVE_METHODS: tuple[str, ...] = get_args(SpeculativeMethod)
 
 
 def explain_start_errors(explain: Callable[[EngineArgs, Exception], ConfigError | None]) -> None:
-    """Let a ConfigError that is raised inside of vLLM's configuration classes reach the user as it is.
+    """Let `explain(args, error)` say what is raised inside of vLLM's configuration classes, where it knows how.
 
-    They are pydantic's, which puts a ValueError between two lines of its own, with all arguments in them. What else is
-    raised there, `explain(args, error)` may know how to say.
+    They are pydantic's, which puts a ValueError between two lines of its own, with all arguments in them.
     """
 
     def make(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
         def wrapper(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
             try:
                 return original(self, *args, **kwargs)
-            except (ValidationError, AttributeError, LookupError, TypeError) as error:
-                findings = error.errors() if isinstance(error, ValidationError) else []
-                causes = [finding.get("ctx", {}).get("error") for finding in findings]
-                ours = [cause for cause in causes if isinstance(cause, ConfigError)]
-                found = ours[0] if ours else explain(self, error)
+            except (ValidationError, StrictDataclassError, AttributeError, LookupError, TypeError) as error:
+                found = explain(self, error)
                 if found is None:
                     raise
             raise found
@@ -51,6 +52,30 @@ def explain_start_errors(explain: Callable[[EngineArgs, Exception], ConfigError 
         return wrapper
 
     wrap("EngineArgs.create_engine_config", make)
+
+
+def before_config_class(read: Callable[[Mapping[str, Any], object], PretrainedConfig | None]) -> None:
+    """Let `read(content, hf_overrides)` make the configuration of a config.json; where it is None, vLLM makes it."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: HFConfigParser, model: str | Path, trust_remote_code: bool, **given: Any) -> Any:
+            content = _content(model, given)
+            config = read(content, given.get("hf_overrides"))
+            return original(self, model, trust_remote_code, **given) if config is None else (content, config)
+
+        return wrapper
+
+    wrap("HFConfigParser.parse", make)
+
+
+def _content(model: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what config.json says, by what vLLM reads it with; nothing where vLLM will say why it cannot be read."""
+    options = {name: value for name, value in given.items() if name not in ("hf_overrides", "trust_remote_code")}
+    try:
+        content, _ = PretrainedConfig.get_config_dict(model, local_files_only=HF_HUB_OFFLINE, **options)
+    except (OSError, ValueError, TypeError, AttributeError):  # the latter two: it holds no object
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def after_model_config(check: Callable[[EngineArgs, ModelConfig], None]) -> None:

@@ -1,9 +1,10 @@
 """Configuration of an engine that serves one of our models: what is set, and what is refused at start."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 from typing import Any
 
+from transformers import PretrainedConfig
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -29,7 +30,7 @@ from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
 from vllm_dllm.engine.worker_check import check_level
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.checkpoint_fields import SPECIAL_IDS, check_token_ids
-from vllm_dllm.models.interface import check_family
+from vllm_dllm.models.interface import check_family, family_said
 from vllm_dllm.plugin import SUPPORTED_VLLM
 from vllm_dllm.spiffy_config import SpiffySettings
 
@@ -156,6 +157,16 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "allowed there are checkpoints that are quantised; remove --quantization",
     ),
     (
+        lambda c: _has_experts(c) and c.lora_config,
+        "enable_lora is on, but adapters of models with experts are not tested with diffusion; allowed is off; remove "
+        "--enable-lora, or merge the adapter into the weights",
+    ),
+    (
+        lambda c: _has_experts(c) and c.parallel_config.data_parallel_size > 1 and current_platform.is_cpu(),
+        "data_parallel_size is {c.parallel_config.data_parallel_size}, but on a CPU vLLM has no exchange of rows "
+        "between engines that share their experts; allowed there is 1; start servers of their own",
+    ),
+    (
         lambda c: c.watermark_config,
         "watermark_config is set, but the sampler of diffusion models does not apply it; remove it",
     ),
@@ -166,9 +177,32 @@ def _is_block_causal(model_config: ModelConfig) -> bool:
     return served_family(model_config).is_block_causal
 
 
+def _has_experts(config: VllmConfig) -> bool:
+    return bool(config.model_config.hf_config.has_experts)
+
+
 def _quantises_to_fp8(model_config: ModelConfig) -> bool:
     is_quantised = getattr(model_config.hf_config, "quantization_config", None) is not None
     return not is_quantised and str(model_config.quantization).startswith("fp8")
+
+
+def read_config(content: Mapping[str, Any], overrides: object) -> PretrainedConfig | None:
+    """Make the configuration of a config.json of ours, under its family's architecture.
+
+    None of another's; and of one with another `model_type` or an `auto_map` that is none, which start errors tell.
+
+    Args:
+        content: the file's.
+        overrides: --hf-overrides, which vLLM sets afterwards.
+    """
+    family = family_said(content, overrides)
+    model_type = (overrides if isinstance(overrides, Mapping) else {}).get("model_type", content.get("model_type"))
+    if family is None or family.model_type != model_type or not isinstance(content.get("auto_map") or {}, Mapping):
+        return None
+    config: PretrainedConfig = resolve_name(family.config_class).from_dict(
+        {**content, "architectures": [family.architecture]}
+    )
+    return config
 
 
 def check_flags(args: EngineArgs, model_config: ModelConfig) -> None:

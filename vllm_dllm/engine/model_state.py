@@ -5,6 +5,7 @@ rows the forward has is ours to say (`engine.plan`): of the batch that vLLM made
 blocks begin and how many drafts each may have.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.engine.configs import make_drafter, rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.plan import plan_step
+from vllm_dllm.engine.report import StepOrder
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step import Step, rows_to_device
@@ -33,6 +35,7 @@ from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.kv import IntArray, KvSchedule
 from vllm_dllm.state.settle import Ledger, choose_settle
+from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
 from vllm_dllm.unmask.walk import choose_walk
 
 if TYPE_CHECKING:
@@ -64,9 +67,9 @@ class DllmModelState(ModelState):
             choose_walk(device),
             choose_settle(device),
         )
-        self.kv_policy = KvSchedule(
-            self.settings.kv_policy, self.settings.refresh_every, self.block_length, self.max_num_reqs
-        )
+        self._fill_rows = choose_rows(device)
+        self.kv_schedule = KvSchedule(self.settings.kv_policy, self.settings.refresh_every, self.block_length)
+        self.order: StepOrder | None = None  # None: vLLM warms up
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._look_ahead_from = None if drafter is None else drafter.look_ahead_from
@@ -86,7 +89,7 @@ class DllmModelState(ModelState):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
         """Get attention ready for the cache."""
         self._attention = StepAttention(
-            self.vllm_config, kv_cache_config, self.block_length, self.device, stores=self.kv_policy.is_causal
+            self.vllm_config, kv_cache_config, self.block_length, self.device, stores=self.settings.is_block_causal
         )
 
     @property
@@ -107,7 +110,7 @@ class DllmModelState(ModelState):
             max_model_len=self.max_model_len,
         )
         self.state.add_request(req_index, params)
-        self.kv_policy.add_request(req_index, new_req_data.num_computed_tokens)
+        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens)
 
     def apply_staged_writes(self) -> None:
         """Copy new requests' parameters to the device."""
@@ -121,11 +124,7 @@ class DllmModelState(ModelState):
         num_computed_tokens: Tensor,
     ) -> None:
         """Plan the step, and put its rows where the prompt tokens of the batch would be."""
-        if self._step is not None and self._step.came_over is not None:
-            has_left = self._step.came_over.cpu().numpy()
-            before = self._step.blocks.slots_np, self._step.plan.block_start
-            self.kv_policy.came_over(*(array[has_left] for array in before))
-        step = self._step = self._begin_step(input_batch, num_computed_tokens)
+        step = self._begin_step(input_batch, num_computed_tokens)
         num_rows = step.plan.num_rows
         if num_rows > input_batch.num_tokens:
             raise RuntimeError(
@@ -134,8 +133,16 @@ class DllmModelState(ModelState):
             )
         input_batch.num_scheduled_tokens = step.plan.rows_of_requests  # whose adapters each row takes
         input_batch.logits_indices = step.head_rows(logit_shift=self.state.shifts)
-        input_batch.input_ids[:num_rows] = step.input_ids(self._all_token_ids, self.state.mask_token_id)
-        input_batch.positions[:num_rows] = step.position
+        pages = block_tables[0] if step.plan.stores.any() else None
+        store = self._fill_rows(
+            step.nodes,
+            step.blocks,
+            None if step.special is None else step.special.rows,
+            Sequences(self._all_token_ids, pages, self.attention.page_size),
+            RowInputs(input_batch.input_ids[:num_rows], input_batch.positions[:num_rows]),
+            self.state.mask_token_id,
+        )
+        self._step = replace(step, store=store)
 
     def prepare_attn(
         self,
@@ -161,7 +168,7 @@ class DllmModelState(ModelState):
             host, page_table, store = empty_layout(), block_tables[0][:0], None
         else:
             host, page_table = step.plan.layout(), block_tables[0][: step.plan.num_reqs]
-            store = step.store(page_table, self.attention.page_size)
+            store = step.store
         if not is_graph:
             return self.attention.eager(host, page_table, store)
         if step is not None and step.plan.is_long:
@@ -209,29 +216,33 @@ class DllmModelState(ModelState):
         # A prompt is known, though its step is the one that vLLM counts it in.
         computed_np = num_computed_tokens[slots].cpu().numpy() if self._is_async else batch.num_computed_tokens_np
         known_np = np.maximum(computed_np[:num_reqs], batch.prefill_len_np[:num_reqs]).astype(np.int64)
-        block_start_np = self.kv_policy.block_start(known_np)
+        block_start_np = self.kv_schedule.block_start(known_np)
         num_known, start, num_counted = self._to_device(np.stack([known_np, block_start_np, counted_np]))
         blocks = Blocks(slots, slots_np, start)
         seq_len_np = self.state.seq_len_np[slots_np]
-        kv = self.kv_policy.step(slots_np, block_start_np, seq_len_np)
+        kv = None if self.order is None else self.order.kv_of(batch.req_ids[:num_reqs])
+        if kv is None:
+            kv = self.kv_schedule.step(slots_np.tolist(), block_start_np, seq_len_np)
+            for slot, start_of in zip(slots_np.tolist(), block_start_np.tolist(), strict=True):
+                self.kv_schedule.note(slot, start_of)
         plan = plan_step(
             kv,
             block_start=block_start_np,
             seq_len=seq_len_np,
             num_drafts=self._num_drafts(batch, counted_np),
             block_length=self.block_length,
-            is_causal=self.kv_policy.is_causal,
+            is_causal=self.settings.is_block_causal,
             look_ahead_from=self._look_ahead_from,
         )
         if kv.is_new.any():
             self._begin_rows(blocks, num_known, self._to_device(np.flatnonzero(kv.is_new)))
-        position, special = rows_to_device(plan, self.device)
+        special = rows_to_device(plan, self.device)
         nodes = self.denoiser.nodes(blocks, plan.max_drafts, looks_ahead=plan.has_look_ahead)
         if special is not None:
             nodes = nodes.only(special.node, special.place)
         planned = None if special is None else special.planned
         ledger = Ledger(batch.num_reqs, num_known, num_counted, planned)
-        return Step(batch, plan, blocks, ledger, position, special, nodes)
+        return Step(batch, plan, blocks, ledger, special, nodes)
 
     def _num_drafts(self, batch: InputBatch, counted: IntArray) -> IntArray:
         """Read how many drafts each request may have from what vLLM counts: its block, and one more for each.
@@ -250,7 +261,7 @@ class DllmModelState(ModelState):
         """Begin the first blocks of some requests: masked, but for the end of a prompt that lies in one."""
         slots = blocks.slots[index]
         self.denoiser.begin_blocks(slots, torch.ones_like(slots, dtype=torch.bool))
-        if not self.kv_policy.is_causal:
+        if not self.settings.is_block_causal:
             return
         positions = self.state.positions(blocks)[index]
         known = self._all_token_ids[slots[:, None], positions].long()

@@ -1,9 +1,10 @@
 """vLLM's KV cache manager where K/V are stored at other times than vLLM counts tokens as computed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_dllm.engine.patches import become
@@ -38,6 +39,18 @@ class DllmPages(KVCacheManager):
         assert isinstance(manager, cls)
         manager.paged_end, manager.admits = paged_end, admits
         return manager
+
+    @property
+    def page_size(self) -> int:
+        """Positions per page."""
+        size: int = self.coordinator.single_type_managers[0].block_size
+        return size
+
+    @property
+    def owners(self) -> Mapping[str, Sequence[KVCacheBlock]]:
+        """The pages of each request that has any."""
+        owners: Mapping[str, Sequence[KVCacheBlock]] = self.coordinator.single_type_managers[0].req_to_blocks
+        return owners
 
     def allocate_slots(
         self, request: Request, num_new_tokens: int, num_new_computed_tokens: int = 0, *args: Any, **kwargs: Any

@@ -66,6 +66,13 @@ PATCHES = {
             "`--speculative-config` takes JSON alone and `--spec-method` vLLM's methods; parsers have no hook",
         ),
         _method(
+            "vllm.transformers_utils.config:HFConfigParser",
+            "parse",
+            "self model trust_remote_code revision code_revision",
+            "Classes of configurations are found by `model_type` alone, which families share with each other and with "
+            "stock models; parsers are registered for all models, with a warning",
+        ),
+        _method(
             "vllm.sampling_params:SamplingParams",
             "_validate_diffusion",
             "self model_config",

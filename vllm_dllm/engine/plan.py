@@ -43,7 +43,6 @@ class Role(IntEnum):
 _ROLES = np.arange(len(Role))
 _STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT])
 _DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT])
-_IS_LONG = np.isin(_ROLES, [Role.REFRESH, Role.PREFILL])
 _IS_CAUSAL = np.isin(_ROLES, [])
 _BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1])  # of a segment's block, as seen from the present one
 
@@ -61,6 +60,7 @@ class StepPlan:
     begin: IntArray  # [num_segments], first position
     end: IntArray  # [num_segments]
     context: IntArray  # [num_segments, 4], stored positions that are seen, [begin, end) twice, disjoint and ascending
+    is_long: bool = False  # whether no captured CUDA graph has its shape, as `KvStep` says
 
     @property
     def num_reqs(self) -> int:
@@ -87,11 +87,6 @@ class StepPlan:
         """Tell which requests have a segment of a role, [num_reqs]."""
         found: BoolArray = np.bincount(self.request[self.role == role], minlength=self.num_reqs) > 0
         return found
-
-    @property
-    def is_long(self) -> bool:
-        """Whether some segments are no blocks, so that no captured CUDA graph has the step's shape."""
-        return bool(_IS_LONG[self.role].any())
 
     @property
     def is_causal(self) -> BoolArray:
@@ -185,7 +180,7 @@ class StepPlan:
         is_end = self.role == Role.END
         first[is_end] = (num_reqs * num_nodes + self.request[is_end]) * block_length
         role = self.role[segment]
-        block = np.where(_IS_LONG[self.role], self.block_start[self.request], self.begin)
+        block = np.where(self.role == Role.REFRESH, self.block_start[self.request], self.begin)
         in_block = self.position - block[segment]
         source = first[segment] + in_block
         mask = (num_reqs * num_nodes + num_reqs * self.has_look_ahead) * block_length
@@ -248,4 +243,5 @@ def plan_step(
         begin, end = np.where(is_refresh, kv.begin[request], begin), np.where(is_refresh, kv.end[request], end)
     visible_end = end if is_causal else seq_len[request]
     context = np.stack([np.zeros_like(begin), begin, end, visible_end], 1)
-    return StepPlan(block_length, block_start, num_drafts, looks_ahead, request, role, begin, end, context)
+    is_long = bool(kv.is_long.any())
+    return StepPlan(block_length, block_start, num_drafts, looks_ahead, request, role, begin, end, context, is_long)

@@ -1,10 +1,12 @@
-"""A step's report: what the worker did for each request, to the scheduler.
+"""What a step is told, and its report: from the scheduler to the workers and back.
 
-It travels where vLLM's V2 runner has a place for a step's auxiliary outputs. The runner asks its `aux_output_connector`
-for them when it has sampled, copies them to the host on the stream and under the event of the sampler's own output, and
-gives them to the scheduler as `ModelRunnerOutput.aux_output_connector_output`, which a scheduler without such a
-connector does not read. vLLM makes this connector for routed experts alone; `ReportConnector` has its three methods and
-is set by our worker. `check_way` sends a known pattern along the way when a worker starts.
+The report travels where vLLM's V2 runner has a place for a step's auxiliary outputs. The runner asks its
+`aux_output_connector` for them when it has sampled, copies them to the host on the stream and under the event of the
+sampler's own output, and gives them to the scheduler as `ModelRunnerOutput.aux_output_connector_output`, which a
+scheduler without such a connector does not read. What the scheduler tells goes the other way, as
+`SchedulerOutput.aux_output_connector_metadata`. vLLM makes this connector for routed experts alone; `ReportConnector`
+has its three methods and is set by our worker. `check_way` sends a known pattern along the report's way when a worker
+starts.
 """
 
 import pickle
@@ -23,15 +25,38 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dllm.draft.budget import CostCurve
 from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.report import MAX_DEPTH, REPORT_LEN, Column
 
 COSTS = "\0costs"
 """Stands in place of a request id; no request has it."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepOrder:
+    """What the scheduler tells the workers with a step.
+
+    Attributes:
+        requests: that take it, by their ids.
+        kv: what it stores of each of them; None: the scheduler is ahead of reports, so the workers decide it.
+        roster: who should be in the workers' slots, where that is checked.
+    """
+
+    requests: tuple[str, ...]
+    kv: KvStep | None
+    roster: frozenset[str] | None = None
+
+    def kv_of(self, requests: Sequence[str]) -> KvStep | None:
+        """Return what it stores of its requests, in another order."""
+        if self.kv is None:
+            return None
+        index = {request: i for i, request in enumerate(self.requests)}
+        return self.kv.of([index[request] for request in requests])
+
+
 @dataclass(slots=True)
 class RequestReport:
-    """The same of one request, on the host.
+    """What the worker did for a request in a step.
 
     Attributes:
         faults: what is wrong with its canvas (`state_check.Fault`), where that is checked.
@@ -120,41 +145,37 @@ class PendingReport:
         return sent
 
 
-class Reporter(Protocol):
-    """Who knows what a step did."""
+class Steps(Protocol):
+    """Who takes steps, and knows what they did."""
+
+    def take_order(self, order: StepOrder) -> None:
+        """Take what the scheduler tells of the next step, when requests were added and removed."""
 
     def take_rows(self, input_batch: InputBatch) -> Tensor:
         """Return the report of a batch that was just sampled; [num_reqs, REPORT_LEN or more] int32."""
-
-
-class RosterCheck(Protocol):
-    """Who knows what the worker should hold."""
-
-    def compare(self, roster: Any) -> None:
-        """Raise where it holds anything else."""
 
 
 class ReportConnector:
     """The worker's side, as vLLM's runner calls it.
 
     Args:
-        reporter: the sampler.
-        check: of what the scheduler sends along in `SchedulerOutput.aux_output_connector_metadata`.
+        steps: the sampler.
         costs: sent with the first report.
     """
 
-    def __init__(self, reporter: Reporter, check: RosterCheck, costs: CostCurve | None) -> None:
-        self._reporter, self._check, self._costs = reporter, check, costs
+    def __init__(self, steps: Steps, costs: CostCurve | None) -> None:
+        self._steps, self._costs = steps, costs
 
     def begin_step(self, metadata: Any) -> None:
-        """Called at the begin of each step, when requests were added and removed."""
-        if metadata is not None:
-            self._check.compare(metadata)
+        """Called at the begin of each step. Raises: UnsupportedVllmError where our scheduler's order did not arrive."""
+        if not isinstance(metadata, StepOrder):
+            raise UnsupportedVllmError(f"{_WAY} brought {metadata!r} with a step, and no order of ours; {_ALLOWED}")
+        self._steps.take_order(metadata)
 
     def prepare_output(self, input_batch: InputBatch) -> PendingReport:
         """Called behind the sampler."""
         costs, self._costs = self._costs, None
-        return PendingReport(input_batch.req_ids, self._reporter.take_rows(input_batch), costs)
+        return PendingReport(input_batch.req_ids, self._steps.take_rows(input_batch), costs)
 
     def close(self) -> None:
         """Called at the end; there is nothing to do."""

@@ -1,19 +1,19 @@
 """How many rows of a forward the requests of a step need, as the scheduler counts them before the step."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from vllm.v1.request import Request
 
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.state.kv import refreshed
+from vllm_dllm.state.kv import KvSchedule, KvStep
 
 
 class StepRows:
     """What each request has of a step's rows, and what is left of them; what a request needs, without drafts.
 
-    The worker makes the step's plan from the same rules (`state.kv`, `engine.plan`).
+    What it stores is decided by `kv`, which is told what steps came to; the worker plans by the same (`engine.plan`).
 
     Args:
         settings: of the server.
@@ -27,82 +27,53 @@ class StepRows:
         self.is_causal = settings.is_block_causal
         self.max_model_len = max_model_len
         self.max_rows = max_rows
-        self.stored: dict[str, int] = {}  # of running requests of a block-causal model: positions with K/V
-        # Of running requests of a bidirectional model: where their block begins, and the number of its last step.
-        self._block: dict[str, tuple[int, int]] = {}
+        self.kv = KvSchedule(settings.kv_policy, settings.refresh_every, settings.block_length)
         self._row_ends: dict[str, int] = {}
         self.given: dict[str, int] = {}
-        self._long: set[str] = set()  # who refreshes or prefills
         self.free = 0
 
     def begin_step(self) -> None:
         """Take all rows back."""
-        self.given, self._long, self.free = {}, set(), self.max_rows
+        self.given, self.free = {}, self.max_rows
 
-    def give(self, request: Request, num_rows: int, *, is_first: bool = False) -> bool:
-        """Let a request have rows, if so many are left; tells whether it has them.
-
-        Args:
-            request: that may have some already.
-            num_rows: how many more.
-            is_first: whether the step admits it.
-        """
+    def give(self, request: Request, num_rows: int) -> bool:
+        """Let a request, which may have some already, have so many more rows, if they are left; tells whether."""
         if num_rows > self.free:
             return False
         self.free -= num_rows
-        before = self.given.setdefault(request.request_id, 0)
-        self.given[request.request_id] += num_rows
-        if is_first or (before == 0 and not self.is_causal and num_rows > self.block_length):
-            self._long.add(request.request_id)
+        self.given[request.request_id] = self.given.get(request.request_id, 0) + num_rows
         return True
 
-    def total(self, scheduled: Mapping[str, int], largest_graph: int) -> int:
+    def total(self, scheduled: Mapping[str, int], least: int = 0) -> int:
         """Return how many rows those have whom vLLM scheduled, as it is told; never fewer than it counts tokens.
 
         Args:
             scheduled: tokens that it counts, by request.
-            largest_graph: rows of the largest captured graph. None has the shape of a step that refreshes or prefills,
-                so such a step counts as larger.
+            least: rows that the step counts as, if it has not more.
 
         Raises: RuntimeError for more rows than a step may have.
         """
-        total = max(sum(self.given[req_id] for req_id in scheduled), sum(scheduled.values()))
-        if not self._long.isdisjoint(scheduled):
-            total = max(total, largest_graph + 1)
+        total = max(sum(self.given[req_id] for req_id in scheduled), sum(scheduled.values()), least)
         if total > self.max_rows:
             raise RuntimeError(f"a step has {total} rows, max_num_batched_tokens is {self.max_rows}")
         return total
 
+    def step(self, requests: Sequence[Request]) -> KvStep:
+        """Decide what a step of some requests stores."""
+        start = self.kv.block_start(np.array([request.num_tokens for request in requests], dtype=np.int64))
+        end = start if self.is_causal else np.array([self.row_end(request) for request in requests], dtype=np.int64)
+        return self.kv.step([request.request_id for request in requests], start, end)
+
     def needed(self, requests: Sequence[Request]) -> tuple[list[int], list[bool]]:
         """Return how many rows running requests need, and which have no drafts, since they begin a block."""
-        if self.is_causal:
-            commits = [self.commits(request) for request in requests]
-            return [self.block_length * (1 + commit) for commit in commits], commits
-        start = np.array([request.num_computed_tokens for request in requests], dtype=np.int64)
-        blocks = [self._block.get(request.request_id, (-1, -1)) for request in requests]
-        before, step = np.array(blocks, dtype=np.int64).reshape(-1, 2).T
-        begins = before != start
-        begin, end = refreshed(
-            self.settings.kv_policy,
-            self.settings.refresh_every,
-            self.block_length,
-            begins,
-            np.where(begins, 0, step + 1),
-            start,
-            np.array([self.row_end(request) for request in requests], dtype=np.int64),
-        )
-        return np.maximum(end - begin, self.block_length).tolist(), begins.tolist()
+        step = self.step(requests)
+        return self.kv.num_rows(step).tolist(), step.begins_block.tolist()
 
     def first(self, request: Request, num_hit: int) -> int:
         """Return the rows of the step that admits a request: of its prompt, behind a cache hit, and of its block."""
         if not self.is_causal:
             return self.row_end(request)
         return request.num_tokens - num_hit + self.block_length  # of a partial block vLLM counts the known tokens twice
-
-    def commits(self, request: Request) -> bool:
-        """Tell whether a request's next step stores a block that it emitted."""
-        stored = self.stored.get(request.request_id)
-        return stored is not None and request.num_computed_tokens >= stored + self.block_length
 
     def row_end(self, request: Request) -> int:
         """Return where the row of a bidirectional request ends."""
@@ -112,22 +83,12 @@ class StepRows:
             self._row_ends[request.request_id] = end
         return end
 
-    def note(self, requests: Iterable[Request]) -> None:
-        """Take note of the requests of a step; one without a block was just admitted, and has its block now."""
-        if self.is_causal:
-            return
-        for request in requests:
-            before, step = self._block.get(request.request_id, (-1, 0))
-            start = request.num_tokens if before < 0 else request.num_computed_tokens
-            self._block[request.request_id] = start, step + 1 if start == before else 0
-
     @property
     def known(self) -> set[str]:
         """Requests of which anything is remembered."""
-        return {*self.stored, *self._block, *self._row_ends}
+        return {str(request) for request in self.kv.known} | self._row_ends.keys()
 
     def forget(self, request: Request) -> None:
-        """Forget what a preempted or freed request has stored."""
-        self.stored.pop(request.request_id, None)
-        self._block.pop(request.request_id, None)
+        """Forget a preempted or freed request."""
+        self.kv.forget(request.request_id)
         self._row_ends.pop(request.request_id, None)

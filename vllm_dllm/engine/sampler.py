@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
     from vllm_dllm.engine.model_state import DllmModelState
+    from vllm_dllm.engine.report import StepOrder
 
 
 class DllmSampler:
@@ -53,8 +54,13 @@ class DllmSampler:
         done = denoiser.advance(step.blocks, step.nodes, hidden, None if step.special is None else step.special.fresh)
         emitted = denoiser.settle(step.blocks, step.nodes, done, step.ledger)
         self._report = emitted.report
-        step.came_over = done.came_over if step.nodes.end is not None else None
         return _output(emitted.sampled, emitted.num_sampled, emitted.num_rejected)
+
+    def take_order(self, order: "StepOrder") -> None:
+        """Take what the scheduler tells of the next step. Raises: StateError where its roster is not ours."""
+        self.model_state.order = order
+        if self.check and order.roster is not None:
+            self.check.compare(order.roster)
 
     def take_rows(self, input_batch: "InputBatch") -> Tensor:
         """Return the report of the batch that was just sampled; [num_reqs, REPORT_LEN or more] int32."""

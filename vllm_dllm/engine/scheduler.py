@@ -2,12 +2,10 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -22,12 +20,13 @@ from vllm_dllm.engine import stats_way
 from vllm_dllm.engine.configs import make_drafter, settings_of, spiffy_of
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
-from vllm_dllm.engine.report import RequestReport, StepReport, take_report
+from vllm_dllm.engine.report import RequestReport, StepOrder, StepReport, take_report
 from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 from vllm_dllm.engine.worker_check import CheckLevel, check_level
 from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.state.kv import KvStep
 
 
 class DllmScheduler(Scheduler):
@@ -59,7 +58,7 @@ class DllmScheduler(Scheduler):
         self.pages = DllmPages.take_over(self.kv_cache_manager, self._paged_end, self._admits)
         self._spiffy = spiffy_of(self.vllm_config)
         self._level = check_level()
-        self._check = StateCheck(self) if self._level else None
+        self._check = StateCheck(self.rows, self.pages) if self._level else None
         stats_way.check_way()
         drafter = make_drafter(self.vllm_config)
         fixed = self._spiffy.budget if self._spiffy else None
@@ -71,11 +70,6 @@ class DllmScheduler(Scheduler):
         self._updated_at_s: float | None = None  # None: the engine had no work then
         self._host_ms: float | None = None
 
-    @property
-    def max_budget(self) -> int:
-        """The largest budget of any step."""
-        return self._spiffy.max_nodes if self._spiffy else 0
-
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Choose the rows of the requests, then schedule as vLLM does."""
         self._choose_rows()
@@ -83,8 +77,6 @@ class DllmScheduler(Scheduler):
         self._scheduled_at_s = time.perf_counter()
         if self._updated_at_s is not None:
             self._host_ms = (self._scheduled_at_s - self._updated_at_s) * 1e3
-        if self._check and (self._level == CheckLevel.STEP or not output.total_num_scheduled_tokens):
-            output.aux_output_connector_metadata = self._check.roster(self.running)
         return output
 
     def update_from_output(
@@ -129,9 +121,6 @@ class DllmScheduler(Scheduler):
         reports: dict[str, RequestReport],
     ) -> None:
         """Enter a step into the accounts of its requests."""
-        for new in output.scheduled_new_reqs:
-            if new.req_id in self.requests:
-                check.admit(new.req_id, new.num_computed_tokens)
         for req_id, report in reports.items():
             if req_id in self.requests:  # it may have been aborted meanwhile
                 emitted = model_output.sampled_token_ids[model_output.req_id_to_index[req_id]]
@@ -144,25 +133,8 @@ class DllmScheduler(Scheduler):
             check.compare_pages(self.running)
         if self.requests:
             return
-        of_pages = self.pages.coordinator.single_type_managers[0].req_to_blocks
-        check.compare_idle(
-            {"the counts": self._totals, "the rows": self.rows.known | self.acceptance.known, "the pages": of_pages}
-        )
-
-    def row_end(self, request: Request) -> int:
-        """Return the end of a bidirectional request's row."""
-        return self.rows.row_end(request)
-
-    @property
-    def page_size(self) -> int:
-        """Positions per page."""
-        size: int = self.pages.coordinator.single_type_managers[0].block_size
-        return size
-
-    def pages_of(self, request_id: str) -> Sequence[KVCacheBlock]:
-        """Return a request's pages."""
-        pages: Sequence[KVCacheBlock] = self.pages.coordinator.get_blocks(request_id)[0]
-        return pages
+        rows = self.rows.known | self.acceptance.known
+        check.compare_idle({"the counts": self._totals, "the rows": rows, "the pages": self.pages.owners})
 
     def make_spec_decoding_stats(
         self,
@@ -247,9 +219,22 @@ class DllmScheduler(Scheduler):
             block = self._placeholders[: self.block_length]
             scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
             scheduled[admitted.req_id] += len(block)
-        scheduler_output.total_num_scheduled_tokens = self.rows.total(scheduled, self._largest_graph)
-        self.rows.note(self.requests[req_id] for req_id in scheduled)
+            self.rows.kv.add(admitted.req_id, admitted.num_computed_tokens)
+            if self._check:
+                self._check.admit(admitted.req_id, admitted.num_computed_tokens)
+        kv, is_long = self._decide_kv(scheduler_output)
+        # No captured graph has the shape of a step that refreshes or prefills: it counts as larger than all of them.
+        total = self.rows.total(scheduled, self._largest_graph + 1 if is_long else 0)
+        scheduler_output.total_num_scheduled_tokens = total
+        has_roster = self._check and (self._level == CheckLevel.STEP or not total)
+        roster = frozenset(request.request_id for request in self.running) if has_roster else None
+        scheduler_output.aux_output_connector_metadata = StepOrder(tuple(scheduled), kv, roster)
         super()._update_after_schedule(scheduler_output)
+
+    def _decide_kv(self, output: SchedulerOutput) -> tuple[KvStep | None, bool]:
+        """Decide what a step stores, and tell whether it may refresh or prefill."""
+        kv = self.rows.step([self.requests[req_id] for req_id in output.num_scheduled_tokens])
+        return kv, bool(kv.is_long.any())
 
     def _take_reports(self, output: SchedulerOutput, reports: dict[str, RequestReport], updated_at_s: float) -> None:
         """Add up what the step did and tell the rule.
@@ -265,9 +250,7 @@ class DllmScheduler(Scheduler):
         for req_id, report in reports.items():
             if req_id in self.requests:  # it may have been aborted meanwhile
                 self._totals[req_id].add(report)
-        has_prefill = self.is_causal and not reports.keys() <= self.rows.stored.keys()
-        if self.is_causal:
-            self._cache_stored(reports)
+        self._note_stored(reports)
         if self.rule is None:
             return
         for req_id in reports.keys() & self.requests.keys():
@@ -279,8 +262,7 @@ class DllmScheduler(Scheduler):
         if forwards == 0:
             return
         is_pure = not (
-            has_prefill
-            or stats.refreshes
+            stats.refreshes
             or output.scheduled_new_reqs
             or output.scheduled_cached_reqs.resumed_req_ids
             or output.preempted_req_ids
@@ -294,15 +276,19 @@ class DllmScheduler(Scheduler):
         """Return what the step took, and what passed between the step before and this one; None if unknown."""
         return (updated_at_s - self._scheduled_at_s) * 1e3, self._host_ms
 
-    def _cache_stored(self, reports: dict[str, RequestReport]) -> None:
-        """Offer the pages whose positions are all stored to other requests, before a finished one gives them back."""
+    def _note_stored(self, reports: dict[str, RequestReport]) -> None:
+        """Take note of the decided steps; offer a block-causal model's pages that are stored to other requests.
+
+        That is before a finished one gives them back.
+        """
         for req_id, report in reports.items():
             request = self.requests.get(req_id)
             if request is None or request.num_stale_output_tokens:  # it was aborted or preempted: the pages are gone
                 continue
-            self.rows.stored[req_id] = report.stored
-            # A block that a look-ahead stored is cached a step later: its tokens are not the request's yet.
-            self.pages.cache_stored(request, min(report.stored, request.num_tokens))
+            self.rows.kv.note(req_id, report.stored)
+            if self.is_causal:
+                # A block that a look-ahead stored is cached a step later: its tokens are not the request's yet.
+                self.pages.cache_stored(request, min(report.stored, request.num_tokens))
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt a request; when it comes back, all that it knows is its prompt."""
@@ -331,14 +317,14 @@ class DllmScheduler(Scheduler):
         if request.request_id in self.rows.given:
             return True
         num_rows = self.rows.first(request, request.num_computed_tokens + num_hit)
-        is_admitted = self.rows.give(request, num_rows, is_first=True)
+        is_admitted = self.rows.give(request, num_rows)
         self._num_held += not is_admitted
         return is_admitted
 
     def _paged_end(self, request: Request) -> int:
         """Return up to where a request has pages: to the end of its row, or of its block in a block-causal model."""
         if not self.is_causal:
-            return self.row_end(request)
+            return self.rows.row_end(request)
         return request.num_tokens - request.num_tokens % self.block_length + self.block_length
 
 

@@ -13,7 +13,7 @@ from vllm.transformers_utils.repo_utils import try_get_local_file
 
 from vllm_dllm.engine.explain import explain_validation
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.models.interface import FAMILIES, ModelFamily
+from vllm_dllm.models.interface import FAMILIES, ModelFamily, family_said
 
 _ARGUMENTS = {"cache_dtype": "kv_cache_dtype", "policy": "scheduling_policy"}
 """Fields of vLLM's configuration -> the settings that they are made of, where the names differ."""
@@ -22,19 +22,32 @@ _TOO_LONG = re.compile(r"User-specified max_model_len \((\d+)\) .*?max_position_
 
 
 def explain(args: EngineArgs, error: Exception) -> ConfigError | None:
-    """Return what is wrong with the settings or with config.json, or None for a model that does not say it is ours."""
+    """Return what is wrong with the settings or with config.json, or None where vLLM's own words are to stay.
+
+    Whose model a file says it is comes first: another family would miss its fields, too.
+    """
+    ours = _ours(error)
     for model, content in _config_files(args):
         if not isinstance(content, Mapping):
             return ConfigError(
                 f"config.json of {model} is {reprlib.repr(content)}; allowed is an object; put the checkpoint's own "
                 "there"
             )
-        content = {**content, **(args.hf_overrides if isinstance(args.hf_overrides, dict) else {})}
-        family = _family_said(content)
+        overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
+        family = family_said(content, overrides) or _family_nearly_said({**content, **overrides})
+        content = {**content, **overrides}
         if family is not None:
             found = _missing_file(args) or _wrong_field(model, content, family)
+            found = found or ours
             return found or (_of_validation(args, error) if isinstance(error, ValidationError) else None)
-    return None
+    return ours
+
+
+def _ours(error: Exception) -> ConfigError | None:
+    """Return what we raised inside of pydantic's validation."""
+    findings = error.errors() if isinstance(error, ValidationError) else []
+    causes = [finding.get("ctx", {}).get("error") for finding in findings]
+    return next((cause for cause in causes if isinstance(cause, ConfigError)), None)
 
 
 def _config_files(args: EngineArgs) -> Iterator[tuple[str, object]]:
@@ -47,10 +60,11 @@ def _config_files(args: EngineArgs) -> Iterator[tuple[str, object]]:
         yield model, content
 
 
-def _family_said(content: Mapping[str, Any]) -> ModelFamily | None:
+def _family_nearly_said(content: Mapping[str, Any]) -> ModelFamily | None:
+    """Return the family of a file that names one of ours, in a field that has the wrong form or beside another name."""
     said = content.get("architectures")
-    by_architecture = [f for f in FAMILIES if f.architecture in (said if isinstance(said, list) else [said])]
-    by_type = [f for f in FAMILIES if f.model_type == content.get("model_type")]
+    by_architecture = [f for f in FAMILIES if f.architecture == said]
+    by_type = [f for f in FAMILIES if f.model_type == content.get("model_type") and f.remote_class is None]
     return next(iter(by_architecture + by_type), None)
 
 
@@ -65,14 +79,16 @@ def _missing_file(args: EngineArgs) -> ConfigError | None:
 
 
 def _wrong_field(model: str, content: Mapping[str, Any], family: ModelFamily) -> ConfigError | None:
-    allowed = {"model_type": family.model_type, "architectures": [family.architecture]}
-    for name, value in allowed.items():
-        if content.get(name) != value:
+    allowed: dict[str, list[object]] = {"model_type": [family.model_type]}
+    if family.remote_class is None:
+        allowed["architectures"] = [[each.architecture] for each in FAMILIES if each.model_type == family.model_type]
+    for name, values in allowed.items():
+        if content.get(name) not in values:
             return ConfigError(
-                f"{name} in config.json of {model} is {reprlib.repr(content.get(name))}, but allowed is {value!r}; "
-                "correct it there or with --hf-overrides"
+                f"{name} in config.json of {model} is {reprlib.repr(content.get(name))}, but allowed is "
+                f"{' or '.join(map(repr, values))}; correct it there or with --hf-overrides"
             )
-    if not isinstance(content.get("auto_map", {}), Mapping):
+    if not isinstance(content.get("auto_map") or {}, Mapping):
         return ConfigError(
             f"auto_map in config.json of {model} is {reprlib.repr(content['auto_map'])}, but allowed is an object; "
             "remove it there"

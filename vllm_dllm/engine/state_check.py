@@ -7,29 +7,15 @@ StateError that names the request.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
+from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.report import RequestReport
+from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.telemetry import RequestTotals
-from vllm_dllm.engine.worker_check import Fault, Roster
+from vllm_dllm.engine.worker_check import Fault
 from vllm_dllm.errors import StateError
-
-
-class Rows(Protocol):
-    """Where the blocks and the pages of requests lie, as the scheduler knows it."""
-
-    is_causal: bool
-    block_length: int
-    page_size: int
-
-    def row_end(self, request: Request) -> int:
-        """Return the end of a bidirectional request's row."""
-
-    def pages_of(self, request_id: str) -> Sequence[KVCacheBlock]:
-        """Return a request's pages."""
 
 
 @dataclass(slots=True)
@@ -55,11 +41,11 @@ class StateCheck:
     """The scheduler's part.
 
     Args:
-        rows: of the scheduler's requests.
+        rows, pages: of the scheduler's requests.
     """
 
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
+    def __init__(self, rows: StepRows, pages: DllmPages) -> None:
+        self._rows, self._pages = rows, pages
         self._accounts: dict[str, Account] = {}
 
     def admit(self, request_id: str, num_hit: int) -> None:
@@ -145,13 +131,13 @@ class StateCheck:
             raise StateError(f"request {name}: the worker has a canvas that cannot be: {faults}")
 
     def _check_pages(self, request: Request, report: RequestReport, pages: Sequence[int]) -> None:
-        name, own = request.request_id, [page.block_id for page in self._rows.pages_of(request.request_id)]
+        name, own = request.request_id, [page.block_id for page in self._pages.owners.get(request.request_id, ())]
         if list(pages) != own[: len(pages)]:
             raise StateError(f"request {name} has the pages {list(pages)} in the worker, {own} in the scheduler")
         end = report.stored if self._rows.is_causal else self._rows.row_end(request)
-        if len(pages) * self._rows.page_size < end:
+        if len(pages) * self._pages.page_size < end:
             raise StateError(
-                f"request {name} has {len(pages)} pages of {self._rows.page_size} in the worker, but K/V of {end} "
+                f"request {name} has {len(pages)} pages of {self._pages.page_size} in the worker, but K/V of {end} "
                 "positions"
             )
 
@@ -165,10 +151,10 @@ class StateCheck:
         """See that no page is two requests', but for what is cached for both. Raises: StateError."""
         owners: dict[int, str] = {}
         for request in running:
-            for index, page in enumerate(self._rows.pages_of(request.request_id)):
+            for index, page in enumerate(self._pages.owners.get(request.request_id, ())):
                 owner = owners.setdefault(page.block_id, request.request_id)
                 stored = self._accounts[request.request_id].stored if request.request_id in self._accounts else 0
-                is_shared = page.block_hash is not None and (index + 1) * self._rows.page_size <= stored
+                is_shared = page.block_hash is not None and (index + 1) * self._pages.page_size <= stored
                 if page.is_null or (owner != request.request_id and not is_shared):
                     raise StateError(f"request {request.request_id} has page {page.block_id}, which is {owner}'s")
 
@@ -183,7 +169,3 @@ class StateCheck:
         for where, names in {**left, "the accounts": self._accounts}.items():
             for name in names:
                 raise StateError(f"request {name} is gone, but {where} still know of it")
-
-    def roster(self, running: Iterable[Request]) -> Roster:
-        """Return what the workers should hold when a step begins."""
-        return Roster(frozenset(request.request_id for request in running))

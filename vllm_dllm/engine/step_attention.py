@@ -19,8 +19,8 @@ from vllm_dllm.attention.layout import (
     to_device,
 )
 from vllm_dllm.engine.attention import ForwardAttention, implementation_of
-from vllm_dllm.engine.step import NULL_PAGE
 from vllm_dllm.engine.worker_check import CheckLevel, check_level
+from vllm_dllm.state.step_rows import NULL_PAGE
 
 
 class StepAttention:

@@ -30,7 +30,6 @@ class ReportingWorker(VllmWorker):
         check_way(runner.main_stream, runner.output_copy_stream, runner.device)
         timer = StepTimer(runner)
         costs = measure_curve(self.vllm_config, timer.measure, timer.captured_rows())
-        check = WorkerCheck(runner)
-        runner.sampler.check = check
-        runner.aux_output_connector = ReportConnector(runner.sampler, check, costs)
+        runner.sampler.check = WorkerCheck(runner)
+        runner.aux_output_connector = ReportConnector(runner.sampler, costs)
         return times

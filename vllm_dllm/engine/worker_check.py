@@ -1,7 +1,6 @@
 """The worker's part of the check of state (`engine.state_check`): what only the worker knows."""
 
 import os
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +43,8 @@ class Fault(IntFlag):
     NO_MASK = 2  # finished, though its block was not emitted
 
 
-@dataclass(frozen=True, slots=True)
-class Roster:
-    """The requests that the scheduler believes to be in the workers' slots when a step begins."""
-
-    requests: frozenset[str]
-
-
 class WorkerCheck:
-    """What a worker compares with the scheduler's roster, and adds to its reports.
+    """What a worker compares with the scheduler's roster (`report.StepOrder`), and adds to its reports.
 
     Args:
         runner: vLLM's.
@@ -62,14 +54,14 @@ class WorkerCheck:
         self._runner = runner
         self.reports_state = check_level() == CheckLevel.STEP
 
-    def compare(self, roster: Roster) -> None:
-        """Compare the slots with a roster, when requests were added and removed.
+    def compare(self, roster: frozenset[str]) -> None:
+        """Compare the slots with the requests that should be in them, when requests were added and removed.
 
         Raises: StateError naming a request.
         """
         states = self._runner.req_states
         held: dict[str, int] = states.req_id_to_index
-        for request in sorted(held.keys() ^ roster.requests):
+        for request in sorted(held.keys() ^ roster):
             if request in held:
                 raise StateError(
                     f"request {request} is in slot {held[request]} of the worker, but does not run in the scheduler"

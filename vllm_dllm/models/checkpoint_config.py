@@ -33,10 +33,12 @@ class CheckpointConfig(PretrainedConfig):
         table: the fields that change the arithmetic, and their values.
         bookkeeping: the names of the family's other fields, besides those of every family.
         published_mask_token_id: the mask token of checkpoints that name none and have a published vocabulary.
-        published_eot_token_id: the token that ends a turn besides EOS, where the mask token is the published one.
+        published_eot_token_id: the token that ends a turn besides EOS, where the mask token is the published one, or
+            None.
         published_vocab_sizes: rows of the published embeddings.
         qkv_bias: whether query, key and value have biases.
         qk_norm: whether query and key are normalised per head.
+        has_experts: whether the feed-forward network is a mixture of experts, all layers alike.
         tensor_names: published names of modules by Qwen's, where they differ.
 
     Raises: ConfigError for a field whose value asks for arithmetic that the model class does not implement, for
@@ -46,10 +48,11 @@ class CheckpointConfig(PretrainedConfig):
     table: ClassVar[type[CheckpointFields]]
     bookkeeping: ClassVar[frozenset[str]] = frozenset()
     published_mask_token_id: ClassVar[int]
-    published_eot_token_id: ClassVar[int]
+    published_eot_token_id: ClassVar[int | None]
     published_vocab_sizes: ClassVar[tuple[int, ...]]
     qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = False
+    has_experts: ClassVar[bool] = False
     tensor_names: ClassVar[Mapping[str, str]] = {}
     has_no_defaults_at_init = True
 
@@ -196,6 +199,7 @@ class CheckpointConfig(PretrainedConfig):
         if (
             ids["eot_token_id"] is None
             and ids["mask_token_id"] == self.published_mask_token_id
+            and self.published_eot_token_id is not None
             and self.published_eot_token_id < num_tokens
         ):
             ids["eot_token_id"] = self.published_eot_token_id

@@ -15,6 +15,7 @@ from vllm_dllm.errors import ConfigError
 Size = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False, description="finite numbers above 0")]
 Flag = Annotated[bool, Field(description="true and false")]
+MaybeFlag = Annotated[bool | None, Field(description="null, true and false")]
 TokenId = Annotated[int, Field(ge=0, description="token ids from 0 on")]
 Off = Annotated[Literal[False] | None, Field(description="false, as the model class does not implement it")]
 On = Annotated[Literal[True], Field(description="true, as the model class implements no other")]

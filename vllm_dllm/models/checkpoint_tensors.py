@@ -27,18 +27,16 @@ _NUM_NAMED = 4
 
 def needed_tensors(config: CheckpointConfig) -> dict[str, Shape]:
     """Return the shape of every tensor of an unquantised checkpoint, by published name."""
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
     query, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     layer: dict[str, Shape] = {
         "self_attn.q_proj.weight": (query, width),
         "self_attn.k_proj.weight": (kv, width),
         "self_attn.v_proj.weight": (kv, width),
         "self_attn.o_proj.weight": (width, query),
-        "mlp.gate_proj.weight": (inner, width),
-        "mlp.up_proj.weight": (inner, width),
-        "mlp.down_proj.weight": (width, inner),
         "input_layernorm.weight": (width,),
         "post_attention_layernorm.weight": (width,),
+        **_feed_forward(config),
     }
     if config.qkv_bias:
         layer |= {f"self_attn.{part}_proj.bias": (query if part == "q" else kv,) for part in "qkv"}
@@ -56,6 +54,19 @@ def needed_tensors(config: CheckpointConfig) -> dict[str, Shape]:
     if not config.tie_word_embeddings:
         needed[head_name(config)] = (config.vocab_size, width)
     return needed
+
+
+def _feed_forward(config: CheckpointConfig) -> dict[str, Shape]:
+    """Return the shapes of a layer's feed-forward network, or of its experts and of what chooses among them."""
+    width = config.hidden_size
+    networks = {"mlp": config.intermediate_size}
+    if config.has_experts:
+        networks = {f"mlp.experts.{i}": config.moe_intermediate_size for i in range(config.num_experts)}
+    found: dict[str, Shape] = {"mlp.gate.weight": (config.num_experts, width)} if config.has_experts else {}
+    for name, inner in networks.items():
+        found |= {f"{name}.{part}_proj.weight": (inner, width) for part in ("gate", "up")}
+        found[f"{name}.down_proj.weight"] = (width, inner)
+    return found
 
 
 def head_name(config: CheckpointConfig) -> str:

@@ -16,7 +16,7 @@ class ModelFamily:
 
     Attributes:
         architecture: the name in a checkpoint's `architectures`.
-        model_type: the name in a checkpoint's `model_type`.
+        model_type: the name in a checkpoint's `model_type`, which other families may have, too.
         model_class: "module:Class" of the vLLM model.
         config_class: "module:Class" of the configuration, which has `mask_token_id`, `eot_token_id` (the token that
             ends a turn besides EOS, or None) and `block_size` where the checkpoint says it.
@@ -30,6 +30,8 @@ class ModelFamily:
             schedule of times from 1 to eps.
         unmasks_first_alone: whether the first step of a block, with a cache, unmasks the block's first position alone.
         confidence: `model`: of the distribution as the model gives it. `sampled`: after temperature, top_k and top_p.
+        remote_class: of checkpoints whose `architectures` and `model_type` are a stock model's: the class in `auto_map`
+            that they are told by.
     """
 
     architecture: str
@@ -43,6 +45,7 @@ class ModelFamily:
     schedule: Literal["even", "timesteps"] = "even"
     unmasks_first_alone: bool = False
     confidence: Literal["model", "sampled"] = "model"
+    remote_class: str | None = None
 
     @property
     def is_block_causal(self) -> bool:
@@ -84,6 +87,33 @@ FAMILIES = (
         attention="block_causal",
         confidence="sampled",
     ),
+    ModelFamily(
+        architecture="SeedDiffcoderForCausalLM",
+        model_type="llama",
+        model_class="vllm_dllm.models.transformer:MaskedDiffusionLM",
+        config_class="vllm_dllm.models.stable_diffcoder_config:StableDiffCoderConfig",
+        generation_defaults={"temperature": 0.0},
+        decoding_defaults={"block_length": 4, "kv_policy": "block_causal", "policy": "static"},
+        attention="block_causal",
+        remote_class="SeedDiffcoderForCausalLM",
+    ),
+    ModelFamily(
+        architecture="LLaDAMoEModelLM",
+        model_type="llada",
+        model_class="vllm_dllm.models.transformer:MaskedDiffusionLM",
+        config_class="vllm_dllm.models.llada_moe_config:LLaDAMoeConfig",
+        generation_defaults={"temperature": 0.0},
+    ),
+    ModelFamily(
+        architecture="SDARMoeForCausalLM",
+        model_type="sdar_moe",
+        model_class="vllm_dllm.models.sdar_moe:SDARMoeForCausalLM",
+        config_class="vllm_dllm.models.sdar_moe_config:SDARMoeConfig",
+        generation_defaults={"temperature": 1.0},
+        decoding_defaults={"block_length": 4, "kv_policy": "block_causal", "policy": "dynamic", "threshold": 0.85},
+        attention="block_causal",
+        confidence="sampled",
+    ),
 )
 
 FAMILY_BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
@@ -95,6 +125,32 @@ def family_of(architectures: list[str] | None) -> ModelFamily | None:
         if architecture in FAMILY_BY_ARCHITECTURE:
             return FAMILY_BY_ARCHITECTURE[architecture]
     return None
+
+
+def family_said(content: Mapping[str, Any], overrides: object = None) -> ModelFamily | None:
+    """Return the family that a config.json says, or None when it is not ours.
+
+    Args:
+        content: the file's.
+        overrides: --hf-overrides. `architectures` in them are an answer, whatever `auto_map` says.
+    """
+    changes: Mapping[str, Any] = overrides if isinstance(overrides, Mapping) else {}
+    said = {**content, **changes}
+    architectures, auto_map = said.get("architectures"), said.get("auto_map")
+    family = family_of(architectures if isinstance(architectures, list) else [])
+    if family is not None or not isinstance(auto_map, Mapping) or "architectures" in changes:
+        return family
+    classes = {str(value).rpartition(".")[2] for value in auto_map.values()}
+    return next((family for family in FAMILIES if family.remote_class in classes), None)
+
+
+def config_classes() -> dict[str, str]:
+    """Return what transformers' registry takes, which knows `model_type` alone: the first family's class of each.
+
+    None for those of stock models.
+    """
+    own = [family for family in FAMILIES if family.remote_class is None]
+    return {family.model_type: family.config_class for family in reversed(own)}
 
 
 def check_family(settings: DllmConfig, family: ModelFamily) -> None:

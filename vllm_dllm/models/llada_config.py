@@ -53,7 +53,7 @@ class LLaDAConfig(CheckpointConfig):
         {"alibi_bias_max", "attention_layer_norm_with_affine", "train_max_sequence_length"}
     )
     published_mask_token_id: ClassVar[int] = 126336
-    published_eot_token_id: ClassVar[int] = 126348
+    published_eot_token_id: ClassVar[int | None] = 126348
     published_vocab_sizes: ClassVar[tuple[int, ...]] = (126464,)
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",

@@ -43,7 +43,7 @@ class QwenConfig(CheckpointConfig):
 
     table: ClassVar[type[CheckpointFields]] = QwenFields
     bookkeeping: ClassVar[frozenset[str]] = frozenset({"max_window_layers"})
-    published_eot_token_id: ClassVar[int] = 151645  # `<|im_end|>` of Qwen's tokenizers, which end a turn with it
+    published_eot_token_id: ClassVar[int | None] = 151645  # `<|im_end|>` of Qwen's tokenizers, which end a turn with it
     published_vocab_sizes: ClassVar[tuple[int, ...]] = (151936, 152064)
 
     def __init__(self, **given: Any) -> None:  # transformers would put one of its own in the place of an inherited one

@@ -1,18 +1,19 @@
-"""The transformer that all families share: Llama's layers, with Qwen2's biases or Qwen3's norms where they have them.
+"""The transformer that all families share: Llama's layers, with Qwen2's biases, Qwen3's norms or its experts.
 
-What a layer needs to know it reads from the configuration, under Qwen's field names; `qkv_bias` and `qk_norm` are facts
-of the configuration's class. Modules have the names of Qwen's checkpoints, which Dream and SDAR kept; a family that
-names them otherwise maps its names to these, and vLLM maps those in quantisation configs alike.
+What a layer needs to know it reads from the configuration, under Qwen's field names; `qkv_bias`, `qk_norm` and
+`has_experts` are facts of the configuration's class. Modules have the names of Qwen's checkpoints, which most families
+kept; one that names them otherwise maps its names to these, and vLLM maps those in quantisation configs alike.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -29,6 +30,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.interfaces import SupportsLoRA
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeSparseMoeBlock
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.model_executor.parameter import BasevLLMParameter
 from vllm.platforms import current_platform
@@ -140,7 +142,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = SelfAttention(vllm_config, f"{prefix}.self_attn")
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = FeedForward(vllm_config, f"{prefix}.mlp")
+        feed_forward = Qwen3MoeSparseMoeBlock if config.has_experts else FeedForward
+        self.mlp = feed_forward(vllm_config, f"{prefix}.mlp")
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Apply the layer; hidden and residual are [num_rows, hidden_size], the residual not yet added."""
@@ -190,8 +193,8 @@ class MaskedDiffusionLM(nn.Module, SupportsLoRA):
             ".q_proj": (".qkv_proj", "q"),
             ".k_proj": (".qkv_proj", "k"),
             ".v_proj": (".qkv_proj", "v"),
-            ".gate_proj": (".gate_up_proj", 0),
-            ".up_proj": (".gate_up_proj", 1),
+            ".mlp.gate_proj": (".mlp.gate_up_proj", 0),  # those of experts go to their own loader
+            ".mlp.up_proj": (".mlp.gate_up_proj", 1),
         },
     )
     packed_modules_mapping = {  # noqa: RUF012 - the name and type vLLM's quantisation and LoRA look for
@@ -294,7 +297,11 @@ class MaskedDiffusionLM(nn.Module, SupportsLoRA):
         """Return the tensors that fill this model: of a quantised module, one for each of its parameters."""
         needed: dict[str, Shape | Sizes] = {}
         for name, shape in needed_tensors(self.config).items():
-            module = self.get_submodule(self.hf_to_vllm_mapper.map_name(name).rpartition(".")[0])
+            mapped = self.hf_to_vllm_mapper.map_name(name)
+            if ".experts." in mapped:
+                needed |= self._needed_of_experts(name, mapped, shape)
+                continue
+            module = self.get_submodule(mapped.rpartition(".")[0])
             method = getattr(module, "quant_method", None)
             if method is None or isinstance(method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod):
                 needed[name] = shape
@@ -307,6 +314,15 @@ class MaskedDiffusionLM(nn.Module, SupportsLoRA):
                 if leaf not in FILLED_BY_VLLM
             }
         return needed
+
+    def _needed_of_experts(self, name: str, mapped: str, shape: Shape) -> dict[str, Shape | Sizes]:
+        """Return what fills the place of an expert's weight: vLLM keeps those of a layer's experts together."""
+        experts: Any = self.get_submodule(f"{mapped.partition('.experts.')[0]}.experts.routed_experts")
+        if isinstance(experts.quant_method, UnquantizedFusedMoEMethod):
+            return {name: shape}
+        part = "w2_" if name.endswith(".down_proj.weight") else "w13_"
+        leaves = (leaf.removeprefix(part) for leaf, _ in experts.named_parameters() if leaf.startswith(part))
+        return {f"{name.rpartition('.')[0]}.{leaf}": {} for leaf in leaves if not leaf.startswith(FILLED_BY_VLLM)}
 
 
 def _sizes(module: nn.Module, parameter: nn.Parameter, num_outputs: int) -> Sizes:

@@ -5,6 +5,15 @@ from vllm_dllm.ops.draft_graph_attention import draft_graph_attention
 from vllm_dllm.ops.load import require
 from vllm_dllm.ops.propose_nodes import propose_nodes
 from vllm_dllm.ops.settle_step import settle_step
+from vllm_dllm.ops.step_rows import step_rows
 from vllm_dllm.ops.vocab_stats import vocab_stats
 
-__all__ = ["decide_walk", "draft_graph_attention", "propose_nodes", "require", "settle_step", "vocab_stats"]
+__all__ = [
+    "decide_walk",
+    "draft_graph_attention",
+    "propose_nodes",
+    "require",
+    "settle_step",
+    "step_rows",
+    "vocab_stats",
+]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_dllm.reference.decode import Generation
 from vllm_dllm.reference.layers import LayerKv
-from vllm_dllm.reference.policy import SDAR, Block, UnmaskPolicy, unmask
+from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy, unmask
 from vllm_dllm.reference.qwen import Qwen, block_causal
 from vllm_dllm.reference.sampling import Sampling
 
@@ -41,6 +41,7 @@ def generate(
     policy: UnmaskPolicy = _STATIC,
     sampling: Sampling = _GREEDY,
     stop_ids: tuple[int, ...] = (),
+    rules: Rules = SDAR,
 ) -> Generation:
     """Generate at least `gen_length` tokens after a prompt [prompt_len] int64, up to the end of a block.
 
@@ -56,6 +57,7 @@ def generate(
         policy: the unmasking policy; its `steps` are of each block.
         sampling: how tokens are chosen; without guidance.
         stop_ids: a block that generated one of these is the last.
+        rules: the family's.
 
     Returns: the tokens and the history to the last block's end. `nfe` counts forwards that unmask something; the
         prompt's is in no count.
@@ -74,7 +76,7 @@ def generate(
             nfe_commit += 1
         end = begin + block_length
         num_masked = int(is_masked[begin:end].sum())
-        block = Block(begin, block_length, num_masked, steps, policy, sampling, SDAR, model.config.eos_token_id)
+        block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
         while is_masked[begin:end].any():
             logits, _ = model.forward(tokens[begin:end], begin, kv)
             chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block)

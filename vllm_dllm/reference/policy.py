@@ -87,6 +87,7 @@ class Rules:
 LLADA = Rules()
 DREAM = Rules(logit_shift=True, schedule="timesteps", unmasks_first_alone=True, confidence="sampled")
 SDAR = Rules(attention="block_causal", confidence="sampled")
+STABLE_DIFFCODER = Rules(attention="block_causal")
 
 
 def static_counts(num_masked: int, steps: int) -> list[int]:

@@ -1,9 +1,11 @@
-"""The Qwen transformers of Dream and SDAR in plain torch: the model half of their oracle.
+"""The transformers of Llama's and Qwen's kind in plain torch: the model half of the oracle of Dream, SDAR and others.
 
 Dream (arXiv:2508.15487) is Qwen2 without a causal mask: biases on query, key and value. SDAR (arXiv:2510.06303), and
 TraDo with it, is Qwen3: no biases, query and key normalised per head before they are rotated; a position sees its
-block and the blocks before it. The parameter names are the published ones, so a checkpoint loads without a name map.
-Shapes are named as in `reference.layers`.
+block and the blocks before it. Stable-DiffCoder (arXiv:2601.15892) is Llama, with neither biases nor norms, and sees
+what SDAR sees. LLaDA-MoE and SDAR-MoE are Qwen3's layers with experts: of OLMoE, which does not renormalise the weights
+of a token's experts, and of Qwen3-MoE, which does. The parameter names are the published ones, so a checkpoint loads
+without a name map. Shapes are named as in `reference.layers`.
 """
 
 import json
@@ -36,12 +38,30 @@ _IMPLEMENTED: dict[str, object] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Layers:
+    """Where the layers of the architectures differ."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False  # of query and key, per head, before they are rotated
+
+
+LAYERS = {
+    "DreamModel": Layers(qkv_bias=True),
+    "SDARForCausalLM": Layers(qk_norm=True),
+    "SeedDiffcoderForCausalLM": Layers(),
+    "LLaDAMoEModelLM": Layers(qk_norm=True),
+    "SDARMoeForCausalLM": Layers(qk_norm=True),
+}
+"""By architecture."""
+
+
+@dataclass(frozen=True, slots=True)
 class QwenConfig:
     """The fields of a checkpoint's config.json that decide the computation, under their published names."""
 
     architecture: str  # the entry of `architectures`
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of a layer without experts
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -55,11 +75,15 @@ class QwenConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     block_size: int | None = None  # SDAR: the block length of training
+    num_experts: int = 0  # 0: the feed-forward network is one
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
 
     def __post_init__(self) -> None:
         """Raise ValueError for an architecture that this model is not."""
-        if self.architecture not in ("DreamModel", "SDARForCausalLM"):
-            message = f"architecture is {self.architecture!r}; the reference model is 'DreamModel' or 'SDARForCausalLM'"
+        if self.architecture not in LAYERS:
+            message = f"architecture is {self.architecture!r}; the reference model is one of {', '.join(LAYERS)}"
             raise ValueError(message)
 
     @property
@@ -77,10 +101,17 @@ class QwenConfig:
                 message = f"{name} is {given!r} in {path}; the reference model implements {implemented!r} alone."
                 raise ValueError(message)
         values["architecture"] = values["architectures"][0]
+        if "SeedDiffcoderForCausalLM" in str(values.get("auto_map")):  # its `architectures` say it is a Llama
+            values["architecture"] = "SeedDiffcoderForCausalLM"
         if values.get("num_key_value_heads") is None:
             values["num_key_value_heads"] = values["num_attention_heads"]
         if values.get("head_dim") is None:
             values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+        values["intermediate_size"] = values.get("intermediate_size") or 0
+        if (
+            values["architecture"] == "LLaDAMoEModelLM"
+        ):  # the published code renormalises nothing, whatever is asked for
+            values |= {"moe_intermediate_size": values["expert_intermediate_size"], "norm_topk_prob": False}
         values["rope_scaling"] = values.get("rope_parameters") or values.get("rope_scaling")
         values.setdefault("rope_theta", (values["rope_scaling"] or {}).get("rope_theta"))
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
@@ -92,16 +123,16 @@ class Attention(nn.Module):
     def __init__(self, config: QwenConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        is_dream = config.architecture == "DreamModel"
+        layers = LAYERS[config.architecture]
         width = config.hidden_size
         query_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, query_width, bias=is_dream)
-        self.k_proj = nn.Linear(width, kv_width, bias=is_dream)
-        self.v_proj = nn.Linear(width, kv_width, bias=is_dream)
+        self.q_proj = nn.Linear(width, query_width, bias=layers.qkv_bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=layers.qkv_bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=layers.qkv_bias)
         self.o_proj = nn.Linear(query_width, width, bias=False)
-        self.q_norm = nn.Identity() if is_dream else RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = nn.Identity() if is_dream else RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if layers.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if layers.qk_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None, visible: Tensor | None
@@ -115,17 +146,42 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The parameters under `mlp`, and what they compute."""
+    """The parameters under `mlp` or those of an expert, and what they compute."""
 
-    def __init__(self, config: QwenConfig) -> None:
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [*, hidden_size] to the same shape."""
         output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class Experts(nn.Module):
+    """The parameters under `mlp` of a mixture of experts: each token is computed by the likeliest few for it."""
+
+    def __init__(self, config: QwenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [*, hidden_size] to the same shape; the probabilities of experts are of float32."""
+        probs = self.gate(x).float().softmax(-1)
+        weights, chosen = probs.topk(self.config.num_experts_per_tok)  # [*, num_experts_per_tok]
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        shares = torch.zeros_like(probs).scatter(-1, chosen, weights).to(x.dtype)  # [*, num_experts]
+        output = torch.zeros_like(x)
+        for share, expert in zip(shares.unbind(-1), self.experts, strict=True):
+            rows = share > 0
+            output[rows] += share[rows][:, None] * expert(x[rows])
         return output
 
 
@@ -137,7 +193,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = Experts(config) if config.num_experts else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
         self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None, visible: Tensor | None
@@ -183,7 +239,7 @@ class Qwen(nn.Module):
             start: the position of the first of them; 0 without `kv`.
             kv: per layer, what an earlier forward returned: of the whole sequence, or of a prefix of at least `start`
                 positions. Keys and values of all other positions are read from it as they are.
-            visible: [len, seq_len] bool, which positions each one sees, `block_causal` for SDAR; None: all.
+            visible: [len, seq_len] bool, which positions each one sees, `block_causal` for SDAR and its kin; None: all.
             positions: [len] int64, what the tokens are rotated by where a training sequence holds several versions
                 of a position; None: from `start` on.
 

@@ -1,6 +1,20 @@
-"""The process of `vllm_dllm.self_test.isolated`."""
+"""`python -m vllm_dllm.self_test`: what `vllm-dllm doctor --self-test` compares, where its libraries are missing."""
 
-from vllm_dllm.self_test.isolated import serve
+import sys
+
+from vllm_dllm.self_test.isolated import run_isolated, serve, usual_requests
+
+
+def main() -> int:
+    """Print a line for each check; returns the exit status."""
+    checks = [check for request in usual_requests() for check in run_isolated(request)]
+    for check in checks:
+        sys.stdout.write(f"{'ok   ' if check.agrees else 'WRONG'} {check}\n")
+    return int(not all(check.agrees for check in checks))
+
 
 if __name__ == "__main__":
-    serve()
+    if "--serve" in sys.argv:
+        serve()
+    else:
+        sys.exit(main())

@@ -15,14 +15,14 @@ from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.graph import DraftGraph, Formula
-from vllm_dllm.draft.native import native_propose
-from vllm_dllm.draft.propose import DraftNoise, Drafts, Roots, propose
+from vllm_dllm.draft.native import native_nodes, torch_nodes
 from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, vocab_stats
 from vllm_dllm.self_test.check import Check, relative_error, share_unequal
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.settle import Emission, Ledger, native_settle, settle
+from vllm_dllm.state.step_rows import RowInputs, RowPlan, Sequences, native_rows, torch_rows
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.memory import PolicyState
 from vllm_dllm.unmask.policy import POLICIES, POLICY_IDS, PolicyParams
@@ -30,7 +30,7 @@ from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 from vllm_dllm.unmask.stats import torch_stats
 from vllm_dllm.unmask.walk import NO_STATE, Nodes, Trajectory, native_walk, walk
 
-OPS = ("vocab_stats", "propose_nodes", "decide_walk", "settle_step")
+OPS = ("vocab_stats", "propose_nodes", "step_rows", "decide_walk", "settle_step")
 
 ALLOWED_SUMS = 1e-4
 """Relative error of sums of a row's float32 terms."""
@@ -40,6 +40,7 @@ ALLOWED_STEP = 1e-9
 VOCAB, MASK = 256, 255
 """Of the steps; rows of logits have a check of their own."""
 NUM_STEPS, NUM_DRAFTS = 8, 5
+MAX_LEN = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,7 @@ class _Compared:
             # The same rows for all canvases: so do drafts come true.
             looks_ahead = number % 2 == 1
             nodes = denoiser.nodes(blocks, min(number, NUM_DRAFTS, len(graph)), looks_ahead=looks_ahead)
+            self.fill_rows(nodes, blocks)
             rows = (4 + number) * logits.expand(-1, nodes.canvas.shape[1], -1, -1)
             done = denoiser.advance(blocks, nodes, rows.reshape(-1, VOCAB))
             planned = torch.ones(3, len(slots), dtype=torch.int64, device=device) if looks_ahead else None
@@ -145,16 +147,48 @@ class _Compared:
             blocks = replace(blocks, start=blocks.start + done.is_finished * shape.block_length)
         return self.errors
 
-    def propose(self, graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | None, num_drafts: int) -> Drafts:
-        """Stand where a drafter asks for drafts."""
-        expected = propose(graph, roots, draft_noise, num_drafts)
+    def propose(
+        self,
+        graph: CompiledGraph,
+        canvases: CanvasState,
+        memory: DraftState,
+        blocks: Blocks,
+        num_drafts: int,
+        looks_ahead: bool,
+    ) -> Nodes:
+        """Stand where a drafter asks for the canvases of a step."""
+        call = (graph, canvases, memory, blocks, num_drafts, looks_ahead)
+        expected = torch_nodes(*call)
         if "propose_nodes" in self._built:
-            found = native_propose(graph, roots, draft_noise, num_drafts)
+            found = native_nodes(*call)
             valid = expected.is_valid
-            pairs = [(getattr(found, name), getattr(expected, name)) for name in ("node", "is_valid", "depth")]
-            pairs += [(found.canvas[valid], expected.canvas[valid])]  # what others hold is open
-            self._note("propose_nodes", [*pairs, (found.log_reach[valid], expected.log_reach[valid])])
+            pairs = [(found.is_valid, valid), (found.depth, expected.depth)]
+            # What others hold is open.
+            pairs += [(getattr(found, name)[valid], getattr(expected, name)[valid]) for name in ("canvas", "is_masked")]
+            if found.end is not None and expected.end is not None:
+                pairs += [(found.end, expected.end)]
+            self._note("propose_nodes", pairs)
         return expected
+
+    def fill_rows(self, nodes: Nodes, blocks: Blocks) -> None:
+        """Fill the rows of a plain step, and of one whose rows are of all kinds, with tokens and places of pages."""
+        if "step_rows" not in self._built:
+            return
+        num_tokens, device = nodes.canvas.numel(), nodes.canvas.device
+        num_sources = num_tokens + (0 if nodes.end is None else nodes.end.numel()) + 1
+        row = torch.arange(-3, num_sources, device=device)
+        plan = RowPlan((row + 3) % len(blocks.slots), row, (row + 3) % MAX_LEN, (row + 3) % 2)
+        token_ids = torch.arange((len(POLICIES) + 1) * MAX_LEN, dtype=torch.int32, device=device).view(-1, MAX_LEN)
+        pages = 1 + torch.arange(len(blocks.slots) * MAX_LEN // 16, dtype=torch.int32, device=device)
+        known = Sequences(token_ids, pages.view(len(blocks.slots), -1), 16)
+        for each, num_rows in ((None, num_tokens), (plan, len(row))):
+            results = []
+            for way in (native_rows, torch_rows):
+                ids = torch.zeros(num_rows, dtype=torch.int32, device=device)
+                positions = torch.zeros(num_rows, dtype=torch.int64, device=device)
+                places = way(nodes, blocks, each, known, RowInputs(ids, positions), MASK)
+                results.append([ids, positions, *([] if places is None else [places.page, places.offset])])
+            self._note("step_rows", list(zip(*results, strict=True)))
 
     def walk(
         self,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from vllm_dllm.attention.choose import IMPLEMENTATIONS
+from vllm_dllm.attention.interface import Setting
 from vllm_dllm.names import AttentionName
 from vllm_dllm.self_test.attention import AttentionShape, check_attention
 from vllm_dllm.self_test.check import Check
@@ -48,7 +49,7 @@ def run_isolated(request: Request) -> list[Check]:
     """Compare in another process; one that does not end as it should is a check that fails, in place of the rest."""
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-m", "vllm_dllm.self_test"]
+    command = [sys.executable, "-m", "vllm_dllm.self_test", "--serve"]
     try:
         done = subprocess.run(
             command, input=pickle.dumps(request), capture_output=True, env=environment, timeout=TIMEOUT_S, check=False
@@ -60,6 +61,20 @@ def run_isolated(request: Request) -> list[Check]:
     last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit status {done.returncode}"
     return _read(done.stdout, f"ended with {how}: {last}" if last else f"ended with {how}")
+
+
+def usual_requests() -> Iterator[Request]:
+    """Yield what to ask of this machine: native ops, and each implementation that works, at the shapes of 8B models."""
+    has_gpu = torch.cuda.is_available()
+    device_type, capability = ("cuda", torch.cuda.get_device_capability()) if has_gpu else ("cpu", None)
+    dtype = torch.bfloat16
+    yield Request(device_type, decoding=DecodingShape(32000, 32, dtype))
+    setting = Setting(device_type, capability, dtype, dtype, head_dim=128, page_size=16)
+    for name, implementation in IMPLEMENTATIONS.items():
+        if implementation.support.refusal(setting) is None and implementation.unavailable(setting) is None:
+            for num_kv_heads, block_length in ((32, 32), (8, 4)):  # LLaDA-8B, SDAR-8B
+                shape = AttentionShape(32, num_kv_heads, 128, dtype, dtype, 16, block_length, max_len=4096)
+                yield Request(device_type, (name, shape))
 
 
 def _read(output: bytes, failure: str | None) -> list[Check]:

@@ -14,7 +14,9 @@ stores before it attends. What must be stored is one more part of the step, over
   (`draft.look_ahead`) stored it before.
 """
 
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,69 +37,87 @@ class KvStep:
     begins_block: BoolArray  # whose present block has no decided step yet
     is_new: BoolArray  # whose step is the request's first
 
+    @property
+    def is_long(self) -> BoolArray:
+        """Who refreshes or prefills, [num_reqs]: no captured CUDA graph has the shape of such a step."""
+        return self.end > self.begin
+
+    def of(self, index: Sequence[int]) -> "KvStep":
+        """Return the same of some of the requests."""
+        taken: Any = [getattr(self, field)[list(index)] for field in self.__slots__]
+        return KvStep(*taken)
+
 
 class KvSchedule:
-    """A KV policy and what it must remember of each slot, host arrays only.
+    """A KV policy, and of each request what it must remember: its last decided step.
+
+    An engine has one that decides: the scheduler's, which knows from reports what the steps before came to. Steps that
+    are scheduled ahead of reports are decided by the workers' (`engine.report.StepOrder`).
 
     Args:
         name: the policy.
         refresh_every: of `dual`.
         block_length: positions of a block.
-        max_num_reqs: slots.
     """
 
-    def __init__(self, name: KvPolicyName, refresh_every: int | None, block_length: int, max_num_reqs: int) -> None:
+    def __init__(self, name: KvPolicyName, refresh_every: int | None, block_length: int) -> None:
         self.name = name
         self.refresh_every = refresh_every
         self.block_length = block_length
-        self._stored = np.zeros(max_num_reqs, dtype=np.int64)
-        self._block_start = np.full(max_num_reqs, -1, dtype=np.int64)
-        self._step = np.zeros(max_num_reqs, dtype=np.int64)
+        # Where the block of the last decided step begins, -1 for none; how many the block had; what the cache had.
+        self._requests: dict[Hashable, tuple[int, int, int]] = {}
 
     @property
     def is_causal(self) -> bool:
         """Tell whether a position sees its block and the blocks before it alone, and blocks are aligned."""
         return self.name == "block_causal"
 
+    @property
+    def known(self) -> Set[Hashable]:
+        """Requests of which anything is remembered."""
+        return self._requests.keys()
+
     def block_start(self, num_known: IntArray) -> IntArray:
         """Return where the active blocks begin, of requests with so many known tokens."""
         return num_known - num_known % self.block_length if self.is_causal else num_known
 
-    def add_request(self, slot: int, num_stored: int) -> None:
-        """Forget the slot's previous request; the new one finds so many positions in the prefix cache."""
-        self._block_start[slot] = -1
-        self._stored[slot] = num_stored
+    def add(self, request: Hashable, num_hit: int) -> None:
+        """Begin a request, or begin it anew; it finds so many positions in the prefix cache."""
+        self._requests[request] = -1, 0, num_hit
 
-    def came_over(self, slots: IntArray, block_start: IntArray) -> None:
-        """Take note of blocks that a step stored and left behind; slots that were given away since do not count.
+    def forget(self, request: Hashable) -> None:
+        """Forget a request, which may be unknown."""
+        self._requests.pop(request, None)
 
-        Args:
-            slots: [num_reqs].
-            block_start: [num_reqs], where the blocks began.
-        """
-        slots = slots[self._block_start[slots] == block_start]
-        self._block_start[slots] += self.block_length
+    def note(self, request: Hashable, block_start: int) -> None:
+        """Take note of a decided step; of one that began the next block, where that begins."""
+        before, num_steps, num_hit = self._requests[request]
+        self._requests[request] = block_start, num_steps + 1 if block_start == before else 1, num_hit
 
-    def step(self, slots: IntArray, block_start: IntArray, seq_len: IntArray) -> KvStep:
-        """Take note of a step and decide what it stores.
+    def step(self, requests: Sequence[Hashable], block_start: IntArray, seq_len: IntArray) -> KvStep:
+        """Decide what the next step stores.
 
         Args:
-            slots: [num_reqs], the requests that take it.
+            requests: that take it, [num_reqs].
             block_start: [num_reqs], where each one's block begins.
-            seq_len: [num_reqs], end of each one's row.
+            seq_len: [num_reqs], end of each one's row, of a bidirectional model.
         """
-        before = self._block_start[slots]
+        remembered = np.array([self._requests[request] for request in requests], dtype=np.int64)
+        before, num_steps, num_hit = remembered.reshape(-1, 3).T
         is_new, begins_block = before < 0, before != block_start
-        step = np.where(begins_block, 0, self._step[slots] + 1)
-        self._block_start[slots] = block_start
-        self._step[slots] = step
         if self.is_causal:
-            begin, end = np.where(is_new, self._stored[slots], block_start), block_start
+            begin, end = np.where(is_new, num_hit, block_start), block_start
         else:
+            step = np.where(begins_block, 0, num_steps)
             begin, end = refreshed(
                 self.name, self.refresh_every, self.block_length, begins_block, step, block_start, seq_len
             )
         return KvStep(begin, end, begins_block & ~is_new & self.is_causal, begins_block, is_new)
+
+    def num_rows(self, step: KvStep) -> IntArray:
+        """Return how many rows a step has without drafts, [num_reqs]: a refresh spans the block."""
+        stored: IntArray = step.end - step.begin
+        return stored + self.block_length * (1 + step.commits) if self.is_causal else stored.clip(self.block_length)
 
 
 def refreshed(

@@ -7,6 +7,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_dllm.engine.cpu import activate
 from vllm_dllm.engine.cpu.block_tables import CpuBlockTables
+from vllm_dllm.engine.cpu.experts import use_own_experts
 from vllm_dllm.engine.cpu.gate import is_needed
 from vllm_dllm.engine.cpu.lora import use_own_rows
 from vllm_dllm.engine.patches import become, replaced_while
@@ -28,6 +29,7 @@ class DllmCpuWorker(ReportingWorker, CPUWorker):
     def load_model(self, **kwargs: Any) -> None:
         """Load the model; vLLM makes what applies adapters with it."""
         super().load_model(**kwargs)
+        use_own_experts(self.model_runner.model)
         if self.vllm_config.lora_config:
             use_own_rows(self.model_runner.lora_manager)
 
