@@ -34,6 +34,7 @@ from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step import Step, rows_to_device
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.draws import choose_draws
 from vllm_dllm.state.kv import IntArray, KvSchedule
 from vllm_dllm.state.settle import Ledger, choose_settle
 from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
@@ -68,6 +69,7 @@ class DllmModelState(ModelState):
             choose_head(model, self.model_config.get_vocab_size(), mask_token_id, device),
             choose_walk(device),
             choose_settle(device),
+            choose_draws(device),
         )
         self._fill_rows = choose_rows(device)
         self.kv_schedule = KvSchedule(self.settings.kv_policy, self.settings.refresh_every, self.block_length)
