@@ -69,7 +69,7 @@ def test_keys_of_others_are_left_alone() -> None:
         ({"alg_temp": -1.0}, ["additional_config.dllm.alg_temp is -1.0", "null and finite numbers from 0 on"]),
         (
             {"attention": "fast"},
-            ["additional_config.dllm.attention is 'fast'", "'auto', 'csrc', 'flashinfer', 'xformers'"],
+            ["additional_config.dllm.attention is 'fast'", "'auto', 'csrc', 'vllm', 'flashinfer', 'xformers'"],
         ),
         ([], ["additional_config.dllm is []", "block_length"]),
     ],

@@ -10,8 +10,8 @@ PolicyName = Literal[
 # fmt: on
 """Unmasking policies, see `unmask.policy`."""
 
-KvPolicyName = Literal["dual", "prefix", "block_causal"]
+KvPolicyName = Literal["dual", "prefix", "block_causal", "causal"]
 """Which K/V a step recomputes, see `state.kv`."""
 
-AttentionName = Literal["auto", "csrc", "flashinfer", "xformers", "torch"]
+AttentionName = Literal["auto", "csrc", "vllm", "flashinfer", "xformers", "torch"]
 """Implementations of attention, see `attention.choose`."""

@@ -143,7 +143,9 @@ def plans(problem: AttentionProblem, implementation: type[Attention]) -> list[Pl
     )
     # One of each per data set: a library's plan ends when the next one is made.
     return [
-        implementation(heads, problem.kv_cache).plan(to_device(host, page_table, PAGE_SIZE))
+        implementation(heads, problem.kv_cache).plan(
+            to_device(host, page_table, PAGE_SIZE, shape.num_heads // shape.num_kv_heads)
+        )
         for page_table in problem.page_tables
     ]
 

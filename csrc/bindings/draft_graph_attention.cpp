@@ -1,5 +1,6 @@
 #include "dllm/draft_graph_attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -57,6 +58,37 @@ void check_context(const DraftGraphAttentionArgs& args, int32_t request, int32_t
   }
 }
 
+// Tiles have each query once, in the order of the rows, with the nodes that these are of.
+void check_tiles(const DraftGraphAttentionArgs& args) {
+  const int64_t heads_per_kv = args.num_heads / args.num_kv_heads;
+  const int32_t end_row = args.first_row[args.first_node[args.num_requests]];
+  int64_t done = 0;  // queries of a K/V head
+  for (int32_t i = 0; i < args.num_tiles; ++i) {
+    const QueryTile& tile = args.tiles[i];
+    if (tile.first_row == tile.end_row) {
+      continue;
+    }
+    const bool is_known = 0 <= tile.request && tile.request < args.num_requests;
+    const int32_t begin = is_known ? args.first_row[args.first_node[tile.request]] : end_row;
+    const int32_t end = is_known ? args.first_row[args.first_node[tile.request + 1]] : args.num_rows;
+    const int64_t first = begin * heads_per_kv + tile.first_query;
+    const int64_t last = std::min(first + kTileQueries, end * heads_per_kv);
+    const bool is_next = tile.first_row == begin && tile.end_row == end && first == done && first < last;
+    const bool has_nodes = is_known
+                               ? args.first_node[tile.request] <= tile.first_node && tile.first_node < tile.end_node &&
+                                     tile.end_node <= args.first_node[tile.request + 1] &&
+                                     args.first_row[tile.first_node] <= first / heads_per_kv &&
+                                     (last - 1) / heads_per_kv < args.first_row[tile.end_node]
+                               : tile.first_node == tile.end_node;
+    check(is_next && has_nodes, kOp, "tiles[", i, "] is query ", tile.first_query, " of request ", tile.request,
+          " with rows [", tile.first_row, ", ", tile.end_row, ") and nodes [", tile.first_node, ", ", tile.end_node,
+          "), which does not follow query ", done, " in the layout; give what attention.tiles.query_tiles makes of it");
+    done = last;
+  }
+  check(done == args.num_rows * heads_per_kv, kOp, "tiles end with query ", done, ", the rows have ",
+        args.num_rows * heads_per_kv, "; give what attention.tiles.query_tiles makes of the layout");
+}
+
 // Only where reading values costs no synchronisation.
 void check_values(const DraftGraphAttentionArgs& args) {
   for (int32_t node = 0; node < args.num_nodes; ++node) {
@@ -77,13 +109,30 @@ void check_values(const DraftGraphAttentionArgs& args) {
   }
 }
 
+// The layout's part of the arguments.
+void set_layout(DraftGraphAttentionArgs& args, const Tensor& page_table, const Tensor& first_node,
+                const Tensor& first_row, const Tensor& context, const Tensor& is_causal,
+                const std::optional<Tensor>& tiles) {
+  args.page_table = page_table.const_data_ptr<int32_t>();
+  args.first_node = first_node.const_data_ptr<int32_t>();
+  args.first_row = first_row.const_data_ptr<int32_t>();
+  args.context = reinterpret_cast<const Context*>(context.const_data_ptr<int32_t>());
+  args.is_causal = is_causal.const_data_ptr<int32_t>();
+  args.tiles = tiles.has_value() ? reinterpret_cast<const QueryTile*>(tiles->const_data_ptr<int32_t>()) : nullptr;
+  args.page_table_stride = page_table.stride(0);
+  args.num_requests = static_cast<int32_t>(page_table.size(0));
+  args.num_nodes = static_cast<int32_t>(context.size(0));
+  args.max_pages = static_cast<int32_t>(page_table.size(1));
+  args.num_tiles = tiles.has_value() ? static_cast<int32_t>(tiles->size(0)) : 0;
+}
+
 RowStrides row_strides(const Tensor& tensor) { return {.row = tensor.stride(0), .head = tensor.stride(1)}; }
 
 }  // namespace
 
 void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cache, Tensor page_table,
                            Tensor first_node, Tensor first_row, Tensor context, Tensor is_causal, double scale,
-                           Tensor out, std::optional<Tensor> lse) {
+                           Tensor out, std::optional<Tensor> lse, std::optional<Tensor> tiles, int64_t num_splits) {
   const FloatType type = float_type(kOp, "query", query);
   check_dims(kOp, "query", query, 3, "[num_rows, num_heads, head_dim]");
   check_dims(kOp, "key", key, 3, "[num_rows, num_kv_heads, head_dim]");
@@ -121,20 +170,25 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
     check_argument("lse", *lse, {num_rows, num_heads}, ScalarType::Float, query);
     check_contiguous(kOp, "lse", *lse);
   }
+  constexpr int64_t kTileFields = sizeof(QueryTile) / sizeof(int32_t);
+  const bool is_cuda = kRunsCudaOnCpu || query.is_cuda();
+  check(tiles.has_value() || !is_cuda, kOp,
+        "tiles are missing, on CUDA they say which CTA takes which queries; give what ",
+        "attention.tiles.query_tiles makes of the layout");
+  if (tiles.has_value()) {
+    check_argument("tiles", *tiles, {tiles->size(0), kTileFields}, ScalarType::Int, query);
+    check_contiguous(kOp, "tiles", *tiles);
+  }
+  check(num_splits >= 1 && num_splits <= kMaxSplits, kOp, "num_splits is ", num_splits, ", allowed are 1 to ",
+        kMaxSplits, "; give what attention.tiles.num_splits chooses");
   DraftGraphAttentionArgs args = {
       .type = type,
       .query = query.const_data_ptr(),
       .key = key.const_data_ptr(),
       .value = value.const_data_ptr(),
       .kv_cache = kv_cache.const_data_ptr(),
-      .page_table = page_table.const_data_ptr<int32_t>(),
-      .first_node = first_node.const_data_ptr<int32_t>(),
-      .first_row = first_row.const_data_ptr<int32_t>(),
-      .context = reinterpret_cast<const Context*>(context.const_data_ptr<int32_t>()),
-      .is_causal = is_causal.const_data_ptr<int32_t>(),
       .out = out.mutable_data_ptr(),
       .lse = lse.has_value() ? lse->mutable_data_ptr<float>() : nullptr,
-      .workspace = nullptr,
       .query_strides = row_strides(query),
       .key_strides = row_strides(key),
       .value_strides = row_strides(value),
@@ -142,23 +196,24 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
       .cache_page_stride = kv_cache.stride(0),
       .cache_head_stride = kv_cache.stride(1),
       .cache_position_stride = kv_cache.stride(2),
-      .page_table_stride = page_table.stride(0),
       .scale = static_cast<float>(scale),
       .num_rows = static_cast<int32_t>(num_rows),
-      .num_requests = static_cast<int32_t>(num_requests),
-      .num_nodes = static_cast<int32_t>(num_nodes),
       .num_pages = static_cast<int32_t>(kv_cache.size(0)),
-      .max_pages = static_cast<int32_t>(page_table.size(1)),
       .page_size = static_cast<int32_t>(page_size),
       .num_heads = static_cast<int32_t>(num_heads),
       .num_kv_heads = static_cast<int32_t>(num_kv_heads),
       .head_dim = static_cast<int32_t>(head_dim),
+      .num_splits = static_cast<int32_t>(num_splits),
   };
+  set_layout(args, page_table, first_node, first_row, context, is_causal, tiles);
   if (query.is_cpu()) {
     check_values(args);
+    if (is_cuda) {
+      check_tiles(args);
+    }
   }
   std::optional<Tensor> workspace;
-  if (kRunsCudaOnCpu || query.is_cuda()) {
+  if (is_cuda) {
     for (const auto& [name, tensor] :
          {std::pair("query", query), {"key", key}, {"value", value}, {"kv_cache", kv_cache}, {"out", out}}) {
       check_aligned(name, tensor);
@@ -169,8 +224,35 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
   DLLM_KERNEL(draft_graph_attention).launch(query, args);
 }
 
+// Check a layout whose tensors are copies on the CPU: what the op does itself where that costs no synchronisation.
+void draft_graph_attention_check(Tensor page_table, Tensor first_node, Tensor first_row, Tensor context,
+                                 Tensor is_causal, Tensor tiles, int64_t num_rows, int64_t num_pages, int64_t page_size,
+                                 int64_t heads_per_kv) {
+  DraftGraphAttentionArgs args = {};
+  args.num_rows = static_cast<int32_t>(num_rows);
+  args.num_pages = static_cast<int32_t>(num_pages);
+  args.page_size = static_cast<int32_t>(page_size);
+  args.num_heads = static_cast<int32_t>(heads_per_kv);
+  args.num_kv_heads = 1;
+  set_layout(args, page_table, first_node, first_row, context, is_causal, tiles);
+  check_values(args);
+  if (args.num_tiles > 0) {
+    check_tiles(args);
+  }
+}
+
 }  // namespace dllm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DLLM_LIBRARY, m) {
+  m.def(
+      "draft_graph_attention_check(Tensor page_table, Tensor first_node, Tensor first_row, Tensor context, Tensor "
+      "is_causal, Tensor tiles, int num_rows, int num_pages, int page_size, int heads_per_kv) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(DLLM_LIBRARY, CPU, m) {
+  m.impl("draft_graph_attention_check", TORCH_BOX(&dllm::draft_graph_attention_check));
+}
 
 DLLM_OP(draft_graph_attention,
         "(Tensor query, Tensor key, Tensor value, Tensor kv_cache, Tensor page_table, Tensor first_node, "
-        "Tensor first_row, Tensor context, Tensor is_causal, float scale, Tensor(a!) out, Tensor(b!)? lse=None) -> ()")
+        "Tensor first_row, Tensor context, Tensor is_causal, float scale, Tensor(a!) out, Tensor(b!)? lse=None, "
+        "Tensor? tiles=None, int num_splits=1) -> ()")

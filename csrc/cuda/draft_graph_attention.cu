@@ -13,6 +13,7 @@ struct Shared {
   Float keys[kPositions<Float> * kDim];
   Float values[kPositions<Float> * kDim];
   int64_t sources[kPositions<Float>];
+  uint8_t is_broken[kPositions<Float>];
   Plan plan;
 };
 
@@ -23,9 +24,9 @@ struct Work {
   int32_t split;
 
   __device__ Interval rows(int32_t heads_per_kv) const {
-    const int32_t first = tile.rows.begin + tile.first_query / heads_per_kv;
-    const int32_t last = tile.rows.begin + (tile.first_query + kQueries - 1) / heads_per_kv;
-    return intersect({first, last + 1}, tile.rows);
+    const int32_t first = tile.first_row + tile.first_query / heads_per_kv;
+    const int32_t last = tile.first_row + (tile.first_query + kQueries - 1) / heads_per_kv;
+    return {first, min(last + 1, tile.end_row)};
   }
 };
 
@@ -39,8 +40,8 @@ struct Query {
 __device__ inline Query query_at(const DraftGraphAttentionArgs& args, const Work& work, int32_t i) {
   const int32_t heads_per_kv = args.num_heads / args.num_kv_heads;
   const int32_t query = work.tile.first_query + i;
-  const int32_t row = work.tile.rows.begin + query / heads_per_kv;
-  return {row, work.kv_head * heads_per_kv + query % heads_per_kv, row < work.tile.rows.end};
+  const int32_t row = work.tile.first_row + query / heads_per_kv;
+  return {row, work.kv_head * heads_per_kv + query % heads_per_kv, row < work.tile.end_row};
 }
 
 // Hide from a query, `half` of the thread's two, the keys that it does not see.
@@ -51,14 +52,10 @@ __device__ inline void hide(float (&scores)[kPairs][4], int half, const TileNode
     return;
   }
   const int32_t first = tile.begin + threadIdx.x % 4 * 2;
-  const int32_t num_seen = seen_rows(node.rows, node.is_causal != 0, row).end - node.rows.begin;
-  const Interval slots = intersect(node.slots, {node.slots.begin, node.slots.begin + num_seen});
 #pragma unroll
   for (int j = 0; j < 2 * kPairs; ++j) {
-    const int32_t at = first + j / 2 * 8 + j % 2;
-    const bool is_visible = tile.is_own ? contains(slots, at) : sees_stored(node.context, at);
     float& score = scores[j / 2][2 * half + j % 2];
-    score = is_visible ? score : kNegativeInfinity;
+    score = sees(node, row, tile, first + j / 2 * 8 + j % 2) ? score : kNegativeInfinity;
   }
 }
 
@@ -111,18 +108,16 @@ __device__ inline void copy_keys(const DraftGraphAttentionArgs& args, int32_t kv
   });
 }
 
-// Where a split leaves its sums: [num_splits, workspace_rows, num_heads], out of head_dim numbers, then max and sum.
+// Where a split leaves its sums: [num_splits, num_rows, num_heads], out of head_dim numbers, then max and sum. Of one
+// that had nothing, max is -inf and the others are not written.
 struct Part {
   float* out;
   float* max_and_sum;
 };
 
-__device__ inline Part part_of(const DraftGraphAttentionArgs& args, int32_t split, int32_t row, Interval node_rows,
-                               int32_t node, int32_t head) {
-  const int64_t num_rows = workspace_rows(args);
-  const int64_t place = num_rows == args.num_rows ? row : int64_t{node} * kSplitRows + row - node_rows.begin;
-  const int64_t index = (split * num_rows + place) * args.num_heads + head;
-  const int64_t num_parts = context_split(args).num * num_rows * args.num_heads;
+__device__ inline Part part_of(const DraftGraphAttentionArgs& args, int32_t split, int32_t row, int32_t head) {
+  const int64_t index = (int64_t{split} * args.num_rows + row) * args.num_heads + head;
+  const int64_t num_parts = int64_t{args.num_splits} * args.num_rows * args.num_heads;
   return {args.workspace + index * args.head_dim, args.workspace + num_parts * args.head_dim + 2 * index};
 }
 
@@ -150,16 +145,16 @@ __device__ inline void finish(const DraftGraphAttentionArgs& args, const Work& w
   if (!query.is_there) {
     return;
   }
-  const bool splits = is_split(args, node.rows);
-  if (splits) {
-    const Part part = part_of(args, work.split, query.row, node.rows, static_cast<int32_t>(node.node), query.head);
-    for (int j = 0; j < kPairs && 8 * j < args.head_dim; ++j) {
+  if (args.num_splits > 1) {
+    const Part part = part_of(args, work.split, query.row, query.head);
+    const bool is_idle = has_nothing(node);
+    for (int j = 0; j < kPairs && 8 * j < args.head_dim && !is_idle; ++j) {
       store_pair(part.out + 8 * j + 2 * lane, out[j][2 * half], out[j][2 * half + 1]);
     }
-    if (lane == 0) {
-      store_pair(part.max_and_sum, state.max, state.sum);
+    if (lane == 0) {  // the maximum of nothing but NaN is -inf, which would say that there is nothing
+      store_pair(part.max_and_sum, state.sum == state.sum ? state.max : state.sum, state.sum);
     }
-  } else if (work.split == 0) {
+  } else {
     Float* to = out_of<Float>(args, query.row, query.head);
     const float factor = normalizer(state.sum);
     for (int j = 0; j < kPairs && 8 * j < args.head_dim; ++j) {
@@ -171,18 +166,40 @@ __device__ inline void finish(const DraftGraphAttentionArgs& args, const Work& w
   }
 }
 
-// Rows behind those of the requests see nothing. Many a CTA has no row at all: the grid is made for the most tiles that
-// there can be.
+// Write of all queries that they see nothing, here or in this split.
 template <typename Float>
-__device__ inline void clear(const DraftGraphAttentionArgs& args, const Work& work) {
-  for (int i = threadIdx.x / 2; i < kQueries && work.split == 0; i += kNumThreads / 2) {
+__device__ inline void write_nothing(const DraftGraphAttentionArgs& args, const Work& work) {
+  for (int i = threadIdx.x / 2; i < kQueries; i += kNumThreads / 2) {
     const Query query = query_at(args, work, i);
-    for (int j = threadIdx.x % 2 * 2; j < args.head_dim && query.is_there; j += 4) {
+    if (!query.is_there) {
+      continue;
+    }
+    if (args.num_splits > 1) {
+      part_of(args, work.split, query.row, query.head).max_and_sum[0] = kNegativeInfinity;
+      continue;
+    }
+    for (int j = threadIdx.x % 2 * 2; j < args.head_dim; j += 4) {
       store_pair(out_of<Float>(args, query.row, query.head) + j, 0.0f, 0.0f);
     }
-    if (query.is_there && args.lse != nullptr) {
+    if (args.lse != nullptr) {
       args.lse[int64_t{query.row} * args.num_heads + query.head] = kNegativeInfinity;
     }
+  }
+}
+
+// Give NaN to the queries, `half` of the thread's two, that see a value which `zero_broken` found: of a value that is
+// not finite, the product with the weight 0 of a query that does not see it would be NaN.
+template <int num_positions, int kPairs>
+__device__ inline void spread_broken(const uint8_t (&is_broken)[num_positions], const TileNode& node, int32_t row,
+                                     KeyTile tile, float (&out)[kPairs][4], int half) {
+  bool sees_broken = false;
+  for (int i = 0; i < num_positions; ++i) {
+    sees_broken = sees_broken || (is_broken[i] != 0 && sees(node, row, tile, tile.begin + i));
+  }
+#pragma unroll
+  for (int j = 0; j < 2 * kPairs; ++j) {
+    float& value = out[j / 2][2 * half + j % 2];
+    value = sees_broken ? __uint_as_float(0x7fffffff) : value;
   }
 }
 
@@ -200,15 +217,16 @@ __global__ void __launch_bounds__(kNumThreads, kMinCtas<kDim>) attend(const Draf
   const int32_t heads_per_kv = args.num_heads / args.num_kv_heads;
   const int thread = threadIdx.x;
 
-  const Work work = {find_query_tile(args, blockIdx.x), static_cast<int32_t>(blockIdx.y),
-                     static_cast<int32_t>(blockIdx.z)};
-  if (work.tile.request >= args.num_requests) {
-    clear<Float>(args, work);
+  const Work work = {args.tiles[blockIdx.x], static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z)};
+  const Plan& plan = shared.plan;
+  if (work.tile.first_node < work.tile.end_node) {
+    make_plan<kColumns>(args, work.tile, work.rows(heads_per_kv), work.split, shared.plan);
+  }
+  if (work.tile.first_node == work.tile.end_node || is_idle(plan)) {
+    write_nothing<Float>(args, work);
     return;
   }
   copy_queries<Float, kDim>(args, work, shared.queries);
-  const Plan& plan = shared.plan;
-  make_plan<kColumns>(args, work.tile.request, work.rows(heads_per_kv), work.split, shared.plan);
 
   const int first_query = thread / kWarp * 16;
   const int query[2] = {first_query + thread % kWarp / 4, first_query + thread % kWarp / 4 + 8};
@@ -249,7 +267,15 @@ __global__ void __launch_bounds__(kNumThreads, kMinCtas<kDim>) attend(const Draf
     }
     wait_for_copies<1>();
     __syncthreads();
+    const bool may_spread = is_mixed(plan, tile, kColumns);
+    if (may_spread) {
+      zero_broken<Float, kDim>(shared.values, args.head_dim, shared.is_broken);
+      __syncthreads();
+    }
     add_values<Float, kDim>(out, scores, shared.values);
+    for (int half = 0; half < 2 && may_spread; ++half) {
+      spread_broken(shared.is_broken, plan.nodes[node[half]], query_at(args, work, query[half]).row, tile, out, half);
+    }
     __syncthreads();
     tile = next;
   }
@@ -260,42 +286,25 @@ __global__ void __launch_bounds__(kNumThreads, kMinCtas<kDim>) attend(const Draf
   }
 }
 
-// The node of a row of the batch; num_nodes if it is none's.
-__device__ inline int32_t find_batch_node(const DraftGraphAttentionArgs& args, int32_t row) {
-  const int32_t num_nodes = args.first_node[args.num_requests];
-  int32_t low = 0, high = num_nodes;  // the last node that begins at or before the row is in [low - 1, high)
-  while (low < high) {
-    const int32_t middle = (low + high) / 2;
-    if (args.first_row[middle] <= row) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low > 0 && row < args.first_row[low] ? low - 1 : args.num_nodes;
-}
-
 // Join the splits' parts of a row and head, in ascending order; a warp for each.
 template <typename Float>
 __global__ void __launch_bounds__(kNumThreads) merge(const DraftGraphAttentionArgs args) {
   constexpr int kPerLane = 256 / kWarp;
   const int64_t item = (int64_t{blockIdx.x} * kNumThreads + threadIdx.x) / kWarp;
-  const int32_t row = static_cast<int32_t>(item / args.num_heads);
-  const int32_t head = static_cast<int32_t>(item % args.num_heads);
-  const int32_t node = row < args.num_rows ? find_batch_node(args, row) : args.num_nodes;
-  if (node == args.num_nodes) {
-    return;
-  }
-  const Interval node_rows = {args.first_row[node], args.first_row[node + 1]};
-  if (!is_split(args, node_rows)) {
+  const auto row = static_cast<int32_t>(item / args.num_heads);
+  const auto head = static_cast<int32_t>(item % args.num_heads);
+  if (row >= args.num_rows) {
     return;
   }
   const int lane = threadIdx.x % kWarp;
   SoftmaxState<float> state;
   float out[kPerLane] = {};
-  for (int32_t split = 0; split < context_split(args).num; ++split) {
-    const Part part = part_of(args, split, row, node_rows, node, head);
+  for (int32_t split = 0; split < args.num_splits; ++split) {
+    const Part part = part_of(args, split, row, head);
     const float part_max = part.max_and_sum[0];
+    if (part_max == kNegativeInfinity) {
+      continue;
+    }
     const float factor = exp2f(raise_max(state, part_max));
     const float part_factor = exp2f(part_max - softmax_base(state.max));
     state.sum = state.sum * factor + part.max_and_sum[1] * part_factor;
@@ -316,11 +325,8 @@ __global__ void __launch_bounds__(kNumThreads) merge(const DraftGraphAttentionAr
 template <typename Float, int kDim>
 const char* launch_attend(const DraftGraphAttentionArgs& args, Stream stream) {
   static_assert(sizeof(Shared<Float, kDim>) <= 99 << 10, "more shared memory than GPUs of compute capability 8.6 have");
-  const int32_t heads_per_kv = args.num_heads / args.num_kv_heads;
-  const auto max_tiles =
-      static_cast<unsigned>(int64_t{args.num_rows} * heads_per_kv / kQueries + args.num_requests + 1);
-  const dim3 ctas = {max_tiles, static_cast<unsigned>(args.num_kv_heads),
-                     static_cast<unsigned>(context_split(args).num)};
+  const dim3 ctas = {static_cast<unsigned>(args.num_tiles), static_cast<unsigned>(args.num_kv_heads),
+                     static_cast<unsigned>(args.num_splits)};
   return launch(attend<Float, kDim>, {ctas, kNumThreads, sizeof(Shared<Float, kDim>)}, stream, args);
 }
 
@@ -331,7 +337,7 @@ const char* launch_both(const DraftGraphAttentionArgs& args, Stream stream) {
                       : args.head_dim <= 128 ? launch_attend<Float, 128>
                                              : launch_attend<Float, 256>;
   const char* error = attend(args, stream);
-  if (error != nullptr || context_split(args).num == 1) {
+  if (error != nullptr || args.num_splits == 1) {
     return error;
   }
   constexpr int kWarps = kNumThreads / kWarp;

@@ -12,7 +12,7 @@
 
 namespace dllm::cuda {
 
-constexpr int kQueries = 64;
+constexpr int kQueries = kTileQueries;
 constexpr int kNumThreads = 128;
 constexpr int kDepth = 16;  // columns that one mma sums over
 
@@ -24,58 +24,15 @@ __device__ inline int32_t round_up(int32_t value, int32_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// ---- Which queries
-
-struct QueryTile {
-  int32_t request;
-  int32_t first_query;  // of the request
-  Interval rows;        // of the request
-};
-
-__device__ inline int32_t first_row_of(const DraftGraphAttentionArgs& args, int32_t request) {
-  return request <= args.num_requests ? args.first_row[args.first_node[request]] : args.num_rows;
-}
-
-// Find a tile by its number among the tiles of all requests, one request after the other. Rows behind those of the last
-// request are counted as request num_requests; what is behind all tiles is num_requests + 1. All lanes of a warp
-// together.
-__device__ inline QueryTile find_query_tile(const DraftGraphAttentionArgs& args, int32_t tile) {
-  const int lane = threadIdx.x % kWarp;
-  const int32_t heads_per_kv = args.num_heads / args.num_kv_heads;
-  int32_t before = 0;
-  for (int32_t first = 0; first <= args.num_requests; first += kWarp) {
-    const int32_t request = first + lane;
-    const Interval rows = {first_row_of(args, request), first_row_of(args, request + 1)};
-    const int32_t num_tiles = ((rows.end - rows.begin) * heads_per_kv + kQueries - 1) / kQueries;
-    int32_t end = num_tiles;
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const int32_t lower = __shfl_up_sync(kAllLanes, end, distance);
-      end += lane >= distance ? lower : 0;
-    }
-    end += before;
-    const unsigned found = __ballot_sync(kAllLanes, tile < end);
-    if (found != 0) {
-      const int owner = __ffs(static_cast<int>(found)) - 1;
-      const int32_t first_tile = __shfl_sync(kAllLanes, end - num_tiles, owner);
-      return {first + owner,
-              (tile - first_tile) * kQueries,
-              {__shfl_sync(kAllLanes, rows.begin, owner), __shfl_sync(kAllLanes, rows.end, owner)}};
-    }
-    before = __shfl_sync(kAllLanes, end, kWarp - 1);
-  }
-  return {args.num_requests + 1, 0, {0, 0}};
-}
-
 // ---- Which keys and values
 
 // Own rows lie in slots, since a node's place among the packed rows must not change its sums: each node begins at a
 // multiple of kDepth, and in a tile that it fits into or at the begin of one.
 struct TileNode {
-  uint32_t node : 31;
-  uint32_t is_causal : 1;
   Interval rows;
   Context context;  // of this split
   Interval slots;   // of its rows, in a causal node up to the tile's last; empty in a split without own rows
+  int32_t is_causal;
 };
 
 struct Plan {
@@ -86,24 +43,19 @@ struct Plan {
   int32_t num_slots;
 };
 
-__device__ inline bool is_split(const DraftGraphAttentionArgs& args, Interval node_rows) {
-  return context_split(args).num > 1 && node_rows.end - node_rows.begin <= kSplitRows;
-}
-
 // Limit a node to what split number `split` has of it, and rows before `rows_end` see.
 template <int num_positions>
 __device__ inline void take_share(const DraftGraphAttentionArgs& args, int32_t split, int32_t rows_end, TileNode& node,
                                   int32_t& num_slots) {
-  const ContextSplit all = context_split(args);
-  const bool splits = is_split(args, node.rows);
-  const Interval share = splits ? Interval{split * all.len, (split + 1) * all.len}
-                                : Interval{0, split == 0 ? args.max_pages * args.page_size : 0};
-  for (Interval& interval : node.context.interval) {
-    interval = intersect(interval, share);
+  if (args.num_splits > 1) {
+    const Interval share = split_share(node.context, args.num_splits, split);
+    for (Interval& interval : node.context.interval) {
+      interval = intersect(interval, share);
+    }
   }
   node.slots = {0, 0};
-  if (split == (splits ? all.num - 1 : 0)) {
-    const int32_t num_rows = (node.is_causal ? min(node.rows.end, rows_end) : node.rows.end) - node.rows.begin;
+  if (split == args.num_splits - 1) {
+    const int32_t num_rows = (node.is_causal != 0 ? min(node.rows.end, rows_end) : node.rows.end) - node.rows.begin;
     const int32_t padded = round_up(num_rows, kDepth);
     if (num_slots % num_positions + padded > num_positions) {
       num_slots = round_up(num_slots, num_positions);
@@ -111,6 +63,10 @@ __device__ inline void take_share(const DraftGraphAttentionArgs& args, int32_t s
     node.slots = {num_slots, num_slots + num_rows};
     num_slots += padded;
   }
+}
+
+__device__ inline bool has_nothing(const TileNode& node) {
+  return is_empty(node.context.interval[0]) && is_empty(node.context.interval[1]) && is_empty(node.slots);
 }
 
 // One thread: nodes[row - rows.begin] holds the node whose first row in the tile is `row`; put them side by side.
@@ -133,15 +89,13 @@ __device__ inline void arrange_nodes(const DraftGraphAttentionArgs& args, Interv
 
 // All threads: fill the plan for the rows of a tile of queries.
 template <int num_positions>
-__device__ inline void make_plan(const DraftGraphAttentionArgs& args, int32_t request, Interval rows, int32_t split,
-                                 Plan& plan) {
-  const int32_t end = args.first_node[request + 1];
-  for (int32_t node = args.first_node[request] + static_cast<int32_t>(threadIdx.x); node < end; node += kNumThreads) {
+__device__ inline void make_plan(const DraftGraphAttentionArgs& args, const QueryTile& tile, Interval rows,
+                                 int32_t split, Plan& plan) {
+  for (int32_t node = tile.first_node + static_cast<int32_t>(threadIdx.x); node < tile.end_node; node += kNumThreads) {
     const Interval of_node = {args.first_row[node], args.first_row[node + 1]};
     const Interval inside = intersect(of_node, rows);
     if (!is_empty(inside)) {
-      plan.nodes[inside.begin - rows.begin] = {
-          static_cast<uint32_t>(node), args.is_causal[node] != 0, of_node, args.context[node], {0, 0}};
+      plan.nodes[inside.begin - rows.begin] = {of_node, args.context[node], {0, 0}, args.is_causal[node]};
     }
   }
   __syncthreads();
@@ -149,6 +103,19 @@ __device__ inline void make_plan(const DraftGraphAttentionArgs& args, int32_t re
     arrange_nodes<num_positions>(args, rows, split, plan);
   }
   __syncthreads();
+}
+
+// Whether a split has nothing for any of the tile's queries.
+__device__ inline bool is_idle(const Plan& plan) {
+  if (plan.num_slots > 0) {
+    return false;
+  }
+  for (int32_t i = 0; i < plan.num_contexts; ++i) {
+    if (!has_nothing(plan.nodes[plan.contexts[i]])) {
+      return false;
+    }
+  }
+  return true;
 }
 
 // Where the plan has the node of a row of the tile; of one behind its end, the last node.
@@ -186,6 +153,30 @@ __device__ inline KeyTile first_visible(const Plan& plan, KeyTile tile) {
 
 __device__ inline bool covers(Interval outer, Interval inner) {
   return outer.begin <= inner.begin && inner.end <= outer.end;
+}
+
+// Whether some of the tile's queries see a key that others do not see. Keys that none sees are zeros.
+__device__ inline bool is_mixed(const Plan& plan, KeyTile tile, int32_t num_positions) {
+  if (tile.is_own) {
+    return plan.num_nodes > 1 || plan.nodes[0].is_causal != 0;
+  }
+  const Interval whole = {tile.begin, tile.begin + num_positions};
+  for (int32_t i = 0; plan.num_contexts > 1 && i < plan.num_contexts; ++i) {
+    const Context& context = plan.nodes[plan.contexts[i]].context;
+    if (!covers(context.interval[0], whole) && !covers(context.interval[1], whole)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Whether a query of a node's row `row` sees key `at`.
+__device__ inline bool sees(const TileNode& node, int32_t row, KeyTile tile, int32_t at) {
+  if (!tile.is_own) {
+    return sees_stored(node.context, at);
+  }
+  const int32_t num_seen = seen_rows(node.rows, node.is_causal != 0, row).end - node.rows.begin;
+  return contains(node.slots, at) && at < node.slots.begin + num_seen;
 }
 
 constexpr int64_t kNowhere = -1;
@@ -238,6 +229,27 @@ __device__ inline void copy_rows(Float* tile, int num_rows, int head_dim, RowAt 
     for (int chunk = thread % kRowThreads; chunk < kChunks; chunk += kRowThreads) {
       const bool is_there = from != nullptr && chunk * kPerChunk < head_dim;
       copy_async_16(chunk_at<Float, kDim>(tile, row, chunk), is_there ? from + chunk * kPerChunk : from, is_there);
+    }
+  }
+}
+
+// All threads: put zeros where values are not finite, and tell of each row whether it has such.
+template <typename Float, int kDim>
+__device__ inline void zero_broken(Float* tile, int head_dim, uint8_t (&is_broken)[kPositions<Float>]) {
+  constexpr int kPerChunk = 16 / sizeof(Float);
+  const int lane = threadIdx.x % kWarp;
+  for (int row = threadIdx.x / kWarp; row < kPositions<Float>; row += kNumThreads / kWarp) {
+    bool is_finite = true;
+    for (int column = lane; column < head_dim; column += kWarp) {
+      Float& value = chunk_at<Float, kDim>(tile, row, column / kPerChunk)[column % kPerChunk];
+      if (!(fabsf(to_float(value)) <= 3.40282347e38f)) {
+        value = from_float<Float>(0.0f);
+        is_finite = false;
+      }
+    }
+    const unsigned broken = __ballot_sync(kAllLanes, !is_finite);
+    if (lane == 0) {
+      is_broken[row] = broken != 0;
     }
   }
 }

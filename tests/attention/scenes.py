@@ -154,7 +154,9 @@ def make_scene(
     num_rows = int(host.first_row[-1])
     rows = draw(num_rows, num_heads + 2 * num_kv_heads, HEAD_DIM)  # strided, as the projection's output is
     query, key, value = rows.split([num_heads, num_kv_heads, num_kv_heads], 1)
-    return Scene(heads, to_device(host, table.to(device), PAGE_SIZE), query, key, value, kv_cache)
+    return Scene(
+        heads, to_device(host, table.to(device), PAGE_SIZE, num_heads // num_kv_heads), query, key, value, kv_cache
+    )
 
 
 def captured(scene: Scene, *, num_rows: int, block_length: int, max_num_requests: int) -> Scene:
@@ -163,13 +165,14 @@ def captured(scene: Scene, *, num_rows: int, block_length: int, max_num_requests
         max_num_requests=max_num_requests,
         max_num_nodes=num_rows // block_length + 2,
         max_pages=scene.layout.page_table.shape[1],
+        block_length=block_length,
+        heads_per_kv=scene.heads.num_heads // scene.heads.num_kv_heads,
         device=scene.query.device,
     )
     layout = buffers.fill(
         scene.layout.host,
         scene.layout.page_table,
         num_rows=num_rows,
-        block_length=block_length,
         page_size=PAGE_SIZE,
     )
     more = num_rows - len(scene.query)

@@ -156,3 +156,90 @@ def xformers_fmha() -> ModuleType:
     module.memory_efficient_attention_partial = memory_efficient_attention_partial  # type: ignore[attr-defined]
     module.merge_attentions = merge_attentions  # type: ignore[attr-defined]
     return module
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    max_seqlen_q: int,
+    cu_seqlens_q: Tensor,
+    max_seqlen_k: int,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    block_table: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    out: Tensor | None = None,
+    fa_version: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """`vllm.vllm_flash_attn.flash_attn_varlen_func`: if causal, the last query of a sequence sees its last key."""
+    assert return_softmax_lse
+    assert fa_version in (2, 3)
+    assert softmax_scale is not None
+    assert q.dtype == k.dtype == v.dtype
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    assert (cu_seqlens_k is None) != (seqused_k is None)
+    assert (block_table is None) == (seqused_k is None)
+    assert cu_seqlens_q.dtype == torch.int32
+    begins, ends = cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist()
+    assert (begins[0], ends[-1]) == (0, len(q))
+    keys = _paged(k, v, block_table, seqused_k) if block_table is not None else _packed(k, v, cu_seqlens_k)
+    assert max_seqlen_q == max(end - begin for begin, end in zip(begins, ends, strict=True))
+    assert max_seqlen_k == max(len(key) for key, _ in keys)
+    assert min(len(key) for key, _ in keys) > 0, "no sequence is empty: versions differ in what they make of it"
+    group, lse = q.shape[1] // k.shape[-2], torch.empty(q.shape[1], len(q))
+    out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
+    assert out.shape == q.shape
+    for begin, end, (key, value) in zip(begins, ends, keys, strict=True):
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        out[begin:end], of_rows = attend(q[begin:end], key, value, softmax_scale, is_causal=causal)
+        lse[:, begin:end] = of_rows.T
+    return out, lse
+
+
+def _packed(k: Tensor, v: Tensor, offsets: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    assert offsets is not None
+    assert offsets.dtype == torch.int32
+    assert offsets[-1] == len(k) == len(v)
+    lengths = offsets.diff().tolist()
+    return list(zip(k.split(lengths), v.split(lengths), strict=True))
+
+
+def _paged(k: Tensor, v: Tensor, table: Tensor, used: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Read [num_pages, page_size, num_kv_heads, head_dim]; entries behind a sequence's pages are not read."""
+    assert used is not None
+    assert table.dtype == used.dtype == torch.int32
+    assert table.stride(-1) == 1
+    assert k.shape[1] % 16 == 0
+    assert 0 <= int(table.min()) <= int(table.max()) < len(k)
+    return [
+        (k[pages.long()].flatten(0, 1)[:length], v[pages.long()].flatten(0, 1)[:length])
+        for pages, length in zip(table, used.tolist(), strict=True)
+    ]
+
+
+def merge_attn_states(
+    output: Tensor, prefix_output: Tensor, prefix_lse: Tensor, suffix_output: Tensor, suffix_lse: Tensor
+) -> None:
+    """`vllm.v1.attention.ops.merge_attn_states.merge_attn_states`; sums are [num_heads, num_rows]."""
+    assert output.shape == prefix_output.shape == suffix_output.shape
+    assert prefix_output.stride(1) == suffix_output.stride(1)
+    assert all(part.is_contiguous() for part in (prefix_output, suffix_output, prefix_lse, suffix_lse))
+    total = torch.logaddexp(prefix_lse, suffix_lse)
+    prefix, suffix = ((lse - total).exp().T[..., None] for lse in (prefix_lse, suffix_lse))
+    output.copy_(prefix_output * prefix + suffix_output * suffix)
+
+
+def vllm_modules() -> dict[str, ModuleType]:
+    """The modules of vLLM that `vllm` imports."""
+    contents: dict[str, dict[str, Any]] = {
+        "vllm.vllm_flash_attn": {"flash_attn_varlen_func": flash_attn_varlen_func},
+        "vllm.v1.attention.backends.fa_utils": {"get_flash_attn_version": lambda head_size: 3},
+        "vllm.v1.attention.ops.merge_attn_states": {"merge_attn_states": merge_attn_states},
+    }
+    modules = {name: ModuleType(name) for name in contents}
+    for name, module in modules.items():
+        vars(module).update(contents[name])
+    return modules

@@ -19,7 +19,7 @@ GPU = Setting("cuda", (9, 0), torch.bfloat16, torch.bfloat16, 128, 16)
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """What is installed, for a test to change; the real answers are poison."""
-    names: set[str] = {"csrc", "flashinfer", "xformers", "torch"}
+    names: set[str] = {"csrc", "vllm", "flashinfer", "xformers", "torch"}
     for name, implementation in IMPLEMENTATIONS.items():
         answer = staticmethod(lambda _, name=name: None if name in names else f"{name} is not built; build it: `make`")
         monkeypatch.setattr(implementation, "unavailable", answer)
@@ -35,10 +35,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         (replace(CPU, kv_dtype=torch.bfloat16), set(), "torch", "kv_cache_dtype bfloat16 is not the model's float32"),
         (replace(CPU, head_dim=20), set(), "torch", "it does not take heads of 20"),
         (replace(CPU, page_size=8), set(), "torch", "it does not take pages of 8 positions (--block-size)"),
-        (GPU, set(), "csrc", "the first of csrc, flashinfer, xformers"),
-        (GPU, {"csrc"}, "flashinfer", "csrc: csrc is not built"),
-        (GPU, {"csrc", "flashinfer"}, "xformers", "flashinfer: flashinfer is not built"),
-        (replace(GPU, head_dim=80), {"csrc"}, "xformers", "flashinfer: it does not take heads of 80"),
+        (GPU, set(), "csrc", "the first of csrc, vllm, flashinfer, xformers"),
+        (GPU, {"csrc"}, "vllm", "csrc: csrc is not built"),
+        (GPU, {"csrc", "vllm"}, "flashinfer", "vllm: vllm is not built"),
+        (GPU, {"csrc", "vllm", "flashinfer"}, "xformers", "flashinfer: flashinfer is not built"),
+        (replace(GPU, head_dim=80), {"csrc", "vllm"}, "xformers", "flashinfer: it does not take heads of 80"),
+        (replace(GPU, page_size=24), {"csrc"}, "flashinfer", "vllm: it does not take pages of 24 positions"),
     ],
 )
 def test_auto_takes_the_first_that_works(
@@ -51,8 +53,9 @@ def test_auto_takes_the_first_that_works(
 
 
 def test_auto_on_a_gpu_does_not_fall_back_to_torch(installed: set[str]) -> None:
-    installed -= {"csrc", "flashinfer", "xformers"}
-    with pytest.raises(KernelUnavailable, match=r"none of csrc, flashinfer, xformers works here: csrc: .*`make`") as no:
+    installed -= {"csrc", "vllm", "flashinfer", "xformers"}
+    none = r"none of csrc, vllm, flashinfer, xformers works here: csrc: .*`make`"
+    with pytest.raises(KernelUnavailable, match=none) as no:
         choose_attention("auto", GPU)
     assert "or set it to 'torch'" in str(no.value)
     assert choose_attention("torch", GPU).name == "torch"
@@ -69,7 +72,7 @@ def test_a_named_one_is_taken_and_no_other_asked(name: AttentionName, monkeypatc
     assert (choice.name, choice.reason) == (name, "as set")
 
 
-@pytest.mark.parametrize("name", ["csrc", "flashinfer", "xformers"])
+@pytest.mark.parametrize("name", ["csrc", "vllm", "flashinfer", "xformers"])
 def test_a_named_one_that_is_missing_raises_with_the_remedy(name: AttentionName, installed: set[str]) -> None:
     installed.remove(name)
     message = f"additional_config.dllm.attention is '{name}', but {name} is not built; build it: `make`"
@@ -81,6 +84,8 @@ def test_a_named_one_that_is_missing_raises_with_the_remedy(name: AttentionName,
 @pytest.mark.parametrize(
     ("name", "setting", "clause"),
     [
+        ("vllm", CPU, "it does not run on cpu"),
+        ("vllm", replace(GPU, capability=(7, 5)), "it needs a GPU of compute capability 8.0, this one has 7.5"),
         ("flashinfer", CPU, "it does not run on cpu"),
         ("xformers", CPU, "it does not run on cpu"),
         ("csrc", replace(CPU, kv_dtype=torch.bfloat16), "kv_cache_dtype bfloat16 is not the model's float32"),

@@ -20,6 +20,7 @@ from vllm_dllm.attention.interface import Attention, Setting
 from vllm_dllm.attention.layout import PagedIndex
 from vllm_dllm.attention.plain import PlainAttention
 from vllm_dllm.attention.store import store_kv
+from vllm_dllm.attention.vllm_flash import VllmFlashAttention
 from vllm_dllm.attention.xformers import XformersAttention
 
 LIBRARIES = ["flashinfer", "xformers.ops.fmha"]
@@ -30,6 +31,8 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Each implementation; of a library, its stand-in."""
     monkeypatch.setitem(sys.modules, "flashinfer", stand_ins.flashinfer())
     monkeypatch.setitem(sys.modules, "xformers.ops.fmha", stand_ins.xformers_fmha())
+    for name, module in stand_ins.vllm_modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
     return IMPLEMENTATIONS[request.param]
 
 
@@ -138,17 +141,11 @@ def test_a_library_is_imported_only_when_chosen(name: str) -> None:
         (PlainAttention, 2 * plain.CHUNK_BYTES),
         (FlashInferAttention, 5120 * 9 // 8),
         (XformersAttention, xformers.CHUNK_BYTES + 3 * 5120),
+        (VllmFlashAttention, 4 * 5120),
     ],
 )
 def test_memory_for_a_moment_is_counted(implementation: type[Attention], num_bytes: int) -> None:
     assert implementation.temporary_bytes(torch.empty(10, 4, 32), 4096) == num_bytes
-
-
-@pytest.mark.parametrize(("max_context_len", "num_splits"), [(700, 0), (800, 2), (4096, 5), (10**6, 16)])
-def test_the_workspace_of_the_cuda_kernel_is_counted(max_context_len: int, num_splits: int) -> None:
-    """Where one split is enough, there is none."""
-    query = torch.empty(10, 4, 32, device="meta")
-    assert CsrcAttention.temporary_bytes(query, max_context_len) == 4 * num_splits * 10 * 4 * (32 + 2)
 
 
 @pytest.mark.gpu

@@ -56,14 +56,16 @@ def test_requests_with_different_nodes_are_padded_alike() -> None:
 
 @pytest.mark.parametrize("num_reqs", [0, 1, 5])
 def test_a_captured_shape_is_decided_by_rows_alone(num_reqs: int) -> None:
-    buffers = CapturedLayout(max_num_requests=5, max_num_nodes=9, max_pages=3, device=torch.device("cpu"))
+    buffers = CapturedLayout(
+        max_num_requests=5, max_num_nodes=9, max_pages=3, block_length=8, heads_per_kv=1, device=torch.device("cpu")
+    )
     start = np.arange(num_reqs, dtype=np.int64)
     page_table = torch.arange(num_reqs * 4, dtype=torch.int32).view(num_reqs, 4)  # wider than any row needs
     shapes, addresses = set(), set()
     for count in (num_reqs, 0):
         host = denoise_layout(start[:count], start[:count] + 8, num_nodes=1, block_length=8)
         pages = page_table[: host.num_requests]
-        layout = buffers.fill(host, pages, num_rows=56, block_length=8, page_size=16)
+        layout = buffers.fill(host, pages, num_rows=56, page_size=16)
         tensors = (layout.page_table, layout.first_node, layout.first_row, layout.context, layout.is_causal)
         shapes.add(tuple(tensor.shape for tensor in tensors))
         addresses.add(tuple(tensor.data_ptr() for tensor in tensors))
@@ -76,9 +78,11 @@ def test_a_captured_shape_is_decided_by_rows_alone(num_reqs: int) -> None:
 
 
 def test_the_largest_captured_step_fits() -> None:
-    buffers = CapturedLayout(max_num_requests=2, max_num_nodes=6, max_pages=2, device=torch.device("cpu"))
+    buffers = CapturedLayout(
+        max_num_requests=2, max_num_nodes=6, max_pages=2, block_length=8, heads_per_kv=1, device=torch.device("cpu")
+    )
     host = denoise_layout(ints(3, 9), ints(11, 17), num_nodes=3, block_length=8)
-    layout = buffers.fill(host, torch.ones((2, 2), dtype=torch.int32), num_rows=48, block_length=8, page_size=16)
+    layout = buffers.fill(host, torch.ones((2, 2), dtype=torch.int32), num_rows=48, page_size=16)
     assert layout.first_node.tolist() == [0, 3, 6, 6]
     assert layout.context.tolist() == host.context.tolist()
 
@@ -86,7 +90,7 @@ def test_the_largest_captured_step_fits() -> None:
 def test_a_layout_travels_as_it_is() -> None:
     host = denoising(2)
     table = torch.zeros((4, 6), dtype=torch.int32)
-    layout = to_device(host, table, 16)
+    layout = to_device(host, table, 16, heads_per_kv=1)
     assert layout.page_table is table
     for name in ("first_node", "first_row", "context", "is_causal"):
         assert getattr(layout, name).dtype == torch.int32

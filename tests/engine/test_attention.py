@@ -1,25 +1,31 @@
 """vLLM's side of attention: the choice is told and kept, and what vLLM asks of a backend follows from it."""
 
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from tests.e2e.rig import CHECKPOINT
+from vllm_dllm.attention import varlen
 from vllm_dllm.attention.choose import IMPLEMENTATIONS
 from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.flashinfer import FlashInferAttention
 from vllm_dllm.attention.plain import CHUNK_BYTES, PlainAttention
 from vllm_dllm.config import AttentionName, DllmConfig
 from vllm_dllm.engine import attention, attention_choice, configs
-from vllm_dllm.errors import KernelUnavailable
+from vllm_dllm.errors import ConfigError, KernelUnavailable
 from vllm_dllm.self_test.attention import AttentionShape
 from vllm_dllm.self_test.check import Check
 from vllm_dllm.self_test.decoding import DecodingShape
 from vllm_dllm.self_test.isolated import Request
+
+REFUSES_OTHER_CACHES = Version(version("vllm")) >= Version("0.33")
+"""vLLM does it itself from then on."""
 
 
 def engine_config(**changes: Any) -> Any:
@@ -98,6 +104,10 @@ def test_the_choice_is_told_with_its_reason_and_kept(log: list[str]) -> None:
 
 
 def test_a_cache_of_another_dtype_is_for_torch(log: list[str]) -> None:
+    if REFUSES_OTHER_CACHES:
+        with pytest.raises(ConfigError, match=r'^kv_cache_dtype="bfloat16" is incompatible with dtype="float32"'):
+            engine_config(kv_cache_dtype="bfloat16")
+        return
     config = engine_config(kv_cache_dtype="bfloat16")
     assert "Attention: torch: csrc: kv_cache_dtype bfloat16 is not the model's float32" in log
     assert attention.implementation_of(config) is PlainAttention
@@ -169,6 +179,17 @@ def test_attention_that_is_wrong_gives_way_or_stops_the_start(monkeypatch: pytes
     assert any("csrc: it disagrees with plain torch on this device" in line for line in log)
     with pytest.raises(KernelUnavailable, match="attention is 'csrc', but it disagrees"):
         attention_choice.set_attention(stub_config({"attention": "csrc"}), DllmConfig(attention="csrc"))
+
+
+@pytest.mark.parametrize("refusal", [None, "the installed vLLM has no FlashAttention"])
+def test_it_is_told_who_takes_rows_without_context(
+    refusal: str | None, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(varlen, "refusal", lambda setting: refusal)
+    attention_choice.set_attention(stub_config({}), DllmConfig())
+    by = f"csrc: {refusal}" if refusal else "FlashAttention of vLLM"
+    assert f"Attention of refreshes and prefills without context: {by}" in log
 
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("csrc", 0), ("torch", 2 * CHUNK_BYTES)])

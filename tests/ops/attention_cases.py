@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from vllm_dllm.attention.layout import HostLayout
+from vllm_dllm.attention.tiles import query_tiles
+
 Interval = tuple[int, int]
 Node = tuple[int, Sequence[Interval]] | tuple[int, Sequence[Interval], bool]
 """How many rows, the stored positions they see, in one or two intervals, and whether it is causal."""
@@ -153,10 +156,17 @@ def poisoned_results(case: Case) -> tuple[Tensor, Tensor]:
     return out, out.new_full(out.shape[:2], float("nan"), dtype=torch.float32)
 
 
-def run(op: Callable[..., None], case: Case) -> tuple[Tensor, Tensor]:
+def tiles_of(case: Case, num_rows: int | None = None) -> Tensor:
+    """Make the tiles of the CUDA kernel."""
+    host = HostLayout(*(getattr(case, name).numpy() for name in ("first_node", "first_row", "context", "is_causal")))
+    heads_per_kv = case.query.shape[1] // case.key.shape[1]
+    return torch.from_numpy(query_tiles(host, heads_per_kv, len(case.query) if num_rows is None else num_rows))
+
+
+def run(op: Callable[..., None], case: Case, num_splits: int = 1) -> tuple[Tensor, Tensor]:
     """Call an op; (out, lse), of which nothing was a result before."""
     out, lse = poisoned_results(case)
-    op(*(getattr(case, name) for name in case.__slots__), out, lse)
+    op(*(getattr(case, name) for name in case.__slots__), out, lse, tiles_of(case), num_splits)
     return out, lse
 
 

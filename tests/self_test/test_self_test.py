@@ -72,7 +72,7 @@ def with_context(change: Callable[[Any], Any]) -> Callable[[ForwardLayout], Forw
     def changed(layout: ForwardLayout) -> ForwardLayout:
         host = layout.host
         context = change(host.context.copy())
-        return to_device(replace(host, context=context), layout.page_table, layout.page_size)
+        return to_device(replace(host, context=context), layout.page_table, layout.page_size, heads_per_kv=2)
 
     return changed
 
@@ -160,7 +160,7 @@ def other(tensor: Tensor) -> Tensor:
     return flat.view_as(tensor)
 
 
-RESULTS = [("propose_nodes", 4), ("step_rows", 2), ("decide_walk", 11), ("settle_step", 4)]
+RESULTS = [("propose_nodes", 4), ("step_rows", 2), ("row_draws", 4), ("decide_walk", 11), ("settle_step", 4)]
 """Ops of the steps, and how many results each has that are compared always."""
 
 

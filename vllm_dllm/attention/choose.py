@@ -7,6 +7,7 @@ from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.flashinfer import FlashInferAttention
 from vllm_dllm.attention.interface import Attention, Setting
 from vllm_dllm.attention.plain import PlainAttention
+from vllm_dllm.attention.vllm_flash import VllmFlashAttention
 from vllm_dllm.attention.xformers import XformersAttention
 from vllm_dllm.errors import ConfigError, KernelUnavailable
 from vllm_dllm.names import AttentionName
@@ -18,12 +19,16 @@ Measure = Callable[[AttentionName], list[Check]]
 
 IMPLEMENTATIONS: dict[AttentionName, type[Attention]] = {
     "csrc": CsrcAttention,
+    "vllm": VllmFlashAttention,
     "flashinfer": FlashInferAttention,
     "xformers": XformersAttention,
     "torch": PlainAttention,
 }
 
-ORDER: dict[str, tuple[AttentionName, ...]] = {"cpu": ("csrc", "torch"), "cuda": ("csrc", "flashinfer", "xformers")}
+ORDER: dict[str, tuple[AttentionName, ...]] = {
+    "cpu": ("csrc", "torch"),
+    "cuda": ("csrc", "vllm", "flashinfer", "xformers"),
+}
 """By device, what `auto` tries; on a GPU `torch` is for who asks for it, since it is several times slower."""
 
 

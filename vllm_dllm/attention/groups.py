@@ -1,6 +1,7 @@
 """Groups of rows that see the same stored positions: what libraries for paged or ragged attention take."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class ContextGroups:
     @property
     def rows(self) -> NDArray[np.int64]:
         """The packed rows of all groups."""
-        return _ranges(self.first_row, self.num_rows)
+        return ranges(self.first_row, self.num_rows)
 
 
 def context_groups(layout: ForwardLayout) -> ContextGroups:
@@ -65,7 +66,7 @@ def own_nodes(host: HostLayout) -> tuple[OwnNodes, ...]:
         return (OwnNodes(bool(kinds[0]), None, own_len[own_len > 0]),)
     wanted = [(bool(kind), (is_causal == kind) & (own_len > 0)) for kind in kinds]
     return tuple(
-        OwnNodes(kind, _ranges(host.first_row[:-1][where], own_len[where]), own_len[where]) for kind, where in wanted
+        OwnNodes(kind, ranges(host.first_row[:-1][where], own_len[where]), own_len[where]) for kind, where in wanted
     )
 
 
@@ -84,6 +85,8 @@ def context_index(layout: ForwardLayout, groups: ContextGroups) -> PagedIndex:
     return PagedIndex(layout.page_table[request, position // layout.page_size].long(), position % layout.page_size)
 
 
-def _ranges(first: Int32Array, length: Int32Array) -> NDArray[np.int64]:
+def ranges(first: NDArray[Any], length: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the numbers from each `first` on, as many as `length` says, one range after another."""
     begin = np.cumsum(length, dtype=np.int64) - length
-    return np.arange(length.sum(), dtype=np.int64) + (first - begin).repeat(length)
+    number: NDArray[np.int64] = np.arange(length.sum(), dtype=np.int64) + (first - begin).repeat(length)
+    return number

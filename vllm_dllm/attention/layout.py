@@ -16,7 +16,7 @@ before the forward, so a layout is made on the host and travels in one copy. Ent
 needs are never used.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_dllm.attention.tiles import TILE_FIELDS, max_num_tiles, query_tiles
+
 IntArray = NDArray[np.int64]
 Int32Array = NDArray[np.int32]
 BoolArray = NDArray[np.bool_]
+
+_NO_TILES: Int32Array = np.zeros((0, TILE_FIELDS), dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +72,12 @@ class HostLayout:
         return length
 
     @property
-    def packed(self) -> Int32Array:
-        """All arrays in one, the context first, since kernels read it 16 bytes at a time."""
-        return np.concatenate([self.context.ravel(), self.first_node, self.first_row, self.is_causal])
+    def span(self) -> int:
+        """Stored positions from the first that a node sees to the last, of the node that has the most."""
+        is_seen = self.context[:, 1::2] > self.context[:, ::2]
+        begin = np.where(is_seen[:, 0], self.context[:, 0], self.context[:, 2])
+        end = np.where(is_seen[:, 1], self.context[:, 3], self.context[:, 1])
+        return int(np.where(is_seen.any(1) & (self.own_len > 0), end - begin, 0).max(initial=0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +89,11 @@ class ForwardLayout:
     first_row: Tensor  # [num_nodes + 1] int32
     context: Tensor  # [num_nodes, 4] int32
     is_causal: Tensor  # [num_nodes] int32
+    tiles: Tensor  # [num_tiles, 8] int32, as `query_tiles` makes them; none on a CPU
+    max_span: int  # as `HostLayout.span`; of a captured CUDA graph: what its page table has room for; 0 on a CPU
     page_size: int  # positions per page
     host: HostLayout  # of a captured CUDA graph: that of the capture
+    is_captured: bool = False  # whether a CUDA graph reads it
 
 
 def host_layout(
@@ -152,16 +162,20 @@ def pad_layout(host: HostLayout, *, num_rows: int, num_requests: int, block_leng
     )
 
 
-def to_device(host: HostLayout, page_table: Tensor, page_size: int) -> ForwardLayout:
+def to_device(host: HostLayout, page_table: Tensor, page_size: int, heads_per_kv: int) -> ForwardLayout:
     """Copy a layout to the device of its page table, without waiting for the copy.
 
     Args:
         host: the layout.
         page_table: [num_requests, max_pages] int32.
         page_size: positions per page.
+        heads_per_kv: query heads that share a K/V head.
     """
-    packed = pinned(host.packed, page_table.device).to(page_table.device, non_blocking=True)
-    return _unpack(packed, host, page_table, page_size)
+    device = page_table.device
+    is_cpu = device.type == "cpu"
+    tiles = _NO_TILES if is_cpu else query_tiles(host, heads_per_kv)
+    packed = pinned(_pack(host, tiles), device).to(device, non_blocking=True)
+    return _unpack(packed, host, len(tiles), page_table, page_size, 0 if is_cpu else host.span)
 
 
 class CapturedLayout:
@@ -171,31 +185,51 @@ class CapturedLayout:
     take part, for the padding.
     """
 
-    def __init__(self, *, max_num_requests: int, max_num_nodes: int, max_pages: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        max_num_requests: int,
+        max_num_nodes: int,
+        max_pages: int,
+        block_length: int,
+        heads_per_kv: int,
+        device: torch.device,
+    ) -> None:
         self._page_table = torch.zeros((max_num_requests + 1, max_pages), dtype=torch.int32, device=device)
+        self._block_length, self._heads_per_kv = block_length, heads_per_kv
         most = 4 * max_num_nodes + (max_num_requests + 2) + (max_num_nodes + 1) + max_num_nodes
+        most += TILE_FIELDS * max_num_tiles(
+            max_num_nodes * block_length, max_num_requests + 1, block_length, heads_per_kv
+        )
         self._packed = torch.zeros(most, dtype=torch.int32, device=device)
 
-    def fill(
-        self, host: HostLayout, page_table: Tensor, *, num_rows: int, block_length: int, page_size: int
-    ) -> ForwardLayout:
+    def fill(self, host: HostLayout, page_table: Tensor, *, num_rows: int, page_size: int) -> ForwardLayout:
         """Write a denoising step, padded to a captured number of rows, and return where it is.
 
         Args:
             host: the step.
             page_table: [num_requests, max_pages or more] int32, of the step's requests.
-            num_rows: rows of the captured graph, a multiple of `block_length`.
-            block_length: rows of each node.
+            num_rows: rows of the captured graph, a multiple of the block length.
             page_size: positions per page.
         """
-        num_requests = min(num_rows // block_length, len(self._page_table) - 1) + 1
-        padded = pad_layout(host, num_rows=num_rows, num_requests=num_requests, block_length=block_length)
+        num_requests = min(num_rows // self._block_length, len(self._page_table) - 1) + 1
+        padded = pad_layout(host, num_rows=num_rows, num_requests=num_requests, block_length=self._block_length)
         pages = self._page_table[:num_requests]
         pages[: len(page_table)] = page_table[:, : pages.shape[1]]
-        packed = pinned(padded.packed, self._packed.device)
+        tiles = self._tiles(padded, num_rows)
+        packed = pinned(_pack(padded, tiles), self._packed.device)
         target = self._packed[: len(packed)]
         target.copy_(packed, non_blocking=True)
-        return _unpack(target, padded, pages, page_size)
+        layout = _unpack(target, padded, len(tiles), pages, page_size, pages.shape[1] * page_size)
+        return replace(layout, is_captured=True)
+
+    def _tiles(self, padded: HostLayout, num_rows: int) -> Int32Array:
+        """Make the tiles, as many as the captured shape may need: those behind the last one have no rows."""
+        if self._packed.device.type == "cpu":
+            return _NO_TILES
+        most = max_num_tiles(num_rows, padded.num_requests, self._block_length, self._heads_per_kv)
+        tiles = query_tiles(padded, self._heads_per_kv)
+        return np.pad(tiles, ((0, most - len(tiles)), (0, 0)))
 
 
 def pinned(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -204,7 +238,25 @@ def pinned(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def _unpack(packed: Tensor, host: HostLayout, page_table: Tensor, page_size: int) -> ForwardLayout:
-    sizes = [host.context.size, len(host.first_node), len(host.first_row), len(host.is_causal)]
-    context, first_node, first_row, is_causal = packed.split(sizes)
-    return ForwardLayout(page_table, first_node, first_row, context.view(-1, 4), is_causal, page_size, host)
+def _pack(host: HostLayout, tiles: Int32Array) -> Int32Array:
+    """Put all arrays into one, context and tiles first, since kernels read them 16 bytes at a time."""
+    return np.concatenate([host.context.ravel(), tiles.ravel(), host.first_node, host.first_row, host.is_causal])
+
+
+def _unpack(
+    packed: Tensor, host: HostLayout, num_tiles: int, page_table: Tensor, page_size: int, max_span: int
+) -> ForwardLayout:
+    arrays = (host.first_node, host.first_row, host.is_causal)
+    sizes = [host.context.size, num_tiles * TILE_FIELDS, *map(len, arrays)]
+    context, tiles, first_node, first_row, is_causal = packed.split(sizes)
+    return ForwardLayout(
+        page_table=page_table,
+        first_node=first_node,
+        first_row=first_row,
+        context=context.view(-1, 4),
+        is_causal=is_causal,
+        tiles=tiles.view(-1, TILE_FIELDS),
+        max_span=max_span,
+        page_size=page_size,
+        host=host,
+    )

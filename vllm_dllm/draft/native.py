@@ -1,6 +1,5 @@
 """The canvases of a step, by slot: in torch, by a native op, and the choice between them."""
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -8,13 +7,9 @@ import torch
 from vllm_dllm import ops
 from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.propose import Roots, likeliest_end, propose
-from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.walk import Nodes
-
-logger = logging.getLogger("vllm.dllm")
-
 
 Propose = Callable[[CompiledGraph, CanvasState, DraftState, Blocks, int, bool], Nodes]
 
@@ -42,7 +37,8 @@ def torch_nodes(
     if num_drafts == 0 and not looks_ahead:
         return roots
     root, is_masked = roots.canvas[:, 0], roots.is_masked[:, 0]
-    origin = Roots(root, is_masked, memory.was_masked[slots] & ~is_masked, memory.candidates(slots))
+    is_new, is_open = memory.was_masked[slots] & ~is_masked, canvases.rules.open(is_masked)
+    origin = Roots(root, is_open, is_new, memory.candidates(slots))  # guesses beyond could not come true
     noise, is_known = canvases.draft_noise(blocks), memory.is_known[slots]
     drafts = propose(graph, origin, noise, num_drafts)
     nodes = roots.with_drafts(drafts.canvas, drafts.is_valid & is_known[:, None], drafts.depth, mask_token_id)
@@ -73,16 +69,11 @@ def native_nodes(
         num_drafts,
         looks_ahead,
         canvases.mask_token_id,
+        canvases.rules.sub_block_length or 0,
     )
     return Nodes(canvas, is_masked, is_valid, depth, *end)
 
 
 def choose_propose(device: torch.device) -> Propose:
     """Take the native op where it is built for the device, else its torch twin."""
-    try:
-        ops.require("propose_nodes", device.type)
-    except KernelUnavailable as error:
-        logger.warning("Drafts are made by torch: %s", error)
-        return torch_nodes
-    logger.info("Drafts are made by a native op for %s.", device.type)
-    return native_nodes
+    return ops.native_or_twin("propose_nodes", device.type, "Drafts are made", native_nodes, torch_nodes)

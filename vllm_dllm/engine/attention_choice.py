@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
+from vllm_dllm.attention import varlen
 from vllm_dllm.attention.choose import IMPLEMENTATIONS, choose_attention
 from vllm_dllm.attention.interface import Setting
 from vllm_dllm.config import DllmConfig
@@ -36,6 +37,10 @@ def set_attention(vllm_config: DllmVllmConfig, settings: DllmConfig) -> None:
     measure = None if current_platform.is_cpu() else SelfTest(vllm_config, settings, setting).attention
     choice = choose_attention(settings.attention, setting, measure)
     logger.info("Attention: %s: %s", choice.label, choice.reason)
+    if choice.name == "csrc" and setting.device_type == "cuda":
+        refusal = varlen.refusal(setting)
+        by = "FlashAttention of vLLM" if refusal is None else f"csrc: {refusal}"
+        logger.info("Attention of refreshes and prefills without context: %s", by)
     given = vllm_config.additional_config
     assert isinstance(given, dict), "settings_in refuses others"
     vllm_config.additional_config = {**given, "dllm": {**given.get("dllm", {}), "attention": choice.name}}

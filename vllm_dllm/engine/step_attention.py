@@ -7,8 +7,19 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vllm_dllm.attention.layout import CapturedLayout, HostLayout, PagedIndex, denoise_layout, lone_layout, to_device
+from vllm_dllm.attention.csrc import CsrcAttention, check_layout
+from vllm_dllm.attention.interface import Plan
+from vllm_dllm.attention.layout import (
+    CapturedLayout,
+    ForwardLayout,
+    HostLayout,
+    PagedIndex,
+    denoise_layout,
+    lone_layout,
+    to_device,
+)
 from vllm_dllm.engine.attention import ForwardAttention, implementation_of
+from vllm_dllm.engine.worker_check import CheckLevel, check_level
 from vllm_dllm.state.step_rows import NULL_PAGE
 
 
@@ -34,7 +45,9 @@ class StepAttention:
         self.stores = stores
         layer = vllm_config.compilation_config.static_forward_context[self.layer_names[0]]
         heads = layer.impl.heads(vllm_config.model_config.dtype)
+        self.heads_per_kv = heads.num_heads // heads.num_kv_heads
         self.implementation = implementation_of(vllm_config)(heads, layer.kv_cache)
+        self.checks_layouts = isinstance(self.implementation, CsrcAttention) and check_level() == CheckLevel.STEP
         self.max_pages = -(-vllm_config.model_config.max_model_len // self.page_size)
         self.captured: CapturedLayout | None = None
         self.captured_store: PagedIndex | None = None
@@ -48,6 +61,8 @@ class StepAttention:
             max_num_requests=scheduler.max_num_seqs,
             max_num_nodes=scheduler.max_num_batched_tokens // self.block_length,
             max_pages=self.max_pages,
+            block_length=self.block_length,
+            heads_per_kv=self.heads_per_kv,
             device=self.device,
         )
         if self.stores:
@@ -64,9 +79,13 @@ class StepAttention:
             page_table: [num_requests, max_pages] int32.
             store: [num_rows], where the rows' K/V go; None: nowhere.
         """
-        # As wide as a captured graph's: CUDA splits contexts by the width, so that the sums are the same.
-        layout = to_device(host, page_table[:, : self.max_pages], self.page_size)
-        return dict.fromkeys(self.layer_names, ForwardAttention(self.implementation.plan(layout), store))
+        layout = to_device(host, page_table, self.page_size, self.heads_per_kv)
+        return dict.fromkeys(self.layer_names, ForwardAttention(self._plan(layout), store))
+
+    def _plan(self, layout: ForwardLayout) -> Plan:
+        if self.checks_layouts:
+            check_layout(layout, num_pages=self.num_pages, heads_per_kv=self.heads_per_kv)
+        return self.implementation.plan(layout)
 
     def lone(self, num_rows: int) -> dict[str, ForwardAttention]:
         """Return the metadata of rows that belong to nobody, and see each other."""
@@ -82,11 +101,9 @@ class StepAttention:
             store: [num_rows or fewer], as in `eager`; rows without store into the page that belongs to nobody.
         """
         assert self.captured is not None, "a graph is captured only where graphs are on"
-        layout = self.captured.fill(
-            host, page_table, num_rows=num_rows, block_length=self.block_length, page_size=self.page_size
-        )
+        layout = self.captured.fill(host, page_table, num_rows=num_rows, page_size=self.page_size)
         captured = self._fill_store(store, num_rows)
-        return dict.fromkeys(self.layer_names, ForwardAttention(self.implementation.plan(layout), captured))
+        return dict.fromkeys(self.layer_names, ForwardAttention(self._plan(layout), captured))
 
     def _fill_store(self, store: PagedIndex | None, num_rows: int) -> PagedIndex | None:
         """Write where a captured step stores, and return where it is written."""

@@ -19,11 +19,13 @@ def draft_graph_attention(  # noqa: PLR0913 - the arguments of the op, once per 
     scale: float,
     out: Tensor,
     lse: Tensor | None = None,
+    tiles: Tensor | None = None,
+    num_splits: int = 1,
 ) -> None:
     """Attend from each row to its node's context and to its node's rows, into `out` and `lse`.
 
-    A row's result does not depend on the other nodes and requests of the call, bit for bit. Rows that see nothing,
-    which are those behind the last request's nodes, get 0 and a log-sum-exp of -inf. Requests and nodes may be empty.
+    A row's result does not depend on the other nodes and requests of the call, bit for bit. Rows behind the last
+    request's nodes see nothing and get 0 and a log-sum-exp of -inf. Requests and nodes may be empty.
 
     Args:
         query: [num_rows, num_heads, head_dim] float32, float16 or bfloat16; head_dim 32..256, a multiple of 8.
@@ -38,6 +40,8 @@ def draft_graph_attention(  # noqa: PLR0913 - the arguments of the op, once per 
         scale: factor of the scores, positive.
         out: [num_rows, num_heads, head_dim], written.
         lse: [num_rows, num_heads] float32, written; natural logarithm.
+        tiles: [num_tiles, 8] int32, as `attention.tiles.query_tiles` makes them; needed on CUDA alone.
+        num_splits: CTAs that share a context, CUDA alone. Low bits of a row depend on it.
 
     All float tensors but `lse` are of one dtype. All tensors are contiguous in the last dimension, `context` and `lse`
     in both.
@@ -48,9 +52,8 @@ def draft_graph_attention(  # noqa: PLR0913 - the arguments of the op, once per 
             on the CPU alone.
     """
     require("draft_graph_attention", query.device.type)
-    torch.ops.vllm_dllm.draft_graph_attention(
-        query, key, value, kv_cache, page_table, first_node, first_row, context, is_causal, scale, out, lse
-    )
+    layout = (page_table, first_node, first_row, context, is_causal)
+    torch.ops.vllm_dllm.draft_graph_attention(query, key, value, kv_cache, *layout, scale, out, lse, tiles, num_splits)
 
 
 def fake(*arguments: Tensor | float | None) -> None:

@@ -1,16 +1,22 @@
 """Find and load the library of native ops; explain its absence."""
 
+import logging
 import os
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from vllm_dllm.errors import KernelUnavailable
 
-OPS = ("decide_walk", "draft_graph_attention", "propose_nodes", "settle_step", "step_rows", "vocab_stats")
+logger = logging.getLogger("vllm.dllm")
+
+T = TypeVar("T")
+
+OPS = ("decide_walk", "draft_graph_attention", "propose_nodes", "row_draws", "settle_step", "step_rows", "vocab_stats")
 """Every op with a kernel. Each has a module of its name here, with its typed function and its `fake`: the shapes and
 dtypes of its results, for tracing."""
 
@@ -73,6 +79,23 @@ def require(op: str, device_type: str) -> None:
     Raises: KernelUnavailable.
     """
     _check(op, device_type)
+
+
+def native_or_twin(op: str, device_type: str, what: str, native: T, twin: T) -> T:
+    """Return what calls an op, or its twin in torch where the op has no kernel for the device; and say so.
+
+    Args:
+        op, device_type: as in `require`.
+        what: is done by it, for the log.
+        native, twin: of the same signature.
+    """
+    try:
+        require(op, device_type)
+    except KernelUnavailable as error:
+        logger.warning("%s by torch: %s", what, error)
+        return twin
+    logger.info("%s by a native op for %s.", what, device_type)
+    return native
 
 
 def check_one_device(op: str, *tensors: Tensor | None) -> None:

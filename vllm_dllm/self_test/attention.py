@@ -106,7 +106,9 @@ class Scene:
     def attend(self, implementation: type[Attention]) -> Tensor:
         """Run an implementation; what it does not write is NaN."""
         out = torch.full_like(self.query, torch.nan)
-        layout = to_device(self.host, self.page_table, self.shape.page_size)
+        layout = to_device(
+            self.host, self.page_table, self.shape.page_size, self.shape.num_heads // self.shape.num_kv_heads
+        )
         plan = implementation(self.shape.heads, self.kv_cache).plan(layout)
         plan.run(self.query, self.key, self.value, self.kv_cache, out)
         return out

@@ -174,7 +174,6 @@ class CanvasState:
 
         Returns: rows in the order of canvases, positions.
         """
-        temperature_np, has_top_k, has_top_p = self._sampling_np(slots_np)
         keys = stream_keys(self._int("seed")[slots, None], start[:, None] + self._offsets, num_masked[:, None])
 
         def per_row(per_request: Tensor) -> Tensor:
@@ -185,9 +184,24 @@ class CanvasState:
             top_k=per_row(self._int("top_k")),
             top_p=per_row(self._float("top_p")),
             keys=keys.flatten(),
-            has_filter=bool(((temperature_np > 0) & (has_top_k | has_top_p)).any()),
-            wants_sampled=self.rules.confidence == "sampled",
+            has_filter=self.has_filter(slots_np),
+            wants_sampled=self.wants_sampled,
         )
+
+    @property
+    def draw_params(self) -> list[Tensor]:
+        """What `row_sampling` gathers, of all slots: seed, top_k, temperature and top_p."""
+        return [*map(self._int, ("seed", "top_k")), *map(self._float, ("temperature", "top_p"))]
+
+    @property
+    def wants_sampled(self) -> bool:
+        """Whether policies look at the sampled distribution."""
+        return self.rules.confidence == "sampled"
+
+    def has_filter(self, slots_np: np.ndarray) -> bool:
+        """Tell whether top_k or top_p removes something of any of some requests."""
+        temperature_np, has_top_k, has_top_p = self._sampling_np(slots_np)
+        return bool(((temperature_np > 0) & (has_top_k | has_top_p)).any())
 
     def draft_noise(self, blocks: Blocks) -> DraftNoise | None:
         """Gather what the requests' draws depend on; None when all are greedy and none has the policy `random`."""
@@ -250,6 +264,17 @@ class CanvasState:
             anew = new_state(len(slots), self.block_length, self.device)
             self.remember(slots, select(where, anew, {name: its[slots] for name, its in self.memory.items()}))
         self.canvas[slots] = self.canvas[slots].masked_fill(where[:, None], self.mask_token_id)
+
+    def cut(self, blocks: Blocks, missing: Tensor) -> None:
+        """Fill the ends of blocks that have fewer positions than a canvas, so that nothing is masked there.
+
+        Args:
+            blocks: of some requests.
+            missing: [num_reqs] int64, positions that each has fewer.
+        """
+        is_missing = self._offsets >= self.block_length - missing[:, None]
+        filler = int(self.mask_token_id == 0)
+        self.canvas[blocks.slots] = self.canvas[blocks.slots].masked_fill(is_missing, filler)
 
     def _int(self, name: str) -> Tensor:
         return self._ints[_INTS.index(name)]

@@ -3,7 +3,6 @@
 `settle` states it in tensor code; the op `settle_step` does the same in one launch.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,13 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_dllm import ops
-from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.report import REPORT_LEN, StepFacts
 from vllm_dllm.unmask.walk import Nodes, Trajectory
-
-logger = logging.getLogger("vllm.dllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +27,9 @@ class Ledger:
     # [3, num_reqs] int64: whether the step refreshes, whether it commits, and the positions whose K/V are stored, but
     # for those of look-aheads. None: it stores nothing.
     planned: Tensor | None = None
+    # [num_reqs] int64, 1 where the step decided the first position of a block by a row that says nothing of the others.
+    begun: Tensor | None = None  # None: nowhere
+    missing: Tensor | None = None  # [num_reqs] int64, positions that a short block has fewer; None: none is short
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +100,7 @@ def native_settle(
 
 def choose_settle(device: torch.device) -> Settle:
     """Take the native op where it is built for the device, else its torch twin."""
-    try:
-        ops.require("settle_step", device.type)
-    except KernelUnavailable as error:
-        logger.warning("Steps are settled by torch: %s", error)
-        return settle
-    logger.info("Steps are settled by a native op for %s.", device.type)
-    return native_settle
+    return ops.native_or_twin("settle_step", device.type, "Steps are settled", native_settle, settle)
 
 
 def _facts(blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger) -> StepFacts:

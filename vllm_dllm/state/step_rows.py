@@ -3,7 +3,6 @@
 `torch_rows` states it in tensor code; the op `step_rows` does the same in one launch.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,11 +11,8 @@ from torch import Tensor
 
 from vllm_dllm import ops
 from vllm_dllm.attention.layout import PagedIndex
-from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.unmask.walk import Nodes
-
-logger = logging.getLogger("vllm.dllm")
 
 NULL_PAGE = 0
 """vLLM's page that belongs to nobody: what is stored there is never read."""
@@ -105,10 +101,4 @@ def native_rows(
 
 def choose_rows(device: torch.device) -> FillRows:
     """Take the native op where it is built for the device, else its torch twin."""
-    try:
-        ops.require("step_rows", device.type)
-    except KernelUnavailable as error:
-        logger.warning("Rows are filled by torch: %s", error)
-        return torch_rows
-    logger.info("Rows are filled by a native op for %s.", device.type)
-    return native_rows
+    return ops.native_or_twin("step_rows", device.type, "Rows are filled", native_rows, torch_rows)

@@ -7,7 +7,6 @@ next step.
 `walk` states it in tensor code; the op `decide_walk` does the same in one launch.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_dllm import ops
-from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.ops.vocab_stats import PartialStats
 from vllm_dllm.unmask.memory import PolicyState, Shown, select
 from vllm_dllm.unmask.policy import (
@@ -31,8 +29,6 @@ from vllm_dllm.unmask.policy import (
 )
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.stats import Candidates, candidates_of
-
-logger = logging.getLogger("vllm.dllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +171,7 @@ def native_walk(
         memory,
         mask_token_id,
         rules.unmasks_first_alone,
+        rules.sub_block_length or 0,
     )
     canvas, next_canvas, path, step, node, num_steps, num_unmasked, is_finished, came_over = found[:9]
     candidates, state = Candidates(*found[9:11]), dict(zip(state, found[11:], strict=True))
@@ -185,13 +182,7 @@ def native_walk(
 
 def choose_walk(device: torch.device) -> Walk:
     """Take the native op where it is built for the device, else its torch twin."""
-    try:
-        ops.require("decide_walk", device.type)
-    except KernelUnavailable as error:
-        logger.warning("Canvases are decided by torch: %s", error)
-        return walk
-    logger.info("Canvases are decided by a native op for %s.", device.type)
-    return native_walk
+    return ops.native_or_twin("decide_walk", device.type, "Canvases are decided", native_walk, walk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +278,8 @@ def _rows_of(ground: _Ground, node: Tensor) -> PartialStats:
 def _shown(ground: _Ground, node: Tensor) -> Shown:
     assert ground.asked is not None, "a memory asks"
     request = torch.arange(len(node), device=node.device)
-    return Shown(_rows_of(ground, node), ground.asked, ground.nodes.is_masked[request, node])
+    is_masked = ground.nodes.is_masked[request, node]
+    return Shown(_rows_of(ground, node), ground.asked, is_masked, ground.rules.open(is_masked))
 
 
 def _is_decidable(ground: _Ground, node: Tensor, state: PolicyState) -> Tensor:
@@ -311,10 +303,6 @@ def _decided(ground: _Ground, node: Tensor, params: PolicyParams, state: PolicyS
         is_its = is_its.repeat_interleave(canvas.shape[1])
         token_ids = torch.where(is_its, recalled.token_ids, token_ids)
         distribution = recalled.distribution.where(is_its, distribution)
-    evidence = Evidence(distribution, is_masked)
-    chosen = choose_positions(score_positions(evidence, params), is_masked, params)
-    if ground.rules.unmasks_first_alone:
-        is_untouched = is_masked.all(1)
-        chosen &= ~is_untouched[:, None]
-        chosen[:, 0] |= is_untouched
+    score = score_positions(Evidence(distribution, is_masked), params)
+    chosen = choose_positions(score, is_masked, params, ground.rules.open(is_masked))
     return torch.where(chosen, token_ids.view_as(canvas), canvas), state

@@ -12,12 +12,25 @@ struct RowStrides {
   int64_t head;
 };
 
+// What a CTA of the CUDA kernel works on, made on the host once per step (vllm_dllm/attention/tiles.py): kTileQueries
+// queries of a request and a K/V head, those of a request numbered row by row, heads_per_kv for each. A tile without
+// nodes has the rows [first_row, end_row) that are nobody's and see nothing, or none.
+struct alignas(16) QueryTile {
+  int32_t request;
+  int32_t first_query;  // of the request
+  int32_t first_row;    // of the request
+  int32_t end_row;
+  int32_t first_node;  // of the tile
+  int32_t end_node;
+  int32_t unused[2];
+};
+
 // For each row i and head h, with j over what `visible.h` lets the row see and g the head's K/V head:
 //   s_j = scale * <query[i, h], key_j>,   out[i, h] = sum_j softmax(s)_j value_j,   lse[i, h] = log sum_j exp(s_j)
 // A row that sees nothing, as those behind the last request's nodes, gives out 0 and lse -inf. Sums are float32, in an
-// order that depends on nothing but the row's own context and node: stored positions ascending and the node's rows
-// ascending, on CUDA last, in tiles. What no row of a request sees is never read. CUDA weighs a value that one node of
-// a request sees by 0 for the other nodes, so that NaN among these values may reach them.
+// order that depends on nothing but the row's own context and node, and on num_splits on CUDA: stored positions
+// ascending and the node's rows ascending, on CUDA last, in tiles. What no row of a request sees is never read, and NaN
+// among what one node sees does not reach the others.
 struct DraftGraphAttentionArgs {
   FloatType type;             // of query, key, value, kv_cache and out
   const void* query;          // [num_rows, num_heads, head_dim]
@@ -29,6 +42,7 @@ struct DraftGraphAttentionArgs {
   const int32_t* first_row;   // [num_nodes + 1], contiguous; of node n: [first_row[n], first_row[n + 1])
   const Context* context;     // [num_nodes], contiguous
   const int32_t* is_causal;   // [num_nodes], contiguous; 1: a row sees of its node's rows itself and those before
+  const QueryTile* tiles;     // [num_tiles], contiguous, that have each row once; CUDA only
   void* out;                  // [num_rows, num_heads, head_dim]
   float* lse;                 // [num_rows, num_heads], contiguous; nullptr: not wanted
   float* workspace;           // [attention_workspace(args)], contents lost; CUDA only
@@ -50,39 +64,32 @@ struct DraftGraphAttentionArgs {
   int32_t num_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
+  int32_t num_tiles;   // CUDA only
+  int32_t num_splits;  // CUDA only: CTAs that divide a context among them
 };
 
-// How CUDA divides the stored positions of a node with at most kSplitRows rows among CTAs: split i takes
-// [i * len, (i + 1) * len), the last one the node's own rows too. Made from the page table's shape, so that a row's
-// sums do not depend on the other requests.
-struct ContextSplit {
-  int32_t num;
-  int32_t len;
-};
+constexpr int32_t kTileQueries = 64;
+constexpr int32_t kLeastSplit = 128;  // stored positions: two tiles of keys
+constexpr int32_t kMaxSplits = 32;
 
-constexpr int32_t kSplitRows = 64;   // larger nodes give enough CTAs
-constexpr int32_t kSplitLen = 1024;  // the least
-constexpr int32_t kMaxSplits = 16;   // bounds the workspace
-
-DLLM_HOST_DEVICE inline ContextSplit context_split(const DraftGraphAttentionArgs& args) {
+// How CUDA divides a node's stored positions among `num_splits` CTAs: `split` takes those in the interval, the last one
+// the node's own rows too. It depends on the node's own context, so that other nodes do not change a row's sums.
+DLLM_HOST_DEVICE inline Interval split_share(const Context& context, int32_t num_splits, int32_t split) {
   constexpr int32_t kMultiple = 64;  // of every tile
-  const int32_t capacity = args.max_pages * args.page_size;
-  const int32_t wanted = (capacity + kSplitLen - 1) / kSplitLen;
-  const int32_t num = wanted < 1 ? 1 : wanted > kMaxSplits ? kMaxSplits : wanted;
-  const int32_t len = (capacity + num - 1) / num;
-  return {num, (len + kMultiple - 1) / kMultiple * kMultiple};
-}
-
-// Rows of the workspace: all, or kSplitRows of each node where these are fewer (see workspace_row).
-DLLM_HOST_DEVICE inline int64_t workspace_rows(const DraftGraphAttentionArgs& args) {
-  const int64_t of_nodes = static_cast<int64_t>(args.num_nodes) * kSplitRows;
-  return args.num_rows < of_nodes ? args.num_rows : of_nodes;
+  const Interval first = is_empty(context.interval[0]) ? context.interval[1] : context.interval[0];
+  const Interval last = is_empty(context.interval[1]) ? context.interval[0] : context.interval[1];
+  if (is_empty(first)) {
+    return {0, 0};
+  }
+  const int32_t begin = first.begin / kMultiple * kMultiple;
+  const int32_t each = ((last.end - begin + num_splits - 1) / num_splits + kMultiple - 1) / kMultiple * kMultiple;
+  const int32_t len = each < kLeastSplit ? kLeastSplit : each;
+  return {begin + split * len, begin + (split + 1) * len};
 }
 
 // Floats that the splits need to hand over their sums: out, max and sum of each row and head.
 inline int64_t attention_workspace(const DraftGraphAttentionArgs& args) {
-  const int64_t num_splits = context_split(args).num;
-  return num_splits == 1 ? 0 : num_splits * workspace_rows(args) * args.num_heads * (args.head_dim + 2);
+  return args.num_splits == 1 ? 0 : int64_t{args.num_splits} * args.num_rows * args.num_heads * (args.head_dim + 2);
 }
 
 namespace cpu {

@@ -1,0 +1,101 @@
+"""Rows that see nothing stored, by FlashAttention where vLLM has it; a stand-in says what is asked of it."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.attention import stand_ins
+from tests.attention.scenes import assert_near, captured, causal, denoising, ints, make_scene, mixed, storing
+from vllm_dllm.attention import varlen
+from vllm_dllm.attention.csrc import CsrcAttention, CsrcPlan
+from vllm_dllm.attention.interface import Setting
+from vllm_dllm.attention.layout import HostLayout, host_layout
+from vllm_dllm.attention.tiles import query_tiles
+from vllm_dllm.attention.varlen import VarlenAttention, context_free, context_free_runs, refusal
+
+
+def refreshing() -> HostLayout:
+    """Beside drafts two refreshes of everything, then one behind a prefix, a short one, and a causal one."""
+    context = [[0, 33, 38, 70]] * 3 + [[0, 0, 70, 70], [0, 0, 90, 90], [0, 9, 9, 9], [0, 0, 0, 0], [0, 0, 0, 0]]
+    is_causal = np.arange(8) == 7
+    return host_layout(ints(3, 1, 1, 1, 1, 1), ints(5, 5, 5, 70, 90, 80, 9, 64), np.array(context), is_causal)
+
+
+def test_long_requests_without_context_are_found() -> None:
+    assert context_free(refreshing()).tolist() == [False, True, True, False, False, True]
+    assert context_free(storing(ints(0, 0), ints(63, 64))).tolist() == [False, True]
+    assert not context_free(denoising(3)).any()
+    no_context = np.zeros((4, 4), dtype=np.int64)
+    halves = host_layout(ints(2, 2), ints(40, 40, 40, 40), no_context, np.array([False, True, True, True]))
+    assert context_free(halves).tolist() == [False, True]
+
+
+def test_neighbours_are_one_call() -> None:
+    layout = make_scene(refreshing()).layout
+    runs = context_free_runs(layout, context_free(layout.host))
+    assert [(run.rows, run.lengths["causal"]) for run in runs] == [(slice(15, 175), False), (slice(264, 328), True)]
+    assert runs[0].lengths["cu_seqlens_q"].tolist() == [0, 70, 160]
+    assert (runs[0].lengths["max_seqlen_q"], runs[0].lengths["max_seqlen_k"]) == (90, 90)
+
+
+@pytest.fixture
+def csrc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention is there, on the CPU."""
+    for name, module in stand_ins.vllm_modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(varlen, "refusal", lambda setting: None)
+
+
+@pytest.mark.usefixtures("csrc")
+@pytest.mark.parametrize("host", [refreshing(), storing(ints(0, 0), ints(121, 80)), mixed(), causal(5)])
+def test_the_kernel_and_flash_attention_share_a_forward(host: HostLayout) -> None:
+    scene = make_scene(host)
+    assert_near(scene.attend(CsrcAttention), scene)
+
+
+@pytest.mark.usefixtures("csrc")
+def test_the_kernel_has_no_tiles_of_what_flash_attention_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = make_scene(refreshing())
+    attention = CsrcAttention(scene.heads, scene.kv_cache)
+    plan = attention.plan(scene.layout)
+    assert len(plan.runs) == 2
+    assert plan.tiles[:, 0].tolist() == [0, 3, 3, 3, 4]
+    every = query_tiles(scene.layout.host, 2)
+    assert torch.equal(plan.tiles, torch.from_numpy(every[np.isin(every[:, 0], [0, 3, 4])]))
+    alone = make_scene(storing(ints(0, 0), ints(121, 80)))
+    monkeypatch.setattr(CsrcPlan, "_run_kernel", lambda *_: pytest.fail("there is nothing for it"))
+    assert_near(alone.attend(CsrcAttention), alone)
+
+
+@pytest.mark.usefixtures("csrc")
+def test_a_captured_step_is_the_kernels_alone() -> None:
+    """Its padding is a long request without context in this step, and maybe not in the next one."""
+    scene = make_scene(denoising(1, 4))
+    layout = captured(scene, num_rows=4 * 40, block_length=4, max_num_requests=7).layout
+    assert context_free(layout.host).any()
+    assert CsrcAttention(scene.heads, scene.kv_cache).plan(layout).runs == ()
+
+
+def test_the_version_is_one_that_takes_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = make_scene(mixed()).heads
+    for of_vllm, ours in ((2, 2), (3, 3), (4, 2)):
+        modules = stand_ins.vllm_modules()
+        utils = modules["vllm.v1.attention.backends.fa_utils"]
+        vars(utils)["get_flash_attn_version"] = lambda head_size, of_vllm=of_vllm: of_vllm
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        assert VarlenAttention(heads).version == ours
+
+
+def test_where_it_is_not_asked() -> None:
+    cpu = Setting("cpu", None, torch.bfloat16, torch.bfloat16, 128, None)
+    assert refusal(cpu) == "it does not run on cpu"
+    float32 = Setting("cuda", (9, 0), torch.float32, torch.float32, 128, None)
+    assert refusal(float32) == "it does not take float32 (--dtype)"
+    bfloat16 = Setting("cuda", (9, 0), torch.bfloat16, torch.bfloat16, 128, None)
+    assert refusal(bfloat16) in (
+        None,
+        "the installed vLLM has no FlashAttention; install its CUDA build: `pip install vllm`",
+    )
