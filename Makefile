@@ -14,11 +14,11 @@ WORKERS ?= 2
 # Tests of a group share a process; groups begin in the order of collection (tests/suite/order.py).
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: FORCE help setup demo test test-all check lint cuda-check cuda-report sanitize bench docs build clean
+.PHONY: FORCE help setup demo test test-all test-vllm-033 check lint cuda-check cuda-report sanitize bench docs build clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 setup: ## make .venv with the pinned CPU environment and build the ops into the checkout
 	@scripts/setup_env.sh venv
@@ -52,6 +52,12 @@ test: setup ## all tests, of the slow ones those whose sources changed
 
 test-all: setup ## all tests; where they pass, the slow ones need not run again until their sources change
 	$(PYTEST) --slow all $(TEST_ARGS)
+
+# There is no build of vLLM 0.33 for CPUs: its Python files are laid over the compiled modules of 0.32.
+VLLM_033_TESTS ?= tests/engine tests/e2e
+test-vllm-033: setup ## the engine tests with the Python files of vLLM 0.33, in .venv-033 (docs/testing.md)
+	@$(PY) scripts/vllm_overlay.py
+	$(PYTEST:$(PY)%=.venv-033/bin/python%) --slow none $(VLLM_033_TESTS) $(TEST_ARGS)
 
 check: lint cuda-check ## format, lint, types, CUDA compilation, tests without an engine
 	$(PYTEST) -q -m "not engine" $(TEST_ARGS)
@@ -95,5 +101,5 @@ build: setup ## make the wheel and the source distribution in dist/
 	$(PY) -m build --no-isolation
 
 clean: ## remove what the other targets made, .venv included
-	rm -rf .venv build dist *.egg-info vllm_dllm/_C.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-033 build dist *.egg-info vllm_dllm/_C.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

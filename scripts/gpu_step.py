@@ -32,6 +32,7 @@ from vllm_dllm.engine.step import Step, rows_to_device
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.settle import Emission, Ledger, choose_settle
+from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.walk import choose_walk
@@ -91,6 +92,12 @@ class Model:
             hidden = hidden + linear(silu(gate) * up, down)
         return rms_norm(hidden, size)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits; on a GPU with the float32 of their sums, as `engine.head` asks for."""
+        if self.device.type == "cuda":
+            return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
+        return linear(hidden, self.head)
+
     def _draw(self, *size: int) -> Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device=self.device).normal_(std=size[-1] ** -0.5)
 
@@ -131,7 +138,7 @@ class Engine:
         for slot in range(num_reqs):
             self.state.add_request(slot, _params(slot, block_length, int(self.start[slot]), int(self.seq_len[slot])))
         self.state.apply_staged_writes()
-        head = LogitsHead(lambda rows: linear(rows, model.head), shape.vocab_size, mask, is_native=True)
+        head = LogitsHead(model.logits, shape.vocab_size, mask, is_native=True)
         drafter = GraphDrafter(shipped_graph(shape.graph))
         self.denoiser = Denoiser(self.state, drafter, head, choose_walk(device), choose_settle(device))
         self.layout = CapturedLayout(
@@ -142,7 +149,8 @@ class Engine:
             heads_per_kv=model.heads.num_heads // model.heads.num_kv_heads,
             device=device,
         )
-        self.input_ids = torch.zeros(self.num_rows, dtype=torch.int64, device=device)
+        ids = torch.zeros(self.num_rows, dtype=torch.int32, device=device)
+        self.rows, self._fill_rows = RowInputs(ids, torch.zeros_like(ids, dtype=torch.int64)), choose_rows(device)
         self.attention = CsrcAttention(model.heads, model.kv_caches[0])
 
     def prepare(self) -> tuple[Step, ForwardLayout]:
@@ -160,11 +168,12 @@ class Engine:
         slots_np = np.arange(num_reqs)
         slots, start = torch.from_numpy(np.stack([slots_np, self.start])).to(device, non_blocking=True)
         blocks = Blocks(slots, slots_np, start)
-        position, special = rows_to_device(plan, device)
+        special = rows_to_device(plan, device)
         nodes = self.denoiser.nodes(blocks, plan.max_drafts)
         num_counted = torch.full_like(start, shape.block_length + self.num_drafts)
-        step = Step(None, plan, blocks, Ledger(num_reqs, start, num_counted), position, special, nodes)
-        self.input_ids.copy_(step.input_ids(self.page_table, self.state.mask_token_id))
+        step = Step(None, plan, blocks, Ledger(num_reqs, start, num_counted), special, nodes)
+        known = Sequences(self.page_table)  # a plain step reads none of them
+        self._fill_rows(nodes, blocks, None, known, self.rows, self.state.mask_token_id)
         layout = self.layout.fill(
             plan.layout(),
             self.page_table,
@@ -176,13 +185,13 @@ class Engine:
     def forward(self) -> Callable[[], Tensor]:
         """Return what runs the forward of the step that `prepare` made last: on a GPU a captured graph's replay."""
         plan = self.attention.plan(self.prepare()[1])
-        hidden = self.model.forward(self.input_ids, plan)
+        hidden = self.model.forward(self.rows.input_ids, plan)
         if self.model.device.type != "cuda":
-            return lambda: self.model.forward(self.input_ids, plan)
+            return lambda: self.model.forward(self.rows.input_ids, plan)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            hidden = self.model.forward(self.input_ids, plan)
+            hidden = self.model.forward(self.rows.input_ids, plan)
 
         def replay() -> Tensor:
             graph.replay()

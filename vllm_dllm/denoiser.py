@@ -16,6 +16,7 @@ from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.ops.vocab_stats import RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.draws import Draw, torch_draws
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
 from vllm_dllm.unmask.head import Head
 from vllm_dllm.unmask.policy import asked_ids
@@ -45,10 +46,17 @@ class Denoiser:
         head: reduces the model's rows.
         walk: decides canvases.
         settle: ends steps.
+        draw: says how tokens are drawn.
     """
 
     def __init__(
-        self, state: CanvasState, drafter: Drafter | None, head: Head, walk: Walk = walk, settle: Settle = settle
+        self,
+        state: CanvasState,
+        drafter: Drafter | None,
+        head: Head,
+        walk: Walk = walk,
+        settle: Settle = settle,
+        draw: Draw = torch_draws,
     ) -> None:
         self.state = state
         self.drafter = drafter
@@ -57,6 +65,7 @@ class Denoiser:
         self.head = head
         self.walk = walk
         self._settle = settle
+        self._draw = draw
         self.observer: Callable[[Observation], None] | None = None
 
     def nodes(self, blocks: Blocks, num_drafts: int, *, looks_ahead: bool = False) -> Nodes:
@@ -89,7 +98,8 @@ class Denoiser:
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
         ids = self._ids(nodes, asked_ids(remembered))
-        stats = self.head(rows, self._sampling(blocks, nodes), num_candidates, ids)
+        sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
+        stats = self.head(rows, sampling, num_candidates, ids)
         params = self.state.policy_params(blocks)
         done = self.walk(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
         if self.observer is not None:
@@ -109,17 +119,6 @@ class Denoiser:
             return None
         return RowIds(nodes.per_evaluated(asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1))
 
-    def _sampling(self, blocks: Blocks, nodes: Nodes) -> RowSampling | None:
-        if not self.state.is_sampled(blocks.slots_np):
-            return None
-        start = blocks.start[:, None].repeat(1, nodes.depth.shape[1])
-        if nodes.end is not None:
-            start[:, -1] += self.state.block_length
-        slots = blocks.slots[:, None].expand_as(start)
-        return self.state.row_sampling(
-            blocks.slots_np, *(nodes.per_evaluated(each) for each in (slots, start, nodes.is_masked.sum(2)))
-        )
-
     def reduce(self, hidden: Tensor, *, is_sampled: bool) -> None:
         """Do a step's work on rows that belong to nobody, for measurements of time and memory.
 
@@ -131,6 +130,6 @@ class Denoiser:
         if is_sampled:
             zeros = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
             ones = torch.ones(len(hidden), dtype=torch.float64, device=hidden.device)
-            wants_sampled = self.state.rules.confidence == "sampled"
+            wants_sampled = self.state.wants_sampled
             sampling = RowSampling(ones, zeros, 0.9 * ones, zeros, has_filter=True, wants_sampled=wants_sampled)
         self.head(hidden, sampling, POLICY_CANDIDATES if self.drafter is None else MAX_CANDIDATES)

@@ -63,8 +63,6 @@ def _import_all() -> None:
 def _register() -> None:
     from transformers import AutoConfig
     from vllm import envs
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from vllm_dllm.engine import (
@@ -72,6 +70,7 @@ def _register() -> None:
         config_hook,
         configs,
         front_end,
+        natives,
         refusals,
         request,
         spiffy_arguments,
@@ -95,8 +94,7 @@ def _register() -> None:
     if VARIABLE in os.environ:  # vLLM warns of variables with its prefix that it does not know
         envs.environment_variables.setdefault(VARIABLE, lambda: os.environ.get(VARIABLE))
     for family in FAMILIES:
-        ModelRegistry.register_model(family.architecture, family.model_class)
-        MODELS_CONFIG_MAP[family.architecture] = config_hook.DllmConfigHook
+        natives.take_over(family, config_hook.DllmConfigHook)
     for model_type, name in config_classes().items():
         config_class = resolve_name(name)
         _CONFIG_REGISTRY[model_type] = config_class

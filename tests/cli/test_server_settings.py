@@ -23,6 +23,12 @@ def checkpoint(folder: Path, **config: object) -> str:
         ({"architectures": ["DreamModel"]}, (32, "entropy", "dual", 0.9)),
         ({"architectures": ["SDARForCausalLM"]}, (4, "dynamic", "block_causal", 0.85)),
         ({"architectures": ["SDARForCausalLM"], "block_size": 16}, (16, "dynamic", "block_causal", 0.85)),
+        ({"architectures": ["SDARMoeForCausalLM"]}, (4, "dynamic", "block_causal", 0.85)),
+        ({"architectures": ["LLaDAMoEModelLM"]}, (32, "static", "dual", 0.9)),
+        (
+            {"architectures": ["LlamaForCausalLM"], "auto_map": {"AutoModel": "m.SeedDiffcoderForCausalLM"}},
+            (4, "static", "block_causal", 0.9),
+        ),
     ],
 )
 def test_the_model_decides_what_is_not_given(

@@ -27,11 +27,12 @@ from vllm_dllm.reference import block_causal, decode, policy, spiffy
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.sampling import Sampling
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
-from vllm_dllm.state.settle import Ledger, native_settle, settle
+from vllm_dllm.state.draws import native_draws
+from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
-from vllm_dllm.unmask.walk import native_walk, walk
+from vllm_dllm.unmask.walk import native_walk
 
 VOCAB, MASK, EOS = 13, 3, 1
 CPU = torch.device("cpu")
@@ -149,7 +150,7 @@ def denoise(
     state.apply_staged_writes()
     drafter = drafter_of(drafts, is_native=is_native)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
-    denoiser = Denoiser(state, drafter, head, *((native_walk, native_settle) if is_native else (walk, settle)))
+    denoiser = Denoiser(state, drafter, head, *((native_walk, native_settle, native_draws) if is_native else ()))
     slots = torch.arange(num_reqs)
     forwards, accepted = torch.zeros(num_reqs, dtype=torch.int64), torch.zeros(num_reqs, dtype=torch.int64)
     num_drafts = 0  # the first forward is the refresh

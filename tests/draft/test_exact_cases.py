@@ -28,6 +28,7 @@ from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.names import PolicyName
 from vllm_dllm.reference import policy, spiffy
 from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.draws import native_draws
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.walk import native_walk
@@ -115,7 +116,7 @@ def test_a_new_block_has_no_drafts_before_its_first_step() -> None:
     state.apply_staged_writes()
     drafter = GraphDrafter(CHAIN, choose=lambda _: native_nodes)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=True)
-    denoiser = Denoiser(state, drafter, head, native_walk)
+    denoiser = Denoiser(state, drafter, head, native_walk, draw=native_draws)
     for row in rows:
         step(ChainModel(BLOCK_LENGTH, 0, 12.0), denoiser, row, budget=0, look_ahead_from=None)
     slots = torch.tensor([0, 1])

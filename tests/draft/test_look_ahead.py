@@ -18,9 +18,10 @@ from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import block_causal, policy, spiffy
 from vllm_dllm.state.canvas import Blocks, CanvasState
-from vllm_dllm.state.settle import Ledger, native_settle, settle
+from vllm_dllm.state.draws import native_draws
+from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
-from vllm_dllm.unmask.walk import native_walk, walk
+from vllm_dllm.unmask.walk import native_walk
 
 CHAIN = DraftGraph(tuple(tuple((i, 0) for i in range(n)) for n in range(1, 4)), tokens_per_step=1)
 
@@ -110,7 +111,7 @@ def decode(
     state.apply_staged_writes()
     drafter = drafter_of(drafts, is_native=is_native)
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
-    denoiser = Denoiser(state, drafter, head, *((native_walk, native_settle) if is_native else (walk, settle)))
+    denoiser = Denoiser(state, drafter, head, *((native_walk, native_settle, native_draws) if is_native else ()))
     server = DllmConfig(block_length=model.block_length, kv_policy="block_causal")
     for row in rows:
         while row.start < row.end:

@@ -10,6 +10,7 @@ import torch
 from vllm_dllm import ops
 from vllm_dllm.draft.native import choose_propose, native_nodes, torch_nodes
 from vllm_dllm.errors import KernelUnavailable
+from vllm_dllm.state.draws import choose_draws, native_draws, torch_draws
 from vllm_dllm.state.settle import choose_settle, native_settle, settle
 from vllm_dllm.state.step_rows import choose_rows, native_rows, torch_rows
 from vllm_dllm.unmask.walk import choose_walk, native_walk, walk
@@ -17,6 +18,7 @@ from vllm_dllm.unmask.walk import choose_walk, native_walk, walk
 CHOICES = [
     (choose_propose, native_nodes, torch_nodes, "Drafts are made", "propose_nodes"),
     (choose_walk, native_walk, walk, "Canvases are decided", "decide_walk"),
+    (choose_draws, native_draws, torch_draws, "Draws are made ready", "row_draws"),
     (choose_rows, native_rows, torch_rows, "Rows are filled", "step_rows"),
     (choose_settle, native_settle, settle, "Steps are settled", "settle_step"),
 ]

@@ -27,7 +27,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"speculative_config": {"method": "spiffy"}, "additional_config": {"dllm": {"kv_policy": "prefix"}}},
         "speculative_config.exactness is 'exact', but additional_config.dllm.kv_policy is 'prefix'",
     ),
-    ({"diffusion_config": {"canvas_length": 16}}, "diffusion_config is set"),
+    ({"diffusion_config": {"canvas_length": 16}}, "diffusion_config is {'canvas_length': 16}"),
     ({"long_prefill_token_threshold": 16}, "long_prefill_token_threshold is 16"),
     ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls is set"),
     ({"runner": "pooling", "convert": "embed"}, "runner is 'pooling'"),

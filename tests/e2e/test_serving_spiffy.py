@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.e2e.http import MODEL, complete, lines_we_cause, server
-from tests.e2e.rig import Oracle, mixed_cases
+from tests.e2e.rig import CHECKPOINT, Oracle, mixed_cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
@@ -68,6 +68,40 @@ def test_chat_tells_what_it_took(client: openai.OpenAI) -> None:
     )
     assert reply.choices[0].message.content == "1 2 3 7"
     assert reply.kv_transfer_params["dllm"]["nfe"] < 32
+
+
+def test_vllm_s_benchmark_prints_what_diffusion_took(
+    client: openai.OpenAI, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By the names of vLLM's metrics; it takes a commit off for each block, and divides by the steps that are left."""
+    from vllm.benchmarks import serve as bench
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    before = metrics(client)
+    arguments = [
+        "--base-url",
+        str(client.base_url).removesuffix("/v1/"),
+        "--model",
+        MODEL,
+        "--tokenizer",
+        str(CHECKPOINT),
+    ]
+    arguments += ["--dataset-name", "random", "--random-input-len", "8", "--random-output-len", "16"]
+    arguments += ["--num-prompts", "4", "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
+    parser = FlexibleArgumentParser()
+    bench.add_cli_args(parser)
+    result = bench.main(parser.parse_args(arguments))
+    after = metrics(client)
+    took = {
+        name: after[f"{name}_total"][""] - before[f"{name}_total"].get("", 0)
+        for name in ("forwards", "refreshes", "blocks")
+    }
+    assert (result["completed"], took["blocks"], result["diffusion_committed_tokens"]) == (4, 8, 64)
+    nfe = took["forwards"] + took["refreshes"]
+    assert result["diffusion_denoising_steps"] == nfe
+    assert result["diffusion_steps_per_canvas"] == nfe / 8
+    assert result["diffusion_committed_per_step"] == 64 / nfe
+    assert "Diffusion Decoding" in capsys.readouterr().out
 
 
 def test_metrics_add_up(client: openai.OpenAI) -> None:

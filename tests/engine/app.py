@@ -7,9 +7,13 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:  # 0.33 has it elsewhere
+    from vllm.entrypoints.common.cli_args import make_arg_parser
 
 PASSED = "passed"
 

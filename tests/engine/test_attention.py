@@ -1,10 +1,12 @@
 """vLLM's side of attention: the choice is told and kept, and what vLLM asks of a backend follows from it."""
 
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
@@ -16,11 +18,14 @@ from vllm_dllm.attention.flashinfer import FlashInferAttention
 from vllm_dllm.attention.plain import CHUNK_BYTES, PlainAttention
 from vllm_dllm.config import AttentionName, DllmConfig
 from vllm_dllm.engine import attention, attention_choice, configs
-from vllm_dllm.errors import KernelUnavailable
+from vllm_dllm.errors import ConfigError, KernelUnavailable
 from vllm_dllm.self_test.attention import AttentionShape
 from vllm_dllm.self_test.check import Check
 from vllm_dllm.self_test.decoding import DecodingShape
 from vllm_dllm.self_test.isolated import Request
+
+REFUSES_OTHER_CACHES = Version(version("vllm")) >= Version("0.33")
+"""vLLM does it itself from then on."""
 
 
 def engine_config(**changes: Any) -> Any:
@@ -99,6 +104,10 @@ def test_the_choice_is_told_with_its_reason_and_kept(log: list[str]) -> None:
 
 
 def test_a_cache_of_another_dtype_is_for_torch(log: list[str]) -> None:
+    if REFUSES_OTHER_CACHES:
+        with pytest.raises(ConfigError, match=r'^kv_cache_dtype="bfloat16" is incompatible with dtype="float32"'):
+            engine_config(kv_cache_dtype="bfloat16")
+        return
     config = engine_config(kv_cache_dtype="bfloat16")
     assert "Attention: torch: csrc: kv_cache_dtype bfloat16 is not the model's float32" in log
     assert attention.implementation_of(config) is PlainAttention

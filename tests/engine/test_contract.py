@@ -1,6 +1,6 @@
 """What we override, wrap and call of vLLM has the parameters we rely on: in the installed version, and in 0.33.
 
-0.33 is not run here; `signatures_0_33.json` holds its parameter names, read from its sources.
+`signatures_0_33.json` holds the parameter names of 0.33, read from its sources, where only 0.32 is installed.
 """
 
 import importlib

@@ -265,11 +265,8 @@ def test_statistics_keep_vllm_s_sums_and_carry_our_step() -> None:
             spec, num_draft_tokens=16, num_accepted_tokens=accepted, num_invalid_spec_tokens=None, request_id="a"
         )
     stats = scheduler.make_stats(spec)
-    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (
-        2,
-        2 * B,
-        B,
-    )  # canvas positions: no drafts
+    # The emitted block's commit is a step; canvas positions are no drafts.
+    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (3, 3 * B, B)
     decoded = stats_way.take(SchedulerStats(spec_decoding_stats=stats))
     assert decoded is not None
     assert (decoded.budgets, decoded.forwards, decoded.total_accepted) == ({MAX_NODES: 1}, 1, 1)

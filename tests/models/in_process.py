@@ -160,8 +160,11 @@ def make_model(hf_config: Any, quant_config: Any = None, load_format: str = "aut
 
     model_class = ModelRegistry._try_load_model_cls(hf_config.architectures[0])
     current = VllmConfig()  # of this model alone, as layers of experts are found by their names in it
+    dtypes = {"dtype": torch.float32, "head_dtype": torch.float32}
+    model_config: Any = SimpleNamespace(hf_config=hf_config, hf_text_config=hf_config, **dtypes)
+    current.model_config = model_config
     vllm_config = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=hf_config, hf_text_config=hf_config),
+        model_config=model_config,
         quant_config=quant_config,
         cache_config=None,
         load_config=SimpleNamespace(load_format=load_format),

@@ -96,7 +96,7 @@ def test_a_rank_computes_with_its_own_experts_alone() -> None:
     )
     assert given["topk_ids"].tolist() == [[0, 0], [0, 1]]
     assert given["topk_weights"].tolist() == [[0.5, 0.0], [0.0, 0.5]]
-    assert given["output"] == "kept"
+    assert (given["output"], given["expert_map"]) == ("kept", None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

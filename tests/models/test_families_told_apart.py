@@ -9,8 +9,9 @@ from transformers import AutoConfig, LlamaConfig
 
 from tests.models.in_process import DIFFCODER, LLADA, read_config
 from vllm_dllm.cli.inputs import family_for
+from vllm_dllm.draft.graph_file import default_graph
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.models.interface import family_said
+from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, family_said
 from vllm_dllm.models.llada_config import LLaDAConfig
 from vllm_dllm.models.stable_diffcoder_config import StableDiffCoderConfig
 from vllm_dllm.plugin import register
@@ -77,6 +78,23 @@ def test_commands_tell_them_apart_too(tmp_path: Path) -> None:
     assert family_for("m", DIFFCODER).architecture == "SeedDiffcoderForCausalLM"
     with pytest.raises(ConfigError, match=r"model 'm' has architectures \['LlamaForCausalLM'\], allowed are "):
         family_for("m", PLAIN)
+
+
+def test_default_draft_graphs_are_those_of_the_loop() -> None:
+    """No graph was made for these families, whose `model_type` a graph's may not be."""
+    found = {
+        name: default_graph(policy, block_length, FAMILY_BY_ARCHITECTURE[name].model_type).provenance
+        for name, policy, block_length in (
+            ("SeedDiffcoderForCausalLM", "static", 4),
+            ("SDARMoeForCausalLM", "dynamic", 4),
+            ("LLaDAMoEModelLM", "threshold", 32),
+        )
+    }
+    assert {name: (made.family, made.settings.policy) for name, made in found.items() if made} == {
+        "SeedDiffcoderForCausalLM": ("sdar", "static"),
+        "SDARMoeForCausalLM": ("sdar", "dynamic"),
+        "LLaDAMoEModelLM": ("llada", "threshold"),
+    }
 
 
 def test_what_is_wrong_with_it_is_told_in_our_words(tmp_path: Path) -> None:

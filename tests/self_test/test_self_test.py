@@ -77,6 +77,16 @@ def with_context(change: Callable[[Any], Any]) -> Callable[[ForwardLayout], Forw
     return changed
 
 
+def with_causal(change: Callable[[Any], Any]) -> Callable[[ForwardLayout], ForwardLayout]:
+    """Change which nodes' rows see each other causally."""
+
+    def changed(layout: ForwardLayout) -> ForwardLayout:
+        host = replace(layout.host, is_causal=change(layout.host.is_causal))
+        return to_device(host, layout.page_table, layout.page_size, heads_per_kv=2)
+
+    return changed
+
+
 def with_pages(change: Callable[[Tensor], Tensor]) -> Callable[[ForwardLayout], ForwardLayout]:
     return lambda layout: replace(layout, page_table=change(layout.page_table))
 
@@ -100,6 +110,8 @@ MUTATIONS: dict[str, dict[str, Any]] = {
     "a row is not written": {"spoil": lambda out: out[-1].fill_(torch.nan)},
     "two rows change places": {"spoil": lambda out: out[-2:].copy_(out[-2:].flip(0).clone())},
     "a head is another one": {"spoil": lambda out: out[:, 0].copy_(out[:, 1])},
+    "rows that come later are seen": {"layout": with_causal(lambda is_causal: 0 * is_causal)},
+    "rows that come later are not seen": {"layout": with_causal(lambda is_causal: 0 * is_causal + 1)},
     "an element": {"spoil": lambda out: out[5, 1, 3].add_(0.1)},
 }
 
@@ -125,6 +137,7 @@ def test_a_step_has_all_kinds_of_segments() -> None:
     assert host.own_len.max() == attention.LONGEST_SEGMENT
     assert sorted(set(host.context_len.tolist())) == [0, 19, 292, 300, 2100]
     assert (host.context[:, 2] < host.context[:, 3]).any()
+    assert sorted(host.own_len[host.is_causal > 0]) == [8, 8, attention.LONGEST_SEGMENT]
     assert set((host.first_node[1:] - host.first_node[:-1]).tolist()) > {1, 2}
 
 
@@ -147,7 +160,7 @@ def other(tensor: Tensor) -> Tensor:
     return flat.view_as(tensor)
 
 
-RESULTS = [("propose_nodes", 4), ("step_rows", 2), ("decide_walk", 11), ("settle_step", 4)]
+RESULTS = [("propose_nodes", 4), ("step_rows", 2), ("row_draws", 4), ("decide_walk", 11), ("settle_step", 4)]
 """Ops of the steps, and how many results each has that are compared always."""
 
 

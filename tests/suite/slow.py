@@ -15,7 +15,10 @@ PROVEN = Path(__file__).with_name("slow.json")
 CHOICES = ("none", "changed", "only", "all")
 
 SOURCES: dict[str, tuple[str, ...]] = {
-    "answers": ("vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/denoiser.py", "examples/tiny_llada/**"),
+    "answers": (
+        *("vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/denoiser.py", "vllm_dllm/models/**"),
+        *("examples/tiny_llada/**", "examples/quantise.py", "tests/e2e/test_quantised.py"),
+    ),
     "bench": (
         *("vllm_dllm/measure/**", "vllm_dllm/engine/measuring.py", "vllm_dllm/cli/*bench*.py", "benchmarks/*.py"),
         *("tests/measure/**", "tests/e2e/test_bench.py"),

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm_dllm.additional_config import settings_in
 from vllm_dllm.blocks import max_prompt_len
 from vllm_dllm.config import DllmConfig
+from vllm_dllm.engine import natives
 from vllm_dllm.engine.attention_choice import set_attention
 from vllm_dllm.engine.configs import (
     DllmModelConfig,
@@ -25,6 +26,7 @@ from vllm_dllm.engine.configs import (
 )
 from vllm_dllm.engine.contracts import LORA_CONTRACTS, check_contracts
 from vllm_dllm.engine.generation_defaults import check_generation_defaults, family_defaults
+from vllm_dllm.engine.natives import WORKERS
 from vllm_dllm.engine.patches import become
 from vllm_dllm.engine.step_sizes import set_page_size, set_step_sizes
 from vllm_dllm.engine.worker_check import check_level
@@ -35,9 +37,6 @@ from vllm_dllm.plugin import SUPPORTED_VLLM
 from vllm_dllm.spiffy_config import SpiffySettings
 
 logger = init_logger("vllm.dllm")
-
-WORKERS = ("vllm_dllm.engine.cpu.worker.DllmCpuWorker", "vllm_dllm.engine.gpu_worker.DllmWorker")
-"""Of a CPU, and of a GPU."""
 
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _KV_CACHE_DTYPE = (
@@ -82,10 +81,6 @@ _REFUSALS: tuple[_Refusal, ...] = (
     (
         lambda c: envs.VLLM_RAISE_ON_LOGIT_NANS,
         "VLLM_RAISE_ON_LOGIT_NANS is set, but diffusion models do not count NaNs; allowed is 0; unset it",
-    ),
-    (
-        lambda c: c.diffusion_config,
-        "diffusion_config is set, but it belongs to another model; give additional_config.dllm.block_length instead",
     ),
     (
         lambda c: c.scheduler_config.async_scheduling and not _is_block_causal(c.model_config),
@@ -219,6 +214,11 @@ def check_flags(args: EngineArgs, model_config: ModelConfig) -> None:
             raise ConfigError(f"{name} is {value!r}, allowed are whole numbers from 1 on; give one or leave it out")
     if args.kv_cache_dtype not in KV_CACHE_DTYPES:
         raise ConfigError(_KV_CACHE_DTYPE.format(args.kv_cache_dtype))
+    if args.diffusion_config:
+        raise ConfigError(
+            f"diffusion_config is {args.diffusion_config}, but it is for vLLM's own diffusion models; remove "
+            "--diffusion-config, and give additional_config.dllm.block_length instead"
+        )
     if args.enable_prefix_caching and not _is_block_causal(model_config):
         raise ConfigError(
             "enable_prefix_caching is on, but the K/V of a bidirectional model depend on what follows the prefix; "
@@ -246,6 +246,7 @@ class DllmConfigHook(VerifyAndUpdateConfig):
             vocabulary does not have.
         """
         become(model_config, DllmModelConfig)
+        natives.check_model(served_family(model_config))
         _check_config_class(model_config)
         _check_generation_ids(model_config)
         model_config.hf_config.canvas_length = DllmConfig().block_length
@@ -265,7 +266,9 @@ class DllmConfigHook(VerifyAndUpdateConfig):
         config = become_dllm(vllm_config)
         check_level()
         settings, spiffy = config.dllm.settings, config.dllm.spiffy
-        check_family(settings, served_family(vllm_config.model_config))
+        family = served_family(vllm_config.model_config)
+        natives.tell(family, vllm_config)
+        check_family(settings, family)
         if max_prompt_len(settings, vllm_config.model_config.max_model_len) < 1:
             raise ConfigError(
                 f"additional_config.dllm.block_length is {settings.block_length}, but max_model_len is "

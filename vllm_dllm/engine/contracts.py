@@ -131,10 +131,20 @@ CONTRACTS = (
     *_fields(f"{_GPU}.input_batch:InputBatch", "req_ids idx_mapping idx_mapping_np num_draft_tokens_per_req num_reqs"),
     *_methods("vllm.entrypoints.launchers.app", {"build_app": "args supported_tasks model_config"}),
     *_fields("vllm.model_executor.layers.logits_processor:LogitsProcessor", "head_dtype"),
+    # Experts.
+    *_methods("vllm.model_executor.models.qwen3_moe:Qwen3MoeSparseMoeBlock", {"__init__": "self vllm_config prefix"}),
+    *_methods(
+        "vllm.model_executor.layers.fused_moe.experts.cpu_moe:CPUUnquantizedExperts",
+        {"apply": "self topk_weights topk_ids expert_map"},
+    ),
     # Registries.
     *_fields("vllm.envs", "environment_variables"),
     *_fields("vllm.model_executor.models.config", "MODELS_CONFIG_MAP"),
     *_fields("vllm.transformers_utils.config", "_CONFIG_REGISTRY"),
+    *_fields("vllm.model_executor.models.registry:_ModelRegistry", "models"),
+    *_fields("vllm.model_executor.models.registry:_LazyRegisteredModel", "module_name class_name"),
+    *_fields("vllm.model_executor.models.registry:_RegisteredModel", "model_cls"),
+    *_fields("vllm.engine.arg_utils:EngineArgs", "diffusion_config"),
     *_methods("vllm.model_executor.models.registry:_ModelRegistry", {"register_model": "self model_arch model_cls"}),
 )
 """Besides those of `patches.PATCHES`."""

@@ -26,6 +26,7 @@ from vllm_dllm.attention.layout import empty_layout
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.engine.configs import make_drafter, rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
+from vllm_dllm.engine.natives import check_hook
 from vllm_dllm.engine.plan import plan_step
 from vllm_dllm.engine.report import StepOrder
 from vllm_dllm.engine.request import resolve_params
@@ -33,6 +34,7 @@ from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step import Step, rows_to_device
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.draws import choose_draws
 from vllm_dllm.state.kv import IntArray, KvSchedule
 from vllm_dllm.state.settle import Ledger, choose_settle
 from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
@@ -51,6 +53,7 @@ class DllmModelState(ModelState):
     def __init__(
         self, vllm_config: VllmConfig, model: "MaskedDiffusionLM", encoder_cache: None, device: torch.device
     ) -> None:
+        check_hook(vllm_config)
         super().__init__(vllm_config, model, encoder_cache, device)
         self.settings = settings_of(vllm_config)
         self.block_length = self.settings.block_length
@@ -66,6 +69,7 @@ class DllmModelState(ModelState):
             choose_head(model, self.model_config.get_vocab_size(), mask_token_id, device),
             choose_walk(device),
             choose_settle(device),
+            choose_draws(device),
         )
         self._fill_rows = choose_rows(device)
         self.kv_schedule = KvSchedule(self.settings.kv_policy, self.settings.refresh_every, self.block_length)

@@ -144,12 +144,17 @@ class DllmScheduler(Scheduler):
         num_invalid_spec_tokens: dict[str, int] | None,
         request_id: str,
     ) -> SpecDecodingStats | None:
-        """Count as vLLM does, but not by draft position, which says nothing here."""
+        """Count as vLLM does, but not by draft position, which says nothing here.
+
+        vLLM's diffusion models commit a canvas in a step of its own, and `vllm bench serve` takes it off; so one that
+        is emitted counts as a step more. Canvas positions are those of the root, not of drafts.
+        """
         if not self.log_stats:
             return None
         stats = spec_decoding_stats or SpecDecodingStats(self.num_spec_tokens)
-        stats.num_drafts += 1
-        stats.num_draft_tokens += self.block_length  # vLLM's canvas positions: those of the root, not of drafts
+        num_steps = 1 + bool(num_accepted_tokens)
+        stats.num_drafts += num_steps
+        stats.num_draft_tokens += num_steps * self.block_length
         stats.num_accepted_tokens += num_accepted_tokens
         return stats
 

@@ -17,6 +17,10 @@ class LLaDAModelLM(MaskedDiffusionLM):
             re.compile(r"^model\.transformer\.ln_f\b"): "model.norm",
             re.compile(r"^model\.transformer\.blocks\b"): "model.layers",
             re.compile(r"\.([qkv]_proj)\b"): r".self_attn.\1",
+            # Of quantisation configs, which may name modules without their path.
+            re.compile(r"^attn_out$"): "self_attn.o_proj",
+            re.compile(r"^ff_proj$"): "mlp.gate_proj",
+            re.compile(r"^ff_out$"): "mlp.down_proj",
         },
         orig_to_new_substr={
             ".attn_out": ".self_attn.o_proj",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_dllm.errors import KernelUnavailable
 
-OPS = ("decide_walk", "draft_graph_attention", "propose_nodes", "settle_step", "step_rows", "vocab_stats")
+OPS = ("decide_walk", "draft_graph_attention", "propose_nodes", "row_draws", "settle_step", "step_rows", "vocab_stats")
 """Every op with a kernel. Each has a module of its name here, with its typed function and its `fake`: the shapes and
 dtypes of its results, for tracing."""
 

@@ -44,10 +44,11 @@ def step_layout(shape: AttentionShape) -> HostLayout:
     """Lay out a step of everything: a refresh, and for each length of the context a request with drafts.
 
     Every other one of these sees nothing behind its block, as in a block-causal model, and has the block before to
-    commit.
+    commit. Of the others the last node's rows see each other causally, and so do those of one more long segment.
     """
-    block_length = shape.block_length
-    own_len, context, num_nodes = [min(LONGEST_SEGMENT, shape.max_len)], [[0, 0, 0, 0]], [1]
+    block_length, longest = shape.block_length, min(LONGEST_SEGMENT, shape.max_len)
+    own_len, context, num_nodes = [longest] * 2, [[0, 0, 0, 0]] * 2, [1, 1]
+    is_causal = [False, True]
     room = shape.max_len - block_length
     for number, length in enumerate(sorted({min(length, room) for length in CONTEXTS if room > 0})):
         start = length if number % 2 else length // 2
@@ -56,8 +57,9 @@ def step_layout(shape: AttentionShape) -> HostLayout:
             nodes.append([0, start - block_length, start, start])
         context += nodes
         own_len += [block_length] * len(nodes)
+        is_causal += [False] * (len(nodes) - 1) + [number % 2 == 0]
         num_nodes.append(len(nodes))
-    return host_layout(np.array(num_nodes), np.array(own_len), np.array(context))
+    return host_layout(np.array(num_nodes), np.array(own_len), np.array(context), np.array(is_causal))
 
 
 class Scene:
@@ -122,7 +124,8 @@ class Scene:
                 begin0, end0, begin1, end1 = host.context[node].tolist()
                 own = torch.cat([self.key[rows], self.value[rows]], 1).double()
                 key, value = torch.cat([seen[begin0:end0], seen[begin1:end1], own]).chunk(2, 1)
-                exact[rows] = _dense(self.query[rows].double(), key, value, shape.heads.scale)
+                query, is_causal = self.query[rows].double(), bool(host.is_causal[node])
+                exact[rows] = _dense(query, key, value, shape.heads.scale, is_causal=is_causal)
         return exact
 
 
@@ -143,9 +146,12 @@ def _per_request(host: HostLayout) -> list[int]:
     return [int(ends[a:b].max(initial=0)) for a, b in zip(host.first_node, host.first_node[1:], strict=False)]
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attend from all rows to all keys; [num_rows, num_heads, head_dim]."""
+def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float, *, is_causal: bool) -> Tensor:
+    """Attend from all rows to all keys, of which the last are their own; [num_rows, num_heads, head_dim]."""
     group = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(group, 1).transpose(0, 1) for each in (key, value))
     scores = (query.transpose(0, 1) @ key.transpose(1, 2)) * scale
+    if is_causal:
+        own = scores[:, :, -len(query) :]
+        own.masked_fill_(torch.ones_like(own, dtype=torch.bool).triu(1), -torch.inf)
     return (scores.softmax(-1) @ value).transpose(0, 1)

@@ -21,6 +21,7 @@ from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, vocab_stats
 from vllm_dllm.self_test.check import Check, relative_error, share_unequal
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.state.draws import native_draws, torch_draws
 from vllm_dllm.state.settle import Emission, Ledger, native_settle, settle
 from vllm_dllm.state.step_rows import RowInputs, RowPlan, Sequences, native_rows, torch_rows
 from vllm_dllm.unmask.head import LogitsHead
@@ -30,7 +31,7 @@ from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 from vllm_dllm.unmask.stats import torch_stats
 from vllm_dllm.unmask.walk import NO_STATE, Nodes, Trajectory, native_walk, walk
 
-OPS = ("vocab_stats", "propose_nodes", "step_rows", "decide_walk", "settle_step")
+OPS = ("vocab_stats", "propose_nodes", "step_rows", "row_draws", "decide_walk", "settle_step")
 
 ALLOWED_SUMS = 1e-4
 """Relative error of sums of a row's float32 terms."""
@@ -130,7 +131,7 @@ class _Compared:
         graph = _graph(shape.block_length)
         drafter = GraphDrafter(graph, choose=lambda _device: self.propose)
         head = LogitsHead(lambda rows: rows.clone(), VOCAB, MASK, is_native=False)
-        denoiser = Denoiser(state, drafter, head, self.walk, self.settle)
+        denoiser = Denoiser(state, drafter, head, self.walk, self.settle, self.draw)
         denoiser.begin_blocks(slots, torch.ones_like(slots, dtype=torch.bool))
         generator = torch.Generator(device).manual_seed(3)
         logits = torch.randn(len(slots), 1, shape.block_length, VOCAB, generator=generator, device=device)
@@ -166,7 +167,8 @@ class _Compared:
             # What others hold is open.
             pairs += [(getattr(found, name)[valid], getattr(expected, name)[valid]) for name in ("canvas", "is_masked")]
             if found.end is not None and expected.end is not None:
-                pairs += [(found.end, expected.end)]
+                is_ahead = valid[:, -1]
+                pairs += [(found.end[is_ahead], expected.end[is_ahead])]
             self._note("propose_nodes", pairs)
         return expected
 
@@ -189,6 +191,15 @@ class _Compared:
                 places = way(nodes, blocks, each, known, RowInputs(ids, positions), MASK)
                 results.append([ids, positions, *([] if places is None else [places.page, places.offset])])
             self._note("step_rows", list(zip(*results, strict=True)))
+
+    def draw(self, state: CanvasState, blocks: Blocks, nodes: Nodes) -> RowSampling:
+        """Stand where draws are made ready."""
+        expected = torch_draws(state, blocks, nodes)
+        if "row_draws" in self._built:
+            found = native_draws(state, blocks, nodes)
+            names = ("temperature", "top_k", "top_p", "keys")
+            self._note("row_draws", [(getattr(found, name), getattr(expected, name)) for name in names])
+        return expected
 
     def walk(
         self,

@@ -174,7 +174,6 @@ class CanvasState:
 
         Returns: rows in the order of canvases, positions.
         """
-        temperature_np, has_top_k, has_top_p = self._sampling_np(slots_np)
         keys = stream_keys(self._int("seed")[slots, None], start[:, None] + self._offsets, num_masked[:, None])
 
         def per_row(per_request: Tensor) -> Tensor:
@@ -185,9 +184,24 @@ class CanvasState:
             top_k=per_row(self._int("top_k")),
             top_p=per_row(self._float("top_p")),
             keys=keys.flatten(),
-            has_filter=bool(((temperature_np > 0) & (has_top_k | has_top_p)).any()),
-            wants_sampled=self.rules.confidence == "sampled",
+            has_filter=self.has_filter(slots_np),
+            wants_sampled=self.wants_sampled,
         )
+
+    @property
+    def draw_params(self) -> list[Tensor]:
+        """What `row_sampling` gathers, of all slots: seed, top_k, temperature and top_p."""
+        return [*map(self._int, ("seed", "top_k")), *map(self._float, ("temperature", "top_p"))]
+
+    @property
+    def wants_sampled(self) -> bool:
+        """Whether policies look at the sampled distribution."""
+        return self.rules.confidence == "sampled"
+
+    def has_filter(self, slots_np: np.ndarray) -> bool:
+        """Tell whether top_k or top_p removes something of any of some requests."""
+        temperature_np, has_top_k, has_top_p = self._sampling_np(slots_np)
+        return bool(((temperature_np > 0) & (has_top_k | has_top_p)).any())
 
     def draft_noise(self, blocks: Blocks) -> DraftNoise | None:
         """Gather what the requests' draws depend on; None when all are greedy and none has the policy `random`."""

@@ -45,6 +45,6 @@ def _apply_own(apply: Any, *, topk_weights: Tensor, topk_ids: Tensor, expert_map
     apply(
         topk_weights=topk_weights * (own >= 0),
         topk_ids=own.clamp(min=0),
-        expert_map=expert_map,
+        expert_map=None,  # applied; one that read it would do so again
         **more,
     )
