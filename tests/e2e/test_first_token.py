@@ -26,8 +26,8 @@ from vllm_dllm.reference.block_causal import generate_causally
 pytestmark = pytest.mark.engine
 
 BUDGET = 6
-USUAL = [("nemotron", None), ("nemotron", BUDGET), ("fast_dllm", BUDGET)]
-SLOW = [("fast_dllm", None)]
+USUAL = [("nemotron", BUDGET), ("fast_dllm", BUDGET)]
+SLOW = [("nemotron", None), ("fast_dllm", None)]
 """Family, and drafts of a step."""
 
 
