@@ -142,7 +142,7 @@ def test_steps_that_are_scheduled_ahead_and_replayed(oracles: dict[str, FirstTok
 def test_ar_mode_is_vllms_own(oracles: dict[str, FirstTokenOracle]) -> None:
     """The same weights, autoregressively: the tokens of the reference, with and without cached prompts."""
     oracle = oracles["nemotron"]
-    llm = shared_engine(oracle.checkpoint, {"mode": "ar"}, enforce_eager=True)
+    llm = shared_engine(oracle.checkpoint, {"mode": "ar"}, enforce_eager=True, block_size=32)
     config = llm.llm_engine.vllm_config
     assert config.model_config.architectures == ["NemotronLabsDiffusionForCausalLM"]
     assert not config.scheduler_config.scheduler_cls
