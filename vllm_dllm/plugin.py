@@ -53,7 +53,7 @@ def _check_names() -> None:
 def _import_all() -> None:
     """Import all that `_register` needs, so that it cannot end half way."""
     theirs = ("model_executor.models", "model_executor.models.config", "transformers_utils.config")
-    ours = ["compat", "config_hook", "front_end", "mode", "spiffy_arguments"]
+    ours = ["compat", "config_hook", "front_end", "mode", "natives", "spiffy_arguments"]
     ours += ["start_checks", "start_errors", "stat_logger"]
     for module in (*(f"vllm.{name}" for name in theirs), *(f"vllm_dllm.engine.{name}" for name in ours)):
         importlib.import_module(module)

@@ -26,8 +26,8 @@ from vllm_dllm.reference.block_causal import generate_causally
 pytestmark = pytest.mark.engine
 
 BUDGET = 6
-USUAL = [("nemotron", None), ("nemotron", BUDGET), ("fast_dllm", BUDGET)]
-SLOW = [("fast_dllm", None)]
+USUAL = [("nemotron", BUDGET), ("fast_dllm", BUDGET)]
+SLOW = [("nemotron", None), ("fast_dllm", None)]
 """Family, and drafts of a step."""
 
 
@@ -142,7 +142,7 @@ def test_steps_that_are_scheduled_ahead_and_replayed(oracles: dict[str, FirstTok
 def test_ar_mode_is_vllms_own(oracles: dict[str, FirstTokenOracle]) -> None:
     """The same weights, autoregressively: the tokens of the reference, with and without cached prompts."""
     oracle = oracles["nemotron"]
-    llm = shared_engine(oracle.checkpoint, {"mode": "ar"}, enforce_eager=True)
+    llm = shared_engine(oracle.checkpoint, {"mode": "ar"}, enforce_eager=True, block_size=32)
     config = llm.llm_engine.vllm_config
     assert config.model_config.architectures == ["NemotronLabsDiffusionForCausalLM"]
     assert not config.scheduler_config.scheduler_cls
