@@ -1,11 +1,13 @@
 """Speculation changes forwards and no token: engine with drafts == engine without == reference, in fp32."""
 
 import dataclasses
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.launches import BEFORE, BEHIND, counted
 from tests.e2e.rig import (
     CHECKPOINT,
     Case,
@@ -97,6 +99,20 @@ def test_step_times_are_measured_where_budgets_follow_from_them(served: Any) -> 
     if curve is not None:
         assert curve.points[0][0] == settings["block_length"]
         assert len(curve.points) > 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_step_asks_torch_for_few_things(served: Any, temperature: float) -> None:
+    """On a GPU each is a launch, and before the forward the device waits for them."""
+    llm, settings, _, _ = served
+    block_length = settings["block_length"]
+    case = Case(prompt=tuple(range(5, 25)), max_tokens=3 * block_length, temperature=temperature)
+    with counted(llm) as steps:
+        run_outputs(llm, [case])
+    before, behind = (statistics.median(ops.total() for ops in steps[part]) for part in (BEFORE, BEHIND))
+    assert len(steps[BEHIND]) >= 3
+    assert settings["attention"] != "csrc" or before <= 4, steps[BEFORE]  # torch's plan gathers pages
+    assert behind <= 5 + (temperature > 0), steps[BEHIND]
 
 
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
