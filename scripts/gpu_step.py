@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -158,12 +158,12 @@ class Engine:
         num_reqs, shape, device = len(self.start), self.model.shape, self.model.device
         none = np.zeros(num_reqs, dtype=bool)
         plan = plan_step(
-            KvStep(self.start, self.start, none, none, none),
+            KvStep(self.start, self.start, *[none] * (len(fields(KvStep)) - 2)),  # nothing is stored, nobody begins
             block_start=self.start,
             seq_len=self.seq_len,
             num_drafts=np.full(num_reqs, self.num_drafts),
             block_length=shape.block_length,
-            is_causal=shape.is_causal,
+            kv_policy="block_causal" if shape.is_causal else "dual",
         )
         slots_np = np.arange(num_reqs)
         slots, start = torch.from_numpy(np.stack([slots_np, self.start])).to(device, non_blocking=True)
