@@ -6,6 +6,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml pac
 CPP := $(shell find csrc tests/simt benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 BENCH_ARGS ?= --model examples/tiny_llada/checkpoint --prompts examples/tiny_llada/questions.jsonl
 TEST_ARGS ?=
+TORCH ?= 2.10.0
 # Instruction sets of the CPU kernels: native, the best of this machine; all; or a list with semicolons.
 ISAS ?= native
 # Without compiled modules every start of an engine compiles vLLM and torch anew, three times.
@@ -14,7 +15,8 @@ WORKERS ?= 2
 # Tests of a group share a process; groups begin in the order of collection (tests/suite/order.py).
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: FORCE help setup demo test test-all test-vllm-033 check lint cuda-check cuda-report sanitize bench docs build clean
+.PHONY: FORCE help setup demo test test-all test-torch test-vllm-033 check lint cuda-check cuda-report sanitize bench docs build \
+  clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -52,6 +54,9 @@ test: setup ## all tests, of the slow ones those whose sources changed
 
 test-all: setup ## all tests; where they pass, the slow ones need not run again until their sources change
 	$(PYTEST) --slow all $(TEST_ARGS)
+
+test-torch: setup ## build the ops against another torch, TORCH=2.10.0, and run the tests without vLLM (7 GB in build/)
+	@scripts/test_torch.sh $(TORCH) $(TEST_ARGS)
 
 # There is no build of vLLM 0.33 for CPUs: its Python files are laid over the compiled modules of 0.32.
 VLLM_033_TESTS ?= tests/engine tests/e2e

@@ -89,9 +89,14 @@ def replayed(step: Step, scene: Scene, out: Tensor, stored: Tensor) -> float:
     host, device, num_rows = scene.host, out.device, len(out)
     wide = pad(scene.page_table, (0, -(-MAX_LEN // PAGE_SIZE) - scene.page_table.shape[1]))
     captured = CapturedLayout(
-        max_num_requests=step.num_requests, max_num_nodes=host.num_nodes, max_pages=wide.shape[1], device=device
+        max_num_requests=step.num_requests,
+        max_num_nodes=host.num_nodes,
+        max_pages=wide.shape[1],
+        block_length=step.block_length,
+        heads_per_kv=step.num_heads // step.num_kv_heads,
+        device=device,
     )
-    sizes = {"num_rows": num_rows, "block_length": step.block_length, "page_size": PAGE_SIZE}
+    sizes = {"num_rows": num_rows, "page_size": PAGE_SIZE}
     plan = CsrcAttention(step.shape.heads, stored).plan(captured.fill(empty_layout(), wide[:0], **sizes))
     index = PagedIndex(*(torch.zeros(num_rows, dtype=torch.int64, device=device) for _ in range(2)))
 

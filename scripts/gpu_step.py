@@ -145,6 +145,8 @@ class Engine:
             max_num_requests=num_reqs,
             max_num_nodes=num_reqs * (1 + num_drafts),
             max_pages=page_table.shape[1],
+            block_length=block_length,
+            heads_per_kv=model.heads.num_heads // model.heads.num_kv_heads,
             device=device,
         )
         ids = torch.zeros(self.num_rows, dtype=torch.int32, device=device)
@@ -176,7 +178,6 @@ class Engine:
             plan.layout(),
             self.page_table,
             num_rows=self.num_rows,
-            block_length=shape.block_length,
             page_size=PAGE_SIZE,
         )
         return step, layout

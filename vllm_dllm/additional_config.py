@@ -2,11 +2,16 @@
 
 import reprlib
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 from vllm_dllm.config import DllmConfig, InvalidOptionError
-from vllm_dllm.errors import nearest
+from vllm_dllm.errors import did_you_mean, nearest
 
 FIELD = "dllm"
+
+Mode = Literal["diffusion", "ar"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+"""How a checkpoint decodes that can do both: `ar` as an autoregressive model of vLLM's own, without us."""
 
 
 def settings_in(additional: object) -> object:
@@ -24,7 +29,7 @@ def settings_in(additional: object) -> object:
             additional,
         )
     for key, value in additional.items():
-        meant = f"{FIELD}.{key}" if key in DllmConfig.model_fields else _meant(str(key))
+        meant = f"{FIELD}.{key}" if key in (*DllmConfig.model_fields, "mode") else _meant(str(key))
         if meant and key != FIELD:
             name = f"additional_config.{key}"
             raise InvalidOptionError(
@@ -33,7 +38,30 @@ def settings_in(additional: object) -> object:
                 name,
                 value,
             )
-    return additional.get(FIELD, {})
+    settings = additional.get(FIELD, {})
+    return (
+        {key: value for key, value in settings.items() if key != "mode"} if isinstance(settings, Mapping) else settings
+    )
+
+
+def mode_in(additional: object) -> Mode:
+    """Return the mode that `additional_config` asks for.
+
+    Raises: InvalidOptionError for another one.
+    """
+    settings = additional.get(FIELD) if isinstance(additional, Mapping) else None
+    mode = settings.get("mode", "diffusion") if isinstance(settings, Mapping) else "diffusion"
+    for known in MODES:
+        if mode == known:
+            return known
+    name = f"additional_config.{FIELD}.mode"
+    reason = ", which is not implemented yet" if mode == "self_speculation" else ""
+    raise InvalidOptionError(
+        f"{name} is {mode!r}{reason}; allowed are {' and '.join(map(repr, MODES))}; "
+        f"{did_you_mean(mode, MODES, 'give one of these or leave it out')}",
+        name,
+        mode,
+    )
 
 
 def _meant(key: str) -> str | None:

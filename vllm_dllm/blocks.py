@@ -12,7 +12,7 @@ class RowBlocks:
     Attributes:
         begin: first position of the first one; the prompt's partial block begins here, where there is one.
         end: behind the last one, where the sequence ends.
-        block_length: positions of each.
+        block_length: positions of each; the last one may have fewer.
     """
 
     begin: int
@@ -21,7 +21,7 @@ class RowBlocks:
 
     def __len__(self) -> int:
         """Return the number of blocks."""
-        return (self.end - self.begin) // self.block_length
+        return -(-(self.end - self.begin) // self.block_length)
 
 
 def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model_len: int) -> RowBlocks:
@@ -29,21 +29,23 @@ def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model
 
     As many as `max_tokens` needs and `max_model_len` has room for. A bidirectional model's begin behind the prompt; it
     attends to every masked position of the sequence, whose length is part of what it sees. Under `block_causal` they
-    begin at multiples of their length, and behind each there is room for another.
+    begin at multiples of their length, and behind each there is room for another; so there is under `causal`, where
+    they begin behind the prompt and the last one ends with the reply, since its positions see each other.
     """
     block_length, is_causal = settings.block_length, settings.is_block_causal
-    begin = prompt_len - prompt_len % block_length if is_causal else prompt_len
+    begin = prompt_len - prompt_len % block_length if settings.is_aligned else prompt_len
     wanted = -(-(prompt_len + max_tokens - begin) // block_length)
     fitting = (max_model_len - begin) // block_length - is_causal
     if prompt_len > max_prompt_len(settings, max_model_len):
         fitting = 0
-    return RowBlocks(begin, begin + min(wanted, fitting) * block_length, block_length)
+    end = begin + min(wanted, fitting) * block_length
+    return RowBlocks(begin, min(end, prompt_len + max_tokens) if settings.kv_policy == "causal" else end, block_length)
 
 
 def max_prompt_len(settings: DllmConfig, max_model_len: int) -> int:
     """Return the length of the longest prompt that leaves room for what its first step has in flight.
 
-    That is a block. Under `block_causal` it is two, counted from the known tokens as vLLM counts: with the first step
-    of a block the rows of the block before it are in flight, and with async scheduling any step has as many.
+    That is a block. Where stored K/V never change it is two, counted from the known tokens as vLLM counts: with the
+    first step of a block the rows of the block before it are in flight, and with async scheduling any step has as many.
     """
     return max_model_len - settings.block_length * (1 + settings.is_block_causal)

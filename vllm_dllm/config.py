@@ -27,7 +27,6 @@ POLICY_ALIASES: dict[str, PolicyName] = {
 """The families' own names of policies; taken wherever the name of one is, and replaced by ours."""
 
 REQUEST_PREFIX = "dllm_"
-
 # Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -53,7 +52,7 @@ class DllmConfig(BaseModel):
         block_length: positions denoised together (tokens).
         kv_policy: `dual` freezes the K/V of everything but the block, `prefix` of what precedes it
             (Fast-dLLM, arXiv:2505.22618); `block_causal`, for models that see nothing behind a block, never computes
-            K/V again.
+            K/V again, nor does `causal`, for models whose final positions see those before them alone.
         refresh_every: with `dual`, recompute all K/V before every n-th step of a block; None only before the first,
             1 before each, which equals decoding without a cache.
         policy: unmasking policy of requests that name none.
@@ -71,7 +70,7 @@ class DllmConfig(BaseModel):
     model_config = STRICT
 
     block_length: Annotated[int, Field(ge=1, le=1024, description="whole numbers from 1 to 1024")] = 32
-    kv_policy: Annotated[KvPolicyName, Field(description="'dual', 'prefix' and 'block_causal'")] = "dual"
+    kv_policy: Annotated[KvPolicyName, Field(description="'dual', 'prefix', 'block_causal' and 'causal'")] = "dual"
     refresh_every: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
@@ -86,7 +85,12 @@ class DllmConfig(BaseModel):
 
     @property
     def is_block_causal(self) -> bool:
-        """A fact of the family (`models.interface.check_family`)."""
+        """Whether stored K/V never change; a fact of the family (`models.interface.check_family`)."""
+        return self.kv_policy in ("block_causal", "causal")
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether blocks begin at multiples of their length, else behind the prompt."""
         return self.kv_policy == "block_causal"
 
     @model_validator(mode="after")
@@ -307,9 +311,8 @@ def request_steps(options: RequestOptions, settings: DllmConfig, max_tokens: int
     """
     block_length, policy = settings.block_length, options.policy or settings.policy
     name, value = ("policy", policy) if options.steps is None else ("steps", options.steps)
-    if options.steps is None:
-        steps = settings.steps_per_block or block_length
-    else:
+    steps = settings.steps_per_block or block_length
+    if options.steps is not None:
         num_blocks = -(-max_tokens // block_length)
         most = num_blocks * block_length
         if options.steps % num_blocks or options.steps > most:

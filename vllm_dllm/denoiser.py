@@ -7,10 +7,11 @@ the device.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph import MAX_CANDIDATES
@@ -111,7 +112,13 @@ class Denoiser:
     def settle(self, blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger) -> Emission:
         """Keep what `advance` came to, emit the blocks that it finished, begin those behind: see `state.settle`."""
         drafts = None if self.drafter is None else self.drafter.memory
-        return self._settle(self.state, drafts, blocks, nodes, done, ledger)
+        emission = self._settle(self.state, drafts, blocks, nodes, done, ledger)
+        if drafts is not None and ledger.begun is not None:
+            drafts.forget(blocks.slots, ledger.begun.bool())
+        if ledger.missing is None:
+            return emission
+        fewer = pad((ledger.missing * done.is_finished).int(), (0, ledger.num_batch - len(ledger.missing)))
+        return replace(emission, num_sampled=emission.num_sampled - fewer, num_rejected=emission.num_rejected + fewer)
 
     def _ids(self, nodes: Nodes, asked: Tensor | None) -> RowIds | None:
         """Return what policies ask for of evaluated rows, of the ids [num_reqs, block_length, num_given]."""

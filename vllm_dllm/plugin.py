@@ -52,8 +52,9 @@ def _check_names() -> None:
 
 def _import_all() -> None:
     """Import all that `_register` needs, so that it cannot end half way."""
-    ours = ("compat", "config_hook", "front_end", "spiffy_arguments", "start_checks", "start_errors", "stat_logger")
     theirs = ("model_executor.models", "model_executor.models.config", "transformers_utils.config")
+    ours = ["compat", "config_hook", "front_end", "mode", "natives", "spiffy_arguments"]
+    ours += ["start_checks", "start_errors", "stat_logger"]
     for module in (*(f"vllm.{name}" for name in theirs), *(f"vllm_dllm.engine.{name}" for name in ours)):
         importlib.import_module(module)
     for family in FAMILIES:
@@ -63,6 +64,7 @@ def _import_all() -> None:
 def _register() -> None:
     from transformers import AutoConfig
     from vllm import envs
+    from vllm.model_executor.models import ModelRegistry
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from vllm_dllm.engine import (
@@ -70,6 +72,7 @@ def _register() -> None:
         config_hook,
         configs,
         front_end,
+        mode,
         natives,
         refusals,
         request,
@@ -83,7 +86,7 @@ def _register() -> None:
 
     compat.explain_start_errors(start_errors.explain)
     compat.before_config_class(config_hook.read_config)
-    compat.after_model_config(config_hook.check_flags)
+    compat.after_model_config(mode.take_mode, config_hook.check_flags)
     compat.extend_speculative_arguments(read_speculative_config, METHOD)
     compat.before_speculative_config(spiffy_arguments.take_spiffy)
     compat.replace_diffusion_check(configs.is_ours, refusals.refuse_unsupported)
@@ -95,6 +98,8 @@ def _register() -> None:
         envs.environment_variables.setdefault(VARIABLE, lambda: os.environ.get(VARIABLE))
     for family in FAMILIES:
         natives.take_over(family, config_hook.DllmConfigHook)
+        if family.causal_class:
+            ModelRegistry.register_model(family.causal_class.partition(":")[2], family.causal_class)
     for model_type, name in config_classes().items():
         config_class = resolve_name(name)
         _CONFIG_REGISTRY[model_type] = config_class

@@ -101,7 +101,8 @@ std::vector<Tensor> new_results(const Tensor& canvas, int64_t num_candidates, bo
 
 std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Tensor> end,
                                 std::optional<Tensor> evaluated, std::vector<Tensor> rows, std::vector<Tensor> params,
-                                std::vector<Tensor> memory, int64_t mask_token_id, bool unmasks_first_alone) {
+                                std::vector<Tensor> memory, int64_t mask_token_id, bool unmasks_first_alone,
+                                int64_t sub_block_length) {
   check(canvas.dim() == 3 && canvas.size(1) > 0, kOp,
         "canvas must be [num_reqs, num_nodes, block_length] with the root, got ", shape(canvas),
         "; put node 0, the request's true canvas, first");
@@ -113,6 +114,7 @@ std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Te
   if (evaluated) {
     check_input("evaluated", *evaluated, ScalarType::Long, {canvas.size(0), canvas.size(1)}, canvas);
   }
+  check(sub_block_length >= 0, kOp, "sub_block_length must be 0 or more, got ", sub_block_length, "; 0 is none");
   const int64_t num_rows = count_rows(canvas, evaluated, rows);
   check_rows(rows, canvas, num_rows);
   check_params(params, canvas);
@@ -169,6 +171,7 @@ std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Te
       .num_candidates = num_candidates,
       .mask_token_id = mask_token_id,
       .unmasks_first_alone = unmasks_first_alone,
+      .sub_block_length = sub_block_length,
   };
   DLLM_KERNEL(decide_walk).launch(canvas, args);
   return out;
@@ -178,4 +181,4 @@ std::vector<Tensor> decide_walk(Tensor canvas, Tensor is_valid, std::optional<Te
 
 DLLM_OP(decide_walk,
         "(Tensor canvas, Tensor is_valid, Tensor? end, Tensor? evaluated, Tensor[] rows, Tensor[] params, "
-        "Tensor[] memory, int mask_token_id, bool unmasks_first_alone) -> Tensor[]")
+        "Tensor[] memory, int mask_token_id, bool unmasks_first_alone, int sub_block_length) -> Tensor[]")

@@ -97,12 +97,13 @@ const T* data_or_null(const std::vector<Tensor>& tensors, size_t index) {
 std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double> readiness,
                                   std::vector<Tensor> requests, std::vector<Tensor> state, std::vector<Tensor> params,
                                   bool is_one_by_one, int64_t num_vocab_ranks, int64_t num_drafts, bool looks_ahead,
-                                  int64_t mask_token_id) {
+                                  int64_t mask_token_id, int64_t sub_block_length) {
   check_requests(requests, state);
   check_state(state, num_vocab_ranks);
   const Tensor& canvas = state[0];
   check_graph(graph, canvas);
   check_params(params, canvas);
+  check(sub_block_length >= 0, kOp, "sub_block_length must be 0 or more, got ", sub_block_length, "; 0 is none");
   check(readiness.size() == 4, kOp, "readiness must be 4 numbers, got ", readiness.size(),
         "; give slope, near[0], near[1] and bias");
   const int64_t num_nodes = graph[0].size(0);
@@ -150,6 +151,7 @@ std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double>
       .out_end = looks_ahead ? out[6].mutable_data_ptr<int64_t>() : nullptr,
       .num_reqs = num_reqs,
       .mask_token_id = mask_token_id,
+      .sub_block_length = sub_block_length,
       .num_canvases = static_cast<int32_t>(num_canvases),
       .block_length = static_cast<int32_t>(canvas.size(1)),
       .num_nodes = static_cast<int32_t>(num_nodes),
@@ -169,4 +171,5 @@ std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double>
 
 DLLM_OP(propose_nodes,
         "(Tensor[] graph, float[] readiness, Tensor[] requests, Tensor[] state, Tensor[] params, bool is_one_by_one, "
-        "int num_vocab_ranks, int num_drafts, bool looks_ahead, int mask_token_id) -> Tensor[]")
+        "int num_vocab_ranks, int num_drafts, bool looks_ahead, int mask_token_id, int sub_block_length) "
+        "-> Tensor[]")

@@ -5,6 +5,7 @@ vLLM turns it off on a CPU, where a step is done when the call that starts it re
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,9 @@ SLOW = [(8, None)]
 """Block length, budget."""
 
 
-@pytest.fixture(autouse=True)
-def _cpu_schedules_ahead() -> Iterator[None]:
+@contextmanager
+def scheduled_ahead() -> Iterator[None]:
+    """Leave async scheduling on on a CPU."""
     from vllm.platforms import current_platform
 
     original = type(current_platform).check_and_update_config
@@ -36,6 +38,12 @@ def _cpu_schedules_ahead() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(current_platform), "check_and_update_config", classmethod(check))
         patch.setattr("vllm_dllm.engine.step_sizes.current_platform", SimpleNamespace(is_cpu=lambda: False))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _cpu_schedules_ahead() -> Iterator[None]:
+    with scheduled_ahead():
         yield
 
 

@@ -15,6 +15,7 @@ from tests.e2e.rig import (
     speculation,
 )
 from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
+from tests.e2e.triton_arguments import check_arguments
 from tests.suite.order import configurations
 
 pytestmark = pytest.mark.engine
@@ -67,6 +68,11 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle: SdarO
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     llm, settings, _, _ = served
     check_counts_while_running(llm, sdar_cases(settings["block_length"], seed=5))
+
+
+def test_vllms_kernels_get_what_they_rely_on(served: Any) -> None:
+    llm, settings, _, _ = served
+    check_arguments(lambda: run_outputs(llm, sdar_cases(settings["block_length"], seed=5)[:5]))
 
 
 def test_near_the_end_of_max_model_len_drafts_are_left_out(served: Any, oracle: SdarOracle) -> None:

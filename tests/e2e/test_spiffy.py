@@ -20,6 +20,7 @@ from tests.e2e.rig import (
     speculation,
     step_all,
 )
+from tests.e2e.triton_arguments import check_arguments
 from tests.suite.order import configurations
 
 pytestmark = pytest.mark.engine
@@ -101,6 +102,11 @@ def test_step_times_are_measured_where_budgets_follow_from_them(served: Any) -> 
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     llm, settings, _, _ = served
     check_counts_while_running(llm, mixed_cases(settings["block_length"], seed=5))
+
+
+def test_vllms_kernels_get_what_they_rely_on(served: Any) -> None:
+    llm, settings, _, _ = served
+    check_arguments(lambda: run_outputs(llm, mixed_cases(settings["block_length"], seed=5)[:5]))
 
 
 def test_near_the_end_of_max_model_len_drafts_are_left_out(mild: Path, mild_oracle: Oracle) -> None:

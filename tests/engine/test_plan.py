@@ -15,14 +15,14 @@ ROW_LEN = 24
 def planned(
     kv: KvSchedule, starts: list[int], drafts: list[int] | None = None, look_ahead_from: int | None = None
 ) -> StepPlan:
-    """Plan a step of the requests 0, 1, ..."""
-    block_start = np.array(starts, dtype=np.int64)
+    """Plan a step of the requests 0, 1, ..., of which so many tokens are known as `starts` says."""
+    block_start = kv.block_start(np.array(starts, dtype=np.int64))
     seq_len = np.full(len(starts), ROW_LEN)
     for request in range(len(starts)):
         if request not in kv.known:
             kv.add(request, 0)
-    step = kv.step(range(len(starts)), block_start, seq_len)
-    for request, start in enumerate(starts):
+    step = kv.step(range(len(starts)), np.array(starts, dtype=np.int64), seq_len)
+    for request, start in enumerate(block_start.tolist()):
         kv.note(request, start)
     return plan_step(
         step,
@@ -30,7 +30,7 @@ def planned(
         seq_len=seq_len,
         num_drafts=np.array(drafts or [0] * len(starts)),
         block_length=B,
-        is_causal=kv.is_causal,
+        kv_policy=kv.name,
         look_ahead_from=look_ahead_from,
     )
 
@@ -114,21 +114,65 @@ def test_commits_and_look_aheads_store_a_block() -> None:
     assert rows.is_stored.reshape(-1, B).all(1).tolist() == [True] + [False] * 6 + [True] + [False] * 5
 
 
+def test_a_block_begins_with_what_is_stored_whose_last_row_decides_its_first_position() -> None:
+    """Nemotron: one causal segment of the prompt, then blocks behind it, the last of which ends with the row."""
+    kv = KvSchedule("causal", None, B, stores_alone=True)
+    kv.add(0, 4)
+    plan = planned(kv, [10, 7], [3, 3])
+    assert segments(plan) == [(0, "PREFILL", 4, 10), (1, "PREFILL", 0, 7)]
+    assert plan.layout().is_causal.tolist() == [1, 1]
+    assert plan.context.tolist() == [[0, 4, 10, 10], [0, 0, 7, 7]]
+    rows = plan.rows()
+    assert (rows.head.tolist(), rows.node.tolist()) == ([[5] * B, [12] * B], [[0], [1]])
+    assert (set(rows.source.tolist()), rows.is_stored.all(), plan.is_long) == ({-1}, True, True)
+    plan = planned(kv, [10, 7], [3, 3])
+    assert segments(plan) == [(0, "ROOT", 10, 14), (1, "ROOT", 7, 11)], "nothing of the blocks is known yet"
+    assert segments(planned(kv, [10, 7], [1, 0])) == [(0, "ROOT", 10, 14), (0, "DRAFT", 10, 14), (1, "ROOT", 7, 11)]
+    plan = planned(kv, [14, 7], [3, 0])
+    assert segments(plan) == [(0, "COMMIT", 10, 14), (1, "ROOT", 7, 11)]
+    assert plan.layout().is_causal.tolist() == [1, 0]
+    assert plan.rows().head.tolist() == [[3] * B, [4, 5, 6, 7]]
+    assert (plan.num_stored.tolist(), plan.is_long, plan.is_plain) == ([B, 0], False, False)
+    kv = KvSchedule("causal", None, B, stores_alone=True)
+    planned(kv, [22])
+    plan = planned(kv, [22])
+    assert segments(plan) == [(0, "ROOT", 22, ROW_LEN)]
+    assert (plan.rows().head.tolist(), plan.is_long, plan.is_plain) == ([[0, 1, 1, 1]], True, False)
+
+
+def test_a_first_position_that_the_prompt_has_is_not_decided() -> None:
+    """Fast-dLLM v2: a partial block begins with its prefill; rows predict what is right of them."""
+    kv = KvSchedule("block_causal", None, B, stores_alone=True)
+    plan = planned(kv, [10, 8])
+    prefills = [(0, "PREFILL", 0, 4), (0, "PREFILL", 4, 8)]
+    assert segments(plan) == [*prefills, (0, "ROOT", 8, 12), (1, *prefills[0][1:]), (1, *prefills[1][1:])]
+    assert not plan.layout().is_causal.any()
+    rows = plan.rows(logit_shift=True)
+    assert rows.head.tolist() == [[7, 8, 9, 10], [19] * B]
+    assert rows.node.tolist() == [[0], [1]]
+
+
 def test_a_step_of_nobody_has_no_rows() -> None:
     plan = planned(KvSchedule("dual", None, B), [])
     assert (plan.num_reqs, plan.num_rows, plan.layout().num_nodes) == (0, 0, 0)
     assert not plan.is_long
 
 
-@given(data=st.data(), name=st.sampled_from(["dual", "prefix", "block_causal"]), every=st.sampled_from([None, 1, 2]))
-def test_every_step_is_whole(data: st.DataObject, name: str, every: int | None) -> None:
+@given(
+    data=st.data(),
+    name=st.sampled_from(["dual", "prefix", "block_causal", "causal"]),
+    every=st.sampled_from([None, 1, 2]),
+    stores_alone=st.booleans(),
+)
+def test_every_step_is_whole(data: st.DataObject, name: str, every: int | None, stores_alone: bool) -> None:
     """Whatever the step: nodes are blocks, context and own rows are disjoint, positions in the row, tokens in reach."""
-    is_causal = name == "block_causal"
-    kv = KvSchedule(name, every if name == "dual" else None, B)  # type: ignore[arg-type]
-    starts = [B * data.draw(st.integers(0, 2)) for _ in range(data.draw(st.integers(1, 4)))]
+    is_causal = name in ("block_causal", "causal")
+    stores_alone &= is_causal
+    kv = KvSchedule(name, every if name == "dual" else None, B, stores_alone=stores_alone)  # type: ignore[arg-type]
+    starts = [B * data.draw(st.integers(int(stores_alone), 2)) for _ in range(data.draw(st.integers(1, 4)))]
     for _ in range(3):
         drafts = [data.draw(st.integers(0, 6)) for _ in starts]
-        plan = planned(kv, starts, drafts, 5 if is_causal else None)
+        plan = planned(kv, starts, drafts, 5 if is_causal and not stores_alone else None)
         own, context = np.stack([plan.begin, plan.end], 1), plan.context
         assert (context[:, 1] == own[:, 0]).all()
         assert (context[:, 2] == own[:, 1]).all()
@@ -137,7 +181,9 @@ def test_every_step_is_whole(data: st.DataObject, name: str, every: int | None) 
         rows = plan.rows()
         assert np.array_equal(np.sort(rows.node[rows.node >= 0]), np.arange(len(rows.head)))
         assert (rows.node[:, 0] >= 0).all()
-        assert (plan.position[rows.head][:, 0] % B == plan.position[rows.head][:, -1] % B - B + 1).all()
+        of_block = rows.head[~plan.decides_first[plan.decides]]
+        assert (plan.position[of_block][:, 0] % B == plan.position[of_block][:, -1] % B - B + 1).all()
+        assert plan.decides_first.sum() == (0 if plan.stores_alone is None else plan.stores_alone.sum())
         canvases = (plan.num_reqs * plan.num_nodes + plan.num_reqs * plan.has_look_ahead) * B
         assert (rows.source <= canvases).all()
         assert ((rows.source == canvases) == (plan.position >= (plan.block_start[rows.request] + B)))[

@@ -10,6 +10,7 @@ from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals
 from vllm_dllm.engine.worker_check import CheckLevel, Fault, WorkerCheck, check_level
 from vllm_dllm.errors import ConfigError, StateError
+from vllm_dllm.state.kv import KvSchedule
 from vllm_dllm.state.report import MAX_DEPTH
 
 B = 4
@@ -20,7 +21,8 @@ def page(number: int, block_hash: object = None, is_null: bool = False) -> Any:
 
 
 def check_of(is_causal: bool, pages: dict[str, list[Any]] | None = None) -> StateCheck:
-    rows: Any = SimpleNamespace(is_causal=is_causal, block_length=B, row_end=lambda request: 16)
+    kv = KvSchedule("block_causal" if is_causal else "dual", None, B)
+    rows: Any = SimpleNamespace(is_causal=is_causal, block_length=B, row_end=lambda request: 16, kv=kv)
     owned: Any = SimpleNamespace(page_size=8, owners=pages or {})
     made = StateCheck(rows, owned)
     made.admit("a", 8 if is_causal else 0)

@@ -68,7 +68,7 @@ OTHER_ARITHMETIC: dict[str, dict[str, Sequence[Any]]] = {
         "is_encoder_decoder": (True,),
     },
 }
-OTHER_ARITHMETIC["diffcoder"] = {"pretraining_tp": (2, True)}
+OTHER_ARITHMETIC["diffcoder"] = {"pretraining_tp": (2, "1")}
 OTHER_ARITHMETIC["llada_moe"] = {
     "clip_qkv": (8.0,),
     "moe_layer_freq": ([0, 1], 0, 2, "1"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ops import simt
-from tests.ops.walks import MASK, Call, columns, random_call, random_params, random_stats, to
+from tests.ops.walks import MASK, PLAIN, Call, columns, random_call, random_params, random_stats, to
 from vllm_dllm import ops
 from vllm_dllm.ops.vocab_stats import PartialStats
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -23,9 +23,11 @@ SIZES = [(1, 1, 4), (1, 2, 1), (3, 5, 7), (20, 11, 32), (33, 33, 8), (2, 40, 113
 """(num_reqs, num_nodes, block_length)"""
 
 
-def check_equal(call: Call, where: str, *, first_alone: bool = False) -> Trajectory:
+RULES = (PLAIN, UnmaskRules(unmasks_first_alone=True), UnmaskRules(unmasks_first_alone=True, sub_block_length=3))
+
+
+def check_equal(call: Call, where: str, rules: UnmaskRules = PLAIN) -> Trajectory:
     """Compare with the torch twin."""
-    rules = UnmaskRules(unmasks_first_alone=first_alone)
     *parts, state = call
     expected = walk(*parts, MASK, rules, state)
     if where != "simt":
@@ -51,7 +53,8 @@ def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def test_equals_the_torch_twin(size, where):
     longest = 0
     for seed in range(4 if where == "simt" else 12):
-        done = check_equal(random_call(*size, seed, is_sampled=seed % 2 == 1), where, first_alone=seed % 3 == 1)
+        rules = RULES[seed % 3]
+        done = check_equal(random_call(*size, seed, is_sampled=seed % 2 == 1, rules=rules), where, rules)
         longest = max(longest, int(done.num_steps.max()))
     assert longest >= min(size[1], size[2], 3)
 
@@ -69,10 +72,28 @@ def test_look_aheads_that_come_true(size, where):
     size=st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 20)),
     seed=st.integers(0, 2**31),
     is_sampled=st.booleans(),
-    first_alone=st.booleans(),
+    rules=st.builds(UnmaskRules, unmasks_first_alone=st.booleans(), sub_block_length=st.none() | st.integers(1, 21)),
 )
-def test_equals_the_torch_twin_on_any_call(size, seed, is_sampled, first_alone):
-    check_equal(random_call(*size, seed, is_sampled=is_sampled), "cpu", first_alone=first_alone)
+def test_equals_the_torch_twin_on_any_call(size, seed, is_sampled, rules):
+    check_equal(random_call(*size, seed, is_sampled=is_sampled, rules=rules), "cpu", rules)
+
+
+def test_a_step_stays_in_the_leftmost_stage_that_has_masks(where):
+    """Of a block in parts of three whose first position comes alone: nothing right of the stage, and each position."""
+    rules = UnmaskRules(unmasks_first_alone=True, sub_block_length=3)
+    canvas = torch.tensor([[9] * 8, [1] + [9] * 7, [1, 2, 3, 4, 9, 9, 9, 9], [1, 2, 3, 4, 5, 6, 9, 9]])
+    canvas = canvas.masked_fill(canvas == 9, MASK)[:, None].contiguous()
+    generator = torch.Generator().manual_seed(0)
+    stats, _ = random_stats(32, generator, is_sampled=False)
+    every = {"threshold": 1e-9, "temperature": 0.0, "alg_temp": 0.0, "policy_id": POLICY_IDS["threshold"]}
+    params = random_params(4, 8, generator)
+    params = replace(params, **{name: torch.full_like(getattr(params, name), value) for name, value in every.items()})
+    one = torch.ones(4, 1, dtype=torch.int64)
+    nodes = Nodes(canvas, canvas == MASK, one.bool(), one - 1)
+    parts = [to(where, part) if where != "simt" else part for part in (nodes, stats, params)]
+    found = native_walk(*parts, MASK, rules).canvas.cpu() != MASK
+    assert found.sum(1).tolist() == [1, 3, 6, 8]
+    assert not (~found[:, :-1] & found[:, 1:]).any(), "the stages are not from left to right"
 
 
 def chain(canvas: list[str], tokens: list[str], is_valid: list[bool] | None = None) -> Trajectory:
@@ -146,7 +167,7 @@ def native_args(call: Call) -> list[Any]:
     nodes, stats, params, state = call
     rows = [stats.token_ids, stats.token_logits, stats.top_ids, stats.top_logits, stats.rest, stats.weighted]
     memory = [*state.values(), stats.given_logits]
-    return [nodes.canvas, nodes.is_valid, nodes.end, nodes.evaluated, rows, params.tensors, memory, MASK, False]
+    return [nodes.canvas, nodes.is_valid, nodes.end, nodes.evaluated, rows, params.tensors, memory, MASK, False, 0]
 
 
 def test_no_requests():

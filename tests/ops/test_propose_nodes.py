@@ -83,6 +83,7 @@ class Case:
     graph: DraftGraph
     roots: Roots
     noise: DraftNoise | None
+    sub_block_length: int = 0
 
     def rounding(self) -> float:
         """Bound what two orders of summation may differ by: a unit roundoff for each term of each step on the way.
@@ -120,9 +121,9 @@ def drafts_of(given: Case, num_drafts: int, where: str) -> Drafts:
     return Drafts(canvas[:, 1:], is_valid[:, 1:], node, depth[:, 1:], log_reach)
 
 
-def check_equal(given: Case, num_drafts: int, where: str) -> Drafts:
-    """Compare with the torch twin; returns the drafts."""
-    expected = propose(compile_graph(given.graph, CPU), given.roots, given.noise, num_drafts)
+def check_equal(given: Case, num_drafts: int, where: str, roots: Roots | None = None) -> Drafts:
+    """Compare with the torch twin, which may be shown other roots; returns the drafts."""
+    expected = propose(compile_graph(given.graph, CPU), roots or given.roots, given.noise, num_drafts)
     drafts = drafts_of(given, num_drafts, where)
     assert torch.equal(drafts.node, expected.node)
     assert torch.equal(drafts.is_valid, expected.is_valid)
@@ -230,8 +231,8 @@ def arguments(given: Case, num_drafts: int, *, looks_ahead: bool = False, seq_le
         policy = torch.where(noise.is_random, POLICY_IDS["random"], POLICY_IDS["static"])
         params = [by_slot(each) for each in (policy, noise.seed, noise.top_k, noise.temperature, noise.top_p)]
     state = [by_slot(each) for each in (roots.canvas, *memory)]
-    ranks = (graph.is_one_by_one, graph.num_vocab_ranks)
-    return [packed, weights, [slots, start], state, params, *ranks, num_drafts, looks_ahead, MASK]
+    counts = (graph.is_one_by_one, graph.num_vocab_ranks, num_drafts)
+    return [packed, weights, [slots, start], state, params, *counts, looks_ahead, MASK, given.sub_block_length]
 
 
 @pytest.mark.parametrize("is_noisy", [False, True], ids=["greedy", "noisy"])

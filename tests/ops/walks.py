@@ -15,6 +15,7 @@ from vllm_dllm.unmask.walk import Nodes, Trajectory, walk
 Call = tuple[Nodes, PartialStats, PolicyParams, PolicyState]
 
 MASK, VOCAB = 999, 16
+PLAIN = UnmaskRules()
 
 
 def random_stats(num_rows: int, generator: torch.Generator, *, is_sampled: bool) -> tuple[PartialStats, Tensor]:
@@ -96,7 +97,14 @@ def random_params(num_reqs: int, block_length: int, generator: torch.Generator) 
 
 
 def random_call(
-    num_reqs: int, num_nodes: int, block_length: int, seed: int, *, is_sampled: bool = False, looks_ahead: bool = False
+    num_reqs: int,
+    num_nodes: int,
+    block_length: int,
+    seed: int,
+    *,
+    is_sampled: bool = False,
+    looks_ahead: bool = False,
+    rules: UnmaskRules = PLAIN,
 ) -> Call:
     """Draw roots, and drafts most of which come true: each is what the twin makes of an earlier node."""
     generator = torch.Generator().manual_seed(seed)
@@ -112,19 +120,25 @@ def random_call(
     order = torch.stack([torch.randperm(num_drafts, generator=generator) for _ in range(num_reqs)]) + 1
     request, before = torch.arange(num_reqs), torch.zeros(num_reqs, dtype=torch.int64)
     for node in order.T:
-        canvas[request, node], state = next_of(canvas, stats, logits, params, before, state)
+        canvas[request, node], state = next_of(canvas, stats, logits, params, before, state, rules)
         before = node
     is_valid = torch.rand(num_reqs, num_nodes, generator=generator) < 0.9
     end = None
     if looks_ahead:
         canvas[:, -1] = MASK
-        end, _ = next_of(canvas, stats, logits, params, before, state)
+        end, _ = next_of(canvas, stats, logits, params, before, state, rules)
         end[::5] += 1
     return Nodes(canvas, canvas == MASK, is_valid, torch.zeros_like(is_valid).long(), end), stats, params, root_state
 
 
 def next_of(
-    canvas: Tensor, stats: PartialStats, logits: Tensor, params: PolicyParams, node: Tensor, state: PolicyState
+    canvas: Tensor,
+    stats: PartialStats,
+    logits: Tensor,
+    params: PolicyParams,
+    node: Tensor,
+    state: PolicyState,
+    rules: UnmaskRules = PLAIN,
 ) -> tuple[Tensor, PolicyState]:
     """Decide one node of each request, without a walk, knowing all logits."""
     request, block_length = torch.arange(len(canvas)), canvas.shape[2]
@@ -133,7 +147,7 @@ def next_of(
     rows = PartialStats.of(lambda column: column[row.flatten()], stats)
     rows = replace(rows, given_logits=logits_of(logits[row.flatten()], state))
     alone = torch.ones_like(root[..., 0], dtype=torch.bool)
-    done = walk(Nodes(root, root == MASK, alone, alone.long()), rows, params, MASK, UnmaskRules(), state)
+    done = walk(Nodes(root, root == MASK, alone, alone.long()), rows, params, MASK, rules, state)
     return done.canvas, done.state
 
 

@@ -93,7 +93,7 @@ def transformers_logits(model: Qwen, ids: Tensor, visible: Tensor) -> Tensor:
     shared |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     shared |= {"tie_word_embeddings": config.tie_word_embeddings, "attn_implementation": "eager"}
     own = {"head_dim": config.head_dim, "attention_bias": False}
-    if config.architecture == "DreamModel":
+    if config.architecture in ("DreamModel", "Fast_dLLM_QwenForCausalLM"):
         other = Qwen2ForCausalLM(Qwen2Config(**shared))
     elif config.architecture == "SeedDiffcoderForCausalLM":
         other = LlamaForCausalLM(LlamaConfig(**own, **shared))
@@ -129,6 +129,7 @@ CONFIGS = {
     "dream": {"architecture": "DreamModel"},
     "dream-mha": {"architecture": "DreamModel", "num_key_value_heads": 4, "rope_theta": 1e6},
     "dream-tied": {"architecture": "DreamModel", "tie_word_embeddings": True},
+    "fast-dllm": {"architecture": "Fast_dLLM_QwenForCausalLM", "tie_word_embeddings": True},
     "sdar": {"architecture": "SDARForCausalLM"},
     "sdar-wide-heads": {"architecture": "SDARForCausalLM", "head_dim": 12, "num_key_value_heads": 1},
     "sdar-tied": {"architecture": "SDARForCausalLM", "tie_word_embeddings": True},

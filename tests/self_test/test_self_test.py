@@ -82,7 +82,7 @@ def with_causal(change: Callable[[Any], Any]) -> Callable[[ForwardLayout], Forwa
 
     def changed(layout: ForwardLayout) -> ForwardLayout:
         host = replace(layout.host, is_causal=change(layout.host.is_causal))
-        return to_device(host, layout.page_table, layout.page_size)
+        return to_device(host, layout.page_table, layout.page_size, heads_per_kv=2)
 
     return changed
 

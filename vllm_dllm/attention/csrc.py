@@ -83,6 +83,7 @@ def check_layout(layout: ForwardLayout, *, num_pages: int, heads_per_kv: int) ->
     Raises: RuntimeError that names what is wrong: a page that the cache does not have, an interval beyond the page
         table, what does not ascend, a tile that is not the layout's.
     """
+    ops.require("draft_graph_attention", "cpu")
     names = ("page_table", "first_node", "first_row", "context", "is_causal", "tiles")
     tensors = [getattr(layout, name).cpu() for name in names]
     num_rows = int(layout.host.first_row[-1])

@@ -79,7 +79,9 @@ def check(  # noqa: PLR0913 - the options of a command
         if config is None or family is None:
             warnings = check_fit(graph_file, _server_settings(graph_file, given), where=str(file))
         else:
-            settings = parse_server_settings(given, prefix="--", defaults=family.settings(config.get("block_size")))
+            settings = parse_server_settings(
+                given, prefix="--", defaults=family.settings(config.get(family.block_size_name))
+            )
             shape = ModelShape.of(config)
             warnings = check_fit(
                 graph_file, settings, where=str(file), model=model, family=family.model_type, shape=shape

@@ -88,9 +88,8 @@ def server_settings(model: str, given: Mapping[str, object]) -> DllmConfig:
     Raises: ConfigError for a model that cannot be read or is none of ours, and for values that are not allowed.
     """
     config = read_config(model)
-    return parse_server_settings(
-        given, prefix="--", defaults=family_for(model, config).settings(config.get("block_size"))
-    )
+    family = family_for(model, config)
+    return parse_server_settings(given, prefix="--", defaults=family.settings(config.get(family.block_size_name)))
 
 
 def num_positions(model: str) -> int:

@@ -26,12 +26,13 @@ MAX_BLOCK_LENGTH = 8
 """Longest block with a look-ahead: the longer a block, the more rarely it ends, and as foreseen."""
 
 
-def smallest_budget(settings: "DllmConfig", *, is_async: bool) -> int | None:
+def smallest_budget(settings: "DllmConfig", *, is_async: bool, stores_alone: bool = False) -> int | None:
     """Return the budget from which on steps look ahead; None where none does.
 
     Args:
         settings: of the server.
         is_async: whether steps are scheduled before it is known what the step before came to.
+        stores_alone: whether a block begins with a step that only stores, to which a look-ahead does not reach.
     """
     is_served = settings.is_block_causal and settings.block_length <= MAX_BLOCK_LENGTH
-    return MIN_BUDGET if is_served and not is_async else None
+    return MIN_BUDGET if is_served and not is_async and not stores_alone else None

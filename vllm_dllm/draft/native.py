@@ -37,7 +37,8 @@ def torch_nodes(
     if num_drafts == 0 and not looks_ahead:
         return roots
     root, is_masked = roots.canvas[:, 0], roots.is_masked[:, 0]
-    origin = Roots(root, is_masked, memory.was_masked[slots] & ~is_masked, memory.candidates(slots))
+    is_new, is_open = memory.was_masked[slots] & ~is_masked, canvases.rules.open(is_masked)
+    origin = Roots(root, is_open, is_new, memory.candidates(slots))  # guesses beyond could not come true
     noise, is_known = canvases.draft_noise(blocks), memory.is_known[slots]
     drafts = propose(graph, origin, noise, num_drafts)
     nodes = roots.with_drafts(drafts.canvas, drafts.is_valid & is_known[:, None], drafts.depth, mask_token_id)
@@ -68,6 +69,7 @@ def native_nodes(
         num_drafts,
         looks_ahead,
         canvases.mask_token_id,
+        canvases.rules.sub_block_length or 0,
     )
     return Nodes(canvas, is_masked, is_valid, depth, *end)
 

@@ -28,8 +28,9 @@ class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
         return [2 * self.block_length] * len(requests), [False] * len(requests)
 
     def _decide_kv(self, output: SchedulerOutput) -> tuple[KvStep | None, bool]:
-        """Leave it to the workers; only a new request may have a prefill."""
-        return None, bool(output.scheduled_new_reqs)
+        """Leave it to the workers; only a new request may have a prefill, and only one near its end a short block."""
+        is_short = any(self.rows.may_be_short(self.requests[req_id]) for req_id in output.num_scheduled_tokens)
+        return None, bool(output.scheduled_new_reqs) or is_short
 
     def _rows_of_drafts(self, num_drafts: int) -> int:
         return self.block_length * max(0, num_drafts - 1)

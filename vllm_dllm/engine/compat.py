@@ -78,12 +78,26 @@ def _content(model: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def after_model_config(check: Callable[[EngineArgs, ModelConfig], None]) -> None:
-    """Call `check` while `EngineArgs` still tells what the user set."""
+def after_model_config(
+    overrides: Callable[[EngineArgs, ModelConfig], dict[str, Any] | None],
+    check: Callable[[EngineArgs, ModelConfig], None],
+) -> None:
+    """Call `check` while `EngineArgs` still tells what the user set.
+
+    Where `overrides` returns fields of config.json, which the user's may be none of, the configuration is made again
+    with them.
+    """
 
     def make(original: Callable[..., ModelConfig]) -> Callable[..., ModelConfig]:
         def wrapper(self: EngineArgs) -> ModelConfig:
             model_config = original(self)
+            given, more = self.hf_overrides, overrides(self, model_config)
+            if more is not None:
+                try:
+                    self.hf_overrides = {**(given or {}), **more}
+                    model_config = original(self)
+                finally:
+                    self.hf_overrides = given
             check(self, model_config)
             return model_config
 

@@ -282,7 +282,7 @@ class DllmConfigHook(VerifyAndUpdateConfig):
                 f"to {num_positions}; allowed are up to this number; lower --max-model-len or raise "
                 "max_position_embeddings, or the factor of rope_parameters, with --hf-overrides"
             )
-        if settings.is_block_causal:
+        if settings.is_aligned:
             set_page_size(vllm_config, settings.block_length)
         set_attention(config, settings)
         set_worker(vllm_config)

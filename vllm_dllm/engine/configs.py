@@ -188,4 +188,6 @@ def make_drafter(vllm_config: VllmConfig) -> Drafter | None:
     if spiffy is None:
         return None
     is_async = bool(vllm_config.scheduler_config.async_scheduling)
-    return GraphDrafter(spiffy.graph, smallest_budget(settings_of(vllm_config), is_async=is_async))
+    stores_alone = served_family(vllm_config.model_config).stores_alone
+    look_ahead_from = smallest_budget(settings_of(vllm_config), is_async=is_async, stores_alone=stores_alone)
+    return GraphDrafter(spiffy.graph, look_ahead_from)

@@ -55,7 +55,7 @@ class DllmModelState(ModelState):
     ) -> None:
         check_hook(vllm_config)
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.settings = settings_of(vllm_config)
+        self.settings, self._family = settings_of(vllm_config), served_family(self.model_config)
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
@@ -72,7 +72,12 @@ class DllmModelState(ModelState):
             choose_draws(device),
         )
         self._fill_rows = choose_rows(device)
-        self.kv_schedule = KvSchedule(self.settings.kv_policy, self.settings.refresh_every, self.block_length)
+        self.kv_schedule = KvSchedule(
+            self.settings.kv_policy,
+            self.settings.refresh_every,
+            self.block_length,
+            stores_alone=self._family.stores_alone,
+        )
         self.order: StepOrder | None = None  # None: vLLM warms up
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
@@ -136,7 +141,7 @@ class DllmModelState(ModelState):
                 f"what {input_batch.req_ids} store"
             )
         input_batch.num_scheduled_tokens = step.plan.rows_of_requests  # whose adapters each row takes
-        input_batch.logits_indices = step.head_rows(logit_shift=self.state.shifts)
+        input_batch.logits_indices = step.head_rows(logit_shift=self._family.logit_shift)
         pages = block_tables[0] if step.plan.stores.any() else None
         store = self._fill_rows(
             step.nodes,
@@ -202,7 +207,7 @@ class DllmModelState(ModelState):
         return self._step if self._step is not None and self._step.batch is batch else None
 
     def _left_rows(self) -> Tensor | None:
-        if not served_family(self.model_config).logit_shift:
+        if not self._family.logit_shift or self._family.is_block_causal:
             return None
         shape = (self.max_num_reqs, self.model_config.get_hidden_size())
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -218,15 +223,15 @@ class DllmModelState(ModelState):
         counted_np = np.zeros(0, dtype=np.int64) if counted is None else counted[:num_reqs].astype(np.int64)
         slots, slots_np = batch.idx_mapping[:num_reqs], batch.idx_mapping_np[:num_reqs]
         # A prompt is known, though its step is the one that vLLM counts it in.
-        computed_np = num_computed_tokens[slots].cpu().numpy() if self._is_async else batch.num_computed_tokens_np
-        known_np = np.maximum(computed_np[:num_reqs], batch.prefill_len_np[:num_reqs]).astype(np.int64)
+        known_np = num_computed_tokens[slots].cpu().numpy() if self._is_async else batch.num_computed_tokens_np
+        known_np = np.maximum(known_np[:num_reqs], batch.prefill_len_np[:num_reqs]).astype(np.int64)
         block_start_np = self.kv_schedule.block_start(known_np)
         num_known, start, num_counted = self._to_device(np.stack([known_np, block_start_np, counted_np]))
         blocks = Blocks(slots, slots_np, start)
         seq_len_np = self.state.seq_len_np[slots_np]
         kv = None if self.order is None else self.order.kv_of(batch.req_ids[:num_reqs])
         if kv is None:
-            kv = self.kv_schedule.step(slots_np.tolist(), block_start_np, seq_len_np)
+            kv = self.kv_schedule.step(slots_np.tolist(), known_np, seq_len_np)
             for slot, start_of in zip(slots_np.tolist(), block_start_np.tolist(), strict=True):
                 self.kv_schedule.note(slot, start_of)
         plan = plan_step(
@@ -235,18 +240,27 @@ class DllmModelState(ModelState):
             seq_len=seq_len_np,
             num_drafts=self._num_drafts(batch, counted_np),
             block_length=self.block_length,
-            is_causal=self.settings.is_block_causal,
+            kv_policy=self.settings.kv_policy,
             look_ahead_from=self._look_ahead_from,
         )
         if kv.is_new.any():
             self._begin_rows(blocks, num_known, self._to_device(np.flatnonzero(kv.is_new)))
-        special = rows_to_device(plan, self.device)
+        missing = self._cut(blocks, block_start_np, seq_len_np) if kv.is_short.any() else None
+        special = rows_to_device(plan, self.device, logit_shift=self._family.logit_shift)
         nodes = self.denoiser.nodes(blocks, plan.max_drafts, looks_ahead=plan.has_look_ahead)
         if special is not None:
             nodes = nodes.only(special.node, special.place)
         planned = None if special is None else special.planned
-        ledger = Ledger(batch.num_reqs, num_known, num_counted, planned)
+        ledger = Ledger(batch.num_reqs, num_known, num_counted, planned, missing=missing)
+        if kv.stores_alone.any():
+            ledger = replace(ledger, begun=self._to_device(kv.stores_alone.astype(np.int64)))
         return Step(batch, plan, blocks, ledger, special, nodes)
+
+    def _cut(self, blocks: Blocks, block_start: IntArray, seq_len: IntArray) -> Tensor:
+        """Cut blocks that end with their rows; returns how many positions each has fewer, [num_reqs] int64."""
+        missing = self._to_device((block_start + self.block_length - seq_len).clip(0))
+        self.state.cut(blocks, missing)
+        return missing
 
     def _num_drafts(self, batch: InputBatch, counted: IntArray) -> IntArray:
         """Read how many drafts each request may have from what vLLM counts: its block, and one more for each.

@@ -51,7 +51,8 @@ PATCHES = {
             _CONFIG,
             "create_model_config",
             "self",
-            "What the user gave can be told from vLLM's defaults here alone; the model's hook is called with both",
+            "What the user gave can be told from vLLM's defaults here alone; the model's hook is called with both. In "
+            "mode `ar` it is made again, with the architecture of vLLM's model",
         ),
         _method(
             _CONFIG,

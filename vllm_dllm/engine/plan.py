@@ -1,14 +1,15 @@
 """What a step evaluates, as a value: *segments* of rows, from which all that its forward needs is derived.
 
 A segment is some consecutive rows of one request that are evaluated together. They see each other (in a causal segment
-each row itself and those before it), up to two intervals
-of the request's stored positions, and nothing else (csrc/include/dllm/visible.h). A layer stores before it attends, so
-segments of a step see what others of the same step store:
+each row itself and those before it), up to two intervals of the request's stored positions, and nothing else
+(csrc/include/dllm/visible.h). A layer stores before it attends, so segments of a step see what others of the same step
+store:
 
     role       positions                    sees of what is stored           its rows
     REFRESH    from where on K/V are new    those before it                  are stored; those of the block decide
-    PREFILL    a block of the prompt        the blocks before it             are stored
-    COMMIT     the block before             the blocks before it             are stored
+    PREFILL    a block of the prompt, or    the positions before it          are stored; the last row may decide the
+               all of it                                                     block's first position
+    COMMIT     the block before             the blocks before it             as of PREFILL
     END        the block (look-ahead)       as ROOT                          are stored
     ROOT       the block                    all but the block; in a block-   decide
     DRAFT                                   causal model what is before it   decide
@@ -25,6 +26,7 @@ import numpy as np
 
 from vllm_dllm.attention.layout import HostLayout, host_layout
 from vllm_dllm.draft.look_ahead import NUM_NODES
+from vllm_dllm.names import KvPolicyName
 from vllm_dllm.state.kv import BoolArray, IntArray, KvStep
 
 
@@ -43,7 +45,6 @@ class Role(IntEnum):
 _ROLES = np.arange(len(Role))
 _STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT])
 _DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT])
-_IS_CAUSAL = np.isin(_ROLES, [])
 _BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1])  # of a segment's block, as seen from the present one
 
 
@@ -61,6 +62,11 @@ class StepPlan:
     end: IntArray  # [num_segments]
     context: IntArray  # [num_segments, 4], stored positions that are seen, [begin, end) twice, disjoint and ascending
     is_long: bool = False  # whether no captured CUDA graph has its shape, as `KvStep` says
+    # [num_reqs], whose step stores and nothing else; its last row decides the block's first position
+    stores_alone: BoolArray | None = None  # None: nobody's
+    is_causal: BoolArray | None = (
+        None  # [num_segments], where a row sees of its segment's those up to it; None: nowhere
+    )
 
     @property
     def num_reqs(self) -> int:
@@ -89,11 +95,6 @@ class StepPlan:
         return found
 
     @property
-    def is_causal(self) -> BoolArray:
-        """In which segments a row sees of the segment's rows itself and those before it alone, [num_segments]."""
-        return _IS_CAUSAL[self.role]
-
-    @property
     def stores(self) -> BoolArray:
         """Whose rows' K/V are written, [num_segments]."""
         return _STORES[self.role]
@@ -106,8 +107,17 @@ class StepPlan:
 
     @property
     def decides(self) -> BoolArray:
-        """Of which segments the block's rows go to the LM head, [num_segments]."""
-        return _DECIDES[self.role]
+        """Of which segments the rows go to the LM head that predict the block, [num_segments]."""
+        return _DECIDES[self.role] | self.decides_first
+
+    @property
+    def decides_first(self) -> BoolArray:
+        """Which segments decide the first position of a block by their last row, [num_segments]."""
+        if self.stores_alone is None:
+            return np.zeros(len(self.role), dtype=bool)
+        is_last = np.append(self.request[1:] != self.request[:-1], True)[: len(self.role)]
+        found: BoolArray = is_last & self.stores_alone[self.request]
+        return found
 
     @property
     def max_drafts(self) -> int:
@@ -133,7 +143,8 @@ class StepPlan:
     def is_plain(self) -> bool:
         """Whether all requests have the root and equally many drafts, and nothing else: then all rows decide."""
         is_node = (self.role == Role.ROOT) | (self.role == Role.DRAFT)
-        return bool(is_node.all() and (self.num_drafts == self.num_drafts[:1]).all())
+        is_whole = self.end - self.begin == self.block_length
+        return bool((is_node & is_whole).all() and (self.num_drafts == self.num_drafts[:1]).all())
 
     @property
     def position(self) -> IntArray:
@@ -141,15 +152,22 @@ class StepPlan:
         length = self.end - self.begin
         return np.arange(length.sum()) - (self.first_row[:-1] - self.begin).repeat(length)
 
-    def rows(self) -> "PlanRows":
-        """Say of each row what the device needs to know besides its position."""
+    def rows(self, *, logit_shift: bool = False) -> "PlanRows":
+        """Say of each row what the device needs to know besides its position.
+
+        Args:
+            logit_shift: whether a position is predicted by the row on its left; where that is not in the segment, any
+                row stands for it, see `CanvasState.predicting_rows`.
+        """
         length, first_row = self.end - self.begin, self.first_row
         segment = np.arange(len(length)).repeat(length)
         decided = np.flatnonzero(self.decides)
         in_block = (self.block_start[self.request] - self.begin)[decided]
         is_refresh = self.role[decided] == Role.REFRESH
         offset = np.arange(self.block_length)
-        head = first_row[:-1][decided, None] + np.where(is_refresh, in_block, 0)[:, None] + offset
+        head = first_row[:-1][decided, None] + np.where(is_refresh, in_block, 0)[:, None] + offset - logit_shift
+        last = first_row[1:][decided, None] - 1  # a short block has fewer rows than a canvas has positions
+        head = np.where(self.decides_first[decided, None], last, head).clip(0, last)
         node = self._nodes(decided)
         return PlanRows(
             request=self.request[segment],
@@ -197,7 +215,7 @@ class PlanRows:
     # block_length] if there is a look-ahead, then one mask; -1: the token at the position is known
     source: IntArray
     is_stored: BoolArray  # [num_rows]
-    head: IntArray  # [num_decided, block_length], rows of the nodes' blocks
+    head: IntArray  # [num_decided, block_length], rows that predict the nodes' positions
     is_left_fresh: BoolArray  # [num_decided], whether the row left of the block is in the step, and so in the segment
     node: IntArray  # [num_reqs, num_nodes], of the decided; -1: the request has fewer nodes
 
@@ -209,7 +227,7 @@ def plan_step(
     seq_len: IntArray,
     num_drafts: IntArray,
     block_length: int,
-    is_causal: bool,
+    kv_policy: KvPolicyName,
     look_ahead_from: int | None = None,
 ) -> StepPlan:
     """Make the plan of a step.
@@ -217,19 +235,21 @@ def plan_step(
     Args:
         kv: what it stores.
         block_start, seq_len: [num_reqs], where blocks begin and rows end.
-        num_drafts: [num_reqs], drafts that each may have. Who begins a block has none: nothing of it is known yet.
+        num_drafts: [num_reqs], drafts that each may have; none where nothing of the block is known yet.
         block_length: positions of a block.
-        is_causal: whether blocks see what is before them alone.
+        kv_policy: of the server.
         look_ahead_from: the smallest number of drafts with a look-ahead; None: none has one.
     """
-    num_reqs = len(block_start)
-    num_drafts = np.where(kv.begins_block, 0, num_drafts)
+    num_reqs, is_causal = len(block_start), kv_policy in ("block_causal", "causal")
+    num_drafts = np.where(kv.is_undrafted, 0, num_drafts)
     looks_ahead = np.zeros(num_reqs, dtype=bool) if look_ahead_from is None else num_drafts >= look_ahead_from
     num_drafts = num_drafts - NUM_NODES * looks_ahead
     num_stored = kv.end - kv.begin
     refreshes = (num_stored > 0) & (not is_causal)
-    num_prefills = num_stored // block_length * is_causal
-    count = np.stack([looks_ahead, refreshes, num_prefills, ~refreshes, num_drafts, looks_ahead, kv.commits], 1)
+    prefill_length = num_stored.clip(1) if kv_policy == "causal" else block_length
+    num_prefills = num_stored // prefill_length * is_causal
+    roots = ~refreshes & ~kv.stores_alone
+    count = np.stack([looks_ahead, refreshes, num_prefills, roots, num_drafts, looks_ahead, kv.commits], 1)
     count = count.astype(np.int64).ravel()
     request = np.arange(num_reqs).repeat(len(Role)).repeat(count)
     role = np.tile(_ROLES, num_reqs).repeat(count)
@@ -239,9 +259,23 @@ def plan_step(
         number = np.arange(len(role)) - (np.cumsum(count) - count).repeat(count)  # among those of role and request
         is_prefill, is_refresh = role == Role.PREFILL, role == Role.REFRESH
         begin = np.where(is_prefill, kv.begin[request] + block_length * number, begin)
-        end = np.where(is_prefill, begin + block_length, end)
+        end = np.where(is_prefill, kv.end[request] if kv_policy == "causal" else begin + block_length, end)
         begin, end = np.where(is_refresh, kv.begin[request], begin), np.where(is_refresh, kv.end[request], end)
+    if kv.is_short.any():
+        end = np.minimum(end, seq_len[request])
     visible_end = end if is_causal else seq_len[request]
     context = np.stack([np.zeros_like(begin), begin, end, visible_end], 1)
-    is_long = bool(kv.is_long.any())
-    return StepPlan(block_length, block_start, num_drafts, looks_ahead, request, role, begin, end, context, is_long)
+    return StepPlan(
+        block_length,
+        block_start,
+        num_drafts,
+        looks_ahead,
+        request,
+        role,
+        begin,
+        end,
+        context,
+        is_long=bool(kv.is_long.any()),
+        stores_alone=kv.stores_alone if kv.stores_alone.any() else None,
+        is_causal=_STORES[role] if kv_policy == "causal" else None,
+    )

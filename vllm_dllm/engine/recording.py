@@ -14,7 +14,7 @@ from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.denoiser import Observation
 from vllm_dllm.draft.graph_schema import ModelShape
-from vllm_dllm.engine.configs import rules_of
+from vllm_dllm.engine.configs import rules_of, served_family
 from vllm_dllm.engine.kv_memory import kv_bytes
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.unmask.schedule import UnmaskRules
@@ -90,6 +90,7 @@ class RecordingEngine:
         self.facts = ModelFacts(
             config.model_type, ModelShape.of(config.to_dict()), config.mask_token_id, config.eos_token_id, rules
         )
+        self._stores_alone = served_family(model_config).stores_alone
         self._blocks: dict[str, list[BlockTrace]] = {}
         self._recorder = BlockRecorder(config.mask_token_id, self._keep)
         self._runner.model_state.denoiser.observer = self._observe
@@ -123,6 +124,8 @@ class RecordingEngine:
         columns = (seen.canvas, seen.next_canvas, seen.candidates.token_ids, seen.candidates.log_probs)
         starts = seen.blocks.start.tolist()
         for row, steps in enumerate(zip(*(column.cpu().numpy() for column in columns), strict=True)):
+            if self._stores_alone and steps[0][0] == self.facts.mask_token_id:
+                continue  # it decided the block's first position by a row that says nothing of the others
             self._recorder.observe(int(seen.blocks.slots_np[row]), starts[row], steps)
 
     def _keep(self, slot: int, block: BlockTrace) -> None:

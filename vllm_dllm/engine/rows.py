@@ -19,15 +19,18 @@ class StepRows:
         settings: of the server.
         max_model_len: positions of a request.
         max_rows: of a step.
+        stores_alone: as of `KvSchedule`.
     """
 
-    def __init__(self, settings: DllmConfig, max_model_len: int, max_rows: int) -> None:
+    def __init__(self, settings: DllmConfig, max_model_len: int, max_rows: int, *, stores_alone: bool = False) -> None:
         self.settings = settings
         self.block_length = settings.block_length
         self.is_causal = settings.is_block_causal
         self.max_model_len = max_model_len
         self.max_rows = max_rows
-        self.kv = KvSchedule(settings.kv_policy, settings.refresh_every, settings.block_length)
+        self.kv = KvSchedule(
+            settings.kv_policy, settings.refresh_every, settings.block_length, stores_alone=stores_alone
+        )
         self._row_ends: dict[str, int] = {}
         self.given: dict[str, int] = {}
         self.free = 0
@@ -60,14 +63,15 @@ class StepRows:
 
     def step(self, requests: Sequence[Request]) -> KvStep:
         """Decide what a step of some requests stores."""
-        start = self.kv.block_start(np.array([request.num_tokens for request in requests], dtype=np.int64))
-        end = start if self.is_causal else np.array([self.row_end(request) for request in requests], dtype=np.int64)
-        return self.kv.step([request.request_id for request in requests], start, end)
+        num_known = np.array([request.num_tokens for request in requests], dtype=np.int64)
+        has_ends = not self.settings.is_aligned
+        end = np.array([self.row_end(r) for r in requests], dtype=np.int64) if has_ends else num_known
+        return self.kv.step([request.request_id for request in requests], num_known, end)
 
     def needed(self, requests: Sequence[Request]) -> tuple[list[int], list[bool]]:
-        """Return how many rows running requests need, and which have no drafts, since they begin a block."""
+        """Return how many rows running requests need, and which have no drafts, since nothing of a block is known."""
         step = self.step(requests)
-        return self.kv.num_rows(step).tolist(), step.begins_block.tolist()
+        return self.kv.num_rows(step).tolist(), step.is_undrafted.tolist()
 
     def first(self, request: Request, num_hit: int) -> int:
         """Return the rows of the step that admits a request: of its prompt, behind a cache hit, and of its block."""
@@ -75,8 +79,14 @@ class StepRows:
             return self.row_end(request)
         return request.num_tokens - num_hit + self.block_length  # of a partial block vLLM counts the known tokens twice
 
+    def may_be_short(self, request: Request) -> bool:
+        """Tell whether a request's next step may have a short block, wherever the steps under way lead it."""
+        if self.settings.kv_policy != "causal":
+            return False
+        return request.num_tokens + 2 * self.block_length > self.row_end(request)
+
     def row_end(self, request: Request) -> int:
-        """Return where the row of a bidirectional request ends."""
+        """Return where a request's row ends."""
         end = self._row_ends.get(request.request_id)
         if end is None:
             end = row_blocks(request.num_prompt_tokens, request.max_tokens, self.settings, self.max_model_len).end

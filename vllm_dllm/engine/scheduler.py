@@ -5,6 +5,7 @@ from collections import defaultdict
 from itertools import compress
 from typing import Any
 
+import numpy as np
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -17,7 +18,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_dllm.draft.acceptance import RequestAcceptance
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.engine import stats_way
-from vllm_dllm.engine.configs import make_drafter, settings_of, spiffy_of
+from vllm_dllm.engine.configs import make_drafter, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
 from vllm_dllm.engine.report import RequestReport, StepOrder, StepReport, take_report
@@ -49,7 +50,10 @@ class DllmScheduler(Scheduler):
         self.settings = settings_of(self.vllm_config)
         self.block_length = self.settings.block_length
         self.is_causal = self.settings.is_block_causal
-        self.rows = StepRows(self.settings, self.max_model_len, self.max_num_scheduled_tokens)
+        stores_alone = served_family(self.vllm_config.model_config).stores_alone
+        self.rows = StepRows(
+            self.settings, self.max_model_len, self.max_num_scheduled_tokens, stores_alone=stores_alone
+        )
         self._placeholders = [-1] * self.num_spec_tokens
         self._num_held = 0  # requests, since the last report
         compilation = self.vllm_config.compilation_config
@@ -177,14 +181,15 @@ class DllmScheduler(Scheduler):
         denoising = self._denoising()
         needed = zip(denoising, *self._needed_rows(denoising), strict=True)
         longest = self.block_length * (1 + self.is_causal)  # with its commit; beside all blocks any refresh has room
-        drafting, num_begins = [], 0
-        for request, num_rows, begins_block in sorted(needed, key=lambda each: each[1] > longest):
+        drafting, num_begins, num_single = [], 0, 0
+        for request, num_rows, is_undrafted in sorted(needed, key=lambda each: each[1] > longest):
             request.spec_token_ids = self._placeholders[: self.block_length]
             if not self.rows.give(request, num_rows):
                 leave_out(request, self.current_step)
                 self._num_held += 1
-            elif begins_block:
-                num_begins += self.is_causal
+            elif is_undrafted:
+                num_begins += self.is_causal and num_rows > self.block_length
+                num_single += self.is_causal and num_rows == self.block_length
             else:
                 drafting.append(request)
         if self.rule is not None and drafting:
@@ -192,7 +197,7 @@ class DllmScheduler(Scheduler):
             worth = list(compress(drafting, pays))
             reserved = self.max_model_len if self.waiting else 0
             limit = (self.rows.free - reserved) // (self.block_length * len(worth))
-            num_without = len(drafting) - len(worth)
+            num_without = len(drafting) - len(worth) + num_single
             self._give_drafts(worth, self.rule.choose(len(worth), max(0, limit), num_begins, num_without))
 
     def _give_drafts(self, drafting: list[Request], budget: int) -> None:
@@ -273,7 +278,8 @@ class DllmScheduler(Scheduler):
             or output.preempted_req_ids
         )
         ms, host_ms = self._step_ms(updated_at_s) if is_pure else (None, None)
-        num_begins, num_without = len(reports) - len(in_block), len(in_block) - len(drafting)
+        num_begins = 0 if self.rows.kv.stores_alone else len(reports) - len(in_block)  # of two canvases
+        num_without = len(reports) - num_begins - len(drafting)
         accepted = sum(report.accepted for report in drafting) / forwards
         self.rule.observe(len(drafting), budget, accepted, ms, host_ms, num_begins, num_without)
 
@@ -330,7 +336,7 @@ class DllmScheduler(Scheduler):
         """Return up to where a request has pages: to the end of its row, or of its block in a block-causal model."""
         if not self.is_causal:
             return self.rows.row_end(request)
-        return request.num_tokens - request.num_tokens % self.block_length + self.block_length
+        return int(self.rows.kv.block_start(np.array(request.num_tokens))) + self.block_length
 
 
 def leave_out(request: Request, current_step: int) -> None:

@@ -8,6 +8,7 @@ StateError that names the request.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from vllm.v1.request import Request
 
 from vllm_dllm.engine.pages import DllmPages
@@ -89,7 +90,7 @@ class StateCheck:
     def _check_positions(self, request: Request, report: RequestReport, account: Account) -> None:
         name, block_length = request.request_id, self._rows.block_length
         num_tokens = request.num_tokens
-        start = num_tokens - num_tokens % block_length if self._rows.is_causal else num_tokens
+        start = int(self._rows.kv.block_start(np.array(num_tokens)))
         if report.stored not in (start, start + block_length):
             raise StateError(
                 f"request {name}: its block begins at {start} in the scheduler, which has {num_tokens} tokens of it, "

@@ -46,21 +46,27 @@ class Step:
         """Return the rows of the forward that go to the LM head, those of a node together.
 
         Args:
-            logit_shift: whether a position is predicted by the row on its left; where that is not in the segment, any
-                row stands for it, see `CanvasState.predicting_rows`.
+            logit_shift: as in `StepPlan.rows`.
         """
+        if self.special is not None:
+            return self.special.head.flatten()
+        num_rows = self.plan.num_rows
         if not logit_shift:
-            return slice(self.plan.num_rows) if self.special is None else self.special.head.flatten()
-        num_rows, device = self.plan.num_rows, self.blocks.slots.device
-        head = torch.arange(num_rows, device=device) if self.special is None else self.special.head.flatten()
-        return (head - 1).clamp(min=0)
+            return slice(num_rows)
+        return (torch.arange(num_rows, device=self.blocks.slots.device) - 1).clamp(min=0)
 
 
-def rows_to_device(plan: StepPlan, device: torch.device) -> Special | None:
-    """Copy what the device must know of a plan's rows where the plan is not plain, in one copy."""
+def rows_to_device(plan: StepPlan, device: torch.device, *, logit_shift: bool = False) -> Special | None:
+    """Copy what the device must know of a plan's rows where the plan is not plain, in one copy.
+
+    Args:
+        plan: of the step.
+        device: of the results.
+        logit_shift: as in `StepPlan.rows`.
+    """
     if plan.is_plain:
         return None
-    rows = plan.rows()
+    rows = plan.rows(logit_shift=logit_shift)
     arrays = (
         rows.request,
         rows.source,

@@ -20,8 +20,9 @@ Shape = tuple[int, ...]
 Sizes = dict[int, int]
 """What is known of a shape: sizes by dimension."""
 
-# Tables that transformers once saved, and that every model class computes from config.json.
-_COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+# Tables that transformers once saved, and that every model class computes from config.json; and scales of an FP8
+# cache, which is refused.
+_UNREAD = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.self_attn\.[kv]_scale$")
 _NUM_NAMED = 4
 
 
@@ -119,7 +120,7 @@ class TensorCount:
         self._raise_findings()
 
     def _fits(self, name: str, tensor: Tensor) -> bool:
-        if _COMPUTED.search(name):
+        if _UNREAD.search(name):
             return False
         self.seen[name] += 1
         if self.tied and name in self.tied and self._is_spare_head(name, tensor):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_dllm.config import DllmConfig, InvalidOptionError
+from vllm_dllm.names import KvPolicyName
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,18 @@ class ModelFamily:
         decoding_defaults: published values of `DllmConfig`'s fields; a checkpoint's `block_size` comes before them.
         attention: `bidirectional`: every position sees the whole sequence, blocks begin behind the prompt.
             `block_causal`: a position sees its block and the blocks before it, blocks begin at multiples of their
-            length, so that the first one may hold the prompt's end.
+            length, so that the first one may hold the prompt's end. `causal`: a final position sees those before it
+            alone, a block that is denoised itself too; blocks begin behind the prompt, and the last one may be short.
         logit_shift: whether the row of position p predicts the token at p + 1.
         schedule: how `static` and its kin spread a block over steps: `even`, the remainder first; `timesteps`, Dream's
             schedule of times from 1 to eps.
         unmasks_first_alone: whether the first step of a block, with a cache, unmasks the block's first position alone.
+            Where K/V never change this position is predicted by the row on its left, of the forward that stores it.
+        sub_block_length: of parts of a block that are decided one after another; None: it has none.
         confidence: `model`: of the distribution as the model gives it. `sampled`: after temperature, top_k and top_p.
+        causal_class: "module:Class" of the vLLM model that serves the same weights autoregressively, under the class's
+            name as architecture (mode `ar`); None: it is trained for diffusion alone.
+        block_size_name: what config.json calls the block length of training.
         remote_class: of checkpoints whose `architectures` and `model_type` are a stock model's: the class in `auto_map`
             that they are told by.
     """
@@ -40,17 +47,30 @@ class ModelFamily:
     config_class: str
     generation_defaults: Mapping[str, Any]
     decoding_defaults: Mapping[str, Any] = field(default_factory=dict)
-    attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    attention: Literal["bidirectional", "block_causal", "causal"] = "bidirectional"
     logit_shift: bool = False
     schedule: Literal["even", "timesteps"] = "even"
     unmasks_first_alone: bool = False
+    sub_block_length: int | None = None
     confidence: Literal["model", "sampled"] = "model"
+    causal_class: str | None = None
+    block_size_name: str = "block_size"
     remote_class: str | None = None
 
     @property
     def is_block_causal(self) -> bool:
-        """Whether a position sees its block and the blocks before it alone."""
-        return self.attention == "block_causal"
+        """Whether a position sees nothing behind its block, so that stored K/V never change."""
+        return self.attention != "bidirectional"
+
+    @property
+    def stores_alone(self) -> bool:
+        """Whether a block begins with a step that stores, whose last row decides the block's first position."""
+        return self.is_block_causal and self.unmasks_first_alone
+
+    @property
+    def kv_policies(self) -> tuple[KvPolicyName, ...]:
+        """The KV policies that its attention allows."""
+        return ("dual", "prefix") if self.attention == "bidirectional" else (self.attention,)
 
     def settings(self, block_size: int | None) -> dict[str, Any]:
         """Return the published values of `DllmConfig`'s fields for a checkpoint that says `block_size`."""
@@ -86,6 +106,31 @@ FAMILIES = (
         decoding_defaults={"block_length": 4, "kv_policy": "block_causal", "policy": "dynamic", "threshold": 0.85},
         attention="block_causal",
         confidence="sampled",
+    ),
+    ModelFamily(
+        architecture="NemotronLabsDiffusionModel",
+        model_type="nemotron_labs_diffusion",
+        model_class="vllm_dllm.models.nemotron:NemotronLabsDiffusionModel",
+        config_class="vllm_dllm.models.nemotron_config:NemotronConfig",
+        generation_defaults={"temperature": 0.0},
+        decoding_defaults={"block_length": 32, "kv_policy": "causal", "policy": "threshold", "threshold": 0.9},
+        attention="causal",
+        unmasks_first_alone=True,
+        causal_class="vllm_dllm.models.nemotron_causal:NemotronLabsDiffusionForCausalLM",
+    ),
+    ModelFamily(
+        architecture="Fast_dLLM_QwenForCausalLM",
+        model_type="Fast_dLLM_Qwen",
+        model_class="vllm_dllm.models.transformer:MaskedDiffusionLM",
+        config_class="vllm_dllm.models.fast_dllm_config:FastDllmConfig",
+        generation_defaults={"temperature": 0.0},
+        decoding_defaults={"block_length": 32, "kv_policy": "block_causal", "policy": "dynamic", "threshold": 0.9},
+        attention="block_causal",
+        logit_shift=True,
+        unmasks_first_alone=True,
+        sub_block_length=8,
+        confidence="sampled",
+        block_size_name="bd_size",
     ),
     ModelFamily(
         architecture="SeedDiffcoderForCausalLM",
@@ -158,13 +203,14 @@ def check_family(settings: DllmConfig, family: ModelFamily) -> None:
 
     Raises: InvalidOptionError.
     """
-    if family.is_block_causal == settings.is_block_causal:
+    if settings.kv_policy in family.kv_policies:
         return
-    allowed, reason = (
-        ("'block_causal'", "sees nothing behind a block, so that its K/V never change")
-        if family.is_block_causal
-        else ("'dual' and 'prefix'", "sees what follows a block, so that its K/V change")
-    )
+    reason = {
+        "bidirectional": "sees what follows a block, so that its K/V change",
+        "block_causal": "sees nothing behind a block, so that its K/V never change",
+        "causal": "sees nothing behind a final position, so that its K/V never change",
+    }[family.attention]
+    allowed = " and ".join(map(repr, family.kv_policies))
     raise InvalidOptionError(
         f"additional_config.dllm.kv_policy is {settings.kv_policy!r}, but {family.architecture} {reason}; allowed are "
         f"{allowed}; leave kv_policy out",

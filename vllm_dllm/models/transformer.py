@@ -23,7 +23,6 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -38,7 +37,7 @@ from vllm.platforms import current_platform
 from vllm_dllm.engine.attention import DllmAttentionBackend
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.checkpoint_tensors import Shape, Sizes, TensorCount, embedding_name, head_name, needed_tensors
-from vllm_dllm.models.rope_fields import table_arguments
+from vllm_dllm.models.rotary import make_rotary
 
 if TYPE_CHECKING:
     from vllm_dllm.engine.model_state import DllmModelState
@@ -76,8 +75,7 @@ class SelfAttention(nn.Module):
             self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
         self.has_norms = config.qk_norm
-        max_position, rope = table_arguments(config.rope_parameters, config.max_position_embeddings)
-        self.rotary_emb = get_rope(head_dim, max_position, rope_parameters=rope)
+        self.rotary_emb = make_rotary(config)
         num_heads = config.num_attention_heads // tp_size
         num_kv_heads = max(1, config.num_key_value_heads // tp_size)  # ranks beyond their number share them
         self.split_sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]

@@ -18,6 +18,7 @@ def decide_walk(  # noqa: PLR0913 - the arguments of the op, once per step
     memory: Sequence[Tensor],
     mask_token_id: int,
     unmasks_first_alone: bool,
+    sub_block_length: int,
 ) -> list[Tensor]:
     """Decide and walk; does what `unmask.walk.walk` does, which states it.
 
@@ -37,7 +38,8 @@ def decide_walk(  # noqa: PLR0913 - the arguments of the op, once per step
         memory: where a policy of the batch remembers something: credit_ids and credits of its state, contiguous, and
             the given logits of the rows; else nothing.
         mask_token_id: what stands for masked in a canvas.
-        unmasks_first_alone: whether a block's first step unmasks its first position alone.
+        unmasks_first_alone: whether a block's first position is unmasked first, and alone.
+        sub_block_length: of parts of a block that are unmasked one after another; 0: it has none.
 
     Returns: the fields of `unmask.walk.Trajectory`, of `candidates` its two, of `state` those of the memory.
 
@@ -47,7 +49,7 @@ def decide_walk(  # noqa: PLR0913 - the arguments of the op, once per step
     """
     require("decide_walk", canvas.device.type)
     trajectory: list[Tensor] = torch.ops.vllm_dllm.decide_walk(
-        canvas, is_valid, end, evaluated, rows, params, memory, mask_token_id, unmasks_first_alone
+        canvas, is_valid, end, evaluated, rows, params, memory, mask_token_id, unmasks_first_alone, sub_block_length
     )
     return trajectory
 
@@ -62,6 +64,7 @@ def fake(  # noqa: PLR0913 - as above
     memory: Sequence[Tensor],
     mask_token_id: int,
     unmasks_first_alone: bool,
+    sub_block_length: int,
 ) -> list[Tensor]:
     """Return an empty trajectory."""
     check_one_device("decide_walk", canvas, is_valid, end, evaluated, *rows, *params, *memory)

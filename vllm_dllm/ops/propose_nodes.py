@@ -19,6 +19,7 @@ def propose_nodes(  # noqa: PLR0913 - the arguments of the op, once per step
     num_drafts: int,
     looks_ahead: bool,
     mask_token_id: int,
+    sub_block_length: int,
 ) -> list[Tensor]:
     """Fill the nodes of a graph and keep the best; does what `draft.native.torch_nodes` does, which states it.
 
@@ -39,6 +40,7 @@ def propose_nodes(  # noqa: PLR0913 - the arguments of the op, once per step
         num_drafts: how many to keep, at most the graph's nodes.
         looks_ahead: whether the last canvas is a look-ahead's next root.
         mask_token_id: what stands for masked in a canvas.
+        sub_block_length: of parts of a block that are unmasked one after another; 0: it has none.
 
     Returns: of `unmask.walk.Nodes` canvas, is_masked, is_valid and depth; of `draft.propose.Drafts` node and log_reach;
         and with a look-ahead its end.
@@ -59,6 +61,7 @@ def propose_nodes(  # noqa: PLR0913 - the arguments of the op, once per step
         num_drafts,
         looks_ahead,
         mask_token_id,
+        sub_block_length,
     )
     return nodes
 
@@ -74,6 +77,7 @@ def fake(  # noqa: PLR0913 - as above
     num_drafts: int,
     looks_ahead: bool,
     mask_token_id: int,
+    sub_block_length: int,
 ) -> list[Tensor]:
     """Return empty canvases."""
     check_one_device("propose_nodes", *graph, *requests, *state, *params)

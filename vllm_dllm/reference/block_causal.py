@@ -1,14 +1,20 @@
-"""Block decoding of block-causal models, as published for SDAR (`block_diffusion_generate`, arXiv:2510.06303).
+"""Block decoding where keys and values never change: SDAR, Fast-dLLM v2 and Nemotron-Labs-Diffusion, as published.
 
-Blocks lie at multiples of their length, so that the first one may begin with the prompt's end, its *partial
-block*. The keys and values of the prompt's whole blocks are stored once; a block is denoised under what is stored
-before it, and is stored when it is finished. Batch of one.
+    SDAR          `block_diffusion_generate`, arXiv:2510.06303: rules `SDAR`
+    Fast-dLLM v2  `generation_functions.py`, arXiv:2509.26328: rules `FAST_DLLM`, without its cache inside a block
+    Nemotron      the native decoder of nvidia/Nemotron-Labs-Diffusion: rules `NEMOTRON`, and `generate_causally`
+
+A block is denoised under what is stored before it, and is stored when it is finished. Blocks of SDAR and Fast-dLLM v2
+lie at multiples of their length, so that the first one may begin with the prompt's end, its *partial block*; stored
+rows see their whole block. Nemotron's blocks begin behind the prompt, and the last one ends with the generation; stored
+rows are causal. Where `unmasks_first_alone` is on, the last row that is stored before a block decides the block's first
+position, unless the prompt has it. Batch of one.
 """
 
 import torch
 from torch import Tensor
 
-from vllm_dllm.reference.decode import Generation
+from vllm_dllm.reference.decode import Generation, shift
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy, unmask
 from vllm_dllm.reference.qwen import Qwen, block_causal
@@ -17,18 +23,37 @@ from vllm_dllm.reference.sampling import Sampling
 _STATIC, _GREEDY = UnmaskPolicy(), Sampling()
 
 
-def decoded_region(prompt_len: int, gen_length: int, block_length: int) -> tuple[int, int]:
+def decoded_region(prompt_len: int, gen_length: int, block_length: int, rules: Rules = SDAR) -> tuple[int, int]:
     """Return the positions [first, last) of the blocks that a generation decodes, a partial block included."""
+    if rules.attention == "causal":
+        return prompt_len, prompt_len + gen_length
     first = prompt_len // block_length * block_length
     return first, -(-(prompt_len + gen_length) // block_length) * block_length
+
+
+def store(
+    model: Qwen, tokens: Tensor, begin: int, kv: list[LayerKv] | None, block_length: int, rules: Rules = SDAR
+) -> tuple[Tensor, list[LayerKv]]:
+    """Store final tokens from a position on; returns their logits and all keys and values.
+
+    Args:
+        model: the model.
+        tokens: all final tokens, [len] int64.
+        begin: how many of them are stored.
+        kv: their keys and values.
+        block_length: positions per block.
+        rules: of the family.
+    """
+    if rules.attention != "causal" and len(tokens) - begin <= block_length:  # a block sees all of itself
+        return model.forward(tokens[begin:], begin, kv)
+    visible = block_causal(len(tokens), 1 if rules.attention == "causal" else block_length)[begin:]
+    return model.forward(tokens[begin:], begin, kv, visible=visible)
 
 
 def store_prompt(model: Qwen, prompt: Tensor, block_length: int) -> list[LayerKv] | None:
     """Compute the keys and values of a prompt's whole blocks, per layer; None where it has none."""
     num_stored = len(prompt) // block_length * block_length
-    if num_stored == 0:
-        return None
-    return model.forward(prompt[:num_stored], visible=block_causal(num_stored, block_length))[1]
+    return store(model, prompt[:num_stored], 0, None, block_length)[1] if num_stored else None
 
 
 @torch.no_grad()
@@ -46,39 +71,45 @@ def generate(
     """Generate at least `gen_length` tokens after a prompt [prompt_len] int64, up to the end of a block.
 
     Other than as published, the last block is not stored, and no more positions are unmasked than are masked: where
-    the partial block leaves fewer than the schedule gives, the published code overwrites the prompt. Prompt positions
-    are never masked, whatever their ids.
+    a partial block leaves fewer than the schedule gives, the published code overwrites the prompt. Prompt positions
+    are never masked, whatever their ids. A prompt of one whole block is stored before Fast-dLLM v2's next one, whose
+    published code forgets it. Nemotron's last block, where it is shorter, takes the last steps of the schedule.
 
     Args:
         model: the model.
         prompt: the tokens before the generation.
-        gen_length: least number of tokens.
+        gen_length: least number of tokens; of Nemotron exactly as many.
         block_length: positions per block.
         policy: the unmasking policy; its `steps` are of each block.
         sampling: how tokens are chosen; without guidance.
         stop_ids: a block that generated one of these is the last.
-        rules: the family's.
+        rules: of the family.
 
-    Returns: the tokens and the history to the last block's end. `nfe` counts forwards that unmask something; the
-        prompt's is in no count.
+    Returns: the tokens and the history to the last block's end. `nfe` counts forwards that unmask something, those
+        that store and decide a first position among them.
     """
     prompt_len = len(prompt)
-    first_begin, seq_len = decoded_region(prompt_len, gen_length, block_length)
+    first_begin, seq_len = decoded_region(prompt_len, gen_length, block_length, rules)
     tokens = torch.cat((prompt, prompt.new_full((seq_len - prompt_len,), model.config.mask_token_id)))
     is_masked = torch.arange(seq_len, device=prompt.device) >= prompt_len
-    kv = store_prompt(model, prompt, block_length)
-    steps = policy.steps or block_length
-    nfe_commit = end = 0
+    kv: list[LayerKv] | None = None
+    stored, steps = torch.empty(0), policy.steps or block_length
+    num_stored = nfe_commit = end = 0
     history: list[Tensor] = []
     for begin in range(first_begin, seq_len, block_length):
-        if begin > first_begin:
-            kv = model.forward(tokens[begin - block_length : begin], begin - block_length, kv)[1]
-            nfe_commit += 1
-        end = begin + block_length
-        num_masked = int(is_masked[begin:end].sum())
+        if num_stored < begin:
+            stored, kv = store(model, tokens[:begin], num_stored, kv, block_length, rules)
+            nfe_commit += begin > first_begin
+            num_stored = begin
+        end = min(begin + block_length, seq_len)
+        num_masked = block_length - max(0, prompt_len - begin)
         block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
         while is_masked[begin:end].any():
-            logits, _ = model.forward(tokens[begin:end], begin, kv)
+            if rules.unmasks_first_alone and is_masked[begin]:
+                logits = stored[-1:].expand(end - begin, -1)
+            else:
+                logits, _ = model.forward(tokens[begin:end], begin, kv)
+                logits = shift(logits, logits[:1]) if rules.logit_shift else logits
             chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
@@ -86,3 +117,16 @@ def generate(
         if torch.isin(tokens[prompt_len:end], torch.tensor(stop_ids, dtype=torch.int64)).any():
             break
     return Generation(tokens[prompt_len:end], len(history), 0, torch.stack(history)[:, : end - prompt_len], nfe_commit)
+
+
+@torch.no_grad()
+def generate_causally(model: Qwen, prompt: Tensor, gen_length: int) -> Tensor:
+    """Generate as an autoregressive model does, Nemotron's "ar" mode: the likeliest token of the last row, each time.
+
+    Returns: [gen_length] int64.
+    """
+    tokens, kv = prompt, None
+    for _ in range(gen_length):
+        logits, kv = store(model, tokens, 0 if kv is None else len(tokens) - 1, kv, 1)
+        tokens = torch.cat((tokens, logits[-1:].argmax(-1)))
+    return tokens[len(prompt) :]

@@ -10,6 +10,8 @@ Sources, and their names for our policies:
     SDAR       JetAstra/SDAR `generate.py`, arXiv:2510.06303: `sequential`, `static` is "low_confidence_static",
                `dynamic` is "low_confidence_dynamic", `entropy_bounded`
     dInfer     inclusionAI/dInfer `CreditThresholdParallelDecoder`, arXiv:2510.06133: `credit`, see `reference.credit`
+    Nemotron-Labs-Diffusion   `threshold`; without a threshold `static`
+    Fast-dLLM v2              `generation_functions.py`, arXiv:2509.26328: `dynamic`
 
 A step takes the most probable (or a sampled) token of each masked position with a score, and unmasks the positions of
 the highest scores; the policy says what the score is, and how many. Additions of ours are marked "ours". The published
@@ -76,10 +78,14 @@ class UnmaskPolicy:
 class Rules:
     """Where the decoders of the families differ."""
 
-    attention: Literal["bidirectional", "block_causal"] = "bidirectional"
+    # `causal`: what is stored sees what is before it, position by position; a block sees itself too.
+    attention: Literal["bidirectional", "block_causal", "causal"] = "bidirectional"
     logit_shift: bool = False  # the row of position p predicts the token at p + 1
     schedule: Literal["even", "timesteps"] = "even"
-    unmasks_first_alone: bool = False  # Fast-dLLM's Dream: a refresh decides the block's first position alone
+    # A block's first position is decided alone and first: by a refresh (Fast-dLLM's Dream), or, where K/V never change,
+    # by the last row of the forward that stored what is before the block, as an autoregressive model's next token.
+    unmasks_first_alone: bool = False
+    sub_block_length: int | None = None  # Fast-dLLM v2: a block's parts are decided one after another
     # Of the distribution as the model gives it, or after temperature and filters. At temperature 0 they are one.
     confidence: Literal["model", "sampled"] = "model"
 
@@ -87,6 +93,10 @@ class Rules:
 LLADA = Rules()
 DREAM = Rules(logit_shift=True, schedule="timesteps", unmasks_first_alone=True, confidence="sampled")
 SDAR = Rules(attention="block_causal", confidence="sampled")
+NEMOTRON = Rules(attention="causal", unmasks_first_alone=True)
+FAST_DLLM = Rules(
+    attention="block_causal", logit_shift=True, unmasks_first_alone=True, sub_block_length=8, confidence="sampled"
+)
 STABLE_DIFFCODER = Rules(attention="block_causal")
 
 
@@ -243,10 +253,12 @@ class Block:
     def counts(self) -> list[int]:
         """How many positions each step unmasks by the schedule; what unmasks nothing needs no forward and is no step.
 
-        Fast-dLLM's Dream counts the step that unmasks the first position alone as step 0 of the schedule.
+        Fast-dLLM's Dream counts the step that unmasks the first position alone as step 0 of the schedule; Nemotron
+        spreads the others over all steps.
         """
         if self.rules.schedule == "even":
-            counts = static_counts(self.length, self.steps)
+            first = int(self.rules.unmasks_first_alone)
+            counts = [first, *static_counts(self.length - first, self.steps)]
         elif self.rules.unmasks_first_alone:
             counts = [1, *(timestep_counts(self.length - 1, self.steps, first=1) or [self.length - 1])]
         else:
@@ -261,10 +273,18 @@ class Block:
         num_unmasked = self.num_masked - num_masked
         return next(c for c, end in zip(self.counts, accumulate(self.counts), strict=True) if num_unmasked < end)
 
+    def stage(self, positions: Tensor) -> Tensor:
+        """Return which of the masked positions [num_masked] the next step may unmask; the first of them always."""
+        first = int(positions[0])
+        if self.rules.unmasks_first_alone and first == self.begin:
+            return positions == first
+        if self.rules.sub_block_length is None:
+            return torch.ones_like(positions, dtype=torch.bool)
+        part = (positions - self.begin) // self.rules.sub_block_length
+        return part == part[0]
+
     def known(self, positions: Tensor) -> Tensor | None:
-        """Return which of the masked positions [num_masked] the next step unmasks, where no score decides it; bool."""
-        if self.rules.unmasks_first_alone and len(positions) == self.num_masked:
-            return positions == self.begin
+        """Return which of the masked positions [num_open] the next step unmasks, where no score decides it; bool."""
         if self.policy.name != "origin":
             return None
         # Drawn once, and unmasked in the step from t to s if s <= drawn < t: of what is masked at t, a share 1 - s / t.
@@ -288,9 +308,11 @@ def unmask(logits: Tensor, is_masked: Tensor, *, first: int, block: Block) -> tu
     Returns: indices into the span and their tokens, two [count] int64.
     """
     policy, sampling = block.policy, block.sampling
-    rows = is_masked.nonzero().squeeze(-1)  # [num_masked]
+    masked = is_masked.nonzero().squeeze(-1)  # [num_masked]
+    num_masked = len(masked)
+    rows = masked[block.stage(first + masked)]  # [num_open]
     positions = first + rows
-    keys = stream_keys(torch.full_like(rows, sampling.seed), positions, torch.full_like(rows, len(rows)))
+    keys = stream_keys(torch.full_like(rows, sampling.seed), positions, torch.full_like(rows, num_masked))
     logits = remove_tokens(logits[rows], sampling.forbidden_ids + ((block.eos_id,) if sampling.logits_eos_inf else ()))
     if policy.name == "credit":
         alpha, beta, gamma = policy.credit_alpha, policy.credit_beta, policy.credit_gamma
@@ -306,7 +328,7 @@ def unmask(logits: Tensor, is_masked: Tensor, *, first: int, block: Block) -> tu
         # The published code removes EOS from the noisy logits, which are the logits themselves at temperature 0 only.
         logits = remove_tokens(logits, (policy.eot_id, block.eos_id) if sampling.temperature == 0 else (policy.eot_id,))
     score = scores(logits, tokens, positions, keys, policy)
-    count = unmask_count(policy, score.sort(descending=True).values, block.scheduled(len(rows)))
+    count = unmask_count(policy, score.sort(descending=True).values, block.scheduled(num_masked))
     count = min(count, len(rows))
     # The published threshold rule ranks all masked positions and drops the rest; the ties of topk depend on k.
     num_ranked = len(rows) if policy.name in {"threshold", "credit"} else count

@@ -5,7 +5,8 @@ TraDo with it, is Qwen3: no biases, query and key normalised per head before the
 block and the blocks before it. Stable-DiffCoder (arXiv:2601.15892) is Llama, with neither biases nor norms, and sees
 what SDAR sees. LLaDA-MoE and SDAR-MoE are Qwen3's layers with experts: of OLMoE, which does not renormalise the weights
 of a token's experts, and of Qwen3-MoE, which does. The parameter names are the published ones, so a checkpoint loads
-without a name map. Shapes are named as in `reference.layers`.
+without a name map. Fast-dLLM v2 (arXiv:2509.26328) is Qwen2 and sees what SDAR sees; Nemotron, in
+`reference.nemotron`, has Llama's layers under other names. Shapes are named as in `reference.layers`.
 """
 
 import json
@@ -29,10 +30,13 @@ from vllm_dllm.reference.layers import (
 )
 from vllm_dllm.reference.rope import Rope, Rotation
 
+Rotations = tuple[Rotation, Rotation]
+"""Of queries and of keys."""
+
 _IMPLEMENTED: dict[str, object] = {
     "hidden_act": "silu",
     "use_sliding_window": False,
-    "attention_bias": False,  # SDAR's; Dream has its biases whatever this says
+    "attention_bias": False,  # SDAR's; others have their biases whatever this says
 }
 """Fields of config.json that this model has one answer to; another value is refused."""
 
@@ -48,6 +52,8 @@ class Layers:
 LAYERS = {
     "DreamModel": Layers(qkv_bias=True),
     "SDARForCausalLM": Layers(qk_norm=True),
+    "Fast_dLLM_QwenForCausalLM": Layers(qkv_bias=True),
+    "NemotronLabsDiffusionModel": Layers(),
     "SeedDiffcoderForCausalLM": Layers(),
     "LLaDAMoEModelLM": Layers(qk_norm=True),
     "SDARMoeForCausalLM": Layers(qk_norm=True),
@@ -74,7 +80,8 @@ class QwenConfig:
     rope_scaling: Mapping[str, Any] | None = None  # or `rope_parameters`
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    block_size: int | None = None  # SDAR: the block length of training
+    block_size: int | None = None  # SDAR, Nemotron and, as `bd_size`, Fast-dLLM v2: the block length of training
+    query_scale_beta: float = 0.0  # Nemotron's `llama_4_scaling_beta`
     num_experts: int = 0  # 0: the feed-forward network is one
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -114,6 +121,11 @@ class QwenConfig:
             values |= {"moe_intermediate_size": values["expert_intermediate_size"], "norm_topk_prob": False}
         values["rope_scaling"] = values.get("rope_parameters") or values.get("rope_scaling")
         values.setdefault("rope_theta", (values["rope_scaling"] or {}).get("rope_theta"))
+        if values["architecture"] == "NemotronLabsDiffusionModel":
+            values["rope_scaling"] = dict(values["rope_scaling"] or {})
+            values["query_scale_beta"] = values["rope_scaling"].pop("llama_4_scaling_beta", 0.0)
+            values["rope_scaling"].pop("max_position_embeddings", None)
+        values.setdefault("block_size", values.get("bd_size"))
         return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
@@ -135,11 +147,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if layers.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None, visible: Tensor | None
+        self, x: Tensor, rotations: Rotations, start: int, kv: LayerKv | None, visible: Tensor | None
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
-        query = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), rotation)
-        key = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), rotation)
+        query = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), rotations[0])
+        key = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), rotations[1])
         value = split_heads(self.v_proj(x), self.head_dim)
         attended, kv = attend(query, key, value, start, kv, visible)
         return self.o_proj(merge_heads(attended)), kv
@@ -196,10 +208,10 @@ class Layer(nn.Module):
         self.mlp = Experts(config) if config.num_experts else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None, visible: Tensor | None
+        self, x: Tensor, rotations: Rotations, start: int, kv: LayerKv | None, visible: Tensor | None
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
-        attended, kv = self.self_attn(self.input_layernorm(x), rotation, start, kv, visible)
+        attended, kv = self.self_attn(self.input_layernorm(x), rotations, start, kv, visible)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
@@ -247,14 +259,23 @@ class Qwen(nn.Module):
         """
         if positions is None:
             positions = torch.arange(start, start + ids.shape[-1], device=ids.device)
-        rotation = self.config.rope.rotation(positions, self.config.head_dim)
-        x: Tensor = self.model.embed_tokens(ids)
+        decoder, head = self.parts()
+        rotations = self.rotations(positions)
+        x: Tensor = decoder.embed_tokens(ids)
         updated: list[LayerKv] = []
-        for index, layer in enumerate(self.model.layers):
-            x, layer_kv = layer(x, rotation, start, None if kv is None else kv[index], visible)
+        for index, layer in enumerate(decoder.layers):
+            x, layer_kv = layer(x, rotations, start, None if kv is None else kv[index], visible)
             updated.append(layer_kv)
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(self.model.norm(x), head.weight), updated
+        return F.linear(decoder.norm(x), head.weight), updated
+
+    def parts(self) -> tuple[Decoder, nn.Embedding | nn.Linear]:
+        """Return the layers, and the module whose weight is the LM head."""
+        return self.model, self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    def rotations(self, positions: Tensor) -> Rotations:
+        """Return how queries and keys at positions [len] are rotated."""
+        rotation = self.config.rope.rotation(positions, self.config.head_dim)
+        return rotation, rotation
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype) -> "Qwen":

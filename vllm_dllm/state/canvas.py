@@ -265,6 +265,17 @@ class CanvasState:
             self.remember(slots, select(where, anew, {name: its[slots] for name, its in self.memory.items()}))
         self.canvas[slots] = self.canvas[slots].masked_fill(where[:, None], self.mask_token_id)
 
+    def cut(self, blocks: Blocks, missing: Tensor) -> None:
+        """Fill the ends of blocks that have fewer positions than a canvas, so that nothing is masked there.
+
+        Args:
+            blocks: of some requests.
+            missing: [num_reqs] int64, positions that each has fewer.
+        """
+        is_missing = self._offsets >= self.block_length - missing[:, None]
+        filler = int(self.mask_token_id == 0)
+        self.canvas[blocks.slots] = self.canvas[blocks.slots].masked_fill(is_missing, filler)
+
     def _int(self, name: str) -> Tensor:
         return self._ints[_INTS.index(name)]
 

@@ -9,9 +9,12 @@ stores before it attends. What must be stored is one more part of the step, over
   - `dual` with `refresh_every=n` does so again at every n-th step of the block (Fast-dLLM's dual cache for None,
     no cache at all for 1);
   - `prefix` recomputes the block and what follows, if anything does, at every step (Fast-dLLM's prefix cache);
-- under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit. A
-  block that ended is stored by its *commit*, one more node in the first step of the next block, unless a look-ahead
-  (`draft.look_ahead`) stored it before.
+- under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit; under
+  `causal` all of its prompt. A block that ended is stored by its *commit*, one more node in the first step of the next
+  block, unless a look-ahead (`draft.look_ahead`) stored it before.
+
+Where what is stored predicts a block's first position (`stores_alone`), the step in which a block begins stores and
+nothing else: its last row decides that position, and the block's rows are in flight from the next step on.
 """
 
 from collections.abc import Hashable, Sequence, Set
@@ -36,11 +39,14 @@ class KvStep:
     commits: BoolArray  # whose step stores the block before the present one
     begins_block: BoolArray  # whose present block has no decided step yet
     is_new: BoolArray  # whose step is the request's first
+    stores_alone: BoolArray  # whose step stores and nothing else; its last row decides the block's first position
+    is_undrafted: BoolArray  # of whose block nothing is known that drafts could be made from
+    is_short: BoolArray  # whose block ends with the row, before its length
 
     @property
     def is_long(self) -> BoolArray:
-        """Who refreshes or prefills, [num_reqs]: no captured CUDA graph has the shape of such a step."""
-        return self.end > self.begin
+        """Who refreshes, prefills or has a short block, [num_reqs]: no captured CUDA graph has such a step's shape."""
+        return (self.end > self.begin) | self.is_short
 
     def of(self, index: Sequence[int]) -> "KvStep":
         """Return the same of some of the requests."""
@@ -58,10 +64,14 @@ class KvSchedule:
         name: the policy.
         refresh_every: of `dual`.
         block_length: positions of a block.
+        stores_alone: whether what is stored predicts a block's first position.
     """
 
-    def __init__(self, name: KvPolicyName, refresh_every: int | None, block_length: int) -> None:
+    def __init__(
+        self, name: KvPolicyName, refresh_every: int | None, block_length: int, *, stores_alone: bool = False
+    ) -> None:
         self.name = name
+        self.stores_alone = stores_alone
         self.refresh_every = refresh_every
         self.block_length = block_length
         # Where the block of the last decided step begins, -1 for none; how many the block had; what the cache had.
@@ -69,8 +79,8 @@ class KvSchedule:
 
     @property
     def is_causal(self) -> bool:
-        """Tell whether a position sees its block and the blocks before it alone, and blocks are aligned."""
-        return self.name == "block_causal"
+        """Tell whether stored K/V never change."""
+        return self.name in ("block_causal", "causal")
 
     @property
     def known(self) -> Set[Hashable]:
@@ -79,7 +89,7 @@ class KvSchedule:
 
     def block_start(self, num_known: IntArray) -> IntArray:
         """Return where the active blocks begin, of requests with so many known tokens."""
-        return num_known - num_known % self.block_length if self.is_causal else num_known
+        return num_known - num_known % self.block_length if self.name == "block_causal" else num_known
 
     def add(self, request: Hashable, num_hit: int) -> None:
         """Begin a request, or begin it anew; it finds so many positions in the prefix cache."""
@@ -94,14 +104,15 @@ class KvSchedule:
         before, num_steps, num_hit = self._requests[request]
         self._requests[request] = block_start, num_steps + 1 if block_start == before else 1, num_hit
 
-    def step(self, requests: Sequence[Hashable], block_start: IntArray, seq_len: IntArray) -> KvStep:
+    def step(self, requests: Sequence[Hashable], num_known: IntArray, seq_len: IntArray) -> KvStep:
         """Decide what the next step stores.
 
         Args:
             requests: that take it, [num_reqs].
-            block_start: [num_reqs], where each one's block begins.
-            seq_len: [num_reqs], end of each one's row, of a bidirectional model.
+            num_known: [num_reqs], tokens of each.
+            seq_len: [num_reqs], end of each one's row; under `block_causal` anything.
         """
+        block_start = self.block_start(num_known)
         remembered = np.array([self._requests[request] for request in requests], dtype=np.int64)
         before, num_steps, num_hit = remembered.reshape(-1, 3).T
         is_new, begins_block = before < 0, before != block_start
@@ -112,12 +123,24 @@ class KvSchedule:
             begin, end = refreshed(
                 self.name, self.refresh_every, self.block_length, begins_block, step, block_start, seq_len
             )
-        return KvStep(begin, end, begins_block & ~is_new & self.is_causal, begins_block, is_new)
+        comes_alone = (block_start == num_known) & self.stores_alone
+        return KvStep(
+            begin=begin,
+            end=end,
+            commits=begins_block & ~is_new & self.is_causal,
+            begins_block=begins_block,
+            is_new=is_new,
+            stores_alone=begins_block & comes_alone,
+            is_undrafted=begins_block | (comes_alone & (num_steps == 1)),
+            is_short=(seq_len < block_start + self.block_length) & (self.name == "causal"),
+        )
 
     def num_rows(self, step: KvStep) -> IntArray:
-        """Return how many rows a step has without drafts, [num_reqs]: a refresh spans the block."""
+        """Return how many rows a step has without drafts at most, [num_reqs]: a refresh spans the block."""
         stored: IntArray = step.end - step.begin
-        return stored + self.block_length * (1 + step.commits) if self.is_causal else stored.clip(self.block_length)
+        if not self.is_causal:
+            return stored.clip(self.block_length)
+        return stored + self.block_length * (step.commits.astype(np.int64) + ~step.stores_alone)
 
 
 def refreshed(

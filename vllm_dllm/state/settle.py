@@ -27,6 +27,9 @@ class Ledger:
     # [3, num_reqs] int64: whether the step refreshes, whether it commits, and the positions whose K/V are stored, but
     # for those of look-aheads. None: it stores nothing.
     planned: Tensor | None = None
+    # [num_reqs] int64, 1 where the step decided the first position of a block by a row that says nothing of the others.
+    begun: Tensor | None = None  # None: nowhere
+    missing: Tensor | None = None  # [num_reqs] int64, positions that a short block has fewer; None: none is short
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ _FIELDS = {
 
 
 def _credited(shown: Shown, params: "PolicyParams", state: PolicyState) -> PolicyState:
-    """Let credits decay and give the most probable tokens theirs, where positions are masked."""
+    """Let credits decay and give the most probable tokens theirs, where positions may be unmasked."""
     ids, credit = state["credit_ids"], state["credits"] * params.credit_beta[:, None, None]
     best = shown.rows.top_ids[:, 0].view(*shown.is_masked.shape, 1)
     probability = (1.0 / (1.0 + shown.rows.rest)).view_as(best)
@@ -40,10 +40,10 @@ def _credited(shown: Shown, params: "PolicyParams", state: PolicyState) -> Polic
     is_place = torch.arange(MAX_CREDITED, device=ids.device) == order.argmin(2, keepdim=True)
     before = torch.where(is_place & (ids != best), 0.0, credit)
     gain = is_place * probability ** params.credit_gamma[:, None, None]
-    is_masked = shown.is_masked[..., None]
+    is_open = shown.is_open[..., None]
     return {
-        "credit_ids": torch.where(is_masked & is_place, best, ids),
-        "credits": torch.where(is_masked, before + gain, state["credits"]),
+        "credit_ids": torch.where(is_open & is_place, best, ids),
+        "credits": torch.where(is_open, before + gain, state["credits"]),
     }
 
 
@@ -59,7 +59,7 @@ def _find(shown: Shown, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _knows(shown: Shown, state: PolicyState) -> Tensor:
     _, is_found = _find(shown, state["credit_ids"])
-    return (is_found | (state["credit_ids"] < 0)).all(2).logical_or(~shown.is_masked).all(1)
+    return (is_found | (state["credit_ids"] < 0)).all(2).logical_or(~shown.is_open).all(1)
 
 
 @dataclass(frozen=True, slots=True)

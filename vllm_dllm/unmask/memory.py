@@ -42,6 +42,7 @@ class Shown:
     rows: PartialStats  # [num_canvases * block_length], with `given_logits`
     given_ids: Tensor  # [num_canvases, block_length, num_given] int64, what `given_logits` are of
     is_masked: Tensor  # [num_canvases, block_length] bool
+    is_open: Tensor  # [num_canvases, block_length] bool, those of the masked positions that the step may unmask
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,18 +79,26 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """What some canvases have left."""
+
+    num_masked: Tensor  # [num_canvases] int64, positions
+    num_open: Tensor  # [num_canvases] int64, those of them that the step may unmask
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """An order of positions, and how many of them a step unmasks.
 
     Attributes:
         score: [num_canvases, block_length] float64 of each position.
-        count: [num_canvases] int64 of the scores in descending order, -inf behind the masked positions, and of
-            `num_masked` [num_canvases]; `choose_positions` keeps it within 1..num_masked.
+        count: [num_canvases] int64 of the scores in descending order, -inf behind the open positions, and of `Left`;
+            `choose_positions` keeps it within 1..num_open.
         memory: what changes the rows' distributions before they are scored; None: nothing does.
     """
 
     score: Callable[[Evidence, PolicyParams], Tensor]
-    count: Callable[[Tensor, Tensor, PolicyParams], Tensor]
+    count: Callable[[Tensor, Left, PolicyParams], Tensor]
     memory: Memory | None = None
 
 
@@ -127,20 +135,20 @@ def _earliest(_evidence: Evidence, params: PolicyParams) -> Tensor:
     return -torch.searchsorted((-params.times.T).contiguous(), -own_time).double()
 
 
-def _scheduled(ordered: Tensor, num_masked: Tensor, params: PolicyParams) -> Tensor:
-    num_unmasked = ordered.shape[1] - params.num_known - num_masked
+def _scheduled(ordered: Tensor, left: Left, params: PolicyParams) -> Tensor:
+    num_unmasked = ordered.shape[1] - params.num_known - left.num_masked
     return params.counts.gather(0, num_unmasked.clamp(max=ordered.shape[1] - 1)[None]).squeeze(0)
 
 
-def _reaching(ordered: Tensor, _num_masked: Tensor, params: PolicyParams) -> Tensor:
+def _reaching(ordered: Tensor, _left: Left, params: PolicyParams) -> Tensor:
     return (ordered >= params.threshold[:, None]).sum(1)
 
 
-def _exceeding(ordered: Tensor, num_masked: Tensor, params: PolicyParams) -> Tensor:
-    return torch.maximum((ordered > params.threshold[:, None]).sum(1), _scheduled(ordered, num_masked, params))
+def _exceeding(ordered: Tensor, left: Left, params: PolicyParams) -> Tensor:
+    return torch.maximum((ordered > params.threshold[:, None]).sum(1), _scheduled(ordered, left, params))
 
 
-def _factor_run(ordered: Tensor, num_masked: Tensor, params: PolicyParams) -> Tensor:
+def _factor_run(ordered: Tensor, left: Left, params: PolicyParams) -> Tensor:
     """Count the longest run that satisfies `confidence[n] >= 1 - f / (n + 1)` for the n-th position, from 1.
 
     Failing at the last position alone unmasks it too, as Fast-dLLM's code does.
@@ -150,15 +158,15 @@ def _factor_run(ordered: Tensor, num_masked: Tensor, params: PolicyParams) -> Te
     fails = ordered < 1.0 - params.factor[:, None] / (rank + 2)
     fails[:, 0] = False
     run = torch.where(fails, rank, ordered.shape[1]).amin(1)
-    return torch.where(run == num_masked - 1, num_masked, run)
+    return torch.where(run == left.num_open - 1, left.num_open, run)
 
 
-def _within_bound(ordered: Tensor, _num_masked: Tensor, params: PolicyParams) -> Tensor:
+def _within_bound(ordered: Tensor, _left: Left, params: PolicyParams) -> Tensor:
     """Count the entropies, ascending, whose running sum is below the bound."""
     return ((-ordered).cumsum(1) < params.entropy_bound[:, None]).sum(1)
 
 
-def _equal_first(ordered: Tensor, _num_masked: Tensor, _params: PolicyParams) -> Tensor:
+def _equal_first(ordered: Tensor, _left: Left, _params: PolicyParams) -> Tensor:
     return (ordered == ordered[:, :1]).sum(1)
 
 
@@ -211,22 +219,24 @@ def score_positions(evidence: Evidence, params: PolicyParams) -> Tensor:
     return torch.where(alg_temp > 0, drawn.clamp(min=torch.finfo(drawn.dtype).min), score)
 
 
-def choose_positions(score: Tensor, is_masked: Tensor, params: PolicyParams) -> Tensor:
+def choose_positions(score: Tensor, is_masked: Tensor, params: PolicyParams, is_open: Tensor | None = None) -> Tensor:
     """Choose the positions of each canvas that this step unmasks.
 
     Args:
         score: [num_canvases, block_length] float64.
         is_masked: [num_canvases, block_length] bool.
         params: the policies.
+        is_open: those of the masked positions that may be chosen, at least one if there are any; None: all.
 
-    Returns: [num_canvases, block_length] bool, a subset of `is_masked`; empty for a canvas without masked positions.
+    Returns: [num_canvases, block_length] bool, a subset of `is_open`; empty for a canvas without masked positions.
     """
-    ordered, order = torch.sort(score.masked_fill(~is_masked, -torch.inf), dim=1, descending=True, stable=True)
-    num_masked = is_masked.sum(1)
-    count = _by_policy(params, lambda policy: policy.count(ordered, num_masked, params))
+    is_open = is_masked if is_open is None else is_open
+    ordered, order = torch.sort(score.masked_fill(~is_open, -torch.inf), dim=1, descending=True, stable=True)
+    left = Left(is_masked.sum(1), is_open.sum(1))
+    count = _by_policy(params, lambda policy: policy.count(ordered, left, params))
     rank = torch.arange(score.shape[1], device=score.device).expand_as(order)
     chosen = torch.zeros_like(is_masked).scatter_(1, order, rank < count.clamp(min=1)[:, None])
-    return chosen & is_masked
+    return chosen & is_open
 
 
 def _by_policy(params: PolicyParams, of: Callable[[Policy], Tensor]) -> Tensor:

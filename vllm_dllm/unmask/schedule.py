@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 if TYPE_CHECKING:
     from vllm_dllm.config import DllmConfig
@@ -30,19 +31,40 @@ class UnmaskRules:
 
     Attributes:
         schedule: how steps share a block.
-        unmasks_first_alone: whether a block's first step unmasks its first position alone.
+        unmasks_first_alone: whether a block's first position is unmasked first, and alone.
+        sub_block_length: of parts of a block that are unmasked one after another; None: it has none.
         confidence: the distribution that confidence, margin and entropy are of.
     """
 
     schedule: Literal["even", "timesteps"] = "even"
     unmasks_first_alone: bool = False
+    sub_block_length: int | None = None
     confidence: Literal["model", "sampled"] = "model"
+
+    def open(self, is_masked: Tensor) -> Tensor:
+        """Return which masked positions a step may unmask: those of the leftmost stage of the block that has any.
+
+        Args:
+            is_masked: [num_canvases, block_length] bool.
+
+        Returns: the same shape.
+        """
+        is_open = is_masked
+        if self.sub_block_length is not None:
+            part = torch.arange(is_masked.shape[1], device=is_masked.device) // self.sub_block_length
+            is_open = is_masked & (part == part[is_masked.byte().argmax(1)][:, None])
+        if not self.unmasks_first_alone:
+            return is_open
+        is_first = torch.zeros_like(is_masked[:1])
+        is_first[:, 0] = True
+        return is_open & (is_first | ~is_masked[:, :1])
 
 
 def unmask_rules(family: "ModelFamily", settings: "DllmConfig") -> UnmaskRules:
     """Return what a family fixes of unmasking; without a cache a block's first step is as the others."""
     has_cache = settings.refresh_every != 1
-    return UnmaskRules(family.schedule, family.unmasks_first_alone and has_cache, family.confidence)
+    first_alone = family.unmasks_first_alone and has_cache
+    return UnmaskRules(family.schedule, first_alone, family.sub_block_length, family.confidence)
 
 
 @functools.lru_cache
@@ -55,7 +77,9 @@ def count_table(rules: UnmaskRules, block_length: int, steps: int) -> tuple[int,
         steps: of a block, 1..block_length.
     """
     if rules.schedule == "even":
-        counts = [block_length // steps + (step < block_length % steps) for step in range(steps)]
+        first = int(rules.unmasks_first_alone)
+        share, rest = divmod(block_length - first, steps)
+        counts = [first, *(share + (step < rest) for step in range(steps))]
     else:
         counts = _timestep_counts(block_length, steps, begins_alone=rules.unmasks_first_alone)
     return tuple(np.repeat(counts, counts).tolist())

@@ -171,6 +171,7 @@ def native_walk(
         memory,
         mask_token_id,
         rules.unmasks_first_alone,
+        rules.sub_block_length or 0,
     )
     canvas, next_canvas, path, step, node, num_steps, num_unmasked, is_finished, came_over = found[:9]
     candidates, state = Candidates(*found[9:11]), dict(zip(state, found[11:], strict=True))
@@ -277,7 +278,8 @@ def _rows_of(ground: _Ground, node: Tensor) -> PartialStats:
 def _shown(ground: _Ground, node: Tensor) -> Shown:
     assert ground.asked is not None, "a memory asks"
     request = torch.arange(len(node), device=node.device)
-    return Shown(_rows_of(ground, node), ground.asked, ground.nodes.is_masked[request, node])
+    is_masked = ground.nodes.is_masked[request, node]
+    return Shown(_rows_of(ground, node), ground.asked, is_masked, ground.rules.open(is_masked))
 
 
 def _is_decidable(ground: _Ground, node: Tensor, state: PolicyState) -> Tensor:
@@ -301,10 +303,6 @@ def _decided(ground: _Ground, node: Tensor, params: PolicyParams, state: PolicyS
         is_its = is_its.repeat_interleave(canvas.shape[1])
         token_ids = torch.where(is_its, recalled.token_ids, token_ids)
         distribution = recalled.distribution.where(is_its, distribution)
-    evidence = Evidence(distribution, is_masked)
-    chosen = choose_positions(score_positions(evidence, params), is_masked, params)
-    if ground.rules.unmasks_first_alone:
-        is_untouched = is_masked.all(1)
-        chosen &= ~is_untouched[:, None]
-        chosen[:, 0] |= is_untouched
+    score = score_positions(Evidence(distribution, is_masked), params)
+    chosen = choose_positions(score, is_masked, params, ground.rules.open(is_masked))
     return torch.where(chosen, token_ids.view_as(canvas), canvas), state

@@ -15,17 +15,18 @@ namespace dllm {
 
 // What a team shares while it walks for a request.
 struct WalkScratch {
-  double* score;        // [block_length], of masked positions
+  double* score;        // [block_length], of open positions
   double* ordered;      // [block_length], the scores in descending order
   int64_t* canvas;      // [block_length], the next canvas of the node at hand
-  int64_t* token;       // [block_length], what masked positions would take
-  int32_t* rank;        // [block_length], of masked positions
+  int64_t* token;       // [block_length], what open positions would take
+  int32_t* rank;        // [block_length], of open positions
   int32_t* num_masked;  // of the node at hand
+  int32_t* num_open;    // those of them that it may unmask
   int32_t* count;       // how many of them it unmasks
 };
 
 inline size_t walk_scratch_bytes(int64_t block_length) {
-  return static_cast<size_t>(block_length) * (4 * sizeof(double) + sizeof(int32_t)) + 2 * sizeof(int32_t);
+  return static_cast<size_t>(block_length) * (4 * sizeof(double) + sizeof(int32_t)) + 3 * sizeof(int32_t);
 }
 
 // Lay the scratch out in memory aligned for double.
@@ -37,7 +38,8 @@ DLLM_HOST_DEVICE inline WalkScratch make_walk_scratch(int64_t block_length, void
   scratch.token = scratch.canvas + block_length;
   scratch.rank = reinterpret_cast<int32_t*>(scratch.token + block_length);
   scratch.num_masked = scratch.rank + block_length;
-  scratch.count = scratch.num_masked + 1;
+  scratch.num_open = scratch.num_masked + 1;
+  scratch.count = scratch.num_open + 1;
   return scratch;
 }
 
@@ -47,16 +49,20 @@ DLLM_HOST_DEVICE inline void decide(const DecideWalkArgs& args, const WalkScratc
                                     const Team& team) {
   const int64_t* canvas = args.canvas + (at.request * args.num_nodes + at.node) * args.block_length;
   const int64_t first = first_row(args, at);
+  const int64_t end = stage_end(args, canvas);
+  const auto is_open = [&](int64_t offset) { return offset < end && canvas[offset] == args.mask_token_id; };
   team.once([&] {
-    *scratch.num_masked = 0;
+    *scratch.num_masked = *scratch.num_open = 0;
     for (int64_t offset = 0; offset < args.block_length; ++offset) {
       *scratch.num_masked += canvas[offset] == args.mask_token_id;
+      *scratch.num_open += is_open(offset);
     }
   });
   const int64_t num_masked = *scratch.num_masked;
+  const int64_t num_open = *scratch.num_open;
   const bool has_credit = remembers_credit(args, at.request);
   team.each(args.block_length, [&](int64_t offset) {
-    if (canvas[offset] != args.mask_token_id) {
+    if (!is_open(offset)) {
       return;
     }
     if (has_credit) {
@@ -69,20 +75,19 @@ DLLM_HOST_DEVICE inline void decide(const DecideWalkArgs& args, const WalkScratc
     }
   });
   team.each(args.block_length, [&](int64_t offset) {
-    if (canvas[offset] == args.mask_token_id) {
+    if (is_open(offset)) {
       int32_t rank = 0;
-      for (int64_t other = 0; other < args.block_length; ++other) {
-        rank += canvas[other] == args.mask_token_id && is_scored_before(scratch.score, other, offset);
+      for (int64_t other = 0; other < end; ++other) {
+        rank += is_open(other) && is_scored_before(scratch.score, other, offset);
       }
       scratch.rank[offset] = rank;
       scratch.ordered[rank] = scratch.score[offset];
     }
   });
-  team.once([&] { *scratch.count = static_cast<int32_t>(policy_count(args, at, scratch.ordered, num_masked)); });
-  const bool takes_first = args.unmasks_first_alone && num_masked == args.block_length;
+  team.once(
+      [&] { *scratch.count = static_cast<int32_t>(policy_count(args, at, scratch.ordered, num_masked, num_open)); });
   team.each(args.block_length, [&](int64_t offset) {
-    const bool is_masked = canvas[offset] == args.mask_token_id;
-    const bool is_chosen = is_masked && (takes_first ? offset == 0 : scratch.rank[offset] < *scratch.count);
+    const bool is_chosen = is_open(offset) && scratch.rank[offset] < *scratch.count;
     scratch.canvas[offset] = is_chosen ? scratch.token[offset] : canvas[offset];
   });
 }
@@ -140,7 +145,8 @@ DLLM_HOST_DEVICE inline void walk(const DecideWalkArgs& args, const WalkScratch&
   remember(args, request, args.credit_ids, args.credits, team);
   const bool has_credit = remembers_credit(args, request);
   const auto is_decidable = [&](int64_t node) {
-    return !has_credit || !team.any(length, [&](int64_t offset) {
+    const int64_t stage = stage_end(args, scratch.canvas);
+    return !has_credit || !team.any(stage, [&](int64_t offset) {
       return scratch.canvas[offset] == args.mask_token_id && !knows_credited(args, {request, node, at.start}, offset);
     });
   };

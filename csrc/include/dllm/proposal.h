@@ -84,6 +84,18 @@ struct Proposal {
 
   DLLM_HOST_DEVICE int64_t at(int32_t position) const { return slot() * args.block_length + position; }
   DLLM_HOST_DEVICE bool is_masked(int32_t position) const { return args.canvas[at(position)] == args.mask_token_id; }
+  // Whether the next step may unmask a position: in the leftmost part with masks. Guesses beyond could not come true.
+  DLLM_HOST_DEVICE bool is_open(int32_t position) const {
+    const int64_t part = args.sub_block_length;
+    if (!is_masked(position) || part == 0) {
+      return is_masked(position);
+    }
+    int32_t first = 0;
+    while (!is_masked(first)) {
+      ++first;
+    }
+    return position / part == first / part;
+  }
   DLLM_HOST_DEVICE bool is_new(int32_t position) const { return args.was_masked[at(position)] && !is_masked(position); }
   DLLM_HOST_DEVICE uint8_t* filled(int32_t node) const {
     return scratch.filled + static_cast<int64_t>(node) * args.block_length;
@@ -116,7 +128,7 @@ struct Proposal {
   }
 
   DLLM_HOST_DEVICE void begin_position(int32_t position) const {
-    filled(0)[position] = is_masked(position) ? kOpen : kKnown;
+    filled(0)[position] = is_open(position) ? kOpen : kKnown;
     scratch.kept[position] = temperature() > 0.0 ? kept_candidates(position) : 0;
     put_token(0, position, args.canvas[at(position)]);
     if (position == 0) {

@@ -65,7 +65,8 @@ struct ProposeNodesArgs {
 
   int64_t num_reqs;
   int64_t mask_token_id;
-  int32_t num_canvases;  // 1 + num_drafts, and one with a look-ahead
+  int64_t sub_block_length;  // of parts of a block that are unmasked one after another; 0: it has none
+  int32_t num_canvases;      // 1 + num_drafts, and one with a look-ahead
   int32_t block_length;
   int32_t num_nodes;
   int32_t num_drafts;

@@ -83,7 +83,8 @@ struct DecideWalkArgs {
   int64_t block_length;
   int64_t num_candidates;  // 2 or more
   int64_t mask_token_id;
-  bool unmasks_first_alone;  // a block's first step unmasks its first position alone
+  bool unmasks_first_alone;  // a block's first position is unmasked first, and alone
+  int64_t sub_block_length;  // of parts of a block that are unmasked one after another; 0: it has none
 };
 
 // A canvas to decide.
@@ -92,6 +93,23 @@ struct WalkNode {
   int64_t node;
   int64_t start;  // absolute position of its block
 };
+
+// Behind the positions of a canvas that its next step may unmask: those of the leftmost stage that has masks.
+DLLM_HOST_DEVICE inline int64_t stage_end(const DecideWalkArgs& args, const int64_t* canvas) {
+  if (args.unmasks_first_alone && canvas[0] == args.mask_token_id) {
+    return 1;
+  }
+  const int64_t part = args.sub_block_length;
+  if (part == 0) {
+    return args.block_length;
+  }
+  int64_t first = 0;
+  while (first < args.block_length - 1 && canvas[first] != args.mask_token_id) {
+    ++first;
+  }
+  const int64_t end = (first / part + 1) * part;
+  return end < args.block_length ? end : args.block_length;
+}
 
 // Where the rows of a node begin; of one that is not evaluated they say nothing.
 DLLM_HOST_DEVICE inline int64_t first_row(const DecideWalkArgs& args, const WalkNode& at) {
@@ -230,20 +248,20 @@ DLLM_HOST_DEVICE inline int64_t scheduled_count(const DecideWalkArgs& args, cons
   return args.counts[(num_unmasked < last ? num_unmasked : last) * args.num_reqs + at.request];
 }
 
-// How many of the masked positions a step unmasks, given their scores in descending order; at least one.
+// How many of the open positions a step unmasks, given their scores in descending order; at least one.
 DLLM_HOST_DEVICE inline int64_t policy_count(const DecideWalkArgs& args, const WalkNode& at, const double* ordered,
-                                             int64_t num_masked) {
+                                             int64_t num_masked, int64_t num_open) {
   const double threshold = args.threshold[at.request];
   int64_t count = 0;
   switch (static_cast<Policy>(args.policy[at.request])) {
     case Policy::kThreshold:
     case Policy::kCredit:
-      for (int64_t rank = 0; rank < num_masked; ++rank) {
+      for (int64_t rank = 0; rank < num_open; ++rank) {
         count += ordered[rank] >= threshold;
       }
       break;
     case Policy::kDynamic: {
-      for (int64_t rank = 0; rank < num_masked; ++rank) {
+      for (int64_t rank = 0; rank < num_open; ++rank) {
         count += ordered[rank] > threshold;
       }
       const int64_t scheduled = scheduled_count(args, at, num_masked);
@@ -253,21 +271,21 @@ DLLM_HOST_DEVICE inline int64_t policy_count(const DecideWalkArgs& args, const W
     case Policy::kFactor:
       // Rank 0 is always unmasked: Fast-dLLM's first threshold is -1. Failing at the last one alone unmasks it too.
       count = 1;
-      while (count < num_masked && !(ordered[count] < 1.0 - args.factor[at.request] / static_cast<double>(count + 2))) {
+      while (count < num_open && !(ordered[count] < 1.0 - args.factor[at.request] / static_cast<double>(count + 2))) {
         ++count;
       }
-      count += count == num_masked - 1;
+      count += count == num_open - 1;
       break;
     case Policy::kEntropyBounded: {
       double sum = 0.0;
-      for (int64_t rank = 0; rank < num_masked; ++rank) {
+      for (int64_t rank = 0; rank < num_open; ++rank) {
         sum += -ordered[rank];
         count += sum < args.entropy_bound[at.request];
       }
       break;
     }
     case Policy::kOrigin:
-      for (int64_t rank = 0; rank < num_masked; ++rank) {
+      for (int64_t rank = 0; rank < num_open; ++rank) {
         count += ordered[rank] == ordered[0];
       }
       break;
