@@ -37,8 +37,9 @@ def torch_nodes(
     if num_drafts == 0 and not looks_ahead:
         return roots
     root, is_masked = roots.canvas[:, 0], roots.is_masked[:, 0]
-    is_new, is_open = memory.was_masked[slots] & ~is_masked, canvases.rules.open(is_masked)
-    origin = Roots(root, is_open, is_new, memory.candidates(slots))  # guesses beyond could not come true
+    # Guesses beyond could not come true. Where the first position is masked nothing is known, so it has no rule here.
+    is_new, is_open = memory.was_masked[slots] & ~is_masked, canvases.rules.leftmost_part(is_masked)
+    origin = Roots(root, is_open, is_new, memory.candidates(slots))
     noise, is_known = canvases.draft_noise(blocks), memory.is_known[slots]
     drafts = propose(graph, origin, noise, num_drafts)
     nodes = roots.with_drafts(drafts.canvas, drafts.is_valid & is_known[:, None], drafts.depth, mask_token_id)

@@ -49,15 +49,19 @@ class UnmaskRules:
 
         Returns: the same shape.
         """
-        is_open = is_masked
-        if self.sub_block_length is not None:
-            part = torch.arange(is_masked.shape[1], device=is_masked.device) // self.sub_block_length
-            is_open = is_masked & (part == part[is_masked.byte().argmax(1)][:, None])
+        is_open = self.leftmost_part(is_masked)
         if not self.unmasks_first_alone:
             return is_open
         is_first = torch.zeros_like(is_masked[:1])
         is_first[:, 0] = True
         return is_open & (is_first | ~is_masked[:, :1])
+
+    def leftmost_part(self, is_masked: Tensor) -> Tensor:
+        """Return the masked positions of the leftmost part that has any; arguments and result as of `open`."""
+        if self.sub_block_length is None:
+            return is_masked
+        part = torch.arange(is_masked.shape[1], device=is_masked.device) // self.sub_block_length
+        return is_masked & (part == part[is_masked.byte().argmax(1)][:, None])
 
 
 def unmask_rules(family: "ModelFamily", settings: "DllmConfig") -> UnmaskRules:
