@@ -5,7 +5,7 @@ SECONDS_IN_ALL=${SECONDS_IN_ALL:-585}
 source "$(dirname "$0")/gpu_stages.sh"
 stage machine 30 machine
 stage build 160 build
-stage self_test 60 self_test
+stage self_test 100 self_test
 stage tests 90 tests
 stage shapes 60 shapes
 for tool in memcheck racecheck initcheck synccheck; do

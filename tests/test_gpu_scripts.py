@@ -22,7 +22,10 @@ STAGES = {
 PROGRAM = """#!/usr/bin/env bash
 call="$(basename "$0") $*"
 echo "$call" | tee -a "$CALLS"
-if [[ "$call" == *--log-file* ]]; then printf '========= COMPUTE-SANITIZER\\n%s\\n' "$FINDINGS" >"$OUT/$2.findings"; fi
+if [[ "$call" == *--log-file* ]]; then
+  printf '========= COMPUTE-SANITIZER\\n%s\\n' "$FINDINGS" >"$LOGS/$2.findings"
+  echo "$PASSES"
+fi
 if [[ "$call" == *--help ]]; then echo "$HELP"; fi
 if [[ "$call" =~ $SLEEPS ]]; then sleep 60; fi
 if [[ "$call" =~ $FAILS ]]; then echo "it failed" >&2; exit 3; fi
@@ -105,8 +108,12 @@ def toolchain(folder: Path) -> dict[str, str]:
     for name in ("nvidia-smi", "nvcc", "cmake", "compute-sanitizer", "python3"):
         (tools / name).write_text(PROGRAM)
         (tools / name).chmod(0o755)
-    unset = dict.fromkeys(("FAILS", "SLEEPS"), "^$") | {"FINDINGS": "", "HELP": "--kernel-name arg"}
-    folders = {"OUT": f"{folder}/out", "BUILD": f"{folder}/build", "CALLS": f"{folder}/calls"}
+    unset = dict.fromkeys(("FAILS", "SLEEPS"), "^$") | {
+        "FINDINGS": "",
+        "HELP": "--kernel-name arg",
+        "PASSES": "test PASSED",
+    }
+    folders = {"OUT": f"{folder}/out", "LOGS": f"{folder}/logs", "BUILD": f"{folder}/build", "CALLS": f"{folder}/calls"}
     return os.environ | unset | folders | {"PATH": f"{tools}:{os.environ['PATH']}"}
 
 
@@ -119,7 +126,10 @@ def run_stages(script: str, folder: Path, **environment: str) -> tuple[int, dict
     summary = (out / "summary.txt").read_text().splitlines()
     ends = dict(line.removeprefix("== ").split(": ", 1) for line in summary[:-1])
     assert summary[-1] == done.stdout.splitlines()[-1]
-    assert {log.stem for log in out.glob("*.log")} == {name for name, end in ends.items() if "not run" not in end}
+    logs = {log.stem for log in (folder / "logs").glob("*.log")}
+    assert logs == {name for name, end in ends.items() if "not run" not in end}
+    assert [line for line in (out / "all.log").read_text().splitlines() if line in summary] == summary[: len(logs)]
+    assert {each.name for each in out.iterdir()} == {"summary.txt", "all.log"}, "few files come back from a machine"
     return done.returncode, ends, (folder / "calls").read_text().splitlines()
 
 
@@ -136,7 +146,7 @@ def test_every_stage_runs(script: str, tmp_path: Path) -> None:
         assert any(call.startswith(f"python3 {command}") for call in calls)
     tools = [call for call in calls if call.startswith("compute-sanitizer --tool")]
     assert len(tools) == sum(name.endswith("check") for name in ends)
-    assert all(f"--log-file {tmp_path}/out/" in call and " --kernel-name kns=4dllm4cuda " in call for call in tools)
+    assert all(f"--log-file {tmp_path}/logs/" in call and " --kernel-name kns=4dllm4cuda " in call for call in tools)
 
 
 @pytest.mark.parametrize("script", STAGES)
@@ -146,7 +156,7 @@ def test_a_stage_that_fails_stops_no_other(script: str, tmp_path: Path) -> None:
     assert list(ends) == STAGES[script].split()
     failed = {name for name, end in ends.items() if end.startswith("FAILED with exit status 3")}
     assert failed == {"build", "llada", "racecheck"}
-    assert "it failed" in (tmp_path / "out/llada.log").read_text()
+    assert "it failed" in (tmp_path / "logs/llada.log").read_text()
 
 
 def test_a_stage_that_does_not_end_is_stopped_and_time_runs_out(tmp_path: Path) -> None:
@@ -157,17 +167,22 @@ def test_a_stage_that_does_not_end_is_stopped_and_time_runs_out(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("findings", "status", "said"),
-    [("", 0, "found nothing until it was stopped"), ("========= Invalid __global__ read of size 4", 1, "Invalid")],
+    ("findings", "passes", "status", "said"),
+    [
+        ("", "test PASSED", 0, "found nothing until it was stopped"),
+        ("========= Invalid __global__ read of size 4", "test PASSED", 1, "Invalid"),
+        ("", "", 1, "no test passed"),
+    ],
 )
-def test_a_sanitizer_that_is_stopped_passes_if_it_found_nothing(
-    findings: str, status: int, said: str, tmp_path: Path
+def test_a_sanitizer_that_is_stopped_passes_if_tests_did_and_it_found_nothing(
+    findings: str, passes: str, status: int, said: str, tmp_path: Path
 ) -> None:
-    variables = toolchain(tmp_path) | {"SLEEPS": "tool memcheck", "FINDINGS": findings, "SECONDS_IN_ALL": "60"}
+    given = {"SLEEPS": "tool memcheck", "FINDINGS": findings, "PASSES": passes, "SECONDS_IN_ALL": "60"}
+    variables = toolchain(tmp_path) | given
     code = "source scripts/gpu_stages.sh; stage memcheck 8 sanitize memcheck; finish"
     done = subprocess.run(["bash", "-c", code], cwd=ROOT, env=variables | {"HELP": "--kernel-regex"}, check=False)
     assert done.returncode == status
-    assert said in (tmp_path / "out/memcheck.log").read_text()
+    assert said in (tmp_path / "logs/memcheck.log").read_text()
     (call,) = [line for line in (tmp_path / "calls").read_text().splitlines() if "--tool" in line]
     assert " --kernel-regex kns=4dllm4cuda " in call
 

@@ -93,7 +93,7 @@ class Denoiser:
                 written to.
             fresh: as in `CanvasState.predicting_rows`.
         """
-        slots = nodes.per_evaluated(blocks.slots[:, None].expand(nodes.depth.shape)) if self.state.shifts else None
+        slots = nodes.per_evaluated(blocks.slots[:, None].expand(nodes.depth.shape)) if self.state.keeps_left else None
         rows = hidden if slots is None else self.state.predicting_rows(slots, hidden, fresh)
         keeps_candidates = self.drafter is not None or self.observer is not None
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES

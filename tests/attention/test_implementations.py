@@ -141,7 +141,7 @@ def test_a_library_is_imported_only_when_chosen(name: str) -> None:
         (PlainAttention, 2 * plain.CHUNK_BYTES),
         (FlashInferAttention, 5120 * 9 // 8),
         (XformersAttention, xformers.CHUNK_BYTES + 3 * 5120),
-        (VllmFlashAttention, 4 * 5120),
+        (VllmFlashAttention, 8 * 5120),
     ],
 )
 def test_memory_for_a_moment_is_counted(implementation: type[Attention], num_bytes: int) -> None:

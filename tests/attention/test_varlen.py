@@ -1,6 +1,7 @@
 """Rows that see nothing stored, by FlashAttention where vLLM has it; a stand-in says what is asked of it."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from tests.attention import stand_ins
 from tests.attention.scenes import assert_near, captured, causal, denoising, ints, make_scene, mixed, storing
 from vllm_dllm.attention import varlen
 from vllm_dllm.attention.csrc import CsrcAttention, CsrcPlan
-from vllm_dllm.attention.interface import Setting
-from vllm_dllm.attention.layout import HostLayout, host_layout
-from vllm_dllm.attention.tiles import query_tiles
+from vllm_dllm.attention.interface import Heads, Setting
+from vllm_dllm.attention.layout import HostLayout, host_layout, to_device
+from vllm_dllm.attention.tiles import query_tiles, workspace_bytes
 from vllm_dllm.attention.varlen import VarlenAttention, context_free, context_free_runs, refusal
 
 
@@ -67,6 +68,20 @@ def test_the_kernel_has_no_tiles_of_what_flash_attention_takes(monkeypatch: pyte
     alone = make_scene(storing(ints(0, 0), ints(121, 80)))
     monkeypatch.setattr(CsrcPlan, "_run_kernel", lambda *_: pytest.fail("there is nothing for it"))
     assert_near(alone.attend(CsrcAttention), alone)
+
+
+@pytest.mark.usefixtures("csrc")
+def test_parts_of_few_rows_have_room_for_the_rows_of_flash_attention_too() -> None:
+    heads = Heads(32, 32, 128, 0.1, torch.bfloat16)
+    attention = CsrcAttention(heads, torch.zeros(1, 32, 16, 256, dtype=torch.bfloat16))
+    attention.num_multiprocessors = 132
+    context = np.array([[0, 0, 4096, 4096], [0, 4096, 4128, 4128]])
+    host = host_layout(ints(1, 1), ints(4096, 32), context)
+    layout = to_device(host, torch.zeros(2, 300, dtype=torch.int32), 16, 1)
+    plan = attention.plan(replace(layout, max_span=host.span))
+    assert [run.rows for run in plan.runs] == [slice(0, 4096)]
+    num_bytes = 4 * plan.num_splits * 4128 * 32 * 130
+    assert plan.num_splits == 1 or num_bytes <= workspace_bytes(128, attention.num_multiprocessors)
 
 
 @pytest.mark.usefixtures("csrc")

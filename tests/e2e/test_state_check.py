@@ -53,7 +53,7 @@ def swap_a_page(llm: Any) -> str:
 
 def share_a_page(llm: Any) -> str:
     scheduler = scheduler_of(llm)
-    first, second = (scheduler.pages_of(request.request_id) for request in scheduler.running)
+    first, second = (scheduler.pages.owners[request.request_id] for request in scheduler.running)
     second.append(first[-1])
     return f"request {scheduler.running[1].request_id} has page {first[-1].block_id}"
 

@@ -20,7 +20,7 @@ from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.engine import scheduler as module
 from vllm_dllm.engine.pages import DllmPages
-from vllm_dllm.engine.report import RequestReport
+from vllm_dllm.engine.report import RequestReport, StepOrder
 from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.scheduler import DllmScheduler
 from vllm_dllm.engine.telemetry import RequestTotals
@@ -126,6 +126,7 @@ def step(scheduler: DllmScheduler, reports: dict[str, RequestReport], **kwargs: 
         scheduled_new_reqs=[],
         scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
         preempted_req_ids=None,
+        aux_output_connector_metadata=StepOrder((), None, is_long=any(each.refreshes for each in reports.values())),
     )
     vars(output).update(kwargs)
     scheduler.schedule()

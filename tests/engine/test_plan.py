@@ -140,6 +140,18 @@ def test_a_block_begins_with_what_is_stored_whose_last_row_decides_its_first_pos
     assert (plan.rows().head.tolist(), plan.is_long, plan.is_plain) == ([[0, 1, 1, 1]], True, False)
 
 
+def test_a_step_behind_a_short_reply_stores_no_position_before_the_first() -> None:
+    """With async scheduling a step is under way when the reply's last block, a short one, turns out to be finished."""
+    kv = KvSchedule("causal", None, 32, stores_alone=True)
+    kv.add(0, 0)
+    kv.note(0, 3)
+    known = np.array([8])
+    step = kv.step([0], known, known)
+    plan = plan_step(step, block_start=known, seq_len=known, num_drafts=known * 0, block_length=32, kv_policy="causal")
+    assert segments(plan) == [(0, "COMMIT", 0, 8)]
+    assert plan.context.tolist() == [[0, 0, 8, 8]]
+
+
 def test_a_first_position_that_the_prompt_has_is_not_decided() -> None:
     """Fast-dLLM v2: a partial block begins with its prefill; rows predict what is right of them."""
     kv = KvSchedule("block_causal", None, B, stores_alone=True)

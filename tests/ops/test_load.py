@@ -41,7 +41,7 @@ def test_a_tensor_on_another_device_is_refused(op):
     """A lone tensor on `meta` makes torch call the fake, which would leave results unwritten."""
     canvas = torch.zeros(2, 3, 4, dtype=torch.int64)
     arguments = {
-        "decide_walk": (canvas, torch.ones(2, 3, dtype=torch.bool, device="meta"), None, None, [], [], [], 0, False),
+        "decide_walk": (canvas, torch.ones(2, 3, dtype=torch.bool, device="meta"), None, None, [], [], [], 0, False, 0),
         "vocab_stats": (torch.ones(2, 8), torch.ones(5, 8, device="meta"), 0, [], 1, False, *(None,) * 6),
     }
     load.require(op, "cpu")

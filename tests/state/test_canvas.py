@@ -142,10 +142,10 @@ def test_stages_are_skipped_when_no_request_of_the_batch_needs_them() -> None:
 def test_the_row_left_of_a_block_is_kept_from_its_refresh() -> None:
     left = torch.tensor([[-1.0], [-2.0], [-3.0]])
     state = CanvasState(3, 4, MASK, torch.device("cpu"), left=left)
-    assert state.shifts
+    assert state.keeps_left
     hidden = torch.arange(16.0)[:, None]  # four nodes of four positions; the third is a refresh
     rows = state.predicting_rows(torch.tensor([2, 2, 0, 1]), hidden, torch.tensor([2]))
     assert rows.flatten().tolist() == [-3, 1, 2, 3, -3, 5, 6, 7, 8, 9, 10, 11, -2, 13, 14, 15]
     again = state.predicting_rows(torch.tensor([0]), torch.zeros(4, 1), None)
     assert again.flatten().tolist() == [8, 0, 0, 0]
-    assert not state_of(request()).shifts
+    assert not state_of(request()).keeps_left

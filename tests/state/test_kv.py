@@ -77,18 +77,18 @@ def test_block_causal_prefills_a_new_request_behind_what_it_finds() -> None:
     made = step(policy, [2, 0, 1], [8, 24, 0])
     assert list(zip(made.begin.tolist(), made.end.tolist(), strict=True)) == [(8, 8), (16, 24), (0, 0)]
     assert made.commits.tolist() == [False] * 3
-    assert made.is_new.tolist() == made.begins_block.tolist() == [True] * 3
+    assert made.is_new.tolist() == made.is_undrafted.tolist() == [True] * 3
     again = step(policy, [2, 0, 1], [8, 24, 0])
     assert (again.end == again.begin).all()
     assert not again.is_new.any()
-    assert not again.begins_block.any()
+    assert not again.is_undrafted.any()
 
 
 def test_block_causal_commits_the_block_before_once() -> None:
     policy = KvSchedule("block_causal", None, 4)
     step(policy, [0, 1], [8, 24])
     made = step(policy, [1, 0], [24, 12])
-    assert made.commits.tolist() == made.begins_block.tolist() == [False, True]
+    assert made.commits.tolist() == made.is_undrafted.tolist() == [False, True]
     assert (made.end == made.begin).all()
     assert step(policy, [1, 0], [24, 12]).commits.tolist() == [False, False]
 
@@ -98,7 +98,7 @@ def test_a_block_that_a_look_ahead_stored_is_not_committed() -> None:
     step(policy, [0, 1], [8, 24])
     policy.note(1, 28)
     made = step(policy, [1, 0], [28, 12])
-    assert made.commits.tolist() == made.begins_block.tolist() == [False, True]
+    assert made.commits.tolist() == made.is_undrafted.tolist() == [False, True]
 
 
 def test_a_request_that_comes_back_is_prefilled_again() -> None:

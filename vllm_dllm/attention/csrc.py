@@ -55,6 +55,7 @@ class CsrcAttention:
 
     def plan(self, layout: ForwardLayout) -> "CsrcPlan":
         """Choose among how many CTAs contexts are divided, and which rows without context FlashAttention takes."""
+        # Parts have room for all rows, those of FlashAttention too.
         tiles, num_rows = layout.tiles, int(layout.host.first_row[-1])
         runs: tuple[ContextFreeRun, ...] = ()
         if self.varlen is not None and not layout.is_captured:
@@ -62,7 +63,6 @@ class CsrcAttention:
             if is_free.any():
                 runs = varlen.context_free_runs(layout, is_free)
                 tiles = self._tiles_of_others(layout, is_free)
-                num_rows -= sum(run.rows.stop - run.rows.start for run in runs)
         num_heads, num_kv_heads = self.heads.num_heads, self.heads.num_kv_heads
         splits = num_splits(num_rows, num_heads, num_kv_heads, layout.max_span, self.num_multiprocessors)
         return CsrcPlan(layout, self.heads.scale, tiles, splits, self.varlen, runs)

@@ -41,8 +41,8 @@ class VllmFlashAttention:
 
     @staticmethod
     def temporary_bytes(query: Tensor, max_context_len: int) -> int:
-        """Return the bytes of the context's part of the output, of both parts' sums and of copies of all rows."""
-        return query.numel() * query.element_size() * 4
+        """Return the bytes of copies of all rows' keys and values, of queries, and of both parts of the output."""
+        return query.numel() * query.element_size() * 8
 
     def __init__(self, heads: Heads, kv_cache: Tensor) -> None:
         self.attend = VarlenAttention(heads)

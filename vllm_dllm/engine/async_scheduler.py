@@ -25,7 +25,8 @@ class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
         return [request for request in denoising if request.num_computed_tokens <= last]
 
     def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool]]:
-        return [2 * self.block_length] * len(requests), [False] * len(requests)
+        num_blocks = 1 if self.rows.kv.stores_alone else 2  # a block that is stored alone has no other beside it
+        return [num_blocks * self.block_length] * len(requests), [False] * len(requests)
 
     def _decide_kv(self, output: SchedulerOutput) -> tuple[KvStep | None, bool]:
         """Leave it to the workers; only a new request may have a prefill, and only one near its end a short block."""
@@ -33,7 +34,7 @@ class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
         return None, bool(output.scheduled_new_reqs) or is_short
 
     def _rows_of_drafts(self, num_drafts: int) -> int:
-        return self.block_length * max(0, num_drafts - 1)
+        return self.block_length * (num_drafts if self.rows.kv.stores_alone else max(0, num_drafts - 1))
 
     def _paged_end(self, request: Request) -> int:
         """Add a block to what is known, if the step before may end one."""

@@ -18,7 +18,7 @@ from vllm_dllm.names import AttentionName
 from vllm_dllm.self_test.attention import AttentionShape
 from vllm_dllm.self_test.check import Check
 from vllm_dllm.self_test.decoding import DecodingShape
-from vllm_dllm.self_test.isolated import Request, run_isolated
+from vllm_dllm.self_test.isolated import NOT_BEGUN, Request, run_isolated
 
 logger = init_logger("vllm.dllm")
 
@@ -84,6 +84,12 @@ class SelfTest:
         checks = run_isolated(Request(self._device_type, (name, self._attention), self._decoding))
         logger.info("Self-test (%.1f s): %s", time.perf_counter() - begin, "; ".join(map(str, checks)))
         its = [check for check in checks if check.kernel.startswith("attention")]
+        died = next((check for check in checks if check.kernel == NOT_BEGUN), None)
+        if died is not None:
+            raise KernelUnavailable(
+                f"the self-test of vllm-dllm's kernels, a process of its own on this device, compared nothing: it "
+                f"{died.case}; see what keeps it from the device, with `vllm-dllm doctor --self-test`"
+            )
         wrong = [str(check) for check in checks if check not in its and not check.agrees]
         if wrong:
             raise KernelUnavailable(

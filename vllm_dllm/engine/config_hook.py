@@ -157,9 +157,10 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "--enable-lora, or merge the adapter into the weights",
     ),
     (
-        lambda c: _has_experts(c) and c.parallel_config.data_parallel_size > 1 and current_platform.is_cpu(),
-        "data_parallel_size is {c.parallel_config.data_parallel_size}, but on a CPU vLLM has no exchange of rows "
-        "between engines that share their experts; allowed there is 1; start servers of their own",
+        lambda c: _has_experts(c) and c.parallel_config.data_parallel_size > 1,
+        "data_parallel_size is {c.parallel_config.data_parallel_size}, but engines that share their experts exchange "
+        "as many rows as vLLM scheduled, which a step of a diffusion model has not, and on a CPU vLLM has no exchange; "
+        "allowed is 1; start servers of their own",
     ),
     (
         lambda c: c.watermark_config,

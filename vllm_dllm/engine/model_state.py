@@ -78,7 +78,8 @@ class DllmModelState(ModelState):
             self.block_length,
             stores_alone=self._family.stores_alone,
         )
-        self.order: StepOrder | None = None  # None: vLLM warms up
+        # Decides where the scheduler does not: ahead of reports, and while vLLM warms up, without an order.
+        self.order: StepOrder | None = None
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
         self._is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._look_ahead_from = None if drafter is None else drafter.look_ahead_from
@@ -181,7 +182,7 @@ class DllmModelState(ModelState):
         if not is_graph:
             return self.attention.eager(host, page_table, store)
         if step is not None and step.plan.is_long:
-            raise RuntimeError("a captured graph was chosen for a step that refreshes or prefills")
+            raise RuntimeError("a captured graph was chosen for a step of segments that are no blocks")
         return self.attention.graph(host, page_table, input_batch.num_tokens_after_padding, store)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:

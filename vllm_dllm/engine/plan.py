@@ -261,8 +261,8 @@ def plan_step(
         begin = np.where(is_prefill, kv.begin[request] + block_length * number, begin)
         end = np.where(is_prefill, kv.end[request] if kv_policy == "causal" else begin + block_length, end)
         begin, end = np.where(is_refresh, kv.begin[request], begin), np.where(is_refresh, kv.end[request], end)
-    if kv.is_short.any():
-        end = np.minimum(end, seq_len[request])
+    end = np.where(kv.is_short[request], np.minimum(end, seq_len[request]), end)
+    begin = begin.clip(0)  # behind a reply that ended, a step that was scheduled before may find less than a block
     visible_end = end if is_causal else seq_len[request]
     context = np.stack([np.zeros_like(begin), begin, end, visible_end], 1)
     return StepPlan(

@@ -39,11 +39,13 @@ class StepOrder:
     Attributes:
         requests: that take it, by their ids.
         kv: what it stores of each of them; None: the scheduler is ahead of reports, so the workers decide it.
+        is_long: whether it may have segments that no captured CUDA graph has.
         roster: who should be in the workers' slots, where that is checked.
     """
 
     requests: tuple[str, ...]
     kv: KvStep | None
+    is_long: bool = False
     roster: frozenset[str] | None = None
 
     def kv_of(self, requests: Sequence[str]) -> KvStep | None:
@@ -59,7 +61,7 @@ class RequestReport:
     """What the worker did for a request in a step.
 
     Attributes:
-        faults: what is wrong with its canvas (`state_check.Fault`), where that is checked.
+        faults: what is wrong with its canvas (`worker_check.Fault`), where that is checked.
         proposed: drafts that were evaluated, by depth 1..MAX_DEPTH.
         pages: its pages as the worker has them, where they are checked.
     """

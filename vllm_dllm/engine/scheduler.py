@@ -233,29 +233,29 @@ class DllmScheduler(Scheduler):
             if self._check:
                 self._check.admit(admitted.req_id, admitted.num_computed_tokens)
         kv, is_long = self._decide_kv(scheduler_output)
-        # No captured graph has the shape of a step that refreshes or prefills: it counts as larger than all of them.
+        # No captured graph has the shape of a refresh, a prefill or a short block: the step counts as larger than all.
         total = self.rows.total(scheduled, self._largest_graph + 1 if is_long else 0)
         scheduler_output.total_num_scheduled_tokens = total
         has_roster = self._check and (self._level == CheckLevel.STEP or not total)
         roster = frozenset(request.request_id for request in self.running) if has_roster else None
-        scheduler_output.aux_output_connector_metadata = StepOrder(tuple(scheduled), kv, roster)
+        scheduler_output.aux_output_connector_metadata = StepOrder(tuple(scheduled), kv, is_long, roster)
         super()._update_after_schedule(scheduler_output)
 
     def _decide_kv(self, output: SchedulerOutput) -> tuple[KvStep | None, bool]:
-        """Decide what a step stores, and tell whether it may refresh or prefill."""
+        """Decide what a step stores, and tell whether it may refresh, prefill or have a short block."""
         kv = self.rows.step([self.requests[req_id] for req_id in output.num_scheduled_tokens])
         return kv, bool(kv.is_long.any())
 
     def _take_reports(self, output: SchedulerOutput, reports: dict[str, RequestReport], updated_at_s: float) -> None:
         """Add up what the step did and tell the rule.
 
-        A step's time counts only if it did nothing but denoise: no refresh or prefill, nobody new, resumed or
-        preempted.
+        A step's time counts only if it did nothing but denoise: no refresh, prefill or short block, nobody new, resumed
+        or preempted.
         """
         counted = output.scheduled_spec_decode_tokens
         num_drafts = {req_id: len(counted[req_id]) - self.block_length for req_id in reports}
         budget = max(num_drafts.values())
-        self._stats = stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
+        self._stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
         self._num_held = 0
         for req_id, report in reports.items():
             if req_id in self.requests:  # it may have been aborted meanwhile
@@ -272,7 +272,7 @@ class DllmScheduler(Scheduler):
         if forwards == 0:
             return
         is_pure = not (
-            stats.refreshes
+            output.aux_output_connector_metadata.is_long
             or output.scheduled_new_reqs
             or output.scheduled_cached_reqs.resumed_req_ids
             or output.preempted_req_ids

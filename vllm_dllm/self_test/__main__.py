@@ -7,10 +7,13 @@ from vllm_dllm.self_test.isolated import run_isolated, serve, usual_requests
 
 def main() -> int:
     """Print a line for each check; returns the exit status."""
-    checks = [check for request in usual_requests() for check in run_isolated(request)]
-    for check in checks:
-        sys.stdout.write(f"{'ok   ' if check.agrees else 'WRONG'} {check}\n")
-    return int(not all(check.agrees for check in checks))
+    all_agree = True
+    for request in usual_requests():
+        for check in run_isolated(request):
+            all_agree &= check.agrees
+            sys.stdout.write(f"{'ok   ' if check.agrees else 'WRONG'} {check}\n")
+        sys.stdout.flush()  # a log that is cut short has what ended
+    return int(not all_agree)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,13 @@ def step_layout(shape: AttentionShape) -> HostLayout:
     return host_layout(np.array(num_nodes), np.array(own_len), np.array(context), np.array(is_causal))
 
 
+def block_layout(shape: AttentionShape) -> HostLayout:
+    """Lay out one request's block alone, behind the longest context: so few rows that a GPU divides the context."""
+    start = min(max(CONTEXTS), max(0, shape.max_len - shape.block_length))
+    end = start + shape.block_length
+    return host_layout(np.ones(1, dtype=np.int64), np.array([shape.block_length]), np.array([[0, start, end, end]]))
+
+
 class Scene:
     """Rows and stored positions of a layout.
 
@@ -130,12 +137,13 @@ class Scene:
 
 
 def check_attention(name: str, implementation: type[Attention], shape: AttentionShape, device: torch.device) -> Check:
-    """Compare an implementation with the rule, in a step that has everything."""
-    scene = Scene(shape, step_layout(shape), device)
-    error = row_error(scene.attend(implementation), scene.expected())
+    """Compare an implementation with the rule, in a step that has everything and in one of a block alone."""
+    scenes = [Scene(shape, layout(shape), device) for layout in (step_layout, block_layout)]
+    errors = [row_error(scene.attend(implementation), scene.expected()) for scene in scenes]
+    error = max(errors, key=lambda error: (error != error, error))  # NaN is larger than any
     case = (
         f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, pages of {shape.page_size}, blocks of "
-        f"{shape.block_length}, contexts up to {int(scene.host.context_len.max())}"
+        f"{shape.block_length}, contexts up to {max(int(scene.host.context_len.max()) for scene in scenes)}"
     )
     return Check(f"attention {name}", case, error, ALLOWED[shape.dtype])
 

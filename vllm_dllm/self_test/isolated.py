@@ -22,6 +22,9 @@ from vllm_dllm.self_test.decoding import DecodingShape, check_decoding
 TIMEOUT_S = 600
 """FlashInfer compiles its kernels at the first call, for minutes."""
 
+NOT_BEGUN = "self-test"
+"""Stands for a kernel where the process compared none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -83,7 +86,7 @@ def _read(output: bytes, failure: str | None) -> list[Check]:
     checks = [Check(**line["check"]) for line in lines if "check" in line]
     if failure is not None:
         begun = [line["begins"] for line in lines if "begins" in line]
-        checks.append(Check(begun[-1] if begun else "self-test", failure, float("nan"), 0.0))
+        checks.append(Check(begun[-1] if begun else NOT_BEGUN, failure, float("nan"), 0.0))
     return checks
 
 

@@ -232,8 +232,8 @@ class CanvasState:
         return blocks.start[:, None] + self._offsets
 
     @property
-    def shifts(self) -> bool:
-        """Whether a position is predicted by the row on its left."""
+    def keeps_left(self) -> bool:
+        """Whether a block's first position is predicted by a row that is kept from a refresh."""
         return self.left is not None
 
     def predicting_rows(self, slots: Tensor, hidden: Tensor, fresh: Tensor | None) -> Tensor:

@@ -37,7 +37,6 @@ class KvStep:
     begin: IntArray  # first position that a refresh or a prefill stores
     end: IntArray  # behind the last one; `begin` where there is neither
     commits: BoolArray  # whose step stores the block before the present one
-    begins_block: BoolArray  # whose present block has no decided step yet
     is_new: BoolArray  # whose step is the request's first
     stores_alone: BoolArray  # whose step stores and nothing else; its last row decides the block's first position
     is_undrafted: BoolArray  # of whose block nothing is known that drafts could be made from
@@ -128,7 +127,6 @@ class KvSchedule:
             begin=begin,
             end=end,
             commits=begins_block & ~is_new & self.is_causal,
-            begins_block=begins_block,
             is_new=is_new,
             stores_alone=begins_block & comes_alone,
             is_undrafted=begins_block | (comes_alone & (num_steps == 1)),
