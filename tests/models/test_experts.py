@@ -104,7 +104,7 @@ def test_a_rank_computes_with_its_own_experts_alone() -> None:
     ("changes", "sentence"),
     [
         ({"enable_lora": True}, "enable_lora is on, but adapters of models with experts"),
-        ({"data_parallel_size": 2}, "data_parallel_size is 2, but on a CPU vLLM has no exchange"),
+        ({"data_parallel_size": 2}, "data_parallel_size is 2, but engines that share their experts exchange"),
     ],
 )
 def test_what_experts_cannot_do_is_refused(family: str, changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
