@@ -22,9 +22,9 @@ DEADLINE_S = 240
 
 @contextlib.contextmanager
 def server(
-    log: Path, settings: dict[str, Any], *arguments: str, checkpoint: Path = CHECKPOINT
+    log: Path, settings: dict[str, Any], *arguments: str, checkpoint: Path = CHECKPOINT, **variables: str
 ) -> Iterator[openai.OpenAI]:
-    """A client of `vllm serve`, with no variable of ours or vLLM's set."""
+    """A client of `vllm serve`, with no variable of ours or vLLM's set but these."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,7 +39,7 @@ def server(
         *arguments,
     ]
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment | variables)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
         deadline = time.monotonic() + DEADLINE_S
