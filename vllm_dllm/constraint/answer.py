@@ -52,7 +52,9 @@ class Answer:
     def _fits(self, position: int) -> BoolArray:
         """Tell from which states the positions from one on can be filled; [num_states]."""
         automaton = self.automaton
-        if position > self.limit:
-            return np.equal(np.arange(automaton.num_states), automaton.done)
-        fits: BoolArray = automaton.distance <= self.limit - position
+        left = self.limit - position
+        if left >= 0:
+            fits: BoolArray = automaton.distance <= left
+        else:
+            fits = np.arange(automaton.num_states) == automaton.done
         return fits
