@@ -14,11 +14,12 @@ position, unless the prompt has it. Batch of one.
 import torch
 from torch import Tensor
 
+from vllm_dllm.noise import stream_keys
 from vllm_dllm.reference.decode import Generation, shift
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy, unmask
 from vllm_dllm.reference.qwen import Qwen, block_causal
-from vllm_dllm.reference.sampling import Sampling
+from vllm_dllm.reference.sampling import Sampling, choose_tokens
 
 _STATIC, _GREEDY = UnmaskPolicy(), Sampling()
 
@@ -119,14 +120,21 @@ def generate(
     return Generation(tokens[prompt_len:end], len(history), 0, torch.stack(history)[:, : end - prompt_len], nfe_commit)
 
 
+def tokens_at(logits: Tensor, first: int, sampling: Sampling) -> Tensor:
+    """Choose the tokens of the positions from `first` on; logits: [len, vocab]. The noise is that of blocks of one."""
+    positions = first + torch.arange(len(logits), device=logits.device)
+    seeds, one = torch.full_like(positions, sampling.seed), torch.ones_like(positions)
+    return choose_tokens(logits, stream_keys(seeds, positions, one), sampling)
+
+
 @torch.no_grad()
-def generate_causally(model: Qwen, prompt: Tensor, gen_length: int) -> Tensor:
-    """Generate as an autoregressive model does, Nemotron's "ar" mode: the likeliest token of the last row, each time.
+def generate_causally(model: Qwen, prompt: Tensor, gen_length: int, sampling: Sampling = _GREEDY) -> Tensor:
+    """Generate as an autoregressive model does, Nemotron's "ar" mode: the next token from the last row, each time.
 
     Returns: [gen_length] int64.
     """
     tokens, kv = prompt, None
     for _ in range(gen_length):
         logits, kv = store(model, tokens, 0 if kv is None else len(tokens) - 1, kv, 1)
-        tokens = torch.cat((tokens, logits[-1:].argmax(-1)))
+        tokens = torch.cat((tokens, tokens_at(logits[-1:], len(tokens), sampling)))
     return tokens[len(prompt) :]
