@@ -82,8 +82,8 @@ def check_num_pages(vllm_config: VllmConfig) -> None:
     if given is not None and given < least:
         raise ConfigError(
             f"num_gpu_blocks_override is {given}, but the K/V of one request {_of_length(vllm_config.model_config)} "
-            f"take {least} pages of {page_tokens(vllm_config)} tokens, with the page that vLLM keeps; allowed are this number "
-            "and more; leave it out or lower --max-model-len"
+            f"take {least} pages of {page_tokens(vllm_config)} tokens, with the page that vLLM keeps; allowed are this "
+            "number and more; leave it out or lower --max-model-len"
         )
 
 
