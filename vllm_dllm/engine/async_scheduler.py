@@ -80,7 +80,7 @@ class BidirectionalAsyncScheduler(DllmAsyncScheduler):
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Tell the workers, too, whether they must look for blocks that have ended."""
         requests = [self.requests[req_id] for req_id in scheduler_output.num_scheduled_tokens]
-        may_be_void = any(self.ahead.may_be_void(request) for request in requests)
+        may_be_void = any(self.ahead.is_ahead(request) for request in requests)
         super()._update_after_schedule(scheduler_output)
         order = scheduler_output.aux_output_connector_metadata
         scheduler_output.aux_output_connector_metadata = replace(order, may_be_void=may_be_void)
