@@ -40,7 +40,7 @@ def server(
         *arguments,
     ]
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment | variables)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
         deadline = time.monotonic() + DEADLINE_S
