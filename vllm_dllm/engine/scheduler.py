@@ -259,6 +259,7 @@ class DllmScheduler(Scheduler):
         counted = output.scheduled_spec_decode_tokens
         num_drafts = {req_id: len(counted[req_id]) - self.block_length for req_id in reports}
         budget = max(num_drafts.values())
+        undrafted = self._undrafted(reports)
         self._stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
         self._num_held = 0
         for req_id, report in reports.items():
@@ -268,10 +269,11 @@ class DllmScheduler(Scheduler):
         if self.rule is None:
             return
         for req_id in reports.keys() & self.requests.keys():
-            own = 0.0 if reports[req_id].commits else self.rule.expected(num_drafts[req_id])
+            own = 0.0 if req_id in undrafted else self.rule.expected(num_drafts[req_id])
             self.acceptance.observe(req_id, reports[req_id].accepted, own, self.rule.break_even)
         in_block = {req_id: report for req_id, report in reports.items() if not report.commits}
-        drafting = [report for req_id, report in in_block.items() if num_drafts[req_id] > 0 or budget == 0]
+        may_draft = {req_id for req_id, own in num_drafts.items() if own > 0} - undrafted
+        drafting = [report for req_id, report in in_block.items() if req_id in may_draft or budget == 0]
         forwards = sum(report.forwards for report in drafting)
         if forwards == 0:
             return
@@ -286,6 +288,10 @@ class DllmScheduler(Scheduler):
         num_without = len(reports) - num_begins - len(drafting)
         accepted = sum(report.accepted for report in drafting) / forwards
         self.rule.observe(len(drafting), budget, accepted, ms, host_ms, num_begins, num_without)
+
+    def _undrafted(self, reports: dict[str, RequestReport]) -> set[str]:
+        """Return those of reported requests whose step had no drafts, whatever it was given: blocks begin with it."""
+        return {req_id for req_id, report in reports.items() if report.commits}
 
     def _step_ms(self, updated_at_s: float) -> tuple[float | None, float | None]:
         """Return what the step took, and what passed between the step before and this one; None if unknown."""
