@@ -92,7 +92,7 @@ class DllmScheduler(Scheduler):
         updated_at_s = time.perf_counter()
         reports = self._reports_of(scheduler_output, model_runner_output)
         if self._check:
-            self._account(self._check, scheduler_output, model_runner_output, reports)
+            self._check.account(self.requests, reports, model_runner_output)
         if reports:
             self._take_reports(scheduler_output, reports, updated_at_s)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -121,19 +121,6 @@ class DllmScheduler(Scheduler):
         if report.costs is not None and self.rule is not None:
             self.rule.curve = report.costs
         return {req_id: report.requests[req_id] for req_id in output.scheduled_spec_decode_tokens}
-
-    def _account(
-        self,
-        check: StateCheck,
-        output: SchedulerOutput,
-        model_output: ModelRunnerOutput,
-        reports: dict[str, RequestReport],
-    ) -> None:
-        """Enter a step into the accounts of its requests."""
-        for req_id, report in reports.items():
-            if req_id in self.requests:  # it may have been aborted meanwhile
-                emitted = model_output.sampled_token_ids[model_output.req_id_to_index[req_id]]
-                check.take(self.requests[req_id], report, len(emitted))
 
     def _compare(self, check: StateCheck) -> None:
         """Compare the accounts with what the scheduler knows behind a step, as far as the level of checks asks."""

@@ -97,7 +97,7 @@ class RequestTotals:
     refreshes: int = 0
     proposed: int = 0
     accepted: int = 0
-    canvas: tuple[int, list[int | None]] | None = None
+    canvas: tuple[int, list[int | None]] | None = field(default=None, compare=False)
     """Where the block begins in the answer, and what is known of it behind the last step, where that is shown."""
 
     def add(self, report: "RequestReport") -> None:
