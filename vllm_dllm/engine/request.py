@@ -15,8 +15,10 @@ from vllm.sampling_params import SamplingParams
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
     POLICY_OPTIONS,
+    REQUEST_PREFIX,
     DllmConfig,
     InvalidOptionError,
+    RequestOptions,
     check_policy_options,
     plain_number,
     request_steps,
@@ -148,6 +150,8 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
             value=mask_token_id,
         )
     options = request_options(params)
+    if settings.is_self_speculative:
+        _refuse_options(options)
     try:
         check_policy_options(options, settings)
         request_steps(options, settings, min(params.max_tokens, blocks.end - prompt_len))
@@ -155,6 +159,17 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
     _refuse_filters(params, options.policy or settings.policy)
     return blocks.end - prompt_len
+
+
+def _refuse_options(options: RequestOptions) -> None:
+    """Check that a request asks for nothing of a policy where there is none."""
+    for name, value in options.model_dump(exclude_none=True).items():
+        raise RequestError(
+            f"{REQUEST_PREFIX}{name} is {value!r}, but the server's mode is 'self_speculation', which decodes from "
+            "left to right and has no policy; allowed is none; remove it",
+            parameter=REQUEST_PREFIX + name,
+            value=value,
+        )
 
 
 def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
@@ -172,6 +187,7 @@ def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
 def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_at_least: bool = False) -> RequestError:
     longest = max_prompt_len(settings, max_model_len)
     what = "a block and as much behind it need" if settings.is_block_causal else "a block needs"
+    what = "a token of the reply needs" if settings.is_self_speculative else what
     return RequestError(
         f"the prompt has {'at least ' if is_at_least else ''}{prompt_len} tokens, but {what} "
         f"{max_model_len - longest} of max_model_len {max_model_len}; shorten the prompt to at most {longest} tokens",

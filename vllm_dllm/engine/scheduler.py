@@ -230,7 +230,7 @@ class DllmScheduler(Scheduler):
         """
         scheduled = scheduler_output.num_scheduled_tokens
         for admitted in scheduler_output.scheduled_new_reqs:
-            block = self._placeholders[: self.block_length]
+            block = self._placeholders[: self.rows.num_first]
             scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
             scheduled[admitted.req_id] += len(block)
             self.rows.kv.add(admitted.req_id, admitted.num_computed_tokens)
@@ -257,7 +257,7 @@ class DllmScheduler(Scheduler):
         or preempted.
         """
         counted = output.scheduled_spec_decode_tokens
-        num_drafts = {req_id: len(counted[req_id]) - self.block_length for req_id in reports}
+        num_drafts = {req_id: max(0, len(counted[req_id]) - self.block_length) for req_id in reports}
         budget = max(num_drafts.values())
         self._stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
         self._num_held = 0
