@@ -41,13 +41,13 @@ def test_allowed_tokens_are_those_of_some_answer(part: int):
     for rng, automaton, brute in cases(part):
         length = rng.randint(1, LENGTH)  # the first positions; the others lie behind the block
         canvases = np.stack([random_canvas(rng, brute, length) for _ in range(CANVASES)])
-        answer = Answer(automaton, 10, 10 + brute.limit, 10 + LENGTH)
-        allowed, is_completable = answer.window(10, length, 0).allowed(canvases)
+        answer = Answer(automaton, 10, 10 + brute.limit, 10 + LENGTH, 10, length)
+        allowed, is_completable = answer.window().allowed(canvases)
         expected = [brute.allowed(canvas) for canvas in canvases]
         np.testing.assert_array_equal(as_ids(automaton, allowed), expected, err_msg=brute.regex)
         can = [len(brute.that_have(canvas)) > 0 for canvas in canvases]
         np.testing.assert_array_equal(is_completable, can, err_msg=brute.regex)
-        np.testing.assert_array_equal(answer.window(10, length, 0).completable(canvases), can, err_msg=brute.regex)
+        np.testing.assert_array_equal(answer.window().completable(canvases), can, err_msg=brute.regex)
         seen += len(canvases)
     assert seen > 0.9 * NUM_REGEXES / 4 * CANVASES
 
@@ -57,11 +57,12 @@ def test_the_rest_of_an_answer_follows_from_its_beginning():
         if not len(brute.answers):
             continue
         first = rng.randint(1, LENGTH - 1)
-        answer = Answer(automaton, 3, 3 + brute.limit, 3 + LENGTH)
         known = rng.choice(brute.answers)[:first]
-        answer.take(known.tolist())
+        answer = Answer(automaton, 3, 3 + brute.limit, 3 + LENGTH, 3, first)
         rest = np.full(LENGTH - first, -1)
-        allowed, can = answer.window(3 + first, LENGTH - first, answer.state).allowed(rest[None])
+        answer.take(known.tolist())
+        answer.block_length = LENGTH - first
+        allowed, can = answer.window().allowed(rest[None])
         expected = brute.allowed(np.concatenate([known, rest]))[first:]
         assert can.all()
         np.testing.assert_array_equal(as_ids(automaton, allowed)[0], expected, err_msg=brute.regex)
@@ -70,7 +71,7 @@ def test_the_rest_of_an_answer_follows_from_its_beginning():
 def test_of_several_positions_each_is_taken_if_the_whole_stays_completable():
     dropped = 0
     for rng, automaton, brute in cases(1):
-        window = Answer(automaton, 0, brute.limit, LENGTH).window(0, LENGTH, 0)
+        window = Answer(automaton, 0, brute.limit, LENGTH, 0, LENGTH).window()
         for _ in range(10):
             canvas = random_canvas(rng, brute, LENGTH)
             masked = np.flatnonzero(canvas == -1).tolist()
@@ -96,7 +97,7 @@ def test_many_canvases_are_as_one_by_one():
     rng = random.Random(5)
     automaton, brute = automaton_of("(?:ab|ba)*b?"), Brute("(?:ab|ba)*b?", LENGTH, LENGTH)
     canvases = np.stack([random_canvas(rng, brute, LENGTH) for _ in range(150)])
-    window = Answer(automaton, 0, LENGTH, LENGTH).window(0, LENGTH, 0)
+    window = Answer(automaton, 0, LENGTH, LENGTH, 0, LENGTH).window()
     allowed, can = window.allowed(canvases)
     alone = [window.allowed(canvas[None]) for canvas in canvases]
     np.testing.assert_array_equal(allowed, np.concatenate([each for each, _ in alone]))
@@ -104,19 +105,19 @@ def test_many_canvases_are_as_one_by_one():
 
 
 def test_a_block_shows_the_part_of_it_that_is_answer():
-    answer = Answer(automaton_of("a*"), begin=6, limit=11, end=12)
-    assert answer.part(4, 4) == slice(2, 4)  # behind the prompt's end
-    assert answer.part(8, 4) == slice(0, 4)
-    assert answer.part(8, 8) == slice(0, 4)  # a block that ends with its sequence
-    assert answer.part(12, 4) == slice(0, 0)
-    canvas = np.full((1, 4), -1)
-    allowed, _ = answer.window(8, 4, 0).allowed(canvas)
+    answer = Answer(automaton_of("a*"), begin=6, limit=11, end=12, block_start=4, block_length=4)
+    assert answer.part == slice(2, 4)  # behind the prompt's end
+    assert answer.part_of(8) == slice(0, 4)
+    assert answer.part_of(10) == slice(0, 2)  # a block that ends with its sequence
+    assert answer.part_of(12) == slice(0, 0)
+    answer.take([MASK, MASK, 0, 0])
+    allowed, _ = answer.window().allowed(np.full((1, 4), -1))
     assert not as_ids(answer.automaton, allowed)[0, 3, : max(TEXTS)].any(), "the reply is cut before it"
 
 
 def test_the_mask_and_what_has_no_bytes_are_never_allowed():
     automaton = automaton_of("[ab]*")
-    allowed, _ = Answer(automaton, 0, 3, 3).window(0, 3, 0).allowed(np.full((1, 3), -1))
+    allowed, _ = Answer(automaton, 0, 3, 3, 0, 3).window().allowed(np.full((1, 3), -1))
     ids = as_ids(automaton, allowed)[0]
     assert not ids[:, MASK].any()
     assert ids[:, [*TEXTS, END, OTHER_END]].all()

@@ -21,40 +21,46 @@ class Answer:
     begin: int  # absolute position behind the prompt
     limit: int  # absolute
     end: int  # absolute position where the sequence ends, `limit` or behind
-    position: int = 0  # behind the finished blocks
-    state: int = 0
+    block_start: int  # absolute, of the block under way
+    block_length: int
+    state: int = 0  # before what the block under way has of the answer
 
-    def __post_init__(self) -> None:
-        """Begin behind the prompt."""
-        self.position = self.begin
+    @property
+    def part(self) -> slice:
+        """Which positions of the block under way belong to the answer."""
+        return self.part_of(self.block_start)
 
-    def take(self, tokens: Sequence[int]) -> None:
-        """Go on by tokens that are final."""
-        self.state = self.automaton.run(tokens, self.state)
-        self.position += len(tokens)
-
-    def part(self, block_start: int, block_length: int) -> slice:
+    def part_of(self, block_start: int) -> slice:
         """Return which positions of a block, counted from its start, belong to the answer."""
-        first = min(max(self.begin - block_start, 0), block_length)
-        return slice(first, max(first, min(self.end - block_start, block_length)))
+        first = min(max(self.begin - block_start, 0), self.block_length)
+        return slice(first, max(first, min(self.end - block_start, self.block_length)))
 
-    def window(self, block_start: int, block_length: int, state: int) -> Window:
-        """Return what surrounds the part of a block that belongs to the answer.
+    def take(self, block: Sequence[int]) -> None:
+        """Go on to the next block.
 
         Args:
-            block_start: absolute position.
-            block_length: positions.
-            state: the one before that part.
+            block: [block_length] token ids of the one under way.
         """
-        part = self.part(block_start, block_length)
-        return Window(self.automaton, state, self._fits(block_start + part.stop), self.limit - block_start - part.start)
+        self.state = self.automaton.run(block[self.part], self.state)
+        self.block_start += self.block_length
+
+    def window(self) -> Window:
+        """Return what surrounds the part of the block under way that belongs to the answer."""
+        return self._window(self.block_start, self.state)
+
+    def next_window(self, block: Sequence[int]) -> Window:
+        """Return the same of the next block, if the one under way becomes `block`."""
+        return self._window(self.block_start + self.block_length, self.automaton.run(block[self.part], self.state))
+
+    def _window(self, block_start: int, state: int) -> Window:
+        part = self.part_of(block_start)
+        first = block_start + part.start
+        return Window(self.automaton, state, self._fits(block_start + part.stop), self.limit - first)
 
     def _fits(self, position: int) -> BoolArray:
         """Tell from which states the positions from one on can be filled; [num_states]."""
         automaton = self.automaton
         left = self.limit - position
-        if left >= 0:
-            fits: BoolArray = automaton.distance <= left
-        else:
-            fits = np.arange(automaton.num_states) == automaton.done
+        fits: BoolArray = np.less_equal(automaton.distance, left) if left >= 0 else np.zeros_like(automaton.is_final)
+        fits[automaton.done] = True
         return fits

@@ -151,7 +151,7 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         )
     options = request_options(params)
     if settings.is_self_speculative:
-        _refuse_options(options)
+        _refuse_for_windows(params, options)
     try:
         check_policy_options(options, settings)
         request_steps(options, settings, min(params.max_tokens, blocks.end - prompt_len))
@@ -161,8 +161,24 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
     return blocks.end - prompt_len
 
 
-def _refuse_options(options: RequestOptions) -> None:
-    """Check that a request asks for nothing of a policy where there is none."""
+_NOT_OF_WINDOWS = (
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias", "allowed_token_ids"),
+    *("bad_words", "min_tokens", "logprobs", "prompt_logprobs", "structured_outputs"),
+)
+"""Parameters that choose other tokens, or tell of those that were not chosen, and that windows are not verified by."""
+
+
+def _refuse_for_windows(params: SamplingParams, options: RequestOptions) -> None:
+    """Check that a request asks for nothing that self-speculation ignores, whatever diffusion does with it."""
+    usual = SamplingParams()
+    for name in _NOT_OF_WINDOWS:
+        value = getattr(params, name)
+        if value != getattr(usual, name) and value not in ([], {}):
+            raise RequestError(
+                f"{name} is {reprlib.repr(value)}, but the server's mode is 'self_speculation', which verifies drafts "
+                f"without it; allowed is {getattr(usual, name)!r}; remove it, or serve the model in another mode",
+                parameter=name,
+            )
     for name, value in options.model_dump(exclude_none=True).items():
         raise RequestError(
             f"{REQUEST_PREFIX}{name} is {value!r}, but the server's mode is 'self_speculation', which decodes from "

@@ -11,10 +11,13 @@ rows are causal. Where `unmasks_first_alone` is on, the last row that is stored 
 position, unless the prompt has it. Batch of one.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from vllm_dllm.noise import stream_keys
+from vllm_dllm.reference.constraint import Constraint
 from vllm_dllm.reference.decode import Generation, shift
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy, unmask
@@ -58,7 +61,7 @@ def store_prompt(model: Qwen, prompt: Tensor, block_length: int) -> list[LayerKv
 
 
 @torch.no_grad()
-def generate(
+def generate(  # noqa: PLR0913 - the decoders' arguments
     model: Qwen,
     prompt: Tensor,
     *,
@@ -68,6 +71,7 @@ def generate(
     sampling: Sampling = _GREEDY,
     stop_ids: tuple[int, ...] = (),
     rules: Rules = SDAR,
+    constraint: Constraint | None = None,
 ) -> Generation:
     """Generate at least `gen_length` tokens after a prompt [prompt_len] int64, up to the end of a block.
 
@@ -85,6 +89,7 @@ def generate(
         sampling: how tokens are chosen; without guidance.
         stop_ids: a block that generated one of these is the last.
         rules: of the family.
+        constraint: what the answer has to meet.
 
     Returns: the tokens and the history to the last block's end. `nfe` counts forwards that unmask something, those
         that store and decide a first position among them.
@@ -105,13 +110,17 @@ def generate(
         end = min(begin + block_length, seq_len)
         num_masked = block_length - max(0, prompt_len - begin)
         block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
+        if constraint is not None:
+            own = constraint.of_block(tokens[prompt_len:begin].tolist(), block_length - num_masked)
+            block = replace(block, constraint=own)
         while is_masked[begin:end].any():
             if rules.unmasks_first_alone and is_masked[begin]:
                 logits = stored[-1:].expand(end - begin, -1)
             else:
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
-            chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block)
+            canvas = tokens[begin:end]
+            chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block, tokens=canvas)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
             history.append(tokens[prompt_len:].clone())

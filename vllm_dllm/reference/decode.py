@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vllm_dllm.reference.constraint import Constraint
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy, unmask
@@ -141,7 +142,7 @@ def steps_per_block(gen_length: int, block_length: int, steps: int | None) -> in
 
 
 @torch.no_grad()
-def generate(
+def generate(  # noqa: PLR0913 - the decoders' arguments
     model: Model,
     prompt: Tensor,
     *,
@@ -151,6 +152,7 @@ def generate(
     policy: UnmaskPolicy = _STATIC,
     sampling: Sampling = _GREEDY,
     rules: Rules = LLADA,
+    constraint: Constraint | None = None,
 ) -> Generation:
     """Generate `gen_length` tokens after a prompt [prompt_len] int64, block by block.
 
@@ -166,6 +168,8 @@ def generate(
     for begin in range(len(prompt), len(tokens), block_length):
         end = begin + block_length
         block = Block(begin, block_length, block_length, steps, policy, sampling, rules, model.config.eos_token_id)
+        if constraint is not None:
+            block = replace(block, constraint=constraint.of_block(tokens[len(prompt) : begin].tolist()))
         in_block = torch.zeros_like(is_masked)
         in_block[begin:end] = True
         step = 0
@@ -173,7 +177,10 @@ def generate(
         while is_masked[begin:end].any():
             first, last = kv.span(step, begin, end, len(tokens))
             logits = predictor.logits(tokens, first, last)
-            chosen, chosen_tokens = unmask(logits, (is_masked & in_block)[first:last], first=first, block=block)
+            canvas = tokens[first:last]
+            chosen, chosen_tokens = unmask(
+                logits, (is_masked & in_block)[first:last], first=first, block=block, tokens=canvas
+            )
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False
             history.append(tokens[len(prompt) :].clone())

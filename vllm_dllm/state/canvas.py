@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.attention.layout import pinned
+from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
@@ -94,9 +95,19 @@ class CanvasState:
         self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
         self._offsets = torch.arange(block_length, device=device)
+        self.answers: dict[int, Answer] = {}  # of requests under a constraint, by slot
 
-    def add_request(self, slot: int, params: RequestParams) -> None:
-        """Stage a request's parameters; its canvas is masked by `reset` when its first block begins."""
+    def add_request(self, slot: int, params: RequestParams, answer: Answer | None = None) -> None:
+        """Stage a request's parameters; its canvas is masked by `reset` when its first block begins.
+
+        Args:
+            slot: of the request.
+            params: what it asked for.
+            answer: what its answer has to meet, and how far that is; None: nothing.
+        """
+        self.answers.pop(slot, None)
+        if answer is not None:
+            self.answers[slot] = answer
         self._ints_np[:, slot] = [getattr(params, name) for name in _INTS] + list(params.counts)
         self._floats_np[:, slot] = [getattr(params, name) for name in _FLOATS] + list(params.times)
         self._has_memory_np[slot] = params.policy_id in MEMORIES

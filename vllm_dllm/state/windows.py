@@ -117,6 +117,7 @@ class WindowSchedule(KvSchedule):
         verifies = is_new | is_drafted | (length == 1)
         nobody = np.zeros_like(is_new)
         return KvStep(
+            num_known=num_known,
             begin=np.where(is_new, num_hit, start),
             end=start + length * verifies,
             commits=nobody,
