@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
+from vllm_dllm.engine.configs import served_family
 from vllm_dllm.errors import ConfigError
 
 logger = init_logger("vllm.dllm")
@@ -94,17 +95,18 @@ class AdapterFiles:
         }
 
 
-def find_adapter(vllm_config: VllmConfig, folder: str, target: str) -> AdapterFiles | None:
-    """Find the adapter in a folder of the served checkpoint; None where it has none, which is logged.
+def find_adapter(vllm_config: VllmConfig, target: str) -> AdapterFiles | None:
+    """Find the adapter of the served checkpoint's drafts; None where it has none, which is logged.
 
     Args:
         vllm_config: of the engine. A checkpoint of a hub is asked for the folder.
-        folder: its name.
         target: the modules that it changes.
 
     Raises: ConfigError for one that cannot be applied.
     """
     model_config = vllm_config.model_config
+    folder = served_family(model_config).draft_adapter
+    assert folder is not None, "asked of families that may have one"
     path = Path(model_config.model)
     if not path.is_dir():
         cache = vllm_config.load_config.download_dir

@@ -14,8 +14,6 @@ from vllm_dllm.models.transformer import MaskedDiffusionLM
 if TYPE_CHECKING:
     from vllm_dllm.engine.model_state import DllmModelState
 
-ADAPTER_FOLDER = "linear_spec_lora"
-
 
 class NemotronLabsDiffusionModel(MaskedDiffusionLM):
     """Nemotron-Labs-Diffusion 3B, 8B and 14B and models of the same layers in other sizes."""
@@ -28,7 +26,7 @@ class NemotronLabsDiffusionModel(MaskedDiffusionLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.is_self_speculative = mode_in(vllm_config.additional_config) == "self_speculation"
         self.drafts = DraftRows()
-        self.adapter = find_adapter(vllm_config, ADAPTER_FOLDER, "o_proj") if self.is_self_speculative else None
+        self.adapter = find_adapter(vllm_config, "o_proj") if self.is_self_speculative else None
         if self.adapter is not None:
             for index, layer in enumerate(self._layers):
                 name = f"model.layers.{index}.draft_adapter"
