@@ -34,7 +34,7 @@ def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model
     Self-speculation has none: its sequences are as long as an autoregressive model's.
     """
     block_length, is_causal = settings.block_length, settings.is_block_causal
-    if settings.is_self_speculative:
+    if settings.mode == "self_speculation":
         return RowBlocks(prompt_len, min(prompt_len + max_tokens, max(prompt_len, max_model_len)), block_length)
     begin = prompt_len - prompt_len % block_length if settings.is_aligned else prompt_len
     wanted = -(-(prompt_len + max_tokens - begin) // block_length)
@@ -52,6 +52,6 @@ def max_prompt_len(settings: DllmConfig, max_model_len: int) -> int:
     first step of a block the rows of the block before it are in flight, and with async scheduling any step has as many.
     With self-speculation it is a token.
     """
-    if settings.is_self_speculative:
+    if settings.mode == "self_speculation":
         return max_model_len - 1
     return max_model_len - settings.block_length * (1 + settings.is_block_causal)

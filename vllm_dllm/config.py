@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -86,11 +86,6 @@ class DllmConfig(BaseModel):
     mode: Annotated[ServedMode, Field(description="'diffusion' and 'self_speculation'")] = "diffusion"
 
     @property
-    def is_self_speculative(self) -> bool:
-        """Whether requests are decoded autoregressively, from drafts that diffusion makes."""
-        return self.mode == "self_speculation"
-
-    @property
     def is_block_causal(self) -> bool:
         """Whether stored K/V never change; a fact of the family (`models.interface.check_family`)."""
         return self.kv_policy in ("block_causal", "causal")
@@ -134,7 +129,7 @@ class DllmConfig(BaseModel):
 
 
 class RequestOptions(BaseModel):
-    """Unmasking policy of one request; None means the server's setting."""
+    """Unmasking policy of one request, where None means the server's setting, and what it shows of its denoising."""
 
     model_config = STRICT
 
@@ -147,7 +142,11 @@ class RequestOptions(BaseModel):
     credit_gamma: _Gain | None = None
     alg_temp: _AlgTemp | None = None
     steps: _Count | None = None
+    stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
 
+
+OWN_OPTIONS = {"steps", "stream"}
+"""Those that no setting of a server is the default of."""
 
 POLICY_OPTIONS: dict[PolicyName, tuple[str, ...]] = {
     "static": ("steps", "alg_temp"),
@@ -256,7 +255,7 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
     Raises: InvalidOptionError.
     """
     policy = options.policy or settings.policy
-    given = options.model_dump(exclude={"policy"}, exclude_none=True)
+    given = options.model_dump(exclude={"policy", "stream"}, exclude_none=True)
     for name, value in given.items():
         if name not in POLICY_OPTIONS[policy]:
             allowed = ", ".join(REQUEST_PREFIX + option for option in POLICY_OPTIONS[policy])

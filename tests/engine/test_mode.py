@@ -75,7 +75,7 @@ def test_self_speculation_is_ours_and_as_long_as_autoregression(nemotron: Path) 
     config = args.create_engine_config()
     assert config.scheduler_config.scheduler_cls == WINDOW_SCHEDULER
     served = settings_of(config)
-    assert (served.block_length, served.is_self_speculative) == (16, True)
+    assert (served.block_length, served.mode) == (16, "self_speculation")
     assert max_prompt_len(served, 128) == 127
     assert [row_blocks(n, 60, served, 128).end for n in (5, 100, 127)] == [65, 128, 128]
     assert not len(row_blocks(128, 60, served, 128))

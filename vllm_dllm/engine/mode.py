@@ -71,7 +71,7 @@ def _check_settings(others: list[str]) -> None:
 
 def check_self_speculation(config: VllmConfig, settings: DllmConfig) -> None:
     """Check that nothing is asked for that self-speculation cannot do. Raises: ConfigError."""
-    if not settings.is_self_speculative:
+    if settings.mode != "self_speculation":
         return
     mode = "additional_config.dllm.mode is 'self_speculation'"
     if config.scheduler_config.async_scheduling:

@@ -75,7 +75,7 @@ class StepRows:
     @property
     def num_first(self) -> int:
         """Positions of a request's first block; with self-speculation that is a window of one, its last token."""
-        return 1 if self.settings.is_self_speculative else self.block_length
+        return 1 if self.settings.mode == "self_speculation" else self.block_length
 
     def first(self, request: Request, num_hit: int) -> int:
         """Return the rows of the step that admits a request: of its prompt, behind a cache hit, and of its block."""

@@ -43,7 +43,7 @@ class DllmStatLogger(AggregateStatLoggerBase):
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int], *, is_logging: bool = True) -> None:
         spiffy = spiffy_of(vllm_config)
         self._is_logging = is_logging
-        is_self_speculative = settings_of(vllm_config).is_self_speculative
+        is_self_speculative = settings_of(vllm_config).mode == "self_speculation"
         self._drafting = "Self-speculation" if is_self_speculative else "Spiffy" if spiffy else None
         self._interval = StepStats()
         labels = {index: [vllm_config.model_config.served_model_name, str(index)] for index in engine_indexes}

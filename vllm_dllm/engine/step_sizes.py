@@ -41,7 +41,7 @@ def set_step_sizes(vllm_config: VllmConfig, settings: DllmConfig, spiffy: Spiffy
     if is_causal:
         num_rows = max(num_rows, 2 * block_length * vllm_config.scheduler_config.max_num_seqs)
     _set_scheduler(vllm_config, num_rows, is_causal=is_causal)
-    if settings.is_self_speculative:
+    if settings.mode == "self_speculation":
         vllm_config.scheduler_config.scheduler_cls = WINDOW_SCHEDULER
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         logger.info("Mode self_speculation: windows differ in length, so that steps run without CUDA graphs")

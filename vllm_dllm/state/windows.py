@@ -130,7 +130,7 @@ class WindowSchedule(KvSchedule):
 
 def make_schedule(settings: "DllmConfig", *, stores_alone: bool) -> KvSchedule:
     """Make what decides which K/V a server's steps store."""
-    if settings.is_self_speculative:
+    if settings.mode == "self_speculation":
         return WindowSchedule(settings.block_length)
     return KvSchedule(settings.kv_policy, settings.refresh_every, settings.block_length, stores_alone=stores_alone)
 
