@@ -5,11 +5,12 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.engine.configs import rules_of
-from vllm_dllm.engine.report import RequestReport, StepReport
+from vllm_dllm.engine.report import RequestReport
 from vllm_dllm.engine.run_ahead import RunAhead
 from vllm_dllm.engine.scheduler import DllmScheduler, leave_out
 from vllm_dllm.state.kv import KvStep
@@ -101,9 +102,9 @@ class BidirectionalAsyncScheduler(DllmAsyncScheduler):
             self.ahead.scheduled(request, len(output.scheduled_spec_decode_tokens[req_id]) - self.block_length)
         return decided
 
-    def _reports_of(self, output: SchedulerOutput, report: StepReport | None) -> dict[str, RequestReport]:
+    def _reports_of(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> dict[str, RequestReport]:
         """Leave out the void ones."""
-        reports = super()._reports_of(output, report)
+        reports = super()._reports_of(output, model_output)
         counted = {req_id: each for req_id, each in reports.items() if self.ahead.reported(req_id, each)}
         self._void = reports.keys() - counted.keys()
         return counted
