@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.dllm")
 
 
-def choose_head(model: "MaskedDiffusionLM", vocab_size: int, mask_token_id: int, device: torch.device) -> Head:
+def choose_head(model: "MaskedDiffusionLM", vocab_size: int, mask_token_id: int | None, device: torch.device) -> Head:
     """Take the op on the LM head's weight, on its logits where the weight is not all there is to it, else torch.
 
     Each rank reduces its own part of the vocabulary; all of it only by torch, and where the vocabulary was extended.

@@ -16,8 +16,10 @@ from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
     OWN_OPTIONS,
     POLICY_OPTIONS,
+    REQUEST_PREFIX,
     DllmConfig,
     InvalidOptionError,
+    RequestOptions,
     check_policy_options,
     plain_number,
     request_steps,
@@ -149,6 +151,8 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
             value=mask_token_id,
         )
     options = request_options(params)
+    if settings.mode == "self_speculation":
+        _refuse_for_windows(params, options)
     if options.stream:
         _check_stream(params)
     try:
@@ -158,6 +162,33 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
     _refuse_filters(params, options.policy or settings.policy)
     return blocks.end - prompt_len
+
+
+_NOT_OF_WINDOWS = (
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias", "allowed_token_ids"),
+    *("bad_words", "min_tokens", "logprobs", "prompt_logprobs", "structured_outputs"),
+)
+"""Parameters that choose other tokens, or tell of those that were not chosen, and that windows are not verified by."""
+
+
+def _refuse_for_windows(params: SamplingParams, options: RequestOptions) -> None:
+    """Check that a request asks for nothing that self-speculation ignores, whatever diffusion does with it."""
+    usual = SamplingParams()
+    for name in _NOT_OF_WINDOWS:
+        value = getattr(params, name)
+        if value != getattr(usual, name) and value not in ([], {}):
+            raise RequestError(
+                f"{name} is {reprlib.repr(value)}, but the server's mode is 'self_speculation', which verifies drafts "
+                f"without it; allowed is {getattr(usual, name)!r}; remove it, or serve the model in another mode",
+                parameter=name,
+            )
+    for name, value in options.model_dump(exclude_none=True).items():
+        raise RequestError(
+            f"{REQUEST_PREFIX}{name} is {value!r}, but the server's mode is 'self_speculation', which decodes from "
+            "left to right, without a policy or a canvas; allowed is none; remove it",
+            parameter=REQUEST_PREFIX + name,
+            value=value,
+        )
 
 
 def _check_stream(params: SamplingParams) -> None:
@@ -188,6 +219,7 @@ def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
 def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_at_least: bool = False) -> RequestError:
     longest = max_prompt_len(settings, max_model_len)
     what = "a block and as much behind it need" if settings.is_block_causal else "a block needs"
+    what = "a token of the reply needs" if settings.mode == "self_speculation" else what
     return RequestError(
         f"the prompt has {'at least ' if is_at_least else ''}{prompt_len} tokens, but {what} "
         f"{max_model_len - longest} of max_model_len {max_model_len}; shorten the prompt to at most {longest} tokens",

@@ -218,7 +218,7 @@ class DllmScheduler(Scheduler):
         """
         scheduled = scheduler_output.num_scheduled_tokens
         for admitted in scheduler_output.scheduled_new_reqs:
-            block = self._placeholders[: self.block_length]
+            block = self._placeholders[: self.rows.num_first]
             scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
             scheduled[admitted.req_id] += len(block)
             self.rows.kv.add(admitted.req_id, admitted.num_computed_tokens)
@@ -230,7 +230,7 @@ class DllmScheduler(Scheduler):
         scheduler_output.total_num_scheduled_tokens = total
         has_roster = self._check and (self._level == CheckLevel.STEP or not total)
         roster = frozenset(request.request_id for request in self.running) if has_roster else None
-        order = StepOrder(tuple(scheduled), kv, is_long, roster, watched(self.running))
+        order = StepOrder(tuple(scheduled), kv, is_long, roster, shows_canvas=watched(self.running))
         scheduler_output.aux_output_connector_metadata = order
         super()._update_after_schedule(scheduler_output)
 
@@ -247,7 +247,9 @@ class DllmScheduler(Scheduler):
         """
         counted = output.scheduled_spec_decode_tokens
         undrafted = self._undrafted(reports)
-        num_drafts = {name: (len(counted[name]) - self.block_length) * (name not in undrafted) for name in reports}
+        num_drafts = {
+            name: max(0, len(counted[name]) - self.block_length) * (name not in undrafted) for name in reports
+        }
         budget = max(num_drafts.values())
         self._stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
         self._num_held = 0
