@@ -8,6 +8,7 @@ the device.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from vllm_dllm.ops.vocab_stats import RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import Draw, torch_draws
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
+from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.head import Head
 from vllm_dllm.unmask.policy import asked_ids
 from vllm_dllm.unmask.stats import Candidates
@@ -98,11 +100,13 @@ class Denoiser:
         keeps_candidates = self.drafter is not None or self.observer is not None
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
-        ids = self._ids(nodes, asked_ids(remembered))
+        edits = self.state.row_edits(blocks, nodes)
+        ids = self._ids(nodes, asked_ids(remembered), edits)
         sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
         stats = self.head(rows, sampling, num_candidates, ids)
         params = self.state.policy_params(blocks)
-        done = self.walk(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
+        decide = self.walk if edits is None or edits.hold is None else partial(walk, hold=edits.hold)
+        done = decide(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
         if self.observer is not None:
             request = torch.arange(len(done.node), device=done.node.device)
             before = nodes.canvas[request, done.node]
@@ -120,11 +124,13 @@ class Denoiser:
         fewer = pad((ledger.missing * done.is_finished).int(), (0, ledger.num_batch - len(ledger.missing)))
         return replace(emission, num_sampled=emission.num_sampled - fewer, num_rejected=emission.num_rejected + fewer)
 
-    def _ids(self, nodes: Nodes, asked: Tensor | None) -> RowIds | None:
-        """Return what policies ask for of evaluated rows, of the ids [num_reqs, block_length, num_given]."""
-        if asked is None:
+    def _ids(self, nodes: Nodes, asked: Tensor | None, edits: RowEdits | None) -> RowIds | None:
+        """Return what policies ask for of evaluated rows, of the ids [num_reqs, block_length, num_given], and edits."""
+        if asked is None and edits is None:
             return None
-        return RowIds(nodes.per_evaluated(asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1))
+        if asked is not None:
+            asked = nodes.per_evaluated(asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1)
+        return RowIds(asked, edits=edits)
 
     def reduce(self, hidden: Tensor, *, is_sampled: bool) -> None:
         """Do a step's work on rows that belong to nobody, for measurements of time and memory.

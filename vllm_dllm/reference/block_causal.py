@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.reference.decode import Generation, shift
+from vllm_dllm.reference.edits import Known
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy, unmask
 from vllm_dllm.reference.qwen import Qwen, block_causal
@@ -110,7 +111,8 @@ def generate(
             else:
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
-            chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block)
+            known = Known(tokens, is_masked, prompt_len)
+            chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block, sequence=known)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
             history.append(tokens[prompt_len:].clone())

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vllm_dllm.reference.edits import Known
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy, unmask
@@ -173,7 +174,9 @@ def generate(
         while is_masked[begin:end].any():
             first, last = kv.span(step, begin, end, len(tokens))
             logits = predictor.logits(tokens, first, last)
-            chosen, chosen_tokens = unmask(logits, (is_masked & in_block)[first:last], first=first, block=block)
+            in_span = (is_masked & in_block)[first:last]
+            known = Known(tokens, is_masked, len(prompt))
+            chosen, chosen_tokens = unmask(logits, in_span, first=first, block=block, sequence=known)
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False
             history.append(tokens[len(prompt) :].clone())

@@ -30,6 +30,7 @@ from torch import Tensor
 from vllm_dllm.names import PolicyName
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.credit import Credits
+from vllm_dllm.reference.edits import Known, edited, held
 from vllm_dllm.reference.sampling import Sampling, choose_tokens, remove_tokens, sampled_logits
 
 _UNSCHEDULED = ("threshold", "factor", "entropy_bounded", "credit")
@@ -297,13 +298,17 @@ class Block:
         return torch.ones_like(positions, dtype=torch.bool)
 
 
-def unmask(logits: Tensor, is_masked: Tensor, *, first: int, block: Block) -> tuple[Tensor, Tensor]:
+def unmask(
+    logits: Tensor, is_masked: Tensor, *, first: int, block: Block, sequence: Known | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose the positions that a step unmasks, and their tokens.
 
     Args:
         logits: [span_len, vocab], predictions of the positions from `first` on.
         is_masked: [span_len] bool, masked positions of the block; False outside it.
         first: absolute position.
+        block: the block.
+        sequence: what is known of it all, for edits of logits; None: none are asked for.
 
     Returns: indices into the span and their tokens, two [count] int64.
     """
@@ -314,10 +319,15 @@ def unmask(logits: Tensor, is_masked: Tensor, *, first: int, block: Block) -> tu
     positions = first + rows
     keys = stream_keys(torch.full_like(rows, sampling.seed), positions, torch.full_like(rows, num_masked))
     logits = remove_tokens(logits[rows], sampling.forbidden_ids + ((block.eos_id,) if sampling.logits_eos_inf else ()))
+    if sequence is not None:
+        logits = edited(logits, positions, sequence, sampling.edits)
     if policy.name == "credit":
         alpha, beta, gamma = policy.credit_alpha, policy.credit_beta, policy.credit_gamma
         logits = block.credits.fuse(logits.double(), positions, alpha=alpha, beta=beta, gamma=gamma)
     tokens = choose_tokens(logits, keys, sampling)
+    if sequence is not None:
+        goes = ~held(tokens, positions, sequence, sampling.edits)
+        logits, rows, positions, keys, tokens = (each[goes] for each in (logits, rows, positions, keys, tokens))
     known = block.known(positions)
     if known is not None:
         return rows[known], tokens[known]

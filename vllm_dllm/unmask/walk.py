@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from vllm_dllm import ops
 from vllm_dllm.ops.vocab_stats import PartialStats
+from vllm_dllm.unmask.edits import Hold
 from vllm_dllm.unmask.memory import PolicyState, Shown, select
 from vllm_dllm.unmask.policy import (
     MEMORIES,
@@ -130,6 +131,7 @@ def walk(
     mask_token_id: int,
     rules: UnmaskRules,
     state: PolicyState = NO_STATE,
+    hold: Hold | None = None,
 ) -> Trajectory:
     """Walk from the roots as long as the next canvas is one that was evaluated too.
 
@@ -142,8 +144,9 @@ def walk(
         mask_token_id: what stands for masked in a canvas.
         rules: of the server.
         state: of the requests' policies at the roots; empty where none has a memory.
+        hold: which open positions wait; None: none. The native walk knows of none.
     """
-    ground = _Ground(nodes, nodes.rows(stats), params, rules, asked_ids(state))
+    ground = _Ground(nodes, nodes.rows(stats), params, rules, asked_ids(state), hold)
     done = _walk_in_block(ground, mask_token_id, state)
     return done if nodes.end is None else _go_over(done, ground, mask_token_id)
 
@@ -194,6 +197,7 @@ class _Ground:
     params: PolicyParams
     rules: UnmaskRules
     asked: Tensor | None  # [num_reqs, block_length, num_given] int64, what the given logits are of
+    hold: Hold | None
 
 
 def _walk_in_block(ground: _Ground, mask_token_id: int, state: PolicyState) -> Trajectory:
@@ -304,5 +308,8 @@ def _decided(ground: _Ground, node: Tensor, params: PolicyParams, state: PolicyS
         token_ids = torch.where(is_its, recalled.token_ids, token_ids)
         distribution = recalled.distribution.where(is_its, distribution)
     score = score_positions(Evidence(distribution, is_masked), params)
-    chosen = choose_positions(score, is_masked, params, ground.rules.open(is_masked))
+    is_open = ground.rules.open(is_masked)
+    if ground.hold is not None:
+        is_open = is_open & ~ground.hold(node, token_ids.view_as(canvas), is_open)
+    chosen = choose_positions(score, is_masked, params, is_open)
     return torch.where(chosen, token_ids.view_as(canvas), canvas), state
