@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vllm_dllm.constraint.step import ConstrainedStep
 from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph import MAX_CANDIDATES
-from vllm_dllm.ops.vocab_stats import RowIds, RowSampling
+from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import Draw, torch_draws
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.head import Head
+from vllm_dllm.unmask.memory import select
 from vllm_dllm.unmask.policy import asked_ids
 from vllm_dllm.unmask.stats import Candidates
-from vllm_dllm.unmask.walk import Nodes, Trajectory, Walk, walk
+from vllm_dllm.unmask.walk import NO_STATE, Nodes, Trajectory, Walk, walk
 
 POLICY_CANDIDATES = 2
 """Most probable tokens of a row that a policy looks at: `margin` compares two."""
@@ -74,8 +76,14 @@ class Denoiser:
     def nodes(self, blocks: Blocks, num_drafts: int, *, looks_ahead: bool = False) -> Nodes:
         """Return the present canvases of some requests, and their best `num_drafts` drafts; without a drafter 0."""
         if self.drafter is None:
-            return Nodes.of_roots(self.state.canvas[blocks.slots], self.state.mask_token_id)
-        return self.drafter.propose(blocks, num_drafts, looks_ahead=looks_ahead)
+            nodes = Nodes.of_roots(self.state.canvas[blocks.slots], self.state.mask_token_id)
+        else:
+            nodes = self.drafter.propose(blocks, num_drafts, looks_ahead=looks_ahead)
+        # Before the forward is queued, so that the host does not wait for it, and works while it runs.
+        own = ConstrainedStep.read(
+            self.state.answers, blocks.slots_np, nodes.canvas, nodes.end, self.state.mask_token_id
+        )
+        return nodes if own is None else replace(nodes, constrained=own)
 
     def begin_blocks(self, slots: Tensor, where: Tensor) -> None:
         """Begin a new block for those of the given slots that `where` [num_reqs] bool marks."""
@@ -100,23 +108,45 @@ class Denoiser:
         keeps_candidates = self.drafter is not None or self.observer is not None
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
-        edits = self.state.row_edits(blocks, nodes)
-        ids = self._ids(nodes, asked_ids(remembered), edits)
+        edits, keep = self.state.row_edits(blocks, nodes)
+        ids = _row_ids(nodes, asked_ids(remembered), edits)
         sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
         stats = self.head(rows, sampling, num_candidates, ids)
         params = self.state.policy_params(blocks)
-        decide = self.walk if edits is None or edits.hold is None else partial(walk, hold=edits.hold)
+        decide = self.walk if keep is None else partial(walk, keep=keep)
         done = decide(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
+        if nodes.constrained is not None:
+            done = self._under_constraints(nodes.constrained, blocks, nodes, stats, done)
         if self.observer is not None:
             request = torch.arange(len(done.node), device=done.node.device)
             before = nodes.canvas[request, done.node]
             self.observer(Observation(blocks, before, done.next_canvas, done.candidates))
         return done
 
+    def void(self, blocks: Blocks, done: Trajectory, is_void: Tensor) -> Trajectory:
+        """Undo the step of requests whose block was emitted before it began: their next block is as it was begun.
+
+        Args:
+            blocks: of the requests.
+            done: what `advance` made of their steps.
+            is_void: [num_reqs] bool.
+        """
+        kept = self.state.policy_state(blocks)
+        return replace(
+            done,
+            next_canvas=torch.where(is_void[:, None], self.state.canvas[blocks.slots], done.next_canvas),
+            num_steps=done.num_steps.masked_fill(is_void, 0),
+            num_unmasked=done.num_unmasked.masked_fill(is_void, 0),
+            is_finished=done.is_finished & ~is_void,
+            state=select(is_void, kept, done.state),
+        )
+
     def settle(self, blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger) -> Emission:
         """Keep what `advance` came to, emit the blocks that it finished, begin those behind: see `state.settle`."""
         drafts = None if self.drafter is None else self.drafter.memory
         emission = self._settle(self.state, drafts, blocks, nodes, done, ledger)
+        if nodes.constrained is not None:
+            nodes.constrained.take(done.canvas, done.is_finished)
         if drafts is not None and ledger.begun is not None:
             drafts.forget(blocks.slots, ledger.begun.bool())
         if ledger.missing is None:
@@ -124,13 +154,22 @@ class Denoiser:
         fewer = pad((ledger.missing * done.is_finished).int(), (0, ledger.num_batch - len(ledger.missing)))
         return replace(emission, num_sampled=emission.num_sampled - fewer, num_rejected=emission.num_rejected + fewer)
 
-    def _ids(self, nodes: Nodes, asked: Tensor | None, edits: RowEdits | None) -> RowIds | None:
-        """Return what policies ask for of evaluated rows, of the ids [num_reqs, block_length, num_given], and edits."""
-        if asked is None and edits is None:
-            return None
-        if asked is not None:
-            asked = nodes.per_evaluated(asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1)
-        return RowIds(asked, edits=edits)
+    def _under_constraints(
+        self, own: ConstrainedStep, blocks: Blocks, nodes: Nodes, stats: PartialStats, done: Trajectory
+    ) -> Trajectory:
+        """Decide the requests under a constraint again, as it has them unmask; the others did what `done` says."""
+        request = torch.from_numpy(own.request).to(blocks.slots.device)
+        theirs = Blocks(blocks.slots[request], blocks.slots_np[own.request], blocks.start[request])
+        decided = walk(
+            nodes.of(request),
+            nodes.rows(stats, request),
+            self.state.policy_params(theirs),
+            self.state.mask_token_id,
+            self.state.rules,
+            {name: field[theirs.slots] for name, field in self.state.memory.items()} if done.state else NO_STATE,
+            own.keep,
+        )
+        return done.with_those(request, decided)
 
     def reduce(self, hidden: Tensor, *, is_sampled: bool) -> None:
         """Do a step's work on rows that belong to nobody, for measurements of time and memory.
@@ -146,3 +185,22 @@ class Denoiser:
             wants_sampled = self.state.wants_sampled
             sampling = RowSampling(ones, zeros, 0.9 * ones, zeros, has_filter=True, wants_sampled=wants_sampled)
         self.head(hidden, sampling, POLICY_CANDIDATES if self.drafter is None else MAX_CANDIDATES)
+
+
+def _row_ids(nodes: Nodes, asked: Tensor | None, edits: RowEdits | None) -> RowIds | None:
+    """Return which ids evaluated rows ask for, of those that policies ask for, and may take, by their constraints.
+
+    Args:
+        nodes: the canvases.
+        asked: [num_reqs, block_length, num_given] int64.
+        edits: of the rows.
+    """
+    if asked is None and nodes.constrained is None and edits is None:
+        return None
+    given = allowed = None
+    if asked is not None:
+        given = nodes.per_evaluated(asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1)
+    if nodes.constrained is not None:
+        place, sets = nodes.constrained.row_bits(len(nodes.canvas), nodes.canvas.device)
+        allowed = sets[nodes.per_evaluated(place).flatten()]
+    return RowIds(given, allowed, edits)

@@ -13,6 +13,7 @@ from vllm_dllm.errors import ConfigError
 
 CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_llada/checkpoint"
 GIB = 1 << 30
+PAGE = 128  # tokens, of a CPU by default
 
 
 @functools.lru_cache
@@ -69,17 +70,12 @@ def test_too_little_memory_is_told_before_processes_start(given: dict[str, Any],
     with pytest.raises(ConfigError) as refused:
         start(engine_config(**given))
     # 4 requests of 256 tokens in 4 layers of 4 heads of 32, and a page
-    num_bytes = (4 * 256 + _page_size()) * _bytes_per_token()
+    num_bytes = (4 * 256 + PAGE) * _bytes_per_token()
     assert str(refused.value) == (
         f"{asked}, but 7.0 of the 16.0 GiB of memory are free; allowed is what is free; start with "
         f"--kv-cache-memory-bytes {num_bytes}, which is taken for K/V beside the weights, or with "
         "--gpu-memory-utilization 0.35, for both together"
     )
-
-
-def _page_size() -> int:
-    """Of a CPU by default: 128 tokens in vLLM 0.32, 16 in 0.33."""
-    return int(engine_config().cache_config.block_size)
 
 
 def _bytes_per_token() -> int:
@@ -99,7 +95,7 @@ def test_what_fits_starts_and_other_models_are_left_to_vllm(memory: Any) -> None
 
 def test_memory_for_kv_that_holds_no_request_is_told_before_processes_start(memory: Any) -> None:
     memory((16, 15))
-    least = (256 + _page_size()) * _bytes_per_token()  # a request of 256 tokens, and the page that vLLM keeps
+    least = (256 + PAGE) * _bytes_per_token()  # a request of 256 tokens, and the page that vLLM keeps
     for given in (-1, 0, 1, least - 1):
         with pytest.raises(
             ConfigError, match=rf"^kv_cache_memory_bytes is {given}, .* max_model_len 256 take {least}, "
@@ -110,7 +106,7 @@ def test_memory_for_kv_that_holds_no_request_is_told_before_processes_start(memo
 
 def test_a_number_of_pages_that_holds_no_request_is_told_before_processes_start(memory: Any) -> None:
     memory((16, 15))
-    least = 256 // _page_size() + 1
+    least = 256 // PAGE + 1
     for given in (0, 1, least - 1):
         with pytest.raises(
             ConfigError, match=rf"^num_gpu_blocks_override is {given}, .* max_model_len 256 take {least} pages"
@@ -195,3 +191,27 @@ def test_the_printed_configuration_names_spiffy() -> None:
     )
     config = engine_config(speculative_config='{"method": "spiffy", "budget": 2}')
     assert "speculative_config={'method': 'spiffy', 'draft_graph': 'default', 'budget': 2}" in str(config)
+
+
+def test_a_length_that_fits_itself_needs_memory_for_the_shortest_request_alone(memory: Any) -> None:
+    from vllm_dllm.engine.kv_memory import fit_max_model_len
+
+    memory((16, 15))
+    settings = {"dllm": {"block_length": 8}}
+    least = 2 * PAGE * _bytes_per_token()  # a token and a block, and the page of vLLM's own
+
+    def config(**changes: Any) -> Any:
+        engine_config.cache_clear()
+        return engine_config.__wrapped__(max_model_len=-1, additional_config=settings, **changes)
+
+    with pytest.raises(ConfigError, match=rf"^kv_cache_memory_bytes is {least - 1}, .* of one token take {least}, "):
+        start(config(kv_cache_memory_bytes=least - 1))
+    start(config(kv_cache_memory_bytes=least))
+    with pytest.raises(ConfigError, match=r"^num_gpu_blocks_override is 1, .* of one token take 2 pages"):
+        start(config(num_gpu_blocks_override=1, kv_cache_memory_bytes=GIB // 2))
+
+    fitted, whole, given = config(), config(), engine_config.__wrapped__(max_model_len=200)
+    fit_max_model_len(fitted, 256 // PAGE)
+    fit_max_model_len(whole, 256 // PAGE + 1)
+    fit_max_model_len(given, 2)
+    assert [each.model_config.max_model_len for each in (fitted, whole, given)] == [256 - PAGE, 256, 200]

@@ -72,7 +72,7 @@ def native_nodes(
         canvases.mask_token_id,
         canvases.rules.sub_block_length or 0,
     )
-    return Nodes(canvas, is_masked, is_valid, depth, *end)
+    return Nodes(canvas, is_masked, is_valid, depth, end[0] if end else None)
 
 
 def choose_propose(device: torch.device) -> Propose:

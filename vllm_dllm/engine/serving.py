@@ -21,6 +21,9 @@ from vllm_dllm.engine.request import check_early, counting
 _SENT_AS = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
 """Fields of the chat API -> what the Messages API calls them."""
 
+_APPS: list[Any] = []
+"""Of the servers with one of our models in this process, at most one."""
+
 
 def install() -> None:
     """Wrap the methods of vLLM's server that every API's requests pass; those for other models pass unchanged."""
@@ -43,18 +46,19 @@ def _with_bodies_checked(original: Callable[..., Any]) -> Callable[..., Any]:
             from vllm_dllm.engine.bodies import check_in
 
             check_in(app)
+            _APPS.append(app)
         return app
 
     return wrapper
 
 
 def _with_lines_checked(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def wrapper(engine_client: Any, args: Any) -> Any:
+    async def wrapper(engine_client: Any, *args: Any) -> Any:  # 0.33 adds the file and its number of lines
         if is_ours(engine_client.model_config):
             from vllm_dllm.engine.bodies import check_lines
 
             check_lines()
-        return await original(engine_client, args)
+        return await original(engine_client, *args)
 
     return wrapper
 
@@ -123,8 +127,12 @@ def _with_errors_sent(original: Callable[..., None]) -> Callable[..., None]:
 
     def wrapper(self: Any, timeout: float | None = None) -> None:
         handler = getattr(self, "output_handler", None)  # None where no request came, or `__init__` failed
+        was_dead = handler is not None and self.engine_core.resources.engine_dead
         original(self, timeout)
         if handler is not None and is_ours(self.model_config):
             run_in_loop(handler.get_loop(), self.output_processor.propagate_error, EngineDeadError())
+        if was_dead and _APPS:
+            # vLLM's server would end with status 0, as one that was told to end: nobody would start it again.
+            raise SystemExit("The engine has ended by an error, which stands above; this server ends with status 1.")
 
     return wrapper

@@ -11,15 +11,19 @@ rows are causal. Where `unmasks_first_alone` is on, the last row that is stored 
 position, unless the prompt has it. Batch of one.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from vllm_dllm.noise import stream_keys
+from vllm_dllm.reference.constraint import Constraint
 from vllm_dllm.reference.decode import Generation, shift
 from vllm_dllm.reference.edits import Known
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy, unmask
 from vllm_dllm.reference.qwen import Qwen, block_causal
-from vllm_dllm.reference.sampling import Sampling
+from vllm_dllm.reference.sampling import Sampling, choose_tokens
 
 _STATIC, _GREEDY = UnmaskPolicy(), Sampling()
 
@@ -58,7 +62,7 @@ def store_prompt(model: Qwen, prompt: Tensor, block_length: int) -> list[LayerKv
 
 
 @torch.no_grad()
-def generate(
+def generate(  # noqa: PLR0913, PLR0914 - the decoders' arguments
     model: Qwen,
     prompt: Tensor,
     *,
@@ -68,6 +72,7 @@ def generate(
     sampling: Sampling = _GREEDY,
     stop_ids: tuple[int, ...] = (),
     rules: Rules = SDAR,
+    constraint: Constraint | None = None,
 ) -> Generation:
     """Generate at least `gen_length` tokens after a prompt [prompt_len] int64, up to the end of a block.
 
@@ -85,6 +90,7 @@ def generate(
         sampling: how tokens are chosen; without guidance.
         stop_ids: a block that generated one of these is the last.
         rules: of the family.
+        constraint: what the answer has to meet.
 
     Returns: the tokens and the history to the last block's end. `nfe` counts forwards that unmask something, those
         that store and decide a first position among them.
@@ -105,6 +111,9 @@ def generate(
         end = min(begin + block_length, seq_len)
         num_masked = block_length - max(0, prompt_len - begin)
         block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
+        if constraint is not None:
+            own = constraint.of_block(tokens[prompt_len:begin].tolist(), block_length - num_masked)
+            block = replace(block, constraint=own)
         while is_masked[begin:end].any():
             if rules.unmasks_first_alone and is_masked[begin]:
                 logits = stored[-1:].expand(end - begin, -1)
@@ -112,7 +121,10 @@ def generate(
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
             known = Known(tokens, is_masked, prompt_len)
-            chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block, sequence=known)
+            logits = known.edited(logits, is_masked[begin:end], begin, sampling.edits)
+            canvas = tokens[begin:end]
+            chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block, tokens=canvas)
+            chosen, chosen_tokens = known.goes(chosen, chosen_tokens, begin, sampling.edits)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
             history.append(tokens[prompt_len:].clone())
@@ -121,14 +133,21 @@ def generate(
     return Generation(tokens[prompt_len:end], len(history), 0, torch.stack(history)[:, : end - prompt_len], nfe_commit)
 
 
+def tokens_at(logits: Tensor, first: int, sampling: Sampling) -> Tensor:
+    """Choose the tokens of the positions from `first` on; logits: [len, vocab]. The noise is that of blocks of one."""
+    positions = first + torch.arange(len(logits), device=logits.device)
+    seeds, one = torch.full_like(positions, sampling.seed), torch.ones_like(positions)
+    return choose_tokens(logits, stream_keys(seeds, positions, one), sampling)
+
+
 @torch.no_grad()
-def generate_causally(model: Qwen, prompt: Tensor, gen_length: int) -> Tensor:
-    """Generate as an autoregressive model does, Nemotron's "ar" mode: the likeliest token of the last row, each time.
+def generate_causally(model: Qwen, prompt: Tensor, gen_length: int, sampling: Sampling = _GREEDY) -> Tensor:
+    """Generate as an autoregressive model does, Nemotron's "ar" mode: the next token from the last row, each time.
 
     Returns: [gen_length] int64.
     """
     tokens, kv = prompt, None
     for _ in range(gen_length):
         logits, kv = store(model, tokens, 0 if kv is None else len(tokens) - 1, kv, 1)
-        tokens = torch.cat((tokens, logits[-1:].argmax(-1)))
+        tokens = torch.cat((tokens, tokens_at(logits[-1:], len(tokens), sampling)))
     return tokens[len(prompt) :]

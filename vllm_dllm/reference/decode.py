@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vllm_dllm.reference.constraint import Constraint
 from vllm_dllm.reference.edits import Known
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.model import LLaDA
@@ -142,7 +143,7 @@ def steps_per_block(gen_length: int, block_length: int, steps: int | None) -> in
 
 
 @torch.no_grad()
-def generate(
+def generate(  # noqa: PLR0913 - the decoders' arguments
     model: Model,
     prompt: Tensor,
     *,
@@ -152,6 +153,7 @@ def generate(
     policy: UnmaskPolicy = _STATIC,
     sampling: Sampling = _GREEDY,
     rules: Rules = LLADA,
+    constraint: Constraint | None = None,
 ) -> Generation:
     """Generate `gen_length` tokens after a prompt [prompt_len] int64, block by block.
 
@@ -167,6 +169,8 @@ def generate(
     for begin in range(len(prompt), len(tokens), block_length):
         end = begin + block_length
         block = Block(begin, block_length, block_length, steps, policy, sampling, rules, model.config.eos_token_id)
+        if constraint is not None:
+            block = replace(block, constraint=constraint.of_block(tokens[len(prompt) : begin].tolist()))
         in_block = torch.zeros_like(is_masked)
         in_block[begin:end] = True
         step = 0
@@ -174,9 +178,12 @@ def generate(
         while is_masked[begin:end].any():
             first, last = kv.span(step, begin, end, len(tokens))
             logits = predictor.logits(tokens, first, last)
-            in_span = (is_masked & in_block)[first:last]
+            in_span, canvas = (is_masked & in_block)[first:last], tokens[first:last]
             known = Known(tokens, is_masked, len(prompt))
-            chosen, chosen_tokens = unmask(logits, in_span, first=first, block=block, sequence=known)
+            logits = known.edited(logits, in_span, first, sampling.edits)
+            chosen, chosen_tokens = known.goes(
+                *unmask(logits, in_span, first=first, block=block, tokens=canvas), first, sampling.edits
+            )
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False
             history.append(tokens[len(prompt) :].clone())

@@ -37,25 +37,62 @@ class Known:
         pairs = zip(self.tokens.tolist(), self.is_masked.tolist(), strict=True)
         return [None if is_masked else token for token, is_masked in pairs][self.prompt_len :]
 
+    def edited(self, logits: Tensor, is_masked: Tensor, first: int, edits: Edits) -> Tensor:
+        """Return logits as a request wants those of masked positions.
 
-def edited(logits: Tensor, positions: Tensor, known: Known, edits: Edits) -> Tensor:
-    """Return the logits [num_positions, vocab] of masked positions [num_positions] int64 as a request wants them."""
-    if edits.allowed_ids:
-        others = torch.ones(logits.shape[-1], dtype=torch.bool)
-        others[list(edits.allowed_ids)] = False
-        logits = logits.masked_fill(others, -torch.inf)
-    logits = logits.clone()
-    for token, added in edits.bias:
-        logits[:, token] += added
-    prompt, answer = known.tokens[: known.prompt_len].tolist(), known.answer()
-    for token in {*prompt, *answer} - {None}:
-        logit, count = logits[:, token], answer.count(token)
-        logit = torch.where(logit > 0, logit / edits.repetition, logit * edits.repetition)
-        logits[:, token] = logit - edits.frequency * count - edits.presence * (count > 0)
-    for row, position in enumerate((positions - known.prompt_len).tolist()):
-        early = edits.end_ids if position < edits.min_tokens else ()
-        logits[row, [*early, *_completing(position, answer, edits.bad_words)]] = -torch.inf
-    return logits
+        Args:
+            logits: [span_len, vocab], of the positions from `first` on.
+            is_masked: [span_len] bool, positions that a step may unmask.
+            first: absolute position.
+            edits: of the request.
+        """
+        if edits == Edits():
+            return logits
+        logits = logits.clone()
+        rows = is_masked.nonzero().squeeze(-1)
+        logits[rows] = self._edited(logits[rows], (first + rows - self.prompt_len).tolist(), edits)
+        return logits
+
+    def goes(self, chosen: Tensor, tokens: Tensor, first: int, edits: Edits) -> tuple[Tensor, Tensor]:
+        """Return which of the chosen positions are unmasked in this step, and their tokens.
+
+        Of the chosen ones that would complete an occurrence of a bad word together, the rightmost waits.
+
+        Args:
+            chosen: [num_chosen] int64, behind `first`.
+            tokens: [num_chosen] int64.
+            first: absolute position.
+            edits: of the request.
+        """
+        places, answer = (first + chosen - self.prompt_len).tolist(), self.answer()
+        for place, token in zip(places, tokens.tolist(), strict=True):
+            answer[place] = token
+        waiting = {
+            max(place for place in places if begin <= place < begin + len(word))
+            for word in edits.bad_words
+            for begin in range(len(answer))
+            if _is_there(word, begin, answer) and any(begin <= place < begin + len(word) for place in places)
+        }
+        goes = torch.tensor([place not in waiting for place in places], dtype=torch.bool)
+        return chosen[goes], tokens[goes]
+
+    def _edited(self, logits: Tensor, places: list[int], edits: Edits) -> Tensor:
+        """Edit the logits [num_positions, vocab] of masked positions of the answer."""
+        if edits.allowed_ids:
+            others = torch.ones(logits.shape[-1], dtype=torch.bool)
+            others[list(edits.allowed_ids)] = False
+            logits = logits.masked_fill(others, -torch.inf)
+        for token, added in edits.bias:
+            logits[:, token] += added
+        prompt, answer = self.tokens[: self.prompt_len].tolist(), self.answer()
+        for token in {*prompt, *answer} - {None}:
+            logit, count = logits[:, token], answer.count(token)
+            logit = torch.where(logit > 0, logit / edits.repetition, logit * edits.repetition)
+            logits[:, token] = logit - edits.frequency * count - edits.presence * (count > 0)
+        for row, place in enumerate(places):
+            early = edits.end_ids if place < edits.min_tokens else ()
+            logits[row, [*early, *_completing(place, answer, edits.bad_words)]] = -torch.inf
+        return logits
 
 
 def _completing(position: int, answer: list[int | None], words: tuple[tuple[int, ...], ...]) -> list[int]:
@@ -66,23 +103,6 @@ def _completing(position: int, answer: list[int | None], words: tuple[tuple[int,
         for word, member in members
         if _is_there(word, position - member, [*answer[:position], word[member], *answer[position + 1 :]])
     ]
-
-
-def held(tokens: Tensor, positions: Tensor, known: Known, edits: Edits) -> Tensor:
-    """Say which positions [num_positions] int64 wait, since their tokens would complete a bad word with others'.
-
-    Of the positions that would complete an occurrence of a word together, the rightmost waits; bool.
-    """
-    places, answer = (positions - known.prompt_len).tolist(), known.answer()
-    for place, token in zip(places, tokens.tolist(), strict=True):
-        answer[place] = token
-    waiting = {
-        max(place for place in places if begin <= place < begin + len(word))
-        for word in edits.bad_words
-        for begin in range(len(answer))
-        if _is_there(word, begin, answer) and any(begin <= place < begin + len(word) for place in places)
-    }
-    return torch.tensor([place in waiting for place in places])
 
 
 def _is_there(word: tuple[int, ...], begin: int, answer: list[int | None]) -> bool:

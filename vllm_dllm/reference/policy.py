@@ -29,8 +29,8 @@ from torch import Tensor
 
 from vllm_dllm.names import PolicyName
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
+from vllm_dllm.reference.constraint import BlockConstraint
 from vllm_dllm.reference.credit import Credits
-from vllm_dllm.reference.edits import Known, edited, held
 from vllm_dllm.reference.sampling import Sampling, choose_tokens, remove_tokens, sampled_logits
 
 _UNSCHEDULED = ("threshold", "factor", "entropy_bounded", "credit")
@@ -243,6 +243,7 @@ class Block:
     rules: Rules
     eos_id: int
     credits: Credits = field(default_factory=Credits)  # so far
+    constraint: BlockConstraint | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for steps that the policy cannot take."""
@@ -299,7 +300,7 @@ class Block:
 
 
 def unmask(
-    logits: Tensor, is_masked: Tensor, *, first: int, block: Block, sequence: Known | None = None
+    logits: Tensor, is_masked: Tensor, *, first: int, block: Block, tokens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Choose the positions that a step unmasks, and their tokens.
 
@@ -307,11 +308,29 @@ def unmask(
         logits: [span_len, vocab], predictions of the positions from `first` on.
         is_masked: [span_len] bool, masked positions of the block; False outside it.
         first: absolute position.
-        block: the block.
-        sequence: what is known of it all, for edits of logits; None: none are asked for.
+        block: what decides.
+        tokens: [span_len] int64, known where not masked; needed under a constraint.
 
     Returns: indices into the span and their tokens, two [count] int64.
     """
+    if block.constraint is None:
+        return _unmask(logits, is_masked, first, block)
+    assert tokens is not None, "a constraint asks for what is known"
+    own = slice(block.begin - first, block.begin - first + block.length)
+    canvas = [
+        None if masked else token for token, masked in zip(tokens[own].tolist(), is_masked[own].tolist(), strict=True)
+    ]
+    forbidden = torch.zeros_like(logits, dtype=torch.bool)
+    for place, allowed in enumerate(block.constraint.allowed(canvas)):
+        if canvas[place] is None:
+            forbidden[own.start + place] = True
+            forbidden[own.start + place, list(allowed)] = False
+    chosen, chosen_tokens = _unmask(logits.masked_fill(forbidden, -torch.inf), is_masked, first, block)
+    taken = block.constraint.taken(canvas, (chosen - own.start).tolist(), chosen_tokens.tolist())
+    return chosen[taken], chosen_tokens[taken]
+
+
+def _unmask(logits: Tensor, is_masked: Tensor, first: int, block: Block) -> tuple[Tensor, Tensor]:
     policy, sampling = block.policy, block.sampling
     masked = is_masked.nonzero().squeeze(-1)  # [num_masked]
     num_masked = len(masked)
@@ -319,15 +338,10 @@ def unmask(
     positions = first + rows
     keys = stream_keys(torch.full_like(rows, sampling.seed), positions, torch.full_like(rows, num_masked))
     logits = remove_tokens(logits[rows], sampling.forbidden_ids + ((block.eos_id,) if sampling.logits_eos_inf else ()))
-    if sequence is not None:
-        logits = edited(logits, positions, sequence, sampling.edits)
     if policy.name == "credit":
         alpha, beta, gamma = policy.credit_alpha, policy.credit_beta, policy.credit_gamma
         logits = block.credits.fuse(logits.double(), positions, alpha=alpha, beta=beta, gamma=gamma)
     tokens = choose_tokens(logits, keys, sampling)
-    if sequence is not None:
-        goes = ~held(tokens, positions, sequence, sampling.edits)
-        logits, rows, positions, keys, tokens = (each[goes] for each in (logits, rows, positions, keys, tokens))
     known = block.known(positions)
     if known is not None:
         return rows[known], tokens[known]

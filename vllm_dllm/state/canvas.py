@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.attention.layout import pinned
+from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
@@ -19,7 +20,7 @@ from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
 from vllm_dllm.unmask.schedule import UnmaskRules
-from vllm_dllm.unmask.walk import Nodes
+from vllm_dllm.unmask.walk import Keep, Nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,19 @@ class CanvasState:
         self._is_staged = False
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
         self._offsets = torch.arange(block_length, device=device)
+        self.answers: dict[int, Answer] = {}  # of requests under a constraint, by slot
 
-    def add_request(self, slot: int, params: RequestParams) -> None:
-        """Stage a request's parameters; its canvas is masked by `reset` when its first block begins."""
+    def add_request(self, slot: int, params: RequestParams, answer: Answer | None = None) -> None:
+        """Stage a request's parameters; its canvas is masked by `reset` when its first block begins.
+
+        Args:
+            slot: of the request.
+            params: what it asked for.
+            answer: what its answer has to meet, and how far that is; None: nothing.
+        """
+        self.answers.pop(slot, None)
+        if answer is not None:
+            self.answers[slot] = answer
         self._ints_np[:, slot] = [getattr(params, name) for name in _INTS] + list(params.counts)
         self._floats_np[:, slot] = [getattr(params, name) for name in _FLOATS] + list(params.times)
         self._has_memory_np[slot] = params.policy_id in MEMORIES
@@ -166,11 +177,11 @@ class CanvasState:
         for name, field in state.items():
             self.memory[name][slots] = field
 
-    def row_edits(self, blocks: Blocks, nodes: Nodes) -> RowEdits | None:
-        """Return what requests ask of the logits of their evaluated canvases' rows; None where none asks anything."""
+    def row_edits(self, blocks: Blocks, nodes: Nodes) -> tuple[RowEdits | None, Keep | None]:
+        """Return what requests ask of the logits of their evaluated canvases' rows, and which positions wait."""
         slots, slots_np = blocks.slots, blocks.slots_np
         if not self.edits.is_edited_np[slots_np].any():
-            return None
+            return None, None
         lengths = self._int("prompt_len")[slots], self._int("seq_len")[slots], int(self.seq_len_np[slots_np].max())
         return self.edits.rows(slots, slots_np, scene_of(nodes, slots, blocks.start, *lengths, self.mask_token_id))
 

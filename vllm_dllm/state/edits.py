@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, DTypeLike
 from torch import Tensor
 
 from vllm_dllm.attention.layout import pinned
-from vllm_dllm.unmask.edits import BadWords, Hold, Penalties, RowEdits
-from vllm_dllm.unmask.walk import Nodes
+from vllm_dllm.unmask.edits import BadWords, Penalties, RowEdits
+from vllm_dllm.unmask.walk import Keep, Nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +131,8 @@ class EditState:
             self._numbers.copy_(pinned(self._numbers_np, self.device), non_blocking=True)
             self._is_staged = False
 
-    def rows(self, slots: Tensor, slots_np: np.ndarray, scene: "Scene") -> RowEdits:
-        """Return the edits of a step's rows, in the order of canvases, positions.
+    def rows(self, slots: Tensor, slots_np: np.ndarray, scene: "Scene") -> tuple[RowEdits, Keep | None]:
+        """Return the edits of a step's rows, in the order of canvases, positions, and what keeps bad words away.
 
         Args:
             slots: [num_reqs] int64, of the requests.
@@ -150,7 +150,7 @@ class EditState:
         if (end_ids := self._end_ids.of(slots, slots_np)) is not None:
             is_early = scene.position < (scene.prompt_len + numbers[3].long())[:, None]
             barred.append(torch.where(is_early[:, :, None], end_ids[of][:, None], self.mask_token_id))
-        return RowEdits(
+        edits = RowEdits(
             canvas,
             is_edited[of][canvas],
             bool(self.is_edited_np[slots_np].all()),
@@ -159,8 +159,8 @@ class EditState:
             self._penalties(numbers, scene) if numbers_np[:3].any() else None,
             torch.cat(barred, 2).flatten(0, 1) if barred else None,
             numbers[4][canvas] if numbers_np[4].any() else None,
-            None if bad_words is None else scene.hold(bad_words),
         )
+        return edits, None if bad_words is None else scene.keep(bad_words)
 
     def _penalties(self, numbers: Tensor, scene: "Scene") -> Penalties:
         line = scene.line(self.history)
@@ -223,17 +223,17 @@ class Scene:
         line.scatter_(1, self.position, self.canvas)
         return line.masked_fill_(index >= self.seq_len[:, None], self.mask_token_id)
 
-    def hold(self, words: BadWords) -> Hold:
-        """Return which open positions of a node of each request wait, by its tokens."""
+    def keep(self, words: BadWords) -> Keep:
+        """Return which of the chosen positions of a node of each request are unmasked: no word is completed."""
         num_reqs, num_nodes, _ = self.nodes.canvas.shape
         request = torch.arange(num_reqs, device=self.start.device)
 
-        def held(node: Tensor, tokens: Tensor, is_open: Tensor) -> Tensor:
+        def keep(node: Tensor, chosen: Tensor, _score: Tensor, tokens: Tensor) -> Tensor:
             evaluated = self.nodes.evaluated
             of = request * num_nodes + node if evaluated is None else evaluated[request, node].clamp(min=0)
-            return words.of(of).held(tokens, is_open)
+            return chosen & ~words.of(of).held(tokens, chosen)
 
-        return held
+        return keep
 
 
 def scene_of(

@@ -4,15 +4,10 @@ Edits are sparse: for each row some ids and what becomes of their logits. Lists 
 whose logit is left out of every reduction, whatever is written there.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-
-Hold = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(node [num_reqs], its tokens [num_reqs, block_length], open positions, bool) -> positions that wait for the next step
-though they are open; bool. The leftmost open position never waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +46,6 @@ class RowEdits:
     penalties: Penalties | None = None
     barred: Tensor | None = None  # [num_rows, n] int64, ids that may not be chosen
     min_p: Tensor | None = None  # [num_rows] float64, as in `RowSampling`
-    hold: Hold | None = None
 
     def rows(self, begin: int, end: int) -> "RowEdits":
         """Return those of rows [begin, end)."""
@@ -112,24 +106,24 @@ class BadWords:
             barred.append(torch.where(is_missing, token, self.mask_token_id).transpose(1, 2))
         return torch.cat(barred, 2)
 
-    def held(self, tokens: Tensor, is_open: Tensor) -> Tensor:
-        """Return the open positions whose tokens would complete a word together with those of others left of them.
+    def held(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        """Return the chosen positions whose tokens would complete a word together with those of others left of them.
 
         Args:
             tokens: [num_canvases, block_length] int64, what the positions would take.
-            is_open: [num_canvases, block_length] bool.
+            chosen: [num_canvases, block_length] bool.
 
-        Returns: of each occurrence, the rightmost of its open positions; [num_canvases, block_length] bool.
+        Returns: of each occurrence, the rightmost of its chosen positions; [num_canvases, block_length] bool.
         """
         length, block_length = self.words.shape[2], tokens.shape[1]
         filled = self.window.clone()
         own = filled[:, length - 1 : length - 1 + block_length]
-        own.copy_(torch.where(is_open, tokens, own))
-        was_open = torch.zeros_like(filled, dtype=torch.bool)
-        was_open[:, length - 1 : length - 1 + block_length] = is_open
-        is_member = was_open.unfold(1, length, 1)[:, None] & (self.words >= 0)[:, :, None]
+        own.copy_(torch.where(chosen, tokens, own))
+        was_chosen = torch.zeros_like(filled, dtype=torch.bool)
+        was_chosen[:, length - 1 : length - 1 + block_length] = chosen
+        is_member = was_chosen.unfold(1, length, 1)[:, None] & (self.words >= 0)[:, :, None]
         complete = self._fits(self._seen(filled)).all(-1) & (is_member.sum(-1) > 1)
-        held = torch.zeros_like(is_open)
+        held = torch.zeros_like(chosen)
         for member in range(length):
             first = length - 1 - member
             begun_at = slice(first, first + block_length)

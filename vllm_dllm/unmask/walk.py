@@ -8,7 +8,7 @@ next step.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import itemgetter
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_dllm import ops
+from vllm_dllm.constraint.step import ConstrainedStep
 from vllm_dllm.ops.vocab_stats import PartialStats
-from vllm_dllm.unmask.edits import Hold
 from vllm_dllm.unmask.memory import PolicyState, Shown, select
 from vllm_dllm.unmask.policy import (
     MEMORIES,
@@ -46,6 +46,9 @@ class Nodes:
     # are, -1 for the others, which are not valid; and [num_evaluated] int64, the other way round.
     evaluated: Tensor | None = None
     place: Tensor | None = None
+
+    # Canvases of requests under a constraint, on the host; None: no request has one.
+    constrained: ConstrainedStep | None = None
 
     @classmethod
     def of_roots(cls, canvas: Tensor, mask_token_id: int) -> "Nodes":
@@ -81,17 +84,29 @@ class Nodes:
         """Return these nodes where not all are evaluated; arguments as the fields."""
         return replace(self, is_valid=self.is_valid & (evaluated >= 0), evaluated=evaluated, place=place)
 
+    def of(self, request: Tensor) -> "Nodes":
+        """Return those of some requests [num_some] int64, all as if evaluated."""
+        end = None if self.end is None else self.end[request]
+        return Nodes(self.canvas[request], self.is_masked[request], self.is_valid[request], self.depth[request], end)
+
     def per_evaluated(self, per_node: Tensor) -> Tensor:
         """Return values [num_reqs, num_nodes, ...] of those nodes that are evaluated, [num_evaluated, ...]."""
         flat = per_node.flatten(0, 1)
         return flat if self.place is None else flat[self.place]
 
-    def rows(self, stats: PartialStats) -> PartialStats:
-        """Return statistics of all nodes' rows, of those of the evaluated ones; what the others have says nothing."""
-        if self.evaluated is None:
+    def rows(self, stats: PartialStats, request: Tensor | None = None) -> PartialStats:
+        """Return statistics of all nodes' rows, of those of the evaluated ones; what the others have says nothing.
+
+        Args:
+            stats: of the evaluated ones.
+            request: [num_some] int64, of whose nodes; None: of all requests'.
+        """
+        if self.evaluated is None and request is None:
             return stats
-        block_length = self.canvas.shape[-1]
-        first = self.evaluated.flatten().clamp(min=0) * block_length
+        evaluated, block_length = self.evaluated, self.canvas.shape[-1]
+        if evaluated is None:
+            evaluated = torch.arange(self.depth.numel(), device=self.depth.device).view_as(self.depth)
+        first = (evaluated if request is None else evaluated[request]).flatten().clamp(min=0) * block_length
         row = (first[:, None] + torch.arange(block_length, device=first.device)).flatten()
         return PartialStats.of(itemgetter(row), stats)
 
@@ -112,6 +127,22 @@ class Trajectory:
     candidates: Candidates  # [num_reqs, block_length, num_candidates], of `node`
     state: PolicyState = field(default_factory=dict)  # of the block of `next_canvas`
 
+    def with_those(self, request: Tensor, of: "Trajectory") -> "Trajectory":
+        """Return the same where some requests [num_some] int64 did what `of` says."""
+
+        def put(own: Tensor, new: Tensor) -> Tensor:
+            return own.index_copy(0, request, new)
+
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("candidates", "state")}
+        return Trajectory(
+            **{name: put(own, getattr(of, name)) for name, own in columns.items()},
+            candidates=Candidates(
+                put(self.candidates.token_ids, of.candidates.token_ids),
+                put(self.candidates.log_probs, of.candidates.log_probs),
+            ),
+            state={name: put(own, of.state[name]) for name, own in self.state.items()},
+        )
+
     @property
     def num_accepted(self) -> Tensor:
         """[num_reqs] int64, steps beyond the first."""
@@ -119,6 +150,10 @@ class Trajectory:
 
 
 Walk = Callable[[Nodes, PartialStats, PolicyParams, int, UnmaskRules, PolicyState], Trajectory]
+
+Keep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of the nodes [num_reqs], and of the positions [num_reqs, block_length] that policies chose there (bool), of their
+scores and of the tokens: which take them. It keeps the first of each canvas's at least."""
 
 NO_STATE: PolicyState = {}
 """Where no policy has a memory."""
@@ -131,7 +166,7 @@ def walk(
     mask_token_id: int,
     rules: UnmaskRules,
     state: PolicyState = NO_STATE,
-    hold: Hold | None = None,
+    keep: Keep | None = None,
 ) -> Trajectory:
     """Walk from the roots as long as the next canvas is one that was evaluated too.
 
@@ -144,9 +179,9 @@ def walk(
         mask_token_id: what stands for masked in a canvas.
         rules: of the server.
         state: of the requests' policies at the roots; empty where none has a memory.
-        hold: which open positions wait; None: none. The native walk knows of none.
+        keep: says which of the chosen positions are unmasked; None: all.
     """
-    ground = _Ground(nodes, nodes.rows(stats), params, rules, asked_ids(state), hold)
+    ground = _Ground(nodes, nodes.rows(stats), params, rules, asked_ids(state), keep)
     done = _walk_in_block(ground, mask_token_id, state)
     return done if nodes.end is None else _go_over(done, ground, mask_token_id)
 
@@ -197,7 +232,7 @@ class _Ground:
     params: PolicyParams
     rules: UnmaskRules
     asked: Tensor | None  # [num_reqs, block_length, num_given] int64, what the given logits are of
-    hold: Hold | None
+    keep: Keep | None
 
 
 def _walk_in_block(ground: _Ground, mask_token_id: int, state: PolicyState) -> Trajectory:
@@ -308,8 +343,7 @@ def _decided(ground: _Ground, node: Tensor, params: PolicyParams, state: PolicyS
         token_ids = torch.where(is_its, recalled.token_ids, token_ids)
         distribution = recalled.distribution.where(is_its, distribution)
     score = score_positions(Evidence(distribution, is_masked), params)
-    is_open = ground.rules.open(is_masked)
-    if ground.hold is not None:
-        is_open = is_open & ~ground.hold(node, token_ids.view_as(canvas), is_open)
-    chosen = choose_positions(score, is_masked, params, is_open)
+    chosen = choose_positions(score, is_masked, params, ground.rules.open(is_masked))
+    if ground.keep is not None:
+        chosen = ground.keep(node, chosen, score, token_ids.view_as(canvas))
     return torch.where(chosen, token_ids.view_as(canvas), canvas), state

@@ -1,0 +1,81 @@
+"""Expressions as automata: what they accept, what is refused, and within which bounds."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+
+from tests.constraint.brute import END, TEXTS, VOCAB, automaton_of, random_regex
+from vllm_dllm.constraint import compile as token_compile
+from vllm_dllm.constraint.compile import TokenBytes, compile_tokens
+from vllm_dllm.constraint.regex import ConstraintError, build_table, byte_automaton, parse_table
+
+
+def test_accepts_what_the_expression_does():
+    for number in range(100):
+        rng = random.Random(number)
+        regex = random_regex(rng)
+        found = parse_table(build_table(regex))
+        for _ in range(50):
+            text = bytes(rng.choice(b"ab") for _ in range(rng.randint(0, 8)))
+            assert found.accepts(text) == (re.fullmatch(regex.encode(), text) is not None), (regex, text)
+
+
+@pytest.mark.parametrize(("regex", "text", "other"), [("é|x", "é", "e"), ("[^a]", "日", "a"), ("a.c", "a日c", "a\nc")])
+def test_texts_are_utf_8(regex: str, text: str, other: str):
+    found = byte_automaton(regex)
+    assert found.accepts(text.encode())
+    assert not found.accepts(other.encode())
+
+
+def test_has_no_more_states_than_it_needs():
+    assert len(byte_automaton("(?:ab|cb)(?:ab|cb)").step) == 6  # two of each, the last one and the dead one
+    assert len(byte_automaton("[a-c]{3}").step) == 5
+
+
+def test_a_distance_is_the_fewest_tokens_to_an_end():
+    automaton = automaton_of("aab(?:ab){2}")
+    assert automaton.distance[0] == 3  # aab ab ab
+    assert automaton.distance[automaton.done] == 0
+
+
+def test_equal_tokens_are_one_class():
+    automaton = automaton_of("[ab]+")
+    assert len(set(automaton.class_of[[*TEXTS]].tolist())) == 1
+    assert automaton.class_of[END] == automaton.end_class
+    assert automaton.bits(np.ones(automaton.step.shape[1], dtype=bool)).dtype == np.int32
+
+
+@pytest.mark.parametrize("regex", ["(", "a)|(b", r"(a)\1", "(?=a)a", "^ab$"])
+def test_what_is_no_regular_expression_says_so(regex: str):
+    with pytest.raises(ConstraintError, match="no regular expression that can be built"):
+        byte_automaton(regex)
+
+
+@pytest.mark.parametrize("regex", ["(a|b)*a(a|b){14}", "(?:(?:(?:[a-z]{0,100}){0,100}){0,100}){0,100}"])
+def test_too_many_states_are_refused_within_bounds(regex: str):
+    with pytest.raises(ConstraintError, match="has more than 20000 states, or takes more than 5 s"):
+        byte_automaton(regex)
+
+
+def test_a_long_expression_is_refused():
+    with pytest.raises(ConstraintError, match="has 200000 characters as a regular expression, allowed are"):
+        byte_automaton("a" * 200_000)
+
+
+def test_a_large_table_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(token_compile, "MAX_CELLS", 100)
+    with pytest.raises(ConstraintError, match="allowed are 100 cells"):
+        automaton_of("(?:ab|ba){20}")
+
+
+def test_what_no_token_can_say_is_refused():
+    with pytest.raises(ConstraintError, match="no text of this model's tokens meets it"):
+        compile_tokens(parse_table(build_table("c")), TokenBytes.of(TEXTS, VOCAB, [END]))
+
+
+def test_a_text_that_another_does_not_accept():
+    inner, outer = byte_automaton("ab|b"), byte_automaton("[ab]+")
+    assert not inner.escapes(outer)
+    assert outer.escapes(inner)

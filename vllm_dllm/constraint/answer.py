@@ -1,0 +1,66 @@
+"""The constraint of a request, and how far its answer is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_dllm.constraint.automaton import Automaton, BoolArray
+from vllm_dllm.constraint.reach import Window
+
+
+@dataclass(slots=True)
+class Answer:
+    """A request's answer under a constraint: the positions from `begin` on.
+
+    It has to be complete before `limit`, where the reply is cut. Where it is complete earlier, an end token follows;
+    where it fills all positions, none does. The state behind the blocks that are finished is kept here, on the host.
+    """
+
+    automaton: Automaton
+    begin: int  # absolute position behind the prompt
+    limit: int  # absolute
+    end: int  # absolute position where the sequence ends, `limit` or behind
+    block_start: int  # absolute, of the block under way
+    block_length: int
+    state: int = 0  # before what the block under way has of the answer
+
+    @property
+    def part(self) -> slice:
+        """Which positions of the block under way belong to the answer."""
+        return self.part_of(self.block_start)
+
+    def part_of(self, block_start: int) -> slice:
+        """Return which positions of a block, counted from its start, belong to the answer."""
+        first = min(max(self.begin - block_start, 0), self.block_length)
+        return slice(first, max(first, min(self.end - block_start, self.block_length)))
+
+    def take(self, block: Sequence[int]) -> None:
+        """Go on to the next block.
+
+        Args:
+            block: [block_length] token ids of the one under way.
+        """
+        self.state = self.automaton.run(block[self.part], self.state)
+        self.block_start += self.block_length
+
+    def window(self) -> Window:
+        """Return what surrounds the part of the block under way that belongs to the answer."""
+        return self._window(self.block_start, self.state)
+
+    def next_window(self, block: Sequence[int]) -> Window:
+        """Return the same of the next block, if the one under way becomes `block`."""
+        return self._window(self.block_start + self.block_length, self.automaton.run(block[self.part], self.state))
+
+    def _window(self, block_start: int, state: int) -> Window:
+        part = self.part_of(block_start)
+        first = block_start + part.start
+        return Window(self.automaton, state, self._fits(block_start + part.stop), self.limit - first)
+
+    def _fits(self, position: int) -> BoolArray:
+        """Tell from which states the positions from one on can be filled; [num_states]."""
+        automaton = self.automaton
+        left = self.limit - position
+        fits: BoolArray = np.less_equal(automaton.distance, left) if left >= 0 else np.zeros_like(automaton.is_final)
+        fits[automaton.done] = True
+        return fits
