@@ -109,6 +109,7 @@ class DllmModelState(ModelState):
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace the sampler; there is no rejection sampler."""
         self._req_states = sampler.req_states
+        self.state.edits.history = self._all_token_ids
         return DllmSampler(self), None
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:

@@ -25,6 +25,7 @@ from vllm_dllm.config import (
     request_steps,
 )
 from vllm_dllm.engine.configs import is_ours, settings_of
+from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.names import PolicyName
@@ -204,13 +205,18 @@ def _check_stream(params: SamplingParams) -> None:
         raise RequestError(f"dllm_stream is 'denoising', but {obstacle}, or remove it", parameter="dllm_stream")
 
 
+_UNFILTERED = {"top_k": "0 or -1", "top_p": "1", "min_p": "0"}
+
+
 def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
     """Check that nothing filters what a policy draws of other logits than the model's, which nobody sorts."""
-    for name, value, is_used in (("top_k", params.top_k, params.top_k > 0), ("top_p", params.top_p, params.top_p < 1)):
+    filters = {"top_k": params.top_k > 0, "top_p": params.top_p < 1, "min_p": params.min_p > 0}
+    for name, is_used in filters.items():
+        value = getattr(params, name)
         if policy == "credit" and params.temperature > 0 and is_used:
             raise RequestError(
                 f"{name} is {value}, but the request's policy 'credit' draws of logits that credit raised, unfiltered; "
-                f"allowed is {'0 or -1' if name == 'top_k' else 1}; send that, temperature 0 or another dllm_policy",
+                f"allowed is {_UNFILTERED[name]}; send that, temperature 0 or another dllm_policy",
                 parameter=name,
                 value=value,
             )
@@ -248,6 +254,7 @@ def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") 
     params.extra_args = _plain_args(params.extra_args)
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
+    check_edits(params, mask_token_id)
     check_sent(request)
 
 
@@ -300,6 +307,7 @@ def resolve_params(
         top_k=min(max(params.top_k, 0), _INT64_MAX),
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
+        edits=edits_of(params),
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.reference.constraint import Constraint
 from vllm_dllm.reference.decode import Generation, shift
+from vllm_dllm.reference.edits import Known
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy, unmask
 from vllm_dllm.reference.qwen import Qwen, block_causal
@@ -61,7 +62,7 @@ def store_prompt(model: Qwen, prompt: Tensor, block_length: int) -> list[LayerKv
 
 
 @torch.no_grad()
-def generate(  # noqa: PLR0913 - the decoders' arguments
+def generate(  # noqa: PLR0913, PLR0914 - the decoders' arguments
     model: Qwen,
     prompt: Tensor,
     *,
@@ -119,8 +120,11 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
             else:
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
+            known = Known(tokens, is_masked, prompt_len)
+            logits = known.edited(logits, is_masked[begin:end], begin, sampling.edits)
             canvas = tokens[begin:end]
             chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block, tokens=canvas)
+            chosen, chosen_tokens = known.goes(chosen, chosen_tokens, begin, sampling.edits)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
             history.append(tokens[prompt_len:].clone())
