@@ -1,4 +1,4 @@
-"""Train the tiny LLaDA or the tiny SDAR on the CPU."""
+"""Train the tiny LLaDA, SDAR or Nemotron on the CPU."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import llada
+import nemotron
 import sdar
 import torch
 from data import BOS, EOS, make_batch
@@ -17,7 +18,7 @@ from tokenizer import build
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-FAMILIES = {"llada": llada, "sdar": sdar}
+FAMILIES = {"llada": llada, "sdar": sdar, "nemotron": nemotron}
 
 
 def initialise(model: nn.Module, family: ModuleType) -> None:

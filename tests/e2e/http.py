@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,15 +23,15 @@ DEADLINE_S = 240
 
 @contextlib.contextmanager
 def server(
-    log: Path, settings: dict[str, Any], *arguments: str, checkpoint: Path = CHECKPOINT
+    log: Path, settings: dict[str, Any], *arguments: str, checkpoint: Path = CHECKPOINT, **variables: str
 ) -> Iterator[openai.OpenAI]:
-    """A client of `vllm serve`, with no variable of ours or vLLM's set."""
+    """A client of `vllm serve`, with no variable of ours or vLLM's set but those given."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # As many threads as vLLM takes by itself; how they wait stays as it is, since other tests run beside the server.
     ours = ("VLLM_", "TRITON_", "OMP_NUM_")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)} | variables
     command = [
         str(Path(sys.executable).with_name("vllm")),
         *("serve", str(checkpoint), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
@@ -39,7 +40,7 @@ def server(
         *arguments,
     ]
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment | variables)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
         deadline = time.monotonic() + DEADLINE_S
@@ -74,6 +75,26 @@ def complete(client: openai.OpenAI, case: Case, **changes: Any) -> Any:
         "extra_body": extra,
     }
     return client.completions.create(**(values | changes))
+
+
+def cache_counts(client: openai.OpenAI) -> tuple[float, float]:
+    """Read vLLM's metrics of its prefix cache: positions that were looked up, and those that were found."""
+    text = client._client.get(str(client.base_url).replace("/v1/", "/metrics")).text
+    found = [
+        re.findall(rf"^vllm:prefix_cache_{name}_total\{{.*\}} (\S+)$", text, re.MULTILINE)
+        for name in ("queries", "hits")
+    ]
+    return sum(map(float, found[0])), sum(map(float, found[1]))
+
+
+def counted(client: openai.OpenAI, before: tuple[float, float], is_enough: Callable[[float], bool]) -> list[float]:
+    """Return what was counted since; the server exports its counters a moment after its replies."""
+    deadline = time.monotonic() + 10
+    while True:
+        since = [now - then for now, then in zip(cache_counts(client), before, strict=True)]
+        if is_enough(since[0]) or time.monotonic() > deadline:
+            return since
+        time.sleep(0.1)
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:

@@ -73,7 +73,7 @@ class Case:
         return SamplingParams(**(values | changes))
 
 
-def make_wild_checkpoint(path: Path, mixing: float = 1.0) -> None:
+def make_wild_checkpoint(path: Path, mixing: float = 1.0, **changes: Any) -> None:
     """Write a random model with the small model's tokenizer: its tokens vary, and depend on everything it sees.
 
     The trained model answers most of what is not a question with EOS, whatever is wrong with its input. The less
@@ -81,7 +81,7 @@ def make_wild_checkpoint(path: Path, mixing: float = 1.0) -> None:
     """
     config = json.loads((CHECKPOINT / "config.json").read_text())
     config |= {"d_model": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 96}
-    config |= {"max_sequence_length": 1024, "torch_dtype": "float32"}
+    config |= {"max_sequence_length": 1024, "torch_dtype": "float32", **changes}
     write_wild(path, config, lambda file: LLaDA(LLaDAConfig.from_json(file)), mixing)
 
 

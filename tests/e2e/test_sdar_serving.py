@@ -1,8 +1,6 @@
 """`vllm serve` of a block-causal model: the same tokens over HTTP, and a conversation that finds what it stored."""
 
-import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.http import MODEL, complete, server
+from tests.e2e.http import MODEL, cache_counts, complete, counted, server
 from tests.e2e.rig import Case
 from tests.e2e.sdar import SdarOracle, sdar_cases
 
@@ -18,7 +16,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
 PAGE, BLOCK = 16, 4
 SETTINGS = {"block_length": BLOCK}
-NAMES = ("queries", "hits")
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +28,6 @@ def client(wild_sdar: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="module")
 def oracle(wild_sdar: Path) -> SdarOracle:
     return SdarOracle(wild_sdar)
-
-
-def cache_counts(client: openai.OpenAI) -> tuple[float, float]:
-    """Read vLLM's metrics of its prefix cache: positions that were looked up, and those that were found."""
-    text = client._client.get(str(client.base_url).replace("/v1/", "/metrics")).text
-    found = [re.findall(rf"^vllm:prefix_cache_{name}_total\{{.*\}} (\S+)$", text, re.MULTILINE) for name in NAMES]
-    return sum(map(float, found[0])), sum(map(float, found[1]))
-
-
-def counted(client: openai.OpenAI, before: tuple[float, float], is_enough: Callable[[float], bool]) -> list[float]:
-    """Return what was counted since; the server exports its counters a moment after its replies."""
-    deadline = time.monotonic() + 10
-    while True:
-        since = [now - then for now, then in zip(cache_counts(client), before, strict=True)]
-        if is_enough(since[0]) or time.monotonic() > deadline:
-            return since
-        time.sleep(0.1)
 
 
 def test_sixteen_mixed_requests_at_once_equal_reference(client: openai.OpenAI, oracle: SdarOracle) -> None:

@@ -195,3 +195,28 @@ def test_the_printed_configuration_names_spiffy() -> None:
     )
     config = engine_config(speculative_config='{"method": "spiffy", "budget": 2}')
     assert "speculative_config={'method': 'spiffy', 'draft_graph': 'default', 'budget': 2}" in str(config)
+
+
+def test_a_length_that_fits_itself_needs_memory_for_the_shortest_request_alone(memory: Any) -> None:
+    from vllm_dllm.engine.kv_memory import fit_max_model_len
+
+    memory((16, 15))
+    page_size = _page_size()
+    settings = {"dllm": {"block_length": 8}}
+    least = (1 + -(-9 // page_size)) * page_size * _bytes_per_token()  # a token and a block, and the page of vLLM's own
+
+    def config(**changes: Any) -> Any:
+        engine_config.cache_clear()
+        return engine_config.__wrapped__(max_model_len=-1, additional_config=settings, **changes)
+
+    with pytest.raises(ConfigError, match=rf"^kv_cache_memory_bytes is {least - 1}, .* of one token take {least}, "):
+        start(config(kv_cache_memory_bytes=least - 1))
+    start(config(kv_cache_memory_bytes=least))
+    with pytest.raises(ConfigError, match=r"^num_gpu_blocks_override is 1, .* of one token take 2 pages"):
+        start(config(num_gpu_blocks_override=1, kv_cache_memory_bytes=GIB // 2))
+
+    fitted, whole, given = config(), config(), engine_config.__wrapped__(max_model_len=200)
+    fit_max_model_len(fitted, 256 // page_size)
+    fit_max_model_len(whole, 256 // page_size + 1)
+    fit_max_model_len(given, 2)
+    assert [each.model_config.max_model_len for each in (fitted, whole, given)] == [256 - page_size, 256, 200]

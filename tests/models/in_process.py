@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
+from vllm_dllm.reference.nemotron import Nemotron
 from vllm_dllm.reference.qwen import Qwen, QwenConfig
 
 LLADA = {
@@ -86,6 +87,8 @@ LLADA_MOE = (
     | {"intermediate_size": None, "expert_intermediate_size": 40, "norm_topk_prob": None, "moe_layer_freq": [1, 1]}
     | {"moe_router_score_function": "softmax", "shared_expert_intermediate_size": None, "routed_scaling_factor": 1.0}
 )
+NEMOTRON = SDAR | {"architectures": ["NemotronLabsDiffusionModel"], "model_type": "nemotron_labs_diffusion"}
+FAST_DLLM = DREAM | {"architectures": ["Fast_dLLM_QwenForCausalLM"], "model_type": "Fast_dLLM_Qwen", "bd_size": 4}
 TINY: dict[str, dict[str, Any]] = {
     "llada": LLADA,
     "dream": DREAM,
@@ -93,6 +96,8 @@ TINY: dict[str, dict[str, Any]] = {
     "diffcoder": DIFFCODER,
     "llada_moe": LLADA_MOE,
     "sdar_moe": SDAR_MOE,
+    "nemotron": NEMOTRON,
+    "fast_dllm": FAST_DLLM,
 }
 
 
@@ -183,7 +188,8 @@ def reference_of(config: Mapping[str, Any], folder: Path) -> LLaDA | Qwen:
     if config["architectures"] == ["LLaDAModelLM"]:
         model: LLaDA | Qwen = LLaDA(LLaDAConfig.from_json(path))
     else:
-        model = Qwen(QwenConfig.from_json(path))
+        has_own_names = config["architectures"] == NEMOTRON["architectures"]
+        model = (Nemotron if has_own_names else Qwen)(QwenConfig.from_json(path))
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
         is_scale = weight.dim() == 1 and name.endswith("weight")

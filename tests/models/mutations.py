@@ -6,13 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.models.in_process import TINY
+from tests.models.rope_changes import ABSENT, NOT_POSITIVE, NOT_SIZES, Change, query_scales, ropes
 
 EXPERTS = ("llada_moe", "sdar_moe")
-ABSENT = object()
-"""The value of a field that is taken out."""
-
-NOT_SIZES = (0, -1, True, "8", 2.5, [4])
-NOT_POSITIVE = (0, -1e-6, True, "0.1", float("inf"), float("nan"))
 ROLES = {
     "llada": {
         "width": "d_model",
@@ -86,6 +82,7 @@ OTHER_ARITHMETIC["sdar_moe"] = {
     "norm_topk_prob": (None, 1),
     "shared_expert_intermediate_size": (8,),
 }
+OTHER_ARITHMETIC["nemotron"] = {"dlm_paradigm": ("other", 1), "vision_config": ({"hidden_size": 8},)}
 UNKNOWN = {
     "num_experts": 8,
     "final_logit_softcapping": 30.0,
@@ -107,23 +104,6 @@ HARMLESS = {
     "_attn_implementation_autoset": True,
     "quux": None,
 }
-
-
-@dataclass(frozen=True)
-class Change:
-    """One change.
-
-    Attributes:
-        group: changes of one group touch the same thing, so that only one of them is made.
-        fields: the new values.
-        names: of which a refusal must have one; empty where the change is to be served.
-        only: `file` or `overrides`, where the two differ.
-    """
-
-    group: str
-    fields: dict[str, Any]
-    names: tuple[str, ...] = ()
-    only: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +133,7 @@ def changes_of(family: str) -> list[Change]:
     """Return all changes of a family."""
     kind = "llada" if family == "llada" else "qwen"
     role = ROLES.get(family, ROLES[kind])
-    found = [*_shapes(kind, family), *_numbers(kind, role), *_token_ids(), *_ropes(role["positions"])]
+    found = [*_shapes(kind, family), *_numbers(kind, role), *_token_ids(), *ropes(role["positions"])]
     return found + _others(family, kind) + (_experts() if family in EXPERTS else [])
 
 
@@ -240,68 +220,6 @@ def _token_ids() -> list[Change]:
     return found
 
 
-def _ropes(positions: str) -> list[Change]:
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-    served: list[dict[str, Any]] = [
-        {"type": "default"},
-        *({key: "linear", "factor": factor} for key in ("type", "rope_type") for factor in (1, 2, 4.0, 2.5)),
-        *({key: "dynamic", "factor": factor} for key in ("type", "rope_type") for factor in (1, 2, 4.0, 2.7)),
-        yarn,
-        {"type": "yarn", "factor": 3},
-        yarn | {"beta_fast": 4, "beta_slow": 0.5},
-        yarn | {"truncate": False},
-        yarn | {"attention_factor": 1.7},
-        yarn | {"mscale": 0.7, "mscale_all_dim": 1.3},
-        yarn | {"factor": 8.5, "rope_theta": None, "partial_rotary_factor": 1.0},
-        {"rope_type": "linear", "type": "linear", "factor": 2.0, "rope_theta": 10000.0},
-    ]
-    refused: list[tuple[dict[str, Any], str]] = [
-        *(
-            ({"rope_type": kind, "factor": 4.0}, "rope_type")
-            for kind in ("llama3", "longrope", "ntk", "su", "mrope", 1)
-        ),
-        *(({"type": kind}, "factor") for kind in ("linear", "dynamic", "yarn")),
-        *(
-            ({"type": "linear", "factor": value}, "factor")
-            for value in (0.5, 0, -2, "4", True, [2.0], 1e300, float("inf"))
-        ),
-        ({"factor": 4.0}, "factor"),
-        ({"rope_type": "linear", "type": "dynamic", "factor": 2.0}, "type"),
-        ({"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, "low_freq_factor"),
-        ({"rope_type": "linear", "factor": 2.0, "truncate": True}, "truncate"),
-        ({"rope_type": "dynamic", "alpha": 1000.0}, "alpha"),
-        ({"rope_type": "default", "mrope_section": [1, 1, 2]}, "mrope_section"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"full_attention": {"rope_type": "linear", "factor": 2.0}}, "full_attention"),
-        (yarn | {"factor": 2.0}, "max_position_embeddings"),
-        (yarn | {"original_max_position_embeddings": 0}, "original_max_position_embeddings"),
-        (yarn | {"mscale": 0.7}, "mscale"),
-        ({"rope_type": "dynamic", "factor": 5e5}, "factor"),
-        (yarn | {"original_max_position_embeddings": 1 << 40}, "factor"),
-        *((yarn | {name: value}, name) for name in ("beta_fast", "mscale_all_dim") for value in (0, 1e300)),
-        (yarn | {"attention_factor": -1.0}, "attention_factor"),
-    ]
-    names = ("rope_scaling", "rope_parameters")
-    found = [Change("rope", {name: value}) for name in names for value in served]
-    found += [Change("rope", {name: value}, (wrong,)) for name in names for value, wrong in refused]
-    found += [Change("rope", {name: value}, (name,)) for name in names for value in ("linear", 4.0, ["linear"])]
-    found += [Change("rope", {positions: n}) for n in (16, 64)]
-    found += [Change("rope", {positions: n}, (positions,)) for n in (*NOT_SIZES, 1 << 40, None, ABSENT)]
-    found += [Change("rope", {"rope_theta": value}) for value in (100.0, 500, 1e6)]
-    found += [Change("rope", {"rope_theta": v}, ("rope_theta",)) for v in (1.0, 0, -5.0, "1e4", True, float("inf"))]
-    found += [Change("rope", {"rope_theta": gone}, ("rope_theta",), only="file") for gone in (None, ABSENT)]
-    linear = {"rope_type": "linear", "factor": 2.0}
-    found += [
-        Change("rope", {"rope_theta": ABSENT, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
-        Change("rope", {"rope_parameters": linear | {"rope_theta": 500.0}}, ("rope_theta",), only="file"),
-        Change("rope", {"rope_parameters": linear | {"rope_theta": 500.0}}, only="overrides"),
-        Change("rope", {"rope_theta": 600.0, "rope_parameters": linear | {"rope_theta": 500.0}}, ("rope_theta",)),
-        Change("rope", {"rope_scaling": linear, "rope_parameters": linear}),
-        Change("rope", {"rope_scaling": linear, "rope_parameters": linear | {"factor": 3.0}}, ("factor",)),
-    ]
-    return found
-
-
 def _others(family: str, kind: str) -> list[Change]:
     other = {**OTHER_ARITHMETIC[kind], **OTHER_ARITHMETIC.get(family, {})}.items()
     found = [Change(name, {name: value}, (name,)) for name, values in other for value in values]
@@ -313,7 +231,7 @@ def _others(family: str, kind: str) -> list[Change]:
     # vLLM makes the name that it knows of this one.
     found += [Change("rotary_pct", {"rotary_pct": 0.5}, ("rotary_pct", "partial_rotary_factor"))]
     found += [Change(name, {name: value}) for name, value in HARMLESS.items()]
-    if family in {"sdar", "diffcoder", "sdar_moe"}:
+    if family in {"sdar", "diffcoder", "sdar_moe", "nemotron"}:
         found += [Change("block", {"block_size": value}) for value in (8, None, ABSENT)]
         found += [Change("block", {"block_size": value}, ("block_size",)) for value in NOT_SIZES]
     else:
@@ -321,6 +239,11 @@ def _others(family: str, kind: str) -> list[Change]:
     if kind == "qwen":
         found += [Change("window", {"sliding_window": 8, "max_window_layers": 1})]
         found += [Change("layers", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3})]
+    if family == "fast_dllm":
+        found += [Change("trained block", {"bd_size": value}) for value in (8, None, ABSENT)]
+        found += [Change("trained block", {"bd_size": value}, ("bd_size",)) for value in NOT_SIZES]
+    if family == "nemotron":
+        found += query_scales()
     if family == "llada_moe":  # the published code reads no answer here
         found += [Change("norm", {"norm_topk_prob": value}) for value in (True, False, None)]
     if family == "sdar_moe":

@@ -34,6 +34,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "setup.py", "vllm_dllm/ops/**"),
         *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**", "tests/ops/*", "tests/test_wheel.py"),
     ),
+    "operator": (
+        *("vllm_dllm/engine/**", "vllm_dllm/plugin.py", "docs/operate.md"),
+        *("tests/e2e/http.py", "tests/e2e/test_operator.py"),
+    ),
     "readme": ("README.md", "tests/e2e/test_readme.py"),
 }
 """What each group tests that no other test does: files, as globs in the repository."""

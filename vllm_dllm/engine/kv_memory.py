@@ -1,7 +1,13 @@
 """How much memory the K/V of some requests take, for engines that are started for a known workload."""
 
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+from vllm_dllm.blocks import max_prompt_len
+from vllm_dllm.engine.configs import settings_of
+
+logger = init_logger("vllm.dllm")
 
 PAGE_TOKENS = 128
 """Tokens of the largest page that vLLM uses by default, a CPU's."""
@@ -14,15 +20,40 @@ def kv_bytes(model_config: ModelConfig, num_seqs: int, max_model_len: int) -> in
 
 
 def least_kv_bytes(vllm_config: VllmConfig) -> int:
-    """Return the memory below which vLLM starts no worker: that of one request of `max_model_len`, in each rank."""
+    """Return the memory below which no engine starts: that of the pages of `least_num_pages`, in each rank."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     itemsize = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model).itemsize
     return least_num_pages(vllm_config) * _page_bytes(model, vllm_config.parallel_config, itemsize, cache.block_size)
 
 
 def least_num_pages(vllm_config: VllmConfig) -> int:
-    """Return the pages of one request of `max_model_len`, and the one that vLLM keeps for itself."""
-    return -(-vllm_config.model_config.max_model_len // vllm_config.cache_config.block_size) + 1
+    """Return the pages of the longest request that must fit, and the one that vLLM keeps for itself.
+
+    That is one of `max_model_len`; the shortest that there is where vLLM lowers `max_model_len` to what fits.
+    """
+    length = vllm_config.model_config.max_model_len
+    if fits_itself(vllm_config.model_config):
+        length -= max_prompt_len(settings_of(vllm_config), length) - 1
+    return -(-length // vllm_config.cache_config.block_size) + 1
+
+
+def fits_itself(model_config: ModelConfig) -> bool:
+    """Tell whether `--max-model-len` is `auto`: vLLM lowers it, at the engine's start, to what memory holds."""
+    return bool(model_config.original_max_model_len == -1)
+
+
+def fit_max_model_len(vllm_config: VllmConfig, num_pages: int) -> None:
+    """Lower an `auto` to what the pages hold, for vLLM reckons with the one that it keeps for itself too.
+
+    Args:
+        vllm_config: changed; front ends hear of it when the engine is ready.
+        num_pages: all.
+    """
+    model, page_size = vllm_config.model_config, vllm_config.cache_config.block_size
+    longest = (num_pages - 1) * page_size
+    if fits_itself(model) and longest < model.max_model_len:
+        logger.info("Lowering max_model_len from %d to %d, what %d pages hold", model.max_model_len, longest, num_pages)
+        model.max_model_len = longest
 
 
 def _page_bytes(model_config: ModelConfig, parallel: ParallelConfig, itemsize: int, page_tokens: int) -> int:

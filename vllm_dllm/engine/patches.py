@@ -143,7 +143,8 @@ PATCHES = {
             "vllm.v1.engine.async_llm:AsyncLLM",
             "shutdown",
             "self timeout",
-            "It cancels the task that tells requests in flight of their end before it has told them",
+            "It cancels the task that tells requests in flight of their end before it has told them; and a server "
+            "whose engine died ends with status 0",
         ),
         _method(
             f"{_SERVE}.openai.responses.serving:OpenAIServingResponses",

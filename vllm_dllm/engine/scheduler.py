@@ -6,10 +6,12 @@ from itertools import compress
 from typing import Any
 
 import numpy as np
+from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -19,6 +21,7 @@ from vllm_dllm.draft.acceptance import RequestAcceptance
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.engine import stats_way
 from vllm_dllm.engine.configs import make_drafter, served_family, settings_of, spiffy_of
+from vllm_dllm.engine.kv_memory import fit_max_model_len
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
 from vllm_dllm.engine.report import RequestReport, StepOrder, StepReport, take_report
@@ -44,8 +47,9 @@ class DllmScheduler(Scheduler):
     and what vLLM is told as the step's total. The worker reports what became of a step (`engine.report`).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        fit_max_model_len(vllm_config, kv_cache_config.num_blocks)
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         end_with_parent()
         self.settings = settings_of(self.vllm_config)
         self.block_length = self.settings.block_length

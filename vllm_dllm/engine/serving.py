@@ -21,6 +21,9 @@ from vllm_dllm.engine.request import check_early, counting
 _SENT_AS = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
 """Fields of the chat API -> what the Messages API calls them."""
 
+_APPS: list[Any] = []
+"""Of the servers with one of our models in this process, at most one."""
+
 
 def install() -> None:
     """Wrap the methods of vLLM's server that every API's requests pass; those for other models pass unchanged."""
@@ -43,6 +46,7 @@ def _with_bodies_checked(original: Callable[..., Any]) -> Callable[..., Any]:
             from vllm_dllm.engine.bodies import check_in
 
             check_in(app)
+            _APPS.append(app)
         return app
 
     return wrapper
@@ -123,8 +127,12 @@ def _with_errors_sent(original: Callable[..., None]) -> Callable[..., None]:
 
     def wrapper(self: Any, timeout: float | None = None) -> None:
         handler = getattr(self, "output_handler", None)  # None where no request came, or `__init__` failed
+        was_dead = handler is not None and self.engine_core.resources.engine_dead
         original(self, timeout)
         if handler is not None and is_ours(self.model_config):
             run_in_loop(handler.get_loop(), self.output_processor.propagate_error, EngineDeadError())
+        if was_dead and _APPS:
+            # vLLM's server would end with status 0, as one that was told to end: nobody would start it again.
+            raise SystemExit("The engine has ended by an error, which stands above; this server ends with status 1.")
 
     return wrapper

@@ -5,13 +5,13 @@ import math
 import sys
 from pathlib import Path
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 from vllm.utils.system_utils import get_mp_context
 
 from vllm_dllm.engine.configs import is_ours
-from vllm_dllm.engine.kv_memory import kv_bytes, least_kv_bytes, least_num_pages
+from vllm_dllm.engine.kv_memory import fits_itself, kv_bytes, least_kv_bytes, least_num_pages
 from vllm_dllm.errors import ConfigError
 
 GIB = 1 << 30
@@ -62,10 +62,14 @@ def check_kv_memory(vllm_config: VllmConfig) -> None:
     given, least = vllm_config.cache_config.kv_cache_memory_bytes, least_kv_bytes(vllm_config)
     if given is not None and given < least:
         raise ConfigError(
-            f"kv_cache_memory_bytes is {given}, but the K/V of one request of max_model_len "
-            f"{vllm_config.model_config.max_model_len} take {least}, with the page that vLLM keeps; allowed are this "
+            f"kv_cache_memory_bytes is {given}, but the K/V of one request {_of_length(vllm_config.model_config)} "
+            f"take {least}, with the page that vLLM keeps; allowed are this "
             "number and more; raise --kv-cache-memory-bytes or lower --max-model-len"
         )
+
+
+def _of_length(model_config: ModelConfig) -> str:
+    return "of one token" if fits_itself(model_config) else f"of max_model_len {model_config.max_model_len}"
 
 
 def check_num_pages(vllm_config: VllmConfig) -> None:
@@ -73,13 +77,13 @@ def check_num_pages(vllm_config: VllmConfig) -> None:
 
     Raises: ConfigError with what it takes.
     """
-    cache, max_model_len = vllm_config.cache_config, vllm_config.model_config.max_model_len
+    cache = vllm_config.cache_config
     given, least = cache.num_gpu_blocks_override, least_num_pages(vllm_config)
     if given is not None and given < least:
         raise ConfigError(
-            f"num_gpu_blocks_override is {given}, but the K/V of one request of max_model_len {max_model_len} take "
-            f"{least} pages of {cache.block_size} tokens, with the page that vLLM keeps; allowed are this number and "
-            "more; leave it out or lower --max-model-len"
+            f"num_gpu_blocks_override is {given}, but the K/V of one request {_of_length(vllm_config.model_config)} "
+            f"take {least} pages of {cache.block_size} tokens, with the page that vLLM keeps; allowed are this number "
+            "and more; leave it out or lower --max-model-len"
         )
 
 

@@ -11,17 +11,17 @@ rows are causal. Where `unmasks_first_alone` is on, the last row that is stored 
 position, unless the prompt has it. Batch of one.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
+from vllm_dllm.noise import stream_keys
 from vllm_dllm.reference.constraint import Constraint
 from vllm_dllm.reference.decode import Generation, shift
 from vllm_dllm.reference.layers import LayerKv
-from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy, unmask
+from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen, block_causal
-from vllm_dllm.reference.sampling import Sampling
+from vllm_dllm.reference.sampling import Sampling, choose_tokens
+from vllm_dllm.reference.step import step_block, under
 
 _STATIC, _GREEDY = UnmaskPolicy(), Sampling()
 
@@ -80,18 +80,15 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     published code forgets it. Nemotron's last block, where it is shorter, takes the last steps of the schedule.
 
     Args:
-        model: the model.
-        prompt: the tokens before the generation.
+        model, prompt: the model, and the tokens before the generation.
         gen_length: least number of tokens; of Nemotron exactly as many.
         block_length: positions per block.
         policy: the unmasking policy; its `steps` are of each block.
         sampling: how tokens are chosen; without guidance.
         stop_ids: a block that generated one of these is the last.
-        rules: of the family.
-        constraint: what the answer has to meet.
+        rules, constraint: of the family; what the answer has to meet.
 
-    Returns: the tokens and the history to the last block's end. `nfe` counts forwards that unmask something, those
-        that store and decide a first position among them.
+    Returns: the tokens and the history to the last block's end; `nfe` counts all forwards that unmask something.
     """
     prompt_len = len(prompt)
     first_begin, seq_len = decoded_region(prompt_len, gen_length, block_length, rules)
@@ -109,17 +106,14 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         end = min(begin + block_length, seq_len)
         num_masked = block_length - max(0, prompt_len - begin)
         block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
-        if constraint is not None:
-            own = constraint.of_block(tokens[prompt_len:begin].tolist(), block_length - num_masked)
-            block = replace(block, constraint=own)
+        block = under(constraint, block, tokens[prompt_len:begin])
         while is_masked[begin:end].any():
             if rules.unmasks_first_alone and is_masked[begin]:
                 logits = stored[-1:].expand(end - begin, -1)
             else:
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
-            canvas = tokens[begin:end]
-            chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block, tokens=canvas)
+            chosen, chosen_tokens = step_block(logits, tokens[begin:end], is_masked[begin:end], begin, block)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
             history.append(tokens[prompt_len:].clone())
@@ -128,14 +122,21 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     return Generation(tokens[prompt_len:end], len(history), 0, torch.stack(history)[:, : end - prompt_len], nfe_commit)
 
 
+def tokens_at(logits: Tensor, first: int, sampling: Sampling) -> Tensor:
+    """Choose the tokens of the positions from `first` on; logits: [len, vocab]. The noise is that of blocks of one."""
+    positions = first + torch.arange(len(logits), device=logits.device)
+    seeds, one = torch.full_like(positions, sampling.seed), torch.ones_like(positions)
+    return choose_tokens(logits, stream_keys(seeds, positions, one), sampling)
+
+
 @torch.no_grad()
-def generate_causally(model: Qwen, prompt: Tensor, gen_length: int) -> Tensor:
-    """Generate as an autoregressive model does, Nemotron's "ar" mode: the likeliest token of the last row, each time.
+def generate_causally(model: Qwen, prompt: Tensor, gen_length: int, sampling: Sampling = _GREEDY) -> Tensor:
+    """Generate as an autoregressive model does, Nemotron's "ar" mode: the next token from the last row, each time.
 
     Returns: [gen_length] int64.
     """
     tokens, kv = prompt, None
     for _ in range(gen_length):
         logits, kv = store(model, tokens, 0 if kv is None else len(tokens) - 1, kv, 1)
-        tokens = torch.cat((tokens, logits[-1:].argmax(-1)))
+        tokens = torch.cat((tokens, tokens_at(logits[-1:], len(tokens), sampling)))
     return tokens[len(prompt) :]
