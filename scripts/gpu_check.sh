@@ -3,11 +3,7 @@
 # scripts/gpu_stages.sh says what it needs; scripts/gpu_first.sh is for a machine where nothing has run yet.
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-585}
 source "$(dirname "$0")/gpu_stages.sh"
-stage machine 30 machine
-stage build 160 build
-stage self_test 100 self_test
-stage tests 90 tests
-stage shapes 60 shapes
+first_stages
 for tool in memcheck racecheck initcheck synccheck; do
   stage "$tool" 45 sanitize "$tool"
 done

@@ -3,11 +3,7 @@
 # scripts/gpu_stages.sh says what it needs.
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-530}
 source "$(dirname "$0")/gpu_stages.sh"
-stage machine 30 machine
-stage build 160 build
-stage self_test 100 self_test
-stage tests 90 tests
-stage shapes 60 shapes
+first_stages
 stage llada 70 step llada --drafts 0,3,5
 stage sdar 60 step sdar --drafts 0,3,8
 stage memcheck 50 sanitize memcheck

@@ -37,6 +37,15 @@ stage() {
   tail -n 16 "$LOGS/$name.log"
 }
 
+# What every script begins with: does it build, and is it right.
+first_stages() {
+  stage machine 30 machine
+  stage build 160 build
+  stage self_test 100 self_test
+  stage tests 90 tests
+  stage shapes 60 shapes
+}
+
 # The last line of a script: its exit status says whether all stages passed.
 finish() {
   if ((${#failed[@]})); then

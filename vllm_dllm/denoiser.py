@@ -21,6 +21,7 @@ from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import Draw, torch_draws
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
 from vllm_dllm.unmask.head import Head
+from vllm_dllm.unmask.memory import select
 from vllm_dllm.unmask.policy import asked_ids
 from vllm_dllm.unmask.stats import Candidates
 from vllm_dllm.unmask.walk import NO_STATE, Nodes, Trajectory, Walk, walk
@@ -117,6 +118,24 @@ class Denoiser:
             before = nodes.canvas[request, done.node]
             self.observer(Observation(blocks, before, done.next_canvas, done.candidates))
         return done
+
+    def void(self, blocks: Blocks, done: Trajectory, is_void: Tensor) -> Trajectory:
+        """Undo the step of requests whose block was emitted before it began: their next block is as it was begun.
+
+        Args:
+            blocks: of the requests.
+            done: what `advance` made of their steps.
+            is_void: [num_reqs] bool.
+        """
+        kept = self.state.policy_state(blocks)
+        return replace(
+            done,
+            next_canvas=torch.where(is_void[:, None], self.state.canvas[blocks.slots], done.next_canvas),
+            num_steps=done.num_steps.masked_fill(is_void, 0),
+            num_unmasked=done.num_unmasked.masked_fill(is_void, 0),
+            is_finished=done.is_finished & ~is_void,
+            state=select(is_void, kept, done.state),
+        )
 
     def settle(self, blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger) -> Emission:
         """Keep what `advance` came to, emit the blocks that it finished, begin those behind: see `state.settle`."""

@@ -109,10 +109,11 @@ void check_values(const DraftGraphAttentionArgs& args) {
   }
 }
 
-// The layout's part of the arguments.
-void set_layout(DraftGraphAttentionArgs& args, const Tensor& page_table, const Tensor& first_node,
-                const Tensor& first_row, const Tensor& context, const Tensor& is_causal,
-                const std::optional<Tensor>& tiles) {
+// Arguments that have their layout.
+DraftGraphAttentionArgs layout_args(const Tensor& page_table, const Tensor& first_node, const Tensor& first_row,
+                                    const Tensor& context, const Tensor& is_causal,
+                                    const std::optional<Tensor>& tiles) {
+  DraftGraphAttentionArgs args = {};
   args.page_table = page_table.const_data_ptr<int32_t>();
   args.first_node = first_node.const_data_ptr<int32_t>();
   args.first_row = first_row.const_data_ptr<int32_t>();
@@ -124,6 +125,7 @@ void set_layout(DraftGraphAttentionArgs& args, const Tensor& page_table, const T
   args.num_nodes = static_cast<int32_t>(context.size(0));
   args.max_pages = static_cast<int32_t>(page_table.size(1));
   args.num_tiles = tiles.has_value() ? static_cast<int32_t>(tiles->size(0)) : 0;
+  return args;
 }
 
 RowStrides row_strides(const Tensor& tensor) { return {.row = tensor.stride(0), .head = tensor.stride(1)}; }
@@ -178,34 +180,34 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
   if (tiles.has_value()) {
     check_argument("tiles", *tiles, {tiles->size(0), kTileFields}, ScalarType::Int, query);
     check_contiguous(kOp, "tiles", *tiles);
+    check(!is_cuda || num_rows == 0 || tiles->size(0) > 0, kOp, "tiles has none, and query has ", num_rows,
+          " rows, which no CTA would take; give what attention.tiles.query_tiles makes of the layout, or do not call");
   }
   check(num_splits >= 1 && num_splits <= kMaxSplits, kOp, "num_splits is ", num_splits, ", allowed are 1 to ",
         kMaxSplits, "; give what attention.tiles.num_splits chooses");
-  DraftGraphAttentionArgs args = {
-      .type = type,
-      .query = query.const_data_ptr(),
-      .key = key.const_data_ptr(),
-      .value = value.const_data_ptr(),
-      .kv_cache = kv_cache.const_data_ptr(),
-      .out = out.mutable_data_ptr(),
-      .lse = lse.has_value() ? lse->mutable_data_ptr<float>() : nullptr,
-      .query_strides = row_strides(query),
-      .key_strides = row_strides(key),
-      .value_strides = row_strides(value),
-      .out_strides = row_strides(out),
-      .cache_page_stride = kv_cache.stride(0),
-      .cache_head_stride = kv_cache.stride(1),
-      .cache_position_stride = kv_cache.stride(2),
-      .scale = static_cast<float>(scale),
-      .num_rows = static_cast<int32_t>(num_rows),
-      .num_pages = static_cast<int32_t>(kv_cache.size(0)),
-      .page_size = static_cast<int32_t>(page_size),
-      .num_heads = static_cast<int32_t>(num_heads),
-      .num_kv_heads = static_cast<int32_t>(num_kv_heads),
-      .head_dim = static_cast<int32_t>(head_dim),
-      .num_splits = static_cast<int32_t>(num_splits),
-  };
-  set_layout(args, page_table, first_node, first_row, context, is_causal, tiles);
+  DraftGraphAttentionArgs args = layout_args(page_table, first_node, first_row, context, is_causal, tiles);
+  args.type = type;
+  args.query = query.const_data_ptr();
+  args.key = key.const_data_ptr();
+  args.value = value.const_data_ptr();
+  args.kv_cache = kv_cache.const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  args.lse = lse.has_value() ? lse->mutable_data_ptr<float>() : nullptr;
+  args.query_strides = row_strides(query);
+  args.key_strides = row_strides(key);
+  args.value_strides = row_strides(value);
+  args.out_strides = row_strides(out);
+  args.cache_page_stride = kv_cache.stride(0);
+  args.cache_head_stride = kv_cache.stride(1);
+  args.cache_position_stride = kv_cache.stride(2);
+  args.scale = static_cast<float>(scale);
+  args.num_rows = static_cast<int32_t>(num_rows);
+  args.num_pages = static_cast<int32_t>(kv_cache.size(0));
+  args.page_size = static_cast<int32_t>(page_size);
+  args.num_heads = static_cast<int32_t>(num_heads);
+  args.num_kv_heads = static_cast<int32_t>(num_kv_heads);
+  args.head_dim = static_cast<int32_t>(head_dim);
+  args.num_splits = static_cast<int32_t>(num_splits);
   if (query.is_cpu()) {
     check_values(args);
     if (is_cuda) {
@@ -228,13 +230,12 @@ void draft_graph_attention(Tensor query, Tensor key, Tensor value, Tensor kv_cac
 void draft_graph_attention_check(Tensor page_table, Tensor first_node, Tensor first_row, Tensor context,
                                  Tensor is_causal, Tensor tiles, int64_t num_rows, int64_t num_pages, int64_t page_size,
                                  int64_t heads_per_kv) {
-  DraftGraphAttentionArgs args = {};
+  DraftGraphAttentionArgs args = layout_args(page_table, first_node, first_row, context, is_causal, tiles);
   args.num_rows = static_cast<int32_t>(num_rows);
   args.num_pages = static_cast<int32_t>(num_pages);
   args.page_size = static_cast<int32_t>(page_size);
   args.num_heads = static_cast<int32_t>(heads_per_kv);
   args.num_kv_heads = 1;
-  set_layout(args, page_table, first_node, first_row, context, is_causal, tiles);
   check_values(args);
   if (args.num_tiles > 0) {
     check_tiles(args);

@@ -87,9 +87,9 @@ __device__ inline void weigh(float (&scores)[kPairs][4], float (&out)[kOutPairs]
 
 template <typename Float, int kDim>
 __device__ inline void copy_queries(const DraftGraphAttentionArgs& args, const Work& work, Float* tile) {
-  copy_rows<Float, kDim>(tile, kQueries, args.head_dim, [&](int i) -> const Float* {
+  const auto* all = static_cast<const Float*>(args.query);
+  copy_rows<Float, kDim>(tile, kQueries, args.head_dim, all, [&](int i) -> const Float* {
     const Query query = query_at(args, work, i);
-    const auto* all = static_cast<const Float*>(args.query);
     return query.is_there ? all + query.row * args.query_strides.row + query.head * args.query_strides.head : nullptr;
   });
   commit_copies();
@@ -102,7 +102,7 @@ __device__ inline void copy_keys(const DraftGraphAttentionArgs& args, int32_t kv
   const auto* rows = static_cast<const Float*>(is_value ? args.value : args.key) + kv_head * strides.head;
   const auto* stored = static_cast<const Float*>(args.kv_cache) + kv_head * args.cache_head_stride;
   stored += is_value ? args.head_dim : 0;
-  copy_rows<Float, kDim>(to, kPositions<Float>, args.head_dim, [&](int i) -> const Float* {
+  copy_rows<Float, kDim>(to, kPositions<Float>, args.head_dim, rows, [&](int i) -> const Float* {
     const int64_t source = sources[i];
     return source == kNowhere ? nullptr : tile.is_own ? rows + source * strides.row : stored + source;
   });

@@ -217,9 +217,9 @@ __device__ inline Float* chunk_at(Float* tile, int row, int chunk) {
 }
 
 // Begin to copy rows of head_dim numbers; zeros where `row_at` gives no row, and up to kDim. Neighbouring threads copy
-// neighbouring chunks, 128 bytes of a row.
+// neighbouring chunks, 128 bytes of a row. `anywhere` is an address that may be read: a copy of nothing has one, too.
 template <typename Float, int kDim, typename RowAt>
-__device__ inline void copy_rows(Float* tile, int num_rows, int head_dim, RowAt row_at) {
+__device__ inline void copy_rows(Float* tile, int num_rows, int head_dim, const Float* anywhere, RowAt row_at) {
   constexpr int kPerChunk = 16 / sizeof(Float);
   constexpr int kChunks = kDim / kPerChunk;
   constexpr int kRowThreads = kChunks < 8 ? kChunks : 8;
@@ -228,7 +228,7 @@ __device__ inline void copy_rows(Float* tile, int num_rows, int head_dim, RowAt 
     const Float* from = row_at(row);
     for (int chunk = thread % kRowThreads; chunk < kChunks; chunk += kRowThreads) {
       const bool is_there = from != nullptr && chunk * kPerChunk < head_dim;
-      copy_async_16(chunk_at<Float, kDim>(tile, row, chunk), is_there ? from + chunk * kPerChunk : from, is_there);
+      copy_async_16(chunk_at<Float, kDim>(tile, row, chunk), is_there ? from + chunk * kPerChunk : anywhere, is_there);
     }
   }
 }

@@ -61,4 +61,22 @@ const char* launch(void (*kernel)(Args...), const Geometry& geometry, [[maybe_un
 #endif
 }
 
+// A thread for each of the rows of the arguments: Put{}(args, row).
+template <typename Put, typename Args>
+__global__ void each_row(const Args args) {
+  const auto first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t row = first; row < args.num_rows; row += static_cast<int64_t>(gridDim.x) * kThreads) {
+    Put{}(args, row);
+  }
+}
+
+// Launch it, unless there are no rows.
+template <typename Put, typename Args>
+const char* launch_rows(const Args& args, Stream stream) {
+  if (args.num_rows == 0) {
+    return nullptr;
+  }
+  return launch(each_row<Put, Args>, Geometry{.num_ctas = dim3{num_ctas(args.num_rows)}}, stream, args);
+}
+
 }  // namespace dllm::cuda

@@ -20,7 +20,8 @@ __device__ inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Begin to copy 16 bytes to shared memory; zeros, and nothing is read, unless `valid`.
+// Begin to copy 16 bytes to shared memory; zeros, and nothing is read, unless `valid`. The address is one of global
+// memory in any case: what a null pointer does where nothing is copied, the PTX ISA does not say.
 __device__ inline void copy_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)

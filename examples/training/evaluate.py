@@ -11,20 +11,35 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vllm_dllm.reference import block_causal, decode
 from vllm_dllm.reference.model import LLaDA
-from vllm_dllm.reference.policy import UnmaskPolicy
+from vllm_dllm.reference.nemotron import Nemotron
+from vllm_dllm.reference.policy import NEMOTRON, SDAR, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen
 
-MODELS = {"llada": LLaDA, "sdar": Qwen}
+MODELS = {"llada": LLaDA, "sdar": Qwen, "nemotron": Nemotron}
+BLOCK_LENGTHS = {"llada": 32, "sdar": 8, "nemotron": 32}
 POLICIES = ("static", "threshold", "factor", "sequential", "dynamic", "entropy_bounded")
 
 
 def generate(model: LLaDA | Qwen, prompt: Tensor, options: argparse.Namespace) -> decode.Generation:
     """Decode after a prompt [prompt_len] int64; a block-causal model ends behind the block with an EOS."""
     lengths = {"gen_length": options.gen_length, "block_length": options.block_length}
+    if options.policy == "ar":
+        assert isinstance(model, Nemotron), "the others are no autoregressive models"
+        return causally(model, prompt, options.gen_length)
     policy = UnmaskPolicy(options.policy, threshold=options.threshold, confidence_dtype=torch.float64)
     if isinstance(model, Qwen):
-        return block_causal.generate(model, prompt, policy=policy, stop_ids=(model.config.eos_token_id,), **lengths)
+        rules = NEMOTRON if isinstance(model, Nemotron) else SDAR
+        ends = (model.config.eos_token_id,)
+        return block_causal.generate(model, prompt, policy=policy, stop_ids=ends, rules=rules, **lengths)
     return decode.generate(model, prompt, kv=decode.KvPolicy(options.kv), policy=policy, **lengths)
+
+
+def causally(model: Nemotron, prompt: Tensor, gen_length: int) -> decode.Generation:
+    """Decode token by token up to EOS, a forward each."""
+    tokens = block_causal.generate_causally(model, prompt, gen_length)
+    is_end = tokens == model.config.eos_token_id
+    nfe = int(is_end.int().argmax()) + 1 if is_end.any() else len(tokens)
+    return decode.Generation(tokens[:nfe], nfe, 0, tokens[None, :nfe])
 
 
 def count_right(
@@ -54,9 +69,9 @@ def main() -> None:
     parser.add_argument("family", choices=MODELS)
     parser.add_argument("--checkpoint", type=Path, help="default: the one of the repository")
     parser.add_argument("--gen-length", type=int, default=64)
-    parser.add_argument("--block-length", type=int, help="default: 32 for llada, 8 for sdar")
+    parser.add_argument("--block-length", type=int, help="default: 8 for sdar, else 32")
     parser.add_argument("--kv", choices=("none", "prefix", "dual"), default="none", help="llada alone")
-    parser.add_argument("--policy", choices=POLICIES, default="static")
+    parser.add_argument("--policy", choices=(*POLICIES, "ar"), default="static", help="ar: nemotron, token by token")
     parser.add_argument("--threshold", type=float, default=0.9)
     parser.add_argument("--num-questions", type=int, default=50, help="per task")
     parser.add_argument("--seed", type=int, default=0)
@@ -64,7 +79,7 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="print the wrong answers")
     options = parser.parse_args()
     checkpoint = options.checkpoint or Path(__file__).parents[1] / f"tiny_{options.family}" / "checkpoint"
-    options.block_length = options.block_length or {"llada": 32, "sdar": 8}[options.family]
+    options.block_length = options.block_length or BLOCK_LENGTHS[options.family]
 
     torch.set_num_threads(options.threads)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)

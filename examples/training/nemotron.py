@@ -8,6 +8,7 @@ for each batch, as self-speculation has windows of several. With `--adapter` the
 `o_proj` learns to write whole blocks from their first position: self-speculation's drafts.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -26,7 +27,7 @@ BLOCK_LENGTHS = (8, 16, 32, 32)
 LAYERS = "layers"  # in the names of the layers' parameters
 WRITERS = ("o_proj", "down_proj")  # matrices that write into the residual stream
 LORA_RANK, LORA_ALPHA = 16, 64  # a scale of 4, as published with a rank of 128
-LORA_FOLDER = "linear_spec_lora"
+ADAPTER_FOLDER = "linear_spec_lora"
 
 
 def config_values(vocab_size: int) -> dict[str, object]:
@@ -146,7 +147,7 @@ class Adapted(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         num_out, num_in = weight.shape
-        self.a = nn.Parameter(torch.randn(LORA_RANK, num_in) / math.sqrt(num_in))
+        self.a = nn.Parameter(torch.randn(LORA_RANK, num_in) / math.sqrt(num_in))  # PEFT's, but for its uniform draw
         self.b = nn.Parameter(torch.zeros(num_out, LORA_RANK))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -165,6 +166,14 @@ def add_adapter(model: Nemotron) -> dict[str, nn.Parameter]:
         name = f"base_model.model.encoder.layers.{index}.self_attn.o_proj"
         parameters |= {f"{name}.lora_A.weight": adapted.a, f"{name}.lora_B.weight": adapted.b}
     return parameters
+
+
+def write_adapter_config(checkpoint: Path) -> None:
+    """Write what PEFT would beside an adapter."""
+    folder = checkpoint / ADAPTER_FOLDER
+    folder.mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "r": LORA_RANK, "lora_alpha": LORA_ALPHA, "target_modules": ["o_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def adapter_loss(model: Nemotron, ids: Tensor, is_response: Tensor) -> Tensor:

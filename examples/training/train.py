@@ -5,6 +5,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -55,12 +56,17 @@ def train(
 ) -> None:
     """Minimise the loss over freshly drawn batches, which the seed decides."""
     rng = random.Random(options.seed)
-    optimizers = make_optimizers(model, family, options.learning_rate)
+    adapter = family.add_adapter(model) if options.adapter else {}
+    if adapter:
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adapter.values(), weight_decay=0.0)]
+    else:
+        optimizers = make_optimizers(model, family, options.learning_rate)
+    loss_of = family.adapter_loss if adapter else family.masked_loss
     lengths, weights = list(family.SEQUENCE_LENGTHS), list(family.SEQUENCE_LENGTHS.values())
     mean_loss, start = 0.0, time.monotonic()
     for step in range(1, options.steps + 1):
         length = rng.choices(lengths, weights)[0]
-        loss = family.masked_loss(model, *make_batch(tokenizer, rng, options.batch_tokens, length))
+        loss = loss_of(model, *make_batch(tokenizer, rng, options.batch_tokens, length))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -71,13 +77,28 @@ def train(
         if step % 100 == 0:
             print(f"step {step} loss {mean_loss:.4f} elapsed_s {time.monotonic() - start:.0f}", flush=True)
         if step % 500 == 0 or step == options.steps:
-            save(model, options.output)
+            if adapter:
+                save(adapter, options.output / family.ADAPTER_FOLDER / "adapter_model.safetensors")
+            else:
+                save(model.state_dict(), options.output / "model.safetensors")
 
 
-def save(model: nn.Module, folder: Path) -> None:
-    """Write the weights in bfloat16."""
-    weights = {name: weight.to(torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+def save(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write weights in bfloat16."""
+    rounded = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in weights.items()}
+    save_file(rounded, path, metadata={"format": "pt"})
+
+
+def write_tokenizer_and_configs(family: ModuleType, options: argparse.Namespace) -> None:
+    """Write all files of a checkpoint but the weights."""
+    folder = options.output
+    build(folder, family.MAX_LENGTH)
+    num_tokens = len(PreTrainedTokenizerFast.from_pretrained(folder))
+    (folder / "config.json").write_text(json.dumps(family.config_values(num_tokens), indent=2) + "\n")
+    generation = {"bos_token_id": BOS, "do_sample": False, "eos_token_id": EOS, "pad_token_id": EOS}
+    if options.family != "llada":  # whose own default is 0
+        generation["temperature"] = 0.0
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def main() -> None:
@@ -86,6 +107,7 @@ def main() -> None:
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--output", type=Path, help="default: the checkpoint of the repository")
     parser.add_argument("--weights", type=Path, help="model.safetensors to go on from; default: random weights")
+    parser.add_argument("--adapter", action="store_true", help="of nemotron: train the adapter of a trained checkpoint")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -98,15 +120,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
-    build(options.output, family.MAX_LENGTH)
+    if options.adapter:
+        options.weights = options.output / "model.safetensors"
+        family.write_adapter_config(options.output)
+    else:
+        write_tokenizer_and_configs(family, options)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.output)
-    config = options.output / "config.json"
-    config.write_text(json.dumps(family.config_values(len(tokenizer)), indent=2) + "\n")
-    generation = {"bos_token_id": BOS, "do_sample": False, "eos_token_id": EOS, "pad_token_id": EOS}
-    if options.family != "llada":  # whose own default is 0
-        generation["temperature"] = 0.0
-    (options.output / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    model = family.make_model(config)
+    model = family.make_model(options.output / "config.json")
     if options.weights:
         model.load_state_dict({name: weight.float() for name, weight in load_file(options.weights).items()})
     else:

@@ -235,7 +235,10 @@ def merge_attn_states(
 def vllm_modules() -> dict[str, ModuleType]:
     """The modules of vLLM that `vllm` imports."""
     contents: dict[str, dict[str, Any]] = {
-        "vllm.vllm_flash_attn": {"flash_attn_varlen_func": flash_attn_varlen_func},
+        "vllm.vllm_flash_attn": {
+            "flash_attn_varlen_func": flash_attn_varlen_func,
+            "fa_version_unsupported_reason": lambda version: None,
+        },
         "vllm.v1.attention.backends.fa_utils": {"get_flash_attn_version": lambda head_size: 3},
         "vllm.v1.attention.ops.merge_attn_states": {"merge_attn_states": merge_attn_states},
     }

@@ -1,7 +1,10 @@
 """Rows that see nothing stored, by FlashAttention where vLLM has it; a stand-in says what is asked of it."""
 
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,9 @@ from vllm_dllm.attention.interface import Heads, Setting
 from vllm_dllm.attention.layout import HostLayout, host_layout, to_device
 from vllm_dllm.attention.tiles import query_tiles, workspace_bytes
 from vllm_dllm.attention.varlen import VarlenAttention, context_free, context_free_runs, refusal
+from vllm_dllm.attention.vllm_flash import VllmFlashAttention
+from vllm_dllm.errors import KernelUnavailable
+from vllm_dllm.self_test.attention import AttentionShape, check_attention
 
 
 def refreshing() -> HostLayout:
@@ -93,15 +99,62 @@ def test_a_captured_step_is_the_kernels_alone() -> None:
     assert CsrcAttention(scene.heads, scene.kv_cache).plan(layout).runs == ()
 
 
+def library(monkeypatch: pytest.MonkeyPatch, of_vllm: int | None, reason: str | None = None) -> None:
+    """Let vLLM choose a version, and say why version 2 does not work."""
+    modules = stand_ins.vllm_modules()
+    vars(modules["vllm.v1.attention.backends.fa_utils"])["get_flash_attn_version"] = lambda head_size: of_vllm
+    reasons = {2: reason}
+    vars(modules["vllm.vllm_flash_attn"])["fa_version_unsupported_reason"] = reasons.get
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
 def test_the_version_is_one_that_takes_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     heads = make_scene(mixed()).heads
     for of_vllm, ours in ((2, 2), (3, 3), (4, 2)):
-        modules = stand_ins.vllm_modules()
-        utils = modules["vllm.v1.attention.backends.fa_utils"]
-        vars(utils)["get_flash_attn_version"] = lambda head_size, of_vllm=of_vllm: of_vllm
-        for name, module in modules.items():
-            monkeypatch.setitem(sys.modules, name, module)
+        library(monkeypatch, of_vllm)
         assert VarlenAttention(heads).version == ours
+
+
+def broken_import(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let the library be there and not load, as one that was built for another torch."""
+    broken = stand_ins.vllm_modules()["vllm.vllm_flash_attn"]
+
+    def import_module(name: str) -> Any:
+        if name == broken.__name__:
+            raise ImportError("_vllm_fa2_C.abi3.so: undefined symbol: _ZN3c10")
+        return sys.modules[name]
+
+    monkeypatch.setattr(varlen, "import_module", import_module)
+    return "does not load (_vllm_fa2_C.abi3.so: undefined symbol: _ZN3c10); reinstall vLLM"
+
+
+def no_version(monkeypatch: pytest.MonkeyPatch) -> str:
+    library(monkeypatch, None)
+    return "does not work here with heads of 32 (see what vLLM logged)"
+
+
+def no_fallback(monkeypatch: pytest.MonkeyPatch) -> str:
+    library(monkeypatch, 4, "FA2 is unavailable due to: no such file")
+    return "does not work here with heads of 32 (FA2 is unavailable due to: no such file)"
+
+
+@pytest.mark.parametrize("fault", [broken_import, no_version, no_fallback])
+def test_one_that_does_not_work_is_left_out_and_said(
+    fault: Callable[[pytest.MonkeyPatch], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What needs it is unavailable; our own kernel serves its rows, and its self-test agrees."""
+    monkeypatch.setattr(varlen, "missing", lambda: None)
+    on_cpu = replace(varlen.SUPPORT, device_types={"cpu"}, dtypes={torch.float32}, least_capability=(0, 0))
+    monkeypatch.setattr(varlen, "SUPPORT", on_cpu)
+    said = fault(monkeypatch)
+    setting = Setting("cpu", None, torch.float32, torch.float32, 32, 16)
+    assert said in str(refusal(setting))
+    assert VllmFlashAttention.unavailable(setting) == refusal(setting)
+    with pytest.raises(KernelUnavailable, match=re.escape(said)):
+        VarlenAttention(Heads(4, 2, 32, 0.1, torch.float32))
+    shape = AttentionShape(4, 2, 32, torch.float32, torch.float32, page_size=16, block_length=8, max_len=4096)
+    assert check_attention("csrc", CsrcAttention, shape, torch.device("cpu")).agrees
 
 
 def test_where_it_is_not_asked() -> None:

@@ -18,7 +18,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline_parallel_size is 2"),
     ({"enable_prefix_caching": True}, "enable_prefix_caching is on"),
     ({"enable_chunked_prefill": True}, "enable_chunked_prefill is on"),
-    ({"async_scheduling": True}, "async_scheduling is on"),
     ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "others than 'spiffy' draft left to"),
     ({"speculative_config": "gone.json"}, "speculative_config is 'gone.json', but there is no such file"),
     ({"speculative_config": {"method": "spiffy", "budget": 99}}, "speculative_config.budget is 99, allowed are 'auto'"),

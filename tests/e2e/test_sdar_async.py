@@ -5,13 +5,12 @@ vLLM turns it off on a CPU, where a step is done when the call that starts it re
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.e2e.ahead import scheduled_ahead, scheduler_of
 from tests.e2e.rig import MAX_MODEL_LEN, Case, engine, random_graph, run_outputs, shared_engine, speculation
 from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
 from tests.suite.order import configurations
@@ -21,24 +20,6 @@ pytestmark = pytest.mark.engine
 USUAL = [(8, "auto"), (4, 5)]
 SLOW = [(8, None)]
 """Block length, budget."""
-
-
-@contextmanager
-def scheduled_ahead() -> Iterator[None]:
-    """Leave async scheduling on on a CPU."""
-    from vllm.platforms import current_platform
-
-    original = type(current_platform).check_and_update_config
-
-    def check(cls: type, vllm_config: Any) -> None:
-        wanted = vllm_config.scheduler_config.async_scheduling
-        original(vllm_config)
-        vllm_config.scheduler_config.async_scheduling = wanted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(current_platform), "check_and_update_config", classmethod(check))
-        patch.setattr("vllm_dllm.engine.step_sizes.current_platform", SimpleNamespace(is_cpu=lambda: False))
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +40,6 @@ def served(request: pytest.FixtureRequest, mild_sdar: Path) -> Any:
 @pytest.fixture
 def oracle(mild_sdar_oracle: SdarOracle) -> SdarOracle:
     return mild_sdar_oracle
-
-
-def scheduler_of(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core.scheduler
 
 
 def test_mixed_batch_equals_reference(served: Any, oracle: SdarOracle) -> None:

@@ -93,6 +93,7 @@ POINTERS: dict[str, dict[str, Pointer]] = {
         "all_token_ids_ptr": ROWS,
         "total_len_ptr": ONE,
         "draft_tokens_ptr": NONE,  # 0.33, of pipeline stages
+        "draft_tokens_out_ptr": NONE,
     },
     # Their kernels get all tables as addresses, which vLLM makes itself; the methods around them get these.
     "gather_block_tables": {"idx_mapping": ONE},

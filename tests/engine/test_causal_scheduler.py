@@ -7,7 +7,7 @@ import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.engine.scheduler_rig import MAX_NODES, B, allocated, make, observed, request, row, stand_in, step
-from vllm_dllm.engine.async_scheduler import DllmAsyncScheduler
+from vllm_dllm.engine.async_scheduler import CausalAsyncScheduler
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.worker_check import CheckLevel
 from vllm_dllm.errors import StateError
@@ -86,14 +86,14 @@ def test_the_rule_learns_from_those_that_may_draft(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("budget", "blocks"), [(None, 2), (1, 2), (3, 4)])
 def test_ahead_of_reports_all_have_room_for_a_commit(budget: int | None, blocks: int) -> None:
     running = [request("a"), request("b", 16)]
-    scheduler = make(budget, running, spiffy=budget is not None, causal=True, scheduler=DllmAsyncScheduler)
+    scheduler = make(budget, running, spiffy=budget is not None, causal=True, scheduler=CausalAsyncScheduler)
     assert [len(rows) - B for rows in scheduler.schedule()] == [budget or 0] * 2
     assert scheduler.rows.given == dict.fromkeys("ab", B * blocks)
 
 
 def test_ahead_of_reports_a_request_waits_where_its_block_would_be_cut() -> None:
     running = [request("a"), request("b", 29)]
-    scheduler = make(2, running, causal=True, scheduler=DllmAsyncScheduler)
+    scheduler = make(2, running, causal=True, scheduler=CausalAsyncScheduler)
     scheduler.schedule()
     assert [len(each.spec_token_ids) for each in running] == [B + 2, B + MAX_NODES]
     assert running[1].next_decode_eligible_step == scheduler.current_step + 2
@@ -114,7 +114,7 @@ def test_pages_of_a_block_causal_model_end_with_the_block(
 def test_pages_leave_room_for_a_block_that_ends_under_way() -> None:
     each = request("a", 8 + B + 2)
     each.num_tokens, each.num_output_placeholders = 8, B + 2
-    assert allocated(make(causal=True, scheduler=DllmAsyncScheduler), each, B + 2) == 16
+    assert allocated(make(causal=True, scheduler=CausalAsyncScheduler), each, B + 2) == 16
 
 
 def test_pages_found_in_the_cache_are_shared_before_the_first_report() -> None:

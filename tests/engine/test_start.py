@@ -13,6 +13,7 @@ from vllm_dllm.errors import ConfigError
 
 CHECKPOINT = Path(__file__).parents[2] / "examples/tiny_llada/checkpoint"
 GIB = 1 << 30
+PAGE = 128  # tokens, of a CPU by default
 
 
 @functools.lru_cache
@@ -69,17 +70,12 @@ def test_too_little_memory_is_told_before_processes_start(given: dict[str, Any],
     with pytest.raises(ConfigError) as refused:
         start(engine_config(**given))
     # 4 requests of 256 tokens in 4 layers of 4 heads of 32, and a page
-    num_bytes = (4 * 256 + _page_size()) * _bytes_per_token()
+    num_bytes = (4 * 256 + PAGE) * _bytes_per_token()
     assert str(refused.value) == (
         f"{asked}, but 7.0 of the 16.0 GiB of memory are free; allowed is what is free; start with "
         f"--kv-cache-memory-bytes {num_bytes}, which is taken for K/V beside the weights, or with "
         "--gpu-memory-utilization 0.35, for both together"
     )
-
-
-def _page_size() -> int:
-    """Of a CPU by default: 128 tokens in vLLM 0.32, 16 in 0.33."""
-    return int(engine_config().cache_config.block_size)
 
 
 def _bytes_per_token() -> int:
@@ -99,7 +95,7 @@ def test_what_fits_starts_and_other_models_are_left_to_vllm(memory: Any) -> None
 
 def test_memory_for_kv_that_holds_no_request_is_told_before_processes_start(memory: Any) -> None:
     memory((16, 15))
-    least = (256 + _page_size()) * _bytes_per_token()  # a request of 256 tokens, and the page that vLLM keeps
+    least = (256 + PAGE) * _bytes_per_token()  # a request of 256 tokens, and the page that vLLM keeps
     for given in (-1, 0, 1, least - 1):
         with pytest.raises(
             ConfigError, match=rf"^kv_cache_memory_bytes is {given}, .* max_model_len 256 take {least}, "
@@ -110,7 +106,7 @@ def test_memory_for_kv_that_holds_no_request_is_told_before_processes_start(memo
 
 def test_a_number_of_pages_that_holds_no_request_is_told_before_processes_start(memory: Any) -> None:
     memory((16, 15))
-    least = 256 // _page_size() + 1
+    least = 256 // PAGE + 1
     for given in (0, 1, least - 1):
         with pytest.raises(
             ConfigError, match=rf"^num_gpu_blocks_override is {given}, .* max_model_len 256 take {least} pages"

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from tests.ops import simt
-from tests.ops.attention_cases import Case, Heads, assert_close, expected, make_case, poisoned_results, run, tiles_of
+from tests.ops.attention_cases import (
+    Case,
+    Heads,
+    assert_close,
+    expected,
+    lse_bound,
+    make_case,
+    poisoned_results,
+    run,
+    tiles_of,
+)
 from vllm_dllm.ops import draft_graph_attention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -44,19 +54,21 @@ def op(request: pytest.FixtureRequest) -> Op:
         native: Op = simt.ops().draft_graph_attention
         return native
 
-    def on_gpu(*arguments: object) -> None:
-        moved = [argument.cuda() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
-        draft_graph_attention(*moved)
-        for result, given in zip(moved[10:12], arguments[10:12], strict=True):
-            if isinstance(given, torch.Tensor):
-                given.copy_(result)
-
     return on_gpu
+
+
+def on_gpu(*arguments: object) -> None:
+    moved = [argument.cuda() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    draft_graph_attention(*moved)
+    for result, given in zip(moved[10:12], arguments[10:12], strict=True):
+        if isinstance(given, torch.Tensor):
+            given.copy_(result)
 
 
 def check(op: Op, case: Case, num_splits: int = 1) -> None:
     out, lse = run(op, case.with_garbage(), num_splits)
-    assert_close(case, out, lse)
+    by_tensor_cores = op is on_gpu and case.query.dtype != torch.float32
+    assert_close(case, out, lse, by_tensor_cores=by_tensor_cores)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,6 +93,20 @@ def test_equals_torch_for_every_layout_of_pages(op, page_size, layout):
 @pytest.mark.parametrize(("num_splits", "dtype"), [(3, torch.float32), (2, torch.bfloat16), (9, torch.float16)])
 def test_equals_torch_with_a_split_context(op, dtype, num_splits):
     check(op, make_case(Heads(2, 1, 40, 32), SPLIT, dtype), num_splits)
+
+
+@pytest.mark.parametrize("head_dim", [40, 256])
+def test_the_bound_of_tensor_cores_tells_a_missing_key(head_dim):
+    """It is far above what an emulator's products are off by, and below what most rows lose with one key of 500."""
+    torch.manual_seed(3)
+    shape = Heads(2, 1, head_dim, 32)
+    case = make_case(shape, [[(64, [(0, 500)])]], torch.bfloat16)
+    fewer = replace(case, context=make_case(shape, [[(64, [(0, 499)])]], torch.bfloat16).context)
+    _, lse = run(simt.ops().draft_graph_attention, case)
+    exact, others = (expected(each, torch.float64)[1] for each in (case, fewer))
+    bound = lse_bound(case)
+    assert bool(((lse - exact).abs() <= bound).all())
+    assert ((others - exact).abs() > bound).double().mean() > 0.5
 
 
 @pytest.mark.parametrize("name", ["odd", "causal", "nothing-seen"])
@@ -253,6 +279,7 @@ def test_wrong_tiles_are_refused(name):
     [
         ([None], "tiles are missing, on CUDA they say which CTA takes which queries"),
         ([torch.zeros(3, 6).int()], "tiles must be [3, 8], got [3, 6]"),
+        ([torch.zeros(0, 8).int()], "tiles has none, and query has 46 rows, which no CTA would take"),
         ([torch.zeros(3, 8).int(), 33], "num_splits is 33, allowed are 1 to 32"),
     ],
 )

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops import simt
 from vllm_dllm import ops
+from vllm_dllm.attention import layout
 from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.interface import Heads
 from vllm_dllm.attention.layout import ForwardLayout, to_device
@@ -124,6 +126,37 @@ def test_wrong_attention_does_not_agree(mutation: str, dtype: torch.dtype, monke
     shape = replace(SHAPE, dtype=dtype, kv_dtype=dtype, page_size=4)
     check = check_attention("wrong", Wrong, shape, CPU)
     assert not check.agrees, str(check)
+
+
+class Remembers(CsrcAttention):
+    """Reads what the layout's tensors held when it planned, as a captured graph must not."""
+
+    field: str
+
+    def plan(self, layout: ForwardLayout) -> Any:
+        return super().plan(replace(layout, **{self.field: getattr(layout, self.field).clone()}))
+
+
+@pytest.mark.parametrize("field", ["page_table", "first_node", "context", "is_causal"])
+def test_a_replay_with_the_layout_of_the_capture_does_not_agree(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Remembers, "field", field, raising=False)
+    assert not check_attention("it", Remembers, SHAPE, CPU).agrees
+
+
+@pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, dtype=torch.bfloat16, kv_dtype=torch.bfloat16)], ids=str)
+def test_the_cuda_kernel_agrees(shape: AttentionShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the emulator, with all that it is told on a GPU, the tiles of a captured layout among it."""
+    native = simt.ops().draft_graph_attention
+
+    def op(*tensors: Any, tiles: Tensor, num_splits: int) -> None:
+        num_tiles.append(len(tiles))
+        native(*tensors, None, tiles, num_splits)
+
+    num_tiles: list[int] = []
+    monkeypatch.setattr(ops, "draft_graph_attention", op)
+    monkeypatch.setattr(layout, "takes_tiles", lambda device: True)
+    assert check_attention("csrc", CsrcAttention, replace(shape, max_len=330), CPU).agrees
+    assert min(num_tiles) > 0
 
 
 def test_keys_that_are_stored_wrong_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,8 +282,11 @@ void* static_shared(const void* variable, size_t bytes) {
 
 void copy_async(void* to, const void* from, size_t bytes, size_t zero_bytes) {
   if (reinterpret_cast<uintptr_t>(to) % (bytes + zero_bytes) != 0 ||
-      (bytes > 0 && reinterpret_cast<uintptr_t>(from) % (bytes + zero_bytes) != 0)) {
+      reinterpret_cast<uintptr_t>(from) % (bytes + zero_bytes) != 0) {
     fail("an asynchronous copy is not aligned to its size");
+  }
+  if (from == nullptr) {
+    fail("an asynchronous copy has no address, which one of no bytes needs, too");
   }
   std::memset(to, kPoison, bytes + zero_bytes);
   self().open_group.push_back({to, from, bytes, zero_bytes});

@@ -172,10 +172,15 @@ def to_device(host: HostLayout, page_table: Tensor, page_size: int, heads_per_kv
         heads_per_kv: query heads that share a K/V head.
     """
     device = page_table.device
-    is_cpu = device.type == "cpu"
-    tiles = _NO_TILES if is_cpu else query_tiles(host, heads_per_kv)
+    has_tiles = takes_tiles(device)
+    tiles = query_tiles(host, heads_per_kv) if has_tiles else _NO_TILES
     packed = pinned(_pack(host, tiles), device).to(device, non_blocking=True)
-    return _unpack(packed, host, len(tiles), page_table, page_size, 0 if is_cpu else host.span)
+    return _unpack(packed, host, len(tiles), page_table, page_size, host.span if has_tiles else 0)
+
+
+def takes_tiles(device: torch.device) -> bool:
+    """Tell whether kernels of a device are told which CTA takes which queries; not those of a CPU."""
+    return device.type != "cpu"
 
 
 class CapturedLayout:
@@ -225,7 +230,7 @@ class CapturedLayout:
 
     def _tiles(self, padded: HostLayout, num_rows: int) -> Int32Array:
         """Make the tiles, as many as the captured shape may need: those behind the last one have no rows."""
-        if self._packed.device.type == "cpu":
+        if not takes_tiles(self._packed.device):
             return _NO_TILES
         most = max_num_tiles(num_rows, padded.num_requests, self._block_length, self._heads_per_kv)
         tiles = query_tiles(padded, self._heads_per_kv)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vllm_dllm.attention.interface import Heads, Setting, Support
 from vllm_dllm.attention.layout import BoolArray, ForwardLayout, HostLayout, IntArray, pinned
+from vllm_dllm.errors import KernelUnavailable
 
 SUPPORT = Support(
     device_types={"cuda"},
@@ -30,7 +31,7 @@ LEAST_ROWS = 64
 
 
 def missing() -> str | None:
-    """Return None if the installed vLLM has the library; nothing is imported."""
+    """Return None if the installed vLLM has the library's files; nothing is imported."""
     spec = find_spec("vllm")
     folders = (spec.submodule_search_locations if spec else None) or []
     if any(next(Path(folder).glob("vllm_flash_attn/_vllm_fa2_C*"), None) for folder in folders):
@@ -38,9 +39,33 @@ def missing() -> str | None:
     return "the installed vLLM has no FlashAttention; install its CUDA build: `pip install vllm`"
 
 
+def version(head_dim: int) -> int | str:
+    """Return the version that serves heads of a size, 2 or 3, or why none does, as a clause.
+
+    The library is loaded, which initialises no device.
+    """
+    try:
+        library = import_module("vllm.vllm_flash_attn")
+        of_vllm = import_module("vllm.v1.attention.backends.fa_utils").get_flash_attn_version(head_size=head_dim)
+    except (ImportError, OSError) as error:  # built for another torch or CUDA, or broken
+        return f"vLLM's FlashAttention does not load ({error}); reinstall vLLM: `pip install --force-reinstall vllm`"
+    chosen = 3 if of_vllm == 3 else 2  # the fourth asks for pages of its own
+    reason = library.fa_version_unsupported_reason(chosen)
+    if of_vllm is None or reason:
+        why = reason or "see what vLLM logged"
+        return f"vLLM's FlashAttention does not work here with heads of {head_dim} ({why}); reinstall vLLM"
+    return chosen
+
+
+def unavailable(head_dim: int) -> str | None:
+    """Return why the library cannot be called for heads of a size, as a clause; None if it can."""
+    found = missing() or version(head_dim)
+    return found if isinstance(found, str) else None
+
+
 def refusal(setting: Setting) -> str | None:
     """Return why rows without context are not given to it, as a clause; None if they are."""
-    return SUPPORT.refusal(setting) or missing()
+    return SUPPORT.refusal(setting) or unavailable(setting.head_dim)
 
 
 class VarlenAttention:
@@ -48,11 +73,15 @@ class VarlenAttention:
 
     Args:
         heads: of the model.
+
+    Raises: KernelUnavailable as `version` says.
     """
 
     def __init__(self, heads: Heads) -> None:
-        version = import_module("vllm.v1.attention.backends.fa_utils").get_flash_attn_version(head_size=heads.head_dim)
-        self.version = version if version == 3 else 2  # the fourth asks for pages of its own
+        found = version(heads.head_dim)
+        if isinstance(found, str):
+            raise KernelUnavailable(found)
+        self.version = found
         self.function: Callable[..., Any] = import_module("vllm.vllm_flash_attn").flash_attn_varlen_func
         self.scale = heads.scale
 

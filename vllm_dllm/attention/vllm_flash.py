@@ -26,7 +26,7 @@ from torch import Tensor
 from vllm_dllm.attention.groups import ContextGroups, OwnNodes, context_groups, own_nodes, ranges
 from vllm_dllm.attention.interface import Heads, Setting, Support
 from vllm_dllm.attention.layout import ForwardLayout, IntArray, PagedIndex
-from vllm_dllm.attention.varlen import SUPPORT, VarlenAttention, missing, offsets, to_device
+from vllm_dllm.attention.varlen import SUPPORT, VarlenAttention, offsets, to_device, unavailable
 
 
 class VllmFlashAttention:
@@ -36,8 +36,8 @@ class VllmFlashAttention:
 
     @staticmethod
     def unavailable(setting: Setting) -> str | None:
-        """Return None if the installed vLLM has the library; nothing is imported."""
-        return missing()
+        """Return why the installed vLLM's library is not there or does not load, with the command that mends it."""
+        return unavailable(setting.head_dim)
 
     @staticmethod
     def temporary_bytes(query: Tensor, max_context_len: int) -> int:

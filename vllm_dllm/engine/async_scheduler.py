@@ -1,28 +1,49 @@
-"""Scheduling a step of a block-causal model while the step before runs."""
+"""Scheduling a step while the step before runs."""
+
+from dataclasses import replace
+from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_dllm.engine.configs import rules_of
+from vllm_dllm.engine.report import RequestReport, StepReport
+from vllm_dllm.engine.run_ahead import RunAhead
 from vllm_dllm.engine.scheduler import DllmScheduler, leave_out
 from vllm_dllm.state.kv import KvStep
 
 
 class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
-    """Schedules a step of a block-causal model while the step before is under way.
+    """Schedules a step while the step before is under way.
 
-    It does not know which requests begin a block in the step, so all have room for a block to commit. vLLM's counts
-    take what is under way for accepted until it is known.
+    vLLM's counts take what is under way for accepted until it is known.
     """
 
     def _denoising(self) -> list[Request]:
-        """Leave a request out of the step where its count comes too near to `max_model_len`, until it is known."""
+        """Leave out of the step who may not run ahead, until it is known what the step under way came to."""
         denoising = super()._denoising()
-        last = self.max_model_len - self.block_length
+        ahead = [request for request in denoising if self._may_run_ahead(request)]
         for request in denoising:
-            if request.num_computed_tokens > last:
+            if request not in ahead:
                 leave_out(request, self.current_step)
-        return [request for request in denoising if request.num_computed_tokens <= last]
+        return ahead
+
+    def _may_run_ahead(self, request: Request) -> bool:
+        """Tell whether vLLM's count is not too near to `max_model_len`."""
+        return request.num_computed_tokens <= self.max_model_len - self.block_length
+
+    def _step_ms(self, updated_at_s: float) -> tuple[float | None, float | None]:
+        """Return the time from one step's end to the next, in which the host does its part meanwhile."""
+        return None if self._updated_at_s is None else (updated_at_s - self._updated_at_s) * 1e3, None
+
+
+class CausalAsyncScheduler(DllmAsyncScheduler):
+    """Of a block-causal model: the workers wait for the step under way, to know who begins a block.
+
+    The scheduler does not, so all have room for a block to commit.
+    """
 
     def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool]]:
         num_blocks = 1 if self.rows.kv.stores_alone else 2  # a block that is stored alone has no other beside it
@@ -40,6 +61,70 @@ class DllmAsyncScheduler(DllmScheduler, AsyncScheduler):
         """Add a block to what is known, if the step before may end one."""
         return super()._paged_end(request) + (self.block_length if request.num_output_placeholders else 0)
 
-    def _step_ms(self, updated_at_s: float) -> tuple[float | None, float | None]:
-        """Return the time from one step's end to the next, in which the host does its part meanwhile."""
-        return None if self._updated_at_s is None else (updated_at_s - self._updated_at_s) * 1e3, None
+
+class BidirectionalAsyncScheduler(DllmAsyncScheduler):
+    """Of a bidirectional model: who has hardly ended its block runs ahead, and nobody waits for the device.
+
+    A step is decided here as ever, and takes the CUDA graph that it would take: a request is in it as one whose block
+    goes on. Where it had ended after all, its part of the step is void.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ahead = RunAhead(self.settings, rules_of(self.vllm_config), self.max_model_len)
+        self._void: set[str] = set()  # who had a void part of the step that is reported
+
+    def _may_run_ahead(self, request: Request) -> bool:
+        return super()._may_run_ahead(request) and self.ahead.may_go_on(request)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Tell the workers, too, whether they must look for blocks that have ended."""
+        requests = [self.requests[req_id] for req_id in scheduler_output.num_scheduled_tokens]
+        may_be_void = any(self.ahead.may_be_void(request) for request in requests)
+        super()._update_after_schedule(scheduler_output)
+        order = scheduler_output.aux_output_connector_metadata
+        scheduler_output.aux_output_connector_metadata = replace(order, may_be_void=may_be_void)
+
+    def _decide_kv(self, output: SchedulerOutput) -> tuple[KvStep | None, bool]:
+        """Decide by what the steps under way will have left: they are noted here, not when their reports come."""
+        decided = super()._decide_kv(output)
+        for req_id in output.num_scheduled_tokens:
+            request = self.requests[req_id]
+            self.rows.kv.note(req_id, request.num_tokens)
+            self.ahead.scheduled(request, len(output.scheduled_spec_decode_tokens[req_id]) - self.block_length)
+        return decided
+
+    def _reports_of(self, output: SchedulerOutput, report: StepReport | None) -> dict[str, RequestReport]:
+        """Leave out the void ones."""
+        reports = super()._reports_of(output, report)
+        counted = {req_id: each for req_id, each in reports.items() if self.ahead.reported(req_id, each)}
+        self._void = reports.keys() - counted.keys()
+        return counted
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> SpecDecodingStats | None:
+        """Count no step that was void."""
+        if request_id in self._void:
+            return spec_decoding_stats
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
+        )
+
+    def _note_stored(self, reports: dict[str, RequestReport]) -> None:
+        """Do nothing: the steps are noted, and no pages are shared."""
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self.ahead.preempted(request.request_id)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _free_request(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        self.ahead.freed(request.request_id)
+        return super()._free_request(request, *args, **kwargs)

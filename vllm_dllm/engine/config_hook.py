@@ -83,11 +83,6 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "VLLM_RAISE_ON_LOGIT_NANS is set, but diffusion models do not count NaNs; allowed is 0; unset it",
     ),
     (
-        lambda c: c.scheduler_config.async_scheduling and not _is_block_causal(c.model_config),
-        "async_scheduling is on, but the host must know which requests begin a block of a bidirectional model; remove "
-        "--async-scheduling",
-    ),
-    (
         lambda c: c.scheduler_config.scheduler_cls,
         "scheduler_cls is set, but diffusion models need their own scheduler; remove --scheduler-cls",
     ),

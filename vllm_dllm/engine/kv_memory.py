@@ -2,6 +2,7 @@
 
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from vllm_dllm.blocks import max_prompt_len
@@ -23,7 +24,8 @@ def least_kv_bytes(vllm_config: VllmConfig) -> int:
     """Return the memory below which no engine starts: that of the pages of `least_num_pages`, in each rank."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     itemsize = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model).itemsize
-    return least_num_pages(vllm_config) * _page_bytes(model, vllm_config.parallel_config, itemsize, cache.block_size)
+    page_bytes = _page_bytes(model, vllm_config.parallel_config, itemsize, page_tokens(vllm_config))
+    return least_num_pages(vllm_config) * page_bytes
 
 
 def least_num_pages(vllm_config: VllmConfig) -> int:
@@ -34,7 +36,7 @@ def least_num_pages(vllm_config: VllmConfig) -> int:
     length = vllm_config.model_config.max_model_len
     if fits_itself(vllm_config.model_config):
         length -= max_prompt_len(settings_of(vllm_config), length) - 1
-    return -(-length // vllm_config.cache_config.block_size) + 1
+    return -(-length // page_tokens(vllm_config)) + 1
 
 
 def fits_itself(model_config: ModelConfig) -> bool:
@@ -54,6 +56,12 @@ def fit_max_model_len(vllm_config: VllmConfig, num_pages: int) -> None:
     if fits_itself(model) and longest < model.max_model_len:
         logger.info("Lowering max_model_len from %d to %d, what %d pages hold", model.max_model_len, longest, num_pages)
         model.max_model_len = longest
+
+
+def page_tokens(vllm_config: VllmConfig) -> int:
+    """Return the tokens of a page before an engine starts: by default vLLM 0.33 decides a CPU's in the worker alone."""
+    is_default = not vllm_config.cache_config.user_specified_block_size
+    return PAGE_TOKENS if is_default and current_platform.is_cpu() else int(vllm_config.cache_config.block_size)
 
 
 def _page_bytes(model_config: ModelConfig, parallel: ParallelConfig, itemsize: int, page_tokens: int) -> int:

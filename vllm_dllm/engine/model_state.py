@@ -35,7 +35,7 @@ from vllm_dllm.engine.step import Step, rows_to_device
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import choose_draws
-from vllm_dllm.state.kv import IntArray, KvSchedule
+from vllm_dllm.state.kv import IntArray, KvSchedule, KvStep
 from vllm_dllm.state.settle import Ledger, choose_settle
 from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
 from vllm_dllm.unmask.walk import choose_walk
@@ -207,6 +207,11 @@ class DllmModelState(ModelState):
         """Return the step of a real batch; None for a dummy one, which `preprocess_state` does not see."""
         return self._step if self._step is not None and self._step.batch is batch else None
 
+    def is_void(self, step: Step) -> Tensor:
+        """Tell of whom the block had ended when a step began that is not of the next one; [num_reqs] bool."""
+        num_computed: Tensor = self._request_states.num_computed_tokens.gpu
+        return num_computed[step.blocks.slots] > step.ledger.num_known
+
     def _left_rows(self) -> Tensor | None:
         if not self._family.logit_shift or self._family.is_block_causal:
             return None
@@ -216,25 +221,20 @@ class DllmModelState(ModelState):
     def _begin_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> Step:
         """Plan the step of the requests that have a block to decide, the first of the batch, and make their canvases.
 
-        Where their blocks begin is the scheduler's knowledge, so nothing waits for the device; unless it schedules
-        ahead, and does not know what the step before came to.
+        Where their blocks begin is the scheduler's knowledge, so nothing waits for the device; unless it leaves to us
+        what the step stores, since it does not know what the step before came to.
         """
         counted = batch.num_draft_tokens_per_req
         num_reqs = 0 if counted is None else int((counted > 0).sum())
         counted_np = np.zeros(0, dtype=np.int64) if counted is None else counted[:num_reqs].astype(np.int64)
         slots, slots_np = batch.idx_mapping[:num_reqs], batch.idx_mapping_np[:num_reqs]
-        # A prompt is known, though its step is the one that vLLM counts it in.
-        known_np = num_computed_tokens[slots].cpu().numpy() if self._is_async else batch.num_computed_tokens_np
-        known_np = np.maximum(known_np[:num_reqs], batch.prefill_len_np[:num_reqs]).astype(np.int64)
-        block_start_np = self.kv_schedule.block_start(known_np)
-        num_known, start, num_counted = self._to_device(np.stack([known_np, block_start_np, counted_np]))
-        blocks = Blocks(slots, slots_np, start)
-        seq_len_np = self.state.seq_len_np[slots_np]
         kv = None if self.order is None else self.order.kv_of(batch.req_ids[:num_reqs])
         if kv is None:
-            kv = self.kv_schedule.step(slots_np.tolist(), known_np, seq_len_np)
-            for slot, start_of in zip(slots_np.tolist(), block_start_np.tolist(), strict=True):
-                self.kv_schedule.note(slot, start_of)
+            kv = self._decide_kv(batch, num_computed_tokens, num_reqs)
+        block_start_np = self.kv_schedule.block_start(kv.num_known)
+        num_known, start, num_counted = self._to_device(np.stack([kv.num_known, block_start_np, counted_np]))
+        blocks = Blocks(slots, slots_np, start)
+        seq_len_np = self.state.seq_len_np[slots_np]
         plan = plan_step(
             kv,
             block_start=block_start_np,
@@ -255,7 +255,19 @@ class DllmModelState(ModelState):
         ledger = Ledger(batch.num_reqs, num_known, num_counted, planned, missing=missing)
         if kv.stores_alone.any():
             ledger = replace(ledger, begun=self._to_device(kv.stores_alone.astype(np.int64)))
-        return Step(batch, plan, blocks, ledger, special, nodes)
+        may_be_void = self.order is not None and self.order.may_be_void
+        return Step(batch, plan, blocks, ledger, special, nodes, may_be_void=may_be_void)
+
+    def _decide_kv(self, batch: InputBatch, num_computed_tokens: Tensor, num_reqs: int) -> KvStep:
+        """Decide what a step stores of the first requests of a batch; with async scheduling by what the device has."""
+        slots, slots_np = batch.idx_mapping[:num_reqs], batch.idx_mapping_np[:num_reqs]
+        known_np = num_computed_tokens[slots].cpu().numpy() if self._is_async else batch.num_computed_tokens_np
+        # A prompt is known, though its step is the one that vLLM counts it in.
+        known_np = np.maximum(known_np[:num_reqs], batch.prefill_len_np[:num_reqs]).astype(np.int64)
+        kv = self.kv_schedule.step(slots_np.tolist(), known_np, self.state.seq_len_np[slots_np])
+        for slot, start in zip(slots_np.tolist(), self.kv_schedule.block_start(known_np).tolist(), strict=True):
+            self.kv_schedule.note(slot, start)
+        return kv
 
     def _cut(self, blocks: Blocks, block_start: IntArray, seq_len: IntArray) -> Tensor:
         """Cut blocks that end with their rows; returns how many positions each has fewer, [num_reqs] int64."""

@@ -41,12 +41,14 @@ class StepOrder:
         kv: what it stores of each of them; None: the scheduler is ahead of reports, so the workers decide it.
         is_long: whether it may have segments that no captured CUDA graph has.
         roster: who should be in the workers' slots, where that is checked.
+        may_be_void: whether the block of a request may have ended, of whom the scheduler did not know so.
     """
 
     requests: tuple[str, ...]
     kv: KvStep | None
     is_long: bool = False
     roster: frozenset[str] | None = None
+    may_be_void: bool = False
 
     def kv_of(self, requests: Sequence[str]) -> KvStep | None:
         """Return what it stores of its requests, in another order."""

@@ -52,6 +52,8 @@ class DllmSampler:
             return self._nothing(hidden, input_batch)
         denoiser = self.model_state.denoiser
         done = denoiser.advance(step.blocks, step.nodes, hidden, None if step.special is None else step.special.fresh)
+        if step.may_be_void:
+            done = denoiser.void(step.blocks, done, self.model_state.is_void(step))
         emitted = denoiser.settle(step.blocks, step.nodes, done, step.ledger)
         self._report = emitted.report
         return _output(emitted.sampled, emitted.num_sampled, emitted.num_rejected)

@@ -53,12 +53,12 @@ def _with_bodies_checked(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_lines_checked(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def wrapper(engine_client: Any, args: Any) -> Any:
+    async def wrapper(engine_client: Any, *args: Any) -> Any:  # 0.33 adds the file and its number of lines
         if is_ours(engine_client.model_config):
             from vllm_dllm.engine.bodies import check_lines
 
             check_lines()
-        return await original(engine_client, args)
+        return await original(engine_client, *args)
 
     return wrapper
 

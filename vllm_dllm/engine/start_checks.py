@@ -11,7 +11,7 @@ from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memo
 from vllm.utils.system_utils import get_mp_context
 
 from vllm_dllm.engine.configs import is_ours
-from vllm_dllm.engine.kv_memory import fits_itself, kv_bytes, least_kv_bytes, least_num_pages
+from vllm_dllm.engine.kv_memory import fits_itself, kv_bytes, least_kv_bytes, least_num_pages, page_tokens
 from vllm_dllm.errors import ConfigError
 
 GIB = 1 << 30
@@ -82,8 +82,8 @@ def check_num_pages(vllm_config: VllmConfig) -> None:
     if given is not None and given < least:
         raise ConfigError(
             f"num_gpu_blocks_override is {given}, but the K/V of one request {_of_length(vllm_config.model_config)} "
-            f"take {least} pages of {cache.block_size} tokens, with the page that vLLM keeps; allowed are this number "
-            "and more; leave it out or lower --max-model-len"
+            f"take {least} pages of {page_tokens(vllm_config)} tokens, with the page that vLLM keeps; allowed are this "
+            "number and more; leave it out or lower --max-model-len"
         )
 
 

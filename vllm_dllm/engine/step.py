@@ -41,6 +41,7 @@ class Step:
     special: Special | None  # None: the plan is plain
     nodes: Nodes  # the canvases
     store: PagedIndex | None = None  # where each row's K/V go, once the rows are made; None: nowhere
+    may_be_void: bool = False  # as in `engine.report.StepOrder`
 
     def head_rows(self, *, logit_shift: bool) -> Tensor | slice:
         """Return the rows of the forward that go to the LM head, those of a node together.

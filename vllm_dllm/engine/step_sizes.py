@@ -13,7 +13,11 @@ from vllm_dllm.spiffy_config import SpiffySettings
 logger = init_logger("vllm.dllm")
 
 SCHEDULER = "vllm_dllm.engine.scheduler.DllmScheduler"
-ASYNC_SCHEDULER = "vllm_dllm.engine.async_scheduler.DllmAsyncScheduler"
+ASYNC_SCHEDULERS = {
+    True: "vllm_dllm.engine.async_scheduler.CausalAsyncScheduler",
+    False: "vllm_dllm.engine.async_scheduler.BidirectionalAsyncScheduler",
+}
+"""By whether a model is block-causal."""
 
 MAX_DRAFT_ROWS = 2048
 """Rows of a step beyond which a forward is bound by arithmetic on any device, so that drafts only cost."""
@@ -33,7 +37,7 @@ def set_step_sizes(vllm_config: VllmConfig, settings: DllmConfig, spiffy: Spiffy
     num_rows = _step_rows(block_length, vllm_config.scheduler_config.max_num_seqs, spiffy)
     if is_causal:
         num_rows = max(num_rows, 2 * block_length * vllm_config.scheduler_config.max_num_seqs)
-    _set_scheduler(vllm_config, num_rows)
+    _set_scheduler(vllm_config, num_rows, is_causal=is_causal)
     _set_cuda_graphs(vllm_config, block_length, num_rows, is_uniform=spiffy is None and not is_causal)
 
 
@@ -77,21 +81,19 @@ def _step_rows(block_length: int, max_num_seqs: int, spiffy: SpiffySettings | No
     return num_rows
 
 
-def _set_scheduler(vllm_config: VllmConfig, num_rows: int) -> None:
+def _set_scheduler(vllm_config: VllmConfig, num_rows: int, *, is_causal: bool) -> None:
     """Make the token budget large enough for the rows of every running request and the longest prompt in one step.
 
     A refresh may be as long as `max_model_len`.
     """
     scheduler = vllm_config.scheduler_config
-    if scheduler.async_scheduling:
-        logger.info(
-            "async_scheduling: %s",
-            "vLLM has none on a CPU, steps are scheduled one after the other"
-            if current_platform.is_cpu()
-            else "a step is scheduled while the one before runs, and waits for it to know where its blocks begin",
-        )
+    if scheduler.async_scheduling and current_platform.is_cpu():
+        logger.info("async_scheduling: vLLM has none on a CPU, steps are scheduled one after the other")
+    elif scheduler.async_scheduling:
+        but = "and waits for it to know where its blocks begin" if is_causal else "unless that is likely to end a block"
+        logger.info("async_scheduling: a step is scheduled while the one before runs, %s", but)
     scheduler.async_scheduling = bool(scheduler.async_scheduling) and not current_platform.is_cpu()
-    scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
+    scheduler.scheduler_cls = ASYNC_SCHEDULERS[is_causal] if scheduler.async_scheduling else SCHEDULER
     needed = num_rows + vllm_config.model_config.max_model_len
     if scheduler.max_num_batched_tokens < needed:
         logger.info(

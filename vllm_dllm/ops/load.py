@@ -43,9 +43,12 @@ def load_library(path: Path = LIBRARY) -> None:
         raise KernelUnavailable(
             f"vllm-dllm's native ops do not load with torch {torch.__version__}: {error}; rebuild them: {BUILD_COMMAND}"
         ) from error
+    lacking = [op for op in OPS if not hasattr(getattr(torch.ops, NAMESPACE), op)]
+    if lacking:
+        raise KernelUnavailable(
+            f"{path} is older than vllm-dllm and lacks {', '.join(lacking)}; rebuild it: {BUILD_COMMAND}"
+        )
     for op in OPS:
-        if not hasattr(getattr(torch.ops, NAMESPACE), op):
-            raise KernelUnavailable(f"{path} is older than vllm-dllm and lacks {op}; rebuild it: {BUILD_COMMAND}")
         torch.library.register_fake(f"{NAMESPACE}::{op}", import_module(f"vllm_dllm.ops.{op}").fake)
 
 

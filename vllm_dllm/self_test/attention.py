@@ -1,5 +1,6 @@
 """An implementation of attention against the rule in float64, over pages that hold NaN wherever nothing may be read."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,15 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.attention.interface import Attention, Heads
-from vllm_dllm.attention.layout import HostLayout, PagedIndex, host_layout, to_device
+from vllm_dllm.attention.layout import (
+    CapturedLayout,
+    HostLayout,
+    PagedIndex,
+    empty_layout,
+    host_layout,
+    pad_layout,
+    to_device,
+)
 from vllm_dllm.attention.store import store_kv
 from vllm_dllm.self_test.check import Check, row_error
 
@@ -41,14 +50,26 @@ class AttentionShape:
 
 
 def step_layout(shape: AttentionShape) -> HostLayout:
-    """Lay out a step of everything: a refresh, and for each length of the context a request with drafts.
+    """Lay out a step of everything: a refresh, one whose rows see each other causally, and `blocks_layout`."""
+    longest = min(LONGEST_SEGMENT, shape.max_len)
+    blocks = blocks_layout(shape)
+    return host_layout(
+        np.concatenate([[1, 1], np.diff(blocks.first_node)]),
+        np.concatenate([[longest, longest], blocks.own_len]),
+        np.concatenate([np.zeros((2, 4), dtype=np.int32), blocks.context]),
+        np.concatenate([[0, 1], blocks.is_causal]) > 0,
+    )
+
+
+def blocks_layout(shape: AttentionShape) -> HostLayout:
+    """Lay out a step of blocks alone: for each length of the context a request with drafts.
 
     Every other one of these sees nothing behind its block, as in a block-causal model, and has the block before to
-    commit. Of the others the last node's rows see each other causally, and so do those of one more long segment.
+    commit. Of the others the last node's rows see each other causally.
     """
-    block_length, longest = shape.block_length, min(LONGEST_SEGMENT, shape.max_len)
-    own_len, context, num_nodes = [longest] * 2, [[0, 0, 0, 0]] * 2, [1, 1]
-    is_causal = [False, True]
+    block_length = shape.block_length
+    context: list[list[int]] = []
+    is_causal, num_nodes = [], []
     room = shape.max_len - block_length
     for number, length in enumerate(sorted({min(length, room) for length in CONTEXTS if room > 0})):
         start = length if number % 2 else length // 2
@@ -56,10 +77,12 @@ def step_layout(shape: AttentionShape) -> HostLayout:
         if number % 2 and start >= block_length:
             nodes.append([0, start - block_length, start, start])
         context += nodes
-        own_len += [block_length] * len(nodes)
         is_causal += [False] * (len(nodes) - 1) + [number % 2 == 0]
         num_nodes.append(len(nodes))
-    return host_layout(np.array(num_nodes), np.array(own_len), np.array(context), np.array(is_causal))
+    own_len = np.full(len(context), block_length)
+    return host_layout(
+        np.array(num_nodes, dtype=np.int64), own_len, np.array(context).reshape(-1, 4), np.array(is_causal)
+    )
 
 
 def block_layout(shape: AttentionShape) -> HostLayout:
@@ -137,15 +160,65 @@ class Scene:
 
 
 def check_attention(name: str, implementation: type[Attention], shape: AttentionShape, device: torch.device) -> Check:
-    """Compare an implementation with the rule, in a step that has everything and in one of a block alone."""
+    """Compare an implementation with the rule, in a step that has everything and in one of a block alone.
+
+    One that may be captured is compared as a captured CUDA graph has it, too.
+    """
     scenes = [Scene(shape, layout(shape), device) for layout in (step_layout, block_layout)]
     errors = [row_error(scene.attend(implementation), scene.expected()) for scene in scenes]
+    if implementation.support.cuda_graphs:
+        errors.append(_captured_error(implementation, shape, device))
     error = max(errors, key=lambda error: (error != error, error))  # NaN is larger than any
     case = (
         f"{shape.num_heads}/{shape.num_kv_heads} heads of {shape.head_dim}, pages of {shape.page_size}, blocks of "
         f"{shape.block_length}, contexts up to {max(int(scene.host.context_len.max()) for scene in scenes)}"
     )
     return Check(f"attention {name}", case, error, ALLOWED[shape.dtype])
+
+
+def _captured_error(implementation: type[Attention], shape: AttentionShape, device: torch.device) -> float:
+    """Capture a step of nobody, as an engine does, and replay it with the rows and the layout of another one.
+
+    That one is padded: the last requests are nobody's, and the rows of two blocks.
+    """
+    host, block_length = blocks_layout(shape), shape.block_length
+    num_rows = int(host.first_row[-1]) + 2 * block_length
+    max_num_requests = host.num_requests + 1
+    num_requests = min(num_rows // block_length, max_num_requests) + 1
+    padded = pad_layout(host, num_rows=num_rows, num_requests=num_requests, block_length=block_length)
+    scene = Scene(shape, padded, device)
+    buffers = CapturedLayout(
+        max_num_requests=max_num_requests,
+        max_num_nodes=num_rows // block_length,
+        max_pages=scene.page_table.shape[1],
+        block_length=block_length,
+        heads_per_kv=shape.num_heads // shape.num_kv_heads,
+        device=device,
+    )
+    nobody = buffers.fill(empty_layout(), scene.page_table[:0], num_rows=num_rows, page_size=shape.page_size)
+    plan = implementation(shape.heads, scene.kv_cache).plan(nobody)
+    out = torch.full_like(scene.query, torch.nan)
+    replay = _captured(lambda: plan.run(scene.query, scene.key, scene.value, scene.kv_cache, out), device)
+    buffers.fill(host, scene.page_table[: host.num_requests], num_rows=num_rows, page_size=shape.page_size)
+    out.fill_(torch.nan)
+    replay()
+    return row_error(out, scene.expected())
+
+
+def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Capture a call in a CUDA graph; on a CPU it is its own replay, which finds what the tensors hold by then."""
+    if device.type == "cpu":
+        return run
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is loaded at the first call may not be within a capture
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+    return graph.replay
 
 
 def _per_request(host: HostLayout) -> list[int]:

@@ -34,6 +34,7 @@ BoolArray = NDArray[np.bool_]
 class KvStep:
     """What a step stores of each request; arrays [num_reqs]."""
 
+    num_known: IntArray  # tokens before the step
     begin: IntArray  # first position that a refresh or a prefill stores
     end: IntArray  # behind the last one; `begin` where there is neither
     commits: BoolArray  # whose step stores the block before the present one
@@ -124,6 +125,7 @@ class KvSchedule:
             )
         comes_alone = (block_start == num_known) & self.stores_alone
         return KvStep(
+            num_known=num_known,
             begin=begin,
             end=end,
             commits=begins_block & ~is_new & self.is_causal,

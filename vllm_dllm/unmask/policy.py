@@ -184,6 +184,9 @@ POLICIES: dict[PolicyName, Policy] = {
     "credit": Policy(_confidence, _reaching, CREDIT),
 }
 
+SCHEDULED = frozenset(name for name, policy in POLICIES.items() if policy.count is _scheduled)
+"""Policies of which a request's table alone says how many positions a step unmasks."""
+
 POLICY_IDS: dict[PolicyName, int] = {name: number for number, name in enumerate(POLICIES)}
 
 MEMORIES = {POLICY_IDS[name]: policy.memory for name, policy in POLICIES.items() if policy.memory is not None}

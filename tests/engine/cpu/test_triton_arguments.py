@@ -11,7 +11,7 @@ import torch
 from tests.e2e.triton_arguments import POINTERS, faults
 from vllm_dllm.engine.cpu.binding import REPLACEMENTS, kernel_arg_names
 
-LATER = {"draft_tokens_ptr"}
+LATER = {"draft_tokens_ptr", "draft_tokens_out_ptr"}
 """Arguments of `post_update` that vLLM 0.32 does not have."""
 
 

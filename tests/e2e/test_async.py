@@ -1,0 +1,154 @@
+"""Bidirectional models with async scheduling: async == sync == reference, in fp32, and steps that run ahead.
+
+As in `test_sdar_async.py`, a CPU is kept from turning it off.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.ahead import scheduled_ahead, scheduler_of
+from tests.e2e.dream import PUBLISHED, dream_oracle
+from tests.e2e.rig import (
+    LLADA_POLICIES,
+    MAX_MODEL_LEN,
+    Case,
+    Oracle,
+    mixed_cases,
+    random_graph,
+    run_outputs,
+    shared_engine,
+    speculation,
+    step_all,
+)
+from tests.suite.order import configurations
+
+pytestmark = pytest.mark.engine
+
+FEW_PAGES = 14
+USUAL = [("llada", {"block_length": 8}, 3, None), ("dream", {"block_length": 8, "refresh_every": 4}, None, FEW_PAGES)]
+SLOW = [("llada", {"block_length": 32, "kv_policy": "prefix"}, None, None), ("dream", {"block_length": 8}, 5, None)]
+"""Family, settings, budget, pages."""
+
+
+@pytest.fixture(autouse=True)
+def _cpu_schedules_ahead() -> Iterator[None]:
+    with scheduled_ahead():
+        yield
+
+
+class Served:
+    """An engine, and what decodes as it should."""
+
+    def __init__(self, checkpoint: Path, oracle: Oracle, family: str, settings: Any, budget: Any, pages: Any) -> None:
+        block_length = settings["block_length"]
+        config = None if budget is None else speculation(random_graph(3, 8, block_length), budget)
+        options: dict[str, Any] = {"speculative_config": config, "async_scheduling": True, "max_num_seqs": 7}
+        if pages is not None:
+            options["num_gpu_blocks_override"] = pages
+        self.llm = shared_engine(checkpoint, settings, **options)
+        self.oracle, self.settings, self.block_length = oracle, settings, block_length
+        self.policies = PUBLISHED if family == "dream" else LLADA_POLICIES
+
+    def expected(self, case: Case) -> list[int]:
+        return self.oracle.tokens(case, self.settings)
+
+    def check(self, cases: list[Case]) -> None:
+        """Compare tokens, and counts of forwards."""
+        outputs = run_outputs(self.llm, cases)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == [self.expected(case) for case in cases]
+        took = [output.kv_transfer_params["dllm"] for output in outputs]
+        expected = [self.oracle.generation(case, self.settings).nfe for case in cases]
+        assert [n["nfe"] + n["accepted"] for n in took] == expected
+
+
+@pytest.fixture(scope="module")
+def oracles(mild: Path, mild_dream: Path, mild_oracle: Oracle) -> dict[str, tuple[Path, Oracle]]:
+    return {"llada": (mild, mild_oracle), "dream": (mild_dream, dream_oracle(mild_dream))}
+
+
+@pytest.fixture(params=configurations("async", USUAL, SLOW))
+def served(request: pytest.FixtureRequest, oracles: dict[str, tuple[Path, Oracle]]) -> Served:
+    return Served(*oracles[request.param[0]], *request.param)
+
+
+@pytest.fixture
+def ahead(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each step that is scheduled of each request, whether the one before is under way."""
+    scheduler, steps = scheduler_of(served.llm), []
+    decide = scheduler._decide_kv
+
+    def spy(output: Any) -> Any:
+        requests = [scheduler.requests[req_id] for req_id in output.num_scheduled_tokens]
+        steps.extend(request.num_output_placeholders > 0 for request in requests)
+        return decide(output)
+
+    monkeypatch.setattr(scheduler, "_decide_kv", spy)
+    return steps
+
+
+def test_mixed_batch_equals_reference(served: Served, ahead: list[bool]) -> None:
+    assert served.llm.llm_engine.vllm_config.max_concurrent_batches == 2
+    cases = mixed_cases(served.block_length, seed=12, policies=served.policies)
+    served.check(cases)
+    assert sum(ahead) > len(ahead) / 4, "too few steps ran ahead"
+    assert not scheduler_of(served.llm).rows.known
+    assert not scheduler_of(served.llm).ahead.known
+
+
+def test_where_the_steps_are_known_all_but_the_first_of_a_block_run_ahead(served: Served, ahead: list[bool]) -> None:
+    case = Case(tuple(range(5, 25)), max_tokens=3 * served.block_length, policy="static")
+    (output,) = run_outputs(served.llm, [case])
+    assert list(output.outputs[0].token_ids) == served.expected(case)
+    if scheduler_of(served.llm).rule is None:
+        num_steps = served.oracle.generation(case, served.settings).nfe // 3
+        assert ahead == ([False] + [True] * (num_steps - 1)) * 3
+
+
+def test_a_step_behind_the_end_of_a_block_is_void(
+    served: Served, ahead: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody runs ahead, whatever the steps under way come to: so each block has a step too many."""
+    scheduler, reports = scheduler_of(served.llm), []
+    reported = scheduler.ahead.reported
+
+    def spy(name: str, report: Any) -> bool:
+        counts = reported(name, report)
+        reports.append((bool(report.finished), bool(report.unmasked), counts))
+        return counts
+
+    monkeypatch.setattr(scheduler.ahead, "may_go_on", lambda request: True)
+    monkeypatch.setattr(scheduler.ahead, "reported", spy)
+    cases = mixed_cases(served.block_length, seed=3, policies=served.policies)
+    served.check(cases)
+    assert all(ahead[7:]) or sum(ahead) > len(ahead) / 2
+    void = [each for each in reports if not each[2]]
+    assert len(void) > len(cases) / 2
+    assert not any(finished or unmasked for finished, unmasked, _ in void)
+
+
+def test_preemption_and_aborts_leave_the_others_alone(served: Served) -> None:
+    cases = mixed_cases(served.block_length, seed=6, policies=served.policies)[:8]
+    under_way: list[bool] = []
+
+    def interfere(number: int, llm: Any) -> None:
+        if number % (served.block_length + 9) == 5:
+            under_way.extend(request.num_in_flight_tokens > 0 for request in scheduler_of(llm).running)
+            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+        if number == 4:
+            llm.llm_engine.abort_request(["1"])
+
+    tokens = step_all(served.llm, cases, interfere)
+    assert sum(under_way) >= 4, "too few were preempted while a step was under way"
+    expected = {str(i): served.expected(case) for i, case in enumerate(cases) if i != 1}
+    assert {name: ids for name, ids in tokens.items() if name != "1"} == expected
+    assert not scheduler_of(served.llm).ahead.known
+
+
+def test_near_the_end_of_max_model_len(served: Served) -> None:
+    lefts = (served.block_length, served.block_length + 1, 37, 64)
+    cases = [Case(tuple(range(5, 5 + MAX_MODEL_LEN - left)), max_tokens=left, temperature=0.7) for left in lefts]
+    outputs = run_outputs(served.llm, cases)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [served.expected(case) for case in cases]
