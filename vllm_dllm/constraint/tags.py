@@ -37,8 +37,8 @@ def _written(part: Mapping[str, Any], space: str) -> str:
     kind = part.get("type")
     if kind not in writes or (kind == "tag" and not isinstance(part["end"], str)):
         raise ConstraintError(
-            f"a structural tag has a part of type {kind!r}, allowed are {', '.join(writes)}: text with calls in it "
-            "cannot be enforced; send tool_choice 'required' or a named tool, tools that are not strict, or response_format"
+            f"a structural tag has a part of type {kind!r}, allowed are {', '.join(writes)}: text with calls in it is "
+            "not enforced; send tool_choice 'required' or a named tool, tools that are not strict, or response_format"
         )
     return writes[str(kind)]()
 

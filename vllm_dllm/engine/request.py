@@ -10,7 +10,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
@@ -24,6 +24,7 @@ from vllm_dllm.config import (
 from vllm_dllm.engine.configs import is_ours, settings_of
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.refusals import RequestError, request_options
+from vllm_dllm.engine.structured import put_in
 from vllm_dllm.names import PolicyName
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -180,8 +181,15 @@ def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_a
     )
 
 
-def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") -> None:
+def finish_admission(
+    processor: "InputProcessor", request: "EngineCoreRequest", asked: StructuredOutputsParams | None = None
+) -> None:
     """Check a request that vLLM admitted, end it with the blocks that fit, and at the family's end-of-turn token too.
+
+    Args:
+        processor: of the front end.
+        request: changed in place.
+        asked: what its answer has to meet, which vLLM did not see.
 
     Raises: RequestError.
     """
@@ -200,6 +208,8 @@ def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") 
     params.extra_args = _plain_args(params.extra_args)
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
+    if asked is not None:
+        put_in(processor, params, asked)
     check_sent(request)
 
 

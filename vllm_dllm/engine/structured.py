@@ -10,6 +10,7 @@ import functools
 import json
 from typing import TYPE_CHECKING, Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
@@ -21,6 +22,7 @@ from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_auto
 from vllm_dllm.constraint.schema import escape, schema_regex
 from vllm_dllm.constraint.tags import tag_regex
 from vllm_dllm.engine.refusals import RequestError
+from vllm_dllm.state.canvas import RequestParams
 
 if TYPE_CHECKING:
     from vllm.v1.engine.input_processor import InputProcessor
@@ -73,25 +75,23 @@ def put_in(processor: "InputProcessor", params: SamplingParams, asked: Structure
 
 
 def answer_of(
-    params: SamplingParams, prompt_len: int, tokens: list[int], seq_len: int, block_start: int, block_length: int
+    params: SamplingParams, resolved: RequestParams, tokens: list[int], block_start: int, block_length: int
 ) -> Answer | None:
     """Return what a request's answer has to meet; None: nothing.
 
     Args:
         params: as admitted.
-        prompt_len: positions of the prompt that was sent.
-        tokens: the known tokens; those behind the prompt are the answer so far.
-        seq_len: where the sequence ends.
+        resolved: the same as workers have them.
+        tokens: the known tokens; those behind the prompt that was sent are the answer so far.
         block_start: absolute position of the block that comes next.
         block_length: positions of a block.
     """
     packed = (params.extra_args or {}).get(SENT)
     if packed is None:
         return None
-    automaton = _unpacked(packed)
-    limit = prompt_len + (params.max_tokens or 0)
-    state = automaton.run(tokens[prompt_len:])
-    return Answer(automaton, prompt_len, limit, seq_len, block_start, block_length, state)
+    automaton, begin = _unpacked(packed), resolved.prompt_len
+    limit = begin + (params.max_tokens or 0)
+    return Answer(automaton, begin, limit, resolved.seq_len, block_start, block_length, automaton.run(tokens[begin:]))
 
 
 def _read(asked: StructuredOutputsParams) -> tuple[str, str, str]:
@@ -214,12 +214,22 @@ def _vocabulary(processor: "InputProcessor", ends: tuple[int, ...]) -> TokenByte
         raise ConstraintError("the server has no tokenizer (skip_tokenizer_init)")
     key = (id(tokenizer), ends)
     if key not in _vocabularies:
-        from vllm.v1.structured_output.utils import _reduced_vocabulary
-
         hidden = {*_special_ids(processor), processor.model_config.hf_config.mask_token_id}
-        tokens = {
-            token: text for text, ids in _reduced_vocabulary(tokenizer).items() for token in ids if token not in hidden
-        }
+        tokens = {token: text for token, text in _texts(tokenizer).items() if token not in hidden}
         _vocabularies[key] = TokenBytes.of(tokens, processor.model_config.get_vocab_size(), ends)
         logger.info("Structured output: %d of %d tokens are text.", len(tokens), len(tokenizer))
     return _vocabularies[key]
+
+
+def _texts(tokenizer: Any) -> dict[int, bytes]:
+    """Return the bytes of all tokens. Raises: ConstraintError for tokenizers that are not over bytes."""
+    of_character = {character: byte for byte, character in bytes_to_unicode().items()}
+    decoder = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
+    if "ByteLevel" not in decoder:
+        raise ConstraintError("the bytes of the tokenizer's tokens are not known: it is none over bytes")
+    added = {token: each.content for token, each in tokenizer.added_tokens_decoder.items()}
+    texts = {token: added[token].encode() for token in added}
+    for text, token in tokenizer.get_vocab().items():
+        if token not in added:
+            texts[token] = bytes(of_character[character] for character in text)
+    return texts
