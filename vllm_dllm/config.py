@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -127,7 +127,7 @@ class DllmConfig(BaseModel):
 
 
 class RequestOptions(BaseModel):
-    """Unmasking policy of one request; None means the server's setting."""
+    """Unmasking policy of one request, where None means the server's setting, and what it shows of its denoising."""
 
     model_config = STRICT
 
@@ -140,7 +140,11 @@ class RequestOptions(BaseModel):
     credit_gamma: _Gain | None = None
     alg_temp: _AlgTemp | None = None
     steps: _Count | None = None
+    stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
 
+
+OWN_OPTIONS = {"steps", "stream"}
+"""Those that no setting of a server is the default of."""
 
 POLICY_OPTIONS: dict[PolicyName, tuple[str, ...]] = {
     "static": ("steps", "alg_temp"),
@@ -249,7 +253,7 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
     Raises: InvalidOptionError.
     """
     policy = options.policy or settings.policy
-    given = options.model_dump(exclude={"policy"}, exclude_none=True)
+    given = options.model_dump(exclude={"policy", "stream"}, exclude_none=True)
     for name, value in given.items():
         if name not in POLICY_OPTIONS[policy]:
             allowed = ", ".join(REQUEST_PREFIX + option for option in POLICY_OPTIONS[policy])

@@ -175,12 +175,12 @@ def test_preempted_answers_go_on_where_they_were(served: Any) -> None:
     ("asked", "message"),
     [
         ({"regex": "("}, "no regular expression that can be built"),
-        ({"regex": "[a-z]{100}"}, "the shortest answer that meets structured_outputs"),
+        ({"regex": "[a-z]{1000}"}, "the shortest answer that meets structured_outputs"),
         ({"grammar": "root ::= a"}, "no regular language, allowed are json, json_object, regex and choice"),
         ({"json": {"$ref": "#"}}, "leads back to itself: a recursive schema is no regular language"),
         ({"json": {"type": "string", "format": "uri"}}, "format is 'uri', allowed are date"),
         ({"json": "{"}, "it is no JSON"),
-        ({"choice": [1]}, "choice is no list of texts"),
+        ({"choice": []}, "choice is no list of texts"),
         ({"regex": "(a|b)*a(a|b){15}"}, "has more than 20000 states"),
     ],
 )

@@ -197,9 +197,8 @@ def test_a_length_that_fits_itself_needs_memory_for_the_shortest_request_alone(m
     from vllm_dllm.engine.kv_memory import fit_max_model_len
 
     memory((16, 15))
-    page_size = _page_size()
     settings = {"dllm": {"block_length": 8}}
-    least = (1 + -(-9 // page_size)) * page_size * _bytes_per_token()  # a token and a block, and the page of vLLM's own
+    least = 2 * PAGE * _bytes_per_token()  # a token and a block, and the page of vLLM's own
 
     def config(**changes: Any) -> Any:
         engine_config.cache_clear()
@@ -212,7 +211,7 @@ def test_a_length_that_fits_itself_needs_memory_for_the_shortest_request_alone(m
         start(config(num_gpu_blocks_override=1, kv_cache_memory_bytes=GIB // 2))
 
     fitted, whole, given = config(), config(), engine_config.__wrapped__(max_model_len=200)
-    fit_max_model_len(fitted, 256 // page_size)
-    fit_max_model_len(whole, 256 // page_size + 1)
+    fit_max_model_len(fitted, 256 // PAGE)
+    fit_max_model_len(whole, 256 // PAGE + 1)
     fit_max_model_len(given, 2)
-    assert [each.model_config.max_model_len for each in (fitted, whole, given)] == [256 - page_size, 256, 200]
+    assert [each.model_config.max_model_len for each in (fitted, whole, given)] == [256 - PAGE, 256, 200]

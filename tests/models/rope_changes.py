@@ -30,14 +30,12 @@ class Change:
     only: str | None = None
 
 
-def ropes(positions: str) -> list[Change]:
-    """Return changes of rotation.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
-    Args:
-        positions: the field of the longest row.
-    """
-    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-    served: list[dict[str, Any]] = [
+
+def _served() -> list[dict[str, Any]]:
+    yarn = YARN
+    return [
         {"type": "default"},
         *({key: "linear", "factor": factor} for key in ("type", "rope_type") for factor in (1, 2, 4.0, 2.5)),
         *({key: "dynamic", "factor": factor} for key in ("type", "rope_type") for factor in (1, 2, 4.0, 2.7)),
@@ -50,7 +48,12 @@ def ropes(positions: str) -> list[Change]:
         yarn | {"factor": 8.5, "rope_theta": None, "partial_rotary_factor": 1.0},
         {"rope_type": "linear", "type": "linear", "factor": 2.0, "rope_theta": 10000.0},
     ]
-    refused: list[tuple[dict[str, Any], str]] = [
+
+
+def _refused() -> list[tuple[dict[str, Any], str]]:
+    """Return what is refused of the object, and the field that is named."""
+    yarn = YARN
+    return [
         *(
             ({"rope_type": kind, "factor": 4.0}, "rope_type")
             for kind in ("llama3", "longrope", "ntk", "su", "mrope", 1)
@@ -76,8 +79,16 @@ def ropes(positions: str) -> list[Change]:
         *((yarn | {name: value}, name) for name in ("beta_fast", "mscale_all_dim") for value in (0, 1e300)),
         (yarn | {"attention_factor": -1.0}, "attention_factor"),
     ]
-    found = [Change("rope", {name: value}) for name in ROTATION for value in served]
-    found += [Change("rope", {name: value}, (wrong,)) for name in ROTATION for value, wrong in refused]
+
+
+def ropes(positions: str) -> list[Change]:
+    """Return changes of rotation.
+
+    Args:
+        positions: the field of the longest row.
+    """
+    found = [Change("rope", {name: value}) for name in ROTATION for value in _served()]
+    found += [Change("rope", {name: value}, (wrong,)) for name in ROTATION for value, wrong in _refused()]
     found += [Change("rope", {name: value}, (name,)) for name in ROTATION for value in ("linear", 4.0, ["linear"])]
     found += [Change("rope", {positions: n}) for n in (16, 64)]
     found += [Change("rope", {positions: n}, (positions,)) for n in (*NOT_SIZES, 1 << 40, None, ABSENT)]

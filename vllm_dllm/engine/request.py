@@ -10,10 +10,11 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
+    OWN_OPTIONS,
     POLICY_OPTIONS,
     DllmConfig,
     InvalidOptionError,
@@ -149,6 +150,8 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
             value=mask_token_id,
         )
     options = request_options(params)
+    if options.stream:
+        _check_stream(params)
     try:
         check_policy_options(options, settings)
         request_steps(options, settings, min(params.max_tokens, blocks.end - prompt_len))
@@ -156,6 +159,19 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
     _refuse_filters(params, options.policy or settings.policy)
     return blocks.end - prompt_len
+
+
+def _check_stream(params: SamplingParams) -> None:
+    """Check that a request's canvas can be shown: vLLM puts outputs of several completions into one."""
+    obstacle = ""
+    if params.output_kind == RequestOutputKind.FINAL_ONLY:
+        obstacle = (
+            "the reply is not streamed; allowed is null; set stream to true, or output_kind to DELTA or CUMULATIVE"
+        )
+    elif params.n != 1:
+        obstacle = f"n is {params.n}; allowed is n 1; send {params.n} requests"
+    if obstacle:
+        raise RequestError(f"dllm_stream is 'denoising', but {obstacle}, or remove it", parameter="dllm_stream")
 
 
 def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
@@ -243,7 +259,7 @@ def resolve_params(
     options = request_options(params)
     blocks = row_blocks(prompt_len, params.max_tokens or 0, settings, max_model_len)
     steps = request_steps(options, settings, min(params.max_tokens or 0, blocks.end - prompt_len))
-    merged = settings.model_copy(update=options.model_dump(exclude={"steps"}, exclude_none=True))
+    merged = settings.model_copy(update=options.model_dump(exclude=OWN_OPTIONS, exclude_none=True))
     has_alg_temp = "alg_temp" in POLICY_OPTIONS[merged.policy]
     return RequestParams(
         policy_id=POLICY_IDS[merged.policy],

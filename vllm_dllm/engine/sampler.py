@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.engine.worker_check import WorkerCheck
-from vllm_dllm.state.report import REPORT_LEN
+from vllm_dllm.state.report import REPORT_LEN, with_canvases
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -68,6 +68,10 @@ class DllmSampler:
         """Return the report of the batch that was just sampled; [num_reqs, REPORT_LEN or more] int32."""
         report, self._report = self._report, None
         assert report is not None, "the runner samples a batch before it asks for the report"
+        state, order = self.model_state.state, self.model_state.order
+        if order is not None and order.shows_canvas:
+            canvas = state.canvas[input_batch.idx_mapping[: input_batch.num_reqs]]
+            report = with_canvases(report, canvas, state.mask_token_id)
         return self.check.with_state(report, input_batch) if self.check and self.check.reports_state else report
 
     def _profile(self, hidden: Tensor, input_batch: "InputBatch") -> "SamplerOutput":

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_dllm.engine.pages import DllmPages
@@ -62,6 +63,14 @@ class StateCheck:
     def free(self, request_id: str) -> None:
         """End an account."""
         self._accounts.pop(request_id, None)
+
+    def account(
+        self, requests: Mapping[str, Request], reports: Mapping[str, RequestReport], output: ModelRunnerOutput
+    ) -> None:
+        """Enter a step into the accounts of its requests, but for those aborted meanwhile. Raises: StateError."""
+        for req_id in reports.keys() & requests.keys():
+            emitted = output.sampled_token_ids[output.req_id_to_index[req_id]]
+            self.take(requests[req_id], reports[req_id], len(emitted))
 
     def take(self, request: Request, report: RequestReport, num_emitted: int) -> None:
         """Enter a step into a request's account, before vLLM counts the step's tokens.
