@@ -273,8 +273,8 @@ def _refuse_beside_structure(params: SamplingParams, settings: DllmConfig) -> No
     """Check that nothing else forbids tokens: what a structure allows at a position might be none of the rest."""
     if settings.mode == "self_speculation":
         raise RequestError(
-            "structured output is asked for, but the server's mode is 'self_speculation', which verifies drafts without "
-            "it; allowed is none; remove it, or serve the model in another mode",
+            "structured output is asked for, but the server's mode is 'self_speculation', which verifies drafts "
+            "without it; allowed is none; remove it, or serve the model in another mode",
             parameter="structured_outputs",
         )
     for name in ("allowed_token_ids", "bad_words", "min_tokens"):
