@@ -9,13 +9,13 @@ import re
 import reprlib
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
-from vllm_dllm.names import AttentionName, KvPolicyName, PolicyName
+from vllm_dllm.names import AttentionName, KvPolicyName, PolicyName, ServedMode
 
 POLICY_ALIASES: dict[str, PolicyName] = {
     "low_confidence": "static",  # LLaDA's name
@@ -65,6 +65,7 @@ class DllmConfig(BaseModel):
             steps divided by its number of blocks); None is as many as the block has positions. A request gives
             `dllm_steps` for its whole generation.
         attention: implementation of attention, see `attention.choose`; `auto` takes the best that works here.
+        mode: `self_speculation`: autoregression of what diffusion drafts, in windows of up to `block_length`.
     """
 
     model_config = STRICT
@@ -82,6 +83,7 @@ class DllmConfig(BaseModel):
     alg_temp: _AlgTemp | None = None
     steps_per_block: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
     attention: _Attention = "auto"
+    mode: Annotated[ServedMode, Field(description="'diffusion' and 'self_speculation'")] = "diffusion"
 
     @property
     def is_block_causal(self) -> bool:
@@ -127,7 +129,7 @@ class DllmConfig(BaseModel):
 
 
 class RequestOptions(BaseModel):
-    """Unmasking policy of one request; None means the server's setting."""
+    """Unmasking policy of one request, where None means the server's setting, and what it shows of its denoising."""
 
     model_config = STRICT
 
@@ -140,7 +142,11 @@ class RequestOptions(BaseModel):
     credit_gamma: _Gain | None = None
     alg_temp: _AlgTemp | None = None
     steps: _Count | None = None
+    stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
 
+
+OWN_OPTIONS = {"steps", "stream"}
+"""Those that no setting of a server is the default of."""
 
 POLICY_OPTIONS: dict[PolicyName, tuple[str, ...]] = {
     "static": ("steps", "alg_temp"),
@@ -249,7 +255,7 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
     Raises: InvalidOptionError.
     """
     policy = options.policy or settings.policy
-    given = options.model_dump(exclude={"policy"}, exclude_none=True)
+    given = options.model_dump(exclude={"policy", "stream"}, exclude_none=True)
     for name, value in given.items():
         if name not in POLICY_OPTIONS[policy]:
             allowed = ", ".join(REQUEST_PREFIX + option for option in POLICY_OPTIONS[policy])

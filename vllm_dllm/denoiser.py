@@ -126,6 +126,8 @@ class Denoiser:
     def void(self, blocks: Blocks, done: Trajectory, is_void: Tensor) -> Trajectory:
         """Undo the step of requests whose block was emitted before it began: their next block is as it was begun.
 
+        Nobody reads the report of such a step.
+
         Args:
             blocks: of the requests.
             done: what `advance` made of their steps.
@@ -135,8 +137,6 @@ class Denoiser:
         return replace(
             done,
             next_canvas=torch.where(is_void[:, None], self.state.canvas[blocks.slots], done.next_canvas),
-            num_steps=done.num_steps.masked_fill(is_void, 0),
-            num_unmasked=done.num_unmasked.masked_fill(is_void, 0),
             is_finished=done.is_finished & ~is_void,
             state=select(is_void, kept, done.state),
         )

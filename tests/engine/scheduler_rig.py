@@ -43,6 +43,7 @@ def request(name: str = "a", num_computed_tokens: int = 8, num_drafts: int = MAX
         num_output_placeholders=0,
         spec_token_ids=[-1] * (B + num_drafts),
         next_decode_eligible_step=0,
+        sampling_params=None,
     )
 
 
@@ -135,7 +136,7 @@ def step(scheduler: DllmScheduler, reports: dict[str, RequestReport], **kwargs: 
 
 
 def as_row(report: RequestReport) -> NDArray[np.int32]:
-    *counts, proposed, _ = dataclasses.astuple(report)
+    *counts, proposed, _, _ = dataclasses.astuple(report)
     return np.array([*counts, *proposed], dtype=np.int32)
 
 

@@ -91,6 +91,24 @@ def test_ahead_of_reports_all_have_room_for_a_commit(budget: int | None, blocks:
     assert scheduler.rows.given == dict.fromkeys("ab", B * blocks)
 
 
+def test_ahead_of_reports_only_steps_with_drafts_are_learnt_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a block begins with a step that stores alone, its second step has no drafts either, though it has room."""
+    running = [request("a"), request("b"), request("c")]
+    scheduler = make(MAX_NODES, running, causal=True, scheduler=CausalAsyncScheduler)
+    scheduler.rows.kv.stores_alone, scheduler.pages.cache_stored = True, lambda *_: None
+    scheduler.rows.kv.note("b", 8)
+    for _ in range(2):
+        scheduler.rows.kv.note("c", 8)
+    seen = observed(monkeypatch, scheduler)
+    own: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(scheduler.acceptance, "observe", lambda *of: own.append((of[0], of[1], of[2] > 0)))
+    step(scheduler, {"a": row(proposed=0, commits=1), "b": row(proposed=0), "c": row(accepted=2)})
+    assert [(n, mean, begins) for n, _, mean, _, _, begins in seen] == [(1, 2.0, 0)]
+    assert sorted(own) == [("a", 0, False), ("b", 0, False), ("c", 2, True)]
+    step(scheduler, {"a": row(proposed=0), "b": row(accepted=1), "c": row(accepted=2)})
+    assert [(n, mean) for n, _, mean, *_ in seen[1:]] == [(2, 1.5)]
+
+
 def test_ahead_of_reports_a_request_waits_where_its_block_would_be_cut() -> None:
     running = [request("a"), request("b", 29)]
     scheduler = make(2, running, causal=True, scheduler=CausalAsyncScheduler)

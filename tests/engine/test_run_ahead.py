@@ -33,11 +33,9 @@ def test_a_step_follows_one_that_leaves_a_mask_for_certain() -> None:
     ahead.scheduled(each, num_drafts=0)
     ahead.scheduled(each, num_drafts=1)
     assert ahead.may_go_on(each), "6 of 8"
-    assert not ahead.may_be_void(each)
     assert ahead.reported("a", report(2))
     ahead.scheduled(each, num_drafts=0)
-    assert ahead.may_be_void(each), "2 + 4 + 2"
-    assert not ahead.may_go_on(each), "nor likely"
+    assert not ahead.may_go_on(each), "2 + 4 + 2"
     ahead.reported("a", report(2))
     assert ahead.may_go_on(each), "the draft did not come true"
     ahead.scheduled(each, num_drafts=0)
@@ -55,7 +53,6 @@ def test_where_any_step_may_end_the_block_the_steps_so_far_say_how_likely_it_is(
     ahead.reported("a", report(1))
     ahead.scheduled(each, num_drafts=0)
     assert ahead.may_go_on(each), "one a step, and seven are left"
-    assert ahead.may_be_void(each)
     ahead.reported("a", report(5))
     ahead.scheduled(each, num_drafts=0)
     assert not ahead.may_go_on(each), "three a step, and two are left"
@@ -64,9 +61,9 @@ def test_where_any_step_may_end_the_block_the_steps_so_far_say_how_likely_it_is(
 def test_steps_that_unmask_ever_more_are_bounded_by_the_largest() -> None:
     ahead, each = rule(UnmaskRules("timesteps")), request(policy="static", steps=6)
     ahead.scheduled(each, num_drafts=0)
-    assert not ahead.may_be_void(each), "2, 2 and 4 positions are steps"
+    assert ahead.may_go_on(each), "2, 2 and 4 positions are steps"
     ahead.scheduled(each, num_drafts=0)
-    assert ahead.may_be_void(each)
+    assert not ahead.may_go_on(each)
 
 
 def test_what_was_scheduled_behind_the_end_of_a_block_is_void() -> None:
@@ -75,7 +72,7 @@ def test_what_was_scheduled_behind_the_end_of_a_block_is_void() -> None:
         ahead.scheduled(each, num_drafts=0)
     assert ahead.reported("a", report(3))
     assert ahead.reported("a", report(5, finished=1))
-    assert ahead.may_go_on(each), "the void one ends nothing"
+    assert not ahead.is_ahead(each), "the void one ends nothing"
     ahead.scheduled(each, num_drafts=0)
     assert not ahead.reported("a", report(0))
     assert ahead.reported("a", report(8, finished=1))

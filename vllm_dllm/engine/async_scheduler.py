@@ -5,11 +5,12 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.engine.configs import rules_of
-from vllm_dllm.engine.report import RequestReport, StepReport
+from vllm_dllm.engine.report import RequestReport
 from vllm_dllm.engine.run_ahead import RunAhead
 from vllm_dllm.engine.scheduler import DllmScheduler, leave_out
 from vllm_dllm.state.kv import KvStep
@@ -57,6 +58,13 @@ class CausalAsyncScheduler(DllmAsyncScheduler):
     def _rows_of_drafts(self, num_drafts: int) -> int:
         return self.block_length * (num_drafts if self.rows.kv.stores_alone else max(0, num_drafts - 1))
 
+    def _undrafted(self, reports: dict[str, RequestReport]) -> set[str]:
+        """Ask, before the reports are noted, what could have been asked before the step if it had been known."""
+        known = self.rows.kv.known
+        asked = [self.requests[req_id] for req_id in reports if req_id in self.requests and req_id in known]
+        step = self.rows.step(asked)
+        return {request.request_id for request, none in zip(asked, step.is_undrafted, strict=True) if none}
+
     def _paged_end(self, request: Request) -> int:
         """Add a block to what is known, if the step before may end one."""
         return super()._paged_end(request) + (self.block_length if request.num_output_placeholders else 0)
@@ -80,7 +88,7 @@ class BidirectionalAsyncScheduler(DllmAsyncScheduler):
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Tell the workers, too, whether they must look for blocks that have ended."""
         requests = [self.requests[req_id] for req_id in scheduler_output.num_scheduled_tokens]
-        may_be_void = any(self.ahead.may_be_void(request) for request in requests)
+        may_be_void = any(self.ahead.is_ahead(request) for request in requests)
         super()._update_after_schedule(scheduler_output)
         order = scheduler_output.aux_output_connector_metadata
         scheduler_output.aux_output_connector_metadata = replace(order, may_be_void=may_be_void)
@@ -94,27 +102,20 @@ class BidirectionalAsyncScheduler(DllmAsyncScheduler):
             self.ahead.scheduled(request, len(output.scheduled_spec_decode_tokens[req_id]) - self.block_length)
         return decided
 
-    def _reports_of(self, output: SchedulerOutput, report: StepReport | None) -> dict[str, RequestReport]:
+    def _reports_of(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> dict[str, RequestReport]:
         """Leave out the void ones."""
-        reports = super()._reports_of(output, report)
+        reports = super()._reports_of(output, model_output)
         counted = {req_id: each for req_id, each in reports.items() if self.ahead.reported(req_id, each)}
         self._void = reports.keys() - counted.keys()
         return counted
 
     def make_spec_decoding_stats(
-        self,
-        spec_decoding_stats: SpecDecodingStats | None,
-        num_draft_tokens: int,
-        num_accepted_tokens: int,
-        num_invalid_spec_tokens: dict[str, int] | None,
-        request_id: str,
+        self, spec_decoding_stats: SpecDecodingStats | None, *args: Any, **kwargs: Any
     ) -> SpecDecodingStats | None:
         """Count no step that was void."""
-        if request_id in self._void:
+        if kwargs["request_id"] in self._void:
             return spec_decoding_stats
-        return super().make_spec_decoding_stats(
-            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
-        )
+        return super().make_spec_decoding_stats(spec_decoding_stats, *args, **kwargs)
 
     def _note_stored(self, reports: dict[str, RequestReport]) -> None:
         """Do nothing: the steps are noted, and no pages are shared."""

@@ -17,10 +17,11 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMClientError
 
+from vllm_dllm.engine.canvas_stream import OPTION
 from vllm_dllm.engine.edits import refuse_dropped
 from vllm_dllm.engine.explain import explain_validation
 from vllm_dllm.engine.malformed import refuse_malformed
-from vllm_dllm.engine.refusals import RequestError, refuse_body, refuse_token_body
+from vllm_dllm.engine.refusals import RequestError, not_allowed, refuse_body, refuse_token_body
 
 _CHAT = "/v1/chat/completions"
 
@@ -29,6 +30,9 @@ _GENERATING = (
     *("/inference/v1/generate", "/generative_scoring", "/invocations", "/cohere/v2/chat"),
 )
 """Where requests that ask for tokens go; beside each there may be a `/render`."""
+
+_SHOWING = ("/v1/completions", _CHAT)
+"""Whose streamed replies can show canvases."""
 
 
 def check_in(app: FastAPI) -> None:
@@ -101,6 +105,10 @@ def check_body(path: str, body: dict[str, Any]) -> None:
     refuse_malformed(path, body)
     if not path.endswith(_GENERATING):
         return
+    nested = body.get("sampling_params")
+    options = nested.get("extra_args") if isinstance(nested, dict) else body.get("vllm_xargs")
+    if isinstance(options, dict) and options.get(OPTION) and not path.endswith(_SHOWING):
+        raise not_allowed(OPTION, options[OPTION], f"null here, and 'denoising' at {' and '.join(_SHOWING)}")
     if path.endswith("/inference/v1/generate"):
         refuse_token_body(body)
     else:

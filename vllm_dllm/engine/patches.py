@@ -147,6 +147,18 @@ PATCHES = {
             "whose engine died ends with status 0",
         ),
         _method(
+            f"{_SERVE}.openai.chat_completion.serving:OpenAIServingChat",
+            "chat_completion_stream_generator",
+            "self request result_generator request_id",
+            "Its chunks have neither what a request took nor outputs without tokens, which show a canvas under way",
+        ),
+        _method(
+            f"{_SERVE}.openai.completion.serving:OpenAIServingCompletion",
+            "completion_stream_generator",
+            "self request engine_inputs result_generator request_id",
+            "The same of the completions API",
+        ),
+        _method(
             f"{_SERVE}.openai.responses.serving:OpenAIServingResponses",
             "_generate_with_builtin_tools",
             "self request_id engine_input sampling_params",

@@ -11,7 +11,7 @@ starts.
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_dllm.draft.budget import CostCurve
 from vllm_dllm.errors import UnsupportedVllmError
 from vllm_dllm.state.kv import KvStep
-from vllm_dllm.state.report import MAX_DEPTH, REPORT_LEN, Column
+from vllm_dllm.state.report import REPORT_LEN, Column
 
 COSTS = "\0costs"
 """Stands in place of a request id; no request has it."""
@@ -42,6 +42,7 @@ class StepOrder:
         is_long: whether it may have segments that no captured CUDA graph has.
         roster: who should be in the workers' slots, where that is checked.
         may_be_void: whether the block of a request may have ended, of whom the scheduler did not know so.
+        shows_canvas: whether the report is to have the canvases that the step leaves behind.
     """
 
     requests: tuple[str, ...]
@@ -49,6 +50,7 @@ class StepOrder:
     is_long: bool = False
     roster: frozenset[str] | None = None
     may_be_void: bool = False
+    shows_canvas: bool = False
 
     def kv_of(self, requests: Sequence[str]) -> KvStep | None:
         """Return what it stores of its requests, in another order."""
@@ -65,6 +67,7 @@ class RequestReport:
     Attributes:
         faults: what is wrong with its canvas (`worker_check.Fault`), where that is checked.
         proposed: drafts that were evaluated, by depth 1..MAX_DEPTH.
+        canvas: [block_length] the one behind the step, -1 for masked, where it is shown; else empty.
         pages: its pages as the worker has them, where they are checked.
     """
 
@@ -78,15 +81,18 @@ class RequestReport:
     commits: int
     faults: int
     proposed: list[int]
+    canvas: list[int] = field(default_factory=list)
     pages: list[int] | None = None
 
     @classmethod
-    def of_row(cls, row: list[int]) -> "RequestReport":
-        """Read a row of `REPORT_LEN` numbers, and behind them the pages and their number where they are checked."""
-        end = Column.PROPOSED + MAX_DEPTH
+    def of_row(cls, row: list[int], canvas_length: int = 0) -> "RequestReport":
+        """Read a row of `REPORT_LEN` numbers, behind them the canvas where it is shown, and the number of pages and the
+        pages where they are checked.
+        """
+        end = REPORT_LEN + canvas_length
         pages = row[end + 1 : end + 1 + row[end]] if len(row) > end else None
         counts = {column.name.lower(): row[column] for column in Column if column != Column.PROPOSED}
-        return cls(**counts, proposed=row[Column.PROPOSED : end], pages=pages)
+        return cls(**counts, proposed=row[Column.PROPOSED : REPORT_LEN], canvas=row[REPORT_LEN:end], pages=pages)
 
 
 @dataclass(slots=True)
@@ -97,8 +103,12 @@ class StepReport:
     costs: CostCurve | None = None  # with the first report where budgets are chosen by it
 
 
-def take_report(output: ModelRunnerOutput) -> StepReport | None:
+def take_report(output: ModelRunnerOutput, canvas_length: int = 0) -> StepReport | None:
     """Take the report off a step's output; None where there is none, as of a step without requests.
+
+    Args:
+        output: changed.
+        canvas_length: positions of canvases in it, 0 where none are shown.
 
     Raises: UnsupportedVllmError where it is not as it was sent.
     """
@@ -109,7 +119,7 @@ def take_report(output: ModelRunnerOutput) -> StepReport | None:
     try:
         rows = {req_id: each.rows.tolist() for req_id, each in sent.items()}
         costs = rows.pop(COSTS, None)
-        requests = {req_id: RequestReport.of_row(row) for req_id, row in rows.items()}
+        requests = {req_id: RequestReport.of_row(row, canvas_length) for req_id, row in rows.items()}
         return StepReport(requests, costs and _read_curve(costs))
     except (AttributeError, TypeError, IndexError) as error:
         raise UnsupportedVllmError(f"{_WAY} changed a step's report ({error}); {_ALLOWED}") from error

@@ -10,13 +10,16 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
+    OWN_OPTIONS,
     POLICY_OPTIONS,
+    REQUEST_PREFIX,
     DllmConfig,
     InvalidOptionError,
+    RequestOptions,
     check_policy_options,
     plain_number,
     request_steps,
@@ -149,6 +152,10 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
             value=mask_token_id,
         )
     options = request_options(params)
+    if settings.mode == "self_speculation":
+        _refuse_for_windows(params, options)
+    if options.stream:
+        _check_stream(params)
     try:
         check_policy_options(options, settings)
         request_steps(options, settings, min(params.max_tokens, blocks.end - prompt_len))
@@ -156,6 +163,46 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
     _refuse_filters(params, options.policy or settings.policy)
     return blocks.end - prompt_len
+
+
+_NOT_OF_WINDOWS = (
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias", "allowed_token_ids"),
+    *("bad_words", "min_tokens", "logprobs", "prompt_logprobs", "structured_outputs"),
+)
+"""Parameters that choose other tokens, or tell of those that were not chosen, and that windows are not verified by."""
+
+
+def _refuse_for_windows(params: SamplingParams, options: RequestOptions) -> None:
+    """Check that a request asks for nothing that self-speculation ignores, whatever diffusion does with it."""
+    usual = SamplingParams()
+    for name in _NOT_OF_WINDOWS:
+        value = getattr(params, name)
+        if value != getattr(usual, name) and value not in ([], {}):
+            raise RequestError(
+                f"{name} is {reprlib.repr(value)}, but the server's mode is 'self_speculation', which verifies drafts "
+                f"without it; allowed is {getattr(usual, name)!r}; remove it, or serve the model in another mode",
+                parameter=name,
+            )
+    for name, value in options.model_dump(exclude_none=True).items():
+        raise RequestError(
+            f"{REQUEST_PREFIX}{name} is {value!r}, but the server's mode is 'self_speculation', which decodes from "
+            "left to right, without a policy or a canvas; allowed is none; remove it",
+            parameter=REQUEST_PREFIX + name,
+            value=value,
+        )
+
+
+def _check_stream(params: SamplingParams) -> None:
+    """Check that a request's canvas can be shown: vLLM puts outputs of several completions into one."""
+    obstacle = ""
+    if params.output_kind == RequestOutputKind.FINAL_ONLY:
+        obstacle = (
+            "the reply is not streamed; allowed is null; set stream to true, or output_kind to DELTA or CUMULATIVE"
+        )
+    elif params.n != 1:
+        obstacle = f"n is {params.n}; allowed is n 1; send {params.n} requests"
+    if obstacle:
+        raise RequestError(f"dllm_stream is 'denoising', but {obstacle}, or remove it", parameter="dllm_stream")
 
 
 _UNFILTERED = {"top_k": "0 or -1", "top_p": "1", "min_p": "0"}
@@ -178,6 +225,7 @@ def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
 def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_at_least: bool = False) -> RequestError:
     longest = max_prompt_len(settings, max_model_len)
     what = "a block and as much behind it need" if settings.is_block_causal else "a block needs"
+    what = "a token of the reply needs" if settings.mode == "self_speculation" else what
     return RequestError(
         f"the prompt has {'at least ' if is_at_least else ''}{prompt_len} tokens, but {what} "
         f"{max_model_len - longest} of max_model_len {max_model_len}; shorten the prompt to at most {longest} tokens",
@@ -240,7 +288,7 @@ def resolve_params(
     options = request_options(params)
     blocks = row_blocks(prompt_len, params.max_tokens or 0, settings, max_model_len)
     steps = request_steps(options, settings, min(params.max_tokens or 0, blocks.end - prompt_len))
-    merged = settings.model_copy(update=options.model_dump(exclude={"steps"}, exclude_none=True))
+    merged = settings.model_copy(update=options.model_dump(exclude=OWN_OPTIONS, exclude_none=True))
     has_alg_temp = "alg_temp" in POLICY_OPTIONS[merged.policy]
     return RequestParams(
         policy_id=POLICY_IDS[merged.policy],

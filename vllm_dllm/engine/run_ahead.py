@@ -56,10 +56,9 @@ class RunAhead:
         steps = self._steps(request.request_id)
         return not steps or self._is_certain(steps) or self._is_likely(steps)
 
-    def may_be_void(self, request: Request) -> bool:
-        """Tell whether the next step of a request may find its block ended."""
-        steps = self._steps(request.request_id)
-        return bool(steps) and not self._is_certain(steps)
+    def is_ahead(self, request: Request) -> bool:
+        """Tell whether a request has a step of its block under way, so that the next one may find it ended."""
+        return bool(self._steps(request.request_id))
 
     def scheduled(self, request: Request, num_drafts: int) -> None:
         """Take note of a step."""

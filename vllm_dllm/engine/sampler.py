@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.engine.worker_check import WorkerCheck
-from vllm_dllm.state.report import REPORT_LEN
+from vllm_dllm.state.report import REPORT_LEN, with_canvases
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -35,7 +35,7 @@ class DllmSampler:
         """Do nothing: the model state keeps all parameters."""
 
     def __call__(self, hidden: Tensor, input_batch: "InputBatch") -> "SamplerOutput":
-        """Advance every denoising request and emit the blocks that are now finished.
+        """Advance every denoising request and emit the blocks that are now finished, or what a window had verified.
 
         Args:
             hidden: [num_rows, hidden_size], those for the LM head, what the model's `compute_logits` hands on.
@@ -50,11 +50,7 @@ class DllmSampler:
             return self._profile(hidden, input_batch)
         if step.plan.num_reqs == 0:  # prompts alone, which only vLLM's warm-up schedules so
             return self._nothing(hidden, input_batch)
-        denoiser = self.model_state.denoiser
-        done = denoiser.advance(step.blocks, step.nodes, hidden, None if step.special is None else step.special.fresh)
-        if step.may_be_void:
-            done = denoiser.void(step.blocks, done, self.model_state.is_void(step))
-        emitted = denoiser.settle(step.blocks, step.nodes, done, step.ledger)
+        emitted = self.model_state.decide(step, hidden)
         self._report = emitted.report
         return _output(emitted.sampled, emitted.num_sampled, emitted.num_rejected)
 
@@ -68,6 +64,10 @@ class DllmSampler:
         """Return the report of the batch that was just sampled; [num_reqs, REPORT_LEN or more] int32."""
         report, self._report = self._report, None
         assert report is not None, "the runner samples a batch before it asks for the report"
+        state, order = self.model_state.state, self.model_state.order
+        if order is not None and order.shows_canvas:
+            canvas = state.canvas[input_batch.idx_mapping[: input_batch.num_reqs]]
+            report = with_canvases(report, canvas, state.mask_token_id)
         return self.check.with_state(report, input_batch) if self.check and self.check.reports_state else report
 
     def _profile(self, hidden: Tensor, input_batch: "InputBatch") -> "SamplerOutput":

@@ -6,12 +6,10 @@ from itertools import compress
 from typing import Any
 
 import numpy as np
-from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -20,11 +18,12 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 from vllm_dllm.draft.acceptance import RequestAcceptance
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.engine import stats_way
+from vllm_dllm.engine.canvas_stream import show_canvases, watched
 from vllm_dllm.engine.configs import make_drafter, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.kv_memory import fit_max_model_len
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
-from vllm_dllm.engine.report import RequestReport, StepOrder, StepReport, take_report
+from vllm_dllm.engine.report import RequestReport, StepOrder, take_report
 from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
@@ -47,7 +46,7 @@ class DllmScheduler(Scheduler):
     and what vLLM is told as the step's total. The worker reports what became of a step (`engine.report`).
     """
 
-    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         fit_max_model_len(vllm_config, kv_cache_config.num_blocks)
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
         end_with_parent()
@@ -68,8 +67,7 @@ class DllmScheduler(Scheduler):
         self._level = check_level()
         self._check = StateCheck(self.rows, self.pages) if self._level else None
         stats_way.check_way()
-        drafter = make_drafter(self.vllm_config)
-        fixed = self._spiffy.budget if self._spiffy else None
+        drafter, fixed = make_drafter(self.vllm_config), self._spiffy.budget if self._spiffy else None
         self.rule = BudgetRule(drafter.prior(), self.block_length, fixed) if drafter else None
         self.acceptance = RequestAcceptance()
         self._totals: defaultdict[str, RequestTotals] = defaultdict(RequestTotals)
@@ -92,12 +90,14 @@ class DllmScheduler(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """Take the step's report, then go on as vLLM does; an emitted block tells what its request took so far."""
         updated_at_s = time.perf_counter()
-        reports = self._reports_of(scheduler_output, take_report(model_runner_output))
+        reports = self._reports_of(scheduler_output, model_runner_output)
         if self._check:
-            self._account(self._check, scheduler_output, model_runner_output, reports)
+            self._check.account(self.requests, reports, model_runner_output)
         if reports:
             self._take_reports(scheduler_output, reports, updated_at_s)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if scheduler_output.aux_output_connector_metadata.shows_canvas:
+            show_canvases(outputs, reports, self.requests, self._totals, self.rows.kv)
         for of_client in outputs.values():
             for output in of_client.outputs:
                 if output.request_id in self._totals:  # else it finished, see _free_request
@@ -108,8 +108,9 @@ class DllmScheduler(Scheduler):
             self._compare(self._check)
         return outputs
 
-    def _reports_of(self, output: SchedulerOutput, report: StepReport | None) -> dict[str, RequestReport]:
-        """Return the reports of the requests that took a denoising step."""
+    def _reports_of(self, output: SchedulerOutput, model_output: ModelRunnerOutput) -> dict[str, RequestReport]:
+        """Take the reports of the requests that took a denoising step."""
+        report = take_report(model_output, self.block_length * output.aux_output_connector_metadata.shows_canvas)
         if report is None:
             if output.scheduled_spec_decode_tokens:
                 raise UnsupportedVllmError(
@@ -120,19 +121,6 @@ class DllmScheduler(Scheduler):
         if report.costs is not None and self.rule is not None:
             self.rule.curve = report.costs
         return {req_id: report.requests[req_id] for req_id in output.scheduled_spec_decode_tokens}
-
-    def _account(
-        self,
-        check: StateCheck,
-        output: SchedulerOutput,
-        model_output: ModelRunnerOutput,
-        reports: dict[str, RequestReport],
-    ) -> None:
-        """Enter a step into the accounts of its requests."""
-        for req_id, report in reports.items():
-            if req_id in self.requests:  # it may have been aborted meanwhile
-                emitted = model_output.sampled_token_ids[model_output.req_id_to_index[req_id]]
-                check.take(self.requests[req_id], report, len(emitted))
 
     def _compare(self, check: StateCheck) -> None:
         """Compare the accounts with what the scheduler knows behind a step, as far as the level of checks asks."""
@@ -230,7 +218,7 @@ class DllmScheduler(Scheduler):
         """
         scheduled = scheduler_output.num_scheduled_tokens
         for admitted in scheduler_output.scheduled_new_reqs:
-            block = self._placeholders[: self.block_length]
+            block = self._placeholders[: self.rows.num_first]
             scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
             scheduled[admitted.req_id] += len(block)
             self.rows.kv.add(admitted.req_id, admitted.num_computed_tokens)
@@ -242,7 +230,8 @@ class DllmScheduler(Scheduler):
         scheduler_output.total_num_scheduled_tokens = total
         has_roster = self._check and (self._level == CheckLevel.STEP or not total)
         roster = frozenset(request.request_id for request in self.running) if has_roster else None
-        scheduler_output.aux_output_connector_metadata = StepOrder(tuple(scheduled), kv, is_long, roster)
+        order = StepOrder(tuple(scheduled), kv, is_long, roster, shows_canvas=watched(self.running))
+        scheduler_output.aux_output_connector_metadata = order
         super()._update_after_schedule(scheduler_output)
 
     def _decide_kv(self, output: SchedulerOutput) -> tuple[KvStep | None, bool]:
@@ -257,7 +246,10 @@ class DllmScheduler(Scheduler):
         or preempted.
         """
         counted = output.scheduled_spec_decode_tokens
-        num_drafts = {req_id: len(counted[req_id]) - self.block_length for req_id in reports}
+        undrafted = self._undrafted(reports)
+        num_drafts = {
+            name: max(0, len(counted[name]) - self.block_length) * (name not in undrafted) for name in reports
+        }
         budget = max(num_drafts.values())
         self._stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
         self._num_held = 0
@@ -268,7 +260,7 @@ class DllmScheduler(Scheduler):
         if self.rule is None:
             return
         for req_id in reports.keys() & self.requests.keys():
-            own = 0.0 if reports[req_id].commits else self.rule.expected(num_drafts[req_id])
+            own = self.rule.expected(num_drafts[req_id])
             self.acceptance.observe(req_id, reports[req_id].accepted, own, self.rule.break_even)
         in_block = {req_id: report for req_id, report in reports.items() if not report.commits}
         drafting = [report for req_id, report in in_block.items() if num_drafts[req_id] > 0 or budget == 0]
@@ -286,6 +278,10 @@ class DllmScheduler(Scheduler):
         num_without = len(reports) - num_begins - len(drafting)
         accepted = sum(report.accepted for report in drafting) / forwards
         self.rule.observe(len(drafting), budget, accepted, ms, host_ms, num_begins, num_without)
+
+    def _undrafted(self, reports: dict[str, RequestReport]) -> set[str]:
+        """Return those of reported requests whose step had no drafts, whatever it was given: blocks begin with it."""
+        return {req_id for req_id, report in reports.items() if report.commits}
 
     def _step_ms(self, updated_at_s: float) -> tuple[float | None, float | None]:
         """Return what the step took, and what passed between the step before and this one; None if unknown."""

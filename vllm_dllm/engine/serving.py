@@ -10,12 +10,14 @@ from typing import Any
 
 from pydantic import ValidationError
 from vllm.config import ModelConfig
+from vllm.sampling_params import RequestOutputKind
 from vllm.utils.async_utils import run_in_loop
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_dllm.engine.configs import is_ours
 from vllm_dllm.engine.explain import explain_validation
 from vllm_dllm.engine.patches import wrap
+from vllm_dllm.engine.reply_stream import heard, with_canvases
 from vllm_dllm.engine.request import check_early, counting
 
 _SENT_AS = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
@@ -32,6 +34,8 @@ def install() -> None:
     wrap("AnthropicServingMessages.count_tokens", _only_counted)
     wrap("AsyncLLM.generate", _at_once)
     wrap("AsyncLLM.shutdown", _with_errors_sent)
+    wrap("OpenAIServingChat.chat_completion_stream_generator", with_canvases("chat"))
+    wrap("OpenAIServingCompletion.completion_stream_generator", with_canvases("completion"))
     wrap("OpenAIServingResponses._generate_with_builtin_tools", _response_at_once)
     if "vllm.entrypoints.launchers.run_batch" in sys.modules:  # a program of its own
         wrap("run_batch.run_batch", _with_lines_checked)
@@ -103,7 +107,9 @@ def _at_once(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> AsyncGenerator[Any]:
         seen_early = {name: options[name] for name in ("lora_request", "data_parallel_rank") if name in options}
         check_early(self.input_processor, prompt, sampling_params, **seen_early)
-        return original(self, prompt, sampling_params, request_id, **options)
+        outputs: AsyncGenerator[Any] = original(self, prompt, sampling_params, request_id, **options)
+        is_streamed = getattr(sampling_params, "output_kind", None) == RequestOutputKind.DELTA
+        return heard(request_id, outputs) if is_streamed and is_ours(self.model_config) else outputs
 
     return wrapper
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_dllm.engine.pages import DllmPages
@@ -63,6 +64,14 @@ class StateCheck:
         """End an account."""
         self._accounts.pop(request_id, None)
 
+    def account(
+        self, requests: Mapping[str, Request], reports: Mapping[str, RequestReport], output: ModelRunnerOutput
+    ) -> None:
+        """Enter a step into the accounts of its requests, but for those aborted meanwhile. Raises: StateError."""
+        for req_id in reports.keys() & requests.keys():
+            emitted = output.sampled_token_ids[output.req_id_to_index[req_id]]
+            self.take(requests[req_id], reports[req_id], len(emitted))
+
     def take(self, request: Request, report: RequestReport, num_emitted: int) -> None:
         """Enter a step into a request's account, before vLLM counts the step's tokens.
 
@@ -88,10 +97,10 @@ class StateCheck:
             self._check_pages(request, report, report.pages)
 
     def _check_positions(self, request: Request, report: RequestReport, account: Account) -> None:
-        name, block_length = request.request_id, self._rows.block_length
+        name = request.request_id
         num_tokens = request.num_tokens
         start = int(self._rows.kv.block_start(np.array(num_tokens)))
-        if report.stored not in (start, start + block_length):
+        if report.stored not in self._rows.kv.stored_behind(start):
             raise StateError(
                 f"request {name}: its block begins at {start} in the scheduler, which has {num_tokens} tokens of it, "
                 f"but the worker is at {report.stored}"

@@ -97,6 +97,8 @@ class RequestTotals:
     refreshes: int = 0
     proposed: int = 0
     accepted: int = 0
+    canvas: tuple[int, list[int | None]] | None = field(default=None, compare=False)
+    """Where the block begins in the answer, and what is known of it behind the last step, where that is shown."""
 
     def add(self, report: "RequestReport") -> None:
         """Add a step."""
@@ -104,6 +106,7 @@ class RequestTotals:
         self.refreshes += report.refreshes
         self.accepted += report.accepted
         self.proposed += sum(report.proposed)
+        self.canvas = None
 
     def as_output(self, exactness: str | None) -> dict[str, Any]:
         """Return what a request's output shows as `kv_transfer_params`.
@@ -111,6 +114,7 @@ class RequestTotals:
         Args:
             exactness: of speculation, None without.
         """
+        shown = {} if self.canvas is None else {"canvas_start": self.canvas[0], "canvas": self.canvas[1]}
         return {
             "dllm": {
                 "exactness": exactness,
@@ -118,5 +122,6 @@ class RequestTotals:
                 "nfe_refresh": self.refreshes,
                 "proposed": self.proposed,
                 "accepted": self.accepted,
+                **shown,
             }
         }

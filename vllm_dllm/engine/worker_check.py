@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.errors import ConfigError, StateError
-from vllm_dllm.state.report import REPORT_LEN, Column
+from vllm_dllm.state.report import Column
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -85,21 +85,15 @@ class WorkerCheck:
         """Add to a report the faults of the canvases, and behind it each request's number of pages and pages.
 
         Args:
-            report: [num_reqs, REPORT_LEN] int32.
+            report: [num_reqs, n] int32.
             batch: that was just sampled.
 
-        Returns: [num_reqs, REPORT_LEN + 1 + max_pages] int32.
+        Returns: [num_reqs, n + 1 + max_pages] int32.
         """
         slots, tables = batch.idx_mapping[: batch.num_reqs], self._runner.block_tables
         report[:, Column.FAULTS] = self._faults(slots)
         num_pages = torch.from_numpy(tables.num_blocks.np[0, batch.idx_mapping_np[: batch.num_reqs]].copy())
-        state = torch.zeros(
-            len(report), REPORT_LEN + 1 + tables.block_tables[0].gpu.shape[1], dtype=torch.int32, device=report.device
-        )
-        state[:, :REPORT_LEN] = report
-        state[:, REPORT_LEN] = num_pages.to(report.device)
-        state[:, REPORT_LEN + 1 :] = tables.block_tables[0].gpu[slots]
-        return state
+        return torch.cat([report, num_pages.to(report)[:, None], tables.block_tables[0].gpu[slots].to(report)], 1)
 
     def _faults(self, slots: Tensor) -> Tensor:
         """Look at the canvases that the step leaves behind; [num_reqs] int32."""
@@ -108,4 +102,6 @@ class WorkerCheck:
         vocab_size = self._runner.model_config.get_vocab_size()
         is_masked = canvas == state.mask_token_id
         is_unknown = ((canvas < 0) | (canvas >= vocab_size)) & ~is_masked
-        return is_unknown.any(1).int() * Fault.UNKNOWN_ID + (~is_masked.any(1)).int() * Fault.NO_MASK
+        # A window that was drafted is not emitted before it is verified.
+        is_full = ~is_masked.any(1) & (self._runner.model_state.settings.mode != "self_speculation")
+        return is_unknown.any(1).int() * Fault.UNKNOWN_ID + is_full.int() * Fault.NO_MASK

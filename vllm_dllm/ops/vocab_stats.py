@@ -31,14 +31,12 @@ class RowSampling:
 
     def rows(self, begin: int, end: int) -> "RowSampling":
         """Return the parameters of rows [begin, end)."""
-        return replace(
-            self,
-            temperature=self.temperature[begin:end],
-            top_k=self.top_k[begin:end],
-            top_p=self.top_p[begin:end],
-            keys=self.keys[begin:end],
-            min_p=None if self.min_p is None else self.min_p[begin:end],
-        )
+        return self.of(slice(begin, end))
+
+    def of(self, index: Tensor | slice) -> "RowSampling":
+        """Return the parameters of some rows."""
+        own = {name: getattr(self, name)[index] for name in ("temperature", "top_k", "top_p", "keys")}
+        return replace(self, **own, min_p=None if self.min_p is None else self.min_p[index])
 
     @property
     def divisor(self) -> Tensor:

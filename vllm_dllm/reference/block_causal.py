@@ -62,7 +62,7 @@ def store_prompt(model: Qwen, prompt: Tensor, block_length: int) -> list[LayerKv
 
 
 @torch.no_grad()
-def generate(  # noqa: PLR0913, PLR0914 - the decoders' arguments
+def generate(  # noqa: PLR0913 - the decoders' arguments
     model: Qwen,
     prompt: Tensor,
     *,
@@ -111,26 +111,31 @@ def generate(  # noqa: PLR0913, PLR0914 - the decoders' arguments
         end = min(begin + block_length, seq_len)
         num_masked = block_length - max(0, prompt_len - begin)
         block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
-        if constraint is not None:
-            own = constraint.of_block(tokens[prompt_len:begin].tolist(), block_length - num_masked)
-            block = replace(block, constraint=own)
+        block = replace(
+            block,
+            constraint=constraint and constraint.of_block(tokens[prompt_len:begin].tolist(), block_length - num_masked),
+        )
         while is_masked[begin:end].any():
             if rules.unmasks_first_alone and is_masked[begin]:
                 logits = stored[-1:].expand(end - begin, -1)
             else:
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
-            known = Known(tokens, is_masked, prompt_len)
-            logits = known.edited(logits, is_masked[begin:end], begin, sampling.edits)
-            canvas = tokens[begin:end]
-            chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block, tokens=canvas)
-            chosen, chosen_tokens = known.goes(chosen, chosen_tokens, begin, sampling.edits)
-            tokens[begin + chosen] = chosen_tokens
-            is_masked[begin + chosen] = False
+            _unmask(Known(tokens, is_masked, prompt_len), logits, block, end)
             history.append(tokens[prompt_len:].clone())
         if torch.isin(tokens[prompt_len:end], torch.tensor(stop_ids, dtype=torch.int64)).any():
             break
     return Generation(tokens[prompt_len:end], len(history), 0, torch.stack(history)[:, : end - prompt_len], nfe_commit)
+
+
+def _unmask(known: Known, logits: Tensor, block: Block, end: int) -> None:
+    """Take a step: unmask positions of the block that ends at `end`, by their logits [end - block.begin, vocab]."""
+    own, edits = slice(block.begin, end), block.sampling.edits
+    logits = known.edited(logits, known.is_masked[own], block.begin, edits)
+    chosen, tokens = unmask(logits, known.is_masked[own], first=block.begin, block=block, tokens=known.tokens[own])
+    chosen, tokens = known.goes(chosen, tokens, block.begin, edits)
+    known.tokens[block.begin + chosen] = tokens
+    known.is_masked[block.begin + chosen] = False
 
 
 def tokens_at(logits: Tensor, first: int, sampling: Sampling) -> Tensor:

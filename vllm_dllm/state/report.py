@@ -73,3 +73,16 @@ class StepFacts:
         rows[:, Column.COMMITS] = self.commits
         column = Column.PROPOSED - 1 + self.depth.clamp(1, MAX_DEPTH)
         return rows.scatter_add_(1, column, self.proposed.int())
+
+
+def with_canvases(report: Tensor, canvas: Tensor, mask_token_id: int) -> Tensor:
+    """Add the canvases behind a step to its report.
+
+    Args:
+        report: [num_reqs, n] int32.
+        canvas: [num_reqs, block_length] int64.
+        mask_token_id: what stands for masked; -1 does in the report.
+
+    Returns: [num_reqs, n + block_length] int32.
+    """
+    return torch.cat([report, canvas.masked_fill(canvas == mask_token_id, -1).int()], 1)

@@ -52,7 +52,7 @@ class LogitsHead:
     Args:
         head_logits: maps hidden rows to logits [num_rows, num_ids], which may be overwritten.
         num_ids: ids of a row.
-        mask_token_id: the id that is never chosen.
+        mask_token_id: the id that is never chosen; None: any may be.
         is_native: by the op.
         first_id: the id of the first logit; 0 without the op.
     """
@@ -61,7 +61,7 @@ class LogitsHead:
         self,
         head_logits: Callable[[Tensor], Tensor],
         num_ids: int,
-        mask_token_id: int,
+        mask_token_id: int | None,
         *,
         is_native: bool,
         first_id: int = 0,
@@ -69,7 +69,7 @@ class LogitsHead:
         self.head_logits, self.is_native = head_logits, is_native
         self.chunk_rows = NATIVE_ROWS if is_native else max(1, TORCH_BYTES // (8 * num_ids))
         reduce = partial(vocab_stats, weight=None, first_id=first_id) if is_native else torch_stats
-        self._reduce = partial(reduce, excluded_ids=[mask_token_id])
+        self._reduce = partial(reduce, excluded_ids=_excluded(mask_token_id))
 
     def __call__(
         self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
@@ -90,14 +90,14 @@ class WeightHead:
 
     Args:
         weight: [num_ids, hidden_size].
-        mask_token_id: the id that is never chosen.
+        mask_token_id: the id that is never chosen; None: any may be.
         first_id: the id of the first row.
     """
 
-    def __init__(self, weight: Tensor, mask_token_id: int, first_id: int = 0) -> None:
+    def __init__(self, weight: Tensor, mask_token_id: int | None, first_id: int = 0) -> None:
         self.chunk_rows = NATIVE_ROWS
         self.weight = weight
-        self._reduce = partial(vocab_stats, weight=weight, first_id=first_id, excluded_ids=[mask_token_id])
+        self._reduce = partial(vocab_stats, weight=weight, first_id=first_id, excluded_ids=_excluded(mask_token_id))
 
     def __call__(
         self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
@@ -159,7 +159,13 @@ class EditedHead:
     """
 
     def __init__(
-        self, own: Head, head_logits: Callable[[Tensor], Tensor], num_ids: int, mask_token_id: int, *, is_native: bool
+        self,
+        own: Head,
+        head_logits: Callable[[Tensor], Tensor],
+        num_ids: int,
+        mask_token_id: int | None,
+        *,
+        is_native: bool,
     ) -> None:
         self.own = own
         self._whole = LogitsHead(head_logits, num_ids, mask_token_id, is_native=is_native)
@@ -185,6 +191,10 @@ class EditedHead:
             return stats
         own = self.own(hidden, sampling, num_candidates, ids)
         return PartialStats.of(partial(_select, edits.is_edited), stats, own)
+
+
+def _excluded(mask_token_id: int | None) -> list[int]:
+    return [] if mask_token_id is None else [mask_token_id]
 
 
 def _in_chunks(
