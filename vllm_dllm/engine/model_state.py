@@ -33,6 +33,7 @@ from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step import Step, rows_to_device
 from vllm_dllm.engine.step_attention import StepAttention
+from vllm_dllm.engine.structured import answer_of
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import choose_draws
 from vllm_dllm.state.kv import IntArray, KvStep
@@ -135,7 +136,10 @@ class DllmModelState(ModelState):
             rules=self.state.rules,
             max_model_len=self.max_model_len,
         )
-        self.state.add_request(req_index, params)
+        known = new_req_data.prefill_token_ids or new_req_data.prompt_token_ids or []
+        block_start = int(self.kv_schedule.block_start(np.array([len(known)]))[0])
+        answer = answer_of(new_req_data.sampling_params, params, known, block_start, self.block_length)
+        self.state.add_request(req_index, params, answer)
         self.kv_schedule.add(req_index, new_req_data.num_computed_tokens)
 
     def apply_staged_writes(self) -> None:

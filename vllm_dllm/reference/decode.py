@@ -21,9 +21,10 @@ from vllm_dllm.reference.constraint import Constraint
 from vllm_dllm.reference.edits import Known
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.model import LLaDA
-from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy, unmask
+from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen
 from vllm_dllm.reference.sampling import Sampling
+from vllm_dllm.reference.step import step_block, under
 
 Model = LLaDA | Qwen
 
@@ -169,8 +170,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     for begin in range(len(prompt), len(tokens), block_length):
         end = begin + block_length
         block = Block(begin, block_length, block_length, steps, policy, sampling, rules, model.config.eos_token_id)
-        if constraint is not None:
-            block = replace(block, constraint=constraint.of_block(tokens[len(prompt) : begin].tolist()))
+        block = under(constraint, block, tokens[len(prompt) : begin])
         in_block = torch.zeros_like(is_masked)
         in_block[begin:end] = True
         step = 0
@@ -182,7 +182,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
             known = Known(tokens, is_masked, len(prompt))
             logits = known.edited(logits, in_span, first, sampling.edits)
             chosen, chosen_tokens = known.goes(
-                *unmask(logits, in_span, first=first, block=block, tokens=canvas), first, sampling.edits
+                *step_block(logits, canvas, in_span, first, block), first, sampling.edits
             )
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False
