@@ -13,7 +13,7 @@ MAX_CELLS = 1 << 22
 """Of an automaton's table, states times classes: 16 MB, and some 10 ms a step."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenBytes:
     """The bytes of a vocabulary's tokens, longest first, column by column."""
 

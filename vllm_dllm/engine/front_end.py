@@ -4,9 +4,10 @@ import inspect
 import sys
 from typing import Any
 
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_dllm.engine import serving
+from vllm_dllm.engine import serving, structured
 from vllm_dllm.engine.configs import is_ours
 from vllm_dllm.engine.parameter_types import check_types
 from vllm_dllm.engine.patches import become
@@ -20,9 +21,13 @@ class DllmInputProcessor(InputProcessor):
 
     def process_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Admit a request. Raises: RequestError for one that is refused."""
-        check_types(self, _NAMES.bind(self, *args, **kwargs).arguments["params"])
-        request = super().process_inputs(*args, **kwargs)
-        finish_admission(self, request)
+        bound = _NAMES.bind(self, *args, **kwargs)
+        params, asked = bound.arguments["params"], None
+        check_types(self, params)
+        if isinstance(params, SamplingParams):
+            bound.arguments["params"], asked = structured.take_out(params)
+        request = super().process_inputs(*bound.args[1:], **bound.kwargs)
+        finish_admission(self, request, asked)
         return request
 
 

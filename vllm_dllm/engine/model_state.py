@@ -33,6 +33,7 @@ from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.engine.step import Step, rows_to_device
 from vllm_dllm.engine.step_attention import StepAttention
+from vllm_dllm.engine.structured import answer_of
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import choose_draws
 from vllm_dllm.state.kv import IntArray, KvStep
@@ -109,6 +110,7 @@ class DllmModelState(ModelState):
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace the sampler; there is no rejection sampler."""
         self._req_states = sampler.req_states
+        self.state.edits.history = self._all_token_ids
         return DllmSampler(self), None
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
@@ -134,7 +136,10 @@ class DllmModelState(ModelState):
             rules=self.state.rules,
             max_model_len=self.max_model_len,
         )
-        self.state.add_request(req_index, params)
+        known = new_req_data.prefill_token_ids or new_req_data.prompt_token_ids or []
+        block_start = int(self.kv_schedule.block_start(np.array([len(known)]))[0])
+        answer = answer_of(new_req_data.sampling_params, params, known, block_start, self.block_length)
+        self.state.add_request(req_index, params, answer)
         self.kv_schedule.add(req_index, new_req_data.num_computed_tokens)
 
     def apply_staged_writes(self) -> None:

@@ -14,19 +14,11 @@ from vllm_dllm.config import REQUEST_KEYS, REQUEST_PREFIX, InvalidOptionError, R
 # Sampling parameters that only left-to-right sampling gives a meaning to, or that are not implemented: the test that
 # finds them in use, and what is allowed. A test asks for a decision on each field that a new vLLM brings.
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "presence_penalty": (lambda v: v != 0.0, "0"),
-    "frequency_penalty": (lambda v: v != 0.0, "0"),
-    "repetition_penalty": (lambda v: v != 1.0, "1"),
-    "min_p": (lambda v: v != 0.0, "0"),
-    "min_tokens": (lambda v: v != 0, "0"),
     "logprobs": (lambda v: v is not None, "null (beam search asks for them too)"),
     "prompt_logprobs": (lambda v: v is not None, "null"),
     "prompt_logprob_token_ids": (lambda v: v is not None, "null"),
     "prompt_logprob_start": (lambda v: v is not None, "null"),
     "logprob_token_ids": (lambda v: v is not None, "null"),
-    "logit_bias": (bool, "null"),
-    "allowed_token_ids": (lambda v: v is not None, "null"),
-    "bad_words": (bool, "null"),
     "thinking_token_budget": (lambda v: v is not None, "null"),
     "repetition_detection": (lambda v: v is not None, "null"),
     "trace_decode_token_ids": (bool, "null"),
@@ -40,11 +32,6 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "logprobs": (lambda v: v is not None and v is not False, "null"),
     "top_logprobs": (bool, "0"),
     "include": (lambda v: _includes_logprobs(v), "all but 'message.output_text.logprobs'"),
-    "structured_outputs": (lambda v: v is not None, "null"),
-    "response_format": (lambda v: _part(v, "type") not in (None, "text"), "null and {'type': 'text'}"),
-    "text.format": (lambda v: _part(v, "type") not in (None, "text"), "null and {'type': 'text'}"),
-    "output_config.format": (lambda v: v is not None, "null"),
-    "tool_choice": (lambda v: _forces_tool(v), "'none' and 'auto'"),
     **{f"guided_{kind}": (lambda v: v is not None, "null") for kind in ("json", "regex", "choice", "grammar")},
     "guided_json_object": (bool, "null"),
     "structural_tag": (lambda v: v is not None, "null"),
@@ -53,9 +40,6 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 # The same by their names in a body: an API that does not know a field ignores it.
 _IN_BODY = {**REFUSED, **_FIELDS}
-
-_OWNERS = tuple({name.partition(".")[0]: None for name in _FIELDS if "." in name})
-"""Fields of a body that are objects whose own fields are refused."""
 
 _NEVER: tuple[Callable[[Any], bool], str] = (lambda _: False, "")
 
@@ -75,6 +59,16 @@ native ops and torch draw the same tokens; at 1e38 they do not."""
 
 _SHORT = 80
 """Characters of a text that an error repeats."""
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "top_p": (lambda v: 0.0 < v <= 1.0, "numbers above 0 and up to 1"),
+    "min_p": (lambda v: 0.0 <= v <= 1.0, "numbers from 0 to 1"),
+    "min_tokens": (lambda v: v >= 0, "whole numbers from 0 on"),
+    "presence_penalty": (lambda v: -2.0 <= v <= 2.0, "numbers from -2 to 2"),
+    "frequency_penalty": (lambda v: -2.0 <= v <= 2.0, "numbers from -2 to 2"),
+    "repetition_penalty": (lambda v: 0.0 < v < math.inf, "finite numbers above 0"),
+}
+"""vLLM's ranges, which parameters may have left since they were made."""
 
 _FOREIGN_PREFIX = "diffusion_"
 """Keys of vLLM's own diffusion model in `extra_args`; its admission check would let them pass unused."""
@@ -108,11 +102,9 @@ def refuse_unsupported(params: SamplingParams) -> None:
         value = getattr(params, name)
         if is_used(value):
             raise _unsupported(name, value, allowed)
-    if params.structured_outputs is not None:
+    if params.structured_outputs is not None:  # a request's is taken out before
         raise RequestError(
-            "structured output is asked for (by structured_outputs, response_format, a strict or required tool, "
-            "parallel_tool_calls false, or the server's --tool-strict-level), but diffusion models unmask tokens in "
-            "any order and follow no grammar; allowed is none; remove it",
+            "structured_outputs is a default of the server, allowed is none; send it with requests",
             parameter="structured_outputs",
         )
     _check_numbers(params)
@@ -139,8 +131,9 @@ def _check_numbers(params: SamplingParams) -> None:
     if params.temperature != 0 and not MIN_TEMPERATURE <= params.temperature <= MAX_TEMPERATURE:
         allowed = f"0 (greedy) and {MIN_TEMPERATURE} to {MAX_TEMPERATURE}"
         raise not_allowed("temperature", params.temperature, allowed)
-    if not 0.0 < params.top_p <= 1.0:
-        raise not_allowed("top_p", params.top_p, "numbers above 0 and up to 1")
+    for name, (is_within, allowed) in _RANGES.items():
+        if not is_within(getattr(params, name)):
+            raise not_allowed(name, getattr(params, name), allowed)
 
 
 def refuse_body(body: Mapping[str, Any]) -> None:
@@ -163,10 +156,7 @@ def refuse_body(body: Mapping[str, Any]) -> None:
     if body.get("messages") is not None and body.get("echo"):
         raise _unsupported("echo", body["echo"], "false")
     for path, strict in _strict_tools(body):
-        raise _unsupported(path, strict, "false and null")
-    for owner in _OWNERS:
-        for name, value in body[owner].items() if isinstance(body.get(owner), Mapping) else ():
-            _refuse_used(f"{owner}.{name}", value)
+        raise _unsupported(path, strict, "false and null, or tool_choice 'required' or a named tool")
 
 
 def refuse_token_body(body: Mapping[str, Any]) -> None:
@@ -245,8 +235,10 @@ def _forces_tool(choice: Any) -> bool:
 
 
 def _strict_tools(body: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    tools = body.get("tools")
-    for i, tool in enumerate(tools if isinstance(tools, list) and body.get("tool_choice") != "none" else ()):
+    """Find strict tools where calls stand in free text, which no constraint enforces: forced ones are."""
+    tools, choice = body.get("tools"), body.get("tool_choice")
+    is_free = choice != "none" and not _forces_tool(choice)
+    for i, tool in enumerate(tools if isinstance(tools, list) and is_free else ()):
         for owner, path in ((tool, "strict"), (_part(tool, "function"), "function.strict")):
             if _part(owner, "strict"):
                 yield f"tools[{i}].{path}", True

@@ -10,7 +10,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
@@ -25,8 +25,10 @@ from vllm_dllm.config import (
     request_steps,
 )
 from vllm_dllm.engine.configs import is_ours, settings_of
+from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.refusals import RequestError, request_options
+from vllm_dllm.engine.structured import put_in
 from vllm_dllm.names import PolicyName
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -204,13 +206,18 @@ def _check_stream(params: SamplingParams) -> None:
         raise RequestError(f"dllm_stream is 'denoising', but {obstacle}, or remove it", parameter="dllm_stream")
 
 
+_UNFILTERED = {"top_k": "0 or -1", "top_p": "1", "min_p": "0"}
+
+
 def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
     """Check that nothing filters what a policy draws of other logits than the model's, which nobody sorts."""
-    for name, value, is_used in (("top_k", params.top_k, params.top_k > 0), ("top_p", params.top_p, params.top_p < 1)):
+    filters = {"top_k": params.top_k > 0, "top_p": params.top_p < 1, "min_p": params.min_p > 0}
+    for name, is_used in filters.items():
+        value = getattr(params, name)
         if policy == "credit" and params.temperature > 0 and is_used:
             raise RequestError(
                 f"{name} is {value}, but the request's policy 'credit' draws of logits that credit raised, unfiltered; "
-                f"allowed is {'0 or -1' if name == 'top_k' else 1}; send that, temperature 0 or another dllm_policy",
+                f"allowed is {_UNFILTERED[name]}; send that, temperature 0 or another dllm_policy",
                 parameter=name,
                 value=value,
             )
@@ -228,8 +235,15 @@ def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_a
     )
 
 
-def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") -> None:
+def finish_admission(
+    processor: "InputProcessor", request: "EngineCoreRequest", asked: StructuredOutputsParams | None = None
+) -> None:
     """Check a request that vLLM admitted, end it with the blocks that fit, and at the family's end-of-turn token too.
+
+    Args:
+        processor: of the front end.
+        request: changed in place.
+        asked: what its answer has to meet, which vLLM did not see.
 
     Raises: RequestError.
     """
@@ -248,7 +262,28 @@ def finish_admission(processor: "InputProcessor", request: "EngineCoreRequest") 
     params.extra_args = _plain_args(params.extra_args)
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
+    check_edits(params, mask_token_id)
+    if asked is not None:
+        _refuse_beside_structure(params, settings)
+        put_in(processor, params, asked)
     check_sent(request)
+
+
+def _refuse_beside_structure(params: SamplingParams, settings: DllmConfig) -> None:
+    """Check that nothing else forbids tokens: what a structure allows at a position might be none of the rest."""
+    if settings.mode == "self_speculation":
+        raise RequestError(
+            "structured output is asked for, but the server's mode is 'self_speculation', which verifies drafts "
+            "without it; allowed is none; remove it, or serve the model in another mode",
+            parameter="structured_outputs",
+        )
+    for name in ("allowed_token_ids", "bad_words", "min_tokens"):
+        if value := getattr(params, name):
+            raise RequestError(
+                f"{name} is {reprlib.repr(value)} beside structured output, and both forbid tokens; allowed is one of "
+                "them; say it in the structure",
+                parameter=name,
+            )
 
 
 def _plain_args(args: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -300,6 +335,7 @@ def resolve_params(
         top_k=min(max(params.top_k, 0), _INT64_MAX),
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
+        edits=edits_of(params),
     )
 
 

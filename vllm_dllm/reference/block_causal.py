@@ -11,18 +11,18 @@ rows are causal. Where `unmasks_first_alone` is on, the last row that is stored 
 position, unless the prompt has it. Batch of one.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.reference.constraint import Constraint
 from vllm_dllm.reference.decode import Generation, shift
+from vllm_dllm.reference.edits import Known
 from vllm_dllm.reference.layers import LayerKv
-from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy, unmask
+from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen, block_causal
 from vllm_dllm.reference.sampling import Sampling, choose_tokens
+from vllm_dllm.reference.step import step_block, under
 
 _STATIC, _GREEDY = UnmaskPolicy(), Sampling()
 
@@ -81,18 +81,15 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     published code forgets it. Nemotron's last block, where it is shorter, takes the last steps of the schedule.
 
     Args:
-        model: the model.
-        prompt: the tokens before the generation.
+        model, prompt: the model, and the tokens before the generation.
         gen_length: least number of tokens; of Nemotron exactly as many.
         block_length: positions per block.
         policy: the unmasking policy; its `steps` are of each block.
         sampling: how tokens are chosen; without guidance.
         stop_ids: a block that generated one of these is the last.
-        rules: of the family.
-        constraint: what the answer has to meet.
+        rules, constraint: of the family; what the answer has to meet.
 
-    Returns: the tokens and the history to the last block's end. `nfe` counts forwards that unmask something, those
-        that store and decide a first position among them.
+    Returns: the tokens and the history to the last block's end; `nfe` counts all forwards that unmask something.
     """
     prompt_len = len(prompt)
     first_begin, seq_len = decoded_region(prompt_len, gen_length, block_length, rules)
@@ -110,17 +107,17 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         end = min(begin + block_length, seq_len)
         num_masked = block_length - max(0, prompt_len - begin)
         block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
-        if constraint is not None:
-            own = constraint.of_block(tokens[prompt_len:begin].tolist(), block_length - num_masked)
-            block = replace(block, constraint=own)
+        block = under(constraint, block, tokens[prompt_len:begin])
         while is_masked[begin:end].any():
             if rules.unmasks_first_alone and is_masked[begin]:
                 logits = stored[-1:].expand(end - begin, -1)
             else:
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
-            canvas = tokens[begin:end]
-            chosen, chosen_tokens = unmask(logits, is_masked[begin:end], first=begin, block=block, tokens=canvas)
+            known = Known(tokens, is_masked, prompt_len)
+            logits = known.edited(logits, is_masked[begin:end], begin, sampling.edits)
+            chosen, chosen_tokens = step_block(logits, tokens[begin:end], is_masked[begin:end], begin, block)
+            chosen, chosen_tokens = known.goes(chosen, chosen_tokens, begin, sampling.edits)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
             history.append(tokens[prompt_len:].clone())

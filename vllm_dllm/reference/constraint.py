@@ -13,6 +13,9 @@ step.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 _ENDED = -1  # the state behind an end token
 
 Known = Sequence[int | None]
@@ -92,6 +95,16 @@ class BlockConstraint:
         of_prompt: list[set[int]] = [set() for _ in range(self.num_prompt)]
         return (of_prompt + allowed[len(self.before) :])[: len(canvas)]
 
+    def remove_forbidden(self, logits: Tensor, canvas: Known) -> Tensor:
+        """Return the block's logits [len(canvas), vocab], those of masked positions at -inf where not allowed."""
+        logits = logits.clone()
+        for place, allowed in enumerate(self.allowed(canvas)):
+            if canvas[place] is None:
+                others = torch.ones_like(logits[place], dtype=torch.bool)
+                others[list(allowed)] = False
+                logits[place, others] = -torch.inf
+        return logits
+
     def taken(self, canvas: Known, places: Sequence[int], tokens: Sequence[int]) -> list[bool]:
         """Return which of some places of the block take their tokens, in this order."""
         canvas, taken = list(canvas), []
@@ -104,3 +117,9 @@ class BlockConstraint:
     def _answer(self, canvas: Known) -> Known:
         answer = [*self.before, *canvas[self.num_prompt :]]
         return [*answer, *[None] * (self.constraint.length - len(answer))]
+
+
+def known(tokens: Tensor, is_masked: Tensor) -> Known:
+    """Return what is known of a canvas [len] int64, where masked [len] bool nothing."""
+    pairs = zip(tokens.tolist(), is_masked.tolist(), strict=True)
+    return [None if masked else token for token, masked in pairs]

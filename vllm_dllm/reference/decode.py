@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.reference.constraint import Constraint
+from vllm_dllm.reference.edits import Known
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.model import LLaDA
-from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy, unmask
+from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen
 from vllm_dllm.reference.sampling import Sampling
+from vllm_dllm.reference.step import step_block, under
 
 Model = LLaDA | Qwen
 
@@ -168,8 +170,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     for begin in range(len(prompt), len(tokens), block_length):
         end = begin + block_length
         block = Block(begin, block_length, block_length, steps, policy, sampling, rules, model.config.eos_token_id)
-        if constraint is not None:
-            block = replace(block, constraint=constraint.of_block(tokens[len(prompt) : begin].tolist()))
+        block = under(constraint, block, tokens[len(prompt) : begin])
         in_block = torch.zeros_like(is_masked)
         in_block[begin:end] = True
         step = 0
@@ -177,9 +178,11 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         while is_masked[begin:end].any():
             first, last = kv.span(step, begin, end, len(tokens))
             logits = predictor.logits(tokens, first, last)
-            canvas = tokens[first:last]
-            chosen, chosen_tokens = unmask(
-                logits, (is_masked & in_block)[first:last], first=first, block=block, tokens=canvas
+            in_span, canvas = (is_masked & in_block)[first:last], tokens[first:last]
+            known = Known(tokens, is_masked, len(prompt))
+            logits = known.edited(logits, in_span, first, sampling.edits)
+            chosen, chosen_tokens = known.goes(
+                *step_block(logits, canvas, in_span, first, block), first, sampling.edits
             )
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False

@@ -299,38 +299,16 @@ class Block:
         return torch.ones_like(positions, dtype=torch.bool)
 
 
-def unmask(
-    logits: Tensor, is_masked: Tensor, *, first: int, block: Block, tokens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def unmask(logits: Tensor, is_masked: Tensor, *, first: int, block: Block) -> tuple[Tensor, Tensor]:
     """Choose the positions that a step unmasks, and their tokens.
 
     Args:
         logits: [span_len, vocab], predictions of the positions from `first` on.
         is_masked: [span_len] bool, masked positions of the block; False outside it.
         first: absolute position.
-        block: what decides.
-        tokens: [span_len] int64, known where not masked; needed under a constraint.
 
     Returns: indices into the span and their tokens, two [count] int64.
     """
-    if block.constraint is None:
-        return _unmask(logits, is_masked, first, block)
-    assert tokens is not None, "a constraint asks for what is known"
-    own = slice(block.begin - first, block.begin - first + block.length)
-    canvas = [
-        None if masked else token for token, masked in zip(tokens[own].tolist(), is_masked[own].tolist(), strict=True)
-    ]
-    forbidden = torch.zeros_like(logits, dtype=torch.bool)
-    for place, allowed in enumerate(block.constraint.allowed(canvas)):
-        if canvas[place] is None:
-            forbidden[own.start + place] = True
-            forbidden[own.start + place, list(allowed)] = False
-    chosen, chosen_tokens = _unmask(logits.masked_fill(forbidden, -torch.inf), is_masked, first, block)
-    taken = block.constraint.taken(canvas, (chosen - own.start).tolist(), chosen_tokens.tolist())
-    return chosen[taken], chosen_tokens[taken]
-
-
-def _unmask(logits: Tensor, is_masked: Tensor, first: int, block: Block) -> tuple[Tensor, Tensor]:
     policy, sampling = block.policy, block.sampling
     masked = is_masked.nonzero().squeeze(-1)  # [num_masked]
     num_masked = len(masked)

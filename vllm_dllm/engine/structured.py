@@ -1,0 +1,235 @@
+"""Structured output: from a request's parameters to the automaton that its workers follow.
+
+vLLM's engine core would fill bit masks from left to right, and vLLM refuses structured output for diffusion models. So
+a front end takes the parameters out of a request before vLLM checks it, compiles them, and sends the automaton in
+`extra_args`: neither the engine core nor a worker needs a grammar, a tokenizer or a compiler for it.
+"""
+
+import copy
+import functools
+import json
+from typing import TYPE_CHECKING, Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+from vllm_dllm.constraint.answer import Answer
+from vllm_dllm.constraint.automaton import NEVER, Automaton
+from vllm_dllm.constraint.compile import TokenBytes, compile_tokens
+from vllm_dllm.constraint.json_object import json_object_automaton
+from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_automaton
+from vllm_dllm.constraint.schema import escape, schema_regex
+from vllm_dllm.constraint.tags import tag_regex
+from vllm_dllm.engine.refusals import RequestError
+from vllm_dllm.state.canvas import RequestParams
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.input_processor import InputProcessor
+
+logger = init_logger("vllm.dllm")
+
+SENT = "vllm_dllm_automaton"
+"""The key of `extra_args` under which a front end sends what a worker follows; nobody else may set it."""
+
+_FIELD = "structured_outputs"
+_SPACE = " ?"
+_ANY_SPACE = r"[ \t\r\n]*"
+_KINDS = ("json", "json_object", "regex", "choice", "structural_tag", "grammar")
+
+
+def take_out(params: SamplingParams) -> tuple[SamplingParams, StructuredOutputsParams | None]:
+    """Return a request's parameters without what is asked of its structure, and that. Raises: RequestError."""
+    if SENT in (params.extra_args or {}):
+        raise RequestError(
+            f"{SENT} is set, which the front end sets itself; allowed is none; remove it", parameter=SENT
+        )
+    if params.structured_outputs is None:
+        return params, None
+    own = copy.copy(params)
+    own.structured_outputs = None
+    return own, params.structured_outputs
+
+
+def put_in(processor: "InputProcessor", params: SamplingParams, asked: StructuredOutputsParams) -> None:
+    """Compile what is asked, and put it into an admitted request's parameters.
+
+    Raises: RequestError for what cannot be enforced, and for a reply that is too short for any answer.
+    """
+    _check_others(params)
+    ends = _end_ids(processor, params)
+    try:
+        kind, value, space = _read(asked)
+        packed, shortest = _compiled(kind, value, space, _vocabulary(processor, ends))
+    except ConstraintError as error:
+        raise RequestError(f"{_FIELD} cannot be enforced ({_asked(asked)}): {error}", parameter=_FIELD) from None
+    assert params.max_tokens is not None, "finish_admission sets it"
+    if params.max_tokens < shortest:
+        raise RequestError(
+            f"max_tokens is {params.max_tokens} (as far as max_model_len has room), but the shortest answer that meets "
+            f"{_FIELD} ({_asked(asked)}) has {shortest} tokens; allowed are {shortest} and more; raise max_tokens",
+            parameter="max_tokens",
+            value=params.max_tokens,
+        )
+    params.extra_args = {**(params.extra_args or {}), SENT: packed}
+
+
+def answer_of(
+    params: SamplingParams, resolved: RequestParams, tokens: list[int], block_start: int, block_length: int
+) -> Answer | None:
+    """Return what a request's answer has to meet; None: nothing.
+
+    Args:
+        params: as admitted.
+        resolved: the same as workers have them.
+        tokens: the known tokens; those behind the prompt that was sent are the answer so far.
+        block_start: absolute position of the block that comes next.
+        block_length: positions of a block.
+    """
+    packed = (params.extra_args or {}).get(SENT)
+    if packed is None:
+        return None
+    automaton, begin = _unpacked(packed), resolved.prompt_len
+    limit = begin + (params.max_tokens or 0)
+    return Answer(automaton, begin, limit, resolved.seq_len, block_start, block_length, automaton.run(tokens[begin:]))
+
+
+def _read(asked: StructuredOutputsParams) -> tuple[str, str, str]:
+    """Return what kind of constraint is asked for, of what, and the white space of JSON. Raises: ConstraintError."""
+    if asked.disable_additional_properties:
+        raise ConstraintError("disable_additional_properties is true, allowed is false: say additionalProperties false")
+    kind = next((kind for kind in _KINDS if getattr(asked, kind) not in (None, False)), None)
+    value = None if kind is None else getattr(asked, kind)
+    if kind is None or kind == "grammar":
+        raise ConstraintError(
+            "a grammar is no regular language, allowed are json, json_object, regex and choice; write it as a regex of "
+            "bounded depth"
+            if kind
+            else "nothing is asked for, allowed are json, json_object, regex and choice"
+        )
+    if kind in ("json", "structural_tag"):
+        value = _parsed(value)
+    if kind == "choice" and not (isinstance(value, list) and value and all(isinstance(each, str) for each in value)):
+        raise ConstraintError("choice is no list of texts, allowed are lists of one and more")
+    if kind == "regex" and not isinstance(value, str):
+        raise ConstraintError("regex is no text")
+    return kind, str(value) if kind == "regex" else json.dumps(value), _space(asked)
+
+
+def _parsed(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ConstraintError(f"it is no JSON ({error})") from None
+
+
+def _space(asked: StructuredOutputsParams) -> str:
+    if asked.disable_any_whitespace:
+        return ""
+    pattern = asked.whitespace_pattern
+    if pattern is None:
+        return _SPACE
+    if byte_automaton(pattern).escapes(byte_automaton(_ANY_SPACE)):
+        raise ConstraintError(f"whitespace_pattern {pattern!r} matches more than white space of JSON")
+    return f"(?:{pattern})"
+
+
+@functools.lru_cache(128)
+def _compiled(kind: str, value: str, space: str, vocabulary: TokenBytes) -> tuple[bytes, int]:
+    """Compile a constraint; returns the automaton as sent, and the fewest tokens of an answer."""
+    automaton = compile_tokens(_over_bytes(kind, value, space), vocabulary)
+    shortest = int(automaton.distance[0])
+    assert shortest != NEVER, "compile_tokens refuses what no text meets"
+    return automaton.to_bytes(), shortest
+
+
+def _over_bytes(kind: str, value: str, space: str) -> ByteAutomaton:
+    if kind == "regex":
+        return byte_automaton(value)
+    parsed = json.loads(value)
+    if kind == "choice":
+        return byte_automaton("|".join(escape(each) for each in parsed))
+    if kind == "json_object" or (parsed in ({}, {"type": "object"}) and space == _SPACE):
+        return json_object_automaton()
+    try:
+        return byte_automaton(tag_regex(parsed, space) if kind == "structural_tag" else schema_regex(parsed, space))
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ConstraintError(f"it is malformed ({type(error).__name__}: {error})") from None
+
+
+@functools.lru_cache(64)
+def _unpacked(packed: bytes) -> Automaton:
+    return Automaton.from_bytes(packed)
+
+
+def _asked(asked: StructuredOutputsParams) -> str:
+    """Name what is asked for, as whoever sent it knows it."""
+    kind = next((kind for kind in _KINDS if getattr(asked, kind) not in (None, False)), "nothing")
+    return {
+        "json": "json, as of response_format json_schema or a forced tool call",
+        "json_object": "json_object, as of response_format",
+        "structural_tag": "a structural tag, as of a forced or strict tool call",
+    }.get(kind, kind)
+
+
+def _check_others(params: SamplingParams) -> None:
+    """Refuse what the tokens of an answer would depend on besides. Raises: RequestError."""
+    others = {
+        "allowed_token_ids": params.allowed_token_ids is not None,
+        "bad_words": bool(params.bad_words),
+        "min_tokens": params.min_tokens > 0,
+    }
+    for name, is_used in others.items():
+        if is_used:
+            raise RequestError(
+                f"{name} is {getattr(params, name)!r} beside {_FIELD}, which says itself which tokens an answer may "
+                f"have; allowed is one of the two; remove {name}, or say it in the constraint",
+                parameter=name,
+            )
+
+
+def _end_ids(processor: "InputProcessor", params: SamplingParams) -> tuple[int, ...]:
+    """Return the tokens that end a reply, and are no text: the checkpoint's, not those of the request."""
+    config = processor.model_config.hf_config
+    special = _special_ids(processor)
+    found = {config.eos_token_id, config.eot_token_id, params.eos_token_id, *(params.all_stop_token_ids & special)}
+    return tuple(sorted(each for each in found if each is not None))
+
+
+def _special_ids(processor: "InputProcessor") -> set[int]:
+    tokenizer = processor.tokenizer
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(token for token, each in added.items() if getattr(each, "special", False))}
+
+
+_vocabularies: dict[tuple[int, tuple[int, ...]], TokenBytes] = {}
+
+
+def _vocabulary(processor: "InputProcessor", ends: tuple[int, ...]) -> TokenBytes:
+    """Return the bytes of the tokenizer's tokens, those left out that are no text. Raises: ConstraintError."""
+    tokenizer = processor.tokenizer
+    if tokenizer is None:
+        raise ConstraintError("the server has no tokenizer (skip_tokenizer_init)")
+    key = (id(tokenizer), ends)
+    if key not in _vocabularies:
+        hidden = {*_special_ids(processor), processor.model_config.hf_config.mask_token_id}
+        tokens = {token: text for token, text in _texts(tokenizer).items() if token not in hidden}
+        _vocabularies[key] = TokenBytes.of(tokens, processor.model_config.get_vocab_size(), ends)
+        logger.info("Structured output: %d of %d tokens are text.", len(tokens), len(tokenizer))
+    return _vocabularies[key]
+
+
+def _texts(tokenizer: Any) -> dict[int, bytes]:
+    """Return the bytes of all tokens. Raises: ConstraintError for tokenizers that are not over bytes."""
+    of_character = {character: byte for byte, character in bytes_to_unicode().items()}
+    decoder = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
+    if "ByteLevel" not in decoder:
+        raise ConstraintError("the bytes of the tokenizer's tokens are not known: it is none over bytes")
+    added = {token: each.content for token, each in tokenizer.added_tokens_decoder.items()}
+    texts = {token: added[token].encode() for token in added}
+    for text, token in tokenizer.get_vocab().items():
+        if token not in added:
+            texts[token] = bytes(of_character[character] for character in text)
+    return texts
