@@ -84,8 +84,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         model, prompt: the model, and the tokens before the generation.
         gen_length: least number of tokens; of Nemotron exactly as many.
         block_length: positions per block.
-        policy: the unmasking policy; its `steps` are of each block.
-        sampling: how tokens are chosen; without guidance.
+        policy, sampling: its `steps` are of each block; how tokens are chosen, without guidance.
         stop_ids: a block that generated one of these is the last.
         rules, constraint: of the family; what the answer has to meet.
 
