@@ -1,6 +1,6 @@
 """Measure the parts of the engine on this machine; figures are ratios within one run.
 
-    python -m benchmarks reference|stages|kernels
+    python -m benchmarks reference|stages|modes|kernels
 
 `vllm-dllm bench decode`, which is in the package, measures speculation end to end.
 """
@@ -108,6 +108,17 @@ def stages(workload: Workload, policies: tuple[Policy, ...]) -> None:
     from benchmarks.stages import stage_times
 
     print_sections(stage_times(workload, policies))
+
+
+@_measures_workload("threshold")
+def modes(workload: Workload, policies: tuple[Policy, ...]) -> None:
+    """Count the forwards of Nemotron's modes; the exit status is 1 when an adapter of drafts changes tokens."""
+    from benchmarks.modes import compare_modes
+
+    try:
+        print_sections(compare_modes(workload, policies))
+    except UnequalTokensError as error:
+        fail(error)
 
 
 @app.command()

@@ -9,9 +9,10 @@ from vllm_dllm.errors import did_you_mean, nearest
 
 FIELD = "dllm"
 
-Mode = Literal["diffusion", "ar"]
+Mode = Literal["diffusion", "ar", "self_speculation"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-"""How a checkpoint decodes that can do both: `ar` as an autoregressive model of vLLM's own, without us."""
+"""How a checkpoint decodes that can do both: `ar` as an autoregressive model of vLLM's own, without us;
+`self_speculation` gives autoregression's tokens, which diffusion drafts."""
 
 
 def settings_in(additional: object) -> object:
@@ -29,7 +30,7 @@ def settings_in(additional: object) -> object:
             additional,
         )
     for key, value in additional.items():
-        meant = f"{FIELD}.{key}" if key in (*DllmConfig.model_fields, "mode") else _meant(str(key))
+        meant = f"{FIELD}.{key}" if key in DllmConfig.model_fields else _meant(str(key))
         if meant and key != FIELD:
             name = f"additional_config.{key}"
             raise InvalidOptionError(
@@ -38,10 +39,7 @@ def settings_in(additional: object) -> object:
                 name,
                 value,
             )
-    settings = additional.get(FIELD, {})
-    return (
-        {key: value for key, value in settings.items() if key != "mode"} if isinstance(settings, Mapping) else settings
-    )
+    return additional.get(FIELD, {})
 
 
 def mode_in(additional: object) -> Mode:
@@ -55,9 +53,8 @@ def mode_in(additional: object) -> Mode:
         if mode == known:
             return known
     name = f"additional_config.{FIELD}.mode"
-    reason = ", which is not implemented yet" if mode == "self_speculation" else ""
     raise InvalidOptionError(
-        f"{name} is {mode!r}{reason}; allowed are {' and '.join(map(repr, MODES))}; "
+        f"{name} is {mode!r}; allowed are {', '.join(map(repr, MODES[:-1]))} and {MODES[-1]!r}; "
         f"{did_you_mean(mode, MODES, 'give one of these or leave it out')}",
         name,
         mode,

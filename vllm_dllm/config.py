@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
-from vllm_dllm.names import AttentionName, KvPolicyName, PolicyName
+from vllm_dllm.names import AttentionName, KvPolicyName, PolicyName, ServedMode
 
 POLICY_ALIASES: dict[str, PolicyName] = {
     "low_confidence": "static",  # LLaDA's name
@@ -65,6 +65,7 @@ class DllmConfig(BaseModel):
             steps divided by its number of blocks); None is as many as the block has positions. A request gives
             `dllm_steps` for its whole generation.
         attention: implementation of attention, see `attention.choose`; `auto` takes the best that works here.
+        mode: `self_speculation`: autoregression of what diffusion drafts, in windows of up to `block_length`.
     """
 
     model_config = STRICT
@@ -82,6 +83,7 @@ class DllmConfig(BaseModel):
     alg_temp: _AlgTemp | None = None
     steps_per_block: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
     attention: _Attention = "auto"
+    mode: Annotated[ServedMode, Field(description="'diffusion' and 'self_speculation'")] = "diffusion"
 
     @property
     def is_block_causal(self) -> bool:

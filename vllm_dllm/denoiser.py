@@ -8,6 +8,7 @@ the device.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import Draw, torch_draws
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
+from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.head import Head
 from vllm_dllm.unmask.memory import select
 from vllm_dllm.unmask.policy import asked_ids
@@ -106,11 +108,13 @@ class Denoiser:
         keeps_candidates = self.drafter is not None or self.observer is not None
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
-        ids = _row_ids(nodes, asked_ids(remembered))
+        edits, keep = self.state.row_edits(blocks, nodes)
+        ids = _row_ids(nodes, asked_ids(remembered), edits)
         sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
         stats = self.head(rows, sampling, num_candidates, ids)
         params = self.state.policy_params(blocks)
-        done = self.walk(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
+        decide = self.walk if keep is None else partial(walk, keep=keep)
+        done = decide(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
         if nodes.constrained is not None:
             done = self._under_constraints(nodes.constrained, blocks, nodes, stats, done)
         if self.observer is not None:
@@ -183,14 +187,15 @@ class Denoiser:
         self.head(hidden, sampling, POLICY_CANDIDATES if self.drafter is None else MAX_CANDIDATES)
 
 
-def _row_ids(nodes: Nodes, asked: Tensor | None) -> RowIds | None:
+def _row_ids(nodes: Nodes, asked: Tensor | None, edits: RowEdits | None) -> RowIds | None:
     """Return which ids evaluated rows ask for, of those that policies ask for, and may take, by their constraints.
 
     Args:
         nodes: the canvases.
         asked: [num_reqs, block_length, num_given] int64.
+        edits: of the rows.
     """
-    if asked is None and nodes.constrained is None:
+    if asked is None and nodes.constrained is None and edits is None:
         return None
     given = allowed = None
     if asked is not None:
@@ -198,4 +203,4 @@ def _row_ids(nodes: Nodes, asked: Tensor | None) -> RowIds | None:
     if nodes.constrained is not None:
         place, sets = nodes.constrained.row_bits(len(nodes.canvas), nodes.canvas.device)
         allowed = sets[nodes.per_evaluated(place).flatten()]
-    return RowIds(given, allowed)
+    return RowIds(given, allowed, edits)

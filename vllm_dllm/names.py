@@ -15,3 +15,6 @@ KvPolicyName = Literal["dual", "prefix", "block_causal", "causal"]
 
 AttentionName = Literal["auto", "csrc", "vllm", "flashinfer", "xformers", "torch"]
 """Implementations of attention, see `attention.choose`."""
+
+ServedMode = Literal["diffusion", "self_speculation"]
+"""How requests are decoded; mode `ar` is vLLM's own."""

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.modes import compare_modes
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.measure.workload import Workload
 
 WORKLOAD = ("--prompts", "prompts.jsonl", "--model")
 
@@ -16,6 +19,7 @@ WORKLOAD = ("--prompts", "prompts.jsonl", "--model")
     [
         (("reference", *WORKLOAD, "/nope"), "model '/nope' is not there: no such folder"),
         (("stages", *WORKLOAD, "/nope"), "model '/nope' is not there: no such folder"),
+        (("modes", *WORKLOAD, "/nope"), "model '/nope' is not there: no such folder"),
         (("kernels", "--out", "no/k.md"), "--out is 'no/k.md', but there is no folder"),
         (("kernels", "--out", "."), "--out is '.', but this is a folder"),
     ],
@@ -29,6 +33,12 @@ def test_what_is_wrong_is_told_at_once(words, part, tmp_path, monkeypatch, capsy
     out, err = capsys.readouterr()
     assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
     assert part in err
+
+
+def test_a_model_of_one_mode_has_none_to_compare():
+    llada = Path(__file__).parents[2] / "examples/tiny_llada/checkpoint"
+    with pytest.raises(ConfigError, match="model is LLaDAModelLM, which has one mode"):
+        compare_modes(Workload(str(llada), ((5,),)), ())
 
 
 @pytest.mark.parametrize("name", ["across", "drafting"])

@@ -28,9 +28,11 @@ from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import spiffy
 from vllm_dllm.reference.decode import KvPolicy, Model, generate
+from vllm_dllm.reference.edits import Edits
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 from vllm_dllm.reference.policy import LLADA, Rules, UnmaskPolicy
 from vllm_dllm.reference.sampling import Sampling
+from vllm_dllm.state.edits import NO_EDITS, LogitEdits
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT = EXAMPLES / "tiny_llada/checkpoint"
@@ -55,6 +57,7 @@ class Case:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    edits: LogitEdits = NO_EDITS
 
     def sampling_params(self, **changes: Any) -> Any:
         from vllm import SamplingParams
@@ -69,8 +72,16 @@ class Case:
             "seed": self.seed,
             "ignore_eos": True,
             "extra_args": extra,
+            "min_p": self.edits.min_p,
+            "min_tokens": self.edits.min_tokens,
+            "allowed_token_ids": list(self.edits.allowed_ids) or None,
+            "logit_bias": dict(self.edits.bias) or None,
+            **{f"{name}_penalty": getattr(self.edits, name) for name in ("repetition", "frequency", "presence")},
         }
-        return SamplingParams(**(values | changes))
+        params = SamplingParams(**(values | changes))
+        if self.edits.bad_words:
+            params._bad_words_token_ids = [list(word) for word in self.edits.bad_words]
+        return params
 
 
 def make_wild_checkpoint(path: Path, mixing: float = 1.0, **changes: Any) -> None:
@@ -173,9 +184,18 @@ class Oracle:
                 seed=case.seed,
                 top_k=case.top_k or None,
                 top_p=case.top_p if case.top_p < 1 else None,
+                min_p=case.edits.min_p if case.temperature else 0.0,
                 forbidden_ids=(self.model.config.mask_token_id,),
+                edits=self._edits(case),
             ),
         }
+
+    def _edits(self, case: Case) -> Edits:
+        values = dataclasses.asdict(case.edits)
+        del values["min_p"]
+        config = json.loads((self.checkpoint / "config.json").read_text())
+        ends = {config["eos_token_id"], config.get("eot_token_id")} - {None}
+        return Edits(**values | {"end_ids": tuple(ends)})
 
     def _speculate(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
         plain = self._options(case, settings)

@@ -45,7 +45,7 @@ def test_mixed_batch_equals_reference(served: Any, oracle: Any) -> None:
 def test_rows_are_reduced_from_the_heads_weight(served: Any) -> None:
     """The same tokens come from whole logits, which any other head gives; only time and memory would tell."""
     runner = served[0].llm_engine.model_executor.driver_worker.worker.model_runner
-    assert isinstance(runner.model_state.denoiser.head, WeightHead)
+    assert isinstance(runner.model_state.denoiser.head.own, WeightHead)
 
 
 def test_nfe_equals_reference(served: Any, oracle: Any) -> None:

@@ -61,7 +61,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"additional_config": {"dllm": {"attention": "csrc"}}, "block_size": 512},
         "additional_config.dllm.attention is 'csrc', but it does not take pages of 512 positions (--block-size)",
     ),
-    ({"override_generation_config": {"min_p": 0.1}}, "override_generation_config.min_p is 0.1, but requests without"),
+    ({"override_generation_config": {"min_p": 1.5}}, "override_generation_config.min_p is 1.5, but requests without"),
     ({"additional_config": {"dllm": 8}}, "additional_config.dllm is 8, allowed is an object"),
 ]
 
@@ -94,7 +94,7 @@ def test_a_checkpoints_own_penalty_is_left_out(tmp_path: Path) -> None:
 
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(CHECKPOINT, checkpoint)
-    (checkpoint / "generation_config.json").write_text('{"repetition_penalty": 1.1, "temperature": 0.5}')
+    (checkpoint / "generation_config.json").write_text('{"repetition_penalty": -1, "temperature": 0.5}')
     config = EngineArgs(model=str(checkpoint), max_model_len=128, load_format="dummy").create_engine_config()
     assert config.model_config.get_diff_sampling_param() == {"temperature": 0.5}
 
@@ -108,7 +108,6 @@ def llm(wild: Path) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"min_p": 0.5, "temperature": 0.7}, "min_p is 0.5"),
         ({"logprobs": 0}, "logprobs is 0"),
         ({"seed": 2**63}, "64-bit signed"),
         ({"extra_args": {"dllm_steps": True}}, "dllm_steps is True"),
@@ -300,6 +299,8 @@ def test_every_sampling_parameter_is_supported_or_refused() -> None:
     from vllm_dllm.engine.refusals import REFUSED as REFUSED_PARAMETERS
 
     supported = {
+        *("min_p", "logit_bias", "allowed_token_ids", "bad_words", "min_tokens"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty"),
         *("n", "temperature", "top_p", "top_k", "seed", "max_tokens", "extra_args"),
         *("structured_outputs", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
         *("detokenize", "skip_special_tokens", "spaces_between_special_tokens", "output_kind", "stream_interval"),

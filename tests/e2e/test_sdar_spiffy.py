@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.edited import with_edits
 from tests.e2e.rig import (
     Case,
     check_counts_while_running,
     engine,
     random_graph,
+    run,
     run_outputs,
     shared_engine,
     speculation,
@@ -58,6 +60,12 @@ def test_mixed_batch_equals_reference(served: Any, oracle: SdarOracle) -> None:
         (e.nfe, 0, e.num_accepted, e.num_proposed) for e in expected
     ]
     assert sum(e.num_accepted for e in expected) >= 8, "too few drafts come true for the test to mean much"
+
+
+def test_edits_of_logits_equal_reference(served: Any, oracle: SdarOracle) -> None:
+    llm, settings, _, _ = served
+    cases = with_edits(sdar_cases(settings["block_length"], seed=9)[:10], seed=2)
+    assert run(llm, cases) == [oracle.tokens(case, settings) for case in cases]
 
 
 def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle: SdarOracle) -> None:

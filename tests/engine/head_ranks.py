@@ -47,7 +47,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, list[RowSampling | None]]:
 
 def found(model: Any) -> list[PartialStats]:
     """Return the statistics that the chosen head makes, as dictionaries."""
-    head = choose_head(model, VOCAB, MASK, torch.device("cpu"))
+    head = choose_head(model, VOCAB, MASK, torch.device("cpu")).own
     # A scaled head is not the op's, as none is on a GPU: both ways, by the weight and by the part's logits.
     own = WeightHead if model.logits_processor.scale == 1.0 else LogitsHead
     assert isinstance(head, MergedHead), head

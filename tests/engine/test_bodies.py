@@ -126,11 +126,18 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
     ),
     (MESSAGES, {"max_tokens": None}, "max_tokens is None, allowed are whole numbers"),
     (MESSAGES, {"thinking": {"type": "enabled"}}, "thinking.budget_tokens is missing; add it"),
-    (MESSAGES, {"min_p": 0.5}, "min_p is 0.5, but diffusion models"),
+    *(
+        (path, {name: value}, f"{name} is {value!r}, which this API does not hand on")
+        for path, name, value in [
+            (MESSAGES, "min_p", 0.5),
+            (MESSAGES, "bad_words", ["a"]),
+            (RESPONSES, "min_tokens", 2),
+        ]
+    ),
     # No advice that is refused next.
     *((path, {"top_logprobs": 2}, "top_logprobs is 2, but diffusion models") for path in (CHAT, RESPONSES)),
     (CHAT, {"logprob_token_ids": [5]}, "logprob_token_ids is [5], but diffusion models"),
-    (COMPLETIONS, {"min_tokens": 99, "max_tokens": 4}, "min_tokens is 99, but diffusion models"),
+    (COMPLETIONS, {"repetition_detection": {}}, "repetition_detection is {}, but diffusion models"),
     (COMPLETIONS, {"prompt_logprobs": -1, "stream": True}, "prompt_logprobs is -1, but diffusion models"),
 ]
 

@@ -35,7 +35,7 @@ def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plain_head_is_reduced_from_its_weight_without_padding() -> None:
-    head = choose_head(model({}, {}), 60, 3, torch.device("cpu"))
+    head = choose_head(model({}, {}), 60, 3, torch.device("cpu")).own
     assert isinstance(head, WeightHead)
     assert head.weight.shape == (60, 8)
 
@@ -52,7 +52,7 @@ def test_a_plain_head_is_reduced_from_its_weight_without_padding() -> None:
     ids=["quantised", "bias", "scale", "cap", "extended"],
 )
 def test_other_heads_are_reduced_from_logits(lm_head: dict[str, Any], processor: dict[str, Any]) -> None:
-    assert isinstance(choose_head(model(lm_head, processor), 60, 3, torch.device("cpu")), LogitsHead)
+    assert isinstance(choose_head(model(lm_head, processor), 60, 3, torch.device("cpu")).own, LogitsHead)
 
 
 def test_without_the_op_torch_serves_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_without_the_op_torch_serves_and_says_so(monkeypatch: pytest.MonkeyPatch
     warnings: list[str] = []
     monkeypatch.setattr(head_module.ops, "require", refuse)
     monkeypatch.setattr(head_module.logger, "warning", lambda text, error: warnings.append(text % error))
-    head = choose_head(model({}, {}), 60, 3, torch.device("cpu"))
+    head = choose_head(model({}, {}), 60, 3, torch.device("cpu")).own
     assert isinstance(head, LogitsHead)
     assert warnings == ["Row statistics are made by torch: not built"]
 
@@ -80,14 +80,14 @@ def test_each_rank_reduces_its_own_part(monkeypatch: pytest.MonkeyPatch) -> None
     """Only an extended vocabulary is gathered whole, since its parts are no ranges of ids."""
     with_ranks(monkeypatch, 2)
     for device, own in ((torch.device("cpu"), WeightHead), (CUDA, LogitsHead)):
-        head = choose_head(model({}, {}), 60, 3, device)
+        head = choose_head(model({}, {}), 60, 3, device).own
         assert isinstance(head, MergedHead)
         assert isinstance(head.own, own)
     logits = torch.zeros(2, 64)  # with those of the rows that pad the part
     assert head.own.head_logits(logits).shape == (2, 60)  # type: ignore[union-attr]
-    quantised = choose_head(model({"quant_method": object()}, {}), 60, 3, CUDA)
+    quantised = choose_head(model({"quant_method": object()}, {}), 60, 3, CUDA).own
     assert isinstance(quantised, MergedHead)
-    assert isinstance(choose_head(model({"shard_indices": EXTENDED}, {}), 60, 3, CUDA), LogitsHead)
+    assert isinstance(choose_head(model({"shard_indices": EXTENDED}, {}), 60, 3, CUDA).own, LogitsHead)
 
 
 def test_a_gpu_keeps_float32_logits_of_plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:

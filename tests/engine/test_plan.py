@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dllm.engine.plan import Role, StepPlan, plan_step
+from vllm_dllm.engine.plan import Role, StepPlan, plan_step, plan_windows
 from vllm_dllm.state.kv import KvSchedule
+from vllm_dllm.state.windows import WindowSchedule
 
 B = 4
 ROW_LEN = 24
@@ -162,6 +163,31 @@ def test_a_first_position_that_the_prompt_has_is_not_decided() -> None:
     rows = plan.rows(logit_shift=True)
     assert rows.head.tolist() == [[7, 8, 9, 10], [19] * B]
     assert rows.node.tolist() == [[0], [1]]
+
+
+def test_windows_are_drafted_without_causality_and_verified_with_it() -> None:
+    """A new request behind a cache hit, one that drafts, one that verifies a window of three."""
+    schedule = WindowSchedule(B)
+    for name, hit in (("new", 4), ("drafts", 0), ("verifies", 0)):
+        schedule.add(name, hit)
+    for name, stored in (("drafts", 20), ("verifies", 30), ("verifies", 30)):
+        schedule.note(name, stored)
+    names, known = ["new", "drafts", "verifies"], np.array([10, 21, 31])
+    end = np.array([90, 90, 34])
+    start, length = schedule.block_start(known), schedule.lengths(names, known, end)
+    plan = plan_windows(schedule.step(names, known, end), start=start, length=length, block_length=B)
+    assert segments(plan) == [
+        *((0, "PREFILL", 4, 9), (0, "VERIFY", 9, 10)),
+        *((1, "ROOT", 20, 24), (2, "VERIFY", 30, 33)),
+    ]
+    assert plan.context.tolist() == [[0, begin, end, end] for _, _, begin, end in segments(plan)]
+    assert plan.layout().is_causal.tolist() == [1, 1, 0, 1]
+    assert plan.num_stored.tolist() == [6, 0, 3]
+    rows = plan.rows()
+    assert rows.head.tolist() == [[5] * B, [6, 7, 8, 9], [10, 11, 12, 12]]
+    assert rows.source.tolist() == [*[-1] * 5, 0, 4, 5, 6, 7, 8, 9, 10]
+    assert rows.is_stored.tolist() == [*[True] * 6, *[False] * 4, *[True] * 3]
+    assert not plan.is_plain
 
 
 def test_a_step_of_nobody_has_no_rows() -> None:

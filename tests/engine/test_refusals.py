@@ -37,7 +37,6 @@ FLAT_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, 
         ({"logprobs": True, "top_logprobs": 2}, "logprobs", "is True"),
         ({"top_logprobs": 2}, "top_logprobs", "is 2"),
         ({"logprob_token_ids": [5]}, "logprob_token_ids", "is [5]"),
-        ({"min_tokens": 100, "max_tokens": 4}, "min_tokens", "is 100"),
         ({"prompt_logprobs": -1}, "prompt_logprobs", "is -1"),
         ({"prompt_embeds": "AAAA"}, "prompt_embeds", "is 'AAAA'"),
         ({"include": ["message.output_text.logprobs"]}, "include", "allowed is all but"),
@@ -64,15 +63,14 @@ def test_a_field_is_refused_as_its_client_wrote_it(body: dict[str, Any], paramet
         ({"sampling_params": {"vllm_xargs": {"dllm_steps": 1}}}, "sampling_params.vllm_xargs is {'dllm_steps': 1}"),
         ({"sampling_params": {"dllm_steps": 1}}, "sampling_params.dllm_steps is 1, where it has no effect"),
         ({"sampling_params": {"logprobs": 1}}, "sampling_params.logprobs is 1, but diffusion models unmask tokens in"),
-        ({"sampling_params": {"min_tokens": 9, "max_tokens": 4}}, "sampling_params.min_tokens is 9"),
-        ({"min_p": 0.5, "sampling_params": {}}, "min_p is 0.5"),
+        ({"thinking_token_budget": 5, "sampling_params": {}}, "thinking_token_budget is 5"),
     ],
 )
 def test_a_body_of_token_ids_is_refused_where_its_client_wrote_it(body: dict[str, Any], text: str) -> None:
     with pytest.raises(RequestError, match="^" + re.escape(text)) as refused:
         refuse_token_body(body)
     assert "beam search" not in str(refused.value)
-    refuse_token_body({"token_ids": [5], "sampling_params": {"extra_args": {"dllm_policy": "factor"}, "min_p": 0}})
+    refuse_token_body({"token_ids": [5], "sampling_params": {"extra_args": {"dllm_policy": "factor"}, "min_p": 0.1}})
 
 
 @pytest.mark.parametrize(
@@ -103,8 +101,7 @@ def test_what_asks_for_nothing_special_passes(body: dict[str, Any]) -> None:
         ({"tool_choice": [1]}, "tool_choice is [1], but"),
         ({"best_of": [1]}, "best_of is [1], but"),
         ({"include": ["message.output_text.logprobs"]}, "include is ['message.output_text.logprobs'], but"),
-        ({"presence_penalty": 0.5}, "presence_penalty is 0.5, but"),
-        ({"min_p": [0.5]}, "min_p is [0.5], but"),
+        ({"thinking_token_budget": [5]}, "thinking_token_budget is [5], but"),
         ({"guided_json": {}}, "guided_json is {}, but"),
         ({"dllm_steps": 8}, "dllm_steps is 8 at the top of the request, where it has no effect; allowed is {'vllm_xa"),
         ({"extra_body": {"vllm_xargs": {}}}, "extra_body is {'vllm_xargs': {}} at the top of the request, where"),
@@ -128,7 +125,7 @@ def test_a_body_without_wishes_passes() -> None:
     """Null is no wish, whatever a sampling parameter of that name would say to it."""
     refuse_body(dict.fromkeys([*REFUSED, "structured_outputs", "best_of", "extra_body", "max_completion_tokens"]))
     refuse_body({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}, "include": 5, "stop": "a"})
-    refuse_body({"best_of": 1, "logprobs": False, "presence_penalty": 0, "repetition_penalty": 1, "min_tokens": 0})
+    refuse_body({"best_of": 1, "logprobs": False, "presence_penalty": 1, "logit_bias": {"5": 1}, "bad_words": ["a"]})
 
 
 def test_no_field_goes_unseen() -> None:
@@ -189,7 +186,7 @@ def model_config(in_file: dict[str, Any], override: dict[str, Any], source: str 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("repetition_penalty", 1.1), ("presence_penalty", 0.5), ("frequency_penalty", -1), ("min_p", 0.1)),
+        *(("repetition_penalty", 0), ("presence_penalty", 2.5), ("frequency_penalty", -3), ("min_p", 1.1)),
         *(("temperature", 7.0), ("top_p", 0), ("top_k", 1.5), ("max_new_tokens", 0), ("temperature", "hot")),
         *(("temperature", -1), ("temperature", float("inf")), ("top_k", "x"), ("max_new_tokens", []), ("min_p", True)),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
 
 from vllm_dllm.config import DllmConfig
@@ -220,3 +221,35 @@ def test_what_is_admitted_ends_with_its_blocks_and_at_the_end_of_turn() -> None:
     assert params.max_tokens == 8
     assert params.eos_token_id == 1
     assert params.stop_token_ids == [9]
+
+
+WINDOWS = DllmConfig(block_length=8, kv_policy="causal", mode="self_speculation")
+
+
+def test_self_speculation_admits_what_fills_the_model_length() -> None:
+    assert check_admission(admitted([MASK] * 60, max_tokens=99), WINDOWS, 64, MASK) == 4
+    assert check_admission(admitted([5] * 63, max_tokens=99), WINDOWS, 64, MASK) == 1
+    with pytest.raises(
+        RequestError, match="the prompt has 64 tokens, but a token of the reply needs 1 of max_model_len"
+    ):
+        check_admission(admitted([5] * 64), WINDOWS, 64, MASK)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"extra_args": {"dllm_policy": "static"}}, "dllm_policy is 'static', but the server's mode is 'self_specul"),
+        ({"extra_args": {"dllm_steps": 8}}, "dllm_steps is 8, but the server's mode is 'self_speculation'"),
+        ({"logprobs": 0}, "logprobs is 0, but the server's mode is 'self_speculation', which verifies drafts without"),
+        ({"min_p": 0.1}, "min_p is 0.1, but"),
+        ({"logit_bias": {5: 1.0}}, "logit_bias is {5: 1.0}, but"),
+        ({"presence_penalty": 0.5}, "presence_penalty is 0.5, but"),
+        ({"structured_outputs": StructuredOutputsParams(regex="a+")}, "structured_outputs is "),
+    ],
+)
+def test_self_speculation_refuses_what_it_would_ignore(given: dict[str, Any], message: str) -> None:
+    """Whether diffusion refuses it or not."""
+    request = admitted([5, 6])
+    request.sampling_params = SamplingParams(max_tokens=8, **given)
+    with pytest.raises(RequestError, match=re.escape(message)):
+        check_admission(request, WINDOWS, 64, MASK)

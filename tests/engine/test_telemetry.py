@@ -15,6 +15,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.budget import CostCurve
 from vllm_dllm.engine import costs, stat_logger, stats_way
 from vllm_dllm.engine.report import PendingReport, RequestReport, take_report
@@ -39,6 +40,7 @@ STEP = StepStats.of_step(3, 2, [row(1, 1, 3, 2, 2, 1), row(1, 0, 2, 1, 2, 1), ro
 def logger_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(spiffy: Any, **kwargs: Any) -> DllmStatLogger:
         monkeypatch.setattr(stat_logger, "spiffy_of", lambda config: spiffy)
+        monkeypatch.setattr(stat_logger, "settings_of", lambda config: DllmConfig())
         return DllmStatLogger(CONFIG, [0, 1], **kwargs)
 
     unregister_vllm_metrics()
@@ -139,14 +141,16 @@ def test_steps_of_others_are_passed_over(logger_of: Any) -> None:
 
 
 def test_log_lines() -> None:
-    assert describe(STEP, is_drafting=False) == (
+    assert describe(STEP, None) == (
         "Block diffusion metrics: Tokens/forward: 1.50, Forwards: 3, Refreshes: 1, Blocks: 0"
     )
-    assert describe(STEP, is_drafting=True) == (
+    assert describe(STEP, "Spiffy") == (
         "Spiffy metrics: Tokens/forward: 1.50, Forwards: 3, Refreshes: 1, Blocks: 0, Mean accepted: 1.00, "
         "Per-depth acceptance: 0.667, 0.333, Proposed: 9, Accepted: 3, Mean budget: 3.0 (of 3 to 3)"
     )
-    assert "Per-depth acceptance: none" in describe(StepStats.of_step(0, 0, [row()]), is_drafting=True)
+    line = describe(StepStats.of_step(0, 0, [row()]), "Self-speculation")
+    assert line.startswith("Self-speculation metrics: ")
+    assert "Per-depth acceptance: none" in line
 
 
 def test_an_interval_is_logged_once(logger_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:

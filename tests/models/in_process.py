@@ -174,6 +174,7 @@ def make_model(hf_config: Any, quant_config: Any = None, load_format: str = "aut
         cache_config=None,
         load_config=SimpleNamespace(load_format=load_format),
         parallel_config=current.parallel_config,
+        additional_config={},
     )
     with set_current_vllm_config(current):
         model = model_class(vllm_config=vllm_config)

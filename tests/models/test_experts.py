@@ -99,6 +99,15 @@ def test_a_rank_computes_with_its_own_experts_alone() -> None:
     assert (given["output"], given["expert_map"]) == ("kept", None)
 
 
+def test_why_engines_share_no_experts_on_a_cpu() -> None:
+    """Once vLLM has this exchange there, the refusal of --data-parallel-size is to be looked at again."""
+    from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    for name in ("all_gatherv", "reduce_scatterv"):
+        assert getattr(CpuCommunicator, name) is getattr(DeviceCommunicatorBase, name)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("changes", "sentence"),

@@ -110,19 +110,12 @@ class BidirectionalAsyncScheduler(DllmAsyncScheduler):
         return counted
 
     def make_spec_decoding_stats(
-        self,
-        spec_decoding_stats: SpecDecodingStats | None,
-        num_draft_tokens: int,
-        num_accepted_tokens: int,
-        num_invalid_spec_tokens: dict[str, int] | None,
-        request_id: str,
+        self, spec_decoding_stats: SpecDecodingStats | None, *args: Any, **kwargs: Any
     ) -> SpecDecodingStats | None:
         """Count no step that was void."""
-        if request_id in self._void:
+        if kwargs["request_id"] in self._void:
             return spec_decoding_stats
-        return super().make_spec_decoding_stats(
-            spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id
-        )
+        return super().make_spec_decoding_stats(spec_decoding_stats, *args, **kwargs)
 
     def _note_stored(self, reports: dict[str, RequestReport]) -> None:
         """Do nothing: the steps are noted, and no pages are shared."""

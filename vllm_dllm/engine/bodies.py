@@ -18,6 +18,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMClientError
 
 from vllm_dllm.engine.canvas_stream import OPTION
+from vllm_dllm.engine.edits import refuse_dropped
 from vllm_dllm.engine.explain import explain_validation
 from vllm_dllm.engine.malformed import refuse_malformed
 from vllm_dllm.engine.refusals import RequestError, not_allowed, refuse_body, refuse_token_body
@@ -112,6 +113,7 @@ def check_body(path: str, body: dict[str, Any]) -> None:
         refuse_token_body(body)
     else:
         refuse_body(body)
+        refuse_dropped(path, body)
     if body.get("logprobs") is False:
         body["logprobs"] = None  # a number in the completions API, which would take it for 0
 

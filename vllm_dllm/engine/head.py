@@ -12,7 +12,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from vllm_dllm import ops
 from vllm_dllm.errors import KernelUnavailable
-from vllm_dllm.unmask.head import Head, LogitsHead, MergedHead, WeightHead
+from vllm_dllm.unmask.head import EditedHead, Head, LogitsHead, MergedHead, WeightHead
 
 if TYPE_CHECKING:
     from vllm_dllm.models.transformer import MaskedDiffusionLM
@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.dllm")
 
 
-def choose_head(model: "MaskedDiffusionLM", vocab_size: int, mask_token_id: int, device: torch.device) -> Head:
+def choose_head(
+    model: "MaskedDiffusionLM", vocab_size: int, mask_token_id: int | None, device: torch.device
+) -> EditedHead:
+    """Choose the head of rows without edits, and make logits of those with edits."""
+    own = _choose_own(model, vocab_size, mask_token_id, device)
+    is_native = not (isinstance(own, LogitsHead) and not own.is_native)
+    return EditedHead(own, model.head_logits, vocab_size, mask_token_id, is_native=is_native)
+
+
+def _choose_own(model: "MaskedDiffusionLM", vocab_size: int, mask_token_id: int | None, device: torch.device) -> Head:
     """Take the op on the LM head's weight, on its logits where the weight is not all there is to it, else torch.
 
     Each rank reduces its own part of the vocabulary; all of it only by torch, and where the vocabulary was extended.

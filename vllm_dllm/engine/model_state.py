@@ -27,7 +27,7 @@ from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.engine.configs import make_drafter, rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.natives import check_hook
-from vllm_dllm.engine.plan import plan_step
+from vllm_dllm.engine.plan import StepPlan, plan_step
 from vllm_dllm.engine.report import StepOrder
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.engine.sampler import DllmSampler
@@ -36,9 +36,10 @@ from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.engine.structured import answer_of
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import choose_draws
-from vllm_dllm.state.kv import IntArray, KvSchedule, KvStep
-from vllm_dllm.state.settle import Ledger, choose_settle
+from vllm_dllm.state.kv import IntArray, KvStep
+from vllm_dllm.state.settle import Emission, Ledger, choose_settle
 from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
+from vllm_dllm.state.windows import make_schedule
 from vllm_dllm.unmask.walk import choose_walk
 
 if TYPE_CHECKING:
@@ -67,18 +68,13 @@ class DllmModelState(ModelState):
         self.denoiser = Denoiser(
             self.state,
             drafter,
-            choose_head(model, self.model_config.get_vocab_size(), mask_token_id, device),
+            choose_head(model, self.model_config.get_vocab_size(), self.never_chosen, device),
             choose_walk(device),
             choose_settle(device),
             choose_draws(device),
         )
         self._fill_rows = choose_rows(device)
-        self.kv_schedule = KvSchedule(
-            self.settings.kv_policy,
-            self.settings.refresh_every,
-            self.block_length,
-            stores_alone=self._family.stores_alone,
-        )
+        self.kv_schedule = make_schedule(self.settings, stores_alone=self._family.stores_alone)
         # Decides where the scheduler does not: ahead of reports, and while vLLM warms up, without an order.
         self.order: StepOrder | None = None
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
@@ -88,6 +84,25 @@ class DllmModelState(ModelState):
         self._attention: StepAttention | None = None
         self._req_states: RequestState | None = None
 
+    @property
+    def never_chosen(self) -> int | None:
+        """The token that no row chooses; None for none."""
+        mask_token_id: int = self.model_config.hf_config.mask_token_id
+        return mask_token_id
+
+    def decide(self, step: Step, hidden: Tensor) -> Emission:
+        """Decide a step; returns what it comes to.
+
+        Args:
+            step: that was begun last.
+            hidden: [num_rows, hidden_size], its rows for the LM head.
+        """
+        fresh = None if step.special is None else step.special.fresh
+        done = self.denoiser.advance(step.blocks, step.nodes, hidden, fresh)
+        if step.may_be_void:
+            done = self.denoiser.void(step.blocks, done, self.is_void(step))
+        return self.denoiser.settle(step.blocks, step.nodes, done, step.ledger)
+
     def get_supported_generation_tasks(self) -> tuple[GenerationTask, ...]:
         """Return the tasks the model serves."""
         return ("generate",)
@@ -95,6 +110,7 @@ class DllmModelState(ModelState):
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         """Replace the sampler; there is no rejection sampler."""
         self._req_states = sampler.req_states
+        self.state.edits.history = self._all_token_ids
         return DllmSampler(self), None
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
@@ -239,15 +255,7 @@ class DllmModelState(ModelState):
         num_known, start, num_counted = self._to_device(np.stack([kv.num_known, block_start_np, counted_np]))
         blocks = Blocks(slots, slots_np, start)
         seq_len_np = self.state.seq_len_np[slots_np]
-        plan = plan_step(
-            kv,
-            block_start=block_start_np,
-            seq_len=seq_len_np,
-            num_drafts=self._num_drafts(batch, counted_np),
-            block_length=self.block_length,
-            kv_policy=self.settings.kv_policy,
-            look_ahead_from=self._look_ahead_from,
-        )
+        plan = self._plan(batch, kv, block_start_np, seq_len_np, counted_np)
         if kv.is_new.any():
             self._begin_rows(blocks, num_known, self._to_device(np.flatnonzero(kv.is_new)))
         missing = self._cut(blocks, block_start_np, seq_len_np) if kv.is_short.any() else None
@@ -272,6 +280,20 @@ class DllmModelState(ModelState):
         for slot, start in zip(slots_np.tolist(), self.kv_schedule.block_start(known_np).tolist(), strict=True):
             self.kv_schedule.note(slot, start)
         return kv
+
+    def _plan(
+        self, batch: InputBatch, kv: KvStep, block_start: IntArray, seq_len: IntArray, counted: IntArray
+    ) -> StepPlan:
+        """Plan a step of the first requests of a batch, of which vLLM counts so many tokens."""
+        return plan_step(
+            kv,
+            block_start=block_start,
+            seq_len=seq_len,
+            num_drafts=self._num_drafts(batch, counted),
+            block_length=self.block_length,
+            kv_policy=self.settings.kv_policy,
+            look_ahead_from=self._look_ahead_from,
+        )
 
     def _cut(self, blocks: Blocks, block_start: IntArray, seq_len: IntArray) -> Tensor:
         """Cut blocks that end with their rows; returns how many positions each has fewer, [num_reqs] int64."""
@@ -299,7 +321,8 @@ class DllmModelState(ModelState):
         if not self.settings.is_block_causal:
             return
         positions = self.state.positions(blocks)[index]
-        known = self._all_token_ids[slots[:, None], positions].long()
+        last = self._all_token_ids.shape[1] - 1
+        known = self._all_token_ids[slots[:, None], positions.clamp(max=last)].long()
         is_known = positions < num_known[index, None]
         self.state.canvas[slots] = torch.where(is_known, known, self.state.canvas[slots])
 

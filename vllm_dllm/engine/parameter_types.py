@@ -43,6 +43,9 @@ def check_types(processor: "InputProcessor", params: Any) -> None:
         value = getattr(params, name)
         if type(value) is not of and not _is(plain_number(value), of):
             raise not_allowed(name, value, _allowed(of))
+    for word in params.bad_words or ():
+        if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
+            raise not_allowed("bad_words", params.bad_words, "texts of whole characters, not of half surrogate pairs")
     for key, value in (params.extra_args or {}).items():
         try:
             # Without vLLM's own extensions: an array reaches the engine core, which dies when it hands it on.

@@ -14,6 +14,7 @@ store:
     ROOT       the block                    all but the block; in a block-   decide
     DRAFT                                   causal model what is before it   decide
     NEXT_ROOT  the block behind             what is before it                decide
+    VERIFY     a window of drafts           what is before it                are stored; decide
 
 Host arrays throughout, numpy alone: who takes part, where blocks begin and how many drafts there are is known before
 the forward, so that nothing waits for the device.
@@ -40,12 +41,13 @@ class Role(IntEnum):
     DRAFT = 4
     NEXT_ROOT = 5
     COMMIT = 6
+    VERIFY = 7
 
 
 _ROLES = np.arange(len(Role))
-_STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT])
-_DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT])
-_BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1])  # of a segment's block, as seen from the present one
+_STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT, Role.VERIFY])
+_DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT, Role.VERIFY])
+_BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1, 0])  # of a segment's block, as seen from the present one
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +251,8 @@ def plan_step(
     prefill_length = num_stored.clip(1) if kv_policy == "causal" else block_length
     num_prefills = num_stored // prefill_length * is_causal
     roots = ~refreshes & ~kv.stores_alone
-    count = np.stack([looks_ahead, refreshes, num_prefills, roots, num_drafts, looks_ahead, kv.commits], 1)
+    verifies = np.zeros_like(roots)
+    count = np.stack([looks_ahead, refreshes, num_prefills, roots, num_drafts, looks_ahead, kv.commits, verifies], 1)
     count = count.astype(np.int64).ravel()
     request = np.arange(num_reqs).repeat(len(Role)).repeat(count)
     role = np.tile(_ROLES, num_reqs).repeat(count)
@@ -278,4 +281,25 @@ def plan_step(
         is_long=bool(kv.is_long.any()),
         stores_alone=kv.stores_alone if kv.stores_alone.any() else None,
         is_causal=_STORES[role] if kv_policy == "causal" else None,
+    )
+
+
+def plan_windows(kv: KvStep, *, start: IntArray, length: IntArray, block_length: int) -> StepPlan:
+    """Make the plan of a step of self-speculation: a window of each request, drafted as a ROOT or verified.
+
+    Args:
+        kv: what it stores; a new request's prompt is a PREFILL, but for its last token, which is its first window.
+        start, length: [num_reqs], of the windows.
+        block_length: positions of a canvas.
+    """
+    num_reqs, none = len(start), np.zeros_like(start)
+    count = np.stack([kv.begin < start, ~kv.stores_alone, kv.stores_alone], 1).astype(np.int64).ravel()
+    request = np.arange(num_reqs).repeat(3).repeat(count)
+    role = np.tile([Role.PREFILL, Role.ROOT, Role.VERIFY], num_reqs).repeat(count)
+    is_prefill = role == Role.PREFILL
+    begin = np.where(is_prefill, kv.begin[request], start[request])
+    end = np.where(is_prefill, start[request], (start + length)[request])
+    context = np.stack([np.zeros_like(begin), begin, end, end], 1)
+    return StepPlan(
+        block_length, start, none, none > 0, request, role, begin, end, context, is_long=True, is_causal=_STORES[role]
     )

@@ -14,19 +14,11 @@ from vllm_dllm.config import REQUEST_KEYS, REQUEST_PREFIX, InvalidOptionError, R
 # Sampling parameters that only left-to-right sampling gives a meaning to, or that are not implemented: the test that
 # finds them in use, and what is allowed. A test asks for a decision on each field that a new vLLM brings.
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "presence_penalty": (lambda v: v != 0.0, "0"),
-    "frequency_penalty": (lambda v: v != 0.0, "0"),
-    "repetition_penalty": (lambda v: v != 1.0, "1"),
-    "min_p": (lambda v: v != 0.0, "0"),
-    "min_tokens": (lambda v: v != 0, "0"),
     "logprobs": (lambda v: v is not None, "null (beam search asks for them too)"),
     "prompt_logprobs": (lambda v: v is not None, "null"),
     "prompt_logprob_token_ids": (lambda v: v is not None, "null"),
     "prompt_logprob_start": (lambda v: v is not None, "null"),
     "logprob_token_ids": (lambda v: v is not None, "null"),
-    "logit_bias": (bool, "null"),
-    "allowed_token_ids": (lambda v: v is not None, "null"),
-    "bad_words": (bool, "null"),
     "thinking_token_budget": (lambda v: v is not None, "null"),
     "repetition_detection": (lambda v: v is not None, "null"),
     "trace_decode_token_ids": (bool, "null"),
@@ -80,6 +72,16 @@ native ops and torch draw the same tokens; at 1e38 they do not."""
 
 _SHORT = 80
 """Characters of a text that an error repeats."""
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "top_p": (lambda v: 0.0 < v <= 1.0, "numbers above 0 and up to 1"),
+    "min_p": (lambda v: 0.0 <= v <= 1.0, "numbers from 0 to 1"),
+    "min_tokens": (lambda v: v >= 0, "whole numbers from 0 on"),
+    "presence_penalty": (lambda v: -2.0 <= v <= 2.0, "numbers from -2 to 2"),
+    "frequency_penalty": (lambda v: -2.0 <= v <= 2.0, "numbers from -2 to 2"),
+    "repetition_penalty": (lambda v: 0.0 < v < math.inf, "finite numbers above 0"),
+}
+"""vLLM's ranges, which parameters may have left since they were made."""
 
 _FOREIGN_PREFIX = "diffusion_"
 """Keys of vLLM's own diffusion model in `extra_args`; its admission check would let them pass unused."""
@@ -142,8 +144,9 @@ def _check_numbers(params: SamplingParams) -> None:
     if params.temperature != 0 and not MIN_TEMPERATURE <= params.temperature <= MAX_TEMPERATURE:
         allowed = f"0 (greedy) and {MIN_TEMPERATURE} to {MAX_TEMPERATURE}"
         raise not_allowed("temperature", params.temperature, allowed)
-    if not 0.0 < params.top_p <= 1.0:
-        raise not_allowed("top_p", params.top_p, "numbers above 0 and up to 1")
+    for name, (is_within, allowed) in _RANGES.items():
+        if not is_within(getattr(params, name)):
+            raise not_allowed(name, getattr(params, name), allowed)
 
 
 def refuse_body(body: Mapping[str, Any]) -> None:

@@ -16,13 +16,16 @@ from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
     OWN_OPTIONS,
     POLICY_OPTIONS,
+    REQUEST_PREFIX,
     DllmConfig,
     InvalidOptionError,
+    RequestOptions,
     check_policy_options,
     plain_number,
     request_steps,
 )
 from vllm_dllm.engine.configs import is_ours, settings_of
+from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.engine.structured import put_in
@@ -150,6 +153,8 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
             value=mask_token_id,
         )
     options = request_options(params)
+    if settings.mode == "self_speculation":
+        _refuse_for_windows(params, options)
     if options.stream:
         _check_stream(params)
     try:
@@ -159,6 +164,33 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
     _refuse_filters(params, options.policy or settings.policy)
     return blocks.end - prompt_len
+
+
+_NOT_OF_WINDOWS = (
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias", "allowed_token_ids"),
+    *("bad_words", "min_tokens", "logprobs", "prompt_logprobs", "structured_outputs"),
+)
+"""Parameters that choose other tokens, or tell of those that were not chosen, and that windows are not verified by."""
+
+
+def _refuse_for_windows(params: SamplingParams, options: RequestOptions) -> None:
+    """Check that a request asks for nothing that self-speculation ignores, whatever diffusion does with it."""
+    usual = SamplingParams()
+    for name in _NOT_OF_WINDOWS:
+        value = getattr(params, name)
+        if value != getattr(usual, name) and value not in ([], {}):
+            raise RequestError(
+                f"{name} is {reprlib.repr(value)}, but the server's mode is 'self_speculation', which verifies drafts "
+                f"without it; allowed is {getattr(usual, name)!r}; remove it, or serve the model in another mode",
+                parameter=name,
+            )
+    for name, value in options.model_dump(exclude_none=True).items():
+        raise RequestError(
+            f"{REQUEST_PREFIX}{name} is {value!r}, but the server's mode is 'self_speculation', which decodes from "
+            "left to right, without a policy or a canvas; allowed is none; remove it",
+            parameter=REQUEST_PREFIX + name,
+            value=value,
+        )
 
 
 def _check_stream(params: SamplingParams) -> None:
@@ -174,13 +206,18 @@ def _check_stream(params: SamplingParams) -> None:
         raise RequestError(f"dllm_stream is 'denoising', but {obstacle}, or remove it", parameter="dllm_stream")
 
 
+_UNFILTERED = {"top_k": "0 or -1", "top_p": "1", "min_p": "0"}
+
+
 def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
     """Check that nothing filters what a policy draws of other logits than the model's, which nobody sorts."""
-    for name, value, is_used in (("top_k", params.top_k, params.top_k > 0), ("top_p", params.top_p, params.top_p < 1)):
+    filters = {"top_k": params.top_k > 0, "top_p": params.top_p < 1, "min_p": params.min_p > 0}
+    for name, is_used in filters.items():
+        value = getattr(params, name)
         if policy == "credit" and params.temperature > 0 and is_used:
             raise RequestError(
                 f"{name} is {value}, but the request's policy 'credit' draws of logits that credit raised, unfiltered; "
-                f"allowed is {'0 or -1' if name == 'top_k' else 1}; send that, temperature 0 or another dllm_policy",
+                f"allowed is {_UNFILTERED[name]}; send that, temperature 0 or another dllm_policy",
                 parameter=name,
                 value=value,
             )
@@ -189,6 +226,7 @@ def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
 def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_at_least: bool = False) -> RequestError:
     longest = max_prompt_len(settings, max_model_len)
     what = "a block and as much behind it need" if settings.is_block_causal else "a block needs"
+    what = "a token of the reply needs" if settings.mode == "self_speculation" else what
     return RequestError(
         f"the prompt has {'at least ' if is_at_least else ''}{prompt_len} tokens, but {what} "
         f"{max_model_len - longest} of max_model_len {max_model_len}; shorten the prompt to at most {longest} tokens",
@@ -224,9 +262,28 @@ def finish_admission(
     params.extra_args = _plain_args(params.extra_args)
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
+    check_edits(params, mask_token_id)
     if asked is not None:
+        _refuse_beside_structure(params, settings)
         put_in(processor, params, asked)
     check_sent(request)
+
+
+def _refuse_beside_structure(params: SamplingParams, settings: DllmConfig) -> None:
+    """Check that nothing else forbids tokens: what a structure allows at a position might be none of the rest."""
+    if settings.mode == "self_speculation":
+        raise RequestError(
+            "structured output is asked for, but the server's mode is 'self_speculation', which verifies drafts "
+            "without it; allowed is none; remove it, or serve the model in another mode",
+            parameter="structured_outputs",
+        )
+    for name in ("allowed_token_ids", "bad_words", "min_tokens"):
+        if value := getattr(params, name):
+            raise RequestError(
+                f"{name} is {reprlib.repr(value)} beside structured output, and both forbid tokens; allowed is one of "
+                "them; say it in the structure",
+                parameter=name,
+            )
 
 
 def _plain_args(args: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -278,6 +335,7 @@ def resolve_params(
         top_k=min(max(params.top_k, 0), _INT64_MAX),
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
+        edits=edits_of(params),
     )
 
 

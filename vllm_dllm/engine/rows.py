@@ -7,7 +7,8 @@ from vllm.v1.request import Request
 
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.state.kv import KvSchedule, KvStep
+from vllm_dllm.state.kv import KvStep
+from vllm_dllm.state.windows import make_schedule
 
 
 class StepRows:
@@ -28,9 +29,7 @@ class StepRows:
         self.is_causal = settings.is_block_causal
         self.max_model_len = max_model_len
         self.max_rows = max_rows
-        self.kv = KvSchedule(
-            settings.kv_policy, settings.refresh_every, settings.block_length, stores_alone=stores_alone
-        )
+        self.kv = make_schedule(settings, stores_alone=stores_alone)
         self._row_ends: dict[str, int] = {}
         self.given: dict[str, int] = {}
         self.free = 0
@@ -73,11 +72,16 @@ class StepRows:
         step = self.step(requests)
         return self.kv.num_rows(step).tolist(), step.is_undrafted.tolist()
 
+    @property
+    def num_first(self) -> int:
+        """Positions of a request's first block; with self-speculation that is a window of one, its last token."""
+        return 1 if self.settings.mode == "self_speculation" else self.block_length
+
     def first(self, request: Request, num_hit: int) -> int:
         """Return the rows of the step that admits a request: of its prompt, behind a cache hit, and of its block."""
         if not self.is_causal:
             return self.row_end(request)
-        return request.num_tokens - num_hit + self.block_length  # of a partial block vLLM counts the known tokens twice
+        return request.num_tokens - num_hit + self.num_first  # of a partial block vLLM counts the known tokens twice
 
     def may_be_short(self, request: Request) -> bool:
         """Tell whether a request's next step may have a short block, wherever the steps under way lead it."""

@@ -35,7 +35,7 @@ class DllmSampler:
         """Do nothing: the model state keeps all parameters."""
 
     def __call__(self, hidden: Tensor, input_batch: "InputBatch") -> "SamplerOutput":
-        """Advance every denoising request and emit the blocks that are now finished.
+        """Advance every denoising request and emit the blocks that are now finished, or what a window had verified.
 
         Args:
             hidden: [num_rows, hidden_size], those for the LM head, what the model's `compute_logits` hands on.
@@ -50,11 +50,7 @@ class DllmSampler:
             return self._profile(hidden, input_batch)
         if step.plan.num_reqs == 0:  # prompts alone, which only vLLM's warm-up schedules so
             return self._nothing(hidden, input_batch)
-        denoiser = self.model_state.denoiser
-        done = denoiser.advance(step.blocks, step.nodes, hidden, None if step.special is None else step.special.fresh)
-        if step.may_be_void:
-            done = denoiser.void(step.blocks, done, self.model_state.is_void(step))
-        emitted = denoiser.settle(step.blocks, step.nodes, done, step.ledger)
+        emitted = self.model_state.decide(step, hidden)
         self._report = emitted.report
         return _output(emitted.sampled, emitted.num_sampled, emitted.num_rejected)
 

@@ -218,7 +218,7 @@ class DllmScheduler(Scheduler):
         """
         scheduled = scheduler_output.num_scheduled_tokens
         for admitted in scheduler_output.scheduled_new_reqs:
-            block = self._placeholders[: self.block_length]
+            block = self._placeholders[: self.rows.num_first]
             scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
             scheduled[admitted.req_id] += len(block)
             self.rows.kv.add(admitted.req_id, admitted.num_computed_tokens)
@@ -230,7 +230,7 @@ class DllmScheduler(Scheduler):
         scheduler_output.total_num_scheduled_tokens = total
         has_roster = self._check and (self._level == CheckLevel.STEP or not total)
         roster = frozenset(request.request_id for request in self.running) if has_roster else None
-        order = StepOrder(tuple(scheduled), kv, is_long, roster, watched(self.running))
+        order = StepOrder(tuple(scheduled), kv, is_long, roster, shows_canvas=watched(self.running))
         scheduler_output.aux_output_connector_metadata = order
         super()._update_after_schedule(scheduler_output)
 
@@ -246,9 +246,11 @@ class DllmScheduler(Scheduler):
         or preempted.
         """
         counted = output.scheduled_spec_decode_tokens
-        num_drafts = {req_id: len(counted[req_id]) - self.block_length for req_id in reports}
-        budget = max(num_drafts.values())
         undrafted = self._undrafted(reports)
+        num_drafts = {
+            name: max(0, len(counted[name]) - self.block_length) * (name not in undrafted) for name in reports
+        }
+        budget = max(num_drafts.values())
         self._stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
         self._num_held = 0
         for req_id, report in reports.items():
@@ -258,11 +260,10 @@ class DllmScheduler(Scheduler):
         if self.rule is None:
             return
         for req_id in reports.keys() & self.requests.keys():
-            own = 0.0 if req_id in undrafted else self.rule.expected(num_drafts[req_id])
+            own = self.rule.expected(num_drafts[req_id])
             self.acceptance.observe(req_id, reports[req_id].accepted, own, self.rule.break_even)
         in_block = {req_id: report for req_id, report in reports.items() if not report.commits}
-        may_draft = {req_id for req_id, own in num_drafts.items() if own > 0} - undrafted
-        drafting = [report for req_id, report in in_block.items() if req_id in may_draft or budget == 0]
+        drafting = [report for req_id, report in in_block.items() if num_drafts[req_id] > 0 or budget == 0]
         forwards = sum(report.forwards for report in drafting)
         if forwards == 0:
             return

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_dllm.additional_config import mode_in
 from vllm_dllm.engine.compat import SPECULATIVE_METHODS
 from vllm_dllm.engine.configs import is_ours
 from vllm_dllm.errors import ConfigError, did_you_mean, nearest
@@ -44,6 +45,11 @@ def take_spiffy(args: EngineArgs, model_config: ModelConfig) -> bool:
         _refuse_for_others(method, model_config)
         args.speculative_config = given
         return False
+    if mode_in(args.additional_config) == "self_speculation":
+        raise ConfigError(
+            f"speculative_config is {reprlib.repr(given)}, but additional_config.dllm.mode is 'self_speculation', "
+            "which makes drafts of its own; allowed is none; remove --speculative-config or the mode"
+        )
     fields = field_names(fields)
     if method != METHOD or fields.get("method", METHOD) != METHOD:
         otherwise = f"allowed is method {METHOD!r}; set it or remove --speculative-config"

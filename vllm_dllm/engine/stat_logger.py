@@ -11,7 +11,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from vllm_dllm.engine import stats_way
-from vllm_dllm.engine.configs import is_ours, spiffy_of
+from vllm_dllm.engine.configs import is_ours, settings_of, spiffy_of
 from vllm_dllm.engine.patches import wrap
 from vllm_dllm.engine.telemetry import StepStats
 
@@ -43,7 +43,8 @@ class DllmStatLogger(AggregateStatLoggerBase):
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int], *, is_logging: bool = True) -> None:
         spiffy = spiffy_of(vllm_config)
         self._is_logging = is_logging
-        self._is_drafting = spiffy is not None
+        is_self_speculative = settings_of(vllm_config).mode == "self_speculation"
+        self._drafting = "Self-speculation" if is_self_speculative else "Spiffy" if spiffy else None
         self._interval = StepStats()
         labels = {index: [vllm_config.model_config.served_model_name, str(index)] for index in engine_indexes}
         histogram = Histogram(
@@ -59,12 +60,13 @@ class DllmStatLogger(AggregateStatLoggerBase):
             for index, values in labels.items()
         }
         self._draft_counters: dict[str, Counter] = {}
-        if spiffy is not None:
+        if self._drafting:
+            exactness = spiffy.exactness if spiffy else "exact"
             self._draft_counters = {
                 name: Counter(f"vllm:dllm_{name}", text, [*LABELS, "exactness", label])
                 for name, (label, text) in DRAFT_COUNTERS.items()
             }
-            self._draft_labels = {index: [*values, spiffy.exactness] for index, values in labels.items()}
+            self._draft_labels = {index: [*values, exactness] for index, values in labels.items()}
 
     def record(
         self,
@@ -82,7 +84,7 @@ class DllmStatLogger(AggregateStatLoggerBase):
             counter.inc(getattr(stats, name))
         if stats.nfe:
             self._tokens_per_forward[engine_idx].observe(stats.unmasked / stats.nfe)
-        if self._is_drafting:
+        if self._drafting:
             self._count_by("draft_nodes_proposed", engine_idx, dict(enumerate(stats.proposed, 1)))
             self._count_by("draft_nodes_accepted", engine_idx, dict(enumerate(stats.accepted, 1)))
             self._count_by("steps", engine_idx, stats.budgets)
@@ -95,22 +97,22 @@ class DllmStatLogger(AggregateStatLoggerBase):
     def log(self) -> None:
         """Log what happened since the last call, if something did."""
         if self._is_logging and self._interval.forwards:
-            logger.info("%s", describe(self._interval, self._is_drafting))
+            logger.info("%s", describe(self._interval, self._drafting))
         self._interval = StepStats()
 
     def log_engine_initialized(self) -> None:
         """Say nothing: the configuration is logged when it is made."""
 
 
-def describe(stats: StepStats, is_drafting: bool) -> str:
-    """Return the log line of an interval that has forwards."""
+def describe(stats: StepStats, drafting: str | None) -> str:
+    """Return the log line of an interval that has forwards; `drafting` names who drafts, None: nobody does."""
     parts = [
         f"Tokens/forward: {stats.unmasked / stats.nfe:.2f}",
         f"Forwards: {stats.forwards}",
         f"Refreshes: {stats.refreshes}",
         f"Blocks: {stats.blocks}",
     ]
-    if not is_drafting:
+    if drafting is None:
         return f"Block diffusion metrics: {', '.join(parts)}"
     proposed, accepted = sum(stats.proposed), sum(stats.accepted)
     reached = [count / stats.forwards for count in stats.accepted if count]
@@ -123,7 +125,7 @@ def describe(stats: StepStats, is_drafting: bool) -> str:
         f"Accepted: {accepted}",
         f"Mean budget: {budget:.1f} (of {min(stats.budgets)} to {max(stats.budgets)})",
     ]
-    return f"Spiffy metrics: {', '.join(parts)}"
+    return f"{drafting} metrics: {', '.join(parts)}"
 
 
 def add_to_vllm() -> None:

@@ -97,10 +97,10 @@ class StateCheck:
             self._check_pages(request, report, report.pages)
 
     def _check_positions(self, request: Request, report: RequestReport, account: Account) -> None:
-        name, block_length = request.request_id, self._rows.block_length
+        name = request.request_id
         num_tokens = request.num_tokens
         start = int(self._rows.kv.block_start(np.array(num_tokens)))
-        if report.stored not in (start, start + block_length):
+        if report.stored not in self._rows.kv.stored_behind(start):
             raise StateError(
                 f"request {name}: its block begins at {start} in the scheduler, which has {num_tokens} tokens of it, "
                 f"but the worker is at {report.stored}"

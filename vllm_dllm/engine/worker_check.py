@@ -102,4 +102,6 @@ class WorkerCheck:
         vocab_size = self._runner.model_config.get_vocab_size()
         is_masked = canvas == state.mask_token_id
         is_unknown = ((canvas < 0) | (canvas >= vocab_size)) & ~is_masked
-        return is_unknown.any(1).int() * Fault.UNKNOWN_ID + (~is_masked.any(1)).int() * Fault.NO_MASK
+        # A window that was drafted is not emitted before it is verified.
+        is_full = ~is_masked.any(1) & (self._runner.model_state.settings.mode != "self_speculation")
+        return is_unknown.any(1).int() * Fault.UNKNOWN_ID + is_full.int() * Fault.NO_MASK

@@ -36,6 +36,7 @@ class ModelFamily:
         confidence: `model`: of the distribution as the model gives it. `sampled`: after temperature, top_k and top_p.
         causal_class: "module:Class" of the vLLM model that serves the same weights autoregressively, under the class's
             name as architecture (mode `ar`); None: it is trained for diffusion alone.
+        draft_adapter: folder beside the weights that may have the adapter which self-speculation's drafts take.
         block_size_name: what config.json calls the block length of training.
         remote_class: of checkpoints whose `architectures` and `model_type` are a stock model's: the class in `auto_map`
             that they are told by.
@@ -54,6 +55,7 @@ class ModelFamily:
     sub_block_length: int | None = None
     confidence: Literal["model", "sampled"] = "model"
     causal_class: str | None = None
+    draft_adapter: str | None = None
     block_size_name: str = "block_size"
     remote_class: str | None = None
 
@@ -117,6 +119,7 @@ FAMILIES = (
         attention="causal",
         unmasks_first_alone=True,
         causal_class="vllm_dllm.models.nemotron_causal:NemotronLabsDiffusionForCausalLM",
+        draft_adapter="linear_spec_lora",
     ),
     ModelFamily(
         architecture="Fast_dLLM_QwenForCausalLM",

@@ -4,12 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vllm_dllm.ops.load import check_one_device, require
+
+if TYPE_CHECKING:
+    from vllm_dllm.unmask.edits import RowEdits
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +25,18 @@ class RowSampling:
     keys: Tensor  # [num_rows] int64, noise.stream_keys
     has_filter: bool  # any top_k or top_p that removes something at a temperature > 0
     wants_sampled: bool = False  # statistics of the sampled distribution too: softmax(l / temperature), filtered
+    # [num_rows] float64: ids less probable than this share of the most probable one are filtered first, by torch alone;
+    # 0 keeps all. None: so do all rows.
+    min_p: Tensor | None = None
 
     def rows(self, begin: int, end: int) -> "RowSampling":
         """Return the parameters of rows [begin, end)."""
-        return replace(
-            self,
-            temperature=self.temperature[begin:end],
-            top_k=self.top_k[begin:end],
-            top_p=self.top_p[begin:end],
-            keys=self.keys[begin:end],
-        )
+        return self.of(slice(begin, end))
+
+    def of(self, index: Tensor | slice) -> "RowSampling":
+        """Return the parameters of some rows."""
+        own = {name: getattr(self, name)[index] for name in ("temperature", "top_k", "top_p", "keys")}
+        return replace(self, **own, min_p=None if self.min_p is None else self.min_p[index])
 
     @property
     def divisor(self) -> Tensor:
@@ -54,10 +59,12 @@ class RowIds:
     given: Tensor | None = None  # [num_rows, num_given] int64, whose logits are wanted, at most 8; -1: none
     # [num_rows, num_words] int32, bit `id % 32` of word `id // 32` for each id of the vocabulary; None allows all.
     allowed: Tensor | None = None
+    edits: "RowEdits | None" = None  # of logits, before anything else; not the op's (`unmask.head.EditedHead`)
 
     def rows(self, begin: int, end: int) -> "RowIds":
         """Return those of rows [begin, end)."""
-        return RowIds(*(None if ids is None else ids[begin:end] for ids in (self.given, self.allowed)))
+        given, allowed = (None if ids is None else ids[begin:end] for ids in (self.given, self.allowed))
+        return RowIds(given, allowed, self.edits and self.edits.rows(begin, end))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.reference.constraint import Constraint
+from vllm_dllm.reference.edits import Known
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy
@@ -177,8 +178,11 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         while is_masked[begin:end].any():
             first, last = kv.span(step, begin, end, len(tokens))
             logits = predictor.logits(tokens, first, last)
-            chosen, chosen_tokens = step_block(
-                logits, tokens[first:last], (is_masked & in_block)[first:last], first, block
+            in_span, canvas = (is_masked & in_block)[first:last], tokens[first:last]
+            known = Known(tokens, is_masked, len(prompt))
+            logits = known.edited(logits, in_span, first, sampling.edits)
+            chosen, chosen_tokens = known.goes(
+                *step_block(logits, canvas, in_span, first, block), first, sampling.edits
             )
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False

@@ -4,12 +4,16 @@ Noise is a function of what it is drawn for (`vllm_dllm.noise`) where the publis
 generator, so that an engine can draw the same.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_dllm.noise import gumbel
+from vllm_dllm.reference.edits import Edits
+
+_NO_EDITS = Edits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +29,21 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     top_p_first: bool = False
+    min_p: float = 0.0  # ours: the first filter; drops what is less probable than this share of the most probable token
     forbidden_ids: tuple[int, ...] = ()  # ours: tokens that may never be chosen; an engine lists the mask token
+    edits: Edits = _NO_EDITS  # ours: of the logits, before all else
 
 
 def kept_tokens(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Say which tokens top_k and top_p leave of softmax(logits / temperature); [num_positions, vocab] bool.
+    """Say which tokens min_p, top_k and top_p leave of softmax(logits / temperature); [num_positions, vocab] bool.
 
     top_k keeps every value that equals the k-th largest. top_p keeps the fewest tokens, most probable first and
     lowest id first among equals, whose mass reaches top_p.
     """
     scaled = logits.double() / sampling.temperature
+    if sampling.min_p:
+        is_outside = scaled - scaled.amax(-1, keepdim=True) < math.log(sampling.min_p)
+        scaled = scaled.masked_fill(is_outside, -torch.inf)
     filters = [_keep_top_k, _keep_top_p]
     for keep in reversed(filters) if sampling.top_p_first else filters:
         scaled = keep(scaled, sampling)

@@ -15,9 +15,12 @@ from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
+from vllm_dllm.state.edits import NO_EDITS, EditState, LogitEdits, scene_of
+from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
 from vllm_dllm.unmask.schedule import UnmaskRules
+from vllm_dllm.unmask.walk import Keep, Nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class RequestParams:
     top_k: int  # 0 keeps all
     top_p: float
     seed: int  # any 64-bit signed value
+    edits: LogitEdits = NO_EDITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,7 @@ class CanvasState:
         self._ints = torch.zeros(self._ints_np.shape, dtype=torch.int64, device=device)
         self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
+        self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
         self._offsets = torch.arange(block_length, device=device)
         self.answers: dict[int, Answer] = {}  # of requests under a constraint, by slot
 
@@ -111,10 +116,12 @@ class CanvasState:
         self._ints_np[:, slot] = [getattr(params, name) for name in _INTS] + list(params.counts)
         self._floats_np[:, slot] = [getattr(params, name) for name in _FLOATS] + list(params.times)
         self._has_memory_np[slot] = params.policy_id in MEMORIES
+        self.edits.put(slot, params.edits)
         self._is_staged = True
 
     def apply_staged_writes(self) -> None:
         """Copy the parameters staged since the last call to the device."""
+        self.edits.apply_staged_writes()
         if self._is_staged:
             # From what nobody writes: the next request may come before a GPU has copied.
             self._ints.copy_(pinned(self._ints_np, self.device), non_blocking=True)
@@ -169,6 +176,14 @@ class CanvasState:
         """Keep what policies remember of their blocks from now on."""
         for name, field in state.items():
             self.memory[name][slots] = field
+
+    def row_edits(self, blocks: Blocks, nodes: Nodes) -> tuple[RowEdits | None, Keep | None]:
+        """Return what requests ask of the logits of their evaluated canvases' rows, and which positions wait."""
+        slots, slots_np = blocks.slots, blocks.slots_np
+        if not self.edits.is_edited_np[slots_np].any():
+            return None, None
+        lengths = self._int("prompt_len")[slots], self._int("seq_len")[slots], int(self.seq_len_np[slots_np].max())
+        return self.edits.rows(slots, slots_np, scene_of(nodes, slots, blocks.start, *lengths, self.mask_token_id))
 
     def is_sampled(self, slots_np: np.ndarray) -> bool:
         """Tell whether any of some requests has a temperature above 0."""

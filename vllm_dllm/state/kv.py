@@ -17,7 +17,7 @@ Where what is stored predicts a block's first position (`stores_alone`), the ste
 nothing else: its last row decides that position, and the block's rows are in flight from the next step on.
 """
 
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Collection, Hashable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,10 @@ class KvSchedule:
     def block_start(self, num_known: IntArray) -> IntArray:
         """Return where the active blocks begin, of requests with so many known tokens."""
         return num_known - num_known % self.block_length if self.name == "block_causal" else num_known
+
+    def stored_behind(self, start: int) -> Collection[int]:
+        """Return how many positions may lie before a request's block behind a step, of one that began at `start`."""
+        return start, start + self.block_length
 
     def add(self, request: Hashable, num_hit: int) -> None:
         """Begin a request, or begin it anew; it finds so many positions in the prefix cache."""

@@ -6,6 +6,7 @@ statistics together, some 25 numbers of a row where its logits would be 100,000.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -51,7 +52,7 @@ class LogitsHead:
     Args:
         head_logits: maps hidden rows to logits [num_rows, num_ids], which may be overwritten.
         num_ids: ids of a row.
-        mask_token_id: the id that is never chosen.
+        mask_token_id: the id that is never chosen; None: any may be.
         is_native: by the op.
         first_id: the id of the first logit; 0 without the op.
     """
@@ -60,15 +61,15 @@ class LogitsHead:
         self,
         head_logits: Callable[[Tensor], Tensor],
         num_ids: int,
-        mask_token_id: int,
+        mask_token_id: int | None,
         *,
         is_native: bool,
         first_id: int = 0,
     ) -> None:
-        self.head_logits = head_logits
+        self.head_logits, self.is_native = head_logits, is_native
         self.chunk_rows = NATIVE_ROWS if is_native else max(1, TORCH_BYTES // (8 * num_ids))
         reduce = partial(vocab_stats, weight=None, first_id=first_id) if is_native else torch_stats
-        self._reduce = partial(reduce, excluded_ids=[mask_token_id])
+        self._reduce = partial(reduce, excluded_ids=_excluded(mask_token_id))
 
     def __call__(
         self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
@@ -77,6 +78,8 @@ class LogitsHead:
 
         def reduce(rows: Tensor, sampling: RowSampling | None, ids: RowIds | None) -> PartialStats:
             logits = self.head_logits(rows)
+            if ids is not None and ids.edits is not None:
+                logits = ids.edits.apply(logits)
             return self._reduce(logits, sampling=sampling, num_candidates=num_candidates, ids=ids)
 
         return _in_chunks(hidden, sampling, ids, self.chunk_rows, reduce)
@@ -87,14 +90,14 @@ class WeightHead:
 
     Args:
         weight: [num_ids, hidden_size].
-        mask_token_id: the id that is never chosen.
+        mask_token_id: the id that is never chosen; None: any may be.
         first_id: the id of the first row.
     """
 
-    def __init__(self, weight: Tensor, mask_token_id: int, first_id: int = 0) -> None:
+    def __init__(self, weight: Tensor, mask_token_id: int | None, first_id: int = 0) -> None:
         self.chunk_rows = NATIVE_ROWS
         self.weight = weight
-        self._reduce = partial(vocab_stats, weight=weight, first_id=first_id, excluded_ids=[mask_token_id])
+        self._reduce = partial(vocab_stats, weight=weight, first_id=first_id, excluded_ids=_excluded(mask_token_id))
 
     def __call__(
         self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
@@ -140,6 +143,58 @@ class MergedHead:
             return stats
         whole = self.whole(hidden, sampling, num_candidates, ids)
         return PartialStats.of(partial(_select, sampling.is_filtered()), whole, stats)
+
+
+class EditedHead:
+    """Statistics of rows of which some are edited: those take their logits.
+
+    The others' are the same bits whoever is beside them. `min_p` is torch's alone.
+
+    Args:
+        own: of rows without edits.
+        head_logits: maps hidden rows to logits of the whole vocabulary [num_rows, num_ids], which may be overwritten.
+        num_ids: ids of a row.
+        mask_token_id: the id that is never chosen.
+        is_native: edited logits are reduced by the op.
+    """
+
+    def __init__(
+        self,
+        own: Head,
+        head_logits: Callable[[Tensor], Tensor],
+        num_ids: int,
+        mask_token_id: int | None,
+        *,
+        is_native: bool,
+    ) -> None:
+        self.own = own
+        self._whole = LogitsHead(head_logits, num_ids, mask_token_id, is_native=is_native)
+        self._plain = LogitsHead(head_logits, num_ids, mask_token_id, is_native=False)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Implement `Head`."""
+        return self.own.chunk_rows
+
+    def __call__(
+        self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
+    ) -> PartialStats:
+        """Implement `Head`."""
+        edits = None if ids is None else ids.edits
+        if edits is None:
+            return self.own(hidden, sampling, num_candidates, ids)
+        stats = self._whole(hidden, sampling, num_candidates, ids)
+        if edits.min_p is not None and sampling is not None:
+            plain = self._plain(hidden, replace(sampling, min_p=edits.min_p), num_candidates, ids)
+            stats = PartialStats.of(partial(_select, edits.min_p > 0), plain, stats)
+        if edits.covers_all:
+            return stats
+        own = self.own(hidden, sampling, num_candidates, ids)
+        return PartialStats.of(partial(_select, edits.is_edited), stats, own)
+
+
+def _excluded(mask_token_id: int | None) -> list[int]:
+    return [] if mask_token_id is None else [mask_token_id]
 
 
 def _in_chunks(

@@ -56,7 +56,7 @@ def torch_stats(
     kept = None
     if sampling is not None:
         is_drawn = sampling.temperature > 0
-        kept = kept_ids(logits, sampling) if sampling.has_filter else None
+        kept = kept_ids(logits, sampling) if sampling.has_filter or sampling.min_p is not None else None
         best, drawn = _scores(logits, sampling, kept).max(dim=1)
         scores, token_ids = torch.where(is_drawn, best, scores), torch.where(is_drawn, drawn, token_ids)
     token_logits = logits.gather(1, token_ids[:, None]).squeeze(1)
@@ -102,10 +102,11 @@ def _filtered(values: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def kept_ids(logits: Tensor, params: RowSampling) -> Tensor:
-    """Tell which ids top_k and top_p leave of the tempered distribution.
+    """Tell which ids min_p, top_k and top_p leave of the tempered distribution.
 
-    top_k keeps every value that is at least the k-th largest; top_p, of these, the smallest set of most probable ids
-    whose probability reaches top_p, lowest id first among equals, and at least one.
+    min_p keeps those at least so probable as this share of the most probable one; top_k every value that is at least
+    the k-th largest; top_p, of these, the smallest set of most probable ids whose probability reaches top_p, lowest id
+    first among equals, and at least one.
 
     Args:
         logits: [num_rows, vocab_size] float32.
@@ -116,9 +117,13 @@ def kept_ids(logits: Tensor, params: RowSampling) -> Tensor:
     ordered, order = torch.sort(logits, dim=1, descending=True, stable=True)
     top_k = torch.where(params.top_k > 0, params.top_k, logits.shape[1]).clamp(max=logits.shape[1])
     kth = ordered.gather(1, top_k[:, None] - 1)
-    tempered = (ordered.double() / params.divisor[:, None]).masked_fill(ordered < kth, -torch.inf)
+    tempered = ordered.double() / params.divisor[:, None]
+    is_kept = ordered >= kth
+    if params.min_p is not None:
+        is_kept &= tempered - tempered[:, :1] >= params.min_p.log()[:, None]
+    tempered.masked_fill_(~is_kept, -torch.inf)
     probs = torch.softmax(tempered, dim=1)
     before = probs.cumsum(1) - probs
-    keep = (ordered >= kth) & ((before < params.top_p[:, None]) | (params.top_p[:, None] >= 1.0))
+    keep = is_kept & ((before < params.top_p[:, None]) | (params.top_p[:, None] >= 1.0))
     keep[:, 0] = True
     return torch.zeros_like(keep).scatter_(1, order, keep)

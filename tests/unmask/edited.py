@@ -1,0 +1,127 @@
+"""Requests with edits of logits, decoded over several blocks by the denoiser, together, and by the reference."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from tests.draft.test_exact import CPU, MASK, REFERENCE_RULES, SDAR, VOCAB, Request, SyntheticModel, drafter_of
+from vllm_dllm.denoiser import Denoiser
+from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.reference import block_causal, decode
+from vllm_dllm.reference.decode import KvPolicy
+from vllm_dllm.reference.edits import Edits
+from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.draws import native_draws
+from vllm_dllm.state.edits import NO_EDITS, LogitEdits
+from vllm_dllm.state.settle import Ledger, native_settle
+from vllm_dllm.unmask.head import EditedHead, LogitsHead
+from vllm_dllm.unmask.schedule import UnmaskRules
+from vllm_dllm.unmask.walk import native_walk
+
+
+class BlockModel(SyntheticModel):
+    """A synthetic model whose sequences may end within a block."""
+
+    def forward(self, ids: torch.Tensor, start: int = 0, kv: Any = None, **_: Any) -> tuple[torch.Tensor, Any]:
+        missing = -len(ids) % self.block_length
+        padded = torch.cat([ids, ids.new_full((missing,), MASK)])
+        return super().forward(padded, start, kv)[0][: len(ids)], kv
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A request with a prompt and edits."""
+
+    request: Request
+    prompt: tuple[int, ...]
+    edits: LogitEdits = NO_EDITS
+
+    def reference(self, model: SyntheticModel, num_blocks: int, rules: UnmaskRules) -> list[int]:
+        options = self.request.reference(model.block_length)
+        values = asdict(self.edits)
+        min_p = values.pop("min_p")
+        options["sampling"] = replace(options["sampling"], min_p=min_p, edits=Edits(**values))  # type: ignore[type-var]
+        options["gen_length"] = num_blocks * model.block_length - len(self.prompt)
+        prompt = torch.tensor(self.prompt)
+        if rules is SDAR:
+            return block_causal.generate(model, prompt, **options).tokens.tolist()  # type: ignore[arg-type]
+        own = options["policy"]
+        if own.steps:  # type: ignore[attr-defined]
+            num_generated = options["gen_length"] // model.block_length  # type: ignore[operator]
+            options["policy"] = replace(own, steps=own.steps * num_generated)  # type: ignore[type-var,attr-defined]
+        kv = KvPolicy("dual")
+        return decode.generate(model, prompt, kv=kv, rules=REFERENCE_RULES[rules], **options).tokens.tolist()  # type: ignore[arg-type]
+
+
+def denoiser_of(state: CanvasState, drafts: DraftGraph | None, *, is_native: bool) -> Denoiser:
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.clone()
+
+    own = LogitsHead(logits, VOCAB, MASK, is_native=is_native)
+    head = EditedHead(own, logits, VOCAB, MASK, is_native=is_native)
+    natives = (native_walk, native_settle, native_draws) if is_native else ()
+    return Denoiser(state, drafter_of(drafts, is_native=is_native), head, *natives)
+
+
+def answers(
+    model: SyntheticModel,
+    requests: list[Edited],
+    drafts: DraftGraph | None,
+    budget: int,
+    num_blocks: int,
+    *,
+    is_native: bool = True,
+    rules: UnmaskRules,
+) -> list[list[int]]:
+    """Decode requests together; a sequence has `num_blocks` blocks, and the prompt is in the first ones."""
+    length, num_reqs = model.block_length, len(requests)
+    state = CanvasState(num_reqs, length, MASK, CPU, rules)
+    history = state.edits.history = torch.full((num_reqs, num_blocks * length), 7, dtype=torch.int32)
+    start = torch.tensor([len(r.prompt) // length * length for r in requests])
+    for slot, r in enumerate(requests):
+        params = r.request.params(rules, length, num_blocks * length)
+        state.add_request(slot, replace(params, prompt_len=len(r.prompt), edits=r.edits))
+        history[slot, : len(r.prompt)] = torch.tensor(r.prompt)
+        tail = r.prompt[start[slot] :]
+        state.canvas[slot, : len(tail)] = torch.tensor(tail, dtype=torch.int64)
+    state.apply_staged_writes()
+    denoiser = denoiser_of(state, drafts, is_native=is_native)
+    while len(slots := torch.nonzero(start < num_blocks * length)[:, 0]):
+        begin = start[slots]
+        blocks = Blocks(slots, slots.numpy(), begin)
+        goes_over = (
+            drafts is not None and budget > 1 and rules is SDAR and bool((begin < (num_blocks - 1) * length).all())
+        )
+        nodes = denoiser.nodes(blocks, budget, looks_ahead=goes_over)
+        hidden = model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1)
+        done = denoiser.advance(blocks, nodes, hidden)
+        denoiser.settle(blocks, nodes, done, Ledger(len(slots), begin, begin))
+        for slot, canvas in zip(slots[done.is_finished], done.canvas[done.is_finished], strict=True):
+            history[slot, start[slot] : start[slot] + length] = canvas.int()
+            start[slot] += length
+    return [row[len(r.prompt) :].tolist() for r, row in zip(requests, history, strict=True)]
+
+
+TOKENS = st.sampled_from([token for token in range(VOCAB) if token != MASK])
+
+
+@st.composite
+def edits(draw: st.DrawFn, *, temperature: float) -> LogitEdits:
+    """What leaves every position a token: one that is allowed is no end token and in no bad word."""
+    free = draw(TOKENS)
+    others = st.lists(TOKENS.filter(lambda token: token != free), max_size=4).map(tuple)
+    allowed = draw(st.just(()) | others.map(lambda ids: (free, *ids)))
+    word = st.lists(st.sampled_from([5, 6, 8]).filter(lambda token: token != free), min_size=1, max_size=4).map(tuple)
+    return LogitEdits(
+        allowed_ids=allowed,
+        bias=tuple(draw(st.dictionaries(TOKENS, st.sampled_from([-100.0, -1.5, 2.0, 6.0]), max_size=3)).items()),
+        end_ids=draw(others),
+        min_tokens=draw(st.sampled_from([0, 0, 3, 9])),
+        repetition=draw(st.sampled_from([1.0, 1.0, 1.5, 0.5])),
+        frequency=draw(st.sampled_from([0.0, 0.0, 1.0, -0.5])),
+        presence=draw(st.sampled_from([0.0, 0.0, 2.0, -0.25])),
+        bad_words=tuple(draw(st.lists(word, max_size=5))),
+        min_p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.6])) if temperature else 0.0,
+    )
