@@ -22,7 +22,7 @@ from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen, block_causal
 from vllm_dllm.reference.sampling import Sampling, choose_tokens
-from vllm_dllm.reference.step import step_block, under
+from vllm_dllm.reference.step import decide, under
 
 _STATIC, _GREEDY = UnmaskPolicy(), Sampling()
 
@@ -83,8 +83,9 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     Args:
         model, prompt: the model, and the tokens before the generation.
         gen_length: least number of tokens; of Nemotron exactly as many.
-        block_length, policy: positions per block, and the unmasking policy; its `steps` are of each block.
-        sampling, stop_ids: how tokens are chosen, without guidance; a block that generated one of these is the last.
+        block_length: positions per block.
+        policy, sampling: its `steps` are of each block; how tokens are chosen, without guidance.
+        stop_ids: a block that generated one of these is the last.
         rules, constraint: of the family; what the answer has to meet.
 
     Returns: the tokens and the history to the last block's end; `nfe` counts all forwards that unmask something.
@@ -97,11 +98,11 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     stored, steps = torch.empty(0), policy.steps or block_length
     num_stored = nfe_commit = end = 0
     history: list[Tensor] = []
-    known = Known(tokens, is_masked, prompt_len)
     for begin in range(first_begin, seq_len, block_length):
         if num_stored < begin:
             stored, kv = store(model, tokens[:begin], num_stored, kv, block_length, rules)
-            nfe_commit, num_stored = nfe_commit + (begin > first_begin), begin
+            nfe_commit += begin > first_begin
+            num_stored = begin
         end = min(begin + block_length, seq_len)
         num_masked = block_length - max(0, prompt_len - begin)
         block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
@@ -112,9 +113,8 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
             else:
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
-            logits = known.edited(logits, is_masked[begin:end], begin, sampling.edits)
-            chosen, chosen_tokens = step_block(logits, tokens[begin:end], is_masked[begin:end], begin, block)
-            chosen, chosen_tokens = known.goes(chosen, chosen_tokens, begin, sampling.edits)
+            known = Known(tokens, is_masked, prompt_len)
+            chosen, chosen_tokens = decide(known, logits, is_masked[begin:end], begin, block)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
             history.append(tokens[prompt_len:].clone())
