@@ -49,6 +49,8 @@ def test_replies_meet_a_json_schema(client: openai.OpenAI) -> None:
             temperature=number % 2 * 0.8,
             seed=number,
             n=1 + number % 2,
+            presence_penalty=number % 3 * 0.5,
+            logit_bias={"40": -50.0} if number % 3 == 1 else {},
             extra_body={"vllm_xargs": {"dllm_policy": policy}},
         )
         return [choice.message.content for choice in reply.choices]

@@ -58,13 +58,6 @@ def check_edits(params: SamplingParams, mask_token_id: int) -> None:
     for token, added in (params.logit_bias or {}).items():
         if not math.isfinite(added):
             raise not_allowed(f"logit_bias[{token}]", added, "finite numbers")
-    for name in ("allowed_token_ids", "bad_words", "min_tokens") if params.structured_outputs is not None else ():
-        if getattr(params, name):
-            raise RequestError(
-                f"{name} is {getattr(params, name)!r:.80}, but structured output is asked for too, and together they "
-                "could leave a position without a token; allowed is one of both; remove the other",
-                parameter=name,
-            )
     if params.bad_words and params.bad_words_token_ids is None:
         raise RequestError(
             f"bad_words is {params.bad_words!r:.80}, but the server has no tokenizer to read them "

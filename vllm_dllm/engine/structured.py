@@ -56,7 +56,6 @@ def put_in(processor: "InputProcessor", params: SamplingParams, asked: Structure
 
     Raises: RequestError for what cannot be enforced, and for a reply that is too short for any answer.
     """
-    _check_others(params)
     ends = _end_ids(processor, params)
     try:
         kind, value, space = _read(asked)
@@ -172,22 +171,6 @@ def _asked(asked: StructuredOutputsParams) -> str:
         "json_object": "json_object, as of response_format",
         "structural_tag": "a structural tag, as of a forced or strict tool call",
     }.get(kind, kind)
-
-
-def _check_others(params: SamplingParams) -> None:
-    """Refuse what the tokens of an answer would depend on besides. Raises: RequestError."""
-    others = {
-        "allowed_token_ids": params.allowed_token_ids is not None,
-        "bad_words": bool(params.bad_words),
-        "min_tokens": params.min_tokens > 0,
-    }
-    for name, is_used in others.items():
-        if is_used:
-            raise RequestError(
-                f"{name} is {getattr(params, name)!r} beside {_FIELD}, which says itself which tokens an answer may "
-                f"have; allowed is one of the two; remove {name}, or say it in the constraint",
-                parameter=name,
-            )
 
 
 def _end_ids(processor: "InputProcessor", params: SamplingParams) -> tuple[int, ...]:
