@@ -302,11 +302,11 @@ def test_every_sampling_parameter_is_supported_or_refused() -> None:
         *("min_p", "logit_bias", "allowed_token_ids", "bad_words", "min_tokens"),
         *("presence_penalty", "frequency_penalty", "repetition_penalty"),
         *("n", "temperature", "top_p", "top_k", "seed", "max_tokens", "extra_args"),
-        *("stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
+        *("structured_outputs", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
         *("detokenize", "skip_special_tokens", "spaces_between_special_tokens", "output_kind", "stream_interval"),
         *("output_text_buffer_length", "skip_clone", "skip_reading_prefix_cache", "flat_logprobs"),
         # Refused at start by the configuration they need, or without effect where it is off.
         *("watermarking", "routed_experts_prompt_start"),
     }
     fields = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")}
-    assert fields - supported - set(REFUSED_PARAMETERS) == {"structured_outputs"}
+    assert fields - supported - set(REFUSED_PARAMETERS) == set()

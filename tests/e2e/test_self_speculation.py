@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.rig import MAX_MODEL_LEN, check_counts_while_running, engine, run, run_outputs, shared_engine, step_all
+from tests.e2e.triton_arguments import check_arguments
 from tests.e2e.windows import MODE, Plain, WindowOracle, greedy, make_checkpoint, mixed
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("self speculation")]
@@ -75,6 +76,11 @@ def test_preemption_and_aborts_leave_the_others_alone(served: tuple[Any, WindowO
 def test_counts_of_runner_and_scheduler_agree(served: tuple[Any, WindowOracle]) -> None:
     llm, _ = served
     check_counts_while_running(llm, mixed(seed=5))
+
+
+def test_vllms_kernels_get_what_they_rely_on(served: tuple[Any, WindowOracle]) -> None:
+    llm, _ = served
+    check_arguments(lambda: run_outputs(llm, mixed(seed=5, num=5)))
 
 
 @pytest.mark.parametrize("prompt_len", [MAX_MODEL_LEN - 1, MAX_MODEL_LEN - 9, MAX_MODEL_LEN - 40])

@@ -139,7 +139,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"extra_body": {"thinking_token_budget": 5}}, "thinking_token_budget is 5"),
     ({"logprobs": 1}, "logprobs is 1"),
     ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs is 1"),
-    ({"extra_body": {"structured_outputs": {"regex": "a+"}}}, "structured_outputs is {'regex': 'a+'}"),
+    ({"extra_body": {"structured_outputs": {"grammar": "a"}}}, "a grammar is no regular language, allowed are json"),
     ({"prompt": [5] * (MAX_MODEL_LEN - 7), "max_tokens": 4}, "the prompt has 121 tokens, but a block needs 8"),
 ]
 
@@ -161,6 +161,7 @@ TOOL = {"name": "f", "parameters": {"type": "object", "properties": {}}}
 CHAT_TOOL = {"type": "function", "function": TOOL}
 TOO_LONG = "the prompt has at least 121 tokens, but a block needs 8 of max_model_len 128"
 BAD_STEPS = {"vllm_xargs": {"dllm_steps": 3}}
+TOO_SHORT = "(a structural tag, as of a forced or strict tool call) has"
 STEPS = "dllm_steps is 3, but max_tokens 16 in 2 blocks of 8 need a multiple of 2"
 REFUSED_BY_API: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": [5, 6], "max_tokens": 16, **BAD_STEPS}, STEPS),
@@ -181,20 +182,16 @@ REFUSED_BY_API: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", LONG_CHAT, TOO_LONG),
     (
         "/v1/chat/completions",
-        {**CHAT, "response_format": {"type": "json_object"}},
-        "response_format is {'type': 'json_obj",
+        {**CHAT, "max_tokens": 1, "response_format": {"type": "json_object"}},
+        "max_tokens is 1 (as far as max_model_len has room), but the shortest answer",
     ),
-    ("/v1/chat/completions", {**CHAT, "tools": [CHAT_TOOL], "tool_choice": "required"}, "tool_choice is 'required'"),
+    ("/v1/chat/completions", {**CHAT, "max_tokens": 4, "tools": [CHAT_TOOL], "tool_choice": "required"}, TOO_SHORT),
     ("/v1/chat/completions", {**CHAT, "logprobs": True}, "logprobs is True"),
     ("/v1/responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens is 0, allowed are"),
     ("/generative_scoring", {"query": "a", "items": ["b"], "label_token_ids": [5, 6]}, "label_token_ids is [5, 6]"),
     ("/v1/responses", {"input": "a", "max_output_tokens": 16, **BAD_STEPS}, STEPS),
     ("/v1/responses", {"input": "1 2 3 4 " * 40}, TOO_LONG),
-    (
-        "/v1/responses",
-        {"input": "a", "text": {"format": {"type": "json_object"}}},
-        "text.format is {'type': 'json_object'}",
-    ),
+    ("/v1/responses", {"input": "a", "text": {"format": {"type": "grammar"}}}, "text.format is {'type': 'grammar'}"),
     ("/v1/messages", {**LONG_CHAT, "max_tokens": 8}, TOO_LONG),
     ("/v1/messages", {"messages": [IMAGE], "max_tokens": 8}, "messages[0].content[0].type is 'image', allowed are"),
     ("/v1/messages/count_tokens", {"messages": [IMAGE]}, "messages[0].content[0].type is 'image', allowed are"),
@@ -205,8 +202,8 @@ REFUSED_BY_API: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/messages", {**CHAT, "max_tokens": 8, "presence_penalty": 0.5}, "presence_penalty is 0.5"),
     (
         "/v1/messages",
-        {**CHAT, "max_tokens": 8, "tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "any"}},
-        "tool_choice is {'type': 'any'}",
+        {**CHAT, "max_tokens": 1, "tools": [{"name": "f", "input_schema": {}}], "tool_choice": {"type": "any"}},
+        "as of a forced or strict tool call",
     ),
     (
         "/inference/v1/generate",

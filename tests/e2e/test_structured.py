@@ -40,7 +40,7 @@ ASKED: list[dict[str, Any] | None] = [
 ]
 MAX_MODEL_LEN = 256
 ENDS = (1, 6)
-"""EOS, and what ends a turn in this vocabulary."""
+"""EOS, and what ends a turn of LLaDA besides."""
 
 USUAL = [("llada", 0), ("llada", 5), ("sdar", 5)]
 SLOW = [("sdar", 0)]
@@ -62,7 +62,7 @@ def token_bytes() -> dict[int, bytes]:
     return {i: bytes(of_character[c] for c in text) for text, i in vocabulary if i not in special}
 
 
-def constraint_of(asked: dict[str, Any], length: int) -> Constraint:
+def constraint_of(asked: dict[str, Any], length: int, ends: tuple[int, ...]) -> Constraint:
     """The reference's automaton, token by token."""
     table, texts = automaton_of(asked), token_bytes()
     step: list[dict[int, int]] = []
@@ -70,7 +70,7 @@ def constraint_of(asked: dict[str, Any], length: int) -> Constraint:
         reached = {token: _run(table, state, text) for token, text in texts.items()}
         step.append({token: after for token, after in reached.items() if after != table.dead})
     accepting = frozenset(torch.from_numpy(table.is_accepting).nonzero().flatten().tolist())
-    return Constraint(step, accepting, ENDS, length)
+    return Constraint(step, accepting, ends, length)
 
 
 def _run(table: ByteAutomaton, state: int, text: bytes) -> int:
@@ -82,7 +82,8 @@ def _run(table: ByteAutomaton, state: int, text: bytes) -> int:
 def expected(oracle: Oracle, case: Case, settings: dict[str, Any], asked: dict[str, Any] | None) -> list[int]:
     if asked is None:
         return oracle.tokens(case, settings)
-    options = oracle._options(case, settings) | {"constraint": constraint_of(asked, case.max_tokens)}
+    ends = ENDS[:1] if isinstance(oracle, SdarOracle) else ENDS
+    options = oracle._options(case, settings) | {"constraint": constraint_of(asked, case.max_tokens, ends)}
     prompt = torch.tensor(case.prompt)
     if isinstance(oracle, SdarOracle):
         found = block_causal.generate(oracle.model, prompt, **options)

@@ -44,6 +44,14 @@ def _values(schema: Json, root: Json) -> list[Any] | None:
 
 
 def _kinds(schema: Json, root: Json) -> set[str]:
+    values = _values(schema, root)
+    if values is not None:
+        return {_kind(value) for value in values}
     found = _resolved(schema, root).get("type")
     kinds = set(found) if isinstance(found, list) else {found} if found else set()
-    return kinds | ({"number"} if "integer" in kinds else set())
+    return (kinds - {"integer"}) | ({"number"} if "integer" in kinds else set())
+
+
+def _kind(value: Json) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")

@@ -24,6 +24,9 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trace_decode_token_ids": (bool, "null"),
 }
 
+_FORMATS = (None, "text", "json_object", "json_schema")
+_ALLOWED_FORMATS = "null and an object with type 'text', 'json_object' or 'json_schema'"
+
 # Fields of the APIs' requests that become a sampling parameter of another name or value, or that vLLM would ignore or
 # give advice on.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -32,6 +35,13 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "logprobs": (lambda v: v is not None and v is not False, "null"),
     "top_logprobs": (bool, "0"),
     "include": (lambda v: _includes_logprobs(v), "all but 'message.output_text.logprobs'"),
+    "structured_outputs": (
+        lambda v: not (isinstance(v, Mapping) and v),
+        "null and an object with one of json, json_object, regex and choice",
+    ),
+    "response_format": (lambda v: _part(v, "type") not in _FORMATS, _ALLOWED_FORMATS),
+    "text.format": (lambda v: _part(v, "type") not in _FORMATS, _ALLOWED_FORMATS),
+    "tool_choice": (lambda v: not isinstance(v, str | Mapping), "a word and an object"),
     **{f"guided_{kind}": (lambda v: v is not None, "null") for kind in ("json", "regex", "choice", "grammar")},
     "guided_json_object": (bool, "null"),
     "structural_tag": (lambda v: v is not None, "null"),
@@ -40,6 +50,9 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 # The same by their names in a body: an API that does not know a field ignores it.
 _IN_BODY = {**REFUSED, **_FIELDS}
+
+_OWNERS = tuple({name.partition(".")[0]: None for name in _FIELDS if "." in name})
+"""Fields of a body that are objects whose own fields are refused."""
 
 _NEVER: tuple[Callable[[Any], bool], str] = (lambda _: False, "")
 
@@ -157,6 +170,9 @@ def refuse_body(body: Mapping[str, Any]) -> None:
         raise _unsupported("echo", body["echo"], "false")
     for path, strict in _strict_tools(body):
         raise _unsupported(path, strict, "false and null, or tool_choice 'required' or a named tool")
+    for owner in _OWNERS:
+        for name, value in body[owner].items() if isinstance(body.get(owner), Mapping) else ():
+            _refuse_used(f"{owner}.{name}", value)
 
 
 def refuse_token_body(body: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen, block_causal
 from vllm_dllm.reference.sampling import Sampling, choose_tokens
-from vllm_dllm.reference.step import step_block, under
+from vllm_dllm.reference.step import decide, under
 
 _STATIC, _GREEDY = UnmaskPolicy(), Sampling()
 
@@ -84,8 +84,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         model, prompt: the model, and the tokens before the generation.
         gen_length: least number of tokens; of Nemotron exactly as many.
         block_length: positions per block.
-        policy: the unmasking policy; its `steps` are of each block.
-        sampling: how tokens are chosen; without guidance.
+        policy, sampling: its `steps` are of each block; how tokens are chosen, without guidance.
         stop_ids: a block that generated one of these is the last.
         rules, constraint: of the family; what the answer has to meet.
 
@@ -115,9 +114,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
             known = Known(tokens, is_masked, prompt_len)
-            logits = known.edited(logits, is_masked[begin:end], begin, sampling.edits)
-            chosen, chosen_tokens = step_block(logits, tokens[begin:end], is_masked[begin:end], begin, block)
-            chosen, chosen_tokens = known.goes(chosen, chosen_tokens, begin, sampling.edits)
+            chosen, chosen_tokens = decide(known, logits, is_masked[begin:end], begin, block)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
             history.append(tokens[prompt_len:].clone())

@@ -24,7 +24,7 @@ from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen
 from vllm_dllm.reference.sampling import Sampling
-from vllm_dllm.reference.step import step_block, under
+from vllm_dllm.reference.step import decide, under
 
 Model = LLaDA | Qwen
 
@@ -178,12 +178,8 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         while is_masked[begin:end].any():
             first, last = kv.span(step, begin, end, len(tokens))
             logits = predictor.logits(tokens, first, last)
-            in_span, canvas = (is_masked & in_block)[first:last], tokens[first:last]
             known = Known(tokens, is_masked, len(prompt))
-            logits = known.edited(logits, in_span, first, sampling.edits)
-            chosen, chosen_tokens = known.goes(
-                *step_block(logits, canvas, in_span, first, block), first, sampling.edits
-            )
+            chosen, chosen_tokens = decide(known, logits, (is_masked & in_block)[first:last], first, block)
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False
             history.append(tokens[len(prompt) :].clone())

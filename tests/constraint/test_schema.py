@@ -1,0 +1,159 @@
+"""What a schema's expression writes meets the schema, and what would not be met is refused."""
+
+import json
+import random
+from typing import Any
+
+import jsonschema
+import pytest
+
+from vllm_dllm.constraint.json_object import MAX_DEPTH, json_object_automaton
+from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, build_table, parse_table
+from vllm_dllm.constraint.schema import FORMATS, schema_regex
+from vllm_dllm.constraint.tags import tag_regex
+
+
+def automaton(regex: str) -> ByteAutomaton:
+    return parse_table(build_table(regex))
+
+
+def some_text(found: ByteAutomaton, rng: random.Random, length: int = 40) -> str | None:
+    """Walk at random, then the shortest way to an end; None where the bytes are no text."""
+    distance = {state: 0 for state in range(len(found.step)) if found.is_accepting[state]}
+    while True:
+        more = {s for s in range(len(found.step)) if s not in distance and distance.keys() & {*found.step[s].tolist()}}
+        if not more:
+            break
+        distance |= dict.fromkeys(more, max(distance.values()) + 1)
+    bytes_of = [[byte for byte in range(256) if found.class_of[byte] == each] for each in range(found.step.shape[1])]
+    state, text = 0, bytearray()
+    while len(text) < 400:
+        ways = [(c, int(s)) for c, s in enumerate(found.step[state]) if int(s) in distance]
+        if found.is_accepting[state] and (len(text) >= length or not ways or rng.random() < 0.3):
+            break
+        if len(text) >= length:
+            ways = [way for way in ways if distance[way[1]] < distance[state]]
+        token_class, state = rng.choice(ways)
+        text.append(rng.choice(bytes_of[token_class]))
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
+    kinds: list[dict[str, Any]] = [
+        {"type": "string"},
+        {"type": "string", "minLength": rng.randrange(3), "maxLength": 3 + rng.randrange(3)},
+        {"type": "string", "pattern": "^[a-z]+[0-9]?$", "title": "t"},
+        {"type": "string", "format": rng.choice([*FORMATS])},
+        {"type": "integer", "minimum": rng.randrange(2)},
+        {"type": "integer", "minimum": -5, "exclusiveMaximum": 7},
+        {"type": "number", "minimum": 0},
+        {"type": ["string", "null"], "maxLength": 4},
+        {"enum": ['a"b', "é", 3, None, {"k": [1, True]}]},
+        {"type": "boolean"},
+        {},
+    ]
+    if not depth:
+        return rng.choice(kinds)
+
+    def inner() -> dict[str, Any]:
+        return random_schema(rng, depth - 1)
+
+    names = rng.sample(["a", "b.c", 'quo"te', "d e", "日"], rng.randrange(1, 5))
+    kinds += [
+        {"anyOf": [inner(), inner()]},
+        {"oneOf": [{"type": "integer"}, {"type": "null"}, {"const": "x"}]},
+        {"type": "array", "items": inner(), "minItems": rng.randrange(2), "maxItems": 2},
+        {"type": "array", "prefixItems": [inner(), inner()]},
+        {
+            "type": "object",
+            "properties": {name: inner() for name in names},
+            "required": rng.sample(names, rng.randrange(len(names) + 1)),
+            "additionalProperties": False,
+        },
+        {"type": "object", "additionalProperties": inner()},
+        {"$ref": "#/$defs/one"},
+    ]
+    return rng.choice(kinds)
+
+
+def test_what_is_written_meets_the_schema() -> None:
+    seen = 0
+    for number in range(150):
+        rng = random.Random(number)
+        schema = {**random_schema(rng, 2), "$defs": {"one": {"type": "array", "items": {"type": "boolean"}}}}
+        found = automaton(schema_regex(schema))
+        for _ in range(6):
+            text = some_text(found, rng)
+            if text is not None:
+                jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+                seen += 1
+    assert seen > 600
+
+
+def test_a_reply_of_any_usual_writing_is_possible() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["b"]}
+    found = automaton(schema_regex(schema))
+    for text in ('{"a": 1, "b": "x"}', '{"b":"\\n"}', '{ "a" : -10,"b": "日" }'):
+        assert found.accepts(text.encode()), text
+    assert not automaton(schema_regex(schema, "")).accepts(b'{"a": 1, "b": "x"}')
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (
+            {"type": "integer", "multipleOf": 3},
+            "at # of the schema stands 'multipleOf', which cannot be enforced there",
+        ),
+        ({"type": "array", "items": {"type": "int"}}, 'at #/items of the schema type is ["int"], allowed are object'),
+        ({"$defs": {"n": {"properties": {"n": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"}, "leads back to itself"),
+        ({"$ref": "#/$defs/x"}, "allowed are places in the schema"),
+        ({"type": "object", "properties": {}, "required": ["x"]}, "required names 'x', which is not among"),
+        ({"type": "string", "pattern": ".*"}, "matches quotes, backslashes or control characters"),
+        ({"type": "string", "pattern": "a", "maxLength": 3}, "of which one alone can be enforced"),
+        ({"type": "string", "format": "uri"}, "format is 'uri', allowed are date, time"),
+        ({"oneOf": [{"type": "string"}, {"const": "a"}]}, "branches of oneOf may be met together"),
+        ({"allOf": [{"type": "string"}, {"type": "string"}]}, "allOf joins several schemas"),
+        ({"type": "integer", "minimum": 5}, "allowed are minimum 0 or 1 alone, and ranges of up to 1000 numbers"),
+        ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems is 3 and maxItems 2"),
+        ({"enum": ["a"], "type": "integer"}, "none of the values"),
+        (False, "stands false, allowed are schemas that can be met"),
+        ({"not": {}}, "stands 'not'"),
+    ],
+)
+def test_what_would_not_be_met_is_refused(schema: Any, message: str) -> None:
+    with pytest.raises(ConstraintError) as refused:
+        schema_regex(schema)
+    assert message in str(refused.value)
+
+
+def test_objects_of_any_kind_as_deep_as_there_are_states() -> None:
+    found = json_object_automaton()
+    nested = '{"a":' * MAX_DEPTH + "1" + "}" * MAX_DEPTH
+    assert found.accepts(nested.encode())
+    assert not found.accepts(nested.replace("1", "{}").encode())
+    assert not found.accepts(b"[1]")
+    assert not found.accepts(b'{"a":1}}')
+    seen = 0
+    for number in range(100):
+        text = some_text(found, random.Random(number), length=30)
+        if text is not None:
+            assert isinstance(json.loads(text), dict)
+            seen += 1
+    assert seen > 50
+
+
+def test_a_forced_call_is_written_as_its_parser_reads_it() -> None:
+    content = {"type": "json_schema", "json_schema": {"type": "boolean"}}
+    tags = [{"type": "tag", "begin": '<c>{"a": ', "content": content, "end": "}</c>"}]
+    part = {"type": "tags_with_separator", "tags": tags, "separator": "", "at_least_one": True}
+    found = automaton(tag_regex({"type": "structural_tag", "format": {**part, "stop_after_first": False}}, ""))
+    assert found.accepts(b'<c>{"a": true}</c><c>{"a": false}</c>')
+    assert not found.accepts(b"")
+    once = automaton(tag_regex({"type": "structural_tag", "format": {**part, "stop_after_first": True}}, ""))
+    assert not once.accepts(b'<c>{"a": true}</c><c>{"a": false}</c>')
+    with pytest.raises(ConstraintError, match="a structural tag has a part of type 'triggered_tags', allowed are"):
+        tag_regex({"type": "structural_tag", "format": {"type": "triggered_tags", "tags": tags}}, "")
