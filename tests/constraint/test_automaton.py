@@ -2,6 +2,7 @@
 
 import random
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -59,8 +60,20 @@ def test_too_many_states_are_refused_within_bounds(regex: str):
         byte_automaton(regex)
 
 
+def test_a_refusal_is_found_once(monkeypatch: pytest.MonkeyPatch):
+    runs = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: runs.append(args) or run(*args, **kwargs))
+    for _ in range(3):
+        with pytest.raises(ConstraintError, match="no regular expression that can be built"):
+            byte_automaton("(found once")
+    assert len(runs) == 1
+
+
 def test_a_long_expression_is_refused():
-    with pytest.raises(ConstraintError, match="has 200000 characters as a regular expression, allowed are"):
+    with pytest.raises(
+        ConstraintError, match="has 200000 characters as a regular expression, allowed are 131072; shorten it"
+    ):
         byte_automaton("a" * 200_000)
 
 

@@ -8,8 +8,9 @@ import jsonschema
 import pytest
 
 from vllm_dllm.constraint.json_object import MAX_DEPTH, json_object_automaton
+from vllm_dllm.constraint.keywords import FORMATS
 from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, build_table, parse_table
-from vllm_dllm.constraint.schema import FORMATS, schema_regex
+from vllm_dllm.constraint.schema import schema_regex
 from vllm_dllm.constraint.tags import tag_regex
 
 
@@ -108,7 +109,7 @@ def test_a_reply_of_any_usual_writing_is_possible() -> None:
             {"type": "integer", "multipleOf": 3},
             "at # of the schema stands 'multipleOf', which cannot be enforced there",
         ),
-        ({"type": "array", "items": {"type": "int"}}, 'at #/items of the schema type is ["int"], allowed are object'),
+        ({"type": "array", "items": {"type": "int"}}, 'at #/items of the schema type is "int", allowed are object'),
         ({"$defs": {"n": {"properties": {"n": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"}, "leads back to itself"),
         ({"$ref": "#/$defs/x"}, "allowed are places in the schema"),
         ({"type": "object", "properties": {}, "required": ["x"]}, "required names 'x', which is not among"),
@@ -120,6 +121,35 @@ def test_a_reply_of_any_usual_writing_is_possible() -> None:
         ({"type": "integer", "minimum": 5}, "allowed are minimum 0 or 1 alone, and ranges of up to 1000 numbers"),
         ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems is 3 and maxItems 2"),
         ({"enum": ["a"], "type": "integer"}, "none of the values"),
+        (
+            {"type": "integer", "minimum": "5"},
+            'at # of the schema minimum is "5", allowed are finite numbers; give one',
+        ),
+        ({"minimum": 0, "exclusiveMinimum": True}, "exclusiveMinimum is true, allowed are finite numbers"),
+        ({"type": "number", "minimum": False}, "minimum is false, allowed are finite numbers"),
+        ({"type": "integer", "minimum": float("inf")}, "minimum is Infinity, allowed are finite numbers"),
+        ({"type": "integer", "maximum": None}, "maximum is null, allowed are finite numbers"),
+        ({"type": "number", "minimum": 1}, "allowed is minimum 0; leave others out"),
+        ({"enum": [float("nan")]}, "stands nan, which JSON has no number for"),
+        ({"enum": "abc"}, 'enum is "abc", allowed are lists of one value and more; give one of these, or leave it out'),
+        ({"enum": []}, "enum is [], allowed are lists of one value and more"),
+        ({"pattern": 5}, "pattern is 5, allowed are texts"),
+        ({"format": ["date"]}, 'format is ["date"], allowed are texts'),
+        ({"type": None}, "type is null, allowed are object, array"),
+        ({"type": [["string"]]}, 'type is [["string"]], allowed are object, array'),
+        ({"type": "string", "maxLength": -1}, "maxLength is -1, allowed are whole numbers from 0"),
+        ({"type": "string", "minLength": True}, "minLength is true, allowed are whole numbers from 0"),
+        ({"properties": ["a"]}, 'properties is ["a"], allowed are objects of schemas by name'),
+        ({"properties": {}, "required": "a"}, 'required is "a", allowed are lists of names'),
+        ({"properties": {}, "additionalProperties": "no"}, 'additionalProperties is "no", allowed are true, false and'),
+        ({"maxItems": 0, "items": 5}, "items is 5, allowed are true, false and schemas"),
+        ({"prefixItems": {}}, "prefixItems is {}, allowed are lists of schemas"),
+        (
+            {"properties": {"a": {"oneOf": 5}}},
+            "at #/properties/a of the schema oneOf is 5, allowed are lists of one sch",
+        ),
+        ({"anyOf": []}, "anyOf is [], allowed are lists of one schema and more"),
+        ({"type": "string", "oneOf": [{"type": "null"}]}, "branches of oneOf have another type"),
         (False, "stands false, allowed are schemas that can be met"),
         ({"not": {}}, "stands 'not'"),
     ],

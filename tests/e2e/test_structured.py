@@ -180,8 +180,8 @@ def test_preempted_answers_go_on_where_they_were(served: Any) -> None:
         ({"grammar": "root ::= a"}, "no regular language, allowed are json, json_object, regex and choice"),
         ({"json": {"$ref": "#"}}, "leads back to itself: a recursive schema is no regular language"),
         ({"json": {"type": "string", "format": "uri"}}, "format is 'uri', allowed are date"),
-        ({"json": "{"}, "it is no JSON"),
-        ({"choice": []}, "choice is no list of texts"),
+        ({"json": "{"}, "'{' is no JSON ("),
+        ({"choice": []}, "choice is [], allowed are lists of one text and more"),
         ({"regex": "(a|b)*a(a|b){15}"}, "has more than 20000 states"),
     ],
 )

@@ -2,14 +2,15 @@
 
 import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
 
-from vllm_dllm.engine import configs
+from vllm_dllm.constraint.regex import ConstraintError
+from vllm_dllm.engine import configs, structured
 from vllm_dllm.engine.parameter_types import check_types
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.engine.request import finish_admission
@@ -21,10 +22,25 @@ def processor(**settings: Any) -> Any:
         architectures=["LLaDAModelLM"],
         hf_config=SimpleNamespace(eot_token_id=9, eos_token_id=1, mask_token_id=3),
         max_model_len=64,
+        get_vocab_size=lambda: 200,
     )
     config: Any = SimpleNamespace(model_config=model, additional_config={"dllm": {"block_length": 8, **settings}})
     config.dllm = configs.parse(config)
-    return SimpleNamespace(model_config=model, vllm_config=config, tokenizer=None)
+    return SimpleNamespace(model_config=model, vllm_config=config, tokenizer=Tokenizer())
+
+
+class Tokenizer:
+    """One over bytes, of two letters, and special tokens from 100 on."""
+
+    backend_tokenizer = SimpleNamespace(decoder="ByteLevel()")
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+    all_special_ids = range(100, 200)
+
+    def __len__(self) -> int:
+        return 200
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": 5, "b": 6}
 
 
 def asking(**changes: Any) -> StructuredOutputsParams:
@@ -84,3 +100,46 @@ def test_what_structure_cannot_stand_beside_is_refused(
     request = EngineCoreRequest(**known, **dict.fromkeys(nothing))
     with pytest.raises(RequestError, match="^" + re.escape(message)):
         finish_admission(processor(**settings), request, StructuredOutputsParams(regex="a+"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"choice": []}, "choice is [], allowed are lists of one text and more; give one"),
+        ({"json": "{"}, "'{' is no JSON (Expecting property name"),
+        ({"json": {"enum": {5}}}, "json cannot be written as JSON (Object of type set is not JSON serializable)"),
+        ({"regex": "c"}, "no text of this model's tokens meets it; loosen it"),
+        (
+            {"json_object": True, "whitespace_pattern": "x"},
+            "whitespace_pattern is 'x', which matches more than white space of JSON; allowed are expressions of blanks",
+        ),
+        (
+            {"json_object": True, "whitespace_pattern": "("},
+            "whitespace_pattern is '(', and it is no regular expression",
+        ),
+    ],
+)
+def test_what_cannot_be_enforced_says_what_is_allowed(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)) as refused:
+        structured.put_in(processor(), SamplingParams(max_tokens=8), StructuredOutputsParams(**asked))
+    assert refused.value.parameter == "structured_outputs"
+
+
+def test_a_tokenizer_that_cannot_be_compiled_for_is_told() -> None:
+    for tokenizer, message in [
+        (None, "start the server without --skip-tokenizer-init"),
+        (object(), "serve a model whose tokenizer is byte-level BPE"),
+    ]:
+        own = SimpleNamespace(tokenizer=tokenizer, model_config=processor().model_config)
+        with pytest.raises(ConstraintError, match=message):
+            structured._vocabulary(own, (1,)) if tokenizer is None else structured._texts(tokenizer)
+
+
+def test_stop_tokens_of_requests_leave_a_bounded_number_of_tables() -> None:
+    own = processor()
+    for token in range(100, 130):
+        params = SamplingParams(max_tokens=8, stop_token_ids=[token])
+        structured.put_in(own, params, StructuredOutputsParams(regex="a+"))
+        tokens = structured.answer_of(params, SimpleNamespace(prompt_len=0, seq_len=8), [], 0, 8).automaton  # type: ignore[arg-type,union-attr]
+        assert tokens.class_of[token] == tokens.end_class
+    assert structured._token_bytes.cache_info().currsize <= 16

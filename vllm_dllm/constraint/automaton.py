@@ -19,7 +19,7 @@ BoolArray = NDArray[np.bool_]
 WORD = 32
 NEVER = np.iinfo(np.int32).max
 """A distance: there is no way."""
-_MAX_KEPT = 4096  # sets of classes whose bits are kept, of 16 KB each at a vocabulary of 126,000
+_MAX_KEPT = 512  # sets of classes whose bits are kept, of 16 KB each at a vocabulary of 126,000
 
 
 @dataclass(frozen=True)

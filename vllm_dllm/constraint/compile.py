@@ -44,7 +44,7 @@ def compile_tokens(over_bytes: ByteAutomaton, tokens: TokenBytes) -> Automaton:
     step, class_of = _token_steps(over_bytes, tokens)
     live = _live(step, over_bytes.is_accepting)
     if not live[0]:
-        raise ConstraintError("no text of this model's tokens meets it")
+        raise ConstraintError("no text of this model's tokens meets it; loosen it")
     kept = np.flatnonzero(live)
     number = np.full(len(step), len(kept) + 1, dtype=np.int32)  # done, dead
     number[kept] = np.arange(len(kept))

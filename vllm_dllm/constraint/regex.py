@@ -12,14 +12,17 @@ import functools
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-IntArray = NDArray[np.int32]
-BoolArray = NDArray[np.bool_]
+from vllm_dllm.constraint.automaton import BoolArray, IntArray
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_LENGTH = 1 << 17
 """Characters of an expression; that of a JSON schema of a hundred fields has some 10,000."""
@@ -72,14 +75,39 @@ class ByteAutomaton:
         return False
 
 
-@functools.lru_cache(64)
+def kept(size: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Keep what a function returned last, and the errors that it refused with: to find out took as long."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.lru_cache(size)
+        def call(*args: P.args, **kwargs: P.kwargs) -> tuple[T] | str:
+            try:
+                return (function(*args, **kwargs),)
+            except ConstraintError as error:
+                return str(error)
+
+        @functools.wraps(function)
+        def found(*args: P.args, **kwargs: P.kwargs) -> T:
+            result = call(*args, **kwargs)  # type: ignore[arg-type]  # hashable ones
+            if isinstance(result, str):
+                raise ConstraintError(result)
+            return result[0]
+
+        return found
+
+    return decorate
+
+
+@kept(64)
 def byte_automaton(regex: str) -> ByteAutomaton:
     """Build the automaton of a regular expression, which is to match the whole text.
 
     Raises: ConstraintError.
     """
     if len(regex) > MAX_LENGTH:
-        raise ConstraintError(f"it has {len(regex)} characters as a regular expression, allowed are {MAX_LENGTH}")
+        raise ConstraintError(
+            f"it has {len(regex)} characters as a regular expression, allowed are {MAX_LENGTH}; shorten it"
+        )
     try:
         done = subprocess.run(
             [sys.executable, "-m", "vllm_dllm.constraint.regex"],

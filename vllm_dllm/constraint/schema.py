@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_dllm.constraint.apart import Json, is_apart
+from vllm_dllm.constraint.keywords import ANNOTATIONS, FORMATS, OF_TYPE, TYPES, VALUES, is_number
 from vllm_dllm.constraint.regex import ConstraintError, byte_automaton
 
 FREE_DEPTH = 1
@@ -23,42 +24,6 @@ STRING = f'"{CHARACTER}*"'
 _WHOLE = "(?:0|[1-9][0-9]*)"
 NUMBER = rf"-?{_WHOLE}(?:\.[0-9]+)?(?:[eE][+-][0-9]+)?"
 _PLAIN = r'[^"\\\x00-\x1F\x7F-\x9F]*'  # what means itself within a string of JSON
-
-_DAY = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
-_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:0[0-9]|1[0-3]):[0-5][0-9])"
-_OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-FORMATS = {
-    "date": _DAY,
-    "time": _TIME,
-    "date-time": f"{_DAY}T{_TIME}",
-    "uuid": "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
-    "ipv4": rf"{_OCTET}(?:\.{_OCTET}){{3}}",
-    "email": r"[a-z0-9]+(?:[._+-][a-z0-9]+)*@[a-z0-9]+(?:-[a-z0-9]+)*(?:\.[a-z0-9]+(?:-[a-z0-9]+)*)+",
-}
-"""Of each format that is known, texts that have it; days up to the 28th."""
-
-_ANNOTATIONS = {
-    *("title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated", "readOnly"),
-    *("writeOnly", "$defs", "definitions", "discriminator", "strict"),
-}
-_OF_TYPE = {
-    "object": {"properties", "required", "additionalProperties"},
-    "array": {"items", "minItems", "maxItems", "prefixItems"},
-    "string": {"minLength", "maxLength", "pattern", "format"},
-    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
-    "number": {"minimum"},
-    "boolean": set(),
-    "null": set(),
-}
-_TYPES: dict[str, Callable[[Json], bool]] = {
-    "object": lambda v: isinstance(v, dict),
-    "array": lambda v: isinstance(v, list),
-    "string": lambda v: isinstance(v, str),
-    "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
-    "number": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
-    "boolean": lambda v: isinstance(v, bool),
-    "null": lambda v: v is None,
-}
 
 
 def schema_regex(schema: Json, space: str = " ?") -> str:
@@ -91,22 +56,34 @@ class _Writer:
             return self._free(FREE_DEPTH)
         if not isinstance(schema, Mapping):
             raise self.error(f"stands {json.dumps(schema, default=str)[:80]}, allowed are schemas that can be met")
-        own = {key: value for key, value in schema.items() if key not in _ANNOTATIONS and not key.startswith("x-")}
+        own = {key: value for key, value in schema.items() if key not in ANNOTATIONS and not key.startswith("x-")}
+        self._check_values(own)
         for name, writes in self._compound().items():
             if name in own:
                 return writes(own.pop(name), own)
         types = own.pop("type", None)
         if types is None:
-            types = [name for name, keys in _OF_TYPE.items() if keys & own.keys()][:1]
+            types = [name for name, keys in OF_TYPE.items() if keys & own.keys()][:1]
             if not types:
                 self._refuse(own)
                 return self._free(FREE_DEPTH)
         types = types if isinstance(types, list) else [types]
-        if not types or any(each not in _OF_TYPE for each in types):
-            raise self.error(f"type is {json.dumps(types, default=str)}, allowed are {', '.join(_OF_TYPE)}")
-        self._refuse({key: value for key, value in own.items() if not any(key in _OF_TYPE[each] for each in types)})
-        parts = [self._typed(each, {key: v for key, v in own.items() if key in _OF_TYPE[each]}) for each in types]
+        self._refuse({key: value for key, value in own.items() if not any(key in OF_TYPE[each] for each in types)})
+        parts = [self._typed(each, {key: v for key, v in own.items() if key in OF_TYPE[each]}) for each in types]
         return _any_of(parts)
+
+    def _check_values(self, own: Mapping[str, Any]) -> None:
+        """Check that no keyword has a value that means nothing. Raises: ConstraintError."""
+        for name, value in own.items():
+            if name == "type":
+                names = value if isinstance(value, list) else [value]
+                is_right, allowed = bool(names) and all(each in [*OF_TYPE] for each in names), ", ".join(OF_TYPE)
+            else:
+                test, allowed = VALUES.get(name, (lambda _: True, ""))
+                is_right = test(value)
+            if not is_right:
+                shown = json.dumps(value, default=str)[:80]
+                raise self.error(f"{name} is {shown}, allowed are {allowed}; give one of these, or leave it out")
 
     def _compound(self) -> dict[str, Callable[[Any, dict[str, Any]], str]]:
         return {
@@ -120,7 +97,7 @@ class _Writer:
 
     def _refuse(self, others: Mapping[str, Any]) -> None:
         for key in others:
-            known = sorted({each for keys in _OF_TYPE.values() for each in keys})
+            known = sorted({each for keys in OF_TYPE.values() for each in keys})
             raise self.error(
                 f"stands {key!r}, which cannot be enforced there; known are {', '.join(known)}, each with its type, "
                 "and type, enum, const, anyOf, oneOf, $ref alone"
@@ -145,40 +122,41 @@ class _Writer:
         types = own.pop("type", None)
         self._refuse(own)
         names = types if isinstance(types, list) else [types]
-        fitting = [v for v in values if types is None or any(_TYPES.get(name, _nothing)(v) for name in names)]
+        fitting = [v for v in values if types is None or any(TYPES[name](v) for name in names)]
         if not fitting:
-            raise self.error(f"none of the values {json.dumps(values, default=str)[:80]} has the type {types}")
+            raise self.error(
+                f"none of the values {json.dumps(values, default=str)[:80]} has the type {types}; leave it out"
+            )
         return _any_of([self._literal(value) for value in fitting])
 
     def _literal(self, value: Json) -> str:
         separators = (",", ":")
-        return escape(json.dumps(value, ensure_ascii=False, separators=separators))
+        try:
+            return escape(json.dumps(value, ensure_ascii=False, separators=separators, allow_nan=False))
+        except ValueError:
+            raise self.error(f"stands {value!r:.80}, which JSON has no number for; allowed are finite ones") from None
 
-    def _branches(self, branches: Json, own: dict[str, Any]) -> str:
+    def _branches(self, branches: list[Json], own: dict[str, Any], name: str = "anyOf") -> str:
         kind = own.pop("type", None)
         self._refuse(own)
-        if not isinstance(branches, list) or not branches:
-            raise self.error("anyOf is no list of schemas")
         if kind is not None:  # holds for all of them
             branches = [{"type": kind, **each} if isinstance(each, Mapping) else each for each in branches]
             if any(isinstance(each, Mapping) and each["type"] != kind for each in branches):
-                raise self.error("branches have another type than the one beside them; leave that out")
-        return _any_of([self.at("anyOf", place).write(each) for place, each in enumerate(branches)])
+                raise self.error(f"branches of {name} have another type than the one beside them; leave that out")
+        return _any_of([self.at(name, place).write(each) for place, each in enumerate(branches)])
 
-    def _one_of(self, branches: Json, own: dict[str, Any]) -> str:
-        seen: list[str] = []
-        for place, branch in enumerate(branches if isinstance(branches, list) else ()):
-            written = self.at("oneOf", place).write(branch)
+    def _one_of(self, branches: list[Json], own: dict[str, Any]) -> str:
+        for place, branch in enumerate(branches):
+            self.at("oneOf", place).write(branch)
             if any(not is_apart(branch, other, self.root) for other in branches[:place]):
                 raise self.error(
                     "the branches of oneOf may be met together; use anyOf, or a const that tells them apart"
                 )
-            seen.append(written)
-        return self._branches(branches, own)
+        return self._branches(branches, own, "oneOf")
 
-    def _all_of(self, branches: Json, own: dict[str, Any]) -> str:
+    def _all_of(self, branches: list[Json], own: dict[str, Any]) -> str:
         self._refuse(own)
-        if not isinstance(branches, list) or len(branches) != 1:
+        if len(branches) != 1:
             raise self.error("allOf joins several schemas, which is not supported; write them as one")
         return self.at("allOf", 0).write(branches[0])
 
@@ -197,8 +175,6 @@ class _Writer:
     def _object(self, own: dict[str, Any]) -> str:
         properties, required = own.get("properties"), own.get("required", [])
         others = own.get("additionalProperties", True)
-        if not isinstance(required, list) or not isinstance(properties, Mapping | None):
-            raise self.error("properties is no object, or required no list")
         missing = [name for name in required if name not in (properties or {})]
         if missing:
             raise self.error(f"required names {missing[0]!r}, which is not among the properties; add it there")
@@ -238,11 +214,8 @@ class _Writer:
 
     def _bounds(self, own: dict[str, Any], low: str, high: str) -> tuple[int, int | None]:
         least, most = own.get(low, 0), own.get(high)
-        whole = all(_TYPES["integer"](each) and each >= 0 for each in (least, most) if each is not None)
-        if not whole or least is None or (most is not None and most < least):
-            raise self.error(
-                f"{low} is {least} and {high} {most}, allowed are whole numbers from 0, the first not above"
-            )
+        if most is not None and most < least:
+            raise self.error(f"{low} is {least} and {high} {most}, allowed is {high} from {low} on; raise it")
         return least, most
 
     def _string(self, own: dict[str, Any]) -> str:
@@ -257,7 +230,7 @@ class _Writer:
             if own["format"] not in FORMATS:
                 raise self.error(f"format is {own['format']!r}, allowed are {', '.join(FORMATS)}; give a pattern")
             return f'"{FORMATS[own["format"]]}"'
-        return self._pattern(str(own["pattern"]))
+        return self._pattern(own["pattern"])
 
     def _pattern(self, pattern: str) -> str:
         body = pattern.removeprefix("^")
@@ -284,13 +257,13 @@ class _Writer:
         if written is None or high is not None:
             raise self.error(
                 f"integers have the bounds {own}, allowed are minimum 0 or 1 alone, and ranges of up to "
-                f"{_MAX_RANGE} numbers"
+                f"{_MAX_RANGE} numbers; give both ends of such a range, or leave others out"
             )
         return written
 
     def _number(self, own: dict[str, Any]) -> str:
         if own.get("minimum", 0) != 0:
-            raise self.error(f"numbers have the bounds {own}, allowed is minimum 0")
+            raise self.error(f"numbers have the bounds {own}, allowed is minimum 0; leave others out")
         return NUMBER.removeprefix("-?") if own else NUMBER
 
     def _free(self, depth: int) -> str:
@@ -315,20 +288,12 @@ def escape(text: str) -> str:
     return re.sub(r"[\\.+*?()|\[\]{}^$#&\-~]", r"\\\g<0>", text)
 
 
-def _nothing(_value: Json) -> bool:
-    return False
-
-
-def _is_number(value: Json) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _negative(value: Json) -> Json:
-    return -value if _is_number(value) else None
+    return -value if is_number(value) else None
 
 
 def _least(bound: Json, exclusive: Json) -> int | None:
     """Return the least whole number that both lower bounds allow; None: there is none."""
-    bounds = [-(-bound // 1)] if _is_number(bound) else []
-    bounds += [exclusive // 1 + 1] if _is_number(exclusive) else []
+    bounds = [-(-bound // 1)] if is_number(bound) else []
+    bounds += [exclusive // 1 + 1] if is_number(exclusive) else []
     return int(max(bounds)) if bounds else None

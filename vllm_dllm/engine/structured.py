@@ -20,7 +20,7 @@ from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.constraint.automaton import NEVER, Automaton
 from vllm_dllm.constraint.compile import TokenBytes, compile_tokens
 from vllm_dllm.constraint.json_object import json_object_automaton
-from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_automaton
+from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_automaton, kept
 from vllm_dllm.constraint.schema import escape, schema_regex
 from vllm_dllm.constraint.tags import tag_regex
 from vllm_dllm.engine.configs import settings_of
@@ -126,15 +126,21 @@ def _read(asked: StructuredOutputsParams) -> tuple[str, str, str]:
             "a grammar is no regular language, allowed are json, json_object, regex and choice; write it as a regex of "
             "bounded depth"
             if kind
-            else "nothing is asked for, allowed are json, json_object, regex and choice"
+            else "nothing is asked for, allowed are json, json_object, regex and choice; give one"
         )
     if kind in ("json", "structural_tag"):
         value = _parsed(value)
-    if kind == "choice" and not (isinstance(value, list) and value and all(isinstance(each, str) for each in value)):
-        raise ConstraintError("choice is no list of texts, allowed are lists of one and more")
-    if kind == "regex" and not isinstance(value, str):
-        raise ConstraintError("regex is no text")
-    return kind, str(value) if kind == "regex" else json.dumps(value), _space(asked)
+    if kind == "choice" and not value:
+        raise ConstraintError("choice is [], allowed are lists of one text and more; give one")
+    try:
+        return kind, str(value) if kind == "regex" else json.dumps(value), _space(asked)
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, ConstraintError):
+            raise
+        raise ConstraintError(
+            f"{kind} cannot be written as JSON ({error}), allowed are objects, lists, texts, numbers, booleans and "
+            "None; write it with these"
+        ) from None
 
 
 def _parsed(value: Any) -> Any:
@@ -143,7 +149,9 @@ def _parsed(value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise ConstraintError(f"it is no JSON ({error})") from None
+        raise ConstraintError(
+            f"{value!r:.80} is no JSON ({error}), allowed are JSON texts and objects; correct it"
+        ) from None
 
 
 def _space(asked: StructuredOutputsParams) -> str:
@@ -152,12 +160,19 @@ def _space(asked: StructuredOutputsParams) -> str:
     pattern = asked.whitespace_pattern
     if pattern is None:
         return _SPACE
-    if byte_automaton(pattern).escapes(byte_automaton(_ANY_SPACE)):
-        raise ConstraintError(f"whitespace_pattern {pattern!r} matches more than white space of JSON")
+    try:
+        escapes = byte_automaton(pattern).escapes(byte_automaton(_ANY_SPACE))
+    except ConstraintError as error:
+        raise ConstraintError(f"whitespace_pattern is {pattern!r:.80}, and {error}") from None
+    if escapes:
+        raise ConstraintError(
+            f"whitespace_pattern is {pattern!r:.80}, which matches more than white space of JSON; allowed are "
+            "expressions of blanks, tabs and line ends alone; give one, or leave it out"
+        )
     return f"(?:{pattern})"
 
 
-@functools.lru_cache(128)
+@kept(128)
 def _compiled(kind: str, value: str, space: str, vocabulary: TokenBytes) -> tuple[bytes, int]:
     """Compile a constraint; returns the automaton as sent, and the fewest tokens of an answer."""
     automaton = compile_tokens(_over_bytes(kind, value, space), vocabulary)
@@ -177,7 +192,7 @@ def _over_bytes(kind: str, value: str, space: str) -> ByteAutomaton:
     try:
         return byte_automaton(tag_regex(parsed, space) if kind == "structural_tag" else schema_regex(parsed, space))
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise ConstraintError(f"it is malformed ({type(error).__name__}: {error})") from None
+        raise ConstraintError(f"it is malformed ({type(error).__name__}: {error}); correct it") from None
 
 
 @functools.lru_cache(64)
@@ -209,21 +224,23 @@ def _special_ids(processor: "InputProcessor") -> set[int]:
     return {*tokenizer.all_special_ids, *(token for token, each in added.items() if getattr(each, "special", False))}
 
 
-_vocabularies: dict[tuple[int, tuple[int, ...]], TokenBytes] = {}
-
-
 def _vocabulary(processor: "InputProcessor", ends: tuple[int, ...]) -> TokenBytes:
     """Return the bytes of the tokenizer's tokens, those left out that are no text. Raises: ConstraintError."""
-    tokenizer = processor.tokenizer
-    if tokenizer is None:
-        raise ConstraintError("the server has no tokenizer (skip_tokenizer_init)")
-    key = (id(tokenizer), ends)
-    if key not in _vocabularies:
-        hidden = {*_special_ids(processor), processor.model_config.hf_config.mask_token_id}
-        tokens = {token: text for token, text in _texts(tokenizer).items() if token not in hidden}
-        _vocabularies[key] = TokenBytes.of(tokens, processor.model_config.get_vocab_size(), ends)
-        logger.info("Structured output: %d of %d tokens are text.", len(tokens), len(tokenizer))
-    return _vocabularies[key]
+    if processor.tokenizer is None:
+        raise ConstraintError(
+            "the server has no tokenizer to compile it for, allowed is nothing of the kind; remove it, or start the "
+            "server without --skip-tokenizer-init"
+        )
+    config = processor.model_config
+    hidden = frozenset({*_special_ids(processor), config.hf_config.mask_token_id})
+    return _token_bytes(processor.tokenizer, hidden, config.get_vocab_size(), ends)
+
+
+@functools.lru_cache(16)
+def _token_bytes(tokenizer: Any, hidden: frozenset[int], vocab_size: int, ends: tuple[int, ...]) -> TokenBytes:
+    tokens = {token: text for token, text in _texts(tokenizer).items() if token not in hidden}
+    logger.info("Structured output: %d of %d tokens are text.", len(tokens), len(tokenizer))
+    return TokenBytes.of(tokens, vocab_size, ends)
 
 
 def _texts(tokenizer: Any) -> dict[int, bytes]:
@@ -231,7 +248,10 @@ def _texts(tokenizer: Any) -> dict[int, bytes]:
     of_character = {character: byte for byte, character in bytes_to_unicode().items()}
     decoder = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
     if "ByteLevel" not in decoder:
-        raise ConstraintError("the bytes of the tokenizer's tokens are not known: it is none over bytes")
+        raise ConstraintError(
+            "the model's tokenizer is none over bytes, so that the bytes of its tokens are not known; allowed is "
+            "nothing of the kind; remove it, or serve a model whose tokenizer is byte-level BPE"
+        )
     added = {token: each.content for token, each in tokenizer.added_tokens_decoder.items()}
     texts = {token: added[token].encode() for token in added}
     for text, token in tokenizer.get_vocab().items():
