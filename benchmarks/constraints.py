@@ -88,18 +88,18 @@ def measured(num_states: int, tokens: TokenBytes, rng: random.Random) -> dict[st
         "tokens s": round(time.perf_counter() - built, 2),
         "sent KB": len(automaton.to_bytes()) // 1000,
     }
-    window = Answer(automaton, 0, ANSWER_LENGTH, ANSWER_LENGTH, 0, BLOCK_LENGTH).window()
+    constraint = Answer(automaton, 0, ANSWER_LENGTH, ANSWER_LENGTH, 0, BLOCK_LENGTH).constraint()
     block = np.array(written(automaton, rng)[:BLOCK_LENGTH], dtype=np.int64)
     masked = rng.sample(range(BLOCK_LENGTH), BLOCK_LENGTH // 2)
     for num_nodes in (1, 6):
         canvas = np.stack([block] * num_nodes)
         canvas[:, masked] = MASKED
-        row[f"reach ms, {num_nodes} canvases"] = round(milliseconds(lambda: window.allowed(canvas)), 2)  # noqa: B023
-        allowed = window.allowed(canvas)[0]
+        row[f"reach ms, {num_nodes} canvases"] = round(milliseconds(lambda: constraint.allowed(canvas)), 2)  # noqa: B023
+        allowed = constraint.allowed(canvas)
         sets = np.unique(allowed[allowed.any(2)], axis=0)
         row[f"bits ms, {num_nodes} canvases"] = round(milliseconds(lambda: expand(automaton, sets)), 2)  # noqa: B023
     first, wanted = canvas[0], [int(block[place]) for place in masked]
-    row["decide ms"] = round(milliseconds(lambda: window.keep(first, masked, wanted)), 2)
+    row["decide ms"] = round(milliseconds(lambda: constraint.keep(first, masked, wanted)), 2)
     return row
 
 

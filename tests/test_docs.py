@@ -24,6 +24,7 @@ PAGES = [
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TEST_NAME = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
+LEFT = re.compile(r"@[A-Z_]+@|\b(?:TODO|FIXME)\b")
 MODULE = re.compile(r"python\d? -m ((?:vllm_dllm|benchmarks)[\w.]*)")
 REPO_PATH = re.compile(r"(?<![\w/.-])(?:benchmarks|examples|scripts|tests|docs|csrc|requirements)/[\w./-]*\w")
 
@@ -58,6 +59,11 @@ def test_links_lead_somewhere():
             if not target.exists() or (anchor and anchor not in anchors(target)):
                 wrong.append(f"{page.name}: {link}")
     assert not wrong, "links to files or headings that do not exist"
+
+
+def test_nothing_is_left_to_fill_in():
+    left = [f"{page.name}: {each}" for page in PAGES for each in LEFT.findall(page.read_text())]
+    assert not left, "placeholders"
 
 
 def is_module(name: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_dllm.constraint.automaton import Automaton, BoolArray
-from vllm_dllm.constraint.reach import Window
+from vllm_dllm.constraint.reach import BlockConstraint
 
 
 @dataclass(slots=True)
@@ -44,18 +44,18 @@ class Answer:
         self.state = self.automaton.run(block[self.part], self.state)
         self.block_start += self.block_length
 
-    def window(self) -> Window:
+    def constraint(self) -> BlockConstraint:
         """Return what surrounds the part of the block under way that belongs to the answer."""
-        return self._window(self.block_start, self.state)
+        return self._constraint(self.block_start, self.state)
 
-    def next_window(self, block: Sequence[int]) -> Window:
+    def next_constraint(self, block: Sequence[int]) -> BlockConstraint:
         """Return the same of the next block, if the one under way becomes `block`."""
-        return self._window(self.block_start + self.block_length, self.automaton.run(block[self.part], self.state))
+        return self._constraint(self.block_start + self.block_length, self.automaton.run(block[self.part], self.state))
 
-    def _window(self, block_start: int, state: int) -> Window:
+    def _constraint(self, block_start: int, state: int) -> BlockConstraint:
         part = self.part_of(block_start)
         first = block_start + part.start
-        return Window(self.automaton, state, self._fits(block_start + part.stop), self.limit - first)
+        return BlockConstraint(self.automaton, state, self._fits(block_start + part.stop), self.limit - first)
 
     def _fits(self, position: int) -> BoolArray:
         """Tell from which states the positions from one on can be filled; [num_states]."""

@@ -4,7 +4,6 @@ Its states are few and tokens many, but most tokens are alike to all states: the
 accepted text there are end tokens alone.
 """
 
-import hashlib
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -86,11 +85,6 @@ class Automaton:
         source, target = self.moves
         order = np.argsort(source, kind="stable")
         return source[order], target[order]
-
-    @cached_property
-    def digest(self) -> bytes:
-        """Of what it accepts; equal automata have the same."""
-        return hashlib.blake2b(self.to_bytes(), digest_size=16).digest()
 
     def run(self, tokens: Iterable[int], state: int = 0) -> int:
         """Return the state behind tokens; those that are no ids of the vocabulary are dead."""

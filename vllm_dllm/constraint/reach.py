@@ -23,7 +23,7 @@ _NONE, _ALL = np.uint64(0), np.uint64(2**64 - 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class BlockConstraint:
     """The positions of an answer that a canvas has, and what lies around them."""
 
     automaton: Automaton
@@ -37,17 +37,16 @@ class Window:
         found = [self._completable(part) for part in _parts(canvases)]
         return np.concatenate(found) if found else np.zeros(0, dtype=bool)
 
-    def allowed(self, canvases: NDArray[np.int64]) -> tuple[BoolArray, BoolArray]:
+    def allowed(self, canvases: NDArray[np.int64]) -> BoolArray:
         """Say which tokens each position may have.
 
         Args:
             canvases: [num_canvases, length], token ids and `MASKED`.
 
-        Returns: [num_canvases, length, num_classes] bool, what masked positions may become, by classes of tokens, and
-            [num_canvases] bool, which canvases can be completed; to the others' positions nothing is allowed.
+        Returns: [num_canvases, length, num_classes] bool, what masked positions may become, by classes of tokens; to
+            positions of a canvas that cannot be completed nothing is allowed.
         """
-        parts = [self._allowed(part) for part in _parts(canvases)]
-        return np.concatenate([allowed for allowed, _ in parts]), np.concatenate([ok for _, ok in parts])
+        return np.concatenate([self._allowed(part) for part in _parts(canvases)])
 
     def keep(self, canvas: NDArray[np.int64], positions: list[int], tokens: list[int]) -> list[bool]:
         """Choose which of some positions take their tokens: one after another, each if the whole stays completable.
@@ -73,11 +72,23 @@ class Window:
             first += num_kept + 1
         return kept
 
-    def behind(self, canvas: NDArray[np.int64]) -> int:
-        """Return the state behind a canvas [length] without masked positions."""
-        return self.automaton.run(canvas.tolist(), self.start)
+    def _completable(self, canvases: NDArray[np.int64]) -> BoolArray:
+        last = self._forward(canvases)[-1]
+        return _lanes_of(np.bitwise_or.reduce(last[self.fits], initial=_NONE), len(canvases))
 
-    def backward(self, canvases: NDArray[np.int64]) -> list[Lanes]:
+    def _allowed(self, canvases: NDArray[np.int64]) -> BoolArray:
+        num_canvases, length = canvases.shape
+        automaton = self.automaton
+        forward, backward = self._forward(canvases), self._backward(canvases)
+        allowed = np.zeros((num_canvases, length, automaton.step.shape[1]), dtype=bool)
+        for place in range(length):
+            masked = canvases[:, place] == MASKED
+            if masked.any():
+                joined = _join(automaton, forward[place], backward[place + 1])
+                allowed[:, place] = _lanes_of(joined, num_canvases).T & masked[:, None]
+        return allowed
+
+    def _backward(self, canvases: NDArray[np.int64]) -> list[Lanes]:
         """Return from which states canvases can be completed, before each position and behind the last: [num_states]
         each.
         """
@@ -94,22 +105,6 @@ class Window:
             self._end(before, place)
             lanes.append(before)
         return lanes[::-1]
-
-    def _completable(self, canvases: NDArray[np.int64]) -> BoolArray:
-        last = self._forward(canvases)[-1]
-        return _lanes_of(np.bitwise_or.reduce(last[self.fits], initial=_NONE), len(canvases))
-
-    def _allowed(self, canvases: NDArray[np.int64]) -> tuple[BoolArray, BoolArray]:
-        num_canvases, length = canvases.shape
-        automaton = self.automaton
-        forward, backward = self._forward(canvases), self.backward(canvases)
-        allowed = np.zeros((num_canvases, length, automaton.step.shape[1]), dtype=bool)
-        for place in range(length):
-            masked = canvases[:, place] == MASKED
-            if masked.any():
-                joined = _join(automaton, forward[place], backward[place + 1])
-                allowed[:, place] = _lanes_of(joined, num_canvases).T & masked[:, None]
-        return allowed, _lanes_of(backward[0][self.start], num_canvases)
 
     def _forward(self, canvases: NDArray[np.int64]) -> list[Lanes]:
         """Return what states canvases may lead to, before each position and behind the last: [num_states] each."""

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_dllm.constraint.answer import Answer
-from vllm_dllm.constraint.reach import MASKED, Window
+from vllm_dllm.constraint.automaton import WORD
+from vllm_dllm.constraint.reach import MASKED, BlockConstraint
 from vllm_dllm.errors import StateError
 
 Ints = NDArray[np.int64]
@@ -57,30 +58,30 @@ class ConstrainedStep:
         return cls(own, request, on_host[:, : canvas.shape[1]], None if end is None else on_host[:, -1])
 
     @cached_property
-    def windows(self) -> list[list[Window | None]]:
+    def constraints(self) -> list[list[BlockConstraint | None]]:
         """[num_constrained][num_nodes], what surrounds each canvas; None where that is nothing: of a draft that means
         nothing, and behind the sequence's end.
         """
-        return [self._windows(place) for place in range(len(self.answers))]
+        return [self._constraints(place) for place in range(len(self.answers))]
 
-    def _windows(self, place: int) -> list[Window | None]:
+    def _constraints(self, place: int) -> list[BlockConstraint | None]:
         answer, canvas = self.answers[place], self.canvas[place]
-        own: list[Window | None] = [None] * len(canvas)
+        own: list[BlockConstraint | None] = [None] * len(canvas)
         part = answer.part
         num_in_block = len(canvas) - (self.end is not None)
         if part.start < part.stop:
-            window = answer.window()
-            is_completable = window.completable(canvas[:num_in_block, part])
+            constraint = answer.constraint()
+            is_completable = constraint.completable(canvas[:num_in_block, part])
             if not is_completable[0]:
                 raise StateError(
                     f"the block at position {answer.block_start} of a request cannot be completed under its "
                     "constraint, though each of its tokens was allowed"
                 )
-            own[:num_in_block] = [window if ok else None for ok in is_completable]
+            own[:num_in_block] = [constraint if ok else None for ok in is_completable]
         if self.end is not None and answer.block_start + answer.block_length < answer.end:
             end = self.end[place]
             if own[0] is not None and own[0].completable(end[None, part])[0]:
-                own[-1] = answer.next_window(end.tolist())
+                own[-1] = answer.next_constraint(end.tolist())
         return own
 
     def allowed(self) -> tuple[Ints, NDArray[np.int32]]:
@@ -91,11 +92,11 @@ class ConstrainedStep:
         """
         place = np.zeros(self.canvas.shape, dtype=np.int64)
         automaton = self.answers[0].automaton
-        sets = {b"": np.full(-(-len(automaton.class_of) // 32), -1, dtype=np.int32)}
+        sets = {b"": np.full(-(-len(automaton.class_of) // WORD), -1, dtype=np.int32)}
         numbers: dict[bytes, int] = {b"": 0}
         for number, answer in enumerate(self.answers):
-            for node, window, part in self._distinct_windows(number):
-                allowed, _ = window.allowed(self.canvas[number, node][:, part])
+            for node, constraint, part in self._distinct_constraints(number):
+                allowed = constraint.allowed(self.canvas[number, node][:, part])
                 for at, its in zip(np.argwhere(allowed.any(2)), allowed[allowed.any(2)], strict=True):
                     words = answer.automaton.bits(its)
                     key = words.tobytes()
@@ -103,15 +104,15 @@ class ConstrainedStep:
                     place[number, node[at[0]], part.start + at[1]] = numbers.setdefault(key, len(numbers))
         return place, np.stack(list(sets.values()))
 
-    def _distinct_windows(self, number: int) -> list[tuple[Ints, Window, slice]]:
-        """Return the windows of a request, each with its canvases and the part of them that it surrounds."""
-        answer, own = self.answers[number], self.windows[number]
+    def _distinct_constraints(self, number: int) -> list[tuple[Ints, BlockConstraint, slice]]:
+        """Return the constraints of a request, each with its canvases and the part of them that it surrounds."""
+        answer, own = self.answers[number], self.constraints[number]
         found = []
-        for window in {id(window): window for window in own if window is not None}.values():
-            node = np.flatnonzero([its is window for its in own])
+        for constraint in {id(constraint): constraint for constraint in own if constraint is not None}.values():
+            node = np.flatnonzero([its is constraint for its in own])
             is_next = self.end is not None and node[0] == len(own) - 1
             part = answer.part_of(answer.block_start + answer.block_length * is_next)
-            found.append((node, window, part))
+            found.append((node, constraint, part))
         return found
 
     def row_bits(self, num_reqs: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -137,16 +138,18 @@ class ConstrainedStep:
         kept = np.zeros(chosen.shape, dtype=bool)
         for number, (own, num, *rest) in enumerate(packed.tolist()):
             places, tokens = rest[:num], rest[block_length:]
-            window = self.windows[number][own]
-            kept[number, places] = True if window is None else self._kept(number, own, window, (places, tokens))
+            constraint = self.constraints[number][own]
+            kept[number, places] = True if constraint is None else self._kept(number, own, constraint, (places, tokens))
         return torch.from_numpy(kept).to(chosen.device)
 
-    def _kept(self, number: int, node: int, window: Window, wanted: tuple[list[int], list[int]]) -> list[bool]:
+    def _kept(
+        self, number: int, node: int, constraint: BlockConstraint, wanted: tuple[list[int], list[int]]
+    ) -> list[bool]:
         places, tokens = wanted
         answer = self.answers[number]
         is_next = self.end is not None and node == self.canvas.shape[1] - 1
         part = answer.part_of(answer.block_start + answer.block_length * is_next)
-        kept = window.keep(
+        kept = constraint.keep(
             self.canvas[number, node, part], [place - part.start for place in places], [tokens[p] for p in places]
         )
         # A next root that was not evaluated has the rows of others; nobody comes over to it.
