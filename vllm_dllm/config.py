@@ -129,7 +129,7 @@ class DllmConfig(BaseModel):
 
 
 class RequestOptions(BaseModel):
-    """Unmasking policy of one request, where None means the server's setting, and what it shows of its denoising."""
+    """Unmasking policy of one request, where None means the server's setting, what it shows, and its drafts."""
 
     model_config = STRICT
 
@@ -143,9 +143,11 @@ class RequestOptions(BaseModel):
     alg_temp: _AlgTemp | None = None
     steps: _Count | None = None
     stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
+    speculation: Annotated[Literal[False] | None, Field(description="null and false")] = None
+    budget: Annotated[int | None, Field(ge=0, le=1024, description="null and whole numbers from 0 to 1024")] = None
 
 
-OWN_OPTIONS = {"steps", "stream"}
+OWN_OPTIONS = {"steps", "stream", "speculation", "budget"}
 """Those that no setting of a server is the default of."""
 
 POLICY_OPTIONS: dict[PolicyName, tuple[str, ...]] = {
@@ -237,9 +239,8 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
 
 
 def _meant_key(key: str) -> str | None:
-    if key in RequestOptions.model_fields:
-        return REQUEST_PREFIX + key
-    return nearest(key, REQUEST_KEYS, STRICT_LIKENESS)
+    is_bare = key in RequestOptions.model_fields
+    return REQUEST_PREFIX + key if is_bare else nearest(key, REQUEST_KEYS, STRICT_LIKENESS)
 
 
 def plain_number(value: object) -> object:
@@ -255,7 +256,7 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
     Raises: InvalidOptionError.
     """
     policy = options.policy or settings.policy
-    given = options.model_dump(exclude={"policy", "stream"}, exclude_none=True)
+    given = options.model_dump(exclude={"policy", *OWN_OPTIONS} - {"steps"}, exclude_none=True)
     for name, value in given.items():
         if name not in POLICY_OPTIONS[policy]:
             allowed = ", ".join(REQUEST_PREFIX + option for option in POLICY_OPTIONS[policy])

@@ -199,7 +199,7 @@ def _row_ids(nodes: Nodes, asked: Tensor | None, edits: RowEdits | None) -> RowI
         return None
     given = allowed = None
     if asked is not None:
-        given = nodes.per_evaluated(asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1)
+        given = nodes.per_evaluated(asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1).contiguous()
     if nodes.constrained is not None:
         place, sets = nodes.constrained.row_bits(len(nodes.canvas), nodes.canvas.device)
         allowed = sets[nodes.per_evaluated(place).flatten()]

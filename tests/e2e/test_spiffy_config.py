@@ -52,7 +52,7 @@ FIELDS: dict[str, list[Any]] = dict.fromkeys(
 )
 # What vLLM itself does not look at before it uses it: values of the right type.
 FIELDS |= {"logit_bias": [{}, {1: 5.0}, {-1: 1.0}, {10**30: 1.0}], "allowed_token_ids": [[], [0], [-1], [10**30]]}
-KEYS = [*REQUEST_KEYS, "dllm_", "dllm_budget", "diffusion_x", "x", "", 3]
+KEYS = [*REQUEST_KEYS, "dllm_", "dllm_drafts", "diffusion_x", "x", "", 3]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,19 @@ def llm(wild: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_a_file_starts_an_engine_that_decodes_as_without(llm: Any, oracle: Oracle) -> None:
     assert json.loads(json.dumps(llm.llm_engine.vllm_config.additional_config))["spiffy"]["config"]["budget"] == 2
     assert run(llm, KNOWN) == [oracle.tokens(case, SETTINGS) for case in KNOWN]
+
+
+def test_a_request_may_leave_drafts_out(llm: Any, oracle: Oracle) -> None:
+    case = KNOWN[0]
+    proposed = []
+    for own in ({}, {"dllm_speculation": False}, {"dllm_budget": 1}, {"dllm_budget": 0}):
+        params = case.sampling_params()
+        params.extra_args |= own
+        (output,) = llm.generate([{"prompt_token_ids": list(case.prompt)}], params, use_tqdm=False)
+        assert list(output.outputs[0].token_ids) == oracle.tokens(case, SETTINGS)
+        proposed.append(output.kv_transfer_params["dllm"]["proposed"])
+    most, none, fewer, zero = proposed
+    assert none == zero == 0 < fewer < most
 
 
 def mutated(rng: random.Random) -> dict[str, Any]:

@@ -93,10 +93,10 @@ POINTERS: dict[str, dict[str, Pointer]] = {
         "all_token_ids_ptr": ROWS,
         "total_len_ptr": ONE,
         "draft_tokens_ptr": NONE,  # 0.33, of pipeline stages
-        "draft_tokens_out_ptr": NONE,
+        "draft_tokens_out_ptr": Pointer(dim=2, may_be_none=True),  # read where the one before is given
     },
     # Their kernels get all tables as addresses, which vLLM makes itself; the methods around them get these.
-    "gather_block_tables": {"idx_mapping": ONE},
+    "gather_block_tables": {"idx_mapping": ONE, "num_computed_tokens": NONE},  # the latter 0.33, of sliding windows
     "compute_slot_mappings": {"idx_mapping": ONE, "query_start_loc": ONE, "positions": ONE},
 }
 

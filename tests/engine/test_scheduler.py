@@ -45,6 +45,19 @@ def test_requests_have_a_budget_of_drafts(budget: int, requests: list[Any], wait
     assert scheduler.rows.free == 64 - sum(scheduler.rows.given.values()) >= 32 * waiting * (sum(drafts) > 0)
 
 
+def test_a_request_may_have_fewer_drafts_or_none() -> None:
+    """Of the room in a step, those that take none leave theirs to the others."""
+    asked: list[dict[str, Any] | None] = [None, {"dllm_budget": 1}, {"dllm_speculation": 0}, {"dllm_budget": 0}, {}]
+    running = [request(name) for name in "abcde"]
+    for each, args in zip(running, asked, strict=True):
+        each.sampling_params = SimpleNamespace(extra_args=args)
+    scheduler = begun(make(MAX_NODES, running))
+    assert [len(rows) - B for rows in scheduler.schedule()] == [3, 1, 0, 0, 3]
+    for each in running:
+        each.sampling_params = SimpleNamespace(extra_args={"dllm_speculation": False})
+    assert [len(rows) - B for rows in begun(make(MAX_NODES, running)).schedule()] == [0] * 5
+
+
 def test_a_request_without_a_block_is_left_alone() -> None:
     idle = request("b")
     idle.spec_token_ids = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.models.in_process import TINY, load, logits_of, make_model, read_config, reference_of, vllm_alone
 from vllm_dllm.errors import ConfigError
 
-HEADS = dict.fromkeys(TINY, "lm_head") | {"llada": "model.transformer.ff_out"}
+HEADS = dict.fromkeys(TINY, "lm_head") | {"llada": "model.transformer.ff_out", "nemotron": "diffusion_head"}
 EXPERTS = r"re:.*\.mlp\.(experts.*|gate)$"  # vLLM has kernels for such experts on some CPUs alone
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 W8A8 = {

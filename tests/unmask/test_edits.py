@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.draft.test_exact import DREAM, LLADA, SDAR, graphs, requests_of
+from tests.draft.test_exact import DREAM, LLADA, SDAR, Request, graphs, requests_of
 from tests.unmask.edited import TOKENS, BlockModel, Edited, answers, edits
 from vllm_dllm.state.edits import NO_EDITS, LogitEdits
 from vllm_dllm.unmask.schedule import UnmaskRules
@@ -51,3 +51,13 @@ def test_edits_equal_their_plain_statement(
         assert not own.allowed_ids or {*answer} <= {*own.allowed_ids}
         alone = answers(model, [request], None, 0, NUM_BLOCKS, is_native=is_native, rules=rules)
         assert alone == [answer]
+
+
+def test_a_word_that_one_step_would_complete_waits() -> None:
+    """Every position wants the same token, and one step may unmask them all."""
+    model, own = BlockModel(4, 0, 3.0), LogitEdits(bias=((5, 100.0),), bad_words=((5, 5), (5, 6, 5)))
+    request = Edited(Request("static", 0.9, 1, 0.0, 0, 1.0, 0), (7, 7, 7, 7), own)
+    (answer,) = answers(model, [request], None, 0, NUM_BLOCKS, rules=LLADA)
+    assert answer == request.reference(model, NUM_BLOCKS, LLADA)
+    assert answer.count(5) > 3
+    assert not any(has_word(answer, word) for word in own.bad_words)

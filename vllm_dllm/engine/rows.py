@@ -1,5 +1,6 @@
 """How many rows of a forward the requests of a step need, as the scheduler counts them before the step."""
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,15 @@ from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.windows import make_schedule
+
+
+def most_drafts(request: Request) -> int:
+    """Return how many drafts a request lets a step evaluate for it."""
+    args = (request.sampling_params and request.sampling_params.extra_args) or {}
+    if args.get("dllm_speculation") is not None:  # false, which vLLM's server makes 0
+        return 0
+    budget = args.get("dllm_budget")
+    return sys.maxsize if budget is None else int(budget)
 
 
 class StepRows:

@@ -24,7 +24,7 @@ from vllm_dllm.engine.kv_memory import fit_max_model_len
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
 from vllm_dllm.engine.report import RequestReport, StepOrder, take_report
-from vllm_dllm.engine.rows import StepRows
+from vllm_dllm.engine.rows import StepRows, most_drafts
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 from vllm_dllm.engine.worker_check import CheckLevel, check_level
@@ -184,18 +184,20 @@ class DllmScheduler(Scheduler):
                 num_single += self.is_causal and num_rows == self.block_length
             else:
                 drafting.append(request)
+        num_denoising, drafting = len(drafting), [request for request in drafting if most_drafts(request)]
         if self.rule is not None and drafting:
             pays = self.acceptance.pay([request.request_id for request in drafting], self.rule.break_even)
             worth = list(compress(drafting, pays))
             reserved = self.max_model_len if self.waiting else 0
             limit = (self.rows.free - reserved) // (self.block_length * len(worth))
-            num_without = len(drafting) - len(worth) + num_single
+            num_without = num_denoising - len(worth) + num_single
             self._give_drafts(worth, self.rule.choose(len(worth), max(0, limit), num_begins, num_without))
 
     def _give_drafts(self, drafting: list[Request], budget: int) -> None:
-        """Let requests have a budget of drafts, or what is left of it before `max_model_len`, where vLLM cuts."""
+        """Let requests have a budget of drafts, or as many of it as they let, and as `max_model_len` does."""
         for request in drafting:
             own = min(budget, self.max_model_len - request.num_computed_tokens - self.block_length)
+            own = min(own, most_drafts(request))
             if own > 0 and self.rows.give(request, self._rows_of_drafts(own)):
                 request.spec_token_ids = self._placeholders[: self.block_length + own]
 
@@ -263,12 +265,13 @@ class DllmScheduler(Scheduler):
             own = self.rule.expected(num_drafts[req_id])
             self.acceptance.observe(req_id, reports[req_id].accepted, own, self.rule.break_even)
         in_block = {req_id: report for req_id, report in reports.items() if not report.commits}
-        drafting = [report for req_id, report in in_block.items() if num_drafts[req_id] > 0 or budget == 0]
+        drafting = [report for req_id, report in in_block.items() if num_drafts[req_id] == budget]
         forwards = sum(report.forwards for report in drafting)
         if forwards == 0:
             return
         is_pure = not (
             output.aux_output_connector_metadata.is_long
+            or {*num_drafts.values()} - {0, budget}
             or output.scheduled_new_reqs
             or output.scheduled_cached_reqs.resumed_req_ids
             or output.preempted_req_ids
