@@ -193,7 +193,13 @@ def model_config(in_file: dict[str, Any], override: dict[str, Any], source: str 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("repetition_penalty", 0), ("presence_penalty", 2.5), ("frequency_penalty", -3), ("min_p", 1.1)),
+        *(
+            ("repetition_penalty", 0),
+            ("repetition_penalty", 1e39),
+            ("presence_penalty", 2.5),
+            ("frequency_penalty", -3),
+            ("min_p", 1.1),
+        ),
         *(("temperature", 7.0), ("top_p", 0), ("top_k", 1.5), ("max_new_tokens", 0), ("temperature", "hot")),
         *(("temperature", -1), ("temperature", float("inf")), ("top_k", "x"), ("max_new_tokens", []), ("min_p", True)),
     ],
