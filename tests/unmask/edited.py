@@ -56,7 +56,7 @@ class Edited:
 
 
 class UneditedHead(LogitsHead):
-    """A head of rows without edits; with several ranks it has a part of the vocabulary, where no edit means anything."""
+    """A head of rows without edits; of several ranks each has a part of the vocabulary, where edits mean nothing."""
 
     def __call__(self, hidden: Any, sampling: Any, num_candidates: int, ids: Any = None) -> Any:
         assert ids is None or ids.edits is None
