@@ -139,8 +139,12 @@ def denoise(
     *,
     is_native: bool = True,
     rules: UnmaskRules = LLADA,
+    refreshes: bool = True,
 ) -> tuple[list[list[int]], list[int], list[int]]:
-    """Decode one block of all requests together; returns their tokens, forwards and accepted drafts."""
+    """Decode one block of all requests together; returns their tokens, forwards and accepted drafts.
+
+    The first forward has no drafts where it is a refresh.
+    """
     block_length, num_reqs = model.block_length, len(requests)
     state = CanvasState(num_reqs, block_length, MASK, CPU, rules)
     for slot, r in enumerate(requests):
@@ -153,7 +157,7 @@ def denoise(
     denoiser = Denoiser(state, drafter, head, *((native_walk, native_settle, native_draws) if is_native else ()))
     slots = torch.arange(num_reqs)
     forwards, accepted = torch.zeros(num_reqs, dtype=torch.int64), torch.zeros(num_reqs, dtype=torch.int64)
-    num_drafts = 0  # the first forward is the refresh
+    num_drafts = 0 if refreshes else budget
     while len(slots):
         start = torch.zeros_like(slots)
         blocks = Blocks(slots, slots.numpy(), start)
@@ -255,6 +259,13 @@ def test_drafts_change_forwards_and_no_token(
         assert expected.tokens.tolist() == generated
         assert (forwards[i], accepted[i]) == (expected.nfe, expected.num_accepted)
         assert forwards[i] + accepted[i] == plain_forwards[i] == reference.nfe
+
+
+def test_a_request_with_credit_alone_in_blocks_of_one_takes_drafts() -> None:
+    """The op wants the ids that a policy asks for of every node's rows one behind the other."""
+    model, request = SyntheticModel(1, 2, 3.0), Request("credit", 0.9, 1, 0.7, 0, 1.0, 5)
+    graph = DraftGraph((((0, 0),), ((0, 1),)))
+    assert denoise(model, [request], graph, 2, refreshes=False) == denoise(model, [request], None, 0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -193,7 +193,13 @@ def model_config(in_file: dict[str, Any], override: dict[str, Any], source: str 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("repetition_penalty", 0), ("presence_penalty", 2.5), ("frequency_penalty", -3), ("min_p", 1.1)),
+        *(
+            ("repetition_penalty", 0),
+            ("repetition_penalty", 1e39),
+            ("presence_penalty", 2.5),
+            ("frequency_penalty", -3),
+            ("min_p", 1.1),
+        ),
         *(("temperature", 7.0), ("top_p", 0), ("top_k", 1.5), ("max_new_tokens", 0), ("temperature", "hot")),
         *(("temperature", -1), ("temperature", float("inf")), ("top_k", "x"), ("max_new_tokens", []), ("min_p", True)),
     ],
@@ -210,8 +216,8 @@ def test_a_checkpoints_default_that_no_request_can_have_is_left_out_with_a_warni
     assert said.startswith(f"generation_config.json of some/model: {name} is {value!r}, and is left out: ")
     assert "--generation-config vllm" in said
     assert "instance" not in said
-    # The family's value, which Dream has for two of them, comes in its place.
-    family = {"temperature": 0.2, "top_p": 0.95}
+    # The family's value, which Dream has for three of them, comes in its place.
+    family = {"temperature": 0.2, "top_p": 0.95, "max_new_tokens": 512}
     assert dict(family_defaults(config)) == family
     assert (f"Requests get {family[name]}, the family's" if name in family else "Requests get vLLM's default") in said
     sentence = f"override_generation_config.{name} is {value!r}, but requests without a {name} of their own"
@@ -250,9 +256,9 @@ def test_defaults_that_can_be_served_stay(caplog_vllm: pytest.LogCaptureFixture)
 @pytest.mark.parametrize(
     ("in_file", "override", "source", "expected"),
     [
-        ({}, {}, "auto", {"temperature": 0.2, "top_p": 0.95}),
-        ({"top_p": 0.8}, {}, "auto", {"temperature": 0.2}),
-        ({"top_p": 0.8}, {"temperature": None}, "auto", {"temperature": 0.2}),
+        ({}, {}, "auto", {"temperature": 0.2, "top_p": 0.95, "max_new_tokens": 512}),
+        ({"top_p": 0.8, "max_new_tokens": 9}, {}, "auto", {"temperature": 0.2}),
+        ({"top_p": 0.8}, {"temperature": None}, "auto", {"temperature": 0.2, "max_new_tokens": 512}),
         ({}, {}, "vllm", {}),
         ({}, {}, "some/folder", {}),
     ],

@@ -9,6 +9,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from tests.engine.scheduler_rig import MAX_NODES, B, allocated, make, observed, request, row, stand_in, step
 from vllm_dllm.draft.acceptance import FIRST_WAIT
 from vllm_dllm.engine import stats_way
+from vllm_dllm.engine.window_scheduler import WindowScheduler
 
 
 @pytest.fixture(autouse=True)
@@ -286,10 +287,19 @@ def test_statistics_keep_vllm_s_sums_and_carry_our_step() -> None:
     assert scheduler.make_stats(None) is None
 
 
+def test_a_window_is_a_step_that_commits_itself() -> None:
+    scheduler, stats = make(scheduler=WindowScheduler), None
+    for accepted in (0, 5):
+        stats = scheduler.make_spec_decoding_stats(
+            stats, num_draft_tokens=7, num_accepted_tokens=accepted, num_invalid_spec_tokens=None, request_id="a"
+        )
+    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (2, 14, 5)
+
+
 def test_without_statistics_none_are_made() -> None:
     scheduler = make()
     scheduler.log_stats = False
-    assert scheduler.make_spec_decoding_stats(None, 16, 0, None, "a") is None
+    assert scheduler.make_spec_decoding_stats(None, num_draft_tokens=16, num_accepted_tokens=0, request_id="a") is None
 
 
 @pytest.mark.parametrize(("num_computed_tokens", "num_new_tokens"), [(0, 8), (8, B), (8, B + 3), (12, B + 3)])

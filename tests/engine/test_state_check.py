@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from tests.engine.scheduler_rig import make
+from vllm_dllm.engine.async_scheduler import BidirectionalAsyncScheduler
 from vllm_dllm.engine.report import RequestReport
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals
@@ -118,6 +120,17 @@ def test_what_is_left_of_a_request_is_named() -> None:
         check_of(True).compare_idle({})
     with pytest.raises(StateError, match="request b took a step, but was never given a slot"):
         check_of(True).take(request(name="b"), report(), 0)
+
+
+def test_an_idle_engine_has_no_steps_under_way() -> None:
+    scheduler = make(scheduler=BidirectionalAsyncScheduler)
+    scheduler._level, scheduler.pages = CheckLevel.IDLE, SimpleNamespace(owners={})
+    check = StateCheck(scheduler.rows, scheduler.pages)
+    scheduler.ahead = SimpleNamespace(known=set())
+    scheduler._compare(check)
+    scheduler.ahead.known.add("a")
+    with pytest.raises(StateError, match="request a is gone, but the steps under way still know of it"):
+        scheduler._compare(check)
 
 
 def worker(held: dict[str, int], free: list[int]) -> WorkerCheck:

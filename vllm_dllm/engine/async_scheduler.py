@@ -13,6 +13,7 @@ from vllm_dllm.engine.configs import rules_of
 from vllm_dllm.engine.report import RequestReport
 from vllm_dllm.engine.run_ahead import RunAhead
 from vllm_dllm.engine.scheduler import DllmScheduler, leave_out
+from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.state.kv import KvStep
 
 
@@ -116,6 +117,11 @@ class BidirectionalAsyncScheduler(DllmAsyncScheduler):
         if kwargs["request_id"] in self._void:
             return spec_decoding_stats
         return super().make_spec_decoding_stats(spec_decoding_stats, *args, **kwargs)
+
+    def _compare(self, check: StateCheck) -> None:
+        super()._compare(check)
+        if not self.requests:
+            check.compare_idle({"the steps under way": self.ahead.known})
 
     def _note_stored(self, reports: dict[str, RequestReport]) -> None:
         """Do nothing: the steps are noted, and no pages are shared."""

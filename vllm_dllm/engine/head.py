@@ -25,7 +25,7 @@ def choose_head(
 ) -> EditedHead:
     """Choose the head of rows without edits, and make logits of those with edits."""
     own = _choose_own(model, vocab_size, mask_token_id, device)
-    is_native = not (isinstance(own, LogitsHead) and not own.is_native)
+    is_native = not isinstance(own, LogitsHead) or own.is_native
     return EditedHead(own, model.head_logits, vocab_size, mask_token_id, is_native=is_native)
 
 

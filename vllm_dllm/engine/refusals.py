@@ -87,9 +87,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "min_tokens": (lambda v: v >= 0, "whole numbers from 0 on"),
     "presence_penalty": (lambda v: -2.0 <= v <= 2.0, "numbers from -2 to 2"),
     "frequency_penalty": (lambda v: -2.0 <= v <= 2.0, "numbers from -2 to 2"),
-    "repetition_penalty": (lambda v: 0.0 < v < math.inf, "finite numbers above 0"),
+    "repetition_penalty": (lambda v: 0.01 <= v <= 100.0, "numbers from 0.01 to 100"),
 }
-"""vLLM's ranges, which parameters may have left since they were made."""
+"""vLLM's ranges, which parameters may have left since they were made; and one within which logits stay finite, where
+vLLM's has no end."""
 
 _FOREIGN_PREFIX = "diffusion_"
 """Keys of vLLM's own diffusion model in `extra_args`; its admission check would let them pass unused."""

@@ -133,26 +133,26 @@ class DllmScheduler(Scheduler):
         check.compare_idle({"the counts": self._totals, "the rows": rows, "the pages": self.pages.owners})
 
     def make_spec_decoding_stats(
-        self,
-        spec_decoding_stats: SpecDecodingStats | None,
-        num_draft_tokens: int,
-        num_accepted_tokens: int,
-        num_invalid_spec_tokens: dict[str, int] | None,
-        request_id: str,
+        self, spec_decoding_stats: SpecDecodingStats | None, num_draft_tokens: int, num_accepted_tokens: int, **_: Any
     ) -> SpecDecodingStats | None:
-        """Count as vLLM does, but not by draft position, which says nothing here.
-
-        vLLM's diffusion models commit a canvas in a step of its own, and `vllm bench serve` takes it off; so one that
-        is emitted counts as a step more. Canvas positions are those of the root, not of drafts.
-        """
+        """Count as vLLM does, but not by draft position, which says nothing here."""
         if not self.log_stats:
             return None
         stats = spec_decoding_stats or SpecDecodingStats(self.num_spec_tokens)
-        num_steps = 1 + bool(num_accepted_tokens)
+        num_steps, num_positions = self._counted(num_draft_tokens, num_accepted_tokens)
         stats.num_drafts += num_steps
-        stats.num_draft_tokens += num_steps * self.block_length
+        stats.num_draft_tokens += num_positions
         stats.num_accepted_tokens += num_accepted_tokens
         return stats
+
+    def _counted(self, num_draft_tokens: int, num_accepted_tokens: int) -> tuple[int, int]:
+        """Return what a step counts as: steps, and canvas positions, which are those of the root, not of drafts.
+
+        vLLM's diffusion models commit a canvas in a step of its own, and `vllm bench serve` takes it off; so one that
+        is emitted counts as a step more.
+        """
+        num_steps = 1 + bool(num_accepted_tokens)
+        return num_steps, num_steps * self.block_length
 
     def make_stats(
         self, spec_decoding_stats: SpecDecodingStats | None = None, *args: Any, **kwargs: Any

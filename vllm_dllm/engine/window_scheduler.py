@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from vllm.v1.request import Request
-from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.engine.scheduler import DllmScheduler, leave_out
 from vllm_dllm.engine.telemetry import RequestTotals
@@ -24,22 +23,9 @@ class WindowScheduler(DllmScheduler):
         assert isinstance(self.rows.kv, WindowSchedule), "made by the same settings"
         return self.rows.kv
 
-    def make_spec_decoding_stats(
-        self,
-        spec_decoding_stats: SpecDecodingStats | None,
-        num_draft_tokens: int,
-        num_accepted_tokens: int,
-        num_invalid_spec_tokens: dict[str, int] | None,
-        request_id: str,
-    ) -> SpecDecodingStats | None:
+    def _counted(self, num_draft_tokens: int, num_accepted_tokens: int) -> tuple[int, int]:
         """Count as vLLM does for diffusion models, whose commits of what was denoised are steps, too."""
-        if not self.log_stats:
-            return None
-        stats = spec_decoding_stats or SpecDecodingStats(self.num_spec_tokens)
-        stats.num_drafts += 1
-        stats.num_draft_tokens += num_draft_tokens
-        stats.num_accepted_tokens += num_accepted_tokens
-        return stats
+        return 1, num_draft_tokens
 
     def _choose_rows(self) -> None:
         """Give running requests the rows of their windows, oldest first."""

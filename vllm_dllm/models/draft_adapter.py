@@ -25,7 +25,15 @@ logger = init_logger("vllm.dllm")
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "base_model.model.{module}.lora_{part}.weight"
-_PLAIN = {"use_rslora": False, "use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
+_PLAIN: dict[str, Any] = {
+    "use_rslora": False,
+    "use_dora": False,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "alpha_pattern": {},
+    "rank_pattern": {},
+}
 """Fields of PEFT's configuration that change the arithmetic, and the one value that is implemented."""
 
 
@@ -50,17 +58,19 @@ class AdapterFiles:
                 "to draft without an adapter"
             ) from error
         targets = [targets] if isinstance(targets, str) else targets
-        wrong: dict[str, tuple[object, object]] = {}
+        wrong: dict[str, tuple[object, str]] = {}
         if targets != [target]:
-            wrong["target_modules"] = targets, [target]
-        wrong |= {name: (content[name], value) for name, value in _PLAIN.items() if content.get(name, value) != value}
+            wrong["target_modules"] = targets, repr([target])
+        for name, value in _PLAIN.items():
+            if content.get(name, value) != value:
+                wrong[name] = content[name], repr(value)
         if type(rank) is not int or rank < 1:
             wrong["r"] = rank, "a whole number from 1 on"
         if type(alpha) not in (int, float):
             wrong["lora_alpha"] = alpha, "a number"
         for name, (given, allowed) in wrong.items():
             raise ConfigError(
-                f"{name} in {folder / CONFIG} is {given!r}, allowed is {allowed!r}; remove the folder to draft without "
+                f"{name} in {folder / CONFIG} is {given!r}, allowed is {allowed}; remove the folder to draft without "
                 "an adapter"
             )
         return cls(folder, rank, alpha / rank)
