@@ -132,11 +132,12 @@ def _read(asked: StructuredOutputsParams) -> tuple[str, str, str]:
         value = _parsed(value)
     if kind == "choice" and not value:
         raise ConstraintError("choice is [], allowed are lists of one text and more; give one")
+    space = _space(asked)
+    if kind == "regex":
+        return kind, str(value), space
     try:
-        return kind, str(value) if kind == "regex" else json.dumps(value), _space(asked)
+        return kind, json.dumps(value), space
     except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, ConstraintError):
-            raise
         raise ConstraintError(
             f"{kind} cannot be written as JSON ({error}), allowed are objects, lists, texts, numbers, booleans and "
             "None; write it with these"
