@@ -54,6 +54,8 @@ def test_words_are_read_by_the_tokenizer(llm: Any) -> None:
         ({"allowed_token_ids": [10**6]}, "allowed_token_ids contains out-of-vocab"),
         ({"logit_bias": {10**6: 1.0}}, "in logit_bias contain"),
         ({"logit_bias": {7: float("nan")}}, "logit_bias[7] is"),
+        ({"logit_bias": {7: -1e300}}, "logit_bias[7] is -1e+300, allowed are numbers from -100 to 100"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty is 1e+39, allowed are numbers from 0.01 to 100"),
         ({"min_tokens": 33}, "min_tokens must be less than or equal to max_tokens"),
         (
             {"min_p": 0.1, "temperature": 0.7, "extra_args": {"dllm_policy": "credit"}},

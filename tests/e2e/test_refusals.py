@@ -96,7 +96,7 @@ def test_a_checkpoints_own_penalty_is_left_out(tmp_path: Path) -> None:
     shutil.copytree(CHECKPOINT, checkpoint)
     (checkpoint / "generation_config.json").write_text('{"repetition_penalty": -1, "temperature": 0.5}')
     config = EngineArgs(model=str(checkpoint), max_model_len=128, load_format="dummy").create_engine_config()
-    assert config.model_config.get_diff_sampling_param() == {"temperature": 0.5}
+    assert config.model_config.get_diff_sampling_param() == {"temperature": 0.5, "max_tokens": 128}
 
 
 @pytest.fixture

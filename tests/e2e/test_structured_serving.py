@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import openai
 import pytest
 
+from tests.e2e import client_matrix
 from tests.e2e.http import MODEL, server
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("structured server")]
@@ -122,3 +124,9 @@ def test_what_cannot_be_enforced_is_a_400(client: openai.OpenAI, asked: dict[str
         chat(client, **asked)
     assert message in str(refused.value)
     assert chat(client, max_tokens=8).choices
+
+
+def test_the_page_says_what_a_client_can_ask_for(client: openai.OpenAI) -> None:
+    page = (Path(__file__).parents[2] / "docs/openai.md").read_text()
+    tables = "\n".join(client_matrix.lines(client_matrix.Server(client, MODEL)))
+    assert page.endswith(tables + "\n")

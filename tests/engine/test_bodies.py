@@ -135,10 +135,22 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
         ]
     ),
     # No advice that is refused next.
-    *((path, {"top_logprobs": 2}, "top_logprobs is 2, but diffusion models") for path in (CHAT, RESPONSES)),
-    (CHAT, {"logprob_token_ids": [5]}, "logprob_token_ids is [5], but diffusion models"),
-    (COMPLETIONS, {"repetition_detection": {}}, "repetition_detection is {}, but diffusion models"),
-    (COMPLETIONS, {"prompt_logprobs": -1, "stream": True}, "prompt_logprobs is -1, but diffusion models"),
+    *(
+        (path, {"top_logprobs": 2}, "top_logprobs is 2, which this server's decoding does not")
+        for path in (CHAT, RESPONSES)
+    ),
+    (CHAT, {"logprob_token_ids": [5]}, "logprob_token_ids is [5], which this server's decoding does not"),
+    *(
+        (path, {"structured_outputs": {name: value}}, f"structured_outputs.{name} is {value!r}, allowed are")
+        for path in (CHAT, COMPLETIONS)
+        for name, value in {"regex": 5, "json": 5, "choice": "ab", "json_object": "x", "whitespace_pattern": []}.items()
+    ),
+    (COMPLETIONS, {"repetition_detection": {}}, "repetition_detection is {}, which this server's decoding does not"),
+    (
+        COMPLETIONS,
+        {"prompt_logprobs": -1, "stream": True},
+        "prompt_logprobs is -1, which this server's decoding does not",
+    ),
 ]
 
 
@@ -209,8 +221,8 @@ def batch(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ({"messages": TALK, "structured_outputs": "x"}, "structured_outputs is 'x', but diffusion models"),
-        ({"messages": TALK, "top_logprobs": 2}, "top_logprobs is 2, but diffusion models"),
+        ({"messages": TALK, "structured_outputs": "x"}, "structured_outputs is 'x', allowed are null and an object"),
+        ({"messages": TALK, "top_logprobs": 2}, "top_logprobs is 2, which this server's decoding does not"),
         ({"messages": TALK, "dllm_steps": 2}, "dllm_steps is 2 at the top of the request"),
         ({"messages": TALK, "temperature": "hot"}, "temperature is 'hot', allowed are numbers"),
         ({"messages": TALK, "tools": []}, "`tools` must not be an empty array"),

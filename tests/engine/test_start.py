@@ -172,7 +172,7 @@ def test_vllm_warns_of_nothing_that_we_set(monkeypatch: pytest.MonkeyPatch) -> N
     config.__post_init__()  # as the engine's process does again
     assert config.compilation_config.mode == CompilationMode.NONE
     assert config.scheduler_config.get_scheduler_cls() is DllmScheduler
-    assert config.model_config.get_diff_sampling_param() == {"temperature": 0.0}
+    assert config.model_config.get_diff_sampling_param() == {"temperature": 0.0, "max_tokens": 128}
     parts = ("Inductor", "custom scheduler", "Default vLLM sampling")
     assert [message for message in said if any(part in message for part in parts)] == []
     # What others set they are told of, also after one of our models.

@@ -157,7 +157,7 @@ def test_a_generation_config_that_cannot_be_read(text: str, before: str, behind:
 
 def test_what_is_left_of_a_generation_config(tmp_path: Path) -> None:
     model = engine_config(tmp_path, generation='{"temperature": 5, "top_k": 9}').model_config
-    assert model.get_diff_sampling_param() == {"temperature": 0.0, "top_k": 9}
+    assert model.get_diff_sampling_param() == {"temperature": 0.0, "max_tokens": 128, "top_k": 9}
     text = '{"max_new_tokens": 0, "eos_token_id": [1, 5]}'
     model = engine_config(tmp_path, generation=text, generation_config="vllm").model_config
     assert model.try_get_generation_config() == {"eos_token_id": [1, 5]}

@@ -55,11 +55,19 @@ class Edited:
         return decode.generate(model, prompt, kv=kv, rules=REFERENCE_RULES[rules], **options).tokens.tolist()  # type: ignore[arg-type]
 
 
+class UneditedHead(LogitsHead):
+    """A head of rows without edits; of several ranks each has a part of the vocabulary, where edits mean nothing."""
+
+    def __call__(self, hidden: Any, sampling: Any, num_candidates: int, ids: Any = None) -> Any:
+        assert ids is None or ids.edits is None
+        return super().__call__(hidden, sampling, num_candidates, ids)
+
+
 def denoiser_of(state: CanvasState, drafts: DraftGraph | None, *, is_native: bool) -> Denoiser:
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         return hidden.clone()
 
-    own = LogitsHead(logits, VOCAB, MASK, is_native=is_native)
+    own = UneditedHead(logits, VOCAB, MASK, is_native=is_native)
     head = EditedHead(own, logits, VOCAB, MASK, is_native=is_native)
     natives = (native_walk, native_settle, native_draws) if is_native else ()
     return Denoiser(state, drafter_of(drafts, is_native=is_native), head, *natives)

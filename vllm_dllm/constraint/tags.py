@@ -7,6 +7,8 @@ from vllm_dllm.constraint.apart import Json
 from vllm_dllm.constraint.regex import ConstraintError
 from vllm_dllm.constraint.schema import escape, schema_regex
 
+_OBJECT = {"type": "object"}
+
 
 def tag_regex(tag: Json, space: str) -> str:
     """Return the expression of a structural tag.
@@ -28,7 +30,10 @@ def _written(part: Mapping[str, Any], space: str) -> str:
 
     writes: dict[str, Callable[[], str]] = {
         "const_string": lambda: escape(part["value"]),
-        "json_schema": lambda: schema_regex(part["json_schema"], space),
+        # Parsers leave the arguments of tools that are not strict open; whoever reads them expects an object.
+        "json_schema": lambda: schema_regex(
+            _OBJECT if part["json_schema"] in (True, {}) else part["json_schema"], space
+        ),
         "sequence": lambda: "".join(each("elements")),
         "or": lambda: f"(?:{'|'.join(each('elements'))})",
         "tag": lambda: f"{escape(part['begin'])}{_written(part['content'], space)}{escape(part['end'])}",

@@ -22,7 +22,7 @@ from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.engine.cpu.gate import is_needed
-from vllm_dllm.engine.generation_defaults import family_defaults, read_generation_config
+from vllm_dllm.engine.generation_defaults import SAMPLING_NAMES, family_defaults, read_generation_config
 from vllm_dllm.engine.patches import become
 from vllm_dllm.models.interface import ModelFamily, family_of
 from vllm_dllm.names import AttentionName
@@ -73,7 +73,8 @@ class DllmModelConfig(ModelConfig):
 
         vLLM warns of those that a checkpoint's file has, and would say the same of others that are put beside them.
         """
-        return {**family_defaults(self), **super().get_diff_sampling_param()}
+        defaults = {SAMPLING_NAMES[name]: value for name, value in family_defaults(self).items()}
+        return {**defaults, **super().get_diff_sampling_param()}
 
     @property
     def is_chunked_prefill_supported(self) -> bool:

@@ -1,6 +1,5 @@
 """The sampling parameters that change logits: checked at admission, and as the worker takes them."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +29,14 @@ _UNKNOWN_TO = {
 """End of an API's path -> the parameters that vLLM's class of its requests drops."""
 
 
+_MAX_BIAS = 100.0
+"""vLLM's own bound, which it keeps when parameters are made by a server, and not offline."""
+
+_MAX_WORD = 32
+"""Tokens of a bad word. vLLM bounds their number (VLLM_MAX_NUM_BAD_WORDS), and a step compares every word with every
+place of every canvas of the batch."""
+
+
 def refuse_dropped(path: str, body: Mapping[str, Any]) -> None:
     """Check that a body has no parameter that its API would drop without a word.
 
@@ -56,12 +63,18 @@ def check_edits(params: SamplingParams, mask_token_id: int) -> None:
         setattr(params, name, float(getattr(params, name)))
     params.min_tokens = int(plain_number(params.min_tokens))  # type: ignore[call-overload]
     for token, added in (params.logit_bias or {}).items():
-        if not math.isfinite(added):
-            raise not_allowed(f"logit_bias[{token}]", added, "finite numbers")
+        if not -_MAX_BIAS <= added <= _MAX_BIAS:
+            raise not_allowed(f"logit_bias[{token}]", added, f"numbers from -{_MAX_BIAS:g} to {_MAX_BIAS:g}")
     if params.bad_words and params.bad_words_token_ids is None:
         raise RequestError(
             f"bad_words is {params.bad_words!r:.80}, but the server has no tokenizer to read them "
             "(--skip-tokenizer-init); allowed is null; remove it",
+            parameter="bad_words",
+        )
+    longest = max(map(len, params.bad_words_token_ids or ()), default=0)
+    if longest > _MAX_WORD:
+        raise RequestError(
+            f"bad_words has one of {longest} tokens, allowed are words of up to {_MAX_WORD}; shorten it",
             parameter="bad_words",
         )
     words = [word for word in params.bad_words_token_ids or () if mask_token_id not in word]

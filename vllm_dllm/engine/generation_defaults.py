@@ -20,7 +20,7 @@ from vllm_dllm.models.interface import family_of
 
 logger = init_logger("vllm.dllm")
 
-_NAMES = {
+SAMPLING_NAMES = {
     **{f"{kind}_penalty": f"{kind}_penalty" for kind in ("repetition", "presence", "frequency")},
     **{name: name for name in ("temperature", "top_k", "top_p", "min_p")},
     "max_new_tokens": "max_tokens",
@@ -126,7 +126,7 @@ def check_generation_defaults(model_config: ModelConfig) -> None:
     in_file = {} if source == "vllm" else model_config.try_get_generation_config()
     _refuse_unread(override)
     family = family_of(model_config.architectures)
-    for name in _NAMES:
+    for name in SAMPLING_NAMES:
         value = override.get(name, in_file.get(name))
         reason = None if value is None else _reason(name, value)
         if reason and name in override:
@@ -146,8 +146,8 @@ def check_generation_defaults(model_config: ModelConfig) -> None:
 
 
 def _refuse_unread(override: Mapping[str, object]) -> None:
-    known = (*_NAMES, *SPECIAL_IDS)
-    by_parameter = {parameter: name for name, parameter in _NAMES.items()}
+    known = (*SAMPLING_NAMES, *SPECIAL_IDS)
+    by_parameter = {parameter: name for name, parameter in SAMPLING_NAMES.items()}
     for name, value in override.items():
         if value is not None and name not in known:
             meant = by_parameter.get(name) or nearest(name, known, STRICT_LIKENESS)
@@ -162,7 +162,7 @@ def _reason(name: str, value: object) -> str | None:
     if isinstance(value, bool) or not isinstance(value, Real):
         return "allowed are numbers"
     try:
-        refuse_unsupported(SamplingParams.from_optional(**{_NAMES[name]: value}))
+        refuse_unsupported(SamplingParams.from_optional(**{SAMPLING_NAMES[name]: value}))
     except (VLLMClientError, ValueError, TypeError) as error:
         return str(error.args[0] if error.args else error).split(";", 1)[0].rstrip(".")
     return None

@@ -8,10 +8,10 @@ import re
 import reprlib
 import types
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from vllm_dllm.config import plain_number
@@ -31,6 +31,8 @@ _FIELDS = {
 }
 """Parameters that a request may set -> the type that the engine decodes."""
 
+_OF_STRUCTURE = {name: of for name, of in get_type_hints(StructuredOutputsParams).items() if not name.startswith("_")}
+
 
 def check_types(processor: "InputProcessor", params: Any) -> None:
     """Check the sampling parameters of a request to a model of ours, before anything else reads them.
@@ -43,6 +45,7 @@ def check_types(processor: "InputProcessor", params: Any) -> None:
         value = getattr(params, name)
         if type(value) is not of and not _is(plain_number(value), of):
             raise not_allowed(name, value, _allowed(of))
+    _check_structure(params.structured_outputs)
     for word in params.bad_words or ():
         if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
             raise not_allowed("bad_words", params.bad_words, "texts of whole characters, not of half surrogate pairs")
@@ -56,6 +59,15 @@ def check_types(processor: "InputProcessor", params: Any) -> None:
                 "be sent to the engine; give one of these",
                 parameter=str(key),
             ) from None
+
+
+def _check_structure(asked: object) -> None:
+    if asked is not None and not isinstance(asked, StructuredOutputsParams):
+        raise not_allowed("structured_outputs", asked, "None and StructuredOutputsParams")
+    for name, of in _OF_STRUCTURE.items() if asked else ():
+        value = getattr(asked, name)
+        if not _is(value, of):
+            raise not_allowed(f"structured_outputs.{name}", value, _allowed(of))
 
 
 def check_sent(request: "EngineCoreRequest") -> None:

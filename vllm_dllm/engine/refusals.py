@@ -35,23 +35,31 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "logprobs": (lambda v: v is not None and v is not False, "null"),
     "top_logprobs": (bool, "0"),
     "include": (lambda v: _includes_logprobs(v), "all but 'message.output_text.logprobs'"),
+    "structural_tag": (lambda v: v is not None, "null"),
+    "prompt_embeds": (lambda v: v is not None, "null and a prompt of text or token ids"),
+}
+
+# Fields whose values are wrong: what is asked of a reply's structure, which is served.
+_STRUCTURE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "structured_outputs": (
         lambda v: not (isinstance(v, Mapping) and v),
         "null and an object with one of json, json_object, regex and choice",
     ),
     "response_format": (lambda v: _part(v, "type") not in _FORMATS, _ALLOWED_FORMATS),
     "text.format": (lambda v: _part(v, "type") not in _FORMATS, _ALLOWED_FORMATS),
-    "tool_choice": (lambda v: not isinstance(v, str | Mapping), "a word and an object"),
-    **{f"guided_{kind}": (lambda v: v is not None, "null") for kind in ("json", "regex", "choice", "grammar")},
-    "guided_json_object": (bool, "null"),
-    "structural_tag": (lambda v: v is not None, "null"),
-    "prompt_embeds": (lambda v: v is not None, "null and a prompt of text or token ids"),
+    "tool_choice": (lambda v: not isinstance(v, str | Mapping), "null, a word and an object"),
+    **{
+        f"guided_{kind}": (lambda v: v is not None, f"null, and the same as {{{kind!r}: ...}} in structured_outputs")
+        for kind in ("json", "regex", "choice")
+    },
+    "guided_json_object": (bool, "null, and {'json_object': true} in structured_outputs"),
+    "guided_grammar": (lambda v: v is not None, "null, and json, json_object, regex or choice in structured_outputs"),
 }
 
 # The same by their names in a body: an API that does not know a field ignores it.
-_IN_BODY = {**REFUSED, **_FIELDS}
+_IN_BODY = {**REFUSED, **_FIELDS, **_STRUCTURE}
 
-_OWNERS = tuple({name.partition(".")[0]: None for name in _FIELDS if "." in name})
+_OWNERS = tuple({name.partition(".")[0]: None for name in _IN_BODY if "." in name})
 """Fields of a body that are objects whose own fields are refused."""
 
 _NEVER: tuple[Callable[[Any], bool], str] = (lambda _: False, "")
@@ -79,9 +87,10 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "min_tokens": (lambda v: v >= 0, "whole numbers from 0 on"),
     "presence_penalty": (lambda v: -2.0 <= v <= 2.0, "numbers from -2 to 2"),
     "frequency_penalty": (lambda v: -2.0 <= v <= 2.0, "numbers from -2 to 2"),
-    "repetition_penalty": (lambda v: 0.0 < v < math.inf, "finite numbers above 0"),
+    "repetition_penalty": (lambda v: 0.01 <= v <= 100.0, "numbers from 0.01 to 100"),
 }
-"""vLLM's ranges, which parameters may have left since they were made."""
+"""vLLM's ranges, which parameters may have left since they were made; and one within which logits stay finite, where
+vLLM's has no end."""
 
 _FOREIGN_PREFIX = "diffusion_"
 """Keys of vLLM's own diffusion model in `extra_args`; its admission check would let them pass unused."""
@@ -169,7 +178,11 @@ def refuse_body(body: Mapping[str, Any]) -> None:
     if body.get("messages") is not None and body.get("echo"):
         raise _unsupported("echo", body["echo"], "false")
     for path, strict in _strict_tools(body):
-        raise _unsupported(path, strict, "false and null, or tool_choice 'required' or a named tool")
+        raise RequestError(
+            f"{path} is {strict} where no tool is forced, but its calls stand in free text, which is not enforced; "
+            "allowed is false and null, or tool_choice 'required' or a named tool; send one of these",
+            parameter=path,
+        )
     for owner in _OWNERS:
         for name, value in body[owner].items() if isinstance(body.get(owner), Mapping) else ():
             _refuse_used(f"{owner}.{name}", value)
@@ -197,7 +210,7 @@ def refuse_token_body(body: Mapping[str, Any]) -> None:
 def _refuse_used(name: str, value: object, where: str = "") -> None:
     is_used, allowed = _IN_BODY.get(name, _NEVER)
     if value is not None and is_used(value):
-        raise _unsupported(where + name, value, allowed)
+        raise (not_allowed if name in _STRUCTURE else _unsupported)(where + name, value, allowed)
 
 
 def _refuse_misplaced(name: str, value: object) -> None:
@@ -214,8 +227,8 @@ def _refuse_misplaced(name: str, value: object) -> None:
 
 def _unsupported(name: str, value: object, allowed: str) -> RequestError:
     return RequestError(
-        f"{name} is {reprlib.repr(value)}, but diffusion models unmask tokens in any order and do not support it; "
-        f"allowed is {allowed}; remove it from the request",
+        f"{name} is {reprlib.repr(value)}, which this server's decoding does not support; allowed is {allowed}; remove "
+        "it from the request",
         parameter=name,
         value=_scalar(value),
     )

@@ -2,7 +2,7 @@
 chunk that ends it, and its canvas as it is denoised where it asked for that.
 
 vLLM's generators of chunks leave out a request's `kv_transfer_params`, and outputs without tokens. So what passes by
-in `AsyncLLM.generate` is handed to the reply by the request's id.
+in `AsyncLLM.generate` is handed to the reply of the same HTTP request.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
+from contextvars import ContextVar
 from typing import Any
 
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
@@ -53,32 +54,32 @@ class _Reply:
         return _event(json.loads(chunk.removeprefix(_PREFIX)) | {_NUMBERS: self.numbers})
 
 
-_REPLIES: dict[str, _Reply] = {}
-"""By the ids of requests as `AsyncLLM.generate` gets them."""
+class _Call:
+    """A request to the engine, and the reply that it is part of."""
+
+    reply: _Reply | None = None  # None: it is not streamed by one of these APIs
+    place: int = 0  # of its prompt among the reply's
 
 
-def heard(request_id: str, outputs: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
+_CALLS: ContextVar[tuple[_Call, ...]] = ContextVar("calls", default=())
+"""Of the HTTP request that is served, each of which has a context of its own."""
+
+
+def heard(outputs: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
     """Return a request's outputs as the reply that is streamed, if any, is to see them."""
+    call = _Call()
+    _CALLS.set((*_CALLS.get(), call))
 
     async def listen() -> AsyncGenerator[Any]:
         async with aclosing(outputs):
             async for output in outputs:
-                reply, place = _reply_of(request_id)
-                canvas = reply and reply.take(output)
-                if reply is None or output.finished or any(choice.token_ids for choice in output.outputs):
+                canvas = call.reply and call.reply.take(output)
+                if call.reply is None or output.finished or any(choice.token_ids for choice in output.outputs):
                     yield output
-                if reply and canvas:  # it is of what lies behind those tokens
-                    reply.show(canvas, place)
+                if call.reply and canvas:  # it is of what lies behind those tokens
+                    call.reply.show(canvas, call.place)
 
     return listen()
-
-
-def _reply_of(request_id: str) -> tuple[_Reply | None, int]:
-    """Return the reply that a request belongs to, and the place of its prompt in it."""
-    if request_id in _REPLIES:
-        return _REPLIES[request_id], 0
-    name, _, place = request_id.rpartition("-")
-    return (_REPLIES[name], int(place)) if name in _REPLIES and place.isdecimal() else (None, 0)
 
 
 def with_canvases(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -100,25 +101,24 @@ def with_canvases(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any
                 return _event(body)
 
             reply, chunks = _Reply(canvas_chunk), original(self, request, *args, **options)
-            return (_joined if is_watched(request.vllm_xargs) else _finished)(reply, request_id, chunks)
+            for place, call in enumerate(_CALLS.get()):
+                call.reply, call.place = reply, place
+            _CALLS.set(())
+            return (_joined if is_watched(request.vllm_xargs) else _finished)(reply, chunks)
 
         return wrapper
 
     return make
 
 
-async def _finished(reply: _Reply, request_id: str, chunks: AsyncGenerator[str]) -> AsyncGenerator[str]:
+async def _finished(reply: _Reply, chunks: AsyncGenerator[str]) -> AsyncGenerator[str]:
     """Yield vLLM's chunks, with the numbers."""
-    _REPLIES[request_id] = reply
-    try:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield reply.finish(chunk)
-    finally:
-        _REPLIES.pop(request_id, None)  # two requests may have been given one id
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield reply.finish(chunk)
 
 
-async def _joined(reply: _Reply, request_id: str, chunks: AsyncGenerator[str]) -> AsyncGenerator[str]:
+async def _joined(reply: _Reply, chunks: AsyncGenerator[str]) -> AsyncGenerator[str]:
     """Yield vLLM's chunks and ours as they come."""
 
     async def pump() -> None:
@@ -128,14 +128,12 @@ async def _joined(reply: _Reply, request_id: str, chunks: AsyncGenerator[str]) -
         finally:
             reply.chunks.put_nowait(None)
 
-    _REPLIES[request_id] = reply
     task = asyncio.create_task(pump())
     try:
         while (chunk := await reply.chunks.get()) is not None:
             yield chunk
         await task  # raises what ended it
     finally:
-        _REPLIES.pop(request_id, None)
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task

@@ -168,9 +168,9 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
 
 _NOT_OF_WINDOWS = (
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias", "allowed_token_ids"),
-    *("bad_words", "min_tokens", "logprobs", "prompt_logprobs", "structured_outputs"),
+    *("bad_words", "min_tokens"),
 )
-"""Parameters that choose other tokens, or tell of those that were not chosen, and that windows are not verified by."""
+"""Parameters that choose other tokens, and that windows are not verified by."""
 
 
 def _refuse_for_windows(params: SamplingParams, options: RequestOptions) -> None:
@@ -264,26 +264,8 @@ def finish_admission(
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
     check_edits(params, mask_token_id)
     if asked is not None:
-        _refuse_beside_structure(params, settings)
         put_in(processor, params, asked)
     check_sent(request)
-
-
-def _refuse_beside_structure(params: SamplingParams, settings: DllmConfig) -> None:
-    """Check that nothing else forbids tokens: what a structure allows at a position might be none of the rest."""
-    if settings.mode == "self_speculation":
-        raise RequestError(
-            "structured output is asked for, but the server's mode is 'self_speculation', which verifies drafts "
-            "without it; allowed is none; remove it, or serve the model in another mode",
-            parameter="structured_outputs",
-        )
-    for name in ("allowed_token_ids", "bad_words", "min_tokens"):
-        if value := getattr(params, name):
-            raise RequestError(
-                f"{name} is {reprlib.repr(value)} beside structured output, and both forbid tokens; allowed is one of "
-                "them; say it in the structure",
-                parameter=name,
-            )
 
 
 def _plain_args(args: dict[str, Any] | None) -> dict[str, Any] | None:

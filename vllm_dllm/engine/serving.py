@@ -109,7 +109,7 @@ def _at_once(original: Callable[..., Any]) -> Callable[..., Any]:
         check_early(self.input_processor, prompt, sampling_params, **seen_early)
         outputs: AsyncGenerator[Any] = original(self, prompt, sampling_params, request_id, **options)
         is_streamed = getattr(sampling_params, "output_kind", None) == RequestOutputKind.DELTA
-        return heard(request_id, outputs) if is_streamed and is_ours(self.model_config) else outputs
+        return heard(outputs) if is_streamed and _APPS and is_ours(self.model_config) else outputs
 
     return wrapper
 

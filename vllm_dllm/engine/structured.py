@@ -8,12 +8,14 @@ a front end takes the parameters out of a request before vLLM checks it, compile
 import copy
 import functools
 import json
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.constraint.automaton import NEVER, Automaton
 from vllm_dllm.constraint.compile import TokenBytes, compile_tokens
@@ -21,6 +23,7 @@ from vllm_dllm.constraint.json_object import json_object_automaton
 from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_automaton
 from vllm_dllm.constraint.schema import escape, schema_regex
 from vllm_dllm.constraint.tags import tag_regex
+from vllm_dllm.engine.configs import settings_of
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.state.canvas import RequestParams
 
@@ -54,8 +57,10 @@ def take_out(params: SamplingParams) -> tuple[SamplingParams, StructuredOutputsP
 def put_in(processor: "InputProcessor", params: SamplingParams, asked: StructuredOutputsParams) -> None:
     """Compile what is asked, and put it into an admitted request's parameters.
 
-    Raises: RequestError for what cannot be enforced, and for a reply that is too short for any answer.
+    Raises: RequestError for what cannot be enforced, for what else the request asks for that forbids tokens, and for a
+        reply that is too short for any answer.
     """
+    _refuse_beside(params, settings_of(processor.vllm_config))
     ends = _end_ids(processor, params)
     try:
         kind, value, space = _read(asked)
@@ -71,6 +76,23 @@ def put_in(processor: "InputProcessor", params: SamplingParams, asked: Structure
             value=params.max_tokens,
         )
     params.extra_args = {**(params.extra_args or {}), SENT: packed}
+
+
+def _refuse_beside(params: SamplingParams, settings: DllmConfig) -> None:
+    """Check that nothing else forbids tokens: what a structure allows at a position might be none of the rest."""
+    if settings.mode == "self_speculation":
+        raise RequestError(
+            f"{_FIELD} is set, or response_format or a forced tool, but the server's mode is 'self_speculation', which "
+            "verifies drafts without it; allowed is none; remove it, or serve the model in another mode",
+            parameter=_FIELD,
+        )
+    for name in ("allowed_token_ids", "bad_words", "min_tokens"):
+        if value := getattr(params, name):
+            raise RequestError(
+                f"{name} is {reprlib.repr(value)} beside structured output, and both forbid tokens; allowed is one of "
+                "them; say it in the structure",
+                parameter=name,
+            )
 
 
 def answer_of(

@@ -21,7 +21,9 @@ class ModelFamily:
         model_class: "module:Class" of the vLLM model.
         config_class: "module:Class" of the configuration, which has `mask_token_id`, `eot_token_id` (the token that
             ends a turn besides EOS, or None) and `block_size` where the checkpoint says it.
-        generation_defaults: published sampling defaults that a checkpoint's generation config may override.
+        generation_defaults: published defaults, by their names in a checkpoint's generation config, which may override
+            them. A bidirectional model has a length: else a request that names none would fill all of `max_model_len`
+            with masks.
         decoding_defaults: published values of `DllmConfig`'s fields; a checkpoint's `block_size` comes before them.
         attention: `bidirectional`: every position sees the whole sequence, blocks begin behind the prompt.
             `block_causal`: a position sees its block and the blocks before it, blocks begin at multiples of their
@@ -85,14 +87,14 @@ FAMILIES = (
         model_type="llada",
         model_class="vllm_dllm.models.llada:LLaDAModelLM",
         config_class="vllm_dllm.models.llada_config:LLaDAConfig",
-        generation_defaults={"temperature": 0.0},
+        generation_defaults={"temperature": 0.0, "max_new_tokens": 128},
     ),
     ModelFamily(
         architecture="DreamModel",
         model_type="Dream",
         model_class="vllm_dllm.models.transformer:MaskedDiffusionLM",
         config_class="vllm_dllm.models.dream_config:DreamConfig",
-        generation_defaults={"temperature": 0.2, "top_p": 0.95},
+        generation_defaults={"temperature": 0.2, "top_p": 0.95, "max_new_tokens": 512},
         decoding_defaults={"policy": "entropy"},
         logit_shift=True,
         schedule="timesteps",
@@ -150,7 +152,7 @@ FAMILIES = (
         model_type="llada",
         model_class="vllm_dllm.models.transformer:MaskedDiffusionLM",
         config_class="vllm_dllm.models.llada_moe_config:LLaDAMoeConfig",
-        generation_defaults={"temperature": 0.0},
+        generation_defaults={"temperature": 0.0, "max_new_tokens": 128},
     ),
     ModelFamily(
         architecture="SDARMoeForCausalLM",

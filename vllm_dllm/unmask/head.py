@@ -180,16 +180,17 @@ class EditedHead:
         self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
     ) -> PartialStats:
         """Implement `Head`."""
-        edits = None if ids is None else ids.edits
-        if edits is None:
+        if ids is None or ids.edits is None:
             return self.own(hidden, sampling, num_candidates, ids)
+        edits = ids.edits
         stats = self._whole(hidden, sampling, num_candidates, ids)
         if edits.min_p is not None and sampling is not None:
             plain = self._plain(hidden, replace(sampling, min_p=edits.min_p), num_candidates, ids)
             stats = PartialStats.of(partial(_select, edits.min_p > 0), plain, stats)
         if edits.covers_all:
             return stats
-        own = self.own(hidden, sampling, num_candidates, ids)
+        # Another head may have a part of the vocabulary alone, where the ids of edits mean nothing.
+        own = self.own(hidden, sampling, num_candidates, replace(ids, edits=None))
         return PartialStats.of(partial(_select, edits.is_edited), stats, own)
 
 
