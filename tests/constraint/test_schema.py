@@ -2,11 +2,13 @@
 
 import json
 import random
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
 import pytest
 
+from vllm_dllm.constraint.apart import Json
 from vllm_dllm.constraint.json_object import MAX_DEPTH, json_object_automaton
 from vllm_dllm.constraint.keywords import FORMATS
 from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, build_table, parse_table
@@ -187,3 +189,28 @@ def test_a_forced_call_is_written_as_its_parser_reads_it() -> None:
     assert not once.accepts(b'<c>{"a": true}</c><c>{"a": false}</c>')
     with pytest.raises(ConstraintError, match="a structural tag has a part of type 'triggered_tags', allowed are"):
         tag_regex({"type": "structural_tag", "format": {"type": "triggered_tags", "tags": tags}}, "")
+
+
+def doubling(depth: int, join: Callable[[Json], Json]) -> Json:
+    """A small schema whose parts each have the next one twice."""
+    parts = {f"d{i}": join({"$ref": f"#/$defs/d{i + 1}"}) for i in range(depth)}
+    return {"$ref": "#/$defs/d0", "$defs": {**parts, f"d{depth}": {"type": "null"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (
+            doubling(40, lambda part: {"type": "object", "properties": {"a": part, "b": part}, "required": ["a", "b"]}),
+            "characters as a regular expression, allowed are 131072",
+        ),
+        (doubling(40, lambda part: {"anyOf": [part, part]}), "stands part 20001 of it"),
+        (
+            {"type": "object", "properties": {str(i): {"type": "string", "pattern": "a" * i} for i in range(1, 40)}},
+            "stands pattern 17, and each is built by itself",
+        ),
+    ],
+)
+def test_a_small_schema_that_is_much_is_refused_at_once(schema: Json, message: str) -> None:
+    with pytest.raises(ConstraintError, match=message):
+        schema_regex(schema)

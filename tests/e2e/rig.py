@@ -9,6 +9,7 @@ import re
 import runpy
 import shutil
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,13 @@ class Oracle:
     def _edits(self, case: Case) -> Edits:
         values = dataclasses.asdict(case.edits)
         del values["min_p"]
+        return Edits(**values | {"end_ids": self.end_ids})
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """What ends an answer."""
         config = json.loads((self.checkpoint / "config.json").read_text())
-        ends = {config["eos_token_id"], config.get("eot_token_id")} - {None}
-        return Edits(**values | {"end_ids": tuple(ends)})
+        return tuple(sorted({config["eos_token_id"], config.get("eot_token_id")} - {None}))
 
     def _speculate(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
         plain = self._options(case, settings)

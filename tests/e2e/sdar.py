@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases, step_all, write_wild
+from tests.e2e.interference import check_interference
+from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases, write_wild
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig, PolicyName
 from vllm_dllm.reference.block_causal import generate
@@ -95,17 +96,4 @@ def check_preemption_and_aborts(
     """Abort a request and preempt all others after so many steps; their tokens stay those of the reference."""
     every = every or settings["block_length"] + 5
     cases = sdar_cases(settings["block_length"], seed=6)[:8]
-    preempted = []
-
-    def interfere(number: int, llm: Any) -> None:
-        if number % every == 5:
-            preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
-            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
-        if number == 3:
-            llm.llm_engine.abort_request(["1"])
-
-    tokens = step_all(llm, cases, interfere)
-    assert sum(preempted) >= 4, "too few were preempted"
-    expected = {str(i): oracle.tokens(case, settings) for i, case in enumerate(cases)}
-    del expected["1"]
-    assert tokens == expected | ({"1": tokens["1"]} if "1" in tokens else {})
+    check_interference(llm, cases, lambda case: oracle.tokens(case, settings), lambda number: number % every == 5)

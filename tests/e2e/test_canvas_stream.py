@@ -28,7 +28,8 @@ def served(
     expected = request.getfixturevalue(name)
     spiffy = json.dumps({"method": "spiffy", "budget": 3})
     log = tmp_path_factory.mktemp("server") / "log"
-    with server(log, SETTINGS, "--speculative-config", spiffy, checkpoint=checkpoint) as client:
+    check = {"VLLM_DLLM_CHECK": "1"}
+    with server(log, SETTINGS, "--speculative-config", spiffy, checkpoint=checkpoint, **check) as client:
         yield client, expected
 
 

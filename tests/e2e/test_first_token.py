@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.e2e.ahead import scheduled_ahead
 from tests.e2e.first_token import FirstTokenOracle, make_wild
+from tests.e2e.interference import check_interference
 from tests.e2e.rig import (
     Case,
     check_counts_while_running,
@@ -16,10 +18,8 @@ from tests.e2e.rig import (
     run_outputs,
     shared_engine,
     speculation,
-    step_all,
 )
 from tests.e2e.test_graphs import EagerGraphs
-from tests.e2e.test_sdar_async import scheduled_ahead
 from tests.suite.order import configurations
 from vllm_dllm.reference.block_causal import generate_causally
 
@@ -76,20 +76,8 @@ def test_order_and_neighbours_do_not_matter(served: Any) -> None:
 
 def test_preemption_and_aborts_leave_the_others_alone(served: Any) -> None:
     llm, oracle, _ = served
-    cases, preempted, every = oracle.cases(seed=6)[:8], [], oracle.model.config.block_size + 5
-
-    def interfere(number: int, llm: Any) -> None:
-        if number % every == 5:
-            preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
-            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
-        if number == 3:
-            llm.llm_engine.abort_request(["1"])
-
-    tokens = step_all(llm, cases, interfere)
-    assert sum(preempted) >= 4, "too few were preempted"
-    expected = {str(i): oracle.tokens(case, {}) for i, case in enumerate(cases)}
-    del expected["1"]
-    assert tokens == expected | ({"1": tokens["1"]} if "1" in tokens else {})
+    cases, every = oracle.cases(seed=6)[:8], oracle.model.config.block_size + 5
+    check_interference(llm, cases, lambda case: oracle.tokens(case, {}), lambda number: number % every == 5)
 
 
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:

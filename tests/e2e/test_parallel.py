@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.edited import with_edits
-from tests.e2e.rig import Oracle, engine, mixed_cases, random_graph, run, run_outputs, short, speculation
+from tests.e2e.constrained import beside_edited, expected
+from tests.e2e.rig import Oracle, engine, mixed_cases, random_graph, run, run_outputs, short, speculation, step_all
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("both cores")]
 
@@ -23,16 +23,18 @@ def test_two_ranks_equal_reference(oracle: Oracle, wild: Path, monkeypatch: pyte
 def test_two_ranks_with_drafts_equal_reference(
     mild_oracle: Oracle, mild: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranks propose, accept and edit logits alike, though each has its own copy of the state."""
+    """Ranks propose, accept, edit logits and meet constraints alike, though each has its own copy of the state."""
     settings: dict[str, Any] = {"block_length": 8}
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     cases, graph = short(mixed_cases(8, seed=8)), random_graph(4, 6, 8)
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_model_len": 256}
     with engine(mild, settings, speculative_config=speculation(graph, 6), **options) as llm:
         outputs = run_outputs(llm, cases)
-        edited = with_edits(cases, seed=3)
-        assert run(llm, edited) == [mild_oracle.tokens(case, settings) for case in edited]
-    expected = [mild_oracle.speculative(case, settings, graph, 6) for case in cases]
+        mixed = beside_edited(cases, seed=3, asked=[{"choice": ["yes", "no"]}, {"regex": "[a-z]{3,9}"}], max_tokens=24)
+        answers = step_all(llm, mixed)
+    for i, each in enumerate(mixed):
+        assert answers[str(i)] == expected(mild_oracle, each.case, settings, each.asked), each
+    drafted = [mild_oracle.speculative(case, settings, graph, 6) for case in cases]
     assert [list(o.outputs[0].token_ids) for o in outputs] == [mild_oracle.tokens(case, settings) for case in cases]
-    assert [o.kv_transfer_params["dllm"]["accepted"] for o in outputs] == [e.num_accepted for e in expected]
-    assert any(e.num_accepted for e in expected)
+    assert [o.kv_transfer_params["dllm"]["accepted"] for o in outputs] == [e.num_accepted for e in drafted]
+    assert any(e.num_accepted for e in drafted)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.ahead import scheduled_ahead, scheduler_of
-from tests.e2e.rig import MAX_MODEL_LEN, Case, engine, random_graph, run_outputs, shared_engine, speculation
+from tests.e2e.ahead import check_canvases, scheduled_ahead, scheduler_of
+from tests.e2e.constrained import beside_edited, expected
+from tests.e2e.rig import MAX_MODEL_LEN, Case, engine, random_graph, run_outputs, shared_engine, speculation, step_all
 from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
 from tests.suite.order import configurations
 
@@ -60,6 +61,20 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle: SdarO
     llm, settings = served
     # A block's steps do not overlap where vLLM sees that it may be the last one.
     check_preemption_and_aborts(llm, oracle, settings, every=2 * settings["block_length"] + 9)
+
+
+def test_constraints_and_edits_beside_free_requests(served: Any, oracle: SdarOracle) -> None:
+    llm, settings = served
+    mixed = beside_edited(sdar_cases(settings["block_length"], seed=9), seed=4)
+    tokens = step_all(llm, mixed)
+    for i, each in enumerate(mixed):
+        assert tokens[str(i)] == expected(oracle, each.case, settings, each.asked), each
+
+
+def test_canvases_are_shown_though_steps_behind_them_are_under_way(served: Any, oracle: SdarOracle) -> None:
+    llm, settings = served
+    cases = sdar_cases(settings["block_length"], seed=14)[:8]
+    check_canvases(llm, cases, [oracle.tokens(case, settings) for case in cases])
 
 
 def test_near_the_end_of_max_model_len(served: Any, oracle: SdarOracle) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.launches import BEFORE, BEHIND, counted
+from tests.e2e.interference import check_interference
 from tests.e2e.rig import (
     CHECKPOINT,
     Case,
@@ -20,7 +21,6 @@ from tests.e2e.rig import (
     run_outputs,
     shared_engine,
     speculation,
-    step_all,
 )
 from tests.e2e.triton_arguments import check_arguments
 from tests.suite.order import configurations
@@ -75,21 +75,8 @@ def test_mixed_batch_equals_reference(served: Any, mild_oracle: Oracle) -> None:
 
 def test_preemption_and_aborts_leave_the_others_alone(served: Any, mild_oracle: Oracle) -> None:
     llm, settings, _, _ = served
-    cases = hot(mixed_cases(settings["block_length"], seed=6)[:8])
-    preempted = []
-
-    def interfere(number: int, llm: Any) -> None:
-        if number % (settings["block_length"] + 5) == 5:
-            preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
-            assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
-        if number == 3:
-            llm.llm_engine.abort_request(["1"])
-
-    tokens = step_all(llm, cases, interfere)
-    assert sum(preempted) >= 4, "too few were preempted"
-    expected = {str(i): mild_oracle.tokens(case, settings) for i, case in enumerate(cases)}
-    del expected["1"]
-    assert tokens == expected | ({"1": tokens["1"]} if "1" in tokens else {})
+    cases, every = hot(mixed_cases(settings["block_length"], seed=6)[:8]), settings["block_length"] + 5
+    check_interference(llm, cases, lambda case: mild_oracle.tokens(case, settings), lambda number: number % every == 5)
 
 
 def test_step_times_are_measured_where_budgets_follow_from_them(served: Any) -> None:

@@ -8,12 +8,12 @@ refused: nothing is ignored but annotations.
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_dllm.constraint.apart import Json, is_apart
 from vllm_dllm.constraint.keywords import ANNOTATIONS, FORMATS, OF_TYPE, TYPES, VALUES, is_number
-from vllm_dllm.constraint.regex import ConstraintError, byte_automaton
+from vllm_dllm.constraint.regex import MAX_LENGTH, ConstraintError, byte_automaton
 
 FREE_DEPTH = 1
 """How deep objects and arrays are nested in what a schema leaves open."""
@@ -24,6 +24,11 @@ STRING = f'"{CHARACTER}*"'
 _WHOLE = "(?:0|[1-9][0-9]*)"
 NUMBER = rf"-?{_WHOLE}(?:\.[0-9]+)?(?:[eE][+-][0-9]+)?"
 _PLAIN = r'[^"\\\x00-\x1F\x7F-\x9F]*'  # what means itself within a string of JSON
+
+
+MAX_PARTS = 20_000
+MAX_PATTERNS = 16
+"""Of a schema. Whoever asks for one waits, and so does the server."""
 
 
 def schema_regex(schema: Json, space: str = " ?") -> str:
@@ -44,6 +49,8 @@ class _Writer:
     space: str
     path: str = "#"
     refs: tuple[str, ...] = ()  # on the way here
+    parts: list[str] = field(default_factory=list)  # that were written so far
+    patterns: set[str] = field(default_factory=set)
 
     def at(self, *names: object) -> "_Writer":
         return replace(self, path="/".join([self.path, *map(str, names)]))
@@ -52,6 +59,18 @@ class _Writer:
         return ConstraintError(f"at {self.path} of the schema {what}")
 
     def write(self, schema: Json) -> str:
+        """Return the expression of a part of the schema; one that `$ref` leads to again is written again."""
+        self.parts.append(self.path)
+        if len(self.parts) > MAX_PARTS:
+            raise self.error(f"stands part {MAX_PARTS + 1} of it, counted as often as $ref leads there; write fewer")
+        text = self._write(schema)
+        if len(text) > MAX_LENGTH:
+            raise self.error(
+                f"stands what has {len(text)} characters as a regular expression, allowed are {MAX_LENGTH}; write less"
+            )
+        return text
+
+    def _write(self, schema: Json) -> str:
         if schema is True:
             return self._free(FREE_DEPTH)
         if not isinstance(schema, Mapping):
@@ -233,6 +252,9 @@ class _Writer:
         return self._pattern(own["pattern"])
 
     def _pattern(self, pattern: str) -> str:
+        self.patterns.add(pattern)
+        if len(self.patterns) > MAX_PATTERNS:
+            raise self.error(f"stands pattern {MAX_PATTERNS + 1}, and each is built by itself; write fewer")
         body = pattern.removeprefix("^")
         if body.endswith("$") and not re.search(r"(?<!\\)(?:\\\\)*\\\$$", body):
             body = body[:-1]
