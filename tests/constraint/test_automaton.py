@@ -70,6 +70,17 @@ def test_a_refusal_is_found_once(monkeypatch: pytest.MonkeyPatch):
     assert len(runs) == 1
 
 
+def test_what_was_not_built_in_time_is_tried_again(monkeypatch: pytest.MonkeyPatch):
+    def busy(*_args: object, **_options: object) -> None:
+        raise subprocess.TimeoutExpired("build", 60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", busy)
+        with pytest.raises(ConstraintError, match="not built within 60 s of a busy machine; try it again"):
+            byte_automaton("late|later")
+    assert byte_automaton("late|later").accepts(b"later")
+
+
 def test_a_long_expression_is_refused():
     with pytest.raises(
         ConstraintError, match="has 200000 characters as a regular expression, allowed are 131072; shorten it"

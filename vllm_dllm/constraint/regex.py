@@ -40,6 +40,10 @@ class ConstraintError(ValueError):
     """A constraint that cannot be served; the message says why, and what to do."""
 
 
+class UnfinishedError(ConstraintError):
+    """One that nothing is known of: another time it may be served."""
+
+
 @dataclass(frozen=True, slots=True)
 class ByteAutomaton:
     """A deterministic automaton over bytes, from state 0; its last state is that from which nothing is accepted."""
@@ -83,6 +87,8 @@ def kept(size: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
         def call(*args: P.args, **kwargs: P.kwargs) -> tuple[T] | str:
             try:
                 return (function(*args, **kwargs),)
+            except UnfinishedError:
+                raise
             except ConstraintError as error:
                 return str(error)
 
@@ -117,7 +123,9 @@ def byte_automaton(regex: str) -> ByteAutomaton:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ConstraintError(_too_many()) from None
+        raise UnfinishedError(
+            f"it was not built within {_WALL_SECONDS} s of a busy machine; try it again, or shorten it"
+        ) from None
     return parse_table(done.stdout)
 
 
