@@ -1,6 +1,7 @@
 """Seeds, threads, the skip of GPU tests where there is no GPU, and which tests run, where and in which order."""
 
 import os
+import sys
 
 # The models are so small that a second thread only waits; and what waits sleeps, since another worker has tests to run.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_DLLM_CHECK", "idle")
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +53,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """No test without an engine runs beside the one that is kept for others: vLLM's global state would be its own."""
+    engines = sys.modules.get("tests.e2e.engines")
+    if engines is not None and not item.path.is_relative_to(Path(__file__).parent / "e2e"):
+        engines.stop_shared_engine()
 
 
 @pytest.hookimpl(optionalhook=True)

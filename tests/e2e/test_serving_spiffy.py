@@ -37,7 +37,10 @@ def test_the_log_of_the_start_says_what_is_true(client: openai.OpenAI, log: Path
     assert lines_we_cause(log, "speculative_config=None") == []
     text = log.read_text()
     assert "speculative_config={'method': 'spiffy', 'draft_graph': 'default', 'budget': 3}" in text
-    assert "requests get {'temperature': 0.0}, the family's defaults, unless they say otherwise" in text
+    assert (
+        "requests get {'temperature': 0.0, 'max_new_tokens': 128}, the family's defaults, unless they say otherwise"
+        in text
+    )
 
 
 def metrics(client: openai.OpenAI) -> dict[str, dict[str, float]]:
@@ -127,7 +130,7 @@ def test_metrics_add_up(client: openai.OpenAI) -> None:
 
 
 def test_a_bad_request_is_a_400_and_the_server_lives_on(client: openai.OpenAI) -> None:
-    for bad in ({"dllm_policy": "best"}, {"dllm_budget": 3}, {"dllm_threshold": 2.0}):
+    for bad in ({"dllm_policy": "best"}, {"dllm_budget": -1}, {"dllm_threshold": 2.0}):
         with pytest.raises(openai.BadRequestError, match="dllm_"):
             client.completions.create(model=MODEL, prompt="1", max_tokens=8, extra_body={"vllm_xargs": bad})
     assert client.completions.create(model=MODEL, prompt="1 + 2 = ?", max_tokens=8).choices
