@@ -58,7 +58,8 @@ def parse(config: VllmConfig) -> Parsed:
         spiffy = spiffy_settings(
             json.dumps(additional[METHOD]), settings, model_config.model, hf_config.model_type, shape
         )
-    return Parsed(settings, unmask_rules(family, settings), spiffy)
+    rules = replace(unmask_rules(family, settings), eos_id=hf_config.eos_token_id)
+    return Parsed(settings, rules, spiffy)
 
 
 class DllmModelConfig(ModelConfig):
