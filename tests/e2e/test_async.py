@@ -12,6 +12,7 @@ import pytest
 from tests.e2e.ahead import check_canvases, scheduled_ahead, scheduler_of
 from tests.e2e.constrained import beside_edited, check_text, expected
 from tests.e2e.dream import PUBLISHED, dream_oracle
+from tests.e2e.logprobs import check_logprobs, run_asking
 from tests.e2e.rig import (
     LLADA_POLICIES,
     MAX_MODEL_LEN,
@@ -58,7 +59,8 @@ class Served:
 
     def check(self, cases: list[Case]) -> None:
         """Compare tokens, and counts of forwards."""
-        outputs = run_outputs(self.llm, cases)
+        outputs = run_asking(self.llm, cases)
+        check_logprobs(outputs, [self.oracle.generation(case, self.settings).log_probs for case in cases])
         assert [list(output.outputs[0].token_ids) for output in outputs] == [self.expected(case) for case in cases]
         took = [output.kv_transfer_params["dllm"] for output in outputs]
         expected = [self.oracle.generation(case, self.settings).nfe for case in cases]

@@ -9,6 +9,7 @@ import torch
 from tests.e2e.ahead import scheduled_ahead
 from tests.e2e.first_token import FirstTokenOracle, make_wild
 from tests.e2e.interference import check_interference
+from tests.e2e.logprobs import check_logprobs, run_asking
 from tests.e2e.rig import (
     Case,
     check_counts_while_running,
@@ -54,7 +55,8 @@ def served(request: pytest.FixtureRequest, oracles: dict[str, FirstTokenOracle])
 def test_mixed_batch_equals_reference(served: Any) -> None:
     llm, oracle, budget = served
     cases = oracle.cases(seed=1)
-    outputs = run_outputs(llm, cases)
+    outputs = run_asking(llm, cases)
+    check_logprobs(outputs, [oracle.generation(case, {}).log_probs for case in cases])
     assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, {}) for case in cases]
     assert len({token for o in outputs for token in o.outputs[0].token_ids}) > 50, "equality says little of such tokens"
     took = [output.kv_transfer_params["dllm"] for output in outputs]
