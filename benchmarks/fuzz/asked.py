@@ -1,4 +1,4 @@
-"""Generated constraints, each with a check of answers that shares nothing with our automata: jsonschema, re, equality."""
+"""Generated constraints, each with a check of answers that shares nothing with our automata: jsonschema, re, ==."""
 
 import datetime
 import json
@@ -47,6 +47,8 @@ _ATOMS = [
     "x-y",
     r"\n",
 ]
+KINDS = ("json", "regex", "choice", "json_object", "structural_tag")
+"""Of constraints: fields of vLLM's `StructuredOutputsParams`."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Asked:
     """What a request asks of its answer.
 
     Attributes:
-        kind: a field of vLLM's `StructuredOutputsParams`.
-        params: all of them.
+        kind: one of `KINDS`.
+        params: fields of vLLM's `StructuredOutputsParams`.
         check: raises ValueError for a text that does not meet it.
     """
 
@@ -66,17 +68,34 @@ class Asked:
 
 def draw_asked(rng: random.Random) -> Asked:
     """Draw a constraint of any kind."""
-    kind = rng.choices(["json", "regex", "choice", "json_object"], [50, 30, 15, 5])[0]
+    kind = rng.choices(KINDS, [45, 30, 15, 5, 5])[0]
     if kind == "json":
         schema = draw_schema(rng)
-        return Asked(kind, {"json": rng.choice([schema, json.dumps(schema)]), **rng.choice(_SPACES)}, _meets(schema))
+        return Asked(kind, {"json": rng.choice([schema, json.dumps(schema)]), **rng.choice(_SPACES)}, meets(schema))
     if kind == "regex":
         regex = _regex(rng, depth=3, may_repeat=True)
-        return Asked(kind, {"regex": regex}, _matches(regex))
+        return Asked(kind, {"regex": regex}, matches(regex))
     if kind == "choice":
         texts = [_text(rng) for _ in range(rng.randint(1, 6))]
-        return Asked(kind, {"choice": texts}, _is_one_of(texts))
-    return Asked(kind, {"json_object": True}, _meets({"type": "object"}))
+        return Asked(kind, {"choice": texts}, is_one_of(texts))
+    if kind == "structural_tag":
+        return _forced_call(rng)
+    return Asked(kind, {"json_object": True}, meets({"type": "object"}))
+
+
+def _forced_call(rng: random.Random) -> Asked:
+    """What vLLM's parsers make of a forced call of a strict tool."""
+    schema, begin, end = draw_schema(rng), rng.choice(["<call>", '{"name": "a", "parameters": ']), "</c>"
+    content = {"type": "json_schema", "json_schema": schema}
+    tag = {"type": "structural_tag", "format": {"type": "tag", "begin": begin, "content": content, "end": end}}
+    inner = meets(schema)
+
+    def check(text: str) -> None:
+        if not (text.startswith(begin) and text.endswith(end)):
+            raise ValueError(f"{text!r} does not begin with {begin!r}, or not end with {end!r}")
+        inner(text.removeprefix(begin).removesuffix(end))
+
+    return Asked("structural_tag", {"structural_tag": json.dumps(tag)}, check)
 
 
 def _text(rng: random.Random) -> str:
@@ -100,7 +119,9 @@ def _regex(rng: random.Random, depth: int, *, may_repeat: bool) -> str:
     return "".join(inner) if form == "sequence" else f"(?:{rng.choice(_ATOMS)})"
 
 
-def _matches(regex: str) -> Callable[[str], None]:
+def matches(regex: str) -> Callable[[str], None]:
+    """Return the check of a regular expression."""
+
     def check(text: str) -> None:
         if not re.fullmatch(regex, text):
             raise ValueError(f"{text!r} does not match {regex}")
@@ -108,7 +129,9 @@ def _matches(regex: str) -> Callable[[str], None]:
     return check
 
 
-def _is_one_of(texts: list[str]) -> Callable[[str], None]:
+def is_one_of(texts: list[str]) -> Callable[[str], None]:
+    """Return the check of a choice."""
+
     def check(text: str) -> None:
         if text not in texts:
             raise ValueError(f"{text!r} is none of {texts}")
@@ -129,7 +152,8 @@ def _is_date_time(text: object) -> bool:
     return not isinstance(text, str) or datetime.datetime.fromisoformat(text).tzinfo is not None
 
 
-def _meets(schema: Any) -> Callable[[str], None]:
+def meets(schema: Any) -> Callable[[str], None]:
+    """Return the check of a JSON schema."""
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema, format_checker=_formats)
 

@@ -18,11 +18,14 @@ class Shape:
 
     Attributes:
         vocab_size: of the model; ids below 4 are its special tokens.
+        prompt_ids: what drawn prompts have. No parts of characters: vLLM begins the text of a reply with its prompt's
+            where that ends within one.
         block_length: of the server.
         max_tokens: of a reply at most; a prompt may have as many.
     """
 
     vocab_size: int
+    prompt_ids: Sequence[int]
     block_length: int
     max_tokens: int = 96
 
@@ -44,11 +47,16 @@ class Drawn:
     asked: Asked | None
 
 
+def whole_ids(tokenizer: Any) -> list[int]:
+    """Return the tokens that are whole characters by themselves, behind the small models' special ones."""
+    return [token for token in range(4, len(tokenizer)) if "\ufffd" not in tokenizer.decode([token])]
+
+
 def draw_request(rng: random.Random, shape: Shape, asked: Asked | None, prompts: Sequence[list[int]]) -> Drawn:
     """Draw a request; some have one of the given prompts, others any token ids."""
     max_tokens = rng.choice([1, 3, shape.block_length, shape.block_length + 1, 24, 40, shape.max_tokens])
     length = rng.choice([1, 2, 5, shape.block_length, 21, rng.randint(1, shape.max_tokens)])
-    prompt = [rng.randrange(4, shape.vocab_size) for _ in range(length)]
+    prompt = rng.choices(shape.prompt_ids, k=length)
     if prompts and rng.random() < 0.5:
         prompt = rng.choice(prompts)
     policy = rng.choice(POLICIES)

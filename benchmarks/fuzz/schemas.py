@@ -23,14 +23,14 @@ def draw_schema(rng: random.Random) -> Schema:
     """Draw a schema, mostly an object, with definitions that parts refer to."""
     definitions = {name: _schema(rng, 1, []) for name in rng.sample(["one", "t/wo", "th~ree"], rng.randint(0, 2))}
     refs = [f"#/$defs/{name.replace('~', '~0').replace('/', '~1')}" for name in definitions]
-    schema = (_object if rng.random() < 0.7 else _schema)(rng, 2, refs)
+    schema: Schema = (_object if rng.random() < 0.7 else _schema)(rng, 2, refs)
     if rng.random() < 0.3:
         schema |= {"title": "any", "description": "says nothing", "examples": [1]}
     return schema | ({"$defs": definitions} if definitions else {})
 
 
 def _schema(rng: random.Random, depth: int, refs: list[str]) -> Schema:
-    if rng.random() < 0.005:
+    if rng.random() < 0.002:
         return rng.choice(_REFUSED)
     if refs and rng.random() < 0.2:
         return {"$ref": rng.choice(refs)}
@@ -84,7 +84,7 @@ def _integer(rng: random.Random, _depth: int, _refs: list[str]) -> Schema:
     low = rng.randint(-20, 120)
     high = low + rng.choice([0, 1, 9, 40])
     form = rng.choice(["open", "least", "range", "range", "exclusive", "mixed"])
-    bounds = {
+    bounds: dict[str, Schema] = {
         "open": {},
         "least": rng.choice([{"minimum": 0}, {"minimum": 1}, {"exclusiveMinimum": -1}]),
         "range": {"minimum": low, "maximum": high},
