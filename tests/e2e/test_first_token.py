@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.e2e.ahead import scheduled_ahead
+from tests.e2e.constrained import check_beside_edited
 from tests.e2e.first_token import FirstTokenOracle, make_wild
 from tests.e2e.interference import check_interference
 from tests.e2e.logprobs import check_logprobs, run_asking
@@ -80,6 +81,12 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any) -> None:
     llm, oracle, _ = served
     cases, every = oracle.cases(seed=6)[:8], oracle.model.config.block_size + 5
     check_interference(llm, cases, lambda case: oracle.tokens(case, {}), lambda number: number % every == 5)
+
+
+def test_constraints_and_edits_beside_free_requests(served: Any) -> None:
+    """A block's first position is decided under the constraint, too, in a step of its own."""
+    llm, oracle, _ = served
+    check_beside_edited(llm, oracle, {}, oracle.cases(seed=9), seed=4)
 
 
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
