@@ -23,10 +23,12 @@ from tests.e2e.engines import engine as engine
 from tests.e2e.engines import shared_engine as shared_engine
 from tests.e2e.engines import stop_shared_engine as stop_shared_engine
 from vllm_dllm.blocks import row_blocks
-from vllm_dllm.config import POLICY_OPTIONS, DllmConfig, PolicyName
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
 from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.names import PolicyName
+from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.reference import spiffy
 from vllm_dllm.reference.decode import KvPolicy, Model, generate
 from vllm_dllm.reference.edits import Edits

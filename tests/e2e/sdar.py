@@ -10,7 +10,8 @@ import torch
 from tests.e2e.interference import check_interference
 from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases, write_wild
 from vllm_dllm.blocks import row_blocks
-from vllm_dllm.config import DllmConfig, PolicyName
+from vllm_dllm.config import DllmConfig
+from vllm_dllm.names import PolicyName
 from vllm_dllm.reference.block_causal import generate
 from vllm_dllm.reference.policy import SDAR, Rules
 from vllm_dllm.reference.qwen import Qwen, QwenConfig

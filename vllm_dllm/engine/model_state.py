@@ -63,7 +63,13 @@ class DllmModelState(ModelState):
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
         self.state = CanvasState(
-            self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config), self._left_rows()
+            self.max_num_reqs,
+            self.block_length,
+            mask_token_id,
+            device,
+            rules_of(vllm_config),
+            self._left_rows(),
+            self.model_config.get_vocab_size(),
         )
         drafter = make_drafter(vllm_config)
         self.denoiser = Denoiser(
