@@ -21,10 +21,12 @@ from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import Draw, torch_draws
+from vllm_dllm.state.records import Asking
 from vllm_dllm.state.report import POLICY_FAILED, Column
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.head import Head
+from vllm_dllm.unmask.logprobs import LogprobHead, TokenLogprobs, Unmasked
 from vllm_dllm.unmask.memory import select
 from vllm_dllm.unmask.policy import asked_ids
 from vllm_dllm.unmask.stats import Candidates
@@ -54,6 +56,7 @@ class Denoiser:
         walk: decides canvases.
         settle: ends steps.
         draw: says how tokens are drawn.
+        logprob_head: makes log-probabilities; None: nobody may ask for them.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Denoiser:
         walk: Walk = walk,
         settle: Settle = settle,
         draw: Draw = torch_draws,
+        logprob_head: LogprobHead | None = None,
     ) -> None:
         self.state = state
         self.drafter = drafter
@@ -73,6 +77,8 @@ class Denoiser:
         self.walk = walk
         self._settle = settle
         self._draw = draw
+        self.logprob_head = logprob_head
+        self._found: tuple[Asking, Unmasked, TokenLogprobs] | None = None  # by the step that was decided last
         self.observer: Callable[[Observation], None] | None = None
 
     def nodes(self, blocks: Blocks, num_drafts: int, *, looks_ahead: bool = False) -> Nodes:
@@ -121,6 +127,7 @@ class Denoiser:
         if nodes.constrained is not None:
             done = self._under_constraints(nodes.constrained, blocks, nodes, stats, done)
         done = DecidedStep(self.state, blocks, nodes, stats, keep_of(keep, nodes.constrained)).others(done)
+        self._found = self._logprobs(blocks, nodes, done, rows, ids)
         if self.observer is not None:
             request = torch.arange(len(done.node), device=done.node.device)
             before = nodes.canvas[request, done.node]
@@ -167,10 +174,24 @@ class Denoiser:
             nodes.constrained.take(done.canvas, done.is_finished)
         if drafts is not None and ledger.begun is not None:
             drafts.forget(blocks.slots, ledger.begun.bool())
+        if self._found is not None:
+            logprobs = self.state.records.take(*self._found, ledger.num_known - blocks.start, done.is_finished)
+            emission = replace(emission, logprobs=logprobs)
         if ledger.missing is None:
             return emission
         fewer = pad((ledger.missing * done.is_finished).int(), (0, ledger.num_batch - len(ledger.missing)))
         return replace(emission, num_sampled=emission.num_sampled - fewer, num_rejected=emission.num_rejected + fewer)
+
+    def _logprobs(
+        self, blocks: Blocks, nodes: Nodes, done: Trajectory, hidden: Tensor, ids: RowIds | None
+    ) -> tuple[Asking, Unmasked, TokenLogprobs] | None:
+        """Return those of the tokens that a step unmasked, of the requests that ask for them."""
+        asking = self.state.records.asking(blocks.slots, blocks.slots_np)
+        if asking is None:
+            return None
+        assert self.logprob_head is not None, "nobody may ask without"
+        unmasked = Unmasked.of(nodes, done, asking.place, self.state.mask_token_id)
+        return asking, unmasked, unmasked.log_probs(self.logprob_head, hidden, ids, asking.num_top)
 
     def _under_constraints(
         self, own: ConstrainedStep, blocks: Blocks, nodes: Nodes, stats: PartialStats, done: Trajectory

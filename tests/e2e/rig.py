@@ -157,9 +157,10 @@ class Oracle:
         """Decode with drafts, under the dual cache."""
         return self._once(self._speculate, case, settings, graph, budget)
 
-    def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
+    def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
+        """Decode anew; `more` are arguments of the reference's."""
         kv = KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"))
-        return generate(self.model, torch.tensor(case.prompt), kv=kv, **self._options(case, settings))
+        return generate(self.model, torch.tensor(case.prompt), kv=kv, **self._options(case, settings), **more)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)

@@ -62,8 +62,8 @@ class SdarOracle(Oracle):
     def __init__(self, checkpoint: Path, max_model_len: int = MAX_MODEL_LEN, rules: Rules = SDAR) -> None:
         super().__init__(checkpoint, Qwen.from_pretrained(checkpoint, torch.float32), rules, max_model_len)
 
-    def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
-        return generate(self.model, torch.tensor(case.prompt), **self._options(case, settings))
+    def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
+        return generate(self.model, torch.tensor(case.prompt), **self._options(case, settings), **more)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", CONFIG["block_size"])

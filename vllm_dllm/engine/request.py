@@ -31,6 +31,7 @@ from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.engine.structured import put_in
 from vllm_dllm.policy_options import options_of, own_values
 from vllm_dllm.state.canvas import RequestParams
+from vllm_dllm.state.records import NO_LOGPROBS
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 
@@ -241,7 +242,8 @@ def finish_admission(
     params.max_tokens = min(int(params.max_tokens or length), length)
     # Plain numbers: what goes to the engine is packed, and NumPy's are not.
     params.temperature, params.top_p = float(params.temperature), float(params.top_p)
-    params.n, params.top_k, params.seed = map(plain_number, (params.n, params.top_k, params.seed))
+    for name in ("n", "top_k", "seed", "logprobs"):
+        setattr(params, name, plain_number(getattr(params, name)))
     params.extra_args = _plain_args(params.extra_args)
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
@@ -306,6 +308,7 @@ def resolve_params(
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
         edits=edits_of(params),
+        num_logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,
     )
 
 

@@ -17,6 +17,7 @@ from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.apart import ApartState
 from vllm_dllm.state.edits import NO_EDITS, EditState, LogitEdits, scene_of
+from vllm_dllm.state.records import NO_LOGPROBS, LogprobRecords
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
@@ -45,6 +46,7 @@ class RequestParams:
     top_p: float
     seed: int  # any 64-bit signed value
     edits: LogitEdits = NO_EDITS
+    num_logprobs: int = NO_LOGPROBS  # likeliest tokens of each place that are told
     own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`
     own_values: tuple[float, ...] = ()  # its parameters, in their order
 
@@ -109,6 +111,7 @@ class CanvasState:
         self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
+        self.records = LogprobRecords(max_num_reqs, block_length, device)
         self.apart = ApartState(max_num_reqs, block_length, device, vocab_size)
         self._offsets = torch.arange(block_length, device=device)
         self.answers: dict[int, Answer] = {}  # of requests under a constraint, by slot
@@ -128,6 +131,7 @@ class CanvasState:
         self._floats_np[:, slot] = [getattr(params, name) for name in _FLOATS] + list(params.times)
         self._has_memory_np[slot] = params.policy_id in MEMORIES
         self.edits.put(slot, params.edits)
+        self.records.put(slot, params.num_logprobs)
         self.apart.put(slot, params.own_policy, params.own_values)
         self._is_staged = True
 
