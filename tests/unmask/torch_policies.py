@@ -154,7 +154,7 @@ def plain(model: Any, request: Own, num_blocks: int = 1) -> tuple[list[int], int
 def drawn(policy: str, rng: random.Random) -> Own:
     """Draw a request with a policy."""
     draw: dict[str, dict[str, Any]] = {
-        "local_leap": {"relaxed": rng.choice([0.1, 0.3, 0.75]), "radius": rng.randrange(5)},
+        "local_leap": {"relaxed": rng.choice([0.1, 0.5, 0.75]), "radius": rng.randrange(5)},
         "entropy_threshold": {"bound": rng.choice([0.1, 0.5, 1.5])},
         "hierarchy": {"low": rng.choice([0.1, 0.3, 0.6])},
         "eoser": {"gamma_min": rng.choice([0.01, 0.4])},
@@ -167,7 +167,7 @@ def drawn(policy: str, rng: random.Random) -> Own:
     return Own(
         policy,
         tuple(draw[policy].items()),
-        threshold=rng.choice([0.2, 0.4, 0.9]),
+        threshold=rng.choice([0.4, 0.8, 0.97]),
         steps=rng.choice([1, 2, 4, 8]),
         seed=rng.randrange(99),
     )
