@@ -43,6 +43,7 @@ class Own:
         return RequestParams(
             policy_id=POLICY_IDS.get(self.policy, 0),
             own_policy=None if is_native else self.policy,
+            request_id=str(self),
             own_values=() if is_native else own_values(self.policy, values),
             threshold=self.threshold,
             factor=1.0,
