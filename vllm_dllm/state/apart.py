@@ -18,7 +18,7 @@ from vllm_dllm.unmask.registry import changes_tokens, torch_policy
 logger = logging.getLogger("vllm.dllm")
 
 MOST_ASIDE = 16
-"""Requests per slot, of those that have none, of which is remembered what their policies knew: those among them that were
+"""Requests per slot, of those that have none, of which is remembered what their policies knew: those of them that were
 preempted come back sooner, since vLLM lets them in before new ones."""
 
 
