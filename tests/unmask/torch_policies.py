@@ -12,6 +12,7 @@ from tests.draft.test_exact import CPU, EOS, MASK, VOCAB, SyntheticModel, drafte
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.policy_options import own_values
+from vllm_dllm.reference.coherent_rule import Ccd
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
@@ -129,6 +130,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "saber": Saber,
     "rcr": Rcr,
     "remdm": Remdm,
+    "ccd": Ccd,
 }
 """Policies -> their plain statements."""
 
@@ -163,12 +165,13 @@ def drawn(policy: str, rng: random.Random) -> Own:
         "eoser_ass": {"gamma_max": rng.choice([0.3, 1.0])},
         "saber": {"least": rng.choice([1, 2, 3, 5])},
         "rcr": {},
+        "ccd": {"ratio": rng.choice([0.5, 2.0, 4.0])},
         "remdm": {"loops": rng.choice([0, 1, 4]), "number": rng.choice([1, 2, 3])},
     }
     return Own(
         policy,
         tuple(draw[policy].items()),
         threshold=rng.choice([0.4, 0.8, 0.97]),
-        steps=rng.choice([1, 2, 4, 8]),
+        steps=rng.choice([1, 2, 4, 8, 16, 16]),
         seed=rng.randrange(99),
     )

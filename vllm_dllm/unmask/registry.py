@@ -28,6 +28,7 @@ BUILT_IN = {
     "saber": "saber:SABER",
     "rcr": "remasking:RCR",
     "remdm": "remasking:REMDM",
+    "ccd": "coherent:CCD",
 }
 """Policies in torch code that come with us -> where each is in `unmask.policies`."""
 
