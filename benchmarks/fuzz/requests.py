@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from benchmarks.fuzz.asked import Asked
-from vllm_dllm.config import POLICY_OPTIONS
+from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.names import PolicyName
 
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
