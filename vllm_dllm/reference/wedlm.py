@@ -47,7 +47,8 @@ class WindowRule:
         penalised = entropy + self.position_penalty * (positions - positions[0])
         is_below = penalised < self.entropy_bound
         is_lowest = torch.arange(len(positions)) == penalised.argmin()
-        return is_below if is_below.any() else is_lowest
+        unmasked: Tensor = is_below if is_below.any() else is_lowest
+        return unmasked
 
 
 _PUBLISHED, _GREEDY = WindowRule(), Sampling()
