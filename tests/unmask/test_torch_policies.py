@@ -3,11 +3,20 @@
 import random
 
 import pytest
+import torch
 
-from tests.draft.test_exact import SyntheticModel
+from tests.draft.test_exact import EOS, MASK, VOCAB, SyntheticModel
 from tests.draft.test_exact_cases import ALTERNATIVES, CHAIN
-from tests.unmask.torch_policies import RULES, Own, decode, drawn, plain
+from tests.ops.walks import random_params
+from tests.unmask.torch_policies import EOT, RULES, Own, decode, drawn, plain
+from vllm_dllm.ops.vocab_stats import RowIds
+from vllm_dllm.reference.rules import Look
 from vllm_dllm.unmask.registry import BUILT_IN
+from vllm_dllm.unmask.schedule import UnmaskRules
+from vllm_dllm.unmask.stats import torch_stats
+from vllm_dllm.unmask.torch_policy import Seen
+
+LENGTH = 8
 
 
 def test_each_policy_has_a_plain_statement() -> None:
@@ -33,3 +42,25 @@ def test_decodes_are_those_of_the_plain_statement(policy: str) -> None:
                 assert (its.tokens, its.steps) == plain(model, request, num_blocks=2)
                 accepted, steps = accepted + drafted.accepted, steps + drafted.steps
     assert accepted > steps / 50
+
+
+@pytest.mark.parametrize("top", [None, EOS, EOT, 7])
+def test_confidence_without_end_tokens(top: int | None) -> None:
+    """Also where one of them, or both, are all but certain, and nothing else is."""
+    logits = 2 * torch.randn(2 * LENGTH, VOCAB, generator=torch.Generator().manual_seed(0))
+    if top is not None:
+        logits[::2, top] += 30.0
+    logits[:, EOT] += 10.0 * (top == EOS)
+    ends = torch.tensor([[EOS, EOT]]).expand(2 * LENGTH, -1)
+    rows = torch_stats(logits.clone(), excluded_ids=[MASK], num_candidates=2, sampling=None, ids=RowIds(ends))
+    canvas, step = torch.full((2, LENGTH), MASK), torch.zeros(2, dtype=torch.int64)
+    rules = UnmaskRules(eos_id=EOS, eot_id=EOT)
+    params = random_params(2, LENGTH, torch.Generator().manual_seed(0))
+    is_masked = canvas == MASK
+    seen = Seen(canvas, is_masked, is_masked, rows, rows.distribution(torch.ones(2)), step, params, rules, MASK)
+    found = seen.confidence_without(eos_too=torch.tensor([True, False])).flatten()
+    for row, one in enumerate(logits.double()):
+        look = Look.of(one, MASK)
+        left = look.probs.index_fill(0, torch.tensor([EOT, EOS] if row < LENGTH else [EOT]), 0.0)
+        expected = (left / left.sum())[look.token]
+        assert float(found[row]) == pytest.approx(float(expected), rel=1e-4, abs=1e-12)

@@ -16,7 +16,7 @@ from vllm_dllm.reference.coherent_rule import Ccd
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
-from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, Hierarchy, LocalLeap
+from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, EosLast, Hierarchy, LocalLeap
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.draws import native_draws
 from vllm_dllm.state.report import Column
@@ -26,6 +26,8 @@ from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.registry import torch_policy
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 from vllm_dllm.unmask.walk import native_walk
+
+EOT = 5
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def decode(
     *,
     num_blocks: int = 1,
     is_native: bool = True,
-    rules: UnmaskRules = UnmaskRules(eos_id=EOS),  # noqa: B008 - a frozen value
+    rules: UnmaskRules = UnmaskRules(eos_id=EOS, eot_id=EOT),  # noqa: B008 - a frozen value
 ) -> list[Done]:
     """Decode some blocks of all requests together, from the second step of a block on with drafts."""
     length = model.block_length
@@ -127,6 +129,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "eoser": partial(Eoser, eos_id=EOS),
     "ass": Ass,
     "eoser_ass": partial(Ass, eos_id=EOS),
+    "confidence_eos_eot_inf": partial(EosLast, end_ids=(EOS, EOT)),
     "saber": Saber,
     "rcr": Rcr,
     "remdm": Remdm,
@@ -163,6 +166,7 @@ def drawn(policy: str, rng: random.Random) -> Own:
         "eoser": {"gamma_min": rng.choice([0.01, 0.4])},
         "ass": {},
         "eoser_ass": {"gamma_max": rng.choice([0.3, 1.0])},
+        "confidence_eos_eot_inf": {},
         "saber": {"least": rng.choice([1, 2, 3, 5])},
         "rcr": {},
         "ccd": {"ratio": rng.choice([0.5, 2.0, 4.0])},

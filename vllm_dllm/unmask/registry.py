@@ -25,6 +25,7 @@ BUILT_IN = {
     "eoser": "eos_rejection:EOSER",
     "ass": "eos_rejection:ASS",
     "eoser_ass": "eos_rejection:EOSER_ASS",
+    "confidence_eos_eot_inf": "eos_last:EOS_LAST",
     "saber": "saber:SABER",
     "rcr": "remasking:RCR",
     "remdm": "remasking:REMDM",
