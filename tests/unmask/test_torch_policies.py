@@ -44,6 +44,14 @@ def test_decodes_are_those_of_the_plain_statement(policy: str) -> None:
     assert accepted > steps / 50
 
 
+def test_a_void_step_leaves_no_trace() -> None:
+    model = SyntheticModel(LENGTH, 1, 3.0)
+    requests = [Own(policy, steps=4) for policy in BUILT_IN]
+    assert [each.tokens for each in decode(model, requests, void_first=True)] == [
+        each.tokens for each in decode(model, requests)
+    ]
+
+
 @pytest.mark.parametrize("top", [None, EOS, EOT, 7])
 def test_confidence_without_end_tokens(top: int | None) -> None:
     """Also where one of them, or both, are all but certain, and nothing else is."""

@@ -86,8 +86,12 @@ def decode(
     num_blocks: int = 1,
     is_native: bool = True,
     rules: UnmaskRules = UnmaskRules(eos_id=EOS, eot_id=EOT),  # noqa: B008 - a frozen value
+    void_first: bool = False,
 ) -> list[Done]:
-    """Decode some blocks of all requests together, from the second step of a block on with drafts."""
+    """Decode some blocks of all requests together, from the second step on with drafts.
+
+    With `void_first` each step is taken twice, void at first.
+    """
     length = model.block_length
     state = CanvasState(len(requests), length, MASK, CPU, rules, vocab_size=VOCAB)
     for slot, request in enumerate(requests):
@@ -103,8 +107,13 @@ def decode(
         blocks = Blocks(slots, slots.numpy(), start[slots])
         nodes = denoiser.nodes(blocks, budget if number else 0)
         hidden = model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1)
-        made = denoiser.advance(blocks, nodes, hidden)
         known = blocks.start
+        if void_first:
+            void = denoiser.void(blocks, denoiser.advance(blocks, nodes, hidden), torch.ones_like(known).bool())
+            denoiser.settle(blocks, nodes, void, Ledger(len(slots), known, torch.full_like(known, length)))
+            nodes = denoiser.nodes(blocks, 0)
+            hidden = model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1)
+        made = denoiser.advance(blocks, nodes, hidden)
         emission = denoiser.settle(blocks, nodes, made, Ledger(len(slots), known, torch.full_like(known, length)))
         for place, slot in enumerate(slots.tolist()):
             own = done[slot]
@@ -122,14 +131,34 @@ def decode(
     raise AssertionError("a block does not end")
 
 
+@dataclass(frozen=True)
+class PlainRule:
+    """How a policy's plain statement is made."""
+
+    make: Callable[..., Rule]
+    takes: tuple[str, ...]  # options that it shares with other policies
+
+    def of(self, request: Own, block_length: int, num_blocks: int, end_ids: tuple[int, ...]) -> Callable[[], Rule]:
+        """Return what makes a block's rule of a request."""
+        own: dict[str, Any] = {"threshold": request.threshold, "steps": min(request.steps, block_length)}
+        own = {name: own[name] for name in self.takes} | dict(request.values)
+        if request.policy in {"eoser", "eoser_ass"}:
+            own["eos_id"] = end_ids[0]
+        if request.policy == "eoser":
+            own["num_blocks"] = num_blocks
+        if request.policy == "confidence_eos_eot_inf":
+            own["end_ids"] = end_ids
+        return partial(self.make, **own)
+
+
 RULES: dict[str, Callable[..., Rule]] = {
     "local_leap": LocalLeap,
     "entropy_threshold": EntropyThreshold,
     "hierarchy": Hierarchy,
-    "eoser": partial(Eoser, eos_id=EOS),
+    "eoser": Eoser,
     "ass": Ass,
-    "eoser_ass": partial(Ass, eos_id=EOS),
-    "confidence_eos_eot_inf": partial(EosLast, end_ids=(EOS, EOT)),
+    "eoser_ass": Ass,
+    "confidence_eos_eot_inf": EosLast,
     "saber": Saber,
     "rcr": Rcr,
     "remdm": Remdm,
@@ -138,20 +167,19 @@ RULES: dict[str, Callable[..., Rule]] = {
 """Policies -> their plain statements."""
 
 
+def rule_of(policy: str) -> PlainRule:
+    return PlainRule(RULES[policy], torch_policy(policy).takes)
+
+
 def plain(model: Any, request: Own, num_blocks: int = 1) -> tuple[list[int], int]:
     """Decode a request by its plain statement; returns its tokens, and the steps it took."""
     length = model.block_length
-    own: dict[str, Any] = {"threshold": request.threshold, "steps": min(request.steps, length)}
-    takes = {name: own[name] for name in torch_policy(request.policy).takes}
-    values = dict(request.values)
-    if request.policy == "eoser":
-        values["num_blocks"] = num_blocks
     made = generate(
         model,
         torch.zeros(0, dtype=torch.int64),
         gen_length=num_blocks * length,
         block_length=length,
-        rule=lambda: RULES[request.policy](**takes, **values),
+        rule=rule_of(request.policy).of(request, length, num_blocks, (EOS, EOT)),
         kv=KvPolicy("dual"),
     )
     return made.tokens, made.nfe

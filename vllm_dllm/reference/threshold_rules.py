@@ -86,7 +86,7 @@ class EosLast:
     """
 
     steps: int
-    end_ids: tuple[int, int]
+    end_ids: tuple[int, ...]
     step_index: int = 0
 
     def step(self, canvas: Canvas, looks: Sequence[Look]) -> Canvas:
