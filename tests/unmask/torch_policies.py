@@ -17,6 +17,7 @@ from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
 from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, EosLast, Hierarchy, LocalLeap
+from vllm_dllm.reference.window_rules import AdaBlock, Deferred, Prophet
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.draws import native_draws
 from vllm_dllm.state.report import Column
@@ -146,6 +147,8 @@ class PlainRule:
             own["eos_id"] = end_ids[0]
         if request.policy == "eoser":
             own["num_blocks"] = num_blocks
+        if request.policy == "adablock":
+            own["gen_length"] = num_blocks * block_length
         if request.policy == "confidence_eos_eot_inf":
             own["end_ids"] = end_ids
         return partial(self.make, **own)
@@ -163,6 +166,9 @@ RULES: dict[str, Callable[..., Rule]] = {
     "rcr": Rcr,
     "remdm": Remdm,
     "ccd": Ccd,
+    "prophet": Prophet,
+    "adablock": AdaBlock,
+    "deferred": Deferred,
 }
 """Policies -> their plain statements."""
 
@@ -197,6 +203,14 @@ def drawn(policy: str, rng: random.Random) -> Own:
         "confidence_eos_eot_inf": {},
         "saber": {"least": rng.choice([1, 2, 3, 5])},
         "rcr": {},
+        "prophet": {"gap_early": rng.choice([1.0, 3.0, 7.5]), "gap_middle": rng.choice([0.5, 2.0, 5.0])},
+        "adablock": {
+            "delimiter": rng.choice([2, 4, 6, 8]),
+            "sure": rng.choice([0.01, 0.3]),
+            "length": rng.choice([1, 3, 5, 32]),
+            "ahead": rng.choice([0.25, 0.5]),
+        },
+        "deferred": {"width": rng.choice([1, 2, 5]), "most": rng.choice([1, 4, 9])},
         "ccd": {"ratio": rng.choice([0.5, 2.0, 4.0])},
         "remdm": {"loops": rng.choice([0, 1, 4]), "number": rng.choice([1, 2, 3])},
     }

@@ -30,6 +30,9 @@ BUILT_IN = {
     "rcr": "remasking:RCR",
     "remdm": "remasking:REMDM",
     "ccd": "coherent:CCD",
+    "prophet": "early_commit:PROPHET",
+    "adablock": "windows:ADABLOCK",
+    "deferred": "windows:DEFERRED",
 }
 """Policies in torch code that come with us -> where each is in `unmask.policies`."""
 
