@@ -1,12 +1,15 @@
 """Policies in torch code are what their plain statements say: alone, beside all others, with drafts and without."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.draft.test_exact import EOS, MASK, VOCAB, SyntheticModel
 from tests.draft.test_exact_cases import ALTERNATIVES, CHAIN
+from tests.draft.test_look_ahead import ChainModel
+from tests.draft.test_look_ahead import decode as look_ahead_decode
 from tests.ops.walks import random_params
 from tests.unmask.torch_policies import EOT, RULES, Own, decode, drawn, plain
 from vllm_dllm.ops.vocab_stats import RowIds
@@ -27,9 +30,9 @@ def test_each_policy_has_a_plain_statement() -> None:
 def test_decodes_are_those_of_the_plain_statement(policy: str) -> None:
     """Some batches of random models, beside native policies; drafts are accepted and change nothing."""
     rng, accepted, steps = random.Random(policy), 0, 0
-    for seed in range(12):
+    for seed in range(6):
         model = SyntheticModel([8, 16, 16][seed // 2 % 3], seed, [0.5, 3.0, 8.0][seed % 3])
-        requests = [*(drawn(policy, rng) for _ in range(4)), Own("threshold"), Own("credit", threshold=0.4)]
+        requests = [*(drawn(policy, rng) for _ in range(5)), Own("threshold"), Own("credit", threshold=0.4)]
         alone = decode(model, requests[:1], num_blocks=2)
         without = decode(model, requests, num_blocks=2)
         graph, budget = [(CHAIN, 7), (ALTERNATIVES, 5)][seed % 2]
@@ -72,3 +75,20 @@ def test_confidence_without_end_tokens(top: int | None) -> None:
         left = look.probs.index_fill(0, torch.tensor([EOT, EOS] if row < LENGTH else [EOT]), 0.0)
         expected = (left / left.sum())[look.token]
         assert float(found[row]) == pytest.approx(float(expected), rel=1e-4, abs=1e-12)
+
+
+def test_look_aheads_and_a_prompts_end_change_no_token() -> None:
+    """In blocks that begin with the prompt's end, and whose next one is decided ahead."""
+    num_over = 0
+    for block_length, seed in ((4, 1), (8, 2)):
+        model, rng = ChainModel(block_length, seed, 12.0), random.Random(seed)
+        requests = [replace(drawn(policy, rng), tail=(2, 4, 6)[: i % 4]) for i, policy in enumerate(BUILT_IN)]
+        plain = look_ahead_decode(model, requests, CHAIN, 0, 3, is_native=True)
+        ahead = look_ahead_decode(model, requests, CHAIN, 7, 3, is_native=seed == 1)
+        for request, row, other in zip(requests, plain, ahead, strict=True):
+            assert other.tokens == row.tokens
+            assert tuple(row.tokens[: len(request.tail)]) == request.tail
+            assert row.took[0] == other.took[:2].sum()
+            assert (len(row.tokens), MASK in row.tokens) == (3 * block_length, False)
+            num_over += other.num_over
+    assert num_over > 10

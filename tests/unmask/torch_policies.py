@@ -40,8 +40,9 @@ class Own:
     threshold: float = 0.9
     steps: int = 8
     seed: int = 0
+    tail: tuple[int, ...] = ()  # of the prompt, known from the start
 
-    def params(self, block_length: int, num_blocks: int, rules: UnmaskRules) -> RequestParams:
+    def params(self, rules: UnmaskRules, block_length: int, seq_len: int) -> RequestParams:
         is_native = self.policy in POLICY_IDS
         values = {f"{self.policy}_{name}": value for name, value in self.values}
         return RequestParams(
@@ -58,8 +59,8 @@ class Own:
             alg_temp=0.0,
             counts=count_table(rules, block_length, min(self.steps, block_length)),
             times=reveal_times(block_length, min(self.steps, block_length)),
-            prompt_len=0,
-            seq_len=num_blocks * block_length,
+            prompt_len=len(self.tail),
+            seq_len=seq_len,
             temperature=0.0,
             top_k=0,
             top_p=1.0,
@@ -96,7 +97,7 @@ def decode(
     length = model.block_length
     state = CanvasState(len(requests), length, MASK, CPU, rules, vocab_size=VOCAB)
     for slot, request in enumerate(requests):
-        state.add_request(slot, request.params(length, num_blocks, rules))
+        state.add_request(slot, request.params(rules, length, num_blocks * length))
     state.apply_staged_writes()
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
     drafter = drafter_of(drafts, is_native=is_native)
