@@ -1,11 +1,15 @@
 """Policies in torch code are what their plain statements say: alone, beside all others, with drafts and without."""
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.constraint.brute import random_regex
+from tests.constraint.test_denoise import Asked
+from tests.constraint.test_denoise import denoise as constrained
 from tests.draft.test_exact import EOS, MASK, VOCAB, SyntheticModel
 from tests.draft.test_exact_cases import ALTERNATIVES, CHAIN
 from tests.draft.test_look_ahead import ChainModel
@@ -14,7 +18,8 @@ from tests.ops.walks import random_params
 from tests.unmask.torch_policies import EOT, RULES, Own, decode, drawn, plain
 from vllm_dllm.ops.vocab_stats import RowIds
 from vllm_dllm.reference.rules import Look
-from vllm_dllm.unmask.registry import BUILT_IN
+from vllm_dllm.state.edits import LogitEdits
+from vllm_dllm.unmask.registry import BUILT_IN, changes_tokens
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.stats import torch_stats
 from vllm_dllm.unmask.torch_policy import Seen
@@ -45,6 +50,45 @@ def test_decodes_are_those_of_the_plain_statement(policy: str) -> None:
                 assert (its.tokens, its.steps) == plain(model, request, num_blocks=2)
                 accepted, steps = accepted + drafted.accepted, steps + drafted.steps
     assert accepted > steps / 50
+
+
+GROWING = [policy for policy in BUILT_IN if not changes_tokens(policy)]
+
+
+@pytest.mark.parametrize("is_native", [False, True], ids=["torch", "ops"])
+def test_under_a_constraint_answers_match_and_drafts_change_no_token(is_native: bool) -> None:
+    rng, asked = random.Random(3), []
+    for policy in GROWING:
+        own = Own(policy, drawn(policy, rng).values, threshold=0.5, steps=4)
+        tries = (Asked(own, random_regex(rng, 4), 2 * LENGTH) for _ in range(99))
+        asked.append(next(each for each in tries if each.automaton().distance[0] <= each.length))
+    asked += [Asked(own.request, None, 2 * LENGTH) for own in asked[:3]]
+    common = {"num_blocks": 2, "is_native": is_native, "rules": UnmaskRules(eos_id=EOS, eot_id=EOT)}
+    model = SyntheticModel(LENGTH, 4, 3.0)
+    plain, _ = constrained(model, asked, None, 0, **common)
+    assert constrained(model, asked, CHAIN, 7, **common)[0] == plain
+    assert all(re.fullmatch(own.regex, own.text(tokens)) for own, tokens in zip(asked, plain, strict=True) if own.regex)
+    free = decode(model, [own.request for own in asked[-3:]], num_blocks=2, rules=common["rules"])
+    assert plain[-3:] == [each.tokens for each in free]
+
+
+def test_barred_words_are_written_by_none() -> None:
+    """Of two tokens that the model likes beside each other; drafts change nothing."""
+    model = SyntheticModel(LENGTH, 5, 1.0)
+    model.own[:, 4] += 4.0
+    model.own[:, 8] += 3.0
+    words = ((4, 4), (8, 8, 8))
+    requests = [Own(policy, threshold=0.3, steps=2) for policy in GROWING]
+    free = [each.tokens for each in decode(model, requests)]
+    assert any(_has(tokens, word) for tokens in free for word in words)
+    barred = [replace(own, edits=LogitEdits(bad_words=words)) for own in requests]
+    found = [each.tokens for each in decode(model, [*barred, Own("threshold")])]
+    assert not any(_has(tokens, word) for tokens in found[:-1] for word in words)
+    assert [each.tokens for each in decode(model, [*barred, Own("threshold")], CHAIN, 7)] == found
+
+
+def _has(tokens: list[int], word: tuple[int, ...]) -> bool:
+    return any(tuple(tokens[i : i + len(word)]) == word for i in range(len(tokens)))
 
 
 def test_a_void_step_leaves_no_trace() -> None:

@@ -20,6 +20,7 @@ from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, Eo
 from vllm_dllm.reference.window_rules import AdaBlock, Deferred, Prophet
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.draws import native_draws
+from vllm_dllm.state.edits import NO_EDITS, LogitEdits
 from vllm_dllm.state.report import Column
 from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
@@ -41,6 +42,7 @@ class Own:
     steps: int = 8
     seed: int = 0
     tail: tuple[int, ...] = ()  # of the prompt, known from the start
+    edits: LogitEdits = NO_EDITS
 
     def params(self, rules: UnmaskRules, block_length: int, seq_len: int) -> RequestParams:
         is_native = self.policy in POLICY_IDS
@@ -65,6 +67,7 @@ class Own:
             top_k=0,
             top_p=1.0,
             seed=self.seed,
+            edits=self.edits,
         )
 
 
