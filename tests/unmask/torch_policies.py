@@ -108,6 +108,8 @@ def decode(
     done = [Done([]) for _ in requests]
     slots, start = torch.arange(len(requests)), torch.zeros(len(requests), dtype=torch.int64)
     denoiser.begin_blocks(slots, torch.ones(len(requests), dtype=torch.bool))
+    for slot, request in enumerate(requests):
+        state.canvas[slot, : len(request.tail)] = torch.tensor(request.tail, dtype=torch.int64)
     for number in range(100 * num_blocks * length):
         blocks = Blocks(slots, slots.numpy(), start[slots])
         nodes = denoiser.nodes(blocks, budget if number else 0)
