@@ -185,9 +185,9 @@ class CanvasState:
         own = self.apart.params(name, blocks.slots, self.seq_len[blocks.slots])
         return replace(self.policy_params(blocks), own=own)
 
-    def asks_known(self, blocks: Blocks) -> Tensor | None:
-        """Tell whose policies ask for the logits of known tokens; [num_reqs] bool; None: nobody's."""
-        asks = self.apart.asks_known(blocks.slots_np)
+    def asks(self, blocks: Blocks) -> Tensor | None:
+        """Tell whose policies ask for logits of known tokens, and of end tokens; [2, num_reqs] bool; None: nobody's."""
+        asks = self.apart.asks(blocks.slots_np)
         return torch.from_numpy(asks).to(self.device, non_blocking=True) if asks.any() else None
 
     def has_memory(self, slots_np: np.ndarray) -> bool:
