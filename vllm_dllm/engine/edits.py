@@ -1,5 +1,6 @@
 """The sampling parameters that change logits: checked at admission, and as the worker takes them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +19,17 @@ _NEUTRAL: dict[str, object] = {
     "logit_bias": {},
     "allowed_token_ids": None,
     "bad_words": [],
+    "logprobs": False,
+    "top_logprobs": 0,
 }
-"""The parameters, and what asks for nothing."""
+"""The parameters, and those that ask for what became of logits, with what asks for nothing."""
 
 _UNKNOWN_TO = {
     "/v1/responses": ("allowed_token_ids", "bad_words", "min_tokens"),
     "/v1/messages": tuple(_NEUTRAL),
-    "/cohere/v2/chat": tuple(name for name in _NEUTRAL if name not in ("presence_penalty", "frequency_penalty")),
+    "/cohere/v2/chat": tuple(
+        name for name in _NEUTRAL if name not in ("presence_penalty", "frequency_penalty", "logprobs")
+    ),
 }
 """End of an API's path -> the parameters that vLLM's class of its requests drops."""
 
@@ -90,11 +95,12 @@ def check_edits(params: SamplingParams, mask_token_id: int) -> None:
         )
 
 
-def edits_of(params: SamplingParams) -> LogitEdits:
-    """Return what a request asks of its logits."""
+def edits_of(params: SamplingParams, never: int | None = None) -> LogitEdits:
+    """Return what a request asks of its logits; `never` is a token that it does not want at all."""
+    barred = () if never is None else ((never, -math.inf),)
     return LogitEdits(
         allowed_ids=tuple(params.allowed_token_ids or ()),
-        bias=tuple((params.logit_bias or {}).items()),
+        bias=(*(params.logit_bias or {}).items(), *barred),
         end_ids=tuple(sorted(params.all_stop_token_ids)) if params.min_tokens else (),
         min_tokens=params.min_tokens,
         repetition=params.repetition_penalty,
