@@ -70,6 +70,7 @@ class DllmModelState(ModelState):
             rules_of(vllm_config),
             self._left_rows(),
             self.model_config.get_vocab_size(),
+            self.settings.files,
         )
         drafter = make_drafter(vllm_config)
         self.denoiser = Denoiser(
