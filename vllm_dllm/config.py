@@ -23,6 +23,7 @@ from vllm_dllm.policy_options import (
     known_policy,
     options_of,
 )
+from vllm_dllm.unmask.registry import file_option, needs_file
 
 REQUEST_PREFIX = "dllm_"
 
@@ -64,6 +65,7 @@ class DllmConfig(KvSettings, WithParameters):
     """
 
     model_config = STRICT
+    takes_files = True
 
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
@@ -202,6 +204,13 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
     Raises: InvalidOptionError.
     """
     policy = options.policy or settings.policy
+    if needs_file(policy) and file_option(policy) not in settings.files:
+        raise InvalidOptionError(
+            f"{REQUEST_PREFIX}policy is {policy!r}, but the server has no {file_option(policy)}, the net that it looks "
+            "at; allowed are others; choose one, or give the server that setting",
+            REQUEST_PREFIX + "policy",
+            policy,
+        )
     given = options.model_dump(exclude={"policy", *OWN_OPTIONS} - {"steps"}, exclude_none=True)
     for name, value in given.items():
         if name not in options_of(policy):

@@ -143,3 +143,8 @@ class StepRows:
         """Forget a preempted or freed request."""
         self.kv.forget(request.request_id)
         self._row_ends.pop(request.request_id, None)
+
+
+def leave_out(request: Request, current_step: int) -> None:
+    """Let vLLM's next `schedule` pass a running request over; it counts the step before it compares."""
+    request.next_decode_eligible_step = current_step + 2

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from vllm.v1.request import Request
 
-from vllm_dllm.engine.scheduler import DllmScheduler, leave_out
+from vllm_dllm.engine.rows import leave_out
+from vllm_dllm.engine.scheduler import DllmScheduler
 from vllm_dllm.engine.telemetry import RequestTotals
 from vllm_dllm.state.windows import WindowSchedule
 

@@ -4,6 +4,7 @@ A slot belongs to a request from `add_request` until the runner gives it to anot
 host and copied by `apply_staged_writes`, two copies for all of them; the canvases live on the device alone.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -83,6 +84,7 @@ class CanvasState:
         left: [max_num_reqs, hidden_size] of a model with a logit shift, else None: the hidden row left of each block
             (its left context), which predicts the block's first token.
         vocab_size: of the model; a user's policy may not write other tokens.
+        files: of nets that policies look at, by setting.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class CanvasState:
         rules: UnmaskRules = UnmaskRules(),  # noqa: B008 - a frozen value
         left: Tensor | None = None,
         vocab_size: int = 2**62,
+        files: Mapping[str, str] = {},
     ) -> None:
         self.rules = rules
         self.block_length = block_length
@@ -113,7 +116,7 @@ class CanvasState:
         self._is_staged = False
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
         self.records = LogprobRecords(max_num_reqs, block_length, device)
-        self.apart = ApartState(max_num_reqs, block_length, device, vocab_size)
+        self.apart = ApartState(max_num_reqs, block_length, device, vocab_size, files)
         self._offsets = torch.arange(block_length, device=device)
         self.answers: dict[int, Answer] = {}  # of requests under a constraint, by slot
 
