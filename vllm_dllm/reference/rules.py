@@ -40,7 +40,7 @@ class Look:
 
 
 class Rule(Protocol):
-    """A policy in a block."""
+    """A policy in a block. One with `goes_on` says by it whether a block without masks goes on."""
 
     def step(self, canvas: Canvas, looks: Sequence[Look]) -> Canvas:
         """Return the next canvas."""
@@ -74,7 +74,7 @@ def generate(
     for begin in range(len(prompt), len(tokens), block_length):
         its, step = rule(), 0
         canvas: Canvas = [None] * block_length
-        while None in canvas:
+        while None in canvas or getattr(its, "goes_on", False):
             first, last = kv.span(step, begin, begin + block_length, len(tokens))
             is_refresh = last - first == len(tokens)
             logits, stored = model.forward(tokens[first:last], first, None if is_refresh else kept)
