@@ -21,6 +21,7 @@ from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, Eo
 from vllm_dllm.reference.window_rules import AdaBlock, Deferred, Prophet
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.draws import native_draws
+from vllm_dllm.state.edits import NO_EDITS, LogitEdits
 from vllm_dllm.state.report import Column
 from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
@@ -41,8 +42,10 @@ class Own:
     threshold: float = 0.9
     steps: int = 8
     seed: int = 0
+    tail: tuple[int, ...] = ()  # of the prompt, known from the start
+    edits: LogitEdits = NO_EDITS
 
-    def params(self, block_length: int, num_blocks: int, rules: UnmaskRules) -> RequestParams:
+    def params(self, rules: UnmaskRules, block_length: int, seq_len: int) -> RequestParams:
         is_native = self.policy in POLICY_IDS
         values = {f"{self.policy}_{name}": value for name, value in self.values}
         return RequestParams(
@@ -59,12 +62,13 @@ class Own:
             alg_temp=0.0,
             counts=count_table(rules, block_length, min(self.steps, block_length)),
             times=reveal_times(block_length, min(self.steps, block_length)),
-            prompt_len=0,
-            seq_len=num_blocks * block_length,
+            prompt_len=len(self.tail),
+            seq_len=seq_len,
             temperature=0.0,
             top_k=0,
             top_p=1.0,
             seed=self.seed,
+            edits=self.edits,
         )
 
 
@@ -97,7 +101,7 @@ def decode(
     length = model.block_length
     state = CanvasState(len(requests), length, MASK, CPU, rules, vocab_size=VOCAB)
     for slot, request in enumerate(requests):
-        state.add_request(slot, request.params(length, num_blocks, rules))
+        state.add_request(slot, request.params(rules, length, num_blocks * length))
     state.apply_staged_writes()
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
     drafter = drafter_of(drafts, is_native=is_native)
@@ -105,6 +109,8 @@ def decode(
     done = [Done([]) for _ in requests]
     slots, start = torch.arange(len(requests)), torch.zeros(len(requests), dtype=torch.int64)
     denoiser.begin_blocks(slots, torch.ones(len(requests), dtype=torch.bool))
+    for slot, request in enumerate(requests):
+        state.canvas[slot, : len(request.tail)] = torch.tensor(request.tail, dtype=torch.int64)
     for number in range(100 * num_blocks * length):
         blocks = Blocks(slots, slots.numpy(), start[slots])
         nodes = denoiser.nodes(blocks, budget if number else 0)

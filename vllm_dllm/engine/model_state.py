@@ -82,7 +82,9 @@ class DllmModelState(ModelState):
             LogprobHead(model.head_logits, self.model_config.get_vocab_size(), self.never_chosen),
         )
         self._fill_rows = choose_rows(device)
-        self.kv_schedule = make_schedule(self.settings, stores_alone=self._family.stores_alone)
+        self.kv_schedule = make_schedule(
+            self.settings, stores_alone=self._family.stores_alone, logit_shift=self._family.logit_shift
+        )
         # Decides where the scheduler does not: ahead of reports, and while vLLM warms up, without an order.
         self.order: StepOrder | None = None
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
@@ -148,7 +150,7 @@ class DllmModelState(ModelState):
         block_start = int(self.kv_schedule.block_start(np.array([len(known)]))[0])
         answer = answer_of(new_req_data.sampling_params, params, known, block_start, self.block_length)
         self.state.add_request(req_index, params, answer)
-        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens)
+        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens, params.prompt_len)
 
     def apply_staged_writes(self) -> None:
         """Copy new requests' parameters to the device."""

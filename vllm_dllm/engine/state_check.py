@@ -114,7 +114,7 @@ class StateCheck:
                 )
             return
         end = self._rows.row_end(request)
-        allowed = (end,) if account.begins else (0, end, end - start)
+        allowed = self._rows.kv.may_store(start, end, begins_block=account.begins)
         if report.wrote not in allowed:
             raise StateError(
                 f"request {name}: a step stored K/V of {report.wrote} positions, but the scheduler has a row of {end} "

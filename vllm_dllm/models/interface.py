@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_dllm.config import DllmConfig, InvalidOptionError
-from vllm_dllm.names import KvPolicyName
+from vllm_dllm.names import BIDIRECTIONAL, KvPolicyName
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class ModelFamily:
     @property
     def kv_policies(self) -> tuple[KvPolicyName, ...]:
         """The KV policies that its attention allows."""
-        return ("dual", "prefix") if self.attention == "bidirectional" else (self.attention,)
+        return BIDIRECTIONAL if self.attention == "bidirectional" else (self.attention,)
 
     def settings(self, block_size: int | None) -> dict[str, Any]:
         """Return the published values of `DllmConfig`'s fields for a checkpoint that says `block_size`."""

@@ -107,6 +107,8 @@ class ApartState:
 
     def asks(self, slots_np: np.ndarray) -> np.ndarray:
         """Tell whose policies look at logits of known tokens, and whose at those of end tokens; [2, num_reqs] bool."""
+        if not self._names:
+            return np.zeros((2, len(slots_np)), dtype=bool)
         asking = [torch_policy(self._names[slot]) if slot in self._names else None for slot in slots_np.tolist()]
         return np.array([[its is not None and getattr(its, what) for its in asking] for what in _ASKS], dtype=bool)
 

@@ -296,7 +296,7 @@ class CanvasState:
         Args:
             slots: [num_nodes] int64.
             hidden: [num_nodes * block_length, hidden_size], the rows left of the positions of the blocks; written to.
-            fresh: [num_fresh] int64, nodes whose own first row is that of this step's refresh; None: none.
+            fresh: [num_fresh] int64, nodes whose own first row is of this step; None: none.
 
         Returns: `hidden`.
         """
@@ -304,7 +304,10 @@ class CanvasState:
         first = hidden.view(len(slots), self.block_length, -1)[:, 0]
         if fresh is not None:
             self.left[slots[fresh]] = first[fresh]
-        first.copy_(self.left[slots])
+        kept = self.left[slots]
+        if fresh is not None:  # drafts may have one each, so that what is kept is another's
+            kept[fresh] = first[fresh]
+        first.copy_(kept)
         return hidden
 
     def reset(self, slots: Tensor, where: Tensor) -> None:

@@ -74,9 +74,8 @@ class UnmaskRules:
 
 
 def unmask_rules(family: "ModelFamily", settings: "DllmConfig") -> UnmaskRules:
-    """Return what a family fixes of unmasking; without a cache a block's first step is as the others."""
-    has_cache = settings.refresh_every != 1
-    first_alone = family.unmasks_first_alone and has_cache
+    """Return what a family fixes of unmasking; without Fast-dLLM's caches a block's first step is as the others."""
+    first_alone = family.unmasks_first_alone and settings.unmasks_first_alone
     return UnmaskRules(family.schedule, first_alone, family.sub_block_length, family.confidence)
 
 
