@@ -18,6 +18,7 @@ from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.policy_options import own_values
 from vllm_dllm.reference.coherent_rule import Ccd
 from vllm_dllm.reference.decode import KvPolicy
+from vllm_dllm.reference.editing_rule import Editing
 from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
 from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, EosLast, Hierarchy, LocalLeap
@@ -171,7 +172,10 @@ class PlainRule:
     def of(self, request: Own, block_length: int, num_blocks: int, end_ids: tuple[int, ...]) -> Callable[[], Rule]:
         """Return what makes a block's rule of a request."""
         own: dict[str, Any] = {"threshold": request.threshold, "steps": min(request.steps, block_length)}
-        own = {name: own[name] for name in self.takes} | dict(request.values)
+        its = dict(request.values)
+        if request.policy == "editing":  # whose parameter has the name of the option
+            its["editing_threshold"] = its.pop("threshold", 0.9)
+        own = {name: own[name] for name in self.takes} | its
         if request.policy in {"eoser", "eoser_ass"}:
             own["eos_id"] = end_ids[0]
         if request.policy == "eoser":
@@ -203,6 +207,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "prophet": Prophet,
     "adablock": AdaBlock,
     "deferred": Deferred,
+    "editing": Editing,
 }
 """Policies -> their plain statements."""
 
@@ -246,6 +251,11 @@ def drawn(policy: str, rng: random.Random) -> Own:
             "ahead": rng.choice([0.25, 0.5]),
         },
         "deferred": {"width": rng.choice([1, 2, 5]), "most": rng.choice([1, 4, 9])},
+        "editing": {
+            "threshold": rng.choice([0.0, 0.3, 0.6, 0.9]),
+            "post_steps": rng.choice([0, 1, 2, 16]),
+            "least": rng.choice([1, 1, 2]),
+        },
         "ccd": {"ratio": rng.choice([0.5, 2.0, 4.0])},
         "remdm": {"loops": rng.choice([0, 1, 4]), "number": rng.choice([1, 2, 3])},
     }

@@ -34,6 +34,7 @@ BUILT_IN = {
     "prophet": "early_commit:PROPHET",
     "adablock": "windows:ADABLOCK",
     "deferred": "windows:DEFERRED",
+    "editing": "editing:EDITING",
 }
 """Policies in torch code that come with us -> where each is in `unmask.policies`."""
 
