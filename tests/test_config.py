@@ -7,16 +7,16 @@ import pytest
 
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
-    POLICY_ALIASES,
     DllmConfig,
     InvalidOptionError,
-    PolicyName,
     RequestOptions,
     check_policy_options,
     parse_request_options,
     parse_server_settings,
     request_steps,
 )
+from vllm_dllm.names import PolicyName
+from vllm_dllm.policy_options import POLICY_ALIASES
 
 
 def test_defaults() -> None:

@@ -40,6 +40,7 @@ from vllm_dllm.state.kv import IntArray, KvStep
 from vllm_dllm.state.settle import Emission, Ledger, choose_settle
 from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
 from vllm_dllm.state.windows import make_schedule
+from vllm_dllm.unmask.logprobs import LogprobHead
 from vllm_dllm.unmask.walk import choose_walk
 
 if TYPE_CHECKING:
@@ -62,7 +63,13 @@ class DllmModelState(ModelState):
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
         self.state = CanvasState(
-            self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config), self._left_rows()
+            self.max_num_reqs,
+            self.block_length,
+            mask_token_id,
+            device,
+            rules_of(vllm_config),
+            self._left_rows(),
+            self.model_config.get_vocab_size(),
         )
         drafter = make_drafter(vllm_config)
         self.denoiser = Denoiser(
@@ -72,6 +79,7 @@ class DllmModelState(ModelState):
             choose_walk(device),
             choose_settle(device),
             choose_draws(device),
+            LogprobHead(model.head_logits, self.model_config.get_vocab_size(), self.never_chosen),
         )
         self._fill_rows = choose_rows(device)
         self.kv_schedule = make_schedule(

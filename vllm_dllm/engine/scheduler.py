@@ -20,6 +20,7 @@ from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.engine import stats_way
 from vllm_dllm.engine.canvas_stream import show_canvases, watched
 from vllm_dllm.engine.configs import make_drafter, served_family, settings_of, spiffy_of
+from vllm_dllm.engine.failed import end_failed
 from vllm_dllm.engine.kv_memory import fit_max_model_len
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
@@ -54,13 +55,8 @@ class DllmScheduler(Scheduler):
         self.block_length = self.settings.block_length
         self.is_causal = self.settings.is_block_causal
         family = served_family(self.vllm_config.model_config)
-        self.rows = StepRows(
-            self.settings,
-            self.max_model_len,
-            self.max_num_scheduled_tokens,
-            stores_alone=family.stores_alone,
-            logit_shift=family.logit_shift,
-        )
+        rows = {"stores_alone": family.stores_alone, "logit_shift": family.logit_shift}
+        self.rows = StepRows(self.settings, self.max_model_len, self.max_num_scheduled_tokens, **rows)
         self._placeholders = [-1] * self.num_spec_tokens
         self._num_held = 0  # requests, since the last report
         compilation = self.vllm_config.compilation_config
@@ -100,6 +96,7 @@ class DllmScheduler(Scheduler):
         if reports:
             self._take_reports(scheduler_output, reports, updated_at_s)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        end_failed(self, outputs, reports)
         if scheduler_output.aux_output_connector_metadata.shows_canvas:
             show_canvases(outputs, reports, self.requests, self._totals, self.rows.kv)
         for of_client in outputs.values():
