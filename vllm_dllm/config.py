@@ -44,11 +44,12 @@ class DllmConfig(KvSettings, WithParameters):
         block_length: positions denoised together (tokens).
         kv_policy: `dual` freezes the K/V of everything but the block, `prefix` of what precedes it
             (Fast-dLLM, arXiv:2505.22618), `freecache` the same, for good (FlashDLM, arXiv:2505.21467), `vicinity` of
-            everything but the block and its neighbours (dInfer, arXiv:2510.08666); `block_causal`, for models that see
+            everything but the block and its neighbours (dInfer, arXiv:2510.08666), `dkv` of tokens from the step on
+            that follows the one which unmasked them (dKV-Cache, arXiv:2505.15781); `block_causal`, for models that see
             nothing behind a block, never computes K/V again, nor does `causal`, for models whose final positions see
             those before them alone.
-        refresh_every: with `dual`, recompute all K/V before every n-th step of a block; None only before the first,
-            1 before each, which equals decoding without a cache.
+        refresh_every: with `dual` and `dkv`, recompute all K/V before every n-th step of a block; None is 8 with
+            `dkv`, and only before the first with `dual`, where 1 equals decoding without a cache.
         prefix_look, after_look: of `vicinity`, positions before and behind the block that are computed anew with it.
         warmup_steps: of `vicinity`, steps of a request's first block that compute all, before the one that keeps it.
         policy: unmasking policy of requests that name none.

@@ -35,6 +35,7 @@ from vllm_dllm.engine.step import Step, rows_to_device
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.engine.structured import answer_of
 from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.delayed import DelayedRows
 from vllm_dllm.state.draws import choose_draws
 from vllm_dllm.state.kv import IntArray, KvStep
 from vllm_dllm.state.settle import Emission, Ledger, choose_settle
@@ -75,10 +76,8 @@ class DllmModelState(ModelState):
             choose_draws(device),
             LogprobHead(model.head_logits, self.model_config.get_vocab_size(), self.never_chosen),
         )
-        self._fill_rows = choose_rows(device)
-        self.kv_schedule = make_schedule(
-            self.settings, stores_alone=self._family.stores_alone, logit_shift=self._family.logit_shift
-        )
+        self._fill_rows = DelayedRows.around(choose_rows(device), self.state, self.settings.kv_policy)
+        self.kv_schedule = make_schedule(self.settings, **self._family.kv_facts)
         # Decides where the scheduler does not: ahead of reports, and while vLLM warms up, without an order.
         self.order: StepOrder | None = None
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes

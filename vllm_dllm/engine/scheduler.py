@@ -55,13 +55,7 @@ class DllmScheduler(Scheduler):
         self.block_length = self.settings.block_length
         self.is_causal = self.settings.is_block_causal
         family = served_family(self.vllm_config.model_config)
-        self.rows = StepRows(
-            self.settings,
-            self.max_model_len,
-            self.max_num_scheduled_tokens,
-            stores_alone=family.stores_alone,
-            logit_shift=family.logit_shift,
-        )
+        self.rows = StepRows(self.settings, self.max_model_len, self.max_num_scheduled_tokens, **family.kv_facts)
         self._placeholders = [-1] * self.num_spec_tokens
         self._num_held = 0  # requests, since the last report
         compilation = self.vllm_config.compilation_config

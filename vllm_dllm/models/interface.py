@@ -74,6 +74,11 @@ class ModelFamily:
         return self.is_block_causal and self.unmasks_first_alone
 
     @property
+    def kv_facts(self) -> dict[str, bool]:
+        """What decides which K/V its steps store, besides settings: keywords of `state.windows.make_schedule`."""
+        return {"stores_alone": self.stores_alone, "logit_shift": self.logit_shift}
+
+    @property
     def kv_policies(self) -> tuple[KvPolicyName, ...]:
         """The KV policies that its attention allows."""
         return BIDIRECTIONAL if self.attention == "bidirectional" else (self.attention,)

@@ -128,6 +128,7 @@ class WindowSchedule(KvSchedule):
             span_begin=start,
             span_end=start + length,
             is_wide=nobody,
+            is_delayed=nobody,
         )
 
 
@@ -137,7 +138,7 @@ def make_schedule(settings: "DllmConfig", *, stores_alone: bool, logit_shift: bo
         return WindowSchedule(settings.block_length)
     return KvSchedule(
         settings.kv_policy,
-        settings.refresh_every,
+        settings.interval,
         settings.block_length,
         stores_alone=stores_alone,
         vicinity=settings.vicinity,
