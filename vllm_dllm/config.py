@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
-from vllm_dllm.names import AttentionName, KvPolicyName, PolicyName, ServedMode
+from vllm_dllm.kv_settings import STRICT, Count, KvSettings
+from vllm_dllm.names import AttentionName, PolicyName, ServedMode
 
 POLICY_ALIASES: dict[str, PolicyName] = {
     "low_confidence": "static",  # LLaDA's name
@@ -27,8 +28,6 @@ POLICY_ALIASES: dict[str, PolicyName] = {
 """The families' own names of policies; taken wherever the name of one is, and replaced by ours."""
 
 REQUEST_PREFIX = "dllm_"
-# Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
-STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 # Each type's description says what is allowed, in error messages.
 _Policy = Annotated[
@@ -42,23 +41,25 @@ _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null
 _Gain = Annotated[float, Field(gt=0.0, le=100.0, description="numbers above 0 and up to 100")]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, description="numbers from 0 to 1")]
 _Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'vllm', 'flashinfer', 'xformers' and 'torch'")]
-_Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
+_Penalty = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
 
 
-class DllmConfig(BaseModel):
+class DllmConfig(KvSettings):
     """Settings of a server.
 
     Attributes:
         block_length: positions denoised together (tokens).
         kv_policy: `dual` freezes the K/V of everything but the block, `prefix` of what precedes it
             (Fast-dLLM, arXiv:2505.22618); `block_causal`, for models that see nothing behind a block, never computes
-            K/V again, nor does `causal`, for models whose final positions see those before them alone.
+            K/V again, nor do `causal`, for models whose final positions see those before them alone, and `window`,
+            for those of them that decide a window of `block_length` positions, which slides (`state.sliding`).
         refresh_every: with `dual`, recompute all K/V before every n-th step of a block; None only before the first,
             1 before each, which equals decoding without a cache.
         policy: unmasking policy of requests that name none.
         threshold: `threshold` and `credit` unmask all positions whose confidence reaches it, `dynamic` those above it.
         factor: `factor`'s f, see `unmask.policy`.
-        entropy_bound: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is below it.
+        entropy_bound: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is below it; a window
+            those whose entropy is, with `position_penalty` for each position behind its first masked one.
         credit_alpha: of `credit`, as credit_beta and credit_gamma; see `unmask.credit`.
         alg_temp: above 0, `static`, `margin` and `entropy` draw positions by their scores divided by it (Dream).
         steps_per_block: denoising steps that a block is spread over, by the policies that have a schedule (LLaDA's
@@ -70,30 +71,18 @@ class DllmConfig(BaseModel):
 
     model_config = STRICT
 
-    block_length: Annotated[int, Field(ge=1, le=1024, description="whole numbers from 1 to 1024")] = 32
-    kv_policy: Annotated[KvPolicyName, Field(description="'dual', 'prefix', 'block_causal' and 'causal'")] = "dual"
-    refresh_every: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
     factor: _Positive = 1.0
     entropy_bound: _Positive = 0.35
+    position_penalty: _Penalty | None = None
     credit_alpha: _Gain = 0.7
     credit_beta: _Decay = 0.8
     credit_gamma: _Gain = 0.2
     alg_temp: _AlgTemp | None = None
-    steps_per_block: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
+    steps_per_block: Annotated[Count | None, Field(description="null and whole numbers from 1 on")] = None
     attention: _Attention = "auto"
     mode: Annotated[ServedMode, Field(description="'diffusion' and 'self_speculation'")] = "diffusion"
-
-    @property
-    def is_block_causal(self) -> bool:
-        """Whether stored K/V never change; a fact of the family (`models.interface.check_family`)."""
-        return self.kv_policy in ("block_causal", "causal")
-
-    @property
-    def is_aligned(self) -> bool:
-        """Whether blocks begin at multiples of their length, else behind the prompt."""
-        return self.kv_policy == "block_causal"
 
     @model_validator(mode="after")
     def _steps_fit_block(self) -> Self:
@@ -111,22 +100,6 @@ class DllmConfig(BaseModel):
             )
         return self
 
-    @model_validator(mode="after")
-    def _refresh_needs_dual(self) -> Self:
-        if self.refresh_every is not None and self.kv_policy != "dual":
-            is_prefix = self.kv_policy == "prefix"
-            reason = "recomputes what follows the block at every step" if is_prefix else "never computes K/V again"
-            raise ValueError(
-                f"refresh_every is {self.refresh_every} but kv_policy is {self.kv_policy!r}, which {reason}; leave "
-                "refresh_every out or set kv_policy to 'dual'"
-            )
-        if self.refresh_every is not None and self.refresh_every > self.block_length:
-            raise ValueError(
-                f"refresh_every is {self.refresh_every} but a block of {self.block_length} has at most as many steps; "
-                f"choose 1..{self.block_length} or leave it out"
-            )
-        return self
-
 
 class RequestOptions(BaseModel):
     """Unmasking policy of one request, where None means the server's setting, what it shows, and its drafts."""
@@ -137,11 +110,12 @@ class RequestOptions(BaseModel):
     threshold: _Threshold | None = None
     factor: _Positive | None = None
     entropy_bound: _Positive | None = None
+    position_penalty: _Penalty | None = None
     credit_alpha: _Gain | None = None
     credit_beta: _Decay | None = None
     credit_gamma: _Gain | None = None
     alg_temp: _AlgTemp | None = None
-    steps: _Count | None = None
+    steps: Count | None = None
     stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
     speculation: Annotated[Literal[False] | None, Field(description="null and false")] = None
     budget: Annotated[int | None, Field(ge=0, le=1024, description="null and whole numbers from 0 to 1024")] = None

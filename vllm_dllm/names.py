@@ -10,7 +10,7 @@ PolicyName = Literal[
 # fmt: on
 """Unmasking policies, see `unmask.policy`."""
 
-KvPolicyName = Literal["dual", "prefix", "block_causal", "causal"]
+KvPolicyName = Literal["dual", "prefix", "block_causal", "causal", "window"]
 """Which K/V a step recomputes, see `state.kv`."""
 
 AttentionName = Literal["auto", "csrc", "vllm", "flashinfer", "xformers", "torch"]

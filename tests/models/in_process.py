@@ -89,6 +89,7 @@ LLADA_MOE = (
 )
 NEMOTRON = SDAR | {"architectures": ["NemotronLabsDiffusionModel"], "model_type": "nemotron_labs_diffusion"}
 FAST_DLLM = DREAM | {"architectures": ["Fast_dLLM_QwenForCausalLM"], "model_type": "Fast_dLLM_Qwen", "bd_size": 4}
+WEDLM = DREAM | {"architectures": ["WeDLMForCausalLM"], "model_type": "wedlm", "attention_bias": False}
 TINY: dict[str, dict[str, Any]] = {
     "llada": LLADA,
     "dream": DREAM,
@@ -96,6 +97,7 @@ TINY: dict[str, dict[str, Any]] = {
     "diffcoder": DIFFCODER,
     "llada_moe": LLADA_MOE,
     "sdar_moe": SDAR_MOE,
+    "wedlm": WEDLM,
     "nemotron": NEMOTRON,
     "fast_dllm": FAST_DLLM,
 }

@@ -43,6 +43,7 @@ class RequestParams:
     top_k: int  # 0 keeps all
     top_p: float
     seed: int  # any 64-bit signed value
+    position_penalty: float = 0.0  # of a window, nats
     edits: LogitEdits = NO_EDITS
 
 
@@ -57,7 +58,7 @@ class Blocks:
 
 _INTS = ("policy_id", "prompt_len", "seq_len", "top_k", "seed")
 _CREDIT = ("credit_alpha", "credit_beta", "credit_gamma")
-_FLOATS = ("threshold", "factor", "entropy_bound", *_CREDIT, "alg_temp", "temperature", "top_p")
+_FLOATS = ("threshold", "factor", "entropy_bound", "position_penalty", *_CREDIT, "alg_temp", "temperature", "top_p")
 
 
 class CanvasState:
@@ -161,6 +162,10 @@ class CanvasState:
             policies=tuple(name for name, policy_id in POLICY_IDS.items() if policy_id in policies),
             has_alg_temp=bool((self._floats_np[_FLOATS.index("alg_temp"), slots_np] > 0).any()),
         )
+
+    def window_rule(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather the entropy bounds and position penalties of some requests; two [num_reqs] float64."""
+        return self._float("entropy_bound")[slots], self._float("position_penalty")[slots]
 
     def has_memory(self, slots_np: np.ndarray) -> bool:
         """Tell whether the policy of any of some requests remembers something."""
