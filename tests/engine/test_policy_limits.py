@@ -10,7 +10,7 @@ from vllm_dllm.config import DllmConfig, RequestOptions, parse_server_settings
 from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_structure
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.engine.request import resolve_params
-from vllm_dllm.state.canvas import RequestParams
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.registry import BUILT_IN, NATIVE, changes_tokens
 from vllm_dllm.unmask.schedule import UnmaskRules
 

@@ -23,10 +23,11 @@ from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
 from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, EosLast, Hierarchy, LocalLeap
 from vllm_dllm.reference.window_rules import AdaBlock, Deferred, Learn2Pd, Prophet
-from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import native_draws
 from vllm_dllm.state.edits import NO_EDITS, LogitEdits
 from vllm_dllm.state.report import Column
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS

@@ -219,7 +219,7 @@ class DllmScheduler(Scheduler):
         """
         scheduled = scheduler_output.num_scheduled_tokens
         for admitted in scheduler_output.scheduled_new_reqs:
-            block = self._placeholders[: self.rows.num_first]
+            block = self._placeholders[: self.rows.num_first(self.requests[admitted.req_id])]
             scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
             scheduled[admitted.req_id] += len(block)
             self.rows.admit(self.requests[admitted.req_id], admitted.num_computed_tokens)
