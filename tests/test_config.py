@@ -7,7 +7,6 @@ import pytest
 
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
-    POLICY_ALIASES,
     DllmConfig,
     InvalidOptionError,
     PolicyName,
@@ -17,6 +16,7 @@ from vllm_dllm.config import (
     parse_server_settings,
     request_steps,
 )
+from vllm_dllm.names import POLICY_ALIASES
 
 
 def test_defaults() -> None:

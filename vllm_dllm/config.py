@@ -15,16 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
-from vllm_dllm.names import AttentionName, KvPolicyName, PolicyName, ServedMode
-
-POLICY_ALIASES: dict[str, PolicyName] = {
-    "low_confidence": "static",  # LLaDA's name
-    "low_confidence_static": "static",  # SDAR's
-    "maskgit_plus": "static",  # Dream's
-    "topk_margin": "margin",
-    "low_confidence_dynamic": "dynamic",
-}
-"""The families' own names of policies; taken wherever the name of one is, and replaced by ours."""
+from vllm_dllm.names import POLICY_ALIASES, AttentionName, KvPolicyName, PolicyName, ServedMode
 
 REQUEST_PREFIX = "dllm_"
 # Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
@@ -43,6 +34,7 @@ _Gain = Annotated[float, Field(gt=0.0, le=100.0, description="numbers above 0 an
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, description="numbers from 0 to 1")]
 _Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'vllm', 'flashinfer', 'xformers' and 'torch'")]
 _Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
+_Given = Field(description="null, texts, and lists of token ids with null for what is to be generated")
 
 
 class DllmConfig(BaseModel):
@@ -145,9 +137,11 @@ class RequestOptions(BaseModel):
     stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
     speculation: Annotated[Literal[False] | None, Field(description="null and false")] = None
     budget: Annotated[int | None, Field(ge=0, le=1024, description="null and whole numbers from 0 to 1024")] = None
+    canvas: Annotated[str | list[int | None] | None, _Given] = None
+    suffix: Annotated[str | list[int] | None, Field(description="null, texts and lists of token ids")] = None
 
 
-OWN_OPTIONS = {"steps", "stream", "speculation", "budget"}
+OWN_OPTIONS = {"steps", "stream", "speculation", "budget", "canvas", "suffix"}
 """Those that no setting of a server is the default of."""
 
 POLICY_OPTIONS: dict[PolicyName, tuple[str, ...]] = {

@@ -74,6 +74,7 @@ def expected(oracle: Oracle, case: Case, settings: dict[str, Any], asked: dict[s
     if asked is None:
         return oracle.tokens(case, settings)
     options = oracle._options(case, settings) | {"constraint": constraint_of(asked, case.max_tokens, oracle.end_ids)}
+    options |= {"given": case.given}
     prompt = torch.tensor(case.prompt)
     if isinstance(oracle, SdarOracle):
         found = block_causal.generate(oracle.model, prompt, **options)

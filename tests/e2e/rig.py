@@ -59,12 +59,17 @@ class Case:
     top_p: float = 1.0
     seed: int = 0
     edits: LogitEdits = NO_EDITS
+    given: tuple[int | None, ...] = ()  # of the answer; what is behind `max_tokens` is a suffix
 
     def sampling_params(self, **changes: Any) -> Any:
         from vllm import SamplingParams
 
         options = {name: getattr(self, name) for name in ("policy", *POLICY_OPTIONS[self.policy])}
-        extra = {f"dllm_{name}": value for name, value in options.items() if value is not None}
+        extra: dict[str, Any] = {f"dllm_{name}": value for name, value in options.items() if value is not None}
+        if len(self.given) > self.max_tokens:
+            extra["dllm_suffix"] = list(self.given[self.max_tokens :])
+        elif self.given:
+            extra["dllm_canvas"] = list(self.given)
         values = {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
@@ -157,20 +162,23 @@ class Oracle:
 
     def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
         kv = KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"))
-        return generate(self.model, torch.tensor(case.prompt), kv=kv, **self._options(case, settings))
+        options = self._options(case, settings) | {"given": case.given, "answer_length": case.max_tokens}
+        return generate(self.model, torch.tensor(case.prompt), kv=kv, **options)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)
-        blocks = row_blocks(
-            len(case.prompt), case.max_tokens, DllmConfig(block_length=block_length), self.max_model_len
-        )
+        length = max(case.max_tokens, len(case.given))
+        blocks = row_blocks(len(case.prompt), length, DllmConfig(block_length=block_length), self.max_model_len)
+        steps = case.steps
+        if steps is not None and length > case.max_tokens:  # they are of the blocks that are decoded
+            steps = steps // -(-case.max_tokens // block_length) * -(-length // block_length)
         return {
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "rules": self.rules,
             "policy": UnmaskPolicy(
                 case.policy,
-                steps=case.steps,
+                steps=steps,
                 threshold=case.threshold,
                 factor=case.factor,
                 entropy_bound=case.entropy_bound,

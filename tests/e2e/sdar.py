@@ -62,7 +62,7 @@ class SdarOracle(Oracle):
         super().__init__(checkpoint, Qwen.from_pretrained(checkpoint, torch.float32), rules, max_model_len)
 
     def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
-        return generate(self.model, torch.tensor(case.prompt), **self._options(case, settings))
+        return generate(self.model, torch.tensor(case.prompt), given=case.given, **self._options(case, settings))
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", CONFIG["block_size"])

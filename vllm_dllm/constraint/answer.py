@@ -7,6 +7,7 @@ import numpy as np
 
 from vllm_dllm.constraint.automaton import Automaton, BoolArray
 from vllm_dllm.constraint.reach import BlockConstraint
+from vllm_dllm.state.pins import Pins
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class Answer:
     block_start: int  # absolute, of the block under way
     block_length: int
     state: int = 0  # before what the block under way has of the answer
+    pins: Pins | None = None  # what is given of it
 
     @property
     def part(self) -> slice:
@@ -59,6 +61,13 @@ class Answer:
 
     def _fits(self, position: int) -> BoolArray:
         """Tell from which states the positions from one on can be filled; [num_states]."""
+        pins_end = 0 if self.pins is None else min(self.pins.end, self.end)
+        if self.pins is None or position >= pins_end:
+            return self._fits_open(position)
+        behind = BlockConstraint(self.automaton, 0, self._fits_open(pins_end), self.limit - position)
+        return behind.fits_before(self.pins.of(position, pins_end - position))
+
+    def _fits_open(self, position: int) -> BoolArray:
         automaton = self.automaton
         left = self.limit - position
         fits: BoolArray = np.less_equal(automaton.distance, left) if left >= 0 else np.zeros_like(automaton.is_final)

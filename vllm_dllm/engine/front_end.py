@@ -22,12 +22,13 @@ class DllmInputProcessor(InputProcessor):
     def process_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Admit a request. Raises: RequestError for one that is refused."""
         bound = _NAMES.bind(self, *args, **kwargs)
-        params, asked = bound.arguments["params"], None
+        params, asked, is_open_ended = bound.arguments["params"], None, False
         check_types(self, params)
         if isinstance(params, SamplingParams):
             bound.arguments["params"], asked = structured.take_out(params)
+            is_open_ended = params.max_tokens is None
         request = super().process_inputs(*bound.args[1:], **bound.kwargs)
-        finish_admission(self, request, asked)
+        finish_admission(self, request, asked, is_open_ended=is_open_ended)
         return request
 
 

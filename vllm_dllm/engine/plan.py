@@ -231,6 +231,7 @@ def plan_step(
     block_length: int,
     kv_policy: KvPolicyName,
     look_ahead_from: int | None = None,
+    is_next_open: BoolArray | None = None,
 ) -> StepPlan:
     """Make the plan of a step.
 
@@ -238,13 +239,12 @@ def plan_step(
         kv: what it stores.
         block_start, seq_len: [num_reqs], where blocks begin and rows end.
         num_drafts: [num_reqs], drafts that each may have; none where nothing of the block is known yet.
-        block_length: positions of a block.
-        kv_policy: of the server.
-        look_ahead_from: the smallest number of drafts with a look-ahead; None: none has one.
+        block_length, kv_policy: of the server.
+        look_ahead_from, is_next_open: as of `_looking_ahead`.
     """
     num_reqs, is_causal = len(block_start), kv_policy in ("block_causal", "causal")
     num_drafts = np.where(kv.is_undrafted, 0, num_drafts)
-    looks_ahead = np.zeros(num_reqs, dtype=bool) if look_ahead_from is None else num_drafts >= look_ahead_from
+    looks_ahead = _looking_ahead(num_drafts, look_ahead_from, is_next_open)
     num_drafts = num_drafts - NUM_NODES * looks_ahead
     num_stored = kv.end - kv.begin
     refreshes = (num_stored > 0) & (not is_causal)
@@ -282,6 +282,20 @@ def plan_step(
         stores_alone=kv.stores_alone if kv.stores_alone.any() else None,
         is_causal=_STORES[role] if kv_policy == "causal" else None,
     )
+
+
+def _looking_ahead(num_drafts: IntArray, look_ahead_from: int | None, is_next_open: BoolArray | None) -> BoolArray:
+    """Return which requests look ahead, [num_reqs].
+
+    Args:
+        num_drafts: [num_reqs], of each.
+        look_ahead_from: the smallest number of drafts with a look-ahead; None: none has one.
+        is_next_open: [num_reqs], of whom the next block begins all masked, as a next root is; None: of all.
+    """
+    if look_ahead_from is None:
+        return np.zeros(len(num_drafts), dtype=bool)
+    looks_ahead: BoolArray = num_drafts >= look_ahead_from
+    return looks_ahead if is_next_open is None else looks_ahead & is_next_open
 
 
 def plan_windows(kv: KvStep, *, start: IntArray, length: IntArray, block_length: int) -> StepPlan:

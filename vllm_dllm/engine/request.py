@@ -27,6 +27,7 @@ from vllm_dllm.config import (
 from vllm_dllm.engine.configs import is_ours, settings_of
 from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.parameter_types import check_sent
+from vllm_dllm.engine.pins import answer_length, check_fits, pins_of, put_pins_in
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.engine.structured import put_in
 from vllm_dllm.names import PolicyName
@@ -139,9 +140,10 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         )
     assert params.max_tokens is not None, "vLLM fills max_tokens before it makes the request"
     prompt_len = len(request.prompt_token_ids)
-    blocks = row_blocks(prompt_len, params.max_tokens, settings, max_model_len)
+    blocks = row_blocks(prompt_len, answer_length(params, params.max_tokens), settings, max_model_len)
     if not len(blocks):
         raise _too_long(prompt_len, settings, max_model_len)
+    check_fits(params, blocks.end - prompt_len, prompt_len, max_model_len)
     partial_block = request.prompt_token_ids[blocks.begin :]
     if mask_token_id in partial_block:
         position = blocks.begin + partial_block.index(mask_token_id)
@@ -236,7 +238,11 @@ def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_a
 
 
 def finish_admission(
-    processor: "InputProcessor", request: "EngineCoreRequest", asked: StructuredOutputsParams | None = None
+    processor: "InputProcessor",
+    request: "EngineCoreRequest",
+    asked: StructuredOutputsParams | None = None,
+    *,
+    is_open_ended: bool = False,
 ) -> None:
     """Check a request that vLLM admitted, end it with the blocks that fit, and at the family's end-of-turn token too.
 
@@ -244,6 +250,7 @@ def finish_admission(
         processor: of the front end.
         request: changed in place.
         asked: what its answer has to meet, which vLLM did not see.
+        is_open_ended: whether it named no length.
 
     Raises: RequestError.
     """
@@ -252,6 +259,8 @@ def finish_admission(
         return
     eot_token_id, mask_token_id = model_config.hf_config.eot_token_id, model_config.hf_config.mask_token_id
     settings = settings_of(processor.vllm_config)
+    if request.sampling_params is not None:
+        put_pins_in(processor, request.sampling_params, follows=is_open_ended)
     length = check_admission(request, settings, model_config.max_model_len, mask_token_id)
     params = request.sampling_params
     assert params is not None, "check_admission refuses requests without"
@@ -296,7 +305,7 @@ def resolve_params(
     and after a preemption, without a message between them.
     """
     options = request_options(params)
-    blocks = row_blocks(prompt_len, params.max_tokens or 0, settings, max_model_len)
+    blocks = row_blocks(prompt_len, answer_length(params, params.max_tokens), settings, max_model_len)
     steps = request_steps(options, settings, min(params.max_tokens or 0, blocks.end - prompt_len))
     merged = settings.model_copy(update=options.model_dump(exclude=OWN_OPTIONS, exclude_none=True))
     has_alg_temp = "alg_temp" in POLICY_OPTIONS[merged.policy]
@@ -318,6 +327,7 @@ def resolve_params(
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
         edits=edits_of(params),
+        pins=pins_of(params, prompt_len),
     )
 
 

@@ -8,6 +8,7 @@ from vllm.v1.request import Request
 
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
+from vllm_dllm.engine.pins import answer_length
 from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.windows import make_schedule
 
@@ -103,7 +104,8 @@ class StepRows:
         """Return where a request's row ends."""
         end = self._row_ends.get(request.request_id)
         if end is None:
-            end = row_blocks(request.num_prompt_tokens, request.max_tokens, self.settings, self.max_model_len).end
+            length = answer_length(request.sampling_params, request.max_tokens)
+            end = row_blocks(request.num_prompt_tokens, length, self.settings, self.max_model_len).end
             self._row_ends[request.request_id] = end
         return end
 

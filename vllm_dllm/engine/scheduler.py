@@ -23,6 +23,7 @@ from vllm_dllm.engine.configs import make_drafter, served_family, settings_of, s
 from vllm_dllm.engine.kv_memory import fit_max_model_len
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
+from vllm_dllm.engine.pins import pins_of
 from vllm_dllm.engine.report import RequestReport, StepOrder, take_report
 from vllm_dllm.engine.rows import StepRows, most_drafts
 from vllm_dllm.engine.state_check import StateCheck
@@ -223,7 +224,8 @@ class DllmScheduler(Scheduler):
             block = self._placeholders[: self.rows.num_first]
             scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
             scheduled[admitted.req_id] += len(block)
-            self.rows.kv.add(admitted.req_id, admitted.num_computed_tokens)
+            pins = pins_of(admitted.sampling_params, admitted.prompt_len)
+            self.rows.kv.add(admitted.req_id, admitted.num_computed_tokens, pins)
             if self._check:
                 self._check.admit(admitted.req_id, admitted.num_computed_tokens)
         kv, is_long = self._decide_kv(scheduler_output)

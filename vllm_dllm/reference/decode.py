@@ -11,6 +11,7 @@ One loop covers four decoders, which differ in values:
 A step forwards the model and decides as `reference.policy` says. Additions of ours are marked "ours". Batch of one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -24,7 +25,7 @@ from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen
 from vllm_dllm.reference.sampling import Sampling
-from vllm_dllm.reference.step import decide, under
+from vllm_dllm.reference.step import decide, sequence_of, under
 
 Model = LLaDA | Qwen
 
@@ -143,6 +144,11 @@ def steps_per_block(gen_length: int, block_length: int, steps: int | None) -> in
     return steps // num_blocks
 
 
+def stack_states(history: list[Tensor], answer: Tensor) -> Tensor:
+    """Return an answer's states [len(history), len(answer)]; there may be none, where all of it was given."""
+    return torch.stack(history)[:, : len(answer)] if history else answer.new_empty(0, len(answer))
+
+
 @torch.no_grad()
 def generate(  # noqa: PLR0913 - the decoders' arguments
     model: Model,
@@ -155,22 +161,30 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     sampling: Sampling = _GREEDY,
     rules: Rules = LLADA,
     constraint: Constraint | None = None,
+    given: Sequence[int | None] = (),
+    answer_length: int | None = None,
 ) -> Generation:
     """Generate `gen_length` tokens after a prompt [prompt_len] int64, block by block.
 
     EOS ends nothing: the tokens after it are decoded too, as published. Prompt positions are never masked, whatever
     their ids. Raises ValueError for lengths that do not divide.
+
+    Ours: tokens that are `given` of the answer stay, and the model sees them from the first forward on; a schedule
+    counts the masked positions of a block alone, as where a prompt ends in it. Penalties count them from the beginning
+    of their block. Blocks behind `answer_length` tokens are context alone, and are not decoded.
     """
     steps = steps_per_block(gen_length, block_length, policy.steps)
     rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.is_cached)
-    tokens = torch.cat((prompt, prompt.new_full((gen_length,), model.config.mask_token_id)))
-    is_masked = torch.arange(len(tokens), device=prompt.device) >= len(prompt)
-    predictor = _Predictor(model, ~is_masked, sampling.cfg_scale, rules.logit_shift)
+    tokens, is_masked = sequence_of(prompt, len(prompt) + gen_length, model.config.mask_token_id, given)
+    is_prompt = torch.arange(len(tokens), device=prompt.device) < len(prompt)
+    predictor = _Predictor(model, is_prompt, sampling.cfg_scale, rules.logit_shift)
     history: list[Tensor] = []
-    for begin in range(len(prompt), len(tokens), block_length):
+    decoded_end = len(prompt) + (gen_length if answer_length is None else answer_length)
+    for begin in range(len(prompt), decoded_end, block_length):
         end = begin + block_length
-        block = Block(begin, block_length, block_length, steps, policy, sampling, rules, model.config.eos_token_id)
-        block = under(constraint, block, tokens[len(prompt) : begin])
+        num_masked = int(is_masked[begin:end].sum())
+        block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
+        block = under(constraint, block, tokens, len(prompt), given)
         in_block = torch.zeros_like(is_masked)
         in_block[begin:end] = True
         step = 0
@@ -178,10 +192,11 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         while is_masked[begin:end].any():
             first, last = kv.span(step, begin, end, len(tokens))
             logits = predictor.logits(tokens, first, last)
-            known = Known(tokens, is_masked, len(prompt))
+            known = Known(tokens[:end], is_masked[:end], len(prompt))
             chosen, chosen_tokens = decide(known, logits, (is_masked & in_block)[first:last], first, block)
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False
             history.append(tokens[len(prompt) :].clone())
             step += 1
-    return Generation(tokens[len(prompt) :], predictor.nfe, predictor.nfe_refresh, torch.stack(history))
+    answer = tokens[len(prompt) :]
+    return Generation(answer, predictor.nfe, predictor.nfe_refresh, stack_states(history, answer))

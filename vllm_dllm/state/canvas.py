@@ -16,6 +16,7 @@ from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.edits import NO_EDITS, EditState, LogitEdits, scene_of
+from vllm_dllm.state.pins import Pins, PinState
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
@@ -44,6 +45,7 @@ class RequestParams:
     top_p: float
     seed: int  # any 64-bit signed value
     edits: LogitEdits = NO_EDITS
+    pins: Pins | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class CanvasState:
         self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
+        self.pins = PinState(block_length, device)
         self._offsets = torch.arange(block_length, device=device)
         self.answers: dict[int, Answer] = {}  # of requests under a constraint, by slot
 
@@ -117,6 +120,7 @@ class CanvasState:
         self._floats_np[:, slot] = [getattr(params, name) for name in _FLOATS] + list(params.times)
         self._has_memory_np[slot] = params.policy_id in MEMORIES
         self.edits.put(slot, params.edits)
+        self.pins.put(slot, params.pins)
         self._is_staged = True
 
     def apply_staged_writes(self) -> None:
@@ -145,10 +149,13 @@ class CanvasState:
         ints, floats = self._ints[:, blocks.slots], self._floats[:, blocks.slots]
         own_ints, own_floats = (dict(zip(*pair, strict=False)) for pair in ((_INTS, ints), (_FLOATS, floats)))
         policies = set(self._ints_np[_INTS.index("policy_id"), slots_np].tolist())
+        num_pinned, known_end = self.pins.num_pinned(slots_np), own_ints["prompt_len"]
+        if num_pinned is not None:  # as if the prompt reached so far into the block
+            known_end = torch.maximum(known_end, blocks.start) + num_pinned
         return PolicyParams(
             policy_id=own_ints["policy_id"],
             seed=own_ints["seed"],
-            prompt_len=own_ints["prompt_len"],
+            prompt_len=known_end,
             start=blocks.start,
             threshold=own_floats["threshold"],
             factor=own_floats["factor"],

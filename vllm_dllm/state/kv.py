@@ -9,6 +9,7 @@ stores before it attends. What must be stored is one more part of the step, over
   - `dual` with `refresh_every=n` does so again at every n-th step of the block (Fast-dLLM's dual cache for None,
     no cache at all for 1);
   - `prefix` recomputes the block and what follows, if anything does, at every step (Fast-dLLM's prefix cache);
+- nothing, when a block begins of which all is given (`state.pins`): it has no step, and is emitted as it is;
 - under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit; under
   `causal` all of its prompt. A block that ended is stored by its *commit*, one more node in the first step of the next
   block, unless a look-ahead (`draft.look_ahead`) stored it before.
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dllm.names import KvPolicyName
+from vllm_dllm.state.pins import Pins
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -76,6 +78,7 @@ class KvSchedule:
         self.block_length = block_length
         # Where the block of the last decided step begins, -1 for none; how many the block had; what the cache had.
         self._requests: dict[Hashable, tuple[int, int, int]] = {}
+        self.pins: dict[Hashable, Pins] = {}  # what is given of their answers, of those of which anything is
 
     @property
     def is_causal(self) -> bool:
@@ -95,13 +98,17 @@ class KvSchedule:
         """Return how many positions may lie before a request's block behind a step, of one that began at `start`."""
         return start, start + self.block_length
 
-    def add(self, request: Hashable, num_hit: int) -> None:
+    def add(self, request: Hashable, num_hit: int, pins: Pins | None = None) -> None:
         """Begin a request, or begin it anew; it finds so many positions in the prefix cache."""
+        self.forget(request)
         self._requests[request] = -1, 0, num_hit
+        if pins is not None:
+            self.pins[request] = pins
 
     def forget(self, request: Hashable) -> None:
         """Forget a request, which may be unknown."""
         self._requests.pop(request, None)
+        self.pins.pop(request, None)
 
     def note(self, request: Hashable, block_start: int) -> None:
         """Take note of a decided step; of one that began the next block, where that begins."""
@@ -127,6 +134,7 @@ class KvSchedule:
             begin, end = refreshed(
                 self.name, self.refresh_every, self.block_length, begins_block, step, block_start, seq_len
             )
+            end = np.where(self._is_given(requests, block_start), begin, end)
         comes_alone = (block_start == num_known) & self.stores_alone
         return KvStep(
             num_known=num_known,
@@ -138,6 +146,14 @@ class KvSchedule:
             is_undrafted=begins_block | (comes_alone & (num_steps == 1)),
             is_short=(seq_len < block_start + self.block_length) & (self.name == "causal"),
         )
+
+    def _is_given(self, requests: Sequence[Hashable], block_start: IntArray) -> BoolArray:
+        """Tell of whose block nothing is masked when it begins, [num_reqs]."""
+        is_given = np.zeros(len(requests), dtype=bool)
+        for i, request in enumerate(requests if self.pins else ()):
+            pins = self.pins.get(request)
+            is_given[i] = pins is not None and not pins.num_masked(int(block_start[i]), self.block_length)
+        return is_given
 
     def num_rows(self, step: KvStep) -> IntArray:
         """Return how many rows a step has without drafts at most, [num_reqs]: a refresh spans the block."""
