@@ -23,10 +23,12 @@ from tests.e2e.engines import engine as engine
 from tests.e2e.engines import shared_engine as shared_engine
 from tests.e2e.engines import stop_shared_engine as stop_shared_engine
 from vllm_dllm.blocks import row_blocks
-from vllm_dllm.config import POLICY_OPTIONS, DllmConfig, PolicyName
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
 from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.names import PolicyName
+from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.reference import spiffy
 from vllm_dllm.reference.decode import KvPolicy, Model, generate
 from vllm_dllm.reference.edits import Edits
@@ -66,10 +68,9 @@ class Case:
 
         options = {name: getattr(self, name) for name in ("policy", *POLICY_OPTIONS[self.policy])}
         extra: dict[str, Any] = {f"dllm_{name}": value for name, value in options.items() if value is not None}
-        if len(self.given) > self.max_tokens:
-            extra["dllm_suffix"] = list(self.given[self.max_tokens :])
-        elif self.given:
-            extra["dllm_canvas"] = list(self.given)
+        if self.given:
+            suffix = list(self.given[self.max_tokens :])
+            extra |= {"dllm_suffix": suffix} if suffix else {"dllm_canvas": list(self.given)}
         values = {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
@@ -160,9 +161,10 @@ class Oracle:
         """Decode with drafts, under the dual cache."""
         return self._once(self._speculate, case, settings, graph, budget)
 
-    def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
+    def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
+        """Decode anew; `more` are arguments of the reference's."""
         kv = KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"))
-        options = self._options(case, settings) | {"given": case.given, "answer_length": case.max_tokens}
+        options = self._options(case, settings) | {"given": case.given, "answer_length": case.max_tokens} | more
         return generate(self.model, torch.tensor(case.prompt), kv=kv, **options)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:

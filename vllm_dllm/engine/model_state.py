@@ -41,6 +41,7 @@ from vllm_dllm.state.kv import IntArray, KvStep
 from vllm_dllm.state.settle import Emission, Ledger, choose_settle
 from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
 from vllm_dllm.state.windows import make_schedule
+from vllm_dllm.unmask.logprobs import LogprobHead
 from vllm_dllm.unmask.walk import choose_walk
 
 if TYPE_CHECKING:
@@ -63,7 +64,13 @@ class DllmModelState(ModelState):
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
         self.state = CanvasState(
-            self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config), self._left_rows()
+            self.max_num_reqs,
+            self.block_length,
+            mask_token_id,
+            device,
+            rules_of(vllm_config),
+            self._left_rows(),
+            self.model_config.get_vocab_size(),
         )
         drafter = make_drafter(vllm_config)
         self.denoiser = Denoiser(
@@ -73,6 +80,7 @@ class DllmModelState(ModelState):
             choose_walk(device),
             choose_settle(device),
             choose_draws(device),
+            LogprobHead(model.head_logits, self.model_config.get_vocab_size(), self.never_chosen),
         )
         self._fill_rows = choose_rows(device)
         self.kv_schedule = make_schedule(self.settings, stores_alone=self._family.stores_alone)
@@ -165,14 +173,10 @@ class DllmModelState(ModelState):
         input_batch.num_scheduled_tokens = step.plan.rows_of_requests  # whose adapters each row takes
         input_batch.logits_indices = step.head_rows(logit_shift=self._family.logit_shift)
         pages = block_tables[0] if step.plan.stores.any() else None
-        store = self._fill_rows(
-            step.nodes,
-            step.blocks,
-            None if step.special is None else step.special.rows,
-            Sequences(self._all_token_ids, pages, self.attention.page_size),
-            RowInputs(input_batch.input_ids[:num_rows], input_batch.positions[:num_rows]),
-            self.state.mask_token_id,
-        )
+        rows = None if step.special is None else step.special.rows
+        known = Sequences(self._all_token_ids, pages, self.attention.page_size)
+        into = RowInputs(input_batch.input_ids[:num_rows], input_batch.positions[:num_rows])
+        store = self._fill_rows(step.nodes, step.blocks, rows, known, into, self.state.mask_token_id)
         write_pinned_rows(input_batch.input_ids, step.plan, self.state.pins, step.blocks.slots_np)
         self._step = replace(step, store=store)
 

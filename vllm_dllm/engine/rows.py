@@ -4,11 +4,12 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.request import Request
 
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.engine.pins import answer_length
+from vllm_dllm.engine.pins import answer_length, pins_of
 from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.windows import make_schedule
 
@@ -44,6 +45,11 @@ class StepRows:
         self._row_ends: dict[str, int] = {}
         self.given: dict[str, int] = {}
         self.free = 0
+
+    def admit(self, request: NewRequestData) -> None:
+        """Begin a request, or begin it anew after a preemption."""
+        pins = pins_of(request.sampling_params, request.prompt_len)
+        self.kv.add(request.req_id, request.num_computed_tokens, pins)
 
     def begin_step(self) -> None:
         """Take all rows back."""

@@ -20,10 +20,10 @@ from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.engine import stats_way
 from vllm_dllm.engine.canvas_stream import show_canvases, watched
 from vllm_dllm.engine.configs import make_drafter, served_family, settings_of, spiffy_of
+from vllm_dllm.engine.failed import end_failed
 from vllm_dllm.engine.kv_memory import fit_max_model_len
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
-from vllm_dllm.engine.pins import pins_of
 from vllm_dllm.engine.report import RequestReport, StepOrder, take_report
 from vllm_dllm.engine.rows import StepRows, most_drafts
 from vllm_dllm.engine.state_check import StateCheck
@@ -97,6 +97,7 @@ class DllmScheduler(Scheduler):
         if reports:
             self._take_reports(scheduler_output, reports, updated_at_s)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        end_failed(self, outputs, reports)
         if scheduler_output.aux_output_connector_metadata.shows_canvas:
             show_canvases(outputs, reports, self.requests, self._totals, self.rows.kv)
         for of_client in outputs.values():
@@ -224,8 +225,7 @@ class DllmScheduler(Scheduler):
             block = self._placeholders[: self.rows.num_first]
             scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
             scheduled[admitted.req_id] += len(block)
-            pins = pins_of(admitted.sampling_params, admitted.prompt_len)
-            self.rows.kv.add(admitted.req_id, admitted.num_computed_tokens, pins)
+            self.rows.admit(admitted)
             if self._check:
                 self._check.admit(admitted.req_id, admitted.num_computed_tokens)
         kv, is_long = self._decide_kv(scheduler_output)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.reference.constraint import Constraint
-from vllm_dllm.reference.decode import Generation, shift, stack_states
+from vllm_dllm.reference.decode import Generation, History, shift
 from vllm_dllm.reference.edits import Known
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy
@@ -89,7 +89,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         block_length: positions per block.
         policy, sampling: its `steps` are of each block; how tokens are chosen, without guidance.
         stop_ids: a block that generated one of these is the last.
-        rules, constraint, given: of the family; what the answer has to meet; as of `decode.generate`, seen by its block.
+        rules, constraint, given: of the family; what the answer has to meet; what is given of it, seen by its block.
 
     Returns: the tokens and the history to the last block's end; `nfe` counts all forwards that unmask something.
     """
@@ -99,7 +99,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     kv: list[LayerKv] | None = None
     stored, steps = torch.empty(0), policy.steps or block_length
     num_stored = nfe_commit = end = 0
-    history: list[Tensor] = []
+    history = History(prompt_len)
     for begin in range(first_begin, seq_len, block_length):
         if num_stored < begin:
             stored, kv = store(model, tokens[:begin], num_stored, kv, block_length, rules)
@@ -116,15 +116,13 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
             known = Known(tokens[:end], is_masked[:end], prompt_len)
-            chosen, chosen_tokens = decide(known, logits, is_masked[begin:end], begin, block)
+            chosen, chosen_tokens, its = decide(known, logits, is_masked[begin:end], begin, block)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
-            history.append(tokens[prompt_len:].clone())
+            history.add(tokens, begin + chosen, its)
         if torch.isin(tokens[prompt_len:end], torch.tensor(stop_ids, dtype=torch.int64)).any():
             break
-    return Generation(
-        tokens[prompt_len:end], len(history), 0, stack_states(history, tokens[prompt_len:end]), nfe_commit
-    )
+    return history.generation(tokens[:end], nfe_commit=nfe_commit)
 
 
 def tokens_at(logits: Tensor, first: int, sampling: Sampling) -> Tensor:

@@ -73,6 +73,39 @@ class Generation:
     nfe_refresh: int  # those of them that spanned the whole sequence
     history: Tensor  # [num_steps, gen_length] int64: the generated region after each step
     nfe_commit: int = 0  # SDAR: further forwards that stored a finished block
+    # [gen_length, vocab] float64, of what each token could have been in the step that unmasked it, see `step.decide`
+    log_probs: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(slots=True)
+class History:
+    """What a generation did, step by step. A token that no step unmasked is certain: it was given."""
+
+    prompt_len: int
+    tokens: list[Tensor] = field(default_factory=list)  # [seq_len - prompt_len] int64 after each step
+    _log_probs: dict[int, Tensor] = field(default_factory=dict)  # by position
+
+    def add(self, tokens: Tensor, positions: Tensor, log_probs: Tensor) -> None:
+        """Add a step that unmasked positions [n] int64 of tokens [seq_len], with log-probabilities [n, vocab]."""
+        self.tokens.append(tokens[self.prompt_len :].clone())
+        self._log_probs |= zip(positions.tolist(), log_probs, strict=True)
+
+    def generation(self, tokens: Tensor, **counts: int) -> Generation:
+        """Return what was done, of which `counts` say more: each step took a forward, if they do not say else."""
+        answer = tokens[self.prompt_len :]
+        history = torch.stack(self.tokens)[:, : len(answer)] if self.tokens else answer.new_empty(0, len(answer))
+        counts = {"nfe": len(history), "nfe_refresh": 0} | counts
+        return Generation(answer, history=history, log_probs=self._of(answer), **counts)
+
+    def _of(self, answer: Tensor) -> Tensor:
+        """Return the log-probabilities of an answer; [len(answer), vocab], 0 where none was unmasked at all."""
+        vocab_size = max(map(len, self._log_probs.values()), default=0)
+        rows = torch.full((len(answer), vocab_size), -torch.inf, dtype=torch.float64)
+        for place, token in enumerate(answer.tolist() if vocab_size else ()):
+            unmasked = self._log_probs.get(self.prompt_len + place)
+            rows[place, token] = 0.0
+            rows[place] = rows[place] if unmasked is None else unmasked
+        return rows
 
 
 def shift(rows: Tensor, left_context: Tensor) -> Tensor:
@@ -144,11 +177,6 @@ def steps_per_block(gen_length: int, block_length: int, steps: int | None) -> in
     return steps // num_blocks
 
 
-def stack_states(history: list[Tensor], answer: Tensor) -> Tensor:
-    """Return an answer's states [len(history), len(answer)]; there may be none, where all of it was given."""
-    return torch.stack(history)[:, : len(answer)] if history else answer.new_empty(0, len(answer))
-
-
 @torch.no_grad()
 def generate(  # noqa: PLR0913 - the decoders' arguments
     model: Model,
@@ -178,7 +206,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     tokens, is_masked = sequence_of(prompt, len(prompt) + gen_length, model.config.mask_token_id, given)
     is_prompt = torch.arange(len(tokens), device=prompt.device) < len(prompt)
     predictor = _Predictor(model, is_prompt, sampling.cfg_scale, rules.logit_shift)
-    history: list[Tensor] = []
+    history = History(len(prompt))
     decoded_end = len(prompt) + (gen_length if answer_length is None else answer_length)
     for begin in range(len(prompt), decoded_end, block_length):
         end = begin + block_length
@@ -193,10 +221,9 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
             first, last = kv.span(step, begin, end, len(tokens))
             logits = predictor.logits(tokens, first, last)
             known = Known(tokens[:end], is_masked[:end], len(prompt))
-            chosen, chosen_tokens = decide(known, logits, (is_masked & in_block)[first:last], first, block)
+            chosen, chosen_tokens, its = decide(known, logits, (is_masked & in_block)[first:last], first, block)
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False
-            history.append(tokens[len(prompt) :].clone())
+            history.add(tokens, first + chosen, its)
             step += 1
-    answer = tokens[len(prompt) :]
-    return Generation(answer, predictor.nfe, predictor.nfe_refresh, stack_states(history, answer))
+    return history.generation(tokens, nfe=predictor.nfe, nfe_refresh=predictor.nfe_refresh)

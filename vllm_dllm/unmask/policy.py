@@ -17,10 +17,20 @@ import torch
 from torch import Tensor
 
 from vllm_dllm import noise
-from vllm_dllm.names import PolicyName
 from vllm_dllm.ops.vocab_stats import Distribution
 from vllm_dllm.unmask.credit import CREDIT
 from vllm_dllm.unmask.memory import Memory, PolicyState
+
+
+@dataclass(frozen=True, slots=True)
+class OwnParams:
+    """What a policy without a native twin (`unmask.torch_policy`) takes besides `PolicyParams`."""
+
+    name: str
+    values: dict[str, Tensor]  # parameter -> [num_canvases] float64
+    prompt_len: Tensor  # [num_canvases] int64, positions, as all that follows without pins
+    seq_len: Tensor  # [num_canvases] int64, positions
+    vocab_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +51,9 @@ class PolicyParams:
     temperature: Tensor  # [num_canvases] float64, of the sampled distribution
     counts: Tensor  # [block_length, num_canvases] int64, schedule.count_table
     times: Tensor  # [block_length, num_canvases] float64, schedule.reveal_times
-    policies: tuple[PolicyName, ...]  # those of the requests
+    policies: tuple[str, ...]  # those of the requests
     has_alg_temp: bool  # any above 0
+    own: "OwnParams | None" = None  # of a policy without a native twin, which all requests have then
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -135,9 +146,15 @@ def _earliest(_evidence: Evidence, params: PolicyParams) -> Tensor:
     return -torch.searchsorted((-params.times.T).contiguous(), -own_time).double()
 
 
-def _scheduled(ordered: Tensor, left: Left, params: PolicyParams) -> Tensor:
-    num_unmasked = ordered.shape[1] - params.num_known - left.num_masked
-    return params.counts.gather(0, num_unmasked.clamp(max=ordered.shape[1] - 1)[None]).squeeze(0)
+def scheduled_count(num_masked: Tensor, params: PolicyParams) -> Tensor:
+    """Return how many positions requests' steps give canvases; arguments and result [num_canvases] int64."""
+    block_length = len(params.counts)
+    num_unmasked = block_length - params.num_known - num_masked
+    return params.counts.gather(0, num_unmasked.clamp(0, block_length - 1)[None]).squeeze(0)
+
+
+def _scheduled(_ordered: Tensor, left: Left, params: PolicyParams) -> Tensor:
+    return scheduled_count(left.num_masked, params)
 
 
 def _reaching(ordered: Tensor, _left: Left, params: PolicyParams) -> Tensor:
@@ -170,7 +187,7 @@ def _equal_first(ordered: Tensor, _left: Left, _params: PolicyParams) -> Tensor:
     return (ordered == ordered[:, :1]).sum(1)
 
 
-POLICIES: dict[PolicyName, Policy] = {
+POLICIES: dict[str, Policy] = {
     "static": Policy(_confidence, _scheduled),
     "random": Policy(_uniform, _scheduled),
     "threshold": Policy(_confidence, _reaching),
@@ -187,7 +204,7 @@ POLICIES: dict[PolicyName, Policy] = {
 SCHEDULED = frozenset(name for name, policy in POLICIES.items() if policy.count is _scheduled)
 """Policies of which a request's table alone says how many positions a step unmasks."""
 
-POLICY_IDS: dict[PolicyName, int] = {name: number for number, name in enumerate(POLICIES)}
+POLICY_IDS: dict[str, int] = {name: number for number, name in enumerate(POLICIES)}
 
 MEMORIES = {POLICY_IDS[name]: policy.memory for name, policy in POLICIES.items() if policy.memory is not None}
 """Of the policies with one; no two share a field."""
