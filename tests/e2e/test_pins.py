@@ -17,9 +17,10 @@ from tests.suite.order import configurations
 pytestmark = pytest.mark.engine
 
 MAX_MODEL_LEN = 256
+LLADA, SDAR = ("llada", 5), ("sdar", 5)
 
 
-@pytest.fixture(params=configurations("structured", [("llada", 5), ("sdar", 5)]))
+@pytest.fixture(params=configurations("structured", [LLADA, SDAR]))
 def served(request: pytest.FixtureRequest, mild: Path, mild_sdar: Path) -> Any:
     """The engines of `test_structured.py`."""
     family, budget = request.param
@@ -31,9 +32,11 @@ def served(request: pytest.FixtureRequest, mild: Path, mild_sdar: Path) -> Any:
     return llm, oracle, {"block_length": block_length}
 
 
-def cases_of(oracle: Oracle, settings: dict[str, Any], seed: int) -> list[Case]:
+def cases_of(oracle: Oracle, settings: dict[str, Any], seed: int, max_tokens: int | None = None) -> list[Case]:
     is_sdar, block_length = isinstance(oracle, SdarOracle), settings["block_length"]
     cases = (sdar_cases if is_sdar else mixed_cases)(block_length, seed=seed)
+    if max_tokens is not None:
+        cases = [dataclasses.replace(case, max_tokens=max_tokens, steps=None) for case in cases]
     return with_given(with_edits(cases, seed), block_length, seed, has_suffixes=not is_sdar)
 
 
@@ -65,7 +68,7 @@ def test_what_is_all_given_takes_no_forward_that_decides(served: Any) -> None:
 
 def test_preempted_answers_begin_their_blocks_with_what_is_given(served: Any) -> None:
     llm, oracle, settings = served
-    cases = cases_of(oracle, settings, seed=23)[:7]
+    cases = cases_of(oracle, settings, seed=23, max_tokens=90)[:7]
     preempted = []
 
     def preempt(number: int, llm: Any) -> None:
@@ -103,6 +106,7 @@ def test_a_constraint_is_met_with_what_is_given(served: Any) -> None:
         check_text(tokens[str(i)], each.asked)
 
 
+@pytest.mark.xdist_group(f"structured {LLADA}")
 @pytest.mark.parametrize(
     ("options", "changes", "text"),
     [
@@ -132,6 +136,7 @@ def test_what_cannot_be_given_is_refused_and_disturbs_nobody(
     assert len(run_outputs(llm, [case])[0].outputs[0].token_ids) == 8
 
 
+@pytest.mark.xdist_group(f"structured {LLADA}")
 def test_a_token_that_no_answer_has_is_refused_by_its_position(mild: Path) -> None:
     drafts = {"speculative_config": speculation(random_graph(12, 12, 8), 5)}
     llm = shared_engine(mild, {"block_length": 8}, max_model_len=MAX_MODEL_LEN, **drafts)
@@ -146,6 +151,7 @@ def test_a_token_that_no_answer_has_is_refused_by_its_position(mild: Path) -> No
             llm.generate({"prompt_token_ids": [5]}, params, use_tqdm=False)
 
 
+@pytest.mark.xdist_group(f"structured {SDAR}")
 def test_a_suffix_needs_a_model_that_sees_what_is_behind(mild_sdar: Path) -> None:
     drafts = {"speculative_config": speculation(random_graph(12, 12, 4), 5)}
     llm = shared_engine(mild_sdar, {"block_length": 4}, max_model_len=MAX_MODEL_LEN, **drafts)
