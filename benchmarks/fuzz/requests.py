@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from benchmarks.fuzz.asked import Asked
-from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.names import PolicyName
+from vllm_dllm.policy_options import POLICY_OPTIONS
 
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 

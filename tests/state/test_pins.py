@@ -47,7 +47,7 @@ def test_the_next_request_of_a_slot_has_none() -> None:
     state = state_of(request(pins=pins(10, 5)), request())
     state.pins.begin(state.canvas, np.array([0]), np.array([10]))
     state.add_request(0, request())
-    assert state.pins.num_pinned(np.array([0, 1])) is None
+    assert not list(state.pins.of(np.array([0, 1])))
     assert state.pins.is_next_open(np.array([0, 1]), np.array([6, 6])).all()
 
 

@@ -51,6 +51,7 @@ class RequestParams:
     own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`
     own_values: tuple[float, ...] = ()  # its parameters, in their order
     pins: Pins | None = None
+    request_id: str = ""  # nobody else's, and the same after a preemption
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class CanvasState:
         self.edits.put(slot, params.edits)
         self.pins.put(slot, params.pins)
         self.records.put(slot, params.num_logprobs)
-        self.apart.put(slot, params.own_policy, params.own_values)
+        self.apart.put(slot, params.own_policy, params.own_values, params.request_id)
         self._is_staged = True
 
     def apply_staged_writes(self) -> None:
@@ -166,13 +167,10 @@ class CanvasState:
         ints, floats = self._ints[:, blocks.slots], self._floats[:, blocks.slots]
         own_ints, own_floats = (dict(zip(*pair, strict=False)) for pair in ((_INTS, ints), (_FLOATS, floats)))
         policies = set(self._ints_np[_INTS.index("policy_id"), slots_np].tolist())
-        num_pinned, known_end = self.pins.num_pinned(slots_np), own_ints["prompt_len"]
-        if num_pinned is not None:  # as if the prompt reached so far into the block
-            known_end = torch.maximum(known_end, blocks.start) + num_pinned
         return PolicyParams(
             policy_id=own_ints["policy_id"],
             seed=own_ints["seed"],
-            prompt_len=known_end,
+            prompt_len=self.pins.known_end(own_ints["prompt_len"], slots_np, blocks.start),
             start=blocks.start,
             threshold=own_floats["threshold"],
             factor=own_floats["factor"],

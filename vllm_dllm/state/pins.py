@@ -103,14 +103,21 @@ class PinState:
             index, own_tokens = packed[:, 0], packed[:, 1:]
             canvas[index] = torch.where(own_tokens == OPEN, canvas[index], own_tokens)
 
-    def num_pinned(self, slots: IntArray) -> Tensor | None:
-        """Return how many positions of the blocks under way are pinned, [num_reqs] int64; None where no request has any
-        pins.
+    def known_end(self, prompt_len: Tensor, slots: IntArray, start: Tensor) -> Tensor:
+        """Return where prompts end, as if they had as many positions more as the blocks under way have pins.
+
+        Args:
+            prompt_len: [num_reqs] int64.
+            slots: [num_reqs].
+            start: [num_reqs] int64, absolute position of each one's block.
+
+        Returns: [num_reqs] int64; `prompt_len` where no request has pins.
         """
         counts = {i: self._begun[int(slots[i])][1] for i, _ in self.of(slots)}
         if not counts:
-            return None
-        return self._to_device(np.array([counts.get(i, 0) for i in range(len(slots))], dtype=np.int64))
+            return prompt_len
+        count = self._to_device(np.array([counts.get(i, 0) for i in range(len(slots))], dtype=np.int64))
+        return torch.maximum(prompt_len, start) + count
 
     def is_next_open(self, slots: IntArray, start: IntArray) -> NDArray[np.bool_]:
         """Tell of whom no position of the block behind the one at `start` is pinned; [num_reqs]."""
