@@ -103,8 +103,12 @@ class Request:
             top_k=self.top_k,
             top_p=self.top_p,
             seed=self.seed,
-            pins=Pins(len(self.tail), np.array([OPEN if token is None else token for token in self.given])),
+            pins=self.pins(),
         )
+
+    def pins(self) -> Pins | None:
+        token_ids = np.array([OPEN if token is None else token for token in self.given], dtype=np.int64)
+        return Pins(len(self.tail), token_ids) if self.given else None
 
     def reference(self, block_length: int) -> dict[str, object]:
         options = POLICY_OPTIONS[self.policy]

@@ -158,9 +158,9 @@ def test_what_is_given_of_an_answer_passes_vllms_classes(client: TestClient) -> 
     """They know no null in lists, and a suffix of other models; a length that nobody sent is said to be none."""
     for changes in ({"suffix": "a"}, {"suffix": ""}, {"vllm_xargs": {"dllm_canvas": [5, None]}}):
         assert reply_to(client, COMPLETIONS, COMPLETE[COMPLETIONS] | changes) == (418, PASSED)
-    body: dict[str, Any] = {"suffix": "a", "max_tokens": 3, "vllm_xargs": {"dllm_policy": "random"}}
+    body: dict[str, Any] = {"prompt": "b", "suffix": "a", "max_tokens": 3, "vllm_xargs": {"dllm_policy": "random"}}
     check_body(COMPLETIONS, body)
-    assert body == {"max_tokens": 3, "vllm_xargs": {"dllm_policy": "random", "dllm_suffix": "a"}}
+    assert body == {"prompt": "b", "max_tokens": 3, "vllm_xargs": {"dllm_policy": "random", "dllm_suffix": "a"}}
     for length, is_open_ended in (({}, True), ({"max_tokens": None}, True), ({"max_completion_tokens": 2}, False)):
         body = {"messages": TALK, "vllm_xargs": {"dllm_canvas": [5, None]}, **length}
         check_body(CHAT, body)

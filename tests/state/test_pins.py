@@ -9,6 +9,7 @@ import torch
 from tests.engine.test_plan import planned, segments
 from tests.state.test_canvas import MASK, blocks, request, state_of
 from vllm_dllm.engine.pins import write_pinned_rows
+from vllm_dllm.engine.plan import plan_step
 from vllm_dllm.state.kv import KvSchedule
 from vllm_dllm.state.pins import OPEN, Pins, PinState
 
@@ -67,6 +68,21 @@ def test_no_look_ahead_goes_where_something_is_given() -> None:
     state.put(3, pins(8, *[None] * 5, 7))
     assert state.is_next_open(np.array([2, 3]), np.array([8, 8])).tolist() == [True, False]
     assert state.is_next_open(np.array([2, 3]), np.array([4, 12])).tolist() == [True, True]
+    kv, start = KvSchedule("block_causal", None, B), np.array([8, 8])
+    for request_id in (0, 1):
+        kv.add(request_id, 0)
+        kv.note(request_id, 8)
+    plan = plan_step(
+        kv.step([0, 1], start, start + 8),
+        block_start=start,
+        seq_len=start + 8,
+        num_drafts=np.array([5, 5]),
+        block_length=B,
+        kv_policy="block_causal",
+        look_ahead_from=5,
+        is_next_open=state.is_next_open(np.array([2, 3]), start),
+    )
+    assert (plan.looks_ahead.tolist(), plan.num_drafts.tolist()) == ([True, False], [3, 5])
 
 
 def test_a_refresh_has_the_pins_behind_the_block() -> None:

@@ -1,7 +1,7 @@
 """The constraint of a request, and how far its answer is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Answer:
     block_length: int
     state: int = 0  # before what the block under way has of the answer
     pins: Pins | None = None  # what is given of it
+    # From which states the positions from the beginnings of blocks on can be filled with what is given of them.
+    _kept: dict[int, BoolArray] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def part(self) -> slice:
@@ -61,11 +63,13 @@ class Answer:
 
     def _fits(self, position: int) -> BoolArray:
         """Tell from which states the positions from one on can be filled; [num_states]."""
-        pins_end = 0 if self.pins is None else min(self.pins.end, self.end)
-        if self.pins is None or position >= pins_end:
+        if self.pins is None or position >= self.pins.end:
             return self._fits_open(position)
-        behind = BlockConstraint(self.automaton, 0, self._fits_open(pins_end), self.limit - position)
-        return behind.fits_before(self.pins.of(position, pins_end - position))
+        if position not in self._kept:
+            behind = BlockConstraint(self.automaton, 0, self._fits_open(self.pins.end), self.limit - position)
+            along = behind.fits_along(self.pins.of(position, self.pins.end - position))
+            self._kept = {position + place: along[place] for place in range(0, len(along), self.block_length)}
+        return self._kept[position]
 
     def _fits_open(self, position: int) -> BoolArray:
         automaton = self.automaton

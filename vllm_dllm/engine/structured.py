@@ -141,7 +141,9 @@ def answer_of(
         return None
     automaton, begin = _unpacked(packed), resolved.prompt_len
     limit, pins = begin + (params.max_tokens or 0), resolved.pins
-    end = limit if pins is not None and pins.end > limit else resolved.seq_len  # a suffix is no part of the answer
+    end = resolved.seq_len
+    if pins is not None and pins.end > limit:  # a suffix is no part of the answer
+        end, pins = limit, None
     return Answer(automaton, begin, limit, end, block_start, block_length, automaton.run(tokens[begin:]), pins)
 
 
