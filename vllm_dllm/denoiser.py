@@ -21,6 +21,7 @@ from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import Draw, torch_draws
+from vllm_dllm.state.left import predicting_rows
 from vllm_dllm.state.records import Asking
 from vllm_dllm.state.report import POLICY_FAILED, Column
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
@@ -109,10 +110,12 @@ class Denoiser:
             nodes: their canvases.
             hidden: [num_evaluated * block_length, hidden_size], the model's rows of those that are evaluated; may be
                 written to.
-            fresh: as in `CanvasState.predicting_rows`.
+            fresh: as in `state.left.predicting_rows`.
         """
-        slots = nodes.per_evaluated(blocks.slots[:, None].expand(nodes.depth.shape)) if self.state.keeps_left else None
-        rows = hidden if slots is None else self.state.predicting_rows(slots, hidden, fresh)
+        rows, left = hidden, self.state.left
+        if left is not None:
+            slots = nodes.per_evaluated(blocks.slots[:, None].expand(nodes.depth.shape))
+            rows = predicting_rows(left, slots, hidden, fresh)
         keeps_candidates = self.drafter is not None or self.observer is not None
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
@@ -126,6 +129,9 @@ class Denoiser:
         if nodes.constrained is not None:
             done = self._under_constraints(nodes.constrained, blocks, nodes, stats, done)
         done = DecidedStep(self.state, blocks, nodes, stats, keep_of(keep, nodes.constrained)).others(done)
+        scored = self.state.targets.of(blocks.slots_np)
+        if scored is not None:
+            done = scored.taken(nodes, done)
         self._found = self._logprobs(blocks, nodes, done, rows, ids)
         if self.observer is not None:
             request = torch.arange(len(done.node), device=done.node.device)
@@ -190,7 +196,7 @@ class Denoiser:
             return None
         assert self.logprob_head is not None, "nobody may ask without"
         unmasked = Unmasked.of(nodes, done, asking.place, self.state.mask_token_id)
-        return asking, unmasked, unmasked.log_probs(self.logprob_head, hidden, ids, asking.num_top)
+        return asking, unmasked, unmasked.log_probs(self.logprob_head, hidden, ids, asking.num_top, asking.keeps_mask)
 
     def _under_constraints(
         self, own: ConstrainedStep, blocks: Blocks, nodes: Nodes, stats: PartialStats, done: Trajectory

@@ -159,7 +159,7 @@ class StepPlan:
 
         Args:
             logit_shift: whether a position is predicted by the row on its left; where that is not in the segment, any
-                row stands for it, see `CanvasState.predicting_rows`.
+                row stands for it, see `state.left.predicting_rows`.
         """
         length, first_row = self.end - self.begin, self.first_row
         segment = np.arange(len(length)).repeat(length)

@@ -19,6 +19,7 @@ from vllm_dllm.state.apart import ApartState
 from vllm_dllm.state.edits import NO_EDITS, EditState, LogitEdits, scene_of
 from vllm_dllm.state.pins import Pins, PinState
 from vllm_dllm.state.records import NO_LOGPROBS, LogprobRecords
+from vllm_dllm.state.targets import TargetState
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
@@ -52,6 +53,7 @@ class RequestParams:
     own_values: tuple[float, ...] = ()  # its parameters, in their order
     pins: Pins | None = None
     request_id: str = ""  # nobody else's, and the same after a preemption
+    targets: tuple[int, ...] | None = None  # what its block is scored by; None: it is decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ class CanvasState:
         self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
+        self.targets = TargetState(block_length, device)
         self.pins = PinState(block_length, device)
         self.records = LogprobRecords(max_num_reqs, block_length, device)
         self.apart = ApartState(max_num_reqs, block_length, device, vocab_size)
@@ -136,7 +139,8 @@ class CanvasState:
         self._has_memory_np[slot] = params.policy_id in MEMORIES
         self.edits.put(slot, params.edits)
         self.pins.put(slot, params.pins)
-        self.records.put(slot, params.num_logprobs)
+        self.targets.put(slot, params.targets)
+        self.records.put(slot, params.num_logprobs, keeps_mask=params.targets is not None)
         self.apart.put(slot, params.own_policy, params.own_values, params.request_id)
         self._is_staged = True
 
@@ -289,28 +293,6 @@ class CanvasState:
     def positions(self, blocks: Blocks) -> Tensor:
         """Return the absolute positions of the blocks; [num_reqs, block_length] int64."""
         return blocks.start[:, None] + self._offsets
-
-    @property
-    def keeps_left(self) -> bool:
-        """Whether a block's first position is predicted by a row that is kept from a refresh."""
-        return self.left is not None
-
-    def predicting_rows(self, slots: Tensor, hidden: Tensor, fresh: Tensor | None) -> Tensor:
-        """Put the row left of each block, which a refresh computed last, before the block's other rows.
-
-        Args:
-            slots: [num_nodes] int64.
-            hidden: [num_nodes * block_length, hidden_size], the rows left of the positions of the blocks; written to.
-            fresh: [num_fresh] int64, nodes whose own first row is that of this step's refresh; None: none.
-
-        Returns: `hidden`.
-        """
-        assert self.left is not None, "only a logit shift needs it"
-        first = hidden.view(len(slots), self.block_length, -1)[:, 0]
-        if fresh is not None:
-            self.left[slots[fresh]] = first[fresh]
-        first.copy_(self.left[slots])
-        return hidden
 
     def reset(self, slots: Tensor, where: Tensor) -> None:
         """Begin a new block for those of the given slots that `where` marks; their policies remember nothing of it.

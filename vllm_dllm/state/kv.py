@@ -144,7 +144,7 @@ class KvSchedule:
             is_new=is_new,
             stores_alone=begins_block & comes_alone,
             is_undrafted=begins_block | (comes_alone & (num_steps == 1)),
-            is_short=(seq_len < block_start + self.block_length) & (self.name == "causal"),
+            is_short=self._is_short(block_start, seq_len),
         )
 
     def _is_given(self, requests: Sequence[Hashable], block_start: IntArray) -> BoolArray:
@@ -154,6 +154,11 @@ class KvSchedule:
             pins = self.pins.get(request)
             is_given[i] = pins is not None and not pins.num_masked(int(block_start[i]), self.block_length)
         return is_given
+
+    def _is_short(self, block_start: IntArray, seq_len: IntArray) -> BoolArray:
+        """Tell whose block ends with the row, before its length; behind a row's end, where a void step is, is none."""
+        is_short = (seq_len < block_start + self.block_length) & (self.name != "block_causal")
+        return is_short & (self.is_causal | (block_start < seq_len))
 
     def num_rows(self, step: KvStep) -> IntArray:
         """Return how many rows a step has without drafts at most, [num_reqs]: a refresh spans the block."""
