@@ -21,7 +21,6 @@ from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import Draw, torch_draws
-from vllm_dllm.state.left import predicting_rows
 from vllm_dllm.state.records import Asking
 from vllm_dllm.state.report import POLICY_FAILED, Column
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
@@ -110,17 +109,17 @@ class Denoiser:
             nodes: their canvases.
             hidden: [num_evaluated * block_length, hidden_size], the model's rows of those that are evaluated; may be
                 written to.
-            fresh: as in `state.left.predicting_rows`.
+            fresh: as in `CanvasState.predicting_rows`.
         """
-        rows, left = hidden, self.state.left
-        if left is not None:
-            slots = nodes.per_evaluated(blocks.slots[:, None].expand(nodes.depth.shape))
-            rows = predicting_rows(left, slots, hidden, fresh)
+        slots = nodes.per_evaluated(blocks.slots[:, None].expand(nodes.depth.shape)) if self.state.keeps_left else None
+        rows = hidden if slots is None else self.state.predicting_rows(slots, hidden, fresh)
         keeps_candidates = self.drafter is not None or self.observer is not None
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
         edits, keep = self.state.row_edits(blocks, nodes)
-        ids = _row_ids(nodes, _asked(nodes, asked_ids(remembered), self.state.asks_known(blocks)), edits)
+        ids = _row_ids(
+            nodes, _asked(nodes, asked_ids(remembered), self.state.asks(blocks), self.state.rules.end_ids), edits
+        )
         sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
         stats = self.head(rows, sampling, num_candidates, ids)
         params = self.state.policy_params(blocks)
@@ -231,21 +230,25 @@ class Denoiser:
         self.head(hidden, sampling, POLICY_CANDIDATES if self.drafter is None else MAX_CANDIDATES)
 
 
-def _asked(nodes: Nodes, asked: Tensor | None, asks_known: Tensor | None) -> Tensor | None:
+def _asked(nodes: Nodes, asked: Tensor | None, asks: Tensor | None, end_ids: tuple[int, int]) -> Tensor | None:
     """Return the ids that policies ask for; [num_reqs, num_nodes, block_length, num_given] int64.
 
     Args:
         nodes: the canvases.
         asked: [num_reqs, block_length, num_given] int64, by what policies remember; None: nothing.
-        asks_known: [num_reqs] bool, of whom the known tokens of each canvas are asked for; None: of nobody.
+        asks: [2, num_reqs] bool, of whom the known tokens of each canvas are asked for, and of whom the end tokens;
+            None: of nobody.
+        end_ids: those.
     """
     ids = None if asked is None else asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)
-    if asks_known is None:
+    if asks is None:
         return ids
-    known = torch.where(asks_known[:, None, None] & ~nodes.is_masked, nodes.canvas, -1)[..., None]
+    known = torch.where(asks[0, :, None, None] & ~nodes.is_masked, nodes.canvas, -1)[..., None]
+    ends = torch.tensor(end_ids, device=known.device)
+    own = torch.where(asks[1, :, None, None, None], ends, pad(known, (0, 1), value=-1))
     if ids is None:
-        return known
-    return torch.cat([torch.maximum(ids[..., :1], known), ids[..., 1:]], -1)  # nobody asks for both
+        return own
+    return torch.cat([torch.maximum(ids[..., :2], own), ids[..., 2:]], -1)  # nobody asks for more than one of these
 
 
 def _row_ids(nodes: Nodes, asked: Tensor | None, edits: RowEdits | None) -> RowIds | None:
