@@ -148,6 +148,10 @@ class Denoiser:
             done: what `advance` made of their steps.
             is_void: [num_reqs] bool.
         """
+        if self._found is not None:  # what is given of the next block must not be found unmasked
+            asking, unmasked, tokens = self._found
+            counts = ~is_void[asking.place, None, None]
+            self._found = asking, replace(unmasked, is_new=unmasked.is_new & counts), tokens
         kept = self.state.policy_state(blocks)
         apart = tuple(self._void_apart(blocks, each, is_void) for each in done.apart)
         return replace(

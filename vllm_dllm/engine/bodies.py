@@ -132,7 +132,8 @@ def check_body(path: str, body: dict[str, Any]) -> None:
 def _take_suffix(path: str, body: dict[str, Any]) -> None:
     """Hand a completion's suffix on as an option: vLLM knows it of models with marks for it in their prompts."""
     suffix = body.get("suffix")
-    if suffix is None:
+    if suffix in (None, ""):
+        body.pop("suffix", None)
         return
     if not path.endswith("/v1/completions"):
         raise not_allowed("suffix", suffix, "null here, and text at /v1/completions")

@@ -139,10 +139,10 @@ class History:
         return Generation(answer, history=history, log_probs=self._of(answer), **counts)
 
     def _of(self, answer: Tensor) -> Tensor:
-        """Return the log-probabilities of an answer; [len(answer), vocab], 0 where none was unmasked at all."""
-        vocab_size = max(map(len, self._log_probs.values()), default=0)
+        """Return the log-probabilities of an answer; [len(answer), vocab], as far as its ids where all was given."""
+        vocab_size = max(map(len, self._log_probs.values()), default=int(answer.max()) + 1)
         rows = torch.full((len(answer), vocab_size), -torch.inf, dtype=torch.float64)
-        for place, token in enumerate(answer.tolist() if vocab_size else ()):
+        for place, token in enumerate(answer.tolist()):
             unmasked = self._log_probs.get(self.prompt_len + place)
             rows[place, token] = 0.0
             rows[place] = rows[place] if unmasked is None else unmasked
