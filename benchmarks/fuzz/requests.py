@@ -1,6 +1,7 @@
 """Generated requests: every policy, any length, temperatures, edits of the logits, with and without a constraint."""
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,12 @@ def whole_ids(tokenizer: Any) -> list[int]:
     return [token for token in range(4, len(tokenizer)) if "\ufffd" not in tokenizer.decode([token])]
 
 
+def needed_tokens(refusal: str) -> int | None:
+    """Return how many tokens an answer needs, as the refusal of a request with fewer says; None: it says nothing."""
+    needed = re.search(r"allowed are (\d+) and more; raise max_tokens", refusal)
+    return needed and int(needed[1])
+
+
 def draw_request(rng: random.Random, shape: Shape, asked: Asked | None, prompts: Sequence[list[int]]) -> Drawn:
     """Draw a request; some have one of the given prompts, others any token ids."""
     max_tokens = rng.choice([1, 3, shape.block_length, shape.block_length + 1, 24, 40, shape.max_tokens])
@@ -66,12 +73,15 @@ def draw_request(rng: random.Random, shape: Shape, asked: Asked | None, prompts:
     if rng.random() < 0.1:
         sampling["logprobs"] = rng.choice([0, 1, 5])
     if asked is None:
-        sampling |= _of_free_ones(rng, shape.vocab_size, max_tokens)
-    return Drawn(prompt, sampling, _options(rng, policy, shape.block_length, max_tokens), asked)
+        sampling |= _of_free_ones(rng, shape.vocab_size, max_tokens, policy)
+    options = _options(rng, policy, shape.block_length, max_tokens)
+    if asked is None and rng.random() < 0.05:
+        options["dllm_logits_eos_inf"] = True
+    return Drawn(prompt, sampling, options, asked)
 
 
 def _sampling(rng: random.Random, policy: str) -> dict[str, Any]:
-    temperature = rng.choice([0.0, 0.0, 0.3, 1.0, 1.5])
+    temperature = 0.0 if changes_tokens(policy) else rng.choice([0.0, 0.0, 0.3, 1.0, 1.5])
     sampling = {"temperature": temperature, "seed": rng.randrange(1 << 62), "ignore_eos": rng.random() < 0.3}
     if policy != "credit" or not temperature:
         sampling |= {"top_k": rng.choice([0, 0, 1, 7]), "top_p": rng.choice([1.0, 1.0, 0.8, 0.2])}
@@ -96,8 +106,8 @@ _MASK_ID = 3
 """Of the small models: no answer has it, and nobody may ask for it."""
 
 
-def _of_free_ones(rng: random.Random, vocab_size: int, max_tokens: int) -> dict[str, Any]:
-    """What is refused beside a constraint, since it forbids tokens, too."""
+def _of_free_ones(rng: random.Random, vocab_size: int, max_tokens: int, policy: str) -> dict[str, Any]:
+    """What is refused beside a constraint, since it forbids tokens, too, or would cut the answer."""
     ids = rng.sample(range(4, vocab_size), 30)
     more = {
         "allowed_token_ids": [1, *ids],
@@ -105,6 +115,8 @@ def _of_free_ones(rng: random.Random, vocab_size: int, max_tokens: int) -> dict[
         "stop": [rng.choice(["a", "1", "e "])],
         "stop_token_ids": ids[:3],
     }
+    if not changes_tokens(policy):
+        more["bad_words"] = rng.sample(["a", "1", "ab", " e", "0 1"], 2)
     return {name: value for name, value in more.items() if rng.random() < 0.15}
 
 

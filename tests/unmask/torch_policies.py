@@ -1,12 +1,16 @@
 """Blocks decoded by policies in torch code, beside native ones, with and without drafts; and by their references."""
 
+import functools
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from tests.draft.test_exact import CPU, EOS, MASK, VOCAB, SyntheticModel, drafter_of
 from vllm_dllm.denoiser import Denoiser
@@ -18,11 +22,12 @@ from vllm_dllm.reference.editing_rule import Editing
 from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
 from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, EosLast, Hierarchy, LocalLeap
-from vllm_dllm.reference.window_rules import AdaBlock, Deferred, Prophet
-from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.reference.window_rules import AdaBlock, Deferred, Learn2Pd, Prophet
+from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import native_draws
 from vllm_dllm.state.edits import NO_EDITS, LogitEdits
 from vllm_dllm.state.report import Column
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -31,6 +36,23 @@ from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 from vllm_dllm.unmask.walk import native_walk
 
 EOT = 5
+NET_NAMES = ("weight1", "bias1", "weight2", "bias2")
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+def net(block_length: int) -> dict[str, torch.Tensor]:
+    """A net for `learn2pd`, which takes a part of the positions for final."""
+    generator = torch.Generator().manual_seed(block_length)
+    sizes = ((block_length, block_length), (block_length,)) * 2
+    names = ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
+    return {name: 3 * torch.randn(size, generator=generator) for name, size in zip(names, sizes, strict=True)}
+
+
+@functools.cache
+def net_file(block_length: int) -> str:
+    path = Path(_FOLDER.name) / f"{block_length}.safetensors"
+    save_file(net(block_length), path)
+    return str(path)
 
 
 @dataclass(frozen=True)
@@ -99,7 +121,9 @@ def decode(
     With `void_first` each step is taken twice, void at first.
     """
     length = model.block_length
-    state = CanvasState(len(requests), length, MASK, CPU, rules, vocab_size=VOCAB)
+    state = CanvasState(
+        len(requests), length, MASK, CPU, rules, vocab_size=VOCAB, files={"learn2pd_file": net_file(length)}
+    )
     for slot, request in enumerate(requests):
         state.add_request(slot, request.params(rules, length, num_blocks * length))
     state.apply_staged_writes()
@@ -159,6 +183,10 @@ class PlainRule:
             own["num_blocks"] = num_blocks
         if request.policy == "adablock":
             own["gen_length"] = num_blocks * block_length
+        if request.policy == "learn2pd":
+            own |= {
+                name: its.double().tolist() for name, its in zip(NET_NAMES, net(block_length).values(), strict=True)
+            }
         if request.policy == "confidence_eos_eot_inf":
             own["end_ids"] = end_ids
         return partial(self.make, **own)
@@ -172,6 +200,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "ass": Ass,
     "eoser_ass": Ass,
     "confidence_eos_eot_inf": EosLast,
+    "learn2pd": Learn2Pd,
     "saber": Saber,
     "rcr": Rcr,
     "remdm": Remdm,
@@ -212,6 +241,7 @@ def drawn(policy: str, rng: random.Random) -> Own:
         "ass": {},
         "eoser_ass": {"gamma_max": rng.choice([0.3, 1.0])},
         "confidence_eos_eot_inf": {},
+        "learn2pd": {"accept": rng.choice([0.5, 0.96])},
         "saber": {"least": rng.choice([1, 2, 3, 5])},
         "rcr": {},
         "prophet": {"gap_early": rng.choice([1.0, 3.0, 7.5]), "gap_middle": rng.choice([0.5, 2.0, 5.0])},

@@ -27,6 +27,7 @@ from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.engine.configs import make_drafter, rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.natives import check_hook
+from vllm_dllm.engine.pins import write_pinned_rows
 from vllm_dllm.engine.plan import StepPlan, plan_step
 from vllm_dllm.engine.report import StepOrder
 from vllm_dllm.engine.request import resolve_params
@@ -35,6 +36,7 @@ from vllm_dllm.engine.step import Step, rows_to_device
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.engine.structured import answer_of
 from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.delayed import DelayedRows
 from vllm_dllm.state.draws import choose_draws
 from vllm_dllm.state.kv import IntArray, KvStep
 from vllm_dllm.state.settle import Emission, Ledger, choose_settle
@@ -62,29 +64,21 @@ class DllmModelState(ModelState):
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
-        self.state = CanvasState(
-            self.max_num_reqs,
-            self.block_length,
-            mask_token_id,
-            device,
-            rules_of(vllm_config),
-            self._left_rows(),
-            self.model_config.get_vocab_size(),
-        )
+        sizes, rules = (self.max_num_reqs, self.block_length), rules_of(vllm_config)
+        vocab_size, files = self.model_config.get_vocab_size(), self.settings.files
+        self.state = CanvasState(*sizes, mask_token_id, device, rules, self._left_rows(), vocab_size, files)
         drafter = make_drafter(vllm_config)
         self.denoiser = Denoiser(
             self.state,
             drafter,
-            choose_head(model, self.model_config.get_vocab_size(), self.never_chosen, device),
+            choose_head(model, vocab_size, self.never_chosen, device),
             choose_walk(device),
             choose_settle(device),
             choose_draws(device),
             LogprobHead(model.head_logits, self.model_config.get_vocab_size(), self.never_chosen),
         )
-        self._fill_rows = choose_rows(device)
-        self.kv_schedule = make_schedule(
-            self.settings, stores_alone=self._family.stores_alone, logit_shift=self._family.logit_shift
-        )
+        self._fill_rows = DelayedRows.around(choose_rows(device), self.state, self.settings.kv_policy)
+        self.kv_schedule = make_schedule(self.settings, **self._family.kv_facts)
         # Decides where the scheduler does not: ahead of reports, and while vLLM warms up, without an order.
         self.order: StepOrder | None = None
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
@@ -150,7 +144,7 @@ class DllmModelState(ModelState):
         block_start = int(self.kv_schedule.block_start(np.array([len(known)]))[0])
         answer = answer_of(new_req_data.sampling_params, params, known, block_start, self.block_length)
         self.state.add_request(req_index, params, answer)
-        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens, params.prompt_len)
+        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens, params.prompt_len, params.pins)
 
     def apply_staged_writes(self) -> None:
         """Copy new requests' parameters to the device."""
@@ -174,14 +168,11 @@ class DllmModelState(ModelState):
         input_batch.num_scheduled_tokens = step.plan.rows_of_requests  # whose adapters each row takes
         input_batch.logits_indices = step.head_rows(logit_shift=self._family.logit_shift)
         pages = block_tables[0] if step.plan.stores.any() else None
-        store = self._fill_rows(
-            step.nodes,
-            step.blocks,
-            None if step.special is None else step.special.rows,
-            Sequences(self._all_token_ids, pages, self.attention.page_size),
-            RowInputs(input_batch.input_ids[:num_rows], input_batch.positions[:num_rows]),
-            self.state.mask_token_id,
-        )
+        rows = None if step.special is None else step.special.rows
+        known = Sequences(self._all_token_ids, pages, self.attention.page_size)
+        into = RowInputs(input_batch.input_ids[:num_rows], input_batch.positions[:num_rows])
+        store = self._fill_rows(step.nodes, step.blocks, rows, known, into, self.state.mask_token_id)
+        write_pinned_rows(input_batch.input_ids, step.plan, self.state.pins, step.blocks.slots_np)
         self._step = replace(step, store=store)
 
     def prepare_attn(
@@ -268,6 +259,7 @@ class DllmModelState(ModelState):
         plan = self._plan(batch, kv, block_start_np, seq_len_np, counted_np)
         if kv.is_new.any():
             self._begin_rows(blocks, num_known, self._to_device(np.flatnonzero(kv.is_new)))
+        self.state.pins.begin(self.state.canvas, slots_np, block_start_np)
         missing = self._cut(blocks, block_start_np, seq_len_np) if kv.is_short.any() else None
         special = rows_to_device(plan, self.device, logit_shift=self._family.logit_shift)
         nodes = self.denoiser.nodes(blocks, plan.max_drafts, looks_ahead=plan.has_look_ahead)
@@ -303,6 +295,7 @@ class DllmModelState(ModelState):
             block_length=self.block_length,
             kv_policy=self.settings.kv_policy,
             look_ahead_from=self._look_ahead_from,
+            is_next_open=self.state.pins.is_next_open(batch.idx_mapping_np[: len(block_start)], block_start),
         )
 
     def _cut(self, blocks: Blocks, block_start: IntArray, seq_len: IntArray) -> Tensor:

@@ -7,8 +7,9 @@ import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
-from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
+from vllm_dllm.engine.pins import pins_of
+from vllm_dllm.engine.targets import blocks_of
 from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.windows import make_schedule
 
@@ -87,7 +88,8 @@ class StepRows:
 
     def admit(self, request: Request, num_hit: int) -> None:
         """Begin a request, or begin it anew after a preemption; it finds so many positions in the prefix cache."""
-        self.kv.add(request.request_id, num_hit, request.num_prompt_tokens)
+        pins = pins_of(request.sampling_params, request.num_prompt_tokens)
+        self.kv.add(request.request_id, num_hit, request.num_prompt_tokens, pins)
         if self.settings.kv_policy == "freecache" and request.num_tokens > request.num_prompt_tokens:
             logger.warning(
                 "Request %s was preempted behind its first block: kv_policy 'freecache' keeps what earlier steps "
@@ -109,16 +111,19 @@ class StepRows:
         step = self.step(requests)
         return self.kv.num_rows(step).tolist(), step.is_undrafted.tolist(), step.num_span_rows.tolist()
 
-    @property
-    def num_first(self) -> int:
+    def num_first(self, request: Request) -> int:
         """Positions of a request's first block; with self-speculation that is a window of one, its last token."""
+        if self.settings.has_windows:
+            return min(self.block_length, self.row_end(request) - request.num_tokens)
         return 1 if self.settings.mode == "self_speculation" else self.block_length
 
     def first(self, request: Request, num_hit: int) -> int:
         """Return the rows of the step that admits a request: of its prompt, behind a cache hit, and of its block."""
-        if not self.is_causal:
-            return self.row_end(request)
-        return request.num_tokens - num_hit + self.num_first  # of a partial block vLLM counts the known tokens twice
+        if not self.is_causal:  # vLLM counts a whole block, where a short one ends with the row
+            return max(self.row_end(request), request.num_tokens + self.block_length)
+        return (
+            request.num_tokens - num_hit + self.num_first(request)
+        )  # of a partial block vLLM counts the known tokens twice
 
     def may_be_short(self, request: Request) -> bool:
         """Tell whether a request's next step may have a short block, wherever the steps under way lead it."""
@@ -130,7 +135,8 @@ class StepRows:
         """Return where a request's row ends."""
         end = self._row_ends.get(request.request_id)
         if end is None:
-            end = row_blocks(request.num_prompt_tokens, request.max_tokens, self.settings, self.max_model_len).end
+            args = (request.sampling_params, request.num_prompt_tokens, request.max_tokens)
+            end = blocks_of(*args, self.settings, self.max_model_len).end
             self._row_ends[request.request_id] = end
         return end
 
@@ -143,3 +149,8 @@ class StepRows:
         """Forget a preempted or freed request."""
         self.kv.forget(request.request_id)
         self._row_ends.pop(request.request_id, None)
+
+
+def leave_out(request: Request, current_step: int) -> None:
+    """Let vLLM's next `schedule` pass a running request over; it counts the step before it compares."""
+    request.next_decode_eligible_step = current_step + 2

@@ -9,8 +9,11 @@ stores before it attends. What must be stored is one more part of the step, over
   - `dual` with `refresh_every=n` does so again at every n-th step of the block (Fast-dLLM's dual cache for None,
     no cache at all for 1);
   - `prefix` recomputes the block and what follows, if anything does, at every step (Fast-dLLM's prefix cache);
+- nothing, when a block begins of which all is given (`state.pins`): it has no step, and is emitted as it is;
   - `freecache` refreshes the whole row once, then from the block that ended on, which is full by now and never
     computed again (FlashDLM);
+  - `dkv` refreshes the whole row at every n-th step of a block, too, and recomputes the block and what follows at the
+    others, but for tokens that were known before the step before, whose K/V stay (dKV-Cache; `state.delayed`);
   - `vicinity` refreshes the whole row when a block begins, and in the warm-up steps of a request's first one (dInfer);
 - under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit; under
   `causal` all of its prompt. A block that ended is stored by its *commit*, one more node in the first step of the next
@@ -32,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dllm.names import KvPolicyName
+from vllm_dllm.state.pins import Pins
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -52,6 +56,7 @@ class KvStep:
     span_begin: IntArray  # first position that a canvas is evaluated with, where it is not part of a refresh
     span_end: IntArray  # behind the last one
     is_wide: BoolArray  # whose canvases have neighbours in flight
+    is_delayed: BoolArray  # whose refresh leaves the K/V of some of its positions as they are
 
     @property
     def is_long(self) -> BoolArray:
@@ -77,7 +82,7 @@ class KvSchedule:
 
     Args:
         name: the policy.
-        refresh_every: of `dual`.
+        refresh_every: of `dual` and `dkv`.
         block_length: positions of a block.
         stores_alone: whether what is stored predicts a block's first position.
         vicinity: of `vicinity`: positions before and behind the block that are in flight with it, warm-up steps.
@@ -103,6 +108,7 @@ class KvSchedule:
         # Where the block of the last decided step begins, -1 for none; how many the block had; what the cache had;
         # where the first block begins.
         self._requests: dict[Hashable, tuple[int, int, int, int]] = {}
+        self.pins: dict[Hashable, Pins] = {}  # what is given of their answers, of those of which anything is
 
     @property
     def is_causal(self) -> bool:
@@ -126,21 +132,28 @@ class KvSchedule:
         """Return how many positions a bidirectional request's step may store, of a block at `start`, a row to `end`."""
         if self.name == "freecache":
             return (end, end - start + self.block_length + self.logit_shift) if begins_block else (0,)
+        if self.name == "dkv":
+            return (end,) if begins_block else (end, end - start + self.logit_shift)
         return (end,) if begins_block else (0, end, end - start)
 
-    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0) -> None:
+    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0, pins: Pins | None = None) -> None:
         """Begin a request, or begin it anew.
 
         Args:
             request: its name.
             num_hit: positions that it finds in the prefix cache.
             prompt_len: of the prompt that it came with.
+            pins: what is given of its answer.
         """
+        self.forget(request)
         self._requests[request] = -1, 0, num_hit, prompt_len
+        if pins is not None:
+            self.pins[request] = pins
 
     def forget(self, request: Hashable) -> None:
         """Forget a request, which may be unknown."""
         self._requests.pop(request, None)
+        self.pins.pop(request, None)
 
     def note(self, request: Hashable, block_start: int) -> None:
         """Take note of a decided step; of one that began the next block, where that begins."""
@@ -164,10 +177,16 @@ class KvSchedule:
         is_warming = begins_block
         if self.name == "vicinity":
             is_warming = begins_block | ((block_start == prompt_len) & (step <= self.vicinity[2]))
+        is_delayed = np.zeros_like(is_new)
+        if self.name == "dkv":  # the published loop of LLaDA takes two whole steps, that of Dream one
+            is_delayed = ~is_warming & (step % (self.refresh_every or 1) > 0) & ((step > 1) | self.logit_shift)
         if self.is_causal:
             begin, end = np.where(is_new, num_hit, block_start), block_start
         else:
             begin, end = self._refreshed(is_new, is_warming, step, block_start, seq_len)
+            begin = np.where(is_delayed, block_start - self.logit_shift, begin)
+            end = np.where(is_delayed, seq_len, end)
+            end = np.where(self._is_given(requests, block_start), begin, end)
         span_begin, span_end = self._span(block_start, seq_len)
         comes_alone = (block_start == num_known) & self.stores_alone
         return KvStep(
@@ -178,11 +197,25 @@ class KvSchedule:
             is_new=is_new,
             stores_alone=begins_block & comes_alone,
             is_undrafted=is_warming | (comes_alone & (num_steps == 1)),
-            is_short=(seq_len < block_start + self.block_length) & (self.name == "causal"),
+            is_short=self._is_short(block_start, seq_len),
             span_begin=span_begin,
             span_end=span_end,
             is_wide=span_end - span_begin > self.block_length,
+            is_delayed=is_delayed,
         )
+
+    def _is_given(self, requests: Sequence[Hashable], block_start: IntArray) -> BoolArray:
+        """Tell of whose block nothing is masked when it begins, [num_reqs]."""
+        is_given = np.zeros(len(requests), dtype=bool)
+        for i, request in enumerate(requests if self.pins else ()):
+            pins = self.pins.get(request)
+            is_given[i] = pins is not None and not pins.num_masked(int(block_start[i]), self.block_length)
+        return is_given
+
+    def _is_short(self, block_start: IntArray, seq_len: IntArray) -> BoolArray:
+        """Tell whose block ends with the row, before its length; behind a row's end, where a void step is, is none."""
+        is_short = (seq_len < block_start + self.block_length) & (self.name != "block_causal")
+        return is_short & (self.is_causal | (block_start < seq_len))
 
     def num_rows(self, step: KvStep) -> IntArray:
         """Return how many rows a step has without drafts at most, [num_reqs]: a refresh spans the block."""
@@ -210,6 +243,7 @@ class KvSchedule:
             begin = np.where(is_new, 0, block_start - self.block_length - self.logit_shift)
             return begin, np.where(is_warming, np.maximum(seq_len, begin), begin)
         is_due = is_warming if self.refresh_every is None else step % self.refresh_every == 0
+        is_due |= (step == 1) & (self.name == "dkv")
         return np.zeros_like(seq_len), np.where(is_due, seq_len, 0)
 
     def _span(self, block_start: IntArray, seq_len: IntArray) -> tuple[IntArray, IntArray]:
