@@ -47,14 +47,20 @@ class Attention(nn.Module):
         self.dense = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, rotations: Rotations, start: int, kv: LayerKv | None, visible: Tensor | None
+        self,
+        x: Tensor,
+        rotations: Rotations,
+        start: int,
+        kv: LayerKv | None,
+        visible: Tensor | None,
+        stays: Tensor | None,
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
         heads = split_heads(self.query_key_value(x), self.config.head_dim)  # [*, all heads, len, head_dim]
         query, key, value = heads.split(self.heads, dim=-3)
         query = self.rotate(self.query_layernorm(query), rotations)
         key = self.rotate(self.key_layernorm(key), rotations)
-        attended, kv = attend(query, key, value, start, kv, visible)
+        attended, kv = attend(query, key, value, start, kv, visible, stays)
         return self.dense(merge_heads(attended)), kv
 
     def rotate(self, heads: Tensor, rotations: Rotations) -> Tensor:
@@ -126,10 +132,16 @@ class Layer(nn.Module):
         self.mlp = Experts(config) if has_experts else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, rotations: Rotations, start: int, kv: LayerKv | None, visible: Tensor | None
+        self,
+        x: Tensor,
+        rotations: Rotations,
+        start: int,
+        kv: LayerKv | None,
+        visible: Tensor | None,
+        stays: Tensor | None,
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
-        attended, kv = self.attention(self.input_layernorm(x), rotations, start, kv, visible)
+        attended, kv = self.attention(self.input_layernorm(x), rotations, start, kv, visible, stays)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
