@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import faulthandler
 import json
+import math
 import os
 import random
 import re
@@ -26,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzz.asked import draw_asked
-from benchmarks.fuzz.requests import Drawn, Shape, draw_request, whole_ids
+from benchmarks.fuzz.requests import Drawn, Shape, draw_request, needed_tokens, whole_ids
 
 FREE_SHARE = 0.12
 REQUESTS_EACH = 8
 """With one constraint: to compile it takes as long as to decode some."""
+ROUNDING = 1e-3
+"""Of log-probabilities in float32, relative where they are large: a batch of another shape adds in another order."""
 MAX_STEPS_IDLE = 2000
 """Without an answer: more than the longest has steps."""
 
@@ -129,10 +132,20 @@ class Feeder:
             in_flight.discard(name)
 
 
-def requests_of(numbers: Sequence[int], drawn: Sequence[Drawn], rng: random.Random) -> Iterator[tuple[str, Drawn, Any]]:
-    """Yield each request with drafts and without, a few places apart, and some that will be aborted."""
+def requests_of(
+    numbers: Sequence[int], drawn: Sequence[Drawn], rng: random.Random, until_s: float = math.inf
+) -> Iterator[tuple[str, Drawn, Any]]:
+    """Yield each request with drafts and without, a few places apart, and some that will be aborted.
+
+    Args:
+        numbers, drawn: of the requests.
+        rng: orders them.
+        until_s: by `time.monotonic`; those that have not been yielded then are left out.
+    """
     window: list[tuple[str, Drawn, Any]] = []
     for number, each in zip(numbers, drawn, strict=True):
+        if time.monotonic() > until_s:
+            break
         for kind in ("on", "off", *(["abort"] if rng.random() < 0.05 else [])):
             window.append((f"{kind} {number}", each, params_of(each, has_drafts=kind != "off")))
         while len(window) > 3 * REQUESTS_EACH:
@@ -143,12 +156,25 @@ def requests_of(numbers: Sequence[int], drawn: Sequence[Drawn], rng: random.Rand
 
 def fitted(drawn: Drawn, refusal: str) -> Drawn | None:
     """Return a request again with just as many tokens as its refusal says are needed; None: it says nothing of it."""
-    needed = re.search(r"allowed are (\d+) and more; raise max_tokens", refusal)
+    needed = needed_tokens(refusal)
     if needed is None:
         return None
     sampling = {name: value for name, value in drawn.sampling.items() if name != "min_tokens"}
     options = {name: value for name, value in drawn.options.items() if name != "dllm_steps"}
-    return dataclasses.replace(drawn, sampling={**sampling, "max_tokens": int(needed[1])}, options=options)
+    return dataclasses.replace(drawn, sampling={**sampling, "max_tokens": needed}, options=options)
+
+
+def check_logprobs(drawn: Drawn, *outputs: Any) -> None:
+    """Check that log-probabilities are some, and the same but for rounding. Raises: ValueError."""
+    if "logprobs" not in drawn.sampling:
+        return
+    of_each = [
+        [place[token].logprob for place, token in zip(output.logprobs, output.token_ids, strict=True)]
+        for output in outputs
+    ]
+    for own in zip(*of_each, strict=True):
+        if not (min(own) > -1e4 and max(own) <= 1e-6 and max(own) - min(own) <= ROUNDING * (1 - min(own))):
+            raise ValueError(f"log-probabilities {own} of a token with drafts and without, in {of_each}")
 
 
 def judge(fuzz: Fuzz, number: int, drawn: Drawn, outcomes: dict[str, Any]) -> None:
@@ -166,6 +192,7 @@ def judge(fuzz: Fuzz, number: int, drawn: Drawn, outcomes: dict[str, Any]) -> No
         fuzz.fault("unequal", drawn, number, f"{with_drafts.token_ids} with drafts, {without.token_ids} without")
         return
     try:
+        check_logprobs(drawn, with_drafts, without)
         if drawn.asked is not None:
             drawn.asked.check(with_drafts.text)
     except ValueError as error:
@@ -176,7 +203,13 @@ def judge(fuzz: Fuzz, number: int, drawn: Drawn, outcomes: dict[str, Any]) -> No
 
 
 def run(
-    llm: Any, shape: Shape, seed: int, numbers: Sequence[int], in_flight: int, prompts: Sequence[list[int]]
+    llm: Any,
+    shape: Shape,
+    seed: int,
+    numbers: Sequence[int],
+    in_flight: int,
+    prompts: Sequence[list[int]] = (),
+    until_s: float = math.inf,
 ) -> Fuzz:
     """Send the requests of some numbers, and those that were too short for their answer again."""
     fuzz, rng, feeder = Fuzz(), random.Random(seed), Feeder(llm, seed, in_flight)
@@ -184,7 +217,7 @@ def run(
     for is_last in (False, True):
         outcomes: dict[int, dict[str, Any]] = {}
         short: dict[int, Drawn] = {}
-        requests = requests_of([*drawn], [*drawn.values()], rng)
+        requests = requests_of([*drawn], [*drawn.values()], rng, until_s)
         for name, outcome in feeder.answers(requests):
             kind, number = name.split()
             outcomes.setdefault(int(number), {})[kind] = outcome
@@ -244,6 +277,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint")
     parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no further requests behind so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one request")
     parser.add_argument("--in-flight", type=int, default=16)
@@ -261,9 +295,8 @@ def main() -> None:
     llm = start(arguments)
     prompts = [] if arguments.questions is None else read_questions(llm.get_tokenizer(), arguments.questions)
     numbers = range(arguments.requests) if arguments.only is None else [arguments.only]
-    begin_s = time.process_time()
-    fuzz = run(llm, shape_of(llm), arguments.seed, numbers, arguments.in_flight, prompts)
-    print("cpu s", time.process_time() - begin_s)
+    until_s = time.monotonic() + 60 * arguments.minutes
+    fuzz = run(llm, shape_of(llm), arguments.seed, numbers, arguments.in_flight, prompts, until_s)
     for message, count in fuzz.refusals.most_common(12):
         print(f"refused, {count} times: {message}")
     for fault in fuzz.faults[:10]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from vllm_dllm.config import STRICT, DllmConfig, InvalidOptionError, explain
+from vllm_dllm.config import DllmConfig, InvalidOptionError, explain
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
 from vllm_dllm.draft.graph_file import (
     calibrate_command,
@@ -27,6 +27,7 @@ from vllm_dllm.draft.graph_file import (
 )
 from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.errors import ConfigError, did_you_mean_file, nearest
+from vllm_dllm.kv_settings import STRICT
 
 METHOD = "spiffy"
 DEFAULT_GRAPH = "default"
@@ -256,6 +257,10 @@ def _exactness(config: SpiffyConfig, server: DllmConfig) -> Exactness:
     """Return whether a node's forward is what the decoder would compute: the context must not depend on the block."""
     if server.kv_policy == "prefix":
         reason = "kv_policy is 'prefix', which computes the K/V behind the block from the block's tokens at every step"
+    elif server.kv_policy == "dkv":
+        reason = (
+            "kv_policy is 'dkv', under which K/V depend on the step in which a token was unmasked, so on the drafts"
+        )
     elif server.refresh_every is not None:
         reason = f"refresh_every is {server.refresh_every}, which computes all K/V anew within a block, from its tokens"
     else:
@@ -264,6 +269,6 @@ def _exactness(config: SpiffyConfig, server: DllmConfig) -> Exactness:
         raise ConfigError(
             f"{_NAME}.exactness is 'exact', but additional_config.dllm.{reason}; drafts share these K/V with the true "
             "block, so that their forwards are not those of the decoder; allowed is kv_policy 'dual' without "
-            f"refresh_every; set it or ask for {_NAME}.exactness 'near'"
+            f"refresh_every, 'freecache' and 'vicinity'; set one or ask for {_NAME}.exactness 'near'"
         )
     return "near"

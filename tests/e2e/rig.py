@@ -1,12 +1,10 @@
 """Requests, random models, the reference decoder on them, and what tests do with an engine."""
 
 import dataclasses
-import itertools
 import json
 import math
 import random
 import re
-import runpy
 import shutil
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
@@ -16,7 +14,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoTokenizer
 
 from tests.e2e.engines import MAX_MODEL_LEN, NUM_SLOTS
 from tests.e2e.engines import engine as engine
@@ -119,9 +116,15 @@ def write_wild(path: Path, config: dict[str, Any], model_of: Callable[[Path], nn
     for name, weight in model.named_parameters():
         is_scale = weight.dim() == 1 and name.endswith("weight")
         torch.nn.init.normal_(weight, mean=float(is_scale), std=0.3, generator=generator)
-        if re.search(r"\.\d+\..*(_out|o_proj|down_proj)\.weight$", name):
+        if re.search(r"\.\d+\..*(_out|o_proj|down_proj|attention\.dense)\.weight$", name):
             weight.data *= mixing
     save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
+
+
+def kv_policy(settings: dict[str, Any]) -> KvPolicy:
+    """Return the reference's of a server's settings."""
+    changes = {name: settings[name] for name in ("prefix_look", "after_look", "warmup_steps") if name in settings}
+    return KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"), **changes)
 
 
 class Oracle:
@@ -158,29 +161,25 @@ class Oracle:
         return self._once(self._generate, case, settings)
 
     def speculative(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
-        """Decode with drafts, under the dual cache."""
+        """Decode with drafts, which a KV policy that freezes what a block sees allows."""
         return self._once(self._speculate, case, settings, graph, budget)
 
     def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
         """Decode anew; `more` are arguments of the reference's."""
-        kv = KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"))
         options = self._options(case, settings) | {"given": case.given, "answer_length": case.max_tokens} | more
-        return generate(self.model, torch.tensor(case.prompt), kv=kv, **options)
+        return generate(self.model, torch.tensor(case.prompt), kv=kv_policy(settings), **options)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)
         length = max(case.max_tokens, len(case.given))
         blocks = row_blocks(len(case.prompt), length, DllmConfig(block_length=block_length), self.max_model_len)
-        steps = case.steps
-        if steps is not None and length > case.max_tokens:  # they are of the blocks that are decoded
-            steps = steps // -(-case.max_tokens // block_length) * -(-length // block_length)
         return {
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "rules": self.rules,
             "policy": UnmaskPolicy(
                 case.policy,
-                steps=steps,
+                steps=case.steps,
                 threshold=case.threshold,
                 factor=case.factor,
                 entropy_bound=case.entropy_bound,
@@ -214,7 +213,8 @@ class Oracle:
 
     def _speculate(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
         plain = self._options(case, settings)
-        return spiffy.generate(self.model, torch.tensor(case.prompt), graph=graph, budget=budget, **plain)
+        kv = kv_policy(settings)
+        return spiffy.generate(self.model, torch.tensor(case.prompt), graph=graph, budget=budget, kv=kv, **plain)
 
     def tokens(self, case: Case, settings: dict[str, Any]) -> list[int]:
         tokens: list[int] = self.generation(case, settings).tokens.tolist()
@@ -269,21 +269,6 @@ def run_outputs(llm: Any, cases: list[Case], **changes: Any) -> list[Any]:
 
 def run(llm: Any, cases: list[Case]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in run_outputs(llm, cases)]
-
-
-def questions(count: int) -> list[tuple[int, ...]]:
-    """Return prompts that the trained model was made for."""
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    tasks = runpy.run_path(str(EXAMPLES / "training/tasks.py"))
-    rng = random.Random(0)
-    kinds = itertools.islice(itertools.cycle(tasks["TASKS"]), count)
-    texts = [tasks["draw"](kind, rng, held_out=True).question for kind in kinds]
-    return [
-        tuple(
-            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
-        )
-        for text in texts
-    ]
 
 
 def model_state(llm: Any) -> Any:

@@ -11,10 +11,13 @@ store:
                all of it                                                     block's first position
     COMMIT     the block before             the blocks before it             as of PREFILL
     END        the block (look-ahead)       as ROOT                          are stored
-    ROOT       the block                    all but the block; in a block-   decide
-    DRAFT                                   causal model what is before it   decide
+    ROOT       the block, or its span       all but its positions; in a      decide
+    DRAFT                                   block-causal model what is       decide
+                                            before it
     NEXT_ROOT  the block behind             what is before it                decide
     VERIFY     a window of drafts           what is before it                are stored; decide
+    DELAYED    from where on K/V are new    all of the sequence, each row    are stored, but for tokens that were known
+                                            for itself                       before; those of the block decide
 
 Host arrays throughout, numpy alone: who takes part, where blocks begin and how many drafts there are is known before
 the forward, so that nothing waits for the device.
@@ -26,7 +29,7 @@ from enum import IntEnum
 import numpy as np
 
 from vllm_dllm.attention.layout import HostLayout, host_layout
-from vllm_dllm.draft.look_ahead import NUM_NODES
+from vllm_dllm.draft.look_ahead import NUM_NODES, looking_ahead
 from vllm_dllm.names import KvPolicyName
 from vllm_dllm.state.kv import BoolArray, IntArray, KvStep
 
@@ -42,12 +45,15 @@ class Role(IntEnum):
     NEXT_ROOT = 5
     COMMIT = 6
     VERIFY = 7
+    DELAYED = 8
 
 
 _ROLES = np.arange(len(Role))
-_STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT, Role.VERIFY])
-_DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT, Role.VERIFY])
-_BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1, 0])  # of a segment's block, as seen from the present one
+_STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT, Role.VERIFY, Role.DELAYED])
+_DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT, Role.VERIFY, Role.DELAYED])
+_IS_CANVAS = np.isin(_ROLES, [Role.ROOT, Role.DRAFT])
+_HAS_BLOCK = _IS_CANVAS | np.isin(_ROLES, [Role.REFRESH, Role.DELAYED])  # and maybe more around it
+_BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1, 0, 0])  # of a segment's block, as seen from the present one
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +143,24 @@ class StepPlan:
         return 1 + self.max_drafts + self.has_look_ahead
 
     def layout(self) -> HostLayout:
-        """Say what each segment sees."""
-        num_segments = np.bincount(self.request, minlength=self.num_reqs)
-        return host_layout(num_segments, self.end - self.begin, self.context, self.is_causal)
+        """Say what each segment sees; each row of a delayed one sees for itself, since others may be as stored."""
+        length, context, request = self.end - self.begin, self.context, self.request
+        is_apart = self.role == Role.DELAYED
+        if is_apart.any():
+            segment = np.arange(len(length)).repeat(np.where(is_apart, length, 1))
+            length, is_apart, request = np.where(is_apart, 1, length)[segment], is_apart[segment], request[segment]
+            position = np.arange(len(segment)) - np.searchsorted(segment, segment) + self.begin[segment]
+            own = np.stack([np.zeros_like(position), position, position + 1, context[segment, 3]], 1)
+            context = np.where(is_apart[:, None], own, context[segment])
+        return host_layout(np.bincount(request, minlength=self.num_reqs), length, context, self.is_causal)
 
     @property
     def is_plain(self) -> bool:
         """Whether all requests have the root and equally many drafts, and nothing else: then all rows decide."""
         is_node = (self.role == Role.ROOT) | (self.role == Role.DRAFT)
         is_whole = self.end - self.begin == self.block_length
-        return bool((is_node & is_whole).all() and (self.num_drafts == self.num_drafts[:1]).all())
+        is_ordered = self.is_causal is None or not self.is_causal.any()  # rows of windows are not
+        return bool(is_ordered and (is_node & is_whole).all() and (self.num_drafts == self.num_drafts[:1]).all())
 
     @property
     def position(self) -> IntArray:
@@ -165,18 +179,18 @@ class StepPlan:
         segment = np.arange(len(length)).repeat(length)
         decided = np.flatnonzero(self.decides)
         in_block = (self.block_start[self.request] - self.begin)[decided]
-        is_refresh = self.role[decided] == Role.REFRESH
+        has_block = _HAS_BLOCK[self.role[decided]]
         offset = np.arange(self.block_length)
-        head = first_row[:-1][decided, None] + np.where(is_refresh, in_block, 0)[:, None] + offset - logit_shift
+        head = first_row[:-1][decided, None] + np.where(has_block, in_block, 0)[:, None] + offset - logit_shift
         last = first_row[1:][decided, None] - 1  # a short block has fewer rows than a canvas has positions
         head = np.where(self.decides_first[decided, None], last, head).clip(0, last)
         node = self._nodes(decided)
         return PlanRows(
             request=self.request[segment],
             source=self._sources(node, segment),
-            is_stored=self.stores[segment],
+            is_stored=self.stores[segment] + (self.role == Role.DELAYED).astype(np.int64)[segment],
             head=head,
-            is_left_fresh=is_refresh & (in_block > 0),
+            is_left_fresh=has_block & (in_block > 0),
             node=node,
         )
 
@@ -200,11 +214,11 @@ class StepPlan:
         is_end = self.role == Role.END
         first[is_end] = (num_reqs * num_nodes + self.request[is_end]) * block_length
         role = self.role[segment]
-        block = np.where(self.role == Role.REFRESH, self.block_start[self.request], self.begin)
+        block = np.where(_HAS_BLOCK[self.role], self.block_start[self.request], self.begin)
         in_block = self.position - block[segment]
         source = first[segment] + in_block
         mask = (num_reqs * num_nodes + num_reqs * self.has_look_ahead) * block_length
-        is_known = (role == Role.PREFILL) | (role == Role.COMMIT) | ((role == Role.REFRESH) & (in_block < 0))
+        is_known = (role == Role.PREFILL) | (role == Role.COMMIT) | (_HAS_BLOCK[role] & (in_block < 0))
         return np.where(is_known, -1, np.where(in_block >= block_length, mask, source))
 
 
@@ -216,7 +230,7 @@ class PlanRows:
     # [num_rows], place of the token: among the canvases [num_reqs, num_nodes, block_length], then the ends [num_reqs,
     # block_length] if there is a look-ahead, then one mask; -1: the token at the position is known
     source: IntArray
-    is_stored: BoolArray  # [num_rows]
+    is_stored: IntArray  # [num_rows], 1 for those that are, 2 for those that are if `state.delayed` says so
     head: IntArray  # [num_decided, block_length], rows that predict the nodes' positions
     is_left_fresh: BoolArray  # [num_decided], whether the row left of the block is in the step, and so in the segment
     node: IntArray  # [num_reqs, num_nodes], of the decided; -1: the request has fewer nodes
@@ -240,30 +254,24 @@ def plan_step(
         block_start, seq_len: [num_reqs], where blocks begin and rows end.
         num_drafts: [num_reqs], drafts that each may have; none where nothing of the block is known yet.
         block_length, kv_policy: of the server.
-        look_ahead_from, is_next_open: as of `_looking_ahead`.
+        look_ahead_from, is_next_open: as of `draft.look_ahead.looking_ahead`.
     """
     num_reqs, is_causal = len(block_start), kv_policy in ("block_causal", "causal")
     num_drafts = np.where(kv.is_undrafted, 0, num_drafts)
-    looks_ahead = _looking_ahead(num_drafts, look_ahead_from, is_next_open)
+    looks_ahead = looking_ahead(num_drafts, look_ahead_from, is_next_open)
     num_drafts = num_drafts - NUM_NODES * looks_ahead
     num_stored = kv.end - kv.begin
     refreshes = (num_stored > 0) & (not is_causal)
     prefill_length = num_stored.clip(1) if kv_policy == "causal" else block_length
     num_prefills = num_stored // prefill_length * is_causal
     roots = ~refreshes & ~kv.stores_alone
-    verifies = np.zeros_like(roots)
-    count = np.stack([looks_ahead, refreshes, num_prefills, roots, num_drafts, looks_ahead, kv.commits, verifies], 1)
-    count = count.astype(np.int64).ravel()
+    whole, delayed = refreshes & ~kv.is_delayed, refreshes & kv.is_delayed
+    stored = [whole, num_prefills, roots, num_drafts, looks_ahead, kv.commits, np.zeros_like(roots), delayed]
+    count = np.stack([looks_ahead, *stored], 1).astype(np.int64).ravel()
     request = np.arange(num_reqs).repeat(len(Role)).repeat(count)
     role = np.tile(_ROLES, num_reqs).repeat(count)
-    begin = block_start[request] + block_length * _BLOCKS_BEHIND[role]
-    end = begin + block_length
-    if refreshes.any() or num_prefills.any():
-        number = np.arange(len(role)) - (np.cumsum(count) - count).repeat(count)  # among those of role and request
-        is_prefill, is_refresh = role == Role.PREFILL, role == Role.REFRESH
-        begin = np.where(is_prefill, kv.begin[request] + block_length * number, begin)
-        end = np.where(is_prefill, kv.end[request] if kv_policy == "causal" else begin + block_length, end)
-        begin, end = np.where(is_refresh, kv.begin[request], begin), np.where(is_refresh, kv.end[request], end)
+    first = (np.cumsum(count) - count).repeat(count)
+    begin, end = _extents(kv, request, role, first, block_start, block_length, kv_policy)
     end = np.where(kv.is_short[request], np.minimum(end, seq_len[request]), end)
     begin = begin.clip(0)  # behind a reply that ended, a step that was scheduled before may find less than a block
     visible_end = end if is_causal else seq_len[request]
@@ -284,18 +292,35 @@ def plan_step(
     )
 
 
-def _looking_ahead(num_drafts: IntArray, look_ahead_from: int | None, is_next_open: BoolArray | None) -> BoolArray:
-    """Return which requests look ahead, [num_reqs].
+def _extents(
+    kv: KvStep,
+    request: IntArray,
+    role: IntArray,
+    first: IntArray,
+    block_start: IntArray,
+    block_length: int,
+    kv_policy: KvPolicyName,
+) -> tuple[IntArray, IntArray]:
+    """Return the positions [begin, end) of segments, [num_segments] each.
 
     Args:
-        num_drafts: [num_reqs], of each.
-        look_ahead_from: the smallest number of drafts with a look-ahead; None: none has one.
-        is_next_open: [num_reqs], of whom the next block begins all masked, as a next root is; None: of all.
+        kv: what the step stores.
+        request, role: of the segments.
+        first: [num_segments], the first one of the same request and role.
+        block_start, block_length, kv_policy: as of `plan_step`.
     """
-    if look_ahead_from is None:
-        return np.zeros(len(num_drafts), dtype=bool)
-    looks_ahead: BoolArray = num_drafts >= look_ahead_from
-    return looks_ahead if is_next_open is None else looks_ahead & is_next_open
+    begin = block_start[request] + block_length * _BLOCKS_BEHIND[role]
+    end = begin + block_length
+    is_prefill, is_refresh = role == Role.PREFILL, (role == Role.REFRESH) | (role == Role.DELAYED)
+    if is_prefill.any() or is_refresh.any():
+        number = np.arange(len(role)) - first  # among those of role and request
+        begin = np.where(is_prefill, kv.begin[request] + block_length * number, begin)
+        end = np.where(is_prefill, kv.end[request] if kv_policy == "causal" else begin + block_length, end)
+        begin, end = np.where(is_refresh, kv.begin[request], begin), np.where(is_refresh, kv.end[request], end)
+    if kv.is_wide.any():
+        begin = np.where(_IS_CANVAS[role], kv.span_begin[request], begin)
+        end = np.where(_IS_CANVAS[role], kv.span_end[request], end)
+    return begin, end
 
 
 def plan_windows(kv: KvStep, *, start: IntArray, length: IntArray, block_length: int) -> StepPlan:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from vllm.v1.core.sched.output import NewRequestData
+from vllm.logger import init_logger
 from vllm.v1.request import Request
 
 from vllm_dllm.blocks import row_blocks
@@ -12,6 +12,8 @@ from vllm_dllm.config import DllmConfig
 from vllm_dllm.engine.pins import answer_length, pins_of
 from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.windows import make_schedule
+
+logger = init_logger("vllm.dllm")
 
 
 def most_drafts(request: Request) -> int:
@@ -32,24 +34,31 @@ class StepRows:
         settings: of the server.
         max_model_len: positions of a request.
         max_rows: of a step.
-        stores_alone: as of `KvSchedule`.
+        stores_alone, logit_shift: as of `KvSchedule`.
     """
 
-    def __init__(self, settings: DllmConfig, max_model_len: int, max_rows: int, *, stores_alone: bool = False) -> None:
+    def __init__(
+        self,
+        settings: DllmConfig,
+        max_model_len: int,
+        max_rows: int,
+        *,
+        stores_alone: bool = False,
+        logit_shift: bool = False,
+    ) -> None:
         self.settings = settings
         self.block_length = settings.block_length
         self.is_causal = settings.is_block_causal
         self.max_model_len = max_model_len
         self.max_rows = max_rows
-        self.kv = make_schedule(settings, stores_alone=stores_alone)
+        self.kv = make_schedule(settings, stores_alone=stores_alone, logit_shift=logit_shift)
         self._row_ends: dict[str, int] = {}
         self.given: dict[str, int] = {}
         self.free = 0
 
-    def admit(self, request: NewRequestData) -> None:
-        """Begin a request, or begin it anew after a preemption."""
-        pins = pins_of(request.sampling_params, request.prompt_len)
-        self.kv.add(request.req_id, request.num_computed_tokens, pins)
+    def drafts_within(self, request: Request, budget: int) -> int:
+        """Return how many of so many drafts a request has room for: vLLM counts each as a position."""
+        return min(budget, self.max_model_len - request.num_computed_tokens - self.block_length)
 
     def begin_step(self) -> None:
         """Take all rows back."""
@@ -77,6 +86,17 @@ class StepRows:
             raise RuntimeError(f"a step has {total} rows, max_num_batched_tokens is {self.max_rows}")
         return total
 
+    def admit(self, request: Request, num_hit: int) -> None:
+        """Begin a request, or begin it anew after a preemption; it finds so many positions in the prefix cache."""
+        self.kv.add(request.request_id, num_hit, request.num_prompt_tokens)
+        self.kv.give(request.request_id, pins_of(request.sampling_params, request.num_prompt_tokens))
+        if self.settings.kv_policy == "freecache" and request.num_tokens > request.num_prompt_tokens:
+            logger.warning(
+                "Request %s was preempted behind its first block: kv_policy 'freecache' keeps what earlier steps "
+                "computed, which is lost, so its further tokens may be others than without",
+                request.request_id,
+            )
+
     def step(self, requests: Sequence[Request]) -> KvStep:
         """Decide what a step of some requests stores."""
         num_known = np.array([request.num_tokens for request in requests], dtype=np.int64)
@@ -84,21 +104,26 @@ class StepRows:
         end = np.array([self.row_end(r) for r in requests], dtype=np.int64) if has_ends else num_known
         return self.kv.step([request.request_id for request in requests], num_known, end)
 
-    def needed(self, requests: Sequence[Request]) -> tuple[list[int], list[bool]]:
-        """Return how many rows running requests need, and which have no drafts, since nothing of a block is known."""
+    def needed(self, requests: Sequence[Request]) -> tuple[list[int], list[bool], list[int]]:
+        """Return how many rows running requests need, who has no drafts, since nothing of a block is known, and how
+        many rows a draft has.
+        """
         step = self.step(requests)
-        return self.kv.num_rows(step).tolist(), step.is_undrafted.tolist()
+        return self.kv.num_rows(step).tolist(), step.is_undrafted.tolist(), step.num_span_rows.tolist()
 
-    @property
-    def num_first(self) -> int:
+    def num_first(self, request: Request) -> int:
         """Positions of a request's first block; with self-speculation that is a window of one, its last token."""
+        if self.settings.has_windows:
+            return min(self.block_length, self.row_end(request) - request.num_tokens)
         return 1 if self.settings.mode == "self_speculation" else self.block_length
 
     def first(self, request: Request, num_hit: int) -> int:
         """Return the rows of the step that admits a request: of its prompt, behind a cache hit, and of its block."""
         if not self.is_causal:
             return self.row_end(request)
-        return request.num_tokens - num_hit + self.num_first  # of a partial block vLLM counts the known tokens twice
+        return (
+            request.num_tokens - num_hit + self.num_first(request)
+        )  # of a partial block vLLM counts the known tokens twice
 
     def may_be_short(self, request: Request) -> bool:
         """Tell whether a request's next step may have a short block, wherever the steps under way lead it."""
@@ -124,3 +149,8 @@ class StepRows:
         """Forget a preempted or freed request."""
         self.kv.forget(request.request_id)
         self._row_ends.pop(request.request_id, None)
+
+
+def leave_out(request: Request, current_step: int) -> None:
+    """Let vLLM's next `schedule` pass a running request over; it counts the step before it compares."""
+    request.next_decode_eligible_step = current_step + 2

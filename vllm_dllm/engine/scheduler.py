@@ -25,7 +25,7 @@ from vllm_dllm.engine.kv_memory import fit_max_model_len
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
 from vllm_dllm.engine.report import RequestReport, StepOrder, take_report
-from vllm_dllm.engine.rows import StepRows, most_drafts
+from vllm_dllm.engine.rows import StepRows, leave_out, most_drafts
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 from vllm_dllm.engine.worker_check import CheckLevel, check_level
@@ -54,10 +54,8 @@ class DllmScheduler(Scheduler):
         self.settings = settings_of(self.vllm_config)
         self.block_length = self.settings.block_length
         self.is_causal = self.settings.is_block_causal
-        stores_alone = served_family(self.vllm_config.model_config).stores_alone
-        self.rows = StepRows(
-            self.settings, self.max_model_len, self.max_num_scheduled_tokens, stores_alone=stores_alone
-        )
+        family = served_family(self.vllm_config.model_config)
+        self.rows = StepRows(self.settings, self.max_model_len, self.max_num_scheduled_tokens, **family.kv_facts)
         self._placeholders = [-1] * self.num_spec_tokens
         self._num_held = 0  # requests, since the last report
         compilation = self.vllm_config.compilation_config
@@ -175,8 +173,8 @@ class DllmScheduler(Scheduler):
         denoising = self._denoising()
         needed = zip(denoising, *self._needed_rows(denoising), strict=True)
         longest = self.block_length * (1 + self.is_causal)  # with its commit; beside all blocks any refresh has room
-        drafting, num_begins, num_single = [], 0, 0
-        for request, num_rows, is_undrafted in sorted(needed, key=lambda each: each[1] > longest):
+        drafting, canvas_rows, num_begins, num_single = [], {}, 0, 0
+        for request, num_rows, is_undrafted, num_span_rows in sorted(needed, key=lambda each: each[1] > longest):
             request.spec_token_ids = self._placeholders[: self.block_length]
             if not self.rows.give(request, num_rows):
                 leave_out(request, self.current_step)
@@ -186,34 +184,33 @@ class DllmScheduler(Scheduler):
                 num_single += self.is_causal and num_rows == self.block_length
             else:
                 drafting.append(request)
+                canvas_rows[request.request_id] = num_span_rows
         num_denoising, drafting = len(drafting), [request for request in drafting if most_drafts(request)]
         if self.rule is not None and drafting:
             pays = self.acceptance.pay([request.request_id for request in drafting], self.rule.break_even)
             worth = list(compress(drafting, pays))
             reserved = self.max_model_len if self.waiting else 0
-            limit = (self.rows.free - reserved) // (self.block_length * len(worth))
+            num_rows = sum(canvas_rows[request.request_id] for request in worth)
+            limit = (self.rows.free - reserved) // num_rows
             num_without = num_denoising - len(worth) + num_single
-            self._give_drafts(worth, self.rule.choose(len(worth), max(0, limit), num_begins, num_without))
-
-    def _give_drafts(self, drafting: list[Request], budget: int) -> None:
-        """Let requests have a budget of drafts, or as many of it as they let, and as `max_model_len` does."""
-        for request in drafting:
-            own = min(budget, self.max_model_len - request.num_computed_tokens - self.block_length)
-            own = min(own, most_drafts(request))
-            if own > 0 and self.rows.give(request, self._rows_of_drafts(own)):
-                request.spec_token_ids = self._placeholders[: self.block_length + own]
+            budget = self.rule.choose(len(worth), max(0, limit), num_begins, num_without, num_rows)
+            for request in worth:
+                most = self.rows.drafts_within(request, min(budget, most_drafts(request)))
+                num_rows = self._canvases_of_drafts(most) * canvas_rows[request.request_id]
+                if most > 0 and self.rows.give(request, num_rows):
+                    request.spec_token_ids = self._placeholders[: self.block_length + most]
 
     def _denoising(self) -> list[Request]:
         """Return the running requests that take a denoising step."""
         return [request for request in self.running if request.spec_token_ids]
 
-    def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool]]:
+    def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool], list[int]]:
         """Return what `StepRows.needed` does."""
         return self.rows.needed(requests)
 
-    def _rows_of_drafts(self, num_drafts: int) -> int:
-        """Return the rows that a request needs besides those."""
-        return self.block_length * num_drafts
+    def _canvases_of_drafts(self, num_drafts: int) -> int:
+        """Return how many canvases a request needs rows for besides those."""
+        return num_drafts
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Say what the step's forward really has, before vLLM counts it.
@@ -222,10 +219,10 @@ class DllmScheduler(Scheduler):
         """
         scheduled = scheduler_output.num_scheduled_tokens
         for admitted in scheduler_output.scheduled_new_reqs:
-            block = self._placeholders[: self.rows.num_first]
+            block = self._placeholders[: self.rows.num_first(self.requests[admitted.req_id])]
             scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
             scheduled[admitted.req_id] += len(block)
-            self.rows.admit(admitted)
+            self.rows.admit(self.requests[admitted.req_id], admitted.num_computed_tokens)
             if self._check:
                 self._check.admit(admitted.req_id, admitted.num_computed_tokens)
         kv, is_long = self._decide_kv(scheduler_output)
@@ -342,8 +339,3 @@ class DllmScheduler(Scheduler):
         if not self.is_causal:
             return self.rows.row_end(request)
         return int(self.rows.kv.block_start(np.array(request.num_tokens))) + self.block_length
-
-
-def leave_out(request: Request, current_step: int) -> None:
-    """Let vLLM's next `schedule` pass a running request over; it counts the step before it compares."""
-    request.next_decode_eligible_step = current_step + 2

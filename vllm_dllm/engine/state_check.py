@@ -60,6 +60,10 @@ class StateCheck:
         totals = self._accounts[request_id].totals if request_id in self._accounts else RequestTotals()
         self._accounts[request_id] = Account(stored=num_hit, totals=totals)
 
+    def resume(self, request_id: str, num_known: int) -> None:
+        """Note how many positions are known in the canvas that a request was given a slot with."""
+        self._accounts[request_id].unmasked = num_known
+
     def free(self, request_id: str) -> None:
         """End an account."""
         self._accounts.pop(request_id, None)
@@ -117,7 +121,8 @@ class StateCheck:
         end = self._rows.row_end(request)
         pins = self._rows.kv.pins.get(name)
         is_given = pins is not None and not pins.num_masked(start, self._rows.block_length)
-        allowed = ((0,) if is_given else (end,)) if account.begins else (0, end, end - start)
+        allowed = self._rows.kv.may_store(start, end, begins_block=account.begins)
+        allowed = (0,) if is_given and account.begins else allowed
         if report.wrote not in allowed:
             raise StateError(
                 f"request {name}: a step stored K/V of {report.wrote} positions, but the scheduler has a row of {end} "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_dllm.config import DllmConfig, InvalidOptionError
-from vllm_dllm.names import KvPolicyName
+from vllm_dllm.names import BIDIRECTIONAL, KvPolicyName
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,8 @@ class ModelFamily:
             `block_causal`: a position sees its block and the blocks before it, blocks begin at multiples of their
             length, so that the first one may hold the prompt's end. `causal`: a final position sees those before it
             alone, a block that is denoised itself too; blocks begin behind the prompt, and the last one may be short.
+            `window`: as `causal` of final positions, and no blocks: what is decided slides over the answer, and is
+            seen in another order than that of positions (`state.sliding`).
         logit_shift: whether the row of position p predicts the token at p + 1.
         schedule: how `static` and its kin spread a block over steps: `even`, the remainder first; `timesteps`, Dream's
             schedule of times from 1 to eps.
@@ -40,6 +42,7 @@ class ModelFamily:
             name as architecture (mode `ar`); None: it is trained for diffusion alone.
         draft_adapter: folder beside the weights that may have the adapter which self-speculation's drafts take.
         block_size_name: what config.json calls the block length of training.
+        other_files: of files of the same class that are not served: their `model_type`, and what to do.
         remote_class: of checkpoints whose `architectures` and `model_type` are a stock model's: the class in `auto_map`
             that they are told by.
     """
@@ -50,7 +53,7 @@ class ModelFamily:
     config_class: str
     generation_defaults: Mapping[str, Any]
     decoding_defaults: Mapping[str, Any] = field(default_factory=dict)
-    attention: Literal["bidirectional", "block_causal", "causal"] = "bidirectional"
+    attention: Literal["bidirectional", "block_causal", "causal", "window"] = "bidirectional"
     logit_shift: bool = False
     schedule: Literal["even", "timesteps"] = "even"
     unmasks_first_alone: bool = False
@@ -59,6 +62,7 @@ class ModelFamily:
     causal_class: str | None = None
     draft_adapter: str | None = None
     block_size_name: str = "block_size"
+    other_files: Mapping[str, str] = field(default_factory=dict)
     remote_class: str | None = None
 
     @property
@@ -72,9 +76,14 @@ class ModelFamily:
         return self.is_block_causal and self.unmasks_first_alone
 
     @property
+    def kv_facts(self) -> dict[str, bool]:
+        """What decides which K/V its steps store, besides settings: keywords of `state.windows.make_schedule`."""
+        return {"stores_alone": self.stores_alone, "logit_shift": self.logit_shift}
+
+    @property
     def kv_policies(self) -> tuple[KvPolicyName, ...]:
         """The KV policies that its attention allows."""
-        return ("dual", "prefix") if self.attention == "bidirectional" else (self.attention,)
+        return BIDIRECTIONAL if self.attention == "bidirectional" else (self.attention,)
 
     def settings(self, block_size: int | None) -> dict[str, Any]:
         """Return the published values of `DllmConfig`'s fields for a checkpoint that says `block_size`."""
@@ -138,6 +147,18 @@ FAMILIES = (
         block_size_name="bd_size",
     ),
     ModelFamily(
+        architecture="WeDLMForCausalLM",
+        model_type="wedlm",
+        model_class="vllm_dllm.models.wedlm:WeDLMForCausalLM",
+        config_class="vllm_dllm.models.wedlm_config:WeDLMConfig",
+        generation_defaults={"temperature": 0.2},
+        decoding_defaults={
+            **{"block_length": 16, "kv_policy": "window"},
+            **{"entropy_bound": 0.4, "position_penalty": 0.02},
+        },
+        attention="window",
+    ),
+    ModelFamily(
         architecture="SeedDiffcoderForCausalLM",
         model_type="llama",
         model_class="vllm_dllm.models.transformer:MaskedDiffusionLM",
@@ -163,6 +184,20 @@ FAMILIES = (
         decoding_defaults={"block_length": 4, "kv_policy": "block_causal", "policy": "dynamic", "threshold": 0.85},
         attention="block_causal",
         confidence="sampled",
+    ),
+    ModelFamily(
+        architecture="LLaDA2MoeModelLM",
+        model_type="llada2_moe",
+        model_class="vllm_dllm.models.llada2:LLaDA2MoeModelLM",
+        config_class="vllm_dllm.models.llada2_config:LLaDA2Config",
+        generation_defaults={"temperature": 0.0, "max_new_tokens": 2048},
+        decoding_defaults={"block_length": 32, "kv_policy": "block_causal", "policy": "dynamic", "threshold": 0.95},
+        attention="block_causal",
+        confidence="sampled",
+        other_files={
+            "llada2_moe_veomni": "split its merged experts first (dFactory's moe_convertor.py, --mode split), and "
+            "correct it there"
+        },
     ),
 )
 
@@ -214,6 +249,7 @@ def check_family(settings: DllmConfig, family: ModelFamily) -> None:
         "bidirectional": "sees what follows a block, so that its K/V change",
         "block_causal": "sees nothing behind a block, so that its K/V never change",
         "causal": "sees nothing behind a final position, so that its K/V never change",
+        "window": "decides a window that slides over the answer, whose K/V are in flight alone",
     }[family.attention]
     allowed = " and ".join(map(repr, family.kv_policies))
     raise InvalidOptionError(

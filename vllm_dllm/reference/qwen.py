@@ -6,15 +6,16 @@ block and the blocks before it. Stable-DiffCoder (arXiv:2601.15892) is Llama, wi
 what SDAR sees. LLaDA-MoE and SDAR-MoE are Qwen3's layers with experts: of OLMoE, which does not renormalise the weights
 of a token's experts, and of Qwen3-MoE, which does. The parameter names are the published ones, so a checkpoint loads
 without a name map. Fast-dLLM v2 (arXiv:2509.26328) is Qwen2 and sees what SDAR sees; Nemotron, in
-`reference.nemotron`, has Llama's layers under other names. WeDLM (arXiv:2512.22737) is Qwen3 or Qwen2, and causal in
-another order than that of positions, see `reference.wedlm`. Shapes are named as in `reference.layers`.
+`reference.nemotron`, has Llama's layers under other names; LLaDA2, in `reference.llada2`, has layers of its own. WeDLM
+(arXiv:2512.22737) is Qwen3 or Qwen2, and causal in another order than that of positions, see `reference.wedlm`. Shapes
+are named as in `reference.layers`.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,7 @@ LAYERS = {
     "SeedDiffcoderForCausalLM": Layers(),
     "LLaDAMoEModelLM": Layers(qk_norm=True),
     "SDARMoeForCausalLM": Layers(qk_norm=True),
+    "LLaDA2MoeModelLM": Layers(qk_norm=True),  # in `reference.llada2`
     "WeDLMForCausalLM": Layers(qk_norm=True),  # Qwen2's with `attention_bias`
 }
 """By architecture."""
@@ -159,13 +161,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if layers.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotations: Rotations, start: int, kv: LayerKv | None, visible: Tensor | None
+        self,
+        x: Tensor,
+        rotations: Rotations,
+        start: int,
+        kv: LayerKv | None,
+        visible: Tensor | None,
+        stays: Tensor | None,
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
         query = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), rotations[0])
         key = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), rotations[1])
         value = split_heads(self.v_proj(x), self.head_dim)
-        attended, kv = attend(query, key, value, start, kv, visible)
+        attended, kv = attend(query, key, value, start, kv, visible, stays)
         return self.o_proj(merge_heads(attended)), kv
 
 
@@ -220,10 +228,16 @@ class Layer(nn.Module):
         self.mlp = Experts(config) if config.num_experts else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, rotations: Rotations, start: int, kv: LayerKv | None, visible: Tensor | None
+        self,
+        x: Tensor,
+        rotations: Rotations,
+        start: int,
+        kv: LayerKv | None,
+        visible: Tensor | None,
+        stays: Tensor | None,
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
-        attended, kv = self.self_attn(self.input_layernorm(x), rotations, start, kv, visible)
+        attended, kv = self.self_attn(self.input_layernorm(x), rotations, start, kv, visible, stays)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
@@ -241,10 +255,13 @@ class Decoder(nn.Module):
 class Qwen(nn.Module):
     """The mask predictor: the logits of each row; under Dream's logit shift they are those of the next position."""
 
+    config_class: ClassVar[type[QwenConfig]] = QwenConfig
+    decoder_class: ClassVar[type[Decoder]] = Decoder
+
     def __init__(self, config: QwenConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = self.decoder_class(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -255,6 +272,8 @@ class Qwen(nn.Module):
         kv: list[LayerKv] | None = None,
         visible: Tensor | None = None,
         positions: Tensor | None = None,
+        *,
+        stays: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerKv]]:
         """Forward the tokens at positions [start, start + len).
 
@@ -266,6 +285,7 @@ class Qwen(nn.Module):
             visible: [len, seq_len] bool, which positions each one sees, `block_causal` for SDAR and its kin; None: all.
             positions: [len] int64, what the tokens are rotated by where a training sequence holds several versions
                 of a position; None: from `start` on.
+            stays: as of `LLaDA.forward`.
 
         Returns: logits [*, len, vocab_size], and per layer the keys and values of the sequence after it.
         """
@@ -276,7 +296,7 @@ class Qwen(nn.Module):
         x: Tensor = decoder.embed_tokens(ids)
         updated: list[LayerKv] = []
         for index, layer in enumerate(decoder.layers):
-            x, layer_kv = layer(x, rotations, start, None if kv is None else kv[index], visible)
+            x, layer_kv = layer(x, rotations, start, None if kv is None else kv[index], visible, stays)
             updated.append(layer_kv)
         return F.linear(decoder.norm(x), head.weight), updated
 
@@ -294,7 +314,7 @@ class Qwen(nn.Module):
         """Load config.json and the safetensors files of a checkpoint folder, weights cast to `dtype`."""
         folder = Path(path)
         with torch.device("meta"):  # the weights are assigned below, so none are drawn here
-            model = cls(QwenConfig.from_json(folder / "config.json"))
+            model = cls(cls.config_class.from_json(folder / "config.json"))
         load_weights(model, folder, dtype)
         return model.eval()
 

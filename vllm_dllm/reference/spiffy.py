@@ -1,10 +1,10 @@
 """Spiffy, as published, on top of `reference.decode`: the speculative half of the oracle.
 
-Spiffy (arXiv:2509.18085v4) Algorithm 1, sec. 4.1-4.2 and 4.4.4, for block decoding under the dual cache and for
-block-causal models, where it is exact: nothing outside a block depends on the block while it is denoised. Batch of one,
-one canvas per forward of the model; a *call* is what an engine would do in one forward: the root and its drafts. A
-block-causal model's first call of a block has no drafts, since no distribution of that block is known; storing the
-block before it is part of that call and counts nothing.
+Spiffy (arXiv:2509.18085v4) Algorithm 1, sec. 4.1-4.2 and 4.4.4, for block decoding under KV policies that freeze what
+a block sees, and for block-causal models, where it is exact: that depends on nothing of the block while it is
+denoised. Batch of one, one canvas per forward of the model; a *call* is what an engine would do in one forward: the
+root and its drafts. A block-causal model's first call of a block has no drafts, since no distribution of that block is
+known; storing the block before it is part of that call and counts nothing.
 
 A block-causal model's calls with at least `MIN_BUDGET` drafts look ahead (ours): in place of the last two they evaluate
 the likeliest end of the block, and the next block, all masked, under that end. If the block ends so in this call, its
@@ -19,7 +19,7 @@ position ranks and pruning go by calibrated readiness (`draft.prune`).
 
 import math
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import cast
 
 import torch
@@ -30,13 +30,14 @@ from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.block_causal import decoded_region, store_prompt
 from vllm_dllm.reference.credit import Credits
-from vllm_dllm.reference.decode import Model, shift, steps_per_block
+from vllm_dllm.reference.decode import KvPolicy, Model, Predictor, steps_per_block
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy, unmask
 from vllm_dllm.reference.qwen import Qwen
 from vllm_dllm.reference.sampling import Sampling, kept_tokens, remove_tokens
 
 Canvas = tuple[int, ...]
+_DUAL = KvPolicy("dual")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +61,34 @@ class _Calls:
     num_accepted: int = 0
 
 
-class _DualCache:
-    """What a block sees under the dual cache: the keys and values of the refresh that it begins with."""
+class _Frozen:
+    """What a block sees under a KV policy that freezes it: the keys and values that the block began with."""
 
-    def __init__(self, model: Model, logit_shift: bool) -> None:
-        self.model = model
-        self.logit_shift = logit_shift
+    def __init__(self, predictor: Predictor, kv: KvPolicy) -> None:
+        self.predictor = predictor
+        self.kv = kv
 
     def begin_block(self, tokens: Tensor, begin: int, end: int) -> Tensor | None:
         """Refresh; the refresh sees the block too, all masked, so it predicts it: [end - begin, vocab]."""
-        rows, self.kept = self.model.forward(tokens, 0, None)
-        self.predicted = (shift(rows, rows[:1]) if self.logit_shift else rows)[begin:end]
-        return self.predicted
+        self.tokens, self.block, self.step = tokens, (begin, end), 0
+        return self.predict(tokens[begin:end], begin)
+
+    def begin_call(self) -> bool:
+        """Begin a call; tell whether it may have drafts. Warm-up steps have none."""
+        self.step += 1
+        return not self._span()[2]
 
     def predict(self, canvas: Tensor, begin: int) -> Tensor:
         """Predict a canvas [block_length] int64 at `begin`: [block_length, vocab]."""
-        rows = self.model.forward(canvas, begin, self.kept)[0]
-        return shift(rows, self.predicted[:1]) if self.logit_shift else rows
+        first, last, keeps = self._span()
+        end = begin + len(canvas)
+        tokens = torch.cat([self.tokens[:begin], canvas, self.tokens[end:]])
+        return self.predictor.logits(tokens, first, last, keeps=keeps)[begin - first : end - first]
+
+    def _span(self) -> tuple[int, int, bool]:
+        begin, end = self.block
+        number = (begin - int(self.predictor.is_prompt.sum())) // (end - begin)
+        return self.kv.span(number, self.step, self.block, len(self.tokens), self.predictor.logit_shift)
 
 
 class _StoredBlocks:
@@ -86,6 +98,10 @@ class _StoredBlocks:
         self.model = model
         self.kept = kept
         self.num_stored = num_stored  # positions
+
+    def begin_call(self) -> bool:
+        """Begin a call; each may have drafts."""
+        return True
 
     def begin_block(self, tokens: Tensor, begin: int, end: int) -> Tensor | None:
         """Store the block before, if it is not; that predicts nothing."""
@@ -108,7 +124,7 @@ class _Decoder:
     looks_ahead: bool
     block: Block
     mask_token_id: int
-    context: _DualCache | _StoredBlocks
+    context: _Frozen | _StoredBlocks
 
     def is_masked(self, canvas: Canvas) -> Tensor:
         return torch.tensor(canvas) == self.mask_token_id
@@ -129,13 +145,15 @@ class _Decoder:
         end: Canvas | None = None
         while self.is_masked(canvas).any():
             drafts: list[Canvas] = []
-            if before is not None and logits is not None:
+            is_warm = self.context.begin_call()
+            if is_warm and before is not None and logits is not None:
                 drafts = self.drafts(canvas, before, logits)
                 end = self.end(canvas, before, logits) if self.looks_ahead else None
             evaluated = {
                 node: self.context.predict(torch.tensor(node), self.block.begin) for node in [*reversed(drafts), canvas]
             }
             calls.nfe += 1
+            calls.nfe_refresh += not is_warm
             calls.num_proposed += len(drafts) + (end is not None)
             calls.num_accepted -= 1  # the root is no draft
             asked = deepcopy(self.block.credits)
@@ -271,8 +289,9 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
     policy: UnmaskPolicy,
     sampling: Sampling,
     rules: Rules = LLADA,
+    kv: KvPolicy = _DUAL,
 ) -> SpiffyGeneration:
-    """Generate what `decode.generate` does under the dual cache, or `block_causal.generate`, in fewer calls.
+    """Generate what `decode.generate` does under such a KV policy, or `block_causal.generate`, in fewer calls.
 
     Args:
         model: the model.
@@ -284,9 +303,10 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         policy: the unmasking policy.
         sampling: how tokens are chosen; without guidance.
         rules: those of the model's family.
+        kv: `dual`, `freecache` or `vicinity`; of a block-causal model anything.
     """
     prompt_len = len(prompt)
-    context: _DualCache | _StoredBlocks
+    context: _Frozen | _StoredBlocks
     if rules.attention == "block_causal":
         steps = policy.steps or block_length
         first_begin, seq_len = decoded_region(prompt_len, gen_length, block_length)
@@ -294,7 +314,8 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
     else:
         steps = steps_per_block(gen_length, block_length, policy.steps)
         first_begin, seq_len = prompt_len, prompt_len + gen_length
-        context = _DualCache(model, rules.logit_shift)
+        rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.unmasks_first_alone)
+        context = _Frozen(Predictor(model, torch.arange(seq_len) < prompt_len, 0.0, rules.logit_shift), kv)
     tokens = torch.cat((prompt, prompt.new_full((seq_len - prompt_len,), model.config.mask_token_id)))
     has_look_ahead = rules.attention == "block_causal" and budget >= MIN_BUDGET and block_length <= MAX_BLOCK_LENGTH
     num_drafts = budget - NUM_NODES * has_look_ahead

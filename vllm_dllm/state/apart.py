@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.attention.layout import pinned
+from vllm_dllm.state.policy_weights import load_weights
 from vllm_dllm.unmask.memory import PolicyState
 from vllm_dllm.unmask.parameter import MAX_PARAMETERS
 from vllm_dllm.unmask.policy import OwnParams
-from vllm_dllm.unmask.registry import changes_tokens, torch_policy
+from vllm_dllm.unmask.registry import changes_tokens, file_options, torch_policy
 
 logger = logging.getLogger("vllm.dllm")
+
+_ASKS = ("asks_known", "asks_ends")
 
 MOST_ASIDE = 16
 """Requests per slot, of those that have none, of which is remembered what their policies knew: those of them that were
@@ -38,9 +41,15 @@ class ApartState:
         block_length: positions per block.
         device: of all tensors.
         vocab_size: of the model.
+        files: setting -> path of a net that a policy looks at. Raises ConfigError for those that cannot be loaded.
     """
 
-    def __init__(self, max_num_reqs: int, block_length: int, device: torch.device, vocab_size: int) -> None:
+    def __init__(
+        self, max_num_reqs: int, block_length: int, device: torch.device, vocab_size: int, files: Mapping[str, str]
+    ) -> None:
+        self._weights = {
+            file_options()[option]: load_weights(option, path, block_length, device) for option, path in files.items()
+        }
         self._max_num_reqs, self._block_length, self._device = max_num_reqs, block_length, device
         self._vocab_size = vocab_size
         self._names: dict[int, str] = {}
@@ -103,11 +112,12 @@ class ApartState:
             if name is not None
         ]
 
-    def asks_known(self, slots_np: np.ndarray) -> np.ndarray:
-        """Tell whose policies look at the probabilities of known tokens; [num_reqs] bool."""
-        return np.array(
-            [slot in self._names and torch_policy(self._names[slot]).asks_known for slot in slots_np.tolist()]
-        )
+    def asks(self, slots_np: np.ndarray) -> np.ndarray:
+        """Tell whose policies look at logits of known tokens, and whose at those of end tokens; [2, num_reqs] bool."""
+        if not self._names:
+            return np.zeros((2, len(slots_np)), dtype=bool)
+        asking = [torch_policy(self._names[slot]) if slot in self._names else None for slot in slots_np.tolist()]
+        return np.array([[its is not None and getattr(its, what) for its in asking] for what in _ASKS], dtype=bool)
 
     def may_edit(self, slots_np: np.ndarray) -> np.ndarray:
         """Tell of whom a canvas without masks may be unfinished; [num_reqs] bool."""
@@ -117,7 +127,7 @@ class ApartState:
         """Gather the parameters of requests with a policy."""
         own = torch_policy(name).parameters
         values = dict(zip(own, self._values[:, slots], strict=False))
-        return OwnParams(name, values, prompt_len, seq_len, self._vocab_size)
+        return OwnParams(name, values, prompt_len, seq_len, self._vocab_size, self._weights.get(name, {}))
 
     def state(self, name: str, slots: Tensor) -> PolicyState:
         """Gather what a policy keeps of requests."""

@@ -31,6 +31,7 @@ class OwnParams:
     prompt_len: Tensor  # [num_canvases] int64, positions, as all that follows without pins
     seq_len: Tensor  # [num_canvases] int64, positions
     vocab_size: int
+    weights: dict[str, Tensor]  # of its net; empty: it has none
 
 
 @dataclass(frozen=True, slots=True)
