@@ -174,16 +174,13 @@ class Oracle:
         block_length = settings.get("block_length", 32)
         length = max(case.max_tokens, len(case.given))
         blocks = row_blocks(len(case.prompt), length, DllmConfig(block_length=block_length), self.max_model_len)
-        steps = case.steps
-        if steps is not None and length > case.max_tokens:  # they are of the blocks that are decoded
-            steps = steps // -(-case.max_tokens // block_length) * -(-length // block_length)
         return {
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "rules": self.rules,
             "policy": UnmaskPolicy(
                 case.policy,
-                steps=steps,
+                steps=case.steps,
                 threshold=case.threshold,
                 factor=case.factor,
                 entropy_bound=case.entropy_bound,
