@@ -254,10 +254,8 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     answer_length = gen_length if answer_length is None else answer_length
     for number, begin in enumerate(range(len(prompt), len(prompt) + answer_length, block_length)):
         end = begin + block_length
-        block = Block(
-            *(begin, block_length, int(is_masked[begin:end].sum()), steps),
-            *(policy, sampling, rules, model.config.eos_token_id),
-        )
+        num_masked = int(is_masked[begin:end].sum())
+        block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
         block = under(constraint, block, tokens, len(prompt), given)
         in_block = torch.zeros_like(is_masked)
         in_block[begin:end] = True

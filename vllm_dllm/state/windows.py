@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.kv import IntArray, KvSchedule, KvStep
+from vllm_dllm.state.pins import Pins
 from vllm_dllm.state.report import StepFacts
 from vllm_dllm.state.settle import Emission, Ledger
 from vllm_dllm.state.sliding import SlidingSchedule
