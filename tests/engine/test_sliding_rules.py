@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm.sampling_params import SamplingParams
 
 from tests.e2e.wedlm import make_wild
 from tests.engine.scheduler_rig import request
@@ -88,12 +89,14 @@ def test_models_with_blocks_have_no_penalty() -> None:
 )
 def test_options_that_a_window_ignores_are_refused(extra_args: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=re.escape(message)):
-        check_options(parse_request_options(extra_args))
+        check_options(SamplingParams(), parse_request_options(extra_args))
+    with pytest.raises(RequestError, match="logprobs is 0, but the windows of this model keep no"):
+        check_options(SamplingParams(logprobs=0), parse_request_options({}))
 
 
 def test_options_of_windows_are_taken() -> None:
     own = {"dllm_entropy_bound": 0.1, "dllm_position_penalty": 0, "dllm_speculation": False, "dllm_stream": "denoising"}
-    check_options(parse_request_options(own))
+    check_options(SamplingParams(), parse_request_options(own))
 
 
 def test_rows_are_as_long_as_the_model_whatever_is_asked_for() -> None:

@@ -163,7 +163,7 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
     if options.stream:
         _check_stream(params)
     if settings.has_windows:
-        check_options(options)
+        check_options(params, options)
         return blocks.end - prompt_len
     try:
         check_policy_options(options, settings)

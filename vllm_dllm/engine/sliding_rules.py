@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
 
 from vllm_dllm.additional_config import settings_in
 from vllm_dllm.config import OWN_OPTIONS, REQUEST_PREFIX, DllmConfig, RequestOptions
@@ -45,8 +46,15 @@ def check_windows(config: VllmConfig, settings: DllmConfig) -> None:
         )
 
 
-def check_options(options: RequestOptions) -> None:
-    """Check that a request gives no option that its window ignores. Raises: RequestError."""
+def check_options(params: SamplingParams, options: RequestOptions) -> None:
+    """Check that a request asks for nothing that its window ignores. Raises: RequestError."""
+    if params.logprobs is not None:
+        raise RequestError(
+            f"logprobs is {params.logprobs}, but the windows of this model keep no log-probabilities of tokens that "
+            "were unmasked before they came to the front; allowed is null; remove it",
+            parameter="logprobs",
+            value=params.logprobs,
+        )
     for name, value in options.model_dump(exclude={*RULE, *OWN_OPTIONS} - {"steps"}, exclude_none=True).items():
         raise RequestError(
             f"{REQUEST_PREFIX}{name} is {value!r}, but this model decides a window, by the entropies of its positions; "
