@@ -61,11 +61,12 @@ class Case:
     top_p: float = 1.0
     seed: int = 0
     edits: LogitEdits = NO_EDITS
+    cfg_scale: float | None = None
 
     def sampling_params(self, **changes: Any) -> Any:
         from vllm import SamplingParams
 
-        options = {name: getattr(self, name) for name in ("policy", *POLICY_OPTIONS[self.policy])}
+        options = {name: getattr(self, name) for name in ("policy", "cfg_scale", *POLICY_OPTIONS[self.policy])}
         extra = {f"dllm_{name}": value for name, value in options.items() if value is not None}
         values = {
             "max_tokens": self.max_tokens,
@@ -192,6 +193,7 @@ class Oracle:
             "sampling": Sampling(
                 temperature=case.temperature,
                 seed=case.seed,
+                cfg_scale=settings.get("cfg_scale", 0.0) if case.cfg_scale is None else case.cfg_scale,
                 top_k=case.top_k or None,
                 top_p=case.top_p if case.top_p < 1 else None,
                 min_p=case.edits.min_p if case.temperature else 0.0,

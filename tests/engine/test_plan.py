@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dllm.engine.plan import Role, StepPlan, plan_step, plan_windows
+from vllm_dllm.engine.plan import Role, StepPlan, plan_step
+from vllm_dllm.engine.plan_windows import plan_windows
 from vllm_dllm.state.kv import KvSchedule
 from vllm_dllm.state.windows import WindowSchedule
 

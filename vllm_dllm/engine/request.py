@@ -308,6 +308,7 @@ def resolve_params(
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
         edits=edits_of(params),
+        cfg_scale=merged.cfg_scale or 0.0,
         num_logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,
     )
 

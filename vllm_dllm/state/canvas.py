@@ -17,6 +17,7 @@ from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.apart import ApartState
 from vllm_dllm.state.edits import NO_EDITS, EditState, LogitEdits, scene_of
+from vllm_dllm.state.guidance import GuidanceState
 from vllm_dllm.state.records import NO_LOGPROBS, LogprobRecords
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
@@ -46,6 +47,7 @@ class RequestParams:
     top_p: float
     seed: int  # any 64-bit signed value
     edits: LogitEdits = NO_EDITS
+    cfg_scale: float = 0.0  # 0 does not guide
     num_logprobs: int = NO_LOGPROBS  # likeliest tokens of each place that are told
     own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`
     own_values: tuple[float, ...] = ()  # its parameters, in their order
@@ -110,6 +112,7 @@ class CanvasState:
         self._ints = torch.zeros(self._ints_np.shape, dtype=torch.int64, device=device)
         self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
+        self.guidance = GuidanceState(max_num_reqs, device)
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
         self.records = LogprobRecords(max_num_reqs, block_length, device)
         self.apart = ApartState(max_num_reqs, block_length, device, vocab_size)
@@ -131,6 +134,7 @@ class CanvasState:
         self._floats_np[:, slot] = [getattr(params, name) for name in _FLOATS] + list(params.times)
         self._has_memory_np[slot] = params.policy_id in MEMORIES
         self.edits.put(slot, params.edits)
+        self.guidance.put(slot, params.cfg_scale, params.prompt_len)
         self.records.put(slot, params.num_logprobs)
         self.apart.put(slot, params.own_policy, params.own_values)
         self._is_staged = True
@@ -138,6 +142,7 @@ class CanvasState:
     def apply_staged_writes(self) -> None:
         """Copy the parameters staged since the last call to the device."""
         self.edits.apply_staged_writes()
+        self.guidance.apply_staged_writes()
         self.apart.apply_staged_writes()
         if self._is_staged:
             # From what nobody writes: the next request may come before a GPU has copied.
