@@ -125,11 +125,12 @@ class RequestOptions(WithParameters):
     cfg_scale: _CfgScale | None = None
     steps: Count | None = None
     stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
+    logits_eos_inf: Annotated[Literal[True] | None, Field(description="null and true")] = None
     speculation: Annotated[Literal[False] | None, Field(description="null and false")] = None
     budget: Annotated[int | None, Field(ge=0, le=1024, description="null and whole numbers from 0 to 1024")] = None
 
 
-OWN_OPTIONS = {"steps", "stream", "speculation", "budget"}
+OWN_OPTIONS = {"steps", "stream", "logits_eos_inf", "speculation", "budget"}
 """Those that no setting of a server is the default of."""
 
 REQUEST_KEYS = tuple(REQUEST_PREFIX + name for name in RequestOptions.model_fields)

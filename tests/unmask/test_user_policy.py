@@ -18,10 +18,11 @@ from vllm_dllm.cli.server_settings import given_parameters
 from vllm_dllm.config import InvalidOptionError, check_policy_options, parse_request_options, parse_server_settings
 from vllm_dllm.draft.graph_file import GraphFile, calibrate_command, decoding_settings, dump_graph, parse_graph
 from vllm_dllm.errors import ConfigError, GraphError
+from vllm_dllm.state.apart import ApartState
 from vllm_dllm.unmask import registry
 from vllm_dllm.unmask.memory import PolicyState, StateField
 from vllm_dllm.unmask.parameter import Parameter
-from vllm_dllm.unmask.torch_policy import Decision, Seen, TorchPolicy
+from vllm_dllm.unmask.torch_policy import CHANGING_STEPS, Decision, Seen, TorchPolicy
 
 LENGTH = 8
 
@@ -190,6 +191,33 @@ def test_it_decides_beside_native_ones_and_drafts_change_nothing(install: Callab
     assert drafted[0].accepted > 0
 
 
+def test_what_is_kept_of_a_request_outlives_a_preemption(install: Callable[..., None]) -> None:
+    """It comes back as it was when the unfinished block began, in whichever slot, and nobody else finds it."""
+    per_request = StateField(1, torch.int64, 0, per="request")
+    install(faster=TorchPolicy(count, state={"count": per_request}))
+    state = ApartState(3, LENGTH, torch.device("cpu"), VOCAB)
+    state.put(0, "faster", (), "a")
+
+    def step(slot: int, begins: bool) -> int:
+        slots = torch.tensor([slot])
+        own = state.state("faster", slots)
+        state.keep("faster", slots, {**own, "count": own["count"] + 1}, torch.tensor([begins]))
+        return int(own["count"])
+
+    assert [step(0, False), step(0, True), step(0, False), step(0, False)] == [0, 1, 2, 3]
+    state.put(2, "faster", (), "a")  # before its slot was anybody's
+    assert [step(2, False), step(2, False)] == [2, 3]
+    state.put(2, "faster", (), "b")
+    assert step(2, True) == 0
+    state.put(2, "faster", (), "a")
+    assert step(2, True) == 2
+    state.put(2, None, (), "c")
+    state.put(1, "faster", (), "a")
+    assert step(1, False) == 3
+    state.put(0, "faster", (), "b")
+    assert step(0, False) == 1
+
+
 def test_one_that_unmasks_nothing_takes_the_surest_position(install: Callable[..., None]) -> None:
     install(lazy=TorchPolicy(lambda seen, _: Decision(seen.canvas)))
     model = SyntheticModel(LENGTH, 2, 3.0)
@@ -202,9 +230,30 @@ def test_one_that_masks_everything_again_is_bounded(install: Callable[..., None]
         return Decision(torch.where((seen.step % 2 == 0)[:, None], seen.token_ids, MASK), is_done=seen.step < 0)
 
     install(undo=TorchPolicy(undo, tokens_change=True))
-    (done,) = decode(SyntheticModel(LENGTH, 2, 3.0), [Own("undo")])
-    assert len(done.tokens) == LENGTH
-    assert 4 * LENGTH <= done.steps <= 5 * LENGTH
+    (done,) = decode(SyntheticModel(LENGTH, 2, 3.0), [Own("undo", tail=(8, 8))])
+    assert (len(done.tokens), done.tokens[:2]) == (LENGTH, [8, 8])
+    assert CHANGING_STEPS * LENGTH <= done.steps <= (CHANGING_STEPS + 1) * LENGTH
+
+
+def test_it_sees_the_probabilities_of_known_tokens(install: Callable[..., None]) -> None:
+    """Those of each canvas, a draft's too, beside a policy that asks the head for ids of its own."""
+    seen_by_it: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(seen: Seen, _state: PolicyState) -> Decision:
+        seen_by_it.append((seen.canvas, seen.known_probability))
+        return Decision(seen.unmask(seen.highest(seen.confidence, torch.ones_like(seen.step))))
+
+    install(look=TorchPolicy(look, asks_known=True))
+    model = SyntheticModel(LENGTH, 3, 8.0)
+    for others in ([], [Own("credit")]):
+        (done, *_) = decode(model, [Own("look"), *others], CHAIN, 7)
+        assert done.accepted > 0
+    assert len(seen_by_it) >= 2 * LENGTH
+    for canvas, found in seen_by_it:
+        logits = model.block_logits(canvas).double()
+        logits[..., MASK] = -torch.inf
+        expected = logits.softmax(-1).gather(-1, canvas[..., None])[..., 0]
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "raises"])

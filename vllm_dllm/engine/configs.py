@@ -58,7 +58,10 @@ def parse(config: VllmConfig) -> Parsed:
         spiffy = spiffy_settings(
             json.dumps(additional[METHOD]), settings, model_config.model, hf_config.model_type, shape
         )
-    return Parsed(settings, unmask_rules(family, settings), spiffy)
+    ends = (getattr(hf_config, f"{name}_token_id", None) for name in ("eos", "eot"))
+    eos_id, eot_id = (-1 if token is None else token for token in ends)
+    rules = replace(unmask_rules(family, settings), eos_id=eos_id, eot_id=eot_id)
+    return Parsed(settings, rules, spiffy)
 
 
 class DllmModelConfig(ModelConfig):

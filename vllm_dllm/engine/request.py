@@ -23,10 +23,10 @@ from vllm_dllm.config import (
     plain_number,
     request_steps,
 )
-from vllm_dllm.engine.configs import is_ours, settings_of
+from vllm_dllm.engine.configs import is_ours, rules_of, settings_of
 from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.parameter_types import check_sent
-from vllm_dllm.engine.policy_limits import refuse_beside_policy, refuse_structure
+from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_structure
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.engine.structured import put_in
 from vllm_dllm.policy_options import options_of, own_values
@@ -248,8 +248,10 @@ def finish_admission(
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
     check_edits(params, mask_token_id)
+    options = request_options(params)
+    check_eos(params, options, rules_of(processor.vllm_config).eos_id)
     if asked is not None:
-        refuse_structure(request_options(params).policy or settings.policy)
+        refuse_structure(options.policy or settings.policy, options)
         put_in(processor, params, asked)
     check_sent(request)
 
@@ -291,6 +293,7 @@ def resolve_params(
     return RequestParams(
         policy_id=POLICY_IDS.get(merged.policy, 0),
         own_policy=own,
+        request_id=request_id,
         own_values=() if own is None else own_values(own, options.parameters, settings.parameters),
         threshold=merged.threshold,
         factor=merged.factor,
@@ -307,7 +310,7 @@ def resolve_params(
         top_k=min(max(params.top_k, 0), _INT64_MAX),
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
-        edits=edits_of(params),
+        edits=edits_of(params, rules.eos_id if options.logits_eos_inf else None),
         cfg_scale=merged.cfg_scale or 0.0,
         num_logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,
     )

@@ -51,6 +51,7 @@ class RequestParams:
     num_logprobs: int = NO_LOGPROBS  # likeliest tokens of each place that are told
     own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`
     own_values: tuple[float, ...] = ()  # its parameters, in their order
+    request_id: str = ""  # nobody else's, and the same after a preemption
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class CanvasState:
         self.edits.put(slot, params.edits)
         self.guidance.put(slot, params.cfg_scale, params.prompt_len)
         self.records.put(slot, params.num_logprobs)
-        self.apart.put(slot, params.own_policy, params.own_values)
+        self.apart.put(slot, params.own_policy, params.own_values, params.request_id)
         self._is_staged = True
 
     def apply_staged_writes(self) -> None:
@@ -189,9 +190,9 @@ class CanvasState:
         own = self.apart.params(name, blocks.slots, self.seq_len[blocks.slots])
         return replace(self.policy_params(blocks), own=own)
 
-    def asks_known(self, blocks: Blocks) -> Tensor | None:
-        """Tell whose policies ask for the logits of known tokens; [num_reqs] bool; None: nobody's."""
-        asks = self.apart.asks_known(blocks.slots_np)
+    def asks(self, blocks: Blocks) -> Tensor | None:
+        """Tell whose policies ask for logits of known tokens, and of end tokens; [2, num_reqs] bool; None: nobody's."""
+        asks = self.apart.asks(blocks.slots_np)
         return torch.from_numpy(asks).to(self.device, non_blocking=True) if asks.any() else None
 
     def has_memory(self, slots_np: np.ndarray) -> bool:
@@ -295,14 +296,12 @@ class CanvasState:
         return self.left is not None
 
     def predicting_rows(self, slots: Tensor, hidden: Tensor, fresh: Tensor | None) -> Tensor:
-        """Put the row left of each block, which a refresh computed last, before the block's other rows.
+        """Put the row left of each block, which a refresh computed last, before the block's other rows; returns `hidden`.
 
         Args:
             slots: [num_nodes] int64.
             hidden: [num_nodes * block_length, hidden_size], the rows left of the positions of the blocks; written to.
             fresh: [num_fresh] int64, nodes whose own first row is of this step; None: none.
-
-        Returns: `hidden`.
         """
         assert self.left is not None, "only a logit shift needs it"
         first = hidden.view(len(slots), self.block_length, -1)[:, 0]
