@@ -35,6 +35,7 @@ def test_a_tokens_row_is_stored_once_more_behind_the_step_that_unmasked_it() -> 
     assert stored(rows, [MASK, 7, MASK, MASK], START) == list(range(START, END)), "11 is known since the last step"
     assert stored(rows, [8, 7, MASK, MASK], START) == [10, 12, 13, *range(14, END)]
     assert stored(rows, [8, 7, MASK, 9], START) == [12, 13, *range(14, END)]
+    assert stored(rows, [MASK, 7, MASK, 9], START) == [10, 12, *range(14, END)], "10 was masked again"
     assert stored(rows, [8, 7, 6, 9], 0, 1) == list(range(END)), "a refresh of all"
 
 

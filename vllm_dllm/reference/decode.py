@@ -246,7 +246,8 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         # The published loops of LLaDA and Dream go on; but a forward that unmasks nothing changes nothing.
         while is_masked[begin:end].any():
             first, last, keeps = kv.span(number, step, (begin, end), len(tokens), rules.logit_shift)
-            predictor.before, known_before = (known_before if kv.delays(step, rules.logit_shift) else None), ~is_masked
+            stays = known_before & ~is_masked  # a policy may have masked a token again
+            predictor.before, known_before = (stays if kv.delays(step, rules.logit_shift) else None), ~is_masked
             logits = predictor.logits(tokens, first, last, keeps=keeps)
             known = Known(tokens, is_masked, len(prompt))
             chosen, chosen_tokens, its = decide(known, logits, (is_masked & in_block)[first:last], first, block)

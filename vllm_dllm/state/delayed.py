@@ -52,8 +52,9 @@ class DelayedRows:
 
     def decided(self, blocks: Blocks, plan: RowPlan) -> RowPlan:
         """Return the rows of a step where it is decided which are stored; take note of the canvases."""
-        before = self.known[blocks.slots]
-        self.known[blocks.slots] = self.state.canvas[blocks.slots] != self.state.mask_token_id
+        now = self.state.canvas[blocks.slots] != self.state.mask_token_id
+        before = self.known[blocks.slots] & now  # a policy may have masked a token again
+        self.known[blocks.slots] = now
         predicted = plan.position + self.state.keeps_left  # by each row
         offset = predicted - blocks.start[plan.request]
         is_inside = (offset >= 0) & (offset < before.shape[1])
