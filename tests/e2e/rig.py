@@ -22,6 +22,7 @@ from tests.e2e.engines import MAX_MODEL_LEN, NUM_SLOTS
 from tests.e2e.engines import engine as engine
 from tests.e2e.engines import shared_engine as shared_engine
 from tests.e2e.engines import stop_shared_engine as stop_shared_engine
+from tests.e2e.kv import kv_policy
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph, Formula
@@ -30,7 +31,7 @@ from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.names import PolicyName
 from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.reference import spiffy
-from vllm_dllm.reference.decode import KvPolicy, Model, generate
+from vllm_dllm.reference.decode import Model, generate
 from vllm_dllm.reference.edits import Edits
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 from vllm_dllm.reference.policy import LLADA, Rules, UnmaskPolicy
@@ -119,12 +120,6 @@ def write_wild(path: Path, config: dict[str, Any], model_of: Callable[[Path], nn
         if re.search(r"\.\d+\..*(_out|o_proj|down_proj|attention\.dense)\.weight$", name):
             weight.data *= mixing
     save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
-
-
-def kv_policy(settings: dict[str, Any]) -> KvPolicy:
-    """Return the reference's of a server's settings."""
-    changes = {name: settings[name] for name in ("prefix_look", "after_look", "warmup_steps") if name in settings}
-    return KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"), **changes)
 
 
 class Oracle:

@@ -296,7 +296,7 @@ class CanvasState:
         return self.left is not None
 
     def predicting_rows(self, slots: Tensor, hidden: Tensor, fresh: Tensor | None) -> Tensor:
-        """Put the row left of each block, which a refresh computed last, before the block's other rows; returns `hidden`.
+        """Put the row left of each block, which a refresh computed last, before its other rows; returns `hidden`.
 
         Args:
             slots: [num_nodes] int64.
