@@ -228,11 +228,10 @@ class StepPlan:
         in_block = self.position - block[segment]
         source = first[segment] + in_block
         mask = (num_reqs * num_nodes + num_reqs * self.has_look_ahead) * block_length
+        is_hidden = (role == Role.TWIN) & (self.position < prompt_len[self.request[segment]])
         is_known = (role == Role.PREFILL) | (role == Role.COMMIT) | (_HAS_BLOCK[role] & (in_block < 0))
-        is_mask = (in_block >= block_length) | (
-            (role == Role.TWIN) & (self.position < prompt_len[self.request[segment]])
-        )
-        return np.where(is_mask, mask, np.where(is_known, -1, source))
+        is_mask = is_hidden | (in_block >= block_length)
+        return np.where(is_known & ~is_hidden, -1, np.where(is_mask, mask, source))
 
 
 @dataclass(frozen=True, slots=True)
