@@ -23,6 +23,7 @@ from vllm_dllm.policy_options import (
     known_policy,
     options_of,
 )
+from vllm_dllm.unmask.registry import file_option, needs_file
 
 REQUEST_PREFIX = "dllm_"
 
@@ -35,6 +36,7 @@ _Gain = Annotated[float, Field(gt=0.0, le=100.0, description="numbers above 0 an
 _CfgScale = Annotated[float, Field(ge=0.0, le=100.0, description="null and numbers from 0 to 100")]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, description="numbers from 0 to 1")]
 _Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'vllm', 'flashinfer', 'xformers' and 'torch'")]
+_Penalty = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
 
 
 class DllmConfig(KvSettings, WithParameters):
@@ -46,8 +48,9 @@ class DllmConfig(KvSettings, WithParameters):
             (Fast-dLLM, arXiv:2505.22618), `freecache` the same, for good (FlashDLM, arXiv:2505.21467), `vicinity` of
             everything but the block and its neighbours (dInfer, arXiv:2510.08666), `dkv` of tokens from the step on
             that follows the one which unmasked them (dKV-Cache, arXiv:2505.15781); `block_causal`, for models that see
-            nothing behind a block, never computes K/V again, nor does `causal`, for models whose final positions see
-            those before them alone.
+            nothing behind a block, never computes K/V again, nor do `causal`, for models whose final positions see
+            those before them alone, and `window`, for those of them that decide a window of `block_length` positions,
+            which slides (`state.sliding`).
         refresh_every: with `dual` and `dkv`, recompute all K/V before every n-th step of a block; None is 8 with
             `dkv`, and only before the first with `dual`, where 1 equals decoding without a cache.
         prefix_look, after_look: of `vicinity`, positions before and behind the block that are computed anew with it.
@@ -55,7 +58,8 @@ class DllmConfig(KvSettings, WithParameters):
         policy: unmasking policy of requests that name none.
         threshold: `threshold` and `credit` unmask all positions whose confidence reaches it, `dynamic` those above it.
         factor: `factor`'s f, see `unmask.policy`.
-        entropy_bound: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is below it.
+        entropy_bound: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is below it; a window
+            those whose entropy is, with `position_penalty` for each position behind its first masked one.
         credit_alpha: of `credit`, as credit_beta and credit_gamma; see `unmask.credit`.
         alg_temp: above 0, `static`, `margin` and `entropy` draw positions by their scores divided by it (Dream).
         steps_per_block: denoising steps that a block is spread over, by the policies that have a schedule (LLaDA's
@@ -68,11 +72,13 @@ class DllmConfig(KvSettings, WithParameters):
     """
 
     model_config = STRICT
+    takes_files = True
 
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
     factor: _Positive = 1.0
     entropy_bound: _Positive = 0.35
+    position_penalty: _Penalty | None = None
     credit_alpha: _Gain = 0.7
     credit_beta: _Decay = 0.8
     credit_gamma: _Gain = 0.2
@@ -118,6 +124,7 @@ class RequestOptions(WithParameters):
     threshold: _Threshold | None = None
     factor: _Positive | None = None
     entropy_bound: _Positive | None = None
+    position_penalty: _Penalty | None = None
     credit_alpha: _Gain | None = None
     credit_beta: _Decay | None = None
     credit_gamma: _Gain | None = None
@@ -225,6 +232,13 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
             options.cfg_scale,
         )
     policy = options.policy or settings.policy
+    if needs_file(policy) and file_option(policy) not in settings.files:
+        raise InvalidOptionError(
+            f"{REQUEST_PREFIX}policy is {policy!r}, but the server has no {file_option(policy)}, the net that it looks "
+            "at; allowed are others; choose one, or give the server that setting",
+            REQUEST_PREFIX + "policy",
+            policy,
+        )
     given = options.model_dump(exclude={"policy", "cfg_scale", *OWN_OPTIONS} - {"steps"}, exclude_none=True)
     for name, value in given.items():
         if name not in options_of(policy):

@@ -14,7 +14,7 @@ Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
 _Look = Annotated[int, Field(ge=0, description="null and whole numbers from 0 on")]
 _KvPolicy = Annotated[
     KvPolicyName,
-    Field(description="'dual', 'prefix', 'freecache', 'vicinity', 'dkv', 'block_causal' and 'causal'"),
+    Field(description="'dual', 'prefix', 'freecache', 'vicinity', 'dkv', 'block_causal', 'causal' and 'window'"),
 ]
 
 PREFIX_LOOK, AFTER_LOOK, WARMUP_STEPS = 16, 16, 4
@@ -38,7 +38,12 @@ class KvSettings(BaseModel):
     @property
     def is_block_causal(self) -> bool:
         """Whether stored K/V never change; a fact of the family (`models.interface.check_family`)."""
-        return self.kv_policy in ("block_causal", "causal")
+        return self.kv_policy in ("block_causal", "causal", "window")
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether what is denoised slides over the answer, so that requests have windows in the place of blocks."""
+        return self.kv_policy == "window"
 
     @property
     def is_aligned(self) -> bool:

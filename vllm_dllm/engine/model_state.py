@@ -63,20 +63,14 @@ class DllmModelState(ModelState):
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
-        self.state = CanvasState(
-            self.max_num_reqs,
-            self.block_length,
-            mask_token_id,
-            device,
-            rules_of(vllm_config),
-            self._left_rows(),
-            self.model_config.get_vocab_size(),
-        )
+        sizes, rules = (self.max_num_reqs, self.block_length), rules_of(vllm_config)
+        vocab_size, files = self.model_config.get_vocab_size(), self.settings.files
+        self.state = CanvasState(*sizes, mask_token_id, device, rules, self._left_rows(), vocab_size, files)
         drafter = make_drafter(vllm_config)
         self.denoiser = Denoiser(
             self.state,
             drafter,
-            choose_head(model, self.model_config.get_vocab_size(), self.never_chosen, device),
+            choose_head(model, vocab_size, self.never_chosen, device),
             choose_walk(device),
             choose_settle(device),
             choose_draws(device),

@@ -163,7 +163,8 @@ class StepPlan:
         """Whether all requests have the root and equally many drafts, and nothing else: then all rows decide."""
         is_node = (self.role == Role.ROOT) | (self.role == Role.DRAFT)
         is_whole = self.end - self.begin == self.block_length
-        return bool((is_node & is_whole).all() and (self.num_drafts == self.num_drafts[:1]).all())
+        is_ordered = self.is_causal is None or not self.is_causal.any()  # rows of windows are not
+        return bool(is_ordered and (is_node & is_whole).all() and (self.num_drafts == self.num_drafts[:1]).all())
 
     @property
     def position(self) -> IntArray:
