@@ -316,9 +316,8 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         steps = steps_per_block(gen_length, block_length, policy.steps)
         first_begin, seq_len = prompt_len, prompt_len + gen_length
         rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.unmasks_first_alone)
-        context = _Frozen(
-            Predictor(model, torch.arange(seq_len) < prompt_len, sampling.cfg_scale, rules.logit_shift), kv
-        )
+        predictor = Predictor(model, torch.arange(seq_len) < prompt_len, sampling.cfg_scale, rules.logit_shift)
+        context = _Frozen(predictor, kv)
     tokens = torch.cat((prompt, prompt.new_full((seq_len - prompt_len,), model.config.mask_token_id)))
     has_look_ahead = rules.attention == "block_causal" and budget >= MIN_BUDGET and block_length <= MAX_BLOCK_LENGTH
     num_drafts = budget - NUM_NODES * has_look_ahead
