@@ -1,12 +1,10 @@
 """Requests, random models, the reference decoder on them, and what tests do with an engine."""
 
 import dataclasses
-import itertools
 import json
 import math
 import random
 import re
-import runpy
 import shutil
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
@@ -16,13 +14,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoTokenizer
 
 from tests.e2e.engines import MAX_MODEL_LEN, NUM_SLOTS
 from tests.e2e.engines import engine as engine
 from tests.e2e.engines import shared_engine as shared_engine
 from tests.e2e.engines import stop_shared_engine as stop_shared_engine
 from tests.e2e.kv import kv_policy
+from tests.e2e.questions import CHECKPOINT as CHECKPOINT
+from tests.e2e.questions import EXAMPLES as EXAMPLES
+from tests.e2e.questions import questions as questions
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph, Formula
@@ -37,9 +37,6 @@ from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 from vllm_dllm.reference.policy import LLADA, Rules, UnmaskPolicy
 from vllm_dllm.reference.sampling import Sampling
 from vllm_dllm.state.edits import NO_EDITS, LogitEdits
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-CHECKPOINT = EXAMPLES / "tiny_llada/checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +60,16 @@ class Case:
     seed: int = 0
     edits: LogitEdits = NO_EDITS
     cfg_scale: float | None = None
+    given: tuple[int | None, ...] = ()  # of the answer; what is behind `max_tokens` is a suffix
 
     def sampling_params(self, **changes: Any) -> Any:
         from vllm import SamplingParams
 
         options = {name: getattr(self, name) for name in ("policy", "cfg_scale", *POLICY_OPTIONS[self.policy])}
-        extra = {f"dllm_{name}": value for name, value in options.items() if value is not None}
+        extra: dict[str, Any] = {f"dllm_{name}": value for name, value in options.items() if value is not None}
+        if self.given:
+            suffix = list(self.given[self.max_tokens :])
+            extra |= {"dllm_suffix": suffix} if suffix else {"dllm_canvas": list(self.given)}
         values = {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
@@ -162,20 +163,23 @@ class Oracle:
     def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
         """Decode anew; `more` are arguments of the reference's."""
         kv = kv_policy(settings)
-        return generate(self.model, torch.tensor(case.prompt), kv=kv, **self._options(case, settings), **more)
+        options = self._options(case, settings) | {"given": case.given, "answer_length": case.max_tokens} | more
+        return generate(self.model, torch.tensor(case.prompt), kv=kv, **options)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)
-        blocks = row_blocks(
-            len(case.prompt), case.max_tokens, DllmConfig(block_length=block_length), self.max_model_len
-        )
+        length = max(case.max_tokens, len(case.given))
+        blocks = row_blocks(len(case.prompt), length, DllmConfig(block_length=block_length), self.max_model_len)
+        steps = case.steps
+        if steps is not None and length > case.max_tokens:  # they are of the blocks that are decoded
+            steps = steps // -(-case.max_tokens // block_length) * -(-length // block_length)
         return {
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "rules": self.rules,
             "policy": UnmaskPolicy(
                 case.policy,
-                steps=case.steps,
+                steps=steps,
                 threshold=case.threshold,
                 factor=case.factor,
                 entropy_bound=case.entropy_bound,
@@ -266,21 +270,6 @@ def run_outputs(llm: Any, cases: list[Case], **changes: Any) -> list[Any]:
 
 def run(llm: Any, cases: list[Case]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in run_outputs(llm, cases)]
-
-
-def questions(count: int) -> list[tuple[int, ...]]:
-    """Return prompts that the trained model was made for."""
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    tasks = runpy.run_path(str(EXAMPLES / "training/tasks.py"))
-    rng = random.Random(0)
-    kinds = itertools.islice(itertools.cycle(tasks["TASKS"]), count)
-    texts = [tasks["draw"](kind, rng, held_out=True).question for kind in kinds]
-    return [
-        tuple(
-            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
-        )
-        for text in texts
-    ]
 
 
 def model_state(llm: Any) -> Any:

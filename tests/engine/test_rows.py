@@ -15,7 +15,7 @@ def test_who_lost_what_it_kept_is_named(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     rows = StepRows(DllmConfig(block_length=4, kv_policy=name), 64, 64)  # type: ignore[arg-type]
-    request = SimpleNamespace(request_id="a", num_prompt_tokens=8, num_tokens=8)
+    request = SimpleNamespace(request_id="a", num_prompt_tokens=8, num_tokens=8, sampling_params=None)
     rows.admit(request, 0)  # type: ignore[arg-type]
     assert not caplog.records
     request.num_tokens = 12

@@ -31,7 +31,7 @@ from enum import IntEnum
 import numpy as np
 
 from vllm_dllm.attention.layout import HostLayout, host_layout
-from vllm_dllm.draft.look_ahead import NUM_NODES
+from vllm_dllm.draft.look_ahead import NUM_NODES, looking_ahead
 from vllm_dllm.names import KvPolicyName
 from vllm_dllm.state.kv import BoolArray, IntArray, KvStep
 
@@ -192,6 +192,7 @@ class StepPlan:
         prompt_len = np.zeros(self.num_reqs, dtype=np.int64) if self.prompt_len is None else self.prompt_len
         twin_of = np.flatnonzero(prompt_len[self.request[decided]])
         to_block = (self.block_start[self.request] - self.begin)[twins, None]
+        last_of_twins = first_row[1:][twins, None] - 1  # as of `last`
         return PlanRows(
             request=self.request[segment],
             source=self._sources(node, segment, prompt_len, twin_of),
@@ -199,7 +200,7 @@ class StepPlan:
             head=head,
             is_left_fresh=has_block & (in_block > 0),
             node=node,
-            twin_head=first_row[:-1][twins, None] + to_block + offset - logit_shift,
+            twin_head=(first_row[:-1][twins, None] + to_block + offset - logit_shift).clip(max=last_of_twins),
             twin_of=twin_of,
         )
 
@@ -251,7 +252,7 @@ class PlanRows:
     twin_of: IntArray  # [num_twins], of which decided segment each is
 
 
-def plan_step(
+def plan_step(  # noqa: PLR0913 - what decides a step
     kv: KvStep,
     *,
     block_start: IntArray,
@@ -261,6 +262,7 @@ def plan_step(
     kv_policy: KvPolicyName,
     look_ahead_from: int | None = None,
     prompt_len: IntArray | None = None,
+    is_next_open: BoolArray | None = None,
 ) -> StepPlan:
     """Make the plan of a step.
 
@@ -268,14 +270,13 @@ def plan_step(
         kv: what it stores.
         block_start, seq_len: [num_reqs], where blocks begin and rows end.
         num_drafts: [num_reqs], drafts that each may have; none where nothing of the block is known yet.
-        block_length: positions of a block.
-        kv_policy: of the server.
-        look_ahead_from: the smallest number of drafts with a look-ahead; None: none has one.
+        block_length, kv_policy: of the server.
+        look_ahead_from, is_next_open: as of `looking_ahead`.
         prompt_len: as in `StepPlan`.
     """
     num_reqs, is_causal = len(block_start), kv_policy in ("block_causal", "causal")
     num_drafts = np.where(kv.is_undrafted, 0, num_drafts)
-    looks_ahead = np.zeros(num_reqs, dtype=bool) if look_ahead_from is None else num_drafts >= look_ahead_from
+    looks_ahead = looking_ahead(num_drafts, look_ahead_from, is_next_open)
     num_drafts = num_drafts - NUM_NODES * looks_ahead
     num_stored = kv.end - kv.begin
     refreshes = (num_stored > 0) & (not is_causal)

@@ -94,7 +94,8 @@ class StateCheck:
             return
         self._check_positions(request, report, account)
         account.unmasked += report.unmasked
-        account.emitted += num_emitted
+        pins = self._rows.kv.pins.get(request.request_id)
+        account.emitted += num_emitted - (pins.count(request.num_tokens, num_emitted) if pins else 0)
         account.begins = bool(report.finished)
         self._check_numbers(request.request_id, report, account, num_emitted)
         if report.pages is not None:
@@ -118,7 +119,11 @@ class StateCheck:
                 )
             return
         end = self._rows.row_end(request)
+        pins = self._rows.kv.pins.get(name)
+        is_given = pins is not None and not pins.num_masked(start, self._rows.block_length)
         allowed = self._rows.kv.may_store(start, end, begins_block=account.begins)
+        if is_given and account.begins:
+            allowed = (0,)
         if report.wrote not in allowed:
             raise StateError(
                 f"request {name}: a step stored K/V of {report.wrote} positions, but the scheduler has a row of {end} "
