@@ -15,7 +15,8 @@ from vllm_dllm import plugin
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import DllmConfig, parse_request_options
 from vllm_dllm.engine.configs import settings_of
-from vllm_dllm.engine.plan import Role, plan_windows
+from vllm_dllm.engine.plan import Role
+from vllm_dllm.engine.plan_windows import plan_windows
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.sliding_rules import check_options
