@@ -85,6 +85,9 @@ def test_models_with_blocks_have_no_penalty() -> None:
     [
         ({"dllm_policy": "threshold"}, "dllm_policy is 'threshold', but this model decides a window"),
         ({"dllm_steps": 4}, "dllm_steps is 4, but this model decides a window"),
+        ({"dllm_suffix": [5]}, "dllm_suffix is [5], but this model decides a window"),
+        ({"dllm_canvas": [5, None]}, "dllm_canvas is [5, None], but this model decides a window"),
+        ({"dllm_logits_eos_inf": True}, "dllm_logits_eos_inf is True, but this model decides a window"),
         ({"dllm_threshold": 0.5}, "allowed are dllm_entropy_bound and dllm_position_penalty; remove it"),
     ],
 )

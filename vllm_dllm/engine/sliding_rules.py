@@ -6,7 +6,7 @@ from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
 
 from vllm_dllm.additional_config import settings_in
-from vllm_dllm.config import OWN_OPTIONS, REQUEST_PREFIX, DllmConfig, RequestOptions
+from vllm_dllm.config import REQUEST_PREFIX, DllmConfig, RequestOptions
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.spiffy_config import METHOD
@@ -16,6 +16,9 @@ SETTINGS = ("block_length", "kv_policy", "entropy_bound", "position_penalty", "a
 
 RULE = ("entropy_bound", "position_penalty")
 """What decides a window."""
+
+_HARMLESS = ("stream", "speculation", "budget")
+"""Options of requests besides: the first shows the window, the others have no drafts to bound."""
 
 
 def check_windows(config: VllmConfig, settings: DllmConfig) -> None:
@@ -55,7 +58,7 @@ def check_options(params: SamplingParams, options: RequestOptions) -> None:
             parameter="logprobs",
             value=params.logprobs,
         )
-    for name, value in options.model_dump(exclude={*RULE, *OWN_OPTIONS} - {"steps"}, exclude_none=True).items():
+    for name, value in options.model_dump(exclude={*RULE, *_HARMLESS}, exclude_none=True).items():
         raise RequestError(
             f"{REQUEST_PREFIX}{name} is {value!r}, but this model decides a window, by the entropies of its positions; "
             f"allowed are {' and '.join(REQUEST_PREFIX + option for option in RULE)}; remove it",
