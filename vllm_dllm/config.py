@@ -35,8 +35,8 @@ _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null
 _Gain = Annotated[float, Field(gt=0.0, le=100.0, description="numbers above 0 and up to 100")]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, description="numbers from 0 to 1")]
 _Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'vllm', 'flashinfer', 'xformers' and 'torch'")]
-_Penalty = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
 _Given = Field(description="null, texts, and lists of token ids with null for what is to be generated")
+_Penalty = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
 
 
 class DllmConfig(KvSettings, WithParameters):

@@ -19,6 +19,9 @@ from tests.e2e.engines import MAX_MODEL_LEN, NUM_SLOTS
 from tests.e2e.engines import engine as engine
 from tests.e2e.engines import shared_engine as shared_engine
 from tests.e2e.engines import stop_shared_engine as stop_shared_engine
+from tests.e2e.questions import CHECKPOINT as CHECKPOINT
+from tests.e2e.questions import EXAMPLES as EXAMPLES
+from tests.e2e.questions import questions as questions
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph, Formula
@@ -33,9 +36,6 @@ from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 from vllm_dllm.reference.policy import LLADA, Rules, UnmaskPolicy
 from vllm_dllm.reference.sampling import Sampling
 from vllm_dllm.state.edits import NO_EDITS, LogitEdits
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-CHECKPOINT = EXAMPLES / "tiny_llada/checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,20 +166,24 @@ class Oracle:
 
     def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
         """Decode anew; `more` are arguments of the reference's."""
+        kv = kv_policy(settings)
         options = self._options(case, settings) | {"given": case.given, "answer_length": case.max_tokens} | more
-        return generate(self.model, torch.tensor(case.prompt), kv=kv_policy(settings), **options)
+        return generate(self.model, torch.tensor(case.prompt), kv=kv, **options)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)
         length = max(case.max_tokens, len(case.given))
         blocks = row_blocks(len(case.prompt), length, DllmConfig(block_length=block_length), self.max_model_len)
+        steps = case.steps
+        if steps is not None and length > case.max_tokens:  # they are of the blocks that are decoded
+            steps = steps // -(-case.max_tokens // block_length) * -(-length // block_length)
         return {
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "rules": self.rules,
             "policy": UnmaskPolicy(
                 case.policy,
-                steps=case.steps,
+                steps=steps,
                 threshold=case.threshold,
                 factor=case.factor,
                 entropy_bound=case.entropy_bound,

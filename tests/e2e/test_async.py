@@ -26,6 +26,7 @@ from tests.e2e.rig import (
     speculation,
     step_all,
 )
+from tests.e2e.scores import check_scores
 from tests.suite.order import configurations
 
 pytestmark = pytest.mark.engine
@@ -100,6 +101,11 @@ def test_mixed_batch_equals_reference(served: Served, ahead: list[bool]) -> None
     assert sum(ahead) > len(ahead) / 4, "too few steps ran ahead"
     assert not scheduler_of(served.llm).rows.known
     assert not scheduler_of(served.llm).ahead.known
+
+
+def test_blocks_are_scored_beside_steps_that_run_ahead(served: Served) -> None:
+    cases = mixed_cases(served.block_length, seed=14, policies=served.policies)[:5]
+    check_scores(served.llm, served.oracle, cases, [served.expected(case) for case in cases])
 
 
 def test_where_the_steps_are_known_all_but_the_first_of_a_block_run_ahead(served: Served, ahead: list[bool]) -> None:

@@ -55,8 +55,7 @@ def test_the_next_request_of_a_slot_has_none() -> None:
 @pytest.mark.parametrize("name", ["dual", "prefix"])
 def test_a_block_that_is_given_whole_stores_nothing(name: Any) -> None:
     kv = KvSchedule(name, None, B)
-    kv.add(0, 0)
-    kv.give(0, pins(5, 1, 2, 3, 4, None))
+    kv.add(0, 0, pins=pins(5, 1, 2, 3, 4, None))
     assert segments(planned(kv, [5, 5])) == [(0, "ROOT", 5, 9), (1, "REFRESH", 0, 24)]
     assert segments(planned(kv, [9, 9])) == [(0, "REFRESH", 0, 24), (1, "REFRESH", 0, 24)]
     kv.forget(0)

@@ -15,7 +15,8 @@ a token.
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+from vllm_dllm.state.kv import BoolArray, IntArray
 
 if TYPE_CHECKING:
     from vllm_dllm.config import DllmConfig
@@ -41,9 +42,7 @@ def smallest_budget(settings: "DllmConfig", *, is_async: bool, stores_alone: boo
     return MIN_BUDGET if is_served and not is_async and not stores_alone else None
 
 
-def looking_ahead(
-    num_drafts: NDArray[np.int64], look_ahead_from: int | None, is_next_open: NDArray[np.bool_] | None
-) -> NDArray[np.bool_]:
+def looking_ahead(num_drafts: IntArray, look_ahead_from: int | None, is_next_open: BoolArray | None) -> BoolArray:
     """Return which requests look ahead, [num_reqs].
 
     Args:
@@ -53,5 +52,5 @@ def looking_ahead(
     """
     if look_ahead_from is None:
         return np.zeros(len(num_drafts), dtype=bool)
-    looks_ahead: NDArray[np.bool_] = num_drafts >= look_ahead_from
+    looks_ahead: BoolArray = num_drafts >= look_ahead_from
     return looks_ahead if is_next_open is None else looks_ahead & is_next_open

@@ -17,6 +17,7 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMClientError
 
+from vllm_dllm.engine import score_route
 from vllm_dllm.engine.canvas_stream import OPTION
 from vllm_dllm.engine.edits import refuse_dropped
 from vllm_dllm.engine.explain import explain_validation
@@ -40,11 +41,14 @@ _SHOWING = ("/v1/completions", _CHAT)
 
 
 def check_in(app: FastAPI) -> None:
-    """Let a server's app refuse what is wrong with a body in its client's words, and in the form of its API."""
+    """Let a server's app refuse what is wrong with a body in its client's words, and in the form of its API; and give
+    it our own route.
+    """
     app.dependency_overrides[validate_json_request] = _check_request
     app.add_exception_handler(RequestValidationError, _explain)
     app.add_exception_handler(RequestError, _refuse)
     app.add_exception_handler(HTTPException, _unreadable)
+    score_route.attach(app)
     app.middleware_stack = None  # vLLM built it with its handlers; it is built anew when the app starts
 
 

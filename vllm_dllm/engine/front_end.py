@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from vllm.sampling_params import SamplingParams
+from vllm.utils.async_utils import make_async
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_dllm.engine import serving, structured
@@ -43,5 +44,7 @@ def take_over(processor: InputProcessor) -> None:
     if not is_ours(processor.model_config):
         return
     become(processor, DllmInputProcessor)
+    if hasattr(processor, "process_inputs_async"):  # of raw prompts, made of the method that the class had
+        processor.process_inputs_async = make_async(processor.process_inputs, executor=processor.renderer._executor)
     if "vllm.v1.engine.async_llm" in sys.modules:
         serving.install()

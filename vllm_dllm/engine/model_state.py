@@ -144,8 +144,7 @@ class DllmModelState(ModelState):
         block_start = int(self.kv_schedule.block_start(np.array([len(known)]))[0])
         answer = answer_of(new_req_data.sampling_params, params, known, block_start, self.block_length)
         self.state.add_request(req_index, params, answer)
-        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens, params.prompt_len)
-        self.kv_schedule.give(req_index, params.pins)
+        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens, params.prompt_len, params.pins)
 
     def apply_staged_writes(self) -> None:
         """Copy new requests' parameters to the device."""

@@ -254,7 +254,7 @@ def plan_step(
         block_start, seq_len: [num_reqs], where blocks begin and rows end.
         num_drafts: [num_reqs], drafts that each may have; none where nothing of the block is known yet.
         block_length, kv_policy: of the server.
-        look_ahead_from, is_next_open: as of `draft.look_ahead.looking_ahead`.
+        look_ahead_from, is_next_open: as of `looking_ahead`.
     """
     num_reqs, is_causal = len(block_start), kv_policy in ("block_causal", "causal")
     num_drafts = np.where(kv.is_undrafted, 0, num_drafts)

@@ -122,7 +122,8 @@ class StateCheck:
         pins = self._rows.kv.pins.get(name)
         is_given = pins is not None and not pins.num_masked(start, self._rows.block_length)
         allowed = self._rows.kv.may_store(start, end, begins_block=account.begins)
-        allowed = (0,) if is_given and account.begins else allowed
+        if is_given and account.begins:
+            allowed = (0,)
         if report.wrote not in allowed:
             raise StateError(
                 f"request {name}: a step stored K/V of {report.wrote} positions, but the scheduler has a row of {end} "

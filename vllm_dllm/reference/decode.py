@@ -249,16 +249,13 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     steps = steps_per_block(gen_length, block_length, policy.steps)
     rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.unmasks_first_alone)
     tokens, is_masked = sequence_of(prompt, len(prompt) + gen_length, model.config.mask_token_id, given)
-    is_prompt = torch.arange(len(tokens), device=prompt.device) < len(prompt)
-    predictor = Predictor(model, is_prompt, sampling.cfg_scale, rules.logit_shift)
+    predictor = Predictor(model, torch.arange(len(tokens)) < len(prompt), sampling.cfg_scale, rules.logit_shift)
     history = History(len(prompt))
     answer_length = gen_length if answer_length is None else answer_length
     for number, begin in enumerate(range(len(prompt), len(prompt) + answer_length, block_length)):
         end = begin + block_length
-        block = Block(
-            *(begin, block_length, int(is_masked[begin:end].sum()), steps),
-            *(policy, sampling, rules, model.config.eos_token_id),
-        )
+        num_masked = int(is_masked[begin:end].sum())
+        block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
         block = under(constraint, block, tokens, len(prompt), given)
         in_block = torch.zeros_like(is_masked)
         in_block[begin:end] = True

@@ -21,6 +21,7 @@ from vllm_dllm.state.edits import EditState, scene_of
 from vllm_dllm.state.pins import PinState
 from vllm_dllm.state.records import LogprobRecords
 from vllm_dllm.state.request_params import RequestParams
+from vllm_dllm.state.targets import TargetState
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
@@ -90,6 +91,7 @@ class CanvasState:
         self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
+        self.targets = TargetState(block_length, device)
         self.pins = PinState(block_length, device)
         self.records = LogprobRecords(max_num_reqs, block_length, device)
         self.apart = ApartState(max_num_reqs, block_length, device, vocab_size, files)
@@ -112,7 +114,8 @@ class CanvasState:
         self._has_memory_np[slot] = params.policy_id in MEMORIES
         self.edits.put(slot, params.edits)
         self.pins.put(slot, params.pins)
-        self.records.put(slot, params.num_logprobs)
+        self.targets.put(slot, params.targets)
+        self.records.put(slot, params.num_logprobs, keeps_mask=params.targets is not None)
         self.apart.put(slot, params.own_policy, params.own_values, params.request_id)
         self._is_staged = True
 

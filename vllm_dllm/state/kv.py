@@ -9,12 +9,12 @@ stores before it attends. What must be stored is one more part of the step, over
   - `dual` with `refresh_every=n` does so again at every n-th step of the block (Fast-dLLM's dual cache for None,
     no cache at all for 1);
   - `prefix` recomputes the block and what follows, if anything does, at every step (Fast-dLLM's prefix cache);
+- nothing, when a block begins of which all is given (`state.pins`): it has no step, and is emitted as it is;
   - `freecache` refreshes the whole row once, then from the block that ended on, which is full by now and never
     computed again (FlashDLM);
   - `dkv` refreshes the whole row at every n-th step of a block, too, and recomputes the block and what follows at the
     others, but for tokens that were known before the step before, whose K/V stay (dKV-Cache; `state.delayed`);
   - `vicinity` refreshes the whole row when a block begins, and in the warm-up steps of a request's first one (dInfer);
-- nothing, when a block begins of which all is given (`state.pins`): it has no step, and is emitted as it is;
 - under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit; under
   `causal` all of its prompt. A block that ended is stored by its *commit*, one more node in the first step of the next
   block, unless a look-ahead (`draft.look_ahead`) stored it before.
@@ -136,19 +136,17 @@ class KvSchedule:
             return (end,) if begins_block else (end, end - start + self.logit_shift)
         return (end,) if begins_block else (0, end, end - start)
 
-    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0) -> None:
+    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0, pins: Pins | None = None) -> None:
         """Begin a request, or begin it anew.
 
         Args:
             request: its name.
             num_hit: positions that it finds in the prefix cache.
             prompt_len: of the prompt that it came with.
+            pins: what is given of its answer.
         """
+        self.forget(request)
         self._requests[request] = -1, 0, num_hit, prompt_len
-        self.pins.pop(request, None)
-
-    def give(self, request: Hashable, pins: Pins | None) -> None:
-        """Take note of what is given of the answer of a request that was begun."""
         if pins is not None:
             self.pins[request] = pins
 
@@ -199,7 +197,7 @@ class KvSchedule:
             is_new=is_new,
             stores_alone=begins_block & comes_alone,
             is_undrafted=is_warming | (comes_alone & (num_steps == 1)),
-            is_short=(seq_len < block_start + self.block_length) & (self.name == "causal"),
+            is_short=self._is_short(block_start, seq_len),
             span_begin=span_begin,
             span_end=span_end,
             is_wide=span_end - span_begin > self.block_length,
@@ -213,6 +211,11 @@ class KvSchedule:
             pins = self.pins.get(request)
             is_given[i] = pins is not None and not pins.num_masked(int(block_start[i]), self.block_length)
         return is_given
+
+    def _is_short(self, block_start: IntArray, seq_len: IntArray) -> BoolArray:
+        """Tell whose block ends with the row, before its length; behind a row's end, where a void step is, is none."""
+        is_short = (seq_len < block_start + self.block_length) & (self.name != "block_causal")
+        return is_short & (self.is_causal | (block_start < seq_len))
 
     def num_rows(self, step: KvStep) -> IntArray:
         """Return how many rows a step has without drafts at most, [num_reqs]: a refresh spans the block."""

@@ -29,8 +29,9 @@ class RequestParams:
     seed: int  # any 64-bit signed value
     position_penalty: float = 0.0  # of a window, nats
     edits: LogitEdits = NO_EDITS
-    pins: Pins | None = None
     num_logprobs: int = NO_LOGPROBS  # likeliest tokens of each place that are told
     own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`
     own_values: tuple[float, ...] = ()  # its parameters, in their order
     request_id: str = ""  # nobody else's, and the same after a preemption
+    pins: Pins | None = None
+    targets: tuple[int, ...] | None = None  # what its block is scored by; None: it is decoded
