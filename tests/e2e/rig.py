@@ -19,6 +19,7 @@ from tests.e2e.engines import MAX_MODEL_LEN, NUM_SLOTS
 from tests.e2e.engines import engine as engine
 from tests.e2e.engines import shared_engine as shared_engine
 from tests.e2e.engines import stop_shared_engine as stop_shared_engine
+from tests.e2e.kv import kv_policy
 from tests.e2e.questions import CHECKPOINT as CHECKPOINT
 from tests.e2e.questions import EXAMPLES as EXAMPLES
 from tests.e2e.questions import questions as questions
@@ -30,7 +31,7 @@ from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.names import PolicyName
 from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.reference import spiffy
-from vllm_dllm.reference.decode import KvPolicy, Model, generate
+from vllm_dllm.reference.decode import Model, generate
 from vllm_dllm.reference.edits import Edits
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 from vllm_dllm.reference.policy import LLADA, Rules, UnmaskPolicy
@@ -58,12 +59,13 @@ class Case:
     top_p: float = 1.0
     seed: int = 0
     edits: LogitEdits = NO_EDITS
+    cfg_scale: float | None = None
     given: tuple[int | None, ...] = ()  # of the answer; what is behind `max_tokens` is a suffix
 
     def sampling_params(self, **changes: Any) -> Any:
         from vllm import SamplingParams
 
-        options = {name: getattr(self, name) for name in ("policy", *POLICY_OPTIONS[self.policy])}
+        options = {name: getattr(self, name) for name in ("policy", "cfg_scale", *POLICY_OPTIONS[self.policy])}
         extra: dict[str, Any] = {f"dllm_{name}": value for name, value in options.items() if value is not None}
         if self.given:
             suffix = list(self.given[self.max_tokens :])
@@ -121,12 +123,6 @@ def write_wild(path: Path, config: dict[str, Any], model_of: Callable[[Path], nn
     save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
 
 
-def kv_policy(settings: dict[str, Any]) -> KvPolicy:
-    """Return the reference's of a server's settings."""
-    changes = {name: settings[name] for name in ("prefix_look", "after_look", "warmup_steps") if name in settings}
-    return KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"), **changes)
-
-
 class Oracle:
     """The reference decoder on a checkpoint. It decodes a case once, however many tests compare with it.
 
@@ -174,16 +170,13 @@ class Oracle:
         block_length = settings.get("block_length", 32)
         length = max(case.max_tokens, len(case.given))
         blocks = row_blocks(len(case.prompt), length, DllmConfig(block_length=block_length), self.max_model_len)
-        steps = case.steps
-        if steps is not None and length > case.max_tokens:  # they are of the blocks that are decoded
-            steps = steps // -(-case.max_tokens // block_length) * -(-length // block_length)
         return {
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "rules": self.rules,
             "policy": UnmaskPolicy(
                 case.policy,
-                steps=steps,
+                steps=case.steps,
                 threshold=case.threshold,
                 factor=case.factor,
                 entropy_bound=case.entropy_bound,
@@ -196,6 +189,7 @@ class Oracle:
             "sampling": Sampling(
                 temperature=case.temperature,
                 seed=case.seed,
+                cfg_scale=settings.get("cfg_scale", 0.0) if case.cfg_scale is None else case.cfg_scale,
                 top_k=case.top_k or None,
                 top_p=case.top_p if case.top_p < 1 else None,
                 min_p=case.edits.min_p if case.temperature else 0.0,

@@ -163,7 +163,7 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
     if options.stream:
         _check_stream(params)
     if settings.has_windows:
-        check_options(options)
+        check_options(params, options)
         return blocks.end - prompt_len
     try:
         check_policy_options(options, settings)
@@ -327,6 +327,7 @@ def resolve_params(
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
         edits=edits_of(params, rules.eos_id if options.logits_eos_inf else None),
+        cfg_scale=merged.cfg_scale or 0.0,
         pins=pins_of(params, prompt_len),
         num_logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,
         targets=targets_of(params),

@@ -73,10 +73,11 @@ class _Frozen:
         self.tokens, self.block, self.step = tokens, (begin, end), 0
         return self.predict(tokens[begin:end], begin)
 
-    def begin_call(self) -> bool:
-        """Begin a call; tell whether it may have drafts. Warm-up steps have none."""
+    def begin_call(self) -> tuple[bool, bool]:
+        """Begin a call; tell whether it may have drafts, as warm-up steps may not, and whether it refreshes."""
         self.step += 1
-        return not self._span()[2]
+        keeps = self._span()[2]
+        return not keeps or self.kv.refresh_every == 1, keeps
 
     def predict(self, canvas: Tensor, begin: int) -> Tensor:
         """Predict a canvas [block_length] int64 at `begin`: [block_length, vocab]."""
@@ -99,9 +100,9 @@ class _StoredBlocks:
         self.kept = kept
         self.num_stored = num_stored  # positions
 
-    def begin_call(self) -> bool:
-        """Begin a call; each may have drafts."""
-        return True
+    def begin_call(self) -> tuple[bool, bool]:
+        """Begin a call; each may have drafts, and none refreshes."""
+        return True, False
 
     def begin_block(self, tokens: Tensor, begin: int, end: int) -> Tensor | None:
         """Store the block before, if it is not; that predicts nothing."""
@@ -145,15 +146,15 @@ class _Decoder:
         end: Canvas | None = None
         while self.is_masked(canvas).any():
             drafts: list[Canvas] = []
-            is_warm = self.context.begin_call()
-            if is_warm and before is not None and logits is not None:
+            may_draft, is_refresh = self.context.begin_call()
+            if may_draft and before is not None and logits is not None:
                 drafts = self.drafts(canvas, before, logits)
                 end = self.end(canvas, before, logits) if self.looks_ahead else None
             evaluated = {
                 node: self.context.predict(torch.tensor(node), self.block.begin) for node in [*reversed(drafts), canvas]
             }
             calls.nfe += 1
-            calls.nfe_refresh += not is_warm
+            calls.nfe_refresh += is_refresh
             calls.num_proposed += len(drafts) + (end is not None)
             calls.num_accepted -= 1  # the root is no draft
             asked = deepcopy(self.block.credits)
@@ -301,9 +302,9 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         gen_length: as the decoder's.
         block_length: positions per block.
         policy: the unmasking policy.
-        sampling: how tokens are chosen; without guidance.
+        sampling: how tokens are chosen; with guidance a call has two forwards, and counts once.
         rules: those of the model's family.
-        kv: `dual`, `freecache` or `vicinity`; of a block-causal model anything.
+        kv: `dual` (with `refresh_every` 1 or none), `freecache` or `vicinity`; of a block-causal model anything.
     """
     prompt_len = len(prompt)
     context: _Frozen | _StoredBlocks
@@ -315,7 +316,8 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         steps = steps_per_block(gen_length, block_length, policy.steps)
         first_begin, seq_len = prompt_len, prompt_len + gen_length
         rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.unmasks_first_alone)
-        context = _Frozen(Predictor(model, torch.arange(seq_len) < prompt_len, 0.0, rules.logit_shift), kv)
+        predictor = Predictor(model, torch.arange(seq_len) < prompt_len, sampling.cfg_scale, rules.logit_shift)
+        context = _Frozen(predictor, kv)
     tokens = torch.cat((prompt, prompt.new_full((seq_len - prompt_len,), model.config.mask_token_id)))
     has_look_ahead = rules.attention == "block_causal" and budget >= MIN_BUDGET and block_length <= MAX_BLOCK_LENGTH
     num_drafts = budget - NUM_NODES * has_look_ahead

@@ -29,6 +29,7 @@ class RequestParams:
     seed: int  # any 64-bit signed value
     position_penalty: float = 0.0  # of a window, nats
     edits: LogitEdits = NO_EDITS
+    cfg_scale: float = 0.0  # 0 does not guide
     num_logprobs: int = NO_LOGPROBS  # likeliest tokens of each place that are told
     own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`
     own_values: tuple[float, ...] = ()  # its parameters, in their order
