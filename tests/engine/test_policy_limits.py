@@ -7,11 +7,12 @@ import pytest
 from vllm.sampling_params import SamplingParams
 
 from vllm_dllm.config import DllmConfig, RequestOptions, parse_server_settings
-from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_structure
+from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_of_family, refuse_structure
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.engine.request import resolve_params
+from vllm_dllm.models.interface import FAMILIES, ModelFamily
 from vllm_dllm.state.request_params import RequestParams
-from vllm_dllm.unmask.registry import BUILT_IN, NATIVE, changes_tokens
+from vllm_dllm.unmask.registry import BUILT_IN, NATIVE, changes_tokens, needs_file, torch_policy
 from vllm_dllm.unmask.schedule import UnmaskRules
 
 EOS = 7
@@ -51,6 +52,28 @@ def test_a_policy_that_takes_tokens_back_takes_no_draws_words_or_structure() -> 
     for policy in {*NATIVE, *BUILT_IN} - changing:
         refuse_structure(policy, RequestOptions())
         refuse_beside_policy(SamplingParams(temperature=0.5, bad_words=["no"]), policy)
+
+
+def test_where_a_blocks_first_position_has_no_row_of_its_own_nobody_looks_at_it_again() -> None:
+    refused = {
+        family.architecture: {name for name in (*NATIVE, *BUILT_IN) if is_refused(name, family)} for family in FAMILIES
+    }
+    changing = {"saber", "rcr", "remdm", "editing"}
+    looking = {name for name in BUILT_IN if needs_file(name) or torch_policy(name).asks_known}
+    stored = {family.architecture: family.logit_shift for family in FAMILIES if family.stores_alone}
+    assert sorted(stored.values()) == [False, True]  # Nemotron, Fast-dLLM v2
+    for architecture, found in refused.items():
+        is_shifted = stored.get(architecture)
+        assert found == (set() if is_shifted is None else changing | looking if is_shifted else changing)
+
+
+def is_refused(policy: str, family: ModelFamily) -> bool:
+    try:
+        refuse_of_family(policy, family)
+    except RequestError as error:
+        assert str(error).startswith(f"dllm_policy is {policy!r}, which ")
+        return True
+    return False
 
 
 def test_eos_may_be_left_out() -> None:

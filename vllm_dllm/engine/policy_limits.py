@@ -5,7 +5,8 @@ from vllm.sampling_params import SamplingParams
 from vllm_dllm.config import RequestOptions
 from vllm_dllm.engine.pins import CANVAS, SENT
 from vllm_dllm.engine.refusals import RequestError
-from vllm_dllm.unmask.registry import changes_tokens
+from vllm_dllm.models.interface import ModelFamily
+from vllm_dllm.unmask.registry import NATIVE, changes_tokens, is_users, needs_file, torch_policy
 
 _UNFILTERED = {"top_k": "0 or -1", "top_p": "1", "min_p": "0"}
 
@@ -35,6 +36,28 @@ def refuse_beside_policy(params: SamplingParams, policy: str) -> None:
             "written, beside which a word was barred; allowed is none; remove it, or send another dllm_policy",
             parameter="bad_words",
             value=params.bad_words,
+        )
+
+
+def refuse_of_family(policy: str, family: ModelFamily) -> None:
+    """Check that a policy may decide a family's blocks, whose first position may come from what is stored alone.
+
+    A block's rows say nothing of that position then: with a shift none of them predicts it, else it is predicted as
+    the diffusion that the family does not use there. Raises: RequestError.
+    """
+    if not family.stores_alone or policy in NATIVE:
+        return
+    found, why = torch_policy(policy), ""
+    if found.tokens_change:
+        why = "takes tokens back, and no step could decide a block's first one again"
+    elif family.logit_shift and (found.asks_known or needs_file(policy) or is_users(policy)):
+        why = "looks at known tokens, and no step says anything of a block's first one"
+    if why:
+        raise RequestError(
+            f"dllm_policy is {policy!r}, which {why} in this model: it is predicted once, by the tokens before the "
+            "block; allowed are policies that only add tokens by what is masked; send another one",
+            parameter="dllm_policy",
+            value=policy,
         )
 
 
