@@ -1,12 +1,14 @@
 """What a request may not ask for beside its policy, and the options of policies in torch code as workers have them."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from vllm.sampling_params import SamplingParams
 
 from vllm_dllm.config import DllmConfig, RequestOptions, parse_server_settings
+from vllm_dllm.engine import policy_limits
 from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_of_family, refuse_structure
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.engine.request import resolve_params
@@ -14,8 +16,10 @@ from vllm_dllm.models.interface import FAMILIES, ModelFamily
 from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.registry import BUILT_IN, NATIVE, changes_tokens, needs_file, torch_policy
 from vllm_dllm.unmask.schedule import UnmaskRules
+from vllm_dllm.unmask.torch_policy import Decision, TorchPolicy
 
 EOS = 7
+NONE = RequestOptions()
 
 
 def resolve(settings: DllmConfig, **options: Any) -> RequestParams:
@@ -39,19 +43,41 @@ def test_a_policys_parameters_are_the_requests_the_servers_or_published() -> Non
 def test_a_policy_that_takes_tokens_back_takes_no_draws_words_or_structure() -> None:
     changing = {"saber", "rcr", "remdm", "editing"}
     for policy in changing:
-        refuse_beside_policy(SamplingParams(temperature=0), policy)
+        refuse_beside_policy(SamplingParams(temperature=0), policy, NONE)
         with pytest.raises(
             RequestError, match=rf"temperature is 0\.5, but the request's policy '{policy}' takes tokens"
         ):
-            refuse_beside_policy(SamplingParams(temperature=0.5), policy)
+            refuse_beside_policy(SamplingParams(temperature=0.5), policy, NONE)
         with pytest.raises(RequestError, match=r"bad_words is \['no'\].* allowed is none; remove it"):
-            refuse_beside_policy(SamplingParams(temperature=0, bad_words=["no"]), policy)
+            refuse_beside_policy(SamplingParams(temperature=0, bad_words=["no"]), policy, NONE)
         with pytest.raises(RequestError, match=rf"structured_outputs is set, .* '{policy}' changes tokens"):
             refuse_structure(policy, RequestOptions())
     assert {name for name in (*NATIVE, *BUILT_IN) if changes_tokens(name)} == changing
     for policy in {*NATIVE, *BUILT_IN} - changing:
         refuse_structure(policy, RequestOptions())
-        refuse_beside_policy(SamplingParams(temperature=0.5, bad_words=["no"]), policy)
+        refuse_beside_policy(SamplingParams(temperature=0.5, bad_words=["no"]), policy, NONE)
+
+
+@pytest.mark.parametrize("name", ["allowed_token_ids", "min_tokens", "dllm_logits_eos_inf"])
+def test_a_users_policy_that_writes_any_token_takes_none_that_is_forbidden(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changing = TorchPolicy(lambda seen, _: Decision(seen.canvas), tokens_change=True)
+    users = {"mine": changing, "grows": replace(changing, tokens_change=False)}
+    monkeypatch.setattr(policy_limits, "is_users", lambda policy: policy in users)
+    monkeypatch.setattr(
+        policy_limits,
+        "changes_tokens",
+        lambda policy: users[policy].tokens_change if policy in users else changes_tokens(policy),
+    )
+    own: dict[str, Any] = {"allowed_token_ids": {"allowed_token_ids": [3]}, "min_tokens": {"min_tokens": 2}}
+    params = SamplingParams(temperature=0, max_tokens=9, **own.get(name, {}))
+    options = RequestOptions(logits_eos_inf=name == "dllm_logits_eos_inf" or None)
+    with pytest.raises(RequestError, match=rf"{name} is .*'mine', a user's, may write any token; allowed is .*; rem"):
+        refuse_beside_policy(params, "mine", options)
+    refuse_beside_policy(SamplingParams(temperature=0), "mine", NONE)
+    for policy in ("grows", "saber", "editing"):
+        refuse_beside_policy(params, policy, options)
 
 
 def test_where_a_blocks_first_position_has_no_row_of_its_own_nobody_looks_at_it_again() -> None:

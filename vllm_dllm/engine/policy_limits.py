@@ -11,7 +11,7 @@ from vllm_dllm.unmask.registry import NATIVE, changes_tokens, is_users, needs_fi
 _UNFILTERED = {"top_k": "0 or -1", "top_p": "1", "min_p": "0"}
 
 
-def refuse_beside_policy(params: SamplingParams, policy: str) -> None:
+def refuse_beside_policy(params: SamplingParams, policy: str, options: RequestOptions) -> None:
     """Check that a request's sampling goes with its policy. Raises: RequestError."""
     if policy == "credit" and params.temperature > 0:
         _refuse_filters(params)
@@ -37,6 +37,8 @@ def refuse_beside_policy(params: SamplingParams, policy: str) -> None:
             parameter="bad_words",
             value=params.bad_words,
         )
+    if is_users(policy):
+        _refuse_forbidden(params, policy, options)
 
 
 def refuse_of_family(policy: str, family: ModelFamily) -> None:
@@ -87,6 +89,23 @@ def refuse_structure(policy: str, options: RequestOptions) -> None:
             "or send another dllm_policy",
             parameter="structured_outputs",
         )
+
+
+def _refuse_forbidden(params: SamplingParams, policy: str, options: RequestOptions) -> None:
+    """Check that no token is forbidden where a policy may write any: ours write those that the edited logits allow."""
+    forbids = {
+        "allowed_token_ids": (params.allowed_token_ids, "null"),
+        "min_tokens": (params.min_tokens, "0"),
+        "dllm_logits_eos_inf": (options.logits_eos_inf, "null"),
+    }
+    for name, (value, allowed) in forbids.items():
+        if value:
+            raise RequestError(
+                f"{name} is {value!r:.80}, but the request's policy {policy!r}, a user's, may write any token; allowed "
+                f"is {allowed}; remove it, or send another dllm_policy",
+                parameter=name,
+                value=value,
+            )
 
 
 def _refuse_filters(params: SamplingParams) -> None:

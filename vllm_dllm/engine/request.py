@@ -170,7 +170,7 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         request_steps(options, settings, min(params.max_tokens, blocks.end - prompt_len))
     except InvalidOptionError as error:
         raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
-    refuse_beside_policy(params, options.policy or settings.policy)
+    refuse_beside_policy(params, options.policy or settings.policy, options)
     return blocks.end - prompt_len
 
 
