@@ -49,7 +49,7 @@ class DecidedStep:
             walked, left, failed = self._walk(group) if is_users(group.name) else (self._walk_all(group), group, ())
             if walked is not None:
                 request = self._index(left)
-                kept = Kept(left.name, request, walked.state)
+                kept = Kept(left.name, request, walked.state, walked.ended)
                 unread = {name: its[request] for name, its in done.state.items()}
                 done = replace(done.with_those(request, replace(walked, state=unread)), apart=(*done.apart, kept))
             if failed:

@@ -183,7 +183,9 @@ class Denoiser:
         emission = self._settle(self.state, drafts, blocks, nodes, done, ledger)
         begins = done.is_finished & ~done.came_over
         for own in done.apart:
-            self.state.apart.keep(own.name, blocks.slots[own.request], own.state, begins[own.request])
+            theirs = blocks.slots[own.request]
+            self.state.apart.keep(own.name, theirs, own.state, begins[own.request])
+            self.state.apart.keep_ended(own.name, theirs, own.ended, done.is_finished[own.request])
             # A canvas without masks may have taken a forward too.
             took = (done.num_steps[own.request] > 0) & (emission.report[own.request, Column.REFRESHES] == 0)
             emission.report[own.request, Column.FORWARDS] = took.int()

@@ -2,18 +2,22 @@
 
 import math
 from dataclasses import replace
+from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.sampling_params import SamplingParams
 
 from vllm_dllm.config import DllmConfig, RequestOptions, parse_server_settings
-from vllm_dllm.engine import policy_limits
+from vllm_dllm.engine import configs, policy_limits
 from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_of_family, refuse_structure
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.engine.request import resolve_params
+from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.interface import FAMILIES, ModelFamily
 from vllm_dllm.state.request_params import RequestParams
+from vllm_dllm.unmask import registry
 from vllm_dllm.unmask.registry import BUILT_IN, NATIVE, changes_tokens, needs_file, torch_policy
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.torch_policy import Decision, TorchPolicy
@@ -99,6 +103,18 @@ def is_refused(policy: str, family: ModelFamily) -> bool:
     except RequestError as error:
         return str(error).startswith(f"dllm_policy is {policy!r}, which ")
     return False
+
+
+def test_a_users_policy_that_cannot_be_loaded_keeps_any_server_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only one whose settings name it: a request with an unknown option would load it, and be a 500."""
+    broken = EntryPoint("broken", "no_such_module:POLICY", registry.GROUP)
+    monkeypatch.setattr(registry, "user_policies", lambda: {"broken": broken})
+    model = SimpleNamespace(architectures=["LLaDAModelLM"], hf_config=SimpleNamespace())
+    config: Any = SimpleNamespace(model_config=model, additional_config={"dllm": {"block_length": 8}})
+    with pytest.raises(
+        ConfigError, match=r"'broken' .* cannot be loaded \(ModuleNotFoundError: .*mend or uninstall it"
+    ):
+        configs.parse(config)
 
 
 def test_eos_may_be_left_out() -> None:

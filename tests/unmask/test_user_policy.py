@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -11,15 +12,19 @@ import pytest
 import torch
 
 from tests.draft.example_graph import PROVENANCE
-from tests.draft.test_exact import MASK, VOCAB, SyntheticModel
+from tests.draft.test_exact import CPU, MASK, SDAR, VOCAB, SyntheticModel, drafter_of
 from tests.draft.test_exact_cases import CHAIN
+from tests.draft.test_look_ahead import ChainModel, Row, step
 from tests.unmask.torch_policies import Own, decode
 from vllm_dllm.cli.server_settings import given_parameters
 from vllm_dllm.config import InvalidOptionError, check_policy_options, parse_request_options, parse_server_settings
+from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.graph_file import GraphFile, calibrate_command, decoding_settings, dump_graph, parse_graph
 from vllm_dllm.errors import ConfigError, GraphError
 from vllm_dllm.state.apart import ApartState
+from vllm_dllm.state.canvas import CanvasState
 from vllm_dllm.unmask import registry
+from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.memory import PolicyState, StateField
 from vllm_dllm.unmask.parameter import Parameter
 from vllm_dllm.unmask.torch_policy import CHANGING_STEPS, Decision, Seen, TorchPolicy
@@ -201,7 +206,9 @@ def test_what_is_kept_of_a_request_outlives_a_preemption(install: Callable[..., 
     def step(slot: int, begins: bool) -> int:
         slots = torch.tensor([slot])
         own = state.state("faster", slots)
-        state.keep("faster", slots, {**own, "count": own["count"] + 1}, torch.tensor([begins]))
+        after, is_finished = {**own, "count": own["count"] + 1}, torch.tensor([begins])
+        state.keep("faster", slots, after, is_finished)
+        state.keep_ended("faster", slots, after, is_finished)
         return int(own["count"])
 
     assert [step(0, False), step(0, True), step(0, False), step(0, False)] == [0, 1, 2, 3]
@@ -216,6 +223,35 @@ def test_what_is_kept_of_a_request_outlives_a_preemption(install: Callable[..., 
     assert step(1, False) == 3
     state.put(0, "faster", (), "b")
     assert step(0, False) == 1
+
+
+def test_what_is_kept_of_a_request_is_what_it_was_between_the_blocks_where_a_look_ahead_came_true(
+    install: Callable[..., None],
+) -> None:
+    """The step that ended the block has decided the next one's root as well, which is decided again."""
+
+    def one(seen: Seen, state: PolicyState) -> Decision:
+        chosen = seen.highest(seen.confidence, torch.ones_like(seen.step))
+        return Decision(seen.unmask(chosen), {"count": state["count"] + 1})
+
+    install(one=TorchPolicy(one, state={"count": StateField(1, torch.int64, 0, per="request")}))
+    model, request = ChainModel(4, 1, 12.0), Own("one")
+    state = CanvasState(2, 4, MASK, CPU, SDAR)
+    row, drafter = Row(request, 0, state, 6), drafter_of(CHAIN, is_native=False)
+    state.apply_staged_writes()
+    denoiser = Denoiser(state, drafter, LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=False))
+    came_over = []
+    while row.start < row.end:
+        start, num_over = row.start, row.num_over
+        step(model, denoiser, row, 7, 4)
+        if row.start == start:
+            continue
+        came_over.append(row.num_over > num_over)
+        assert state.apart.state("one", torch.tensor([0]))["count"].item() == row.start + came_over[-1]
+        preempted = deepcopy(state.apart)
+        preempted.put(1, "one", (), str(request))
+        assert preempted.state("one", torch.tensor([1]))["count"].item() == row.start
+    assert any(came_over)
 
 
 def test_one_that_unmasks_nothing_takes_the_surest_position(install: Callable[..., None]) -> None:

@@ -27,6 +27,7 @@ from vllm_dllm.engine.patches import become
 from vllm_dllm.models.interface import ModelFamily, family_of
 from vllm_dllm.names import AttentionName
 from vllm_dllm.spiffy_config import METHOD, SpiffySettings, spiffy_settings
+from vllm_dllm.unmask.registry import load_user_policies
 from vllm_dllm.unmask.schedule import UnmaskRules, unmask_rules
 
 
@@ -46,8 +47,10 @@ class Parsed:
 def parse(config: VllmConfig) -> Parsed:
     """Parse what `additional_config` holds, where `spiffy_arguments.take_spiffy` put speculation, too.
 
-    Raises: ConfigError for settings that cannot work, and for a draft graph or a KV policy that does not fit.
+    Raises: ConfigError for settings that cannot work, for a draft graph or a KV policy that does not fit, and for a
+        policy of a user that cannot be loaded.
     """
+    load_user_policies()  # a request that is the first to name an option of one must not find that it is broken
     model_config, additional = config.model_config, config.additional_config
     family, hf_config = served_family(model_config), model_config.hf_config
     published = family.settings(getattr(hf_config, "block_size", None))

@@ -138,8 +138,18 @@ class ApartState:
         anew = torch_policy(name).of_next_block(state)
         for field, its in self._of(name).items():
             its[slots] = torch.where(begins[:, None, None], anew[field], state[field])
+
+    def keep_ended(self, name: str, slots: Tensor, ended: PolicyState, is_finished: Tensor) -> None:
+        """Keep what requests go on with after a preemption: what a policy knew when their last block ended.
+
+        Args:
+            name: of the policy.
+            slots: of the requests.
+            ended: of the block that a step began with, before the next one's root was decided.
+            is_finished: [num_some] bool, whose block ended.
+        """
         for field, its in self._begun[name].items():
-            its[slots] = torch.where(begins[:, None, None], anew[field], its[slots])
+            its[slots] = torch.where(is_finished[:, None, None], ended[field], its[slots])
 
     def _of(self, name: str) -> PolicyState:
         if name not in self._memory:

@@ -1,7 +1,8 @@
 """Which policies there are: those with a native twin, those in torch that come with us, and those of users.
 
 A package of a user offers a policy as an entry point of the group `vllm_dllm.policies`, under the policy's name. No
-torch here: a policy is imported when it, or an option that only a policy knows, is first asked for.
+torch here: a policy is imported when it, or an option that only a policy knows, is first asked for, and those of users
+where a server starts.
 """
 
 import functools
@@ -88,6 +89,12 @@ def torch_policy(name: str) -> "TorchPolicy":
     if not isinstance(loaded, TorchPolicy):
         raise ConfigError(f"{where} is a {type(loaded).__name__}, allowed is a TorchPolicy; mend or uninstall it")
     return loaded
+
+
+def load_user_policies() -> None:
+    """Import all policies of users, any of which a request may name. Raises: ConfigError for one that cannot be."""
+    for name in user_policies():
+        torch_policy(name)
 
 
 def changes_tokens(name: str) -> bool:

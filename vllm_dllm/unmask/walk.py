@@ -113,6 +113,7 @@ class Kept:
     name: str
     request: Tensor  # [num_some] int64, which of the step's
     state: PolicyState
+    ended: PolicyState  # of the block that the step began with, where it came over into the next one
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ class Trajectory:
     state: PolicyState = field(default_factory=dict)  # of the block of `next_canvas`, of policies of the op
     apart: tuple[Kept, ...] = ()  # the same of the others
     failed: tuple[int, ...] = ()  # requests that their policies failed at
+    ended: PolicyState = field(default_factory=dict)  # of the block of `canvas`, of the walk in torch
 
     def with_those(self, request: Tensor, of: "Trajectory") -> "Trajectory":
         """Return the same where some requests [num_some] int64 did what `of` says."""
@@ -271,6 +273,7 @@ def _walk_in_block(ground: Ground, state: PolicyState) -> Trajectory:
         came_over=torch.zeros_like(is_finished),
         candidates=candidates_at(ground, node),
         state=state,
+        ended=state,
     )
 
 
