@@ -60,11 +60,13 @@ class RecordingModel:
     def __getattr__(self, name: str) -> object:
         return getattr(self.model, name)
 
-    def forward(self, tokens: Tensor, start: int, kv: list[LayerKv] | None) -> tuple[Tensor, list[LayerKv]]:
+    def forward(
+        self, tokens: Tensor, start: int, kv: list[LayerKv] | None, stays: Tensor | None = None
+    ) -> tuple[Tensor, list[LayerKv]]:
         """Forward, and note the canvas."""
         if kv is not None:
             self.canvases.append(tuple(tokens.tolist()))
-        return self.model.forward(tokens, start, kv)
+        return self.model.forward(tokens, start, kv, stays=stays)
 
 
 def states_of(model: LLaDA, prompt: Tensor, **options: object) -> list[Tensor]:

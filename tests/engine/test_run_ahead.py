@@ -91,6 +91,14 @@ def test_a_preempted_request_begins_anew_and_its_reports_come_still() -> None:
     assert not ahead.reported("a", report(1))
 
 
+def test_a_block_that_is_scored_ends_with_its_first_step() -> None:
+    ahead, each = rule(), request(policy="static")
+    each.sampling_params.max_tokens = B
+    each.sampling_params.extra_args["vllm_dllm_targets"] = [7] * B
+    ahead.scheduled(each, num_drafts=0)
+    assert not ahead.may_go_on(each)
+
+
 def test_a_block_has_fewer_masks_where_something_is_given() -> None:
     ahead, each = rule(), request(policy="static", steps=8)
     each.sampling_params.extra_args["vllm_dllm_pins"] = [7, -1, 7, 7, -1, 7, -1, 7, *[7] * 8]

@@ -1,5 +1,6 @@
 """Pins by slot: what a block has of them when it begins, what a step refreshes for them, and which rows have them."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from vllm_dllm.engine.pins import write_pinned_rows
 from vllm_dllm.engine.plan import plan_step
 from vllm_dllm.state.kv import KvSchedule
 from vllm_dllm.state.pins import OPEN, Pins, PinState
+from vllm_dllm.unmask import policies
 
 B = 4
 
@@ -42,6 +44,19 @@ def test_a_block_has_its_pins_once_and_counts_them_as_known() -> None:
     params = state.policy_params(blocks(1, start=12))
     assert params.num_known.tolist() == [1]
     assert params.of_next_block(B).num_known.tolist() == [0]
+
+
+def test_who_has_no_pins_in_a_block_keeps_the_prompt_that_it_has() -> None:
+    state = state_of(request(prompt_len=10), request(prompt_len=9, pins=pins(9, 5, None, 6, None, None, 7)))
+    slots, start = np.array([0, 1]), np.array([16, 20])
+    state.pins.begin(state.canvas, slots, start)
+    assert state.policy_params(blocks(0, 1, start=16)).prompt_len.tolist() == [10, 9]
+
+
+def test_policies_that_ask_for_the_prompts_end_ask_for_the_one_without_pins() -> None:
+    sources = [path.read_text() for path in Path(policies.__file__).parent.glob("*.py")]
+    assert len(sources) > 5
+    assert not [source for source in sources if "params.prompt_len" in source]
 
 
 def test_the_next_request_of_a_slot_has_none() -> None:

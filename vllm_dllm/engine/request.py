@@ -23,11 +23,11 @@ from vllm_dllm.config import (
     plain_number,
     request_steps,
 )
-from vllm_dllm.engine.configs import is_ours, rules_of, settings_of
+from vllm_dllm.engine.configs import is_ours, rules_of, served_family, settings_of
 from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.pins import check_fits, pins_of, put_pins_in
-from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_structure
+from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_of_family, refuse_structure
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.engine.sliding_rules import check_options
 from vllm_dllm.engine.structured import put_in
@@ -170,7 +170,7 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         request_steps(options, settings, min(params.max_tokens, blocks.end - prompt_len))
     except InvalidOptionError as error:
         raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
-    refuse_beside_policy(params, options.policy or settings.policy)
+    refuse_beside_policy(params, options.policy or settings.policy, options)
     return blocks.end - prompt_len
 
 
@@ -265,6 +265,7 @@ def finish_admission(
     check_edits(params, mask_token_id)
     options = request_options(params)
     check_eos(params, options, rules_of(processor.vllm_config).eos_id)
+    refuse_of_family(options.policy or settings.policy, served_family(model_config))
     if asked is not None:
         refuse_structure(options.policy or settings.policy, options)
         put_in(processor, params, asked)

@@ -137,5 +137,7 @@ class RunAhead:
             rules=self._rules,
             max_model_len=self._max_model_len,
         )
-        is_scheduled = params.own_policy is None and params.policy_id in _SCHEDULED_IDS
+        # A block that is scored ends with its first step, whatever its policy's table says.
+        is_decoded = params.targets is None
+        is_scheduled = is_decoded and params.own_policy is None and params.policy_id in _SCHEDULED_IDS
         return max(params.counts) if is_scheduled else self._settings.block_length

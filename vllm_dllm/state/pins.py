@@ -111,13 +111,13 @@ class PinState:
             slots: [num_reqs].
             start: [num_reqs] int64, absolute position of each one's block.
 
-        Returns: [num_reqs] int64; `prompt_len` where no request has pins.
+        Returns: [num_reqs] int64; `prompt_len` where a block has no pins.
         """
         counts = {i: self._begun[int(slots[i])][1] for i, _ in self.of(slots)}
         if not counts:
             return prompt_len
         count = self._to_device(np.array([counts.get(i, 0) for i in range(len(slots))], dtype=np.int64))
-        return torch.maximum(prompt_len, start) + count
+        return torch.where(count > 0, torch.maximum(prompt_len, start) + count, prompt_len)
 
     def is_next_open(self, slots: IntArray, start: IntArray) -> NDArray[np.bool_]:
         """Tell of whom no position of the block behind the one at `start` is pinned; [num_reqs]."""

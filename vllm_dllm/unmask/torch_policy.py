@@ -131,9 +131,9 @@ class Seen:
     @property
     def num_blocks(self) -> Tensor:
         """[num_canvases] int64, of the request's generation."""
-        assert self.params.own is not None, "these canvases have such a policy"
-        length = self.canvas.shape[1]
-        return (self.params.own.seq_len - self.params.prompt_len + length - 1) // length
+        own, length = self.params.own, self.canvas.shape[1]
+        assert own is not None, "these canvases have such a policy"
+        return (own.seq_len - own.prompt_len + length - 1) // length
 
     @property
     def uniform(self) -> Tensor:

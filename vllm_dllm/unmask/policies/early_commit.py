@@ -14,7 +14,8 @@ def _decide(seen: Seen, _state: PolicyState) -> Decision:
     """Unmask as `static`, or all, where the likeliest token leads the second by enough on the average of the answer."""
     values, top = seen.values, seen.rows.top_logits.double()
     gap = (top[:, 0] - top[:, 1]).view_as(seen.canvas)
-    offset = seen.params.position - (seen.params.prompt_len + values["begin"].long())[:, None]
+    assert seen.params.own is not None, "these canvases have such a policy"
+    offset = seen.params.position - (seen.params.own.prompt_len + values["begin"].long())[:, None]
     length = torch.where(values["length"] > 0, values["length"].long(), 2**31)
     is_answer = (offset >= 0) & (offset < length[:, None])
     mean = torch.where(is_answer, gap, 0.0).sum(1) / is_answer.sum(1).clamp(min=1)

@@ -32,7 +32,7 @@ def _adablock(seen: Seen, state: PolicyState) -> Decision:
     """Begin a part where the one before is full: up to the surest delimiter ahead, or of a fixed length."""
     place, begin, values = _place(seen), _first_masked(seen), seen.values
     assert seen.params.own is not None, "these canvases have such a policy"
-    length = seen.params.own.seq_len - seen.params.prompt_len
+    length = seen.params.own.seq_len - seen.params.own.prompt_len
     ahead = (values["ahead"] * length.double()).long()
     is_ahead = (place >= begin[:, None]) & (place < (begin + ahead)[:, None])
     is_delimiter = is_ahead & (seen.token_ids == values["delimiter"].long()[:, None])
