@@ -1,6 +1,7 @@
 """Monte-Carlo likelihoods: the masks of the samples, and estimates beside the reference and an exhaustive sum."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests.draft.test_exact import LLADA as LLADA_RULES
 from tests.unmask.edited import denoiser_of
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.likelihood import OPEN, Part, draw_masks, estimate, parts
+from vllm_dllm.likelihood import OPEN, Estimate, Mean, Part, draw_masks, parts
 from vllm_dllm.reference.loglikelihood import exhaustive, loglikelihood, losses, masks
 from vllm_dllm.reference.policy import LLADA, Rules
 from vllm_dllm.state.canvas import Blocks, CanvasState
@@ -50,6 +51,14 @@ def test_masks_depend_on_the_seed_and_no_position_is_preferred() -> None:
     assert share == pytest.approx([0.6] * 5, abs=0.05)  # of 2,560 samples, 5 standard deviations
 
 
+def estimate(log_probs: np.ndarray, is_masked: np.ndarray, order: Iterable[int]) -> Estimate:
+    """Put samples [num_samples, length] together, as they become known."""
+    mean = Mean(*is_masked.shape)
+    for sample in order:
+        mean.add(sample, log_probs[sample], is_masked[sample])
+    return mean.estimate()
+
+
 @pytest.mark.parametrize("rules", [LLADA, SHIFTED], ids=["llada", "dream"])
 def test_an_estimate_is_the_references(rules: Rules) -> None:
     expected = loglikelihood(MODEL, PROMPT, CONTINUATION, num_samples=20, seed=4, rules=rules)
@@ -57,7 +66,9 @@ def test_an_estimate_is_the_references(rules: Rules) -> None:
     log_probs = np.full(is_masked.shape, np.nan)
     for row, masked in zip(log_probs, is_masked, strict=True):
         row[masked] = losses(MODEL, PROMPT, CONTINUATION, np.flatnonzero(masked).tolist(), rules).numpy()
-    found = estimate(log_probs, is_masked)
+    orders = range(20), np.random.default_rng(0).permutation(20).tolist()
+    found, other = (estimate(log_probs, is_masked, order) for order in orders)
+    assert found == other
     assert found.value == pytest.approx(expected.value)
     assert found.tokens == pytest.approx(expected.tokens)
     assert sum(found.tokens) == pytest.approx(found.value)
@@ -100,7 +111,7 @@ def test_a_sample_is_asked_by_blocks_that_it_masks() -> None:
     ]
     log_probs = np.zeros((2, 7))
     for part in asked:
-        part.put(log_probs, [-float(token) for token in part.targets])
+        part.put(log_probs[part.sample], [-float(token) for token in part.targets])
     assert log_probs.tolist() == [[-10, -11, -12, 0, 0, 0, 0], [-10, -11, -12, 0, 0, 0, -16]]
     settings = DllmConfig(block_length=3)
     for part in asked:

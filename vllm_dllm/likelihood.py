@@ -44,18 +44,33 @@ def draw_masks(num_samples: int, length: int, seed: int) -> NDArray[np.bool_]:
     return is_masked
 
 
-def estimate(log_probs: NDArray[np.float64], is_masked: NDArray[np.bool_]) -> Estimate:
-    """Put samples together.
+class Mean:
+    """The mean of a continuation's samples, added up in their order, whichever is known first: sums depend on it.
 
     Args:
-        log_probs: [num_samples, length], of the tokens where a sample masks them.
-        is_masked: [num_samples, length].
+        num_samples, length: 1 or more.
     """
-    num_samples, length = is_masked.shape
-    weighted = np.where(is_masked, log_probs, 0.0) * (length / is_masked.sum(1, keepdims=True))
-    samples = weighted.sum(1)
-    error = float(samples.std(ddof=1) / np.sqrt(num_samples)) if num_samples > 1 else float("nan")
-    return Estimate(float(samples.mean()), error, weighted.mean(0).tolist())
+
+    def __init__(self, num_samples: int, length: int) -> None:
+        self._samples, self._tokens = np.zeros(num_samples), np.zeros(length)
+        self._num_added = 0
+        self._waiting: dict[int, NDArray[np.float64]] = {}
+
+    def add(self, sample: int, log_probs: NDArray[np.float64], is_masked: NDArray[np.bool_]) -> None:
+        """Add a sample: [length] log-probabilities of the tokens where it masks them, and where it does."""
+        self._waiting[sample] = np.where(is_masked, log_probs, 0.0) * (len(is_masked) / is_masked.sum())
+        while self._num_added in self._waiting:
+            weighted = self._waiting.pop(self._num_added)
+            self._samples[self._num_added] = weighted.sum()
+            self._tokens += weighted
+            self._num_added += 1
+
+    def estimate(self) -> Estimate:
+        """Return what all samples come to."""
+        num_samples, samples = len(self._samples), self._samples
+        assert self._num_added == num_samples, "some samples are missing"
+        error = float(samples.std(ddof=1) / np.sqrt(num_samples)) if num_samples > 1 else float("nan")
+        return Estimate(float(samples.mean()), error, (self._tokens / num_samples).tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +84,8 @@ class Part:
     targets: list[int]  # the block's tokens
 
     def put(self, log_probs: NDArray[np.float64], found: list[float]) -> None:
-        """Write what was found of the block's tokens; [num_samples, length] is written to."""
-        log_probs[self.sample, self.begin : self.begin + len(found)] = found
+        """Write what was found of the block's tokens; [length], of the sample, is written to."""
+        log_probs[self.begin : self.begin + len(found)] = found
 
 
 def parts(

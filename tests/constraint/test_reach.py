@@ -8,6 +8,7 @@ import pytest
 from tests.constraint.brute import END, MASK, OTHER_END, TEXTS, VOCAB, Brute, automaton_of, random_canvas, random_regex
 from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.constraint.automaton import Automaton
+from vllm_dllm.constraint.reach import BlockConstraint
 from vllm_dllm.constraint.regex import ConstraintError
 from vllm_dllm.state.pins import Pins
 
@@ -50,6 +51,18 @@ def test_allowed_tokens_are_those_of_some_answer(part: int):
         np.testing.assert_array_equal(answer.constraint().completable(canvases), can, err_msg=brute.regex)
         seen += len(canvases)
     assert seen > 0.9 * NUM_REGEXES / 4 * CANVASES
+
+
+def test_the_first_token_that_no_answer_has_is_found():
+    num_found = 0
+    for rng, automaton, brute in cases(1):
+        whole = BlockConstraint(automaton, 0, np.equal(automaton.distance, 0), brute.limit)
+        for canvas in [random_canvas(rng, brute, brute.limit) for _ in range(CANVASES) if len(brute.answers)]:
+            unmet = (i for i in range(brute.limit) if not len(brute.that_have(canvas[: i + 1])))
+            expected = next(unmet, None)
+            assert whole.first_unmet(canvas) == expected, (brute.regex, canvas)
+            num_found += expected is not None
+    assert num_found > 100
 
 
 def test_the_rest_of_an_answer_follows_from_its_beginning():

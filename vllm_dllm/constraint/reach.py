@@ -7,6 +7,8 @@ allowed if and only if some text that meets the constraint has it there, and has
 Canvases are evaluated 64 at a time, each one bit of the numbers here.
 """
 
+import itertools
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -48,6 +50,21 @@ class BlockConstraint:
         """
         return np.concatenate([self._allowed(part) for part in _parts(canvases)])
 
+    def first_unmet(self, canvas: NDArray[np.int64]) -> int | None:
+        """Find the first known position of a whole answer that none has, beside what is known before it.
+
+        Args:
+            canvas: [limit], token ids and `MASKED`.
+
+        Returns: its index; None: some answer has all that is known.
+        """
+        distance = self.automaton.distance
+        for place, lanes in enumerate(itertools.islice(self._states(canvas[None]), 1, None)):
+            # Any number of end tokens may follow: what is near enough to a final state can be completed.
+            if not (distance[lanes != 0] < self.limit - place).any():
+                return place
+        return None
+
     def fits_along(self, canvas: NDArray[np.int64]) -> list[BoolArray]:
         """Tell from which states the rest of a canvas [length] and what is behind it can be filled: before each of its
         positions, and behind the last; [num_states] each.
@@ -79,13 +96,13 @@ class BlockConstraint:
         return kept
 
     def _completable(self, canvases: NDArray[np.int64]) -> BoolArray:
-        last = self._forward(canvases)[-1]
+        (last,) = deque(self._states(canvases), maxlen=1)
         return _lanes_of(np.bitwise_or.reduce(last[self.fits], initial=_NONE), len(canvases))
 
     def _allowed(self, canvases: NDArray[np.int64]) -> BoolArray:
         num_canvases, length = canvases.shape
         automaton = self.automaton
-        forward, backward = self._forward(canvases), self._backward(canvases)
+        forward, backward = list(self._states(canvases)), self._backward(canvases)
         allowed = np.zeros((num_canvases, length, automaton.step.shape[1]), dtype=bool)
         for place in range(length):
             masked = canvases[:, place] == MASKED
@@ -112,23 +129,23 @@ class BlockConstraint:
             lanes.append(before)
         return lanes[::-1]
 
-    def _forward(self, canvases: NDArray[np.int64]) -> list[Lanes]:
-        """Return what states canvases may lead to, before each position and behind the last: [num_states] each."""
+    def _states(self, canvases: NDArray[np.int64]) -> Iterator[Lanes]:
+        """Yield what states canvases may lead to, before each position and behind the last: [num_states] each."""
         automaton, length = self.automaton, canvases.shape[1]
-        lanes = [np.zeros(automaton.num_states, dtype=np.uint64)]
-        lanes[0][self.start] = _ALL
-        self._end(lanes[0], 0)
+        before = np.zeros(automaton.num_states, dtype=np.uint64)
+        before[self.start] = _ALL
+        self._end(before, 0)
+        yield before
         source, target = automaton.moves
         for place in range(length):
-            before = lanes[-1]
             behind = _spread(before & _masked_lanes(canvases[:, place]), target, source, automaton.num_states)
             for token_class, its in self._known(canvases[:, place]):
                 states = np.flatnonzero(before & its)
                 np.bitwise_or.at(behind, automaton.step[states, token_class], before[states] & its)
             behind[automaton.dead] = _NONE
             self._end(behind, place + 1)
-            lanes.append(behind)
-        return lanes
+            yield behind
+            before = behind
 
     def _end(self, lanes: Lanes, place: int) -> None:
         """Leave only final states where the answer ends, and behind that only the state behind an end token."""

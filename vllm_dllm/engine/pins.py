@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm_dllm.attention.layout import pinned
 from vllm_dllm.engine.configs import served_family, settings_of
 from vllm_dllm.engine.plan import Role, StepPlan
-from vllm_dllm.engine.refusals import RequestError, not_allowed, request_options
+from vllm_dllm.engine.refusals import RequestError, check_length, not_allowed, request_options
 from vllm_dllm.state.pins import OPEN, Pins, PinState
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ def put_pins_in(processor: "InputProcessor", params: SamplingParams, *, follows:
         return
     _refuse(processor, params, CANVAS if options.suffix is None else SUFFIX)
     assert params.max_tokens is not None, "vLLM fills max_tokens before"
+    longest = processor.model_config.max_model_len
     if options.canvas is not None:
+        check_length(CANVAS, options.canvas, longest)
         sent = _canvas(processor, options.canvas)
         if not follows and params.max_tokens != len(sent):
             raise RequestError(
@@ -78,6 +80,14 @@ def put_pins_in(processor: "InputProcessor", params: SamplingParams, *, follows:
             )
         params.max_tokens = len(sent)
     else:
+        check_length("suffix", options.suffix or [], longest)
+        if params.max_tokens > longest:  # what is little enough to be made, `check_fits` checks with the prompt
+            raise RequestError(
+                f"max_tokens is {params.max_tokens} before a suffix, which lies behind so many tokens; allowed are "
+                f"{longest} at most (max_model_len), less the prompt and the suffix; lower it",
+                parameter="max_tokens",
+                value=params.max_tokens,
+            )
         sent = [OPEN] * params.max_tokens + _ids(processor, SUFFIX, options.suffix or [])
     if params.min_tokens > params.max_tokens:
         raise not_allowed("min_tokens", params.min_tokens, f"numbers from 0 to {params.max_tokens}, those of {CANVAS}")

@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -97,6 +97,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 """vLLM's ranges, which parameters may have left since they were made; and one within which logits stay finite, where
 vLLM's has no end."""
+
+CHARACTERS_PER_TOKEN = 64
+"""A text of more of them than of `max_model_len` tokens is refused before it is tokenized."""
 
 _FOREIGN_PREFIX = "diffusion_"
 """Keys of vLLM's own diffusion model in `extra_args`; its admission check would let them pass unused."""
@@ -277,6 +280,23 @@ def not_allowed(name: str, value: object, allowed: str) -> RequestError:
     return RequestError(
         f"{name} is {shown}, allowed are {allowed}; give one of these", parameter=name, value=_scalar(value)
     )
+
+
+def check_length(name: str, given: str | Sequence[object], longest: int) -> None:
+    """Check that a text or a list of token ids can fit, before anything is made of it: a text by its characters.
+
+    Raises: RequestError.
+    """
+    is_text = isinstance(given, str)
+    most, what = (longest * CHARACTERS_PER_TOKEN, "characters") if is_text else (longest, "tokens")
+    if len(given) > most:
+        of_each = f"{CHARACTERS_PER_TOKEN} for each of " * is_text
+        raise RequestError(
+            f"{name} has {len(given)} {what}, allowed are {most} at most ({of_each}max_model_len {longest}); shorten "
+            "it",
+            parameter=name,
+            value=len(given),
+        )
 
 
 def _part(value: object, name: str) -> Any:

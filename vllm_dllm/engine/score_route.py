@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 from vllm.utils import random_uuid
 
-from vllm_dllm.engine.scoring import Question, Scoring, answer
+from vllm_dllm.engine.scoring import Question, Scoring, answer, in_thread
+from vllm_dllm.likelihood import Estimate
 
 ROUTE = "/v1/dllm/loglikelihood"
 
@@ -41,15 +42,21 @@ async def _loglikelihood(request: LoglikelihoodRequest, raw_request: Request) ->
     if unknown is not None:
         return JSONResponse(unknown.model_dump(), status_code=unknown.error.code)
     question = Question(request.context, request.continuations, request.samples, request.seed)
-    scoring = Scoring(question, state.vllm_config, state.engine_client.input_processor.tokenizer)
+    tokenizer = state.engine_client.input_processor.tokenizer
+    scoring = await in_thread(lambda: Scoring(question, state.vllm_config, tokenizer))
     estimates = await answer(state.engine_client, scoring)
+    model = request.model or state.openai_serving_models.model_name()
+    return await in_thread(lambda: _reply(model, scoring, estimates))
+
+
+def _reply(model: str, scoring: Scoring, estimates: list[Estimate]) -> JSONResponse:
     num_tokens = sum(len(context) + len(continuation) for context, continuation in scoring.pairs)
     return JSONResponse(
         {
             "id": f"loglikelihood-{random_uuid()}",
             "object": "dllm.loglikelihood",
-            "model": request.model or state.openai_serving_models.model_name(),
-            "samples": request.samples,
+            "model": model,
+            "samples": scoring.samples,
             "choices": [
                 {
                     "index": i,

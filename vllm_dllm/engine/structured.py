@@ -5,7 +5,6 @@ a front end takes the parameters out of a request before vLLM checks it, compile
 `extra_args`: neither the engine core nor a worker needs a grammar, a tokenizer or a compiler for it.
 """
 
-import bisect
 import copy
 import functools
 import json
@@ -22,7 +21,7 @@ from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.constraint.automaton import NEVER, Automaton
 from vllm_dllm.constraint.compile import TokenBytes, compile_tokens
 from vllm_dllm.constraint.json_object import json_object_automaton
-from vllm_dllm.constraint.reach import MASKED, BlockConstraint
+from vllm_dllm.constraint.reach import BlockConstraint
 from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_automaton, kept
 from vllm_dllm.constraint.schema import escape, schema_regex
 from vllm_dllm.constraint.tags import tag_regex
@@ -91,13 +90,8 @@ def _check_pins(params: SamplingParams, automaton: Automaton) -> None:
     if pins is None or pins.end > length:  # behind the answer lies a suffix
         return
     whole = BlockConstraint(automaton, 0, np.equal(automaton.distance, 0), length)
-
-    def is_met(num_given: int) -> bool:
-        canvas = np.concatenate([pins.token_ids[:num_given], np.full(length - num_given, MASKED)])
-        return bool(whole.completable(canvas[None])[0])
-
-    if not is_met(length):
-        place = bisect.bisect_left(range(length), True, key=lambda place: not is_met(place + 1))
+    place = whole.first_unmet(pins.of(0, length))
+    if place is not None:
         raise RequestError(
             f"{CANVAS} has the token {pins.token_ids[place]} at position {place} (from 0), which no answer of {length} "
             f"tokens that meets {_FIELD} has there, beside what is given before it; allowed are tokens of one that "
