@@ -15,6 +15,7 @@ from tests.draft.example_graph import PROVENANCE
 from tests.draft.test_exact import CPU, MASK, SDAR, VOCAB, SyntheticModel, drafter_of
 from tests.draft.test_exact_cases import CHAIN
 from tests.draft.test_look_ahead import ChainModel, Row, step
+from tests.draft.test_look_ahead import decode as look_ahead_decode
 from tests.unmask.torch_policies import Own, decode
 from vllm_dllm.cli.server_settings import given_parameters
 from vllm_dllm.config import InvalidOptionError, check_policy_options, parse_request_options, parse_server_settings
@@ -252,6 +253,48 @@ def test_what_is_kept_of_a_request_is_what_it_was_between_the_blocks_where_a_loo
         preempted.put(1, "one", (), str(request))
         assert preempted.state("one", torch.tensor([1]))["count"].item() == row.start
     assert any(came_over)
+
+
+def test_it_is_shown_each_canvas_that_comes_true_once_and_no_other(install: Callable[..., None]) -> None:
+    """Not those of requests whose walk has ended while a neighbour's goes on, nor next roots that nobody came to."""
+    wrong: list[torch.Tensor] = []
+
+    def one(seen: Seen, state: PolicyState) -> Decision:
+        num_masked, left = seen.is_masked.sum(1), state["left"][:, 0, 0]
+        expected = torch.where((seen.step == 0) & (left == 0), LENGTH - seen.params.num_known, left)
+        wrong.append(num_masked != expected)
+        chosen = seen.highest(seen.confidence, torch.ones_like(seen.step))
+        return Decision(seen.unmask(chosen), {"left": (num_masked - 1)[:, None, None]})
+
+    install(one=TorchPolicy(one, state={"left": StateField(1, torch.int64, 0, per="request")}))
+    requests = [Own("one"), Own("one", tail=(2, 4, 6)), Own("one", tail=(8,))]
+    for seed in range(3):
+        model = SyntheticModel(LENGTH, seed, 3.0)
+        plain = decode(model, requests, num_blocks=2)
+        assert [each.tokens for each in decode(model, requests, CHAIN, 7, num_blocks=2)] == [e.tokens for e in plain]
+        rows = look_ahead_decode(ChainModel(LENGTH, seed, 12.0), requests, CHAIN, 7, 3, is_native=False)
+        assert any(row.num_over for row in rows)
+    assert not torch.cat(wrong).any()
+
+
+@pytest.mark.parametrize("makes", ["an exception", "NaN"])
+def test_a_request_whose_walk_has_ended_is_not_failed_by_its_neighbours_drafts(
+    install: Callable[..., None], makes: str
+) -> None:
+    def one(seen: Seen, state: PolicyState) -> Decision:
+        num_masked = seen.is_masked.sum(1).double()[:, None, None]
+        is_fewer = num_masked < state["left"]
+        if makes == "an exception" and not is_fewer.all():
+            raise ValueError("a canvas twice")
+        chosen = seen.highest(seen.confidence, torch.ones_like(seen.step))
+        return Decision(seen.unmask(chosen), {"left": torch.where(is_fewer, num_masked, torch.nan)})
+
+    install(one=TorchPolicy(one, state={"left": StateField(1, torch.float64, 99.0, per="block")}))
+    requests = [Own("one"), Own("one", tail=(2, 4, 6)), Own("threshold")]
+    for seed in range(3):
+        done = decode(SyntheticModel(LENGTH, seed, 3.0), requests, CHAIN, 7)
+        assert not any(each.failed for each in done)
+        assert done[0].accepted > 0
 
 
 def test_one_that_unmasks_nothing_takes_the_surest_position(install: Callable[..., None]) -> None:

@@ -1,18 +1,19 @@
 """What policies make of one node of each request, in tensor code: the step that the walk repeats."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vllm_dllm.ops.vocab_stats import PartialStats
+from vllm_dllm.ops.vocab_stats import Distribution, PartialStats
 from vllm_dllm.unmask.memory import PolicyState, Shown, select
 from vllm_dllm.unmask.policy import MEMORIES, Evidence, PolicyParams, choose_positions, score_positions
 from vllm_dllm.unmask.registry import is_users, torch_policy
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.stats import Candidates, candidates_of
-from vllm_dllm.unmask.torch_policy import STEP, Seen, decide
+from vllm_dllm.unmask.torch_policy import STEP, Decision, PolicyFault, Seen, TorchPolicy, decide
 
 if TYPE_CHECKING:
     from vllm_dllm.unmask.walk import Keep, Nodes
@@ -40,7 +41,7 @@ class Decided:
     is_done: Tensor  # [num_reqs] bool, whether the policy has nothing more to do in the block
 
 
-def decide_nodes(ground: Ground, node: Tensor, params: PolicyParams, state: PolicyState) -> Decided:
+def decide_nodes(ground: Ground, node: Tensor, params: PolicyParams, state: PolicyState, counts: Tensor) -> Decided:
     """Apply the requests' policies to one node of each.
 
     Args:
@@ -48,9 +49,11 @@ def decide_nodes(ground: Ground, node: Tensor, params: PolicyParams, state: Poli
         node: [num_reqs] int64.
         params: of the requests, in the node's block.
         state: of their policies, before.
+        counts: [num_reqs] bool, of whom anybody reads what is made. A user's policy is shown those alone: what it finds
+            amiss of a canvas that it has decided already, or of one that does not come true, is nobody's fault.
     """
     if params.own is not None:
-        return _decide_in_torch(ground, node, params, state)
+        return _decide_in_torch(ground, node, params, state, counts)
     nodes, request = ground.nodes, torch.arange(len(node), device=node.device)
     canvas, is_masked, rows = nodes.canvas[request, node], nodes.is_masked[request, node], rows_of(ground, node)
     token_ids, distribution = rows.token_ids, rows.distribution(_divisor(params, canvas.shape[1]))
@@ -105,7 +108,7 @@ def rows_of(ground: Ground, node: Tensor) -> PartialStats:
     return PartialStats.of(lambda column: column[row.flatten()], ground.stats)
 
 
-def _decide_in_torch(ground: Ground, node: Tensor, params: PolicyParams, state: PolicyState) -> Decided:
+def _decide_in_torch(ground: Ground, node: Tensor, params: PolicyParams, state: PolicyState, counts: Tensor) -> Decided:
     """Do the same for requests that all have the same policy without a native twin."""
     assert params.own is not None, "the caller asked"
     nodes, request = ground.nodes, torch.arange(len(node), device=node.device)
@@ -122,7 +125,8 @@ def _decide_in_torch(ground: Ground, node: Tensor, params: PolicyParams, state: 
         mask_token_id=ground.mask_token_id,
     )
     own = params.own
-    made = decide(torch_policy(own.name), seen, state, own.vocab_size if is_users(own.name) else None)
+    policy = torch_policy(own.name)
+    made = _of_users(policy, seen, state, counts) if is_users(own.name) else decide(policy, seen, state)
     assert made.is_done is not None, "decide says so"
     if ground.keep is None:
         return Decided(made.canvas, made.state, made.is_done)
@@ -131,6 +135,45 @@ def _decide_in_torch(ground: Ground, node: Tensor, params: PolicyParams, state: 
     after = torch.where(chosen & ~kept, canvas, made.canvas)
     # Somebody else's constraint holds nothing back here: the policy alone says whether a full canvas is the last one.
     return Decided(after, made.state, made.is_done & (after == made.canvas).all(1))
+
+
+def _of_users(policy: TorchPolicy, seen: Seen, state: PolicyState, counts: Tensor) -> Decision:
+    """Have a user's policy decide the canvases that count, and leave the others. Raises: PolicyFault."""
+    place = counts.nonzero().squeeze(1)  # the host waits here, as it does for the check
+    if not len(place):
+        return Decision(seen.canvas, state, counts)
+    assert seen.params.own is not None, "the caller asked"
+    before = {name: its[place] for name, its in state.items()}
+    try:
+        made = decide(policy, _some(seen, place), before, seen.params.own.vocab_size)
+    except PolicyFault as fault:
+        if fault.of is None:
+            raise
+        raise PolicyFault(
+            str(fault), torch.zeros(len(counts), dtype=torch.bool).index_copy(0, place.cpu(), fault.of)
+        ) from None
+    assert made.is_done is not None, "decide says so"
+    return Decision(
+        seen.canvas.index_copy(0, place, made.canvas),
+        {name: its.index_copy(0, place, made.state[name]) for name, its in state.items()},
+        counts.index_copy(0, place, made.is_done),
+    )
+
+
+def _some(seen: Seen, place: Tensor) -> Seen:
+    """Return what some canvases [num_some] int64 show."""
+    length = seen.canvas.shape[1]
+    row = (place[:, None] * length + torch.arange(length, device=place.device)).flatten()
+    return replace(
+        seen,
+        canvas=seen.canvas[place],
+        is_masked=seen.is_masked[place],
+        is_open=seen.is_open[place],
+        rows=PartialStats.of(itemgetter(row), seen.rows),
+        distribution=Distribution(*(getattr(seen.distribution, each.name)[row] for each in fields(Distribution))),
+        step=seen.step[place],
+        params=seen.params.of(place),
+    )
 
 
 def _divisor(params: PolicyParams, block_length: int) -> Tensor:

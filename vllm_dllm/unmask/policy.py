@@ -12,6 +12,7 @@ factor; Dream `diffusion_generate` (arXiv:2508.15487) for margin, entropy, origi
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class OwnParams:
     seq_len: Tensor  # [num_canvases] int64, positions
     vocab_size: int
     weights: dict[str, Tensor]  # of its net; empty: it has none
+
+    def of(self, place: Tensor) -> "OwnParams":
+        """Return those of some canvases [num_some] int64."""
+        values = {name: its[place] for name, its in self.values.items()}
+        return replace(self, values=values, prompt_len=self.prompt_len[place], seq_len=self.seq_len[place])
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,13 @@ class PolicyParams:
     def position(self) -> Tensor:
         """[num_canvases, block_length] int64, absolute."""
         return self.start[:, None] + torch.arange(len(self.counts), device=self.start.device)
+
+    def of(self, place: Tensor) -> "PolicyParams":
+        """Return those of some canvases [num_some] int64."""
+        tensors = {each.name: its for each in fields(self) if isinstance(its := getattr(self, each.name), Tensor)}
+        # Canvases are the last dimension, of tables too.
+        some: dict[str, Any] = {name: its[..., place] for name, its in tensors.items()}
+        return replace(self, **some, own=self.own and self.own.of(place))
 
     def of_next_block(self, block_length: int) -> "PolicyParams":
         """Return the same for the blocks behind these."""

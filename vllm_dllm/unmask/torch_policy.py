@@ -173,8 +173,8 @@ class TorchPolicy:
 
     Attributes:
         decide: the next canvases, of what the present ones show and what was kept of their blocks. It must not change
-            what it is given, wait for the device, or look at one canvas for another. It is also called for canvases
-            that are finished, and nobody reads what it makes of them.
+            what it is given, wait for the device, or look at one canvas for another. One that comes with us is also
+            called for canvases of which nobody reads what it makes: finished ones, and those that it has decided.
         source: where the rule is published.
         parameters: numbers that it takes, by name; at most 8. The option of one is `<policy>_<parameter>`.
         takes: of `SHARED_OPTIONS`, those that it takes.
@@ -309,8 +309,7 @@ def _check(policy: TorchPolicy, seen: Seen, made: Decision, state: PolicyState, 
     for name, its in made.state.items():
         if its.is_floating_point():
             wrong[f"NaN in state[{name!r}]"] = its.isnan().flatten(1).any(1)
-    # What it makes of canvases that are finished is read by nobody.
-    found = (torch.stack(list(wrong.values())) & (seen.is_masked.any(1) | policy.tokens_change)).cpu()
+    found = torch.stack(list(wrong.values())).cpu()
     for what, of in zip(wrong, found, strict=True):
         if of.any():
             raise PolicyFault(f"its decision has {what}", of)

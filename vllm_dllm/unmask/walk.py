@@ -251,7 +251,7 @@ def _walk_in_block(ground: Ground, state: PolicyState) -> Trajectory:
         goes_on = goes_on & is_decidable(ground, follower, state)
         node = torch.where(goes_on, follower, node)
         before = nodes.canvas[request, node]
-        made = decide_nodes(ground, node, ground.params, state)
+        made = decide_nodes(ground, node, ground.params, state, goes_on)
         canvas, state = torch.where(goes_on[:, None], made.canvas, canvas), select(goes_on, made.state, state)
         is_finished = torch.where(goes_on, made.is_done, is_finished)
         step = torch.where(goes_on[:, None] & (canvas != before), place, step)
@@ -284,7 +284,7 @@ def _go_over(done: Trajectory, ground: Ground) -> Trajectory:
     next_root = torch.full_like(done.node, num_nodes - 1)
     assert nodes.end is not None, "there is a look-ahead"
     came_over = done.is_finished & nodes.is_valid[:, -1] & (done.canvas == nodes.end).all(1)
-    made = _decide_next_root(ground, next_root, done.state)
+    made = _decide_next_root(ground, next_root, done.state, came_over)
     is_next = came_over[:, None] & (torch.arange(num_nodes, device=next_root.device) == done.num_steps[:, None])
     node = torch.where(came_over, next_root, done.node)
     return replace(
@@ -300,13 +300,13 @@ def _go_over(done: Trajectory, ground: Ground) -> Trajectory:
     )
 
 
-def _decide_next_root(ground: Ground, next_root: Tensor, state: PolicyState) -> Decided:
+def _decide_next_root(ground: Ground, next_root: Tensor, state: PolicyState, came_over: Tensor) -> Decided:
     params, own = ground.params.of_next_block(ground.nodes.canvas.shape[2]), ground.params.own
     if own is not None:
         state = torch_policy(own.name).of_next_block(state)
     elif state:
         state = new_state(len(next_root), ground.nodes.canvas.shape[2], next_root.device)
-    return decide_nodes(ground, next_root, params, state)
+    return decide_nodes(ground, next_root, params, state, came_over)
 
 
 def _may_edit(params: PolicyParams, node: Tensor) -> Tensor:
