@@ -181,10 +181,9 @@ class Denoiser:
         """Keep what `advance` came to, emit the blocks that it finished, begin those behind: see `state.settle`."""
         drafts = None if self.drafter is None else self.drafter.memory
         emission = self._settle(self.state, drafts, blocks, nodes, done, ledger)
-        begins = done.is_finished & ~done.came_over
         for own in done.apart:
-            theirs = blocks.slots[own.request]
-            self.state.apart.keep(own.name, theirs, own.state, begins[own.request])
+            theirs, begins = blocks.slots[own.request], (done.is_finished & ~done.came_over)[own.request]
+            self.state.apart.keep(own.name, theirs, own.state, begins)
             self.state.apart.keep_ended(own.name, theirs, own.ended, done.is_finished[own.request])
             # A canvas without masks may have taken a forward too.
             took = (done.num_steps[own.request] > 0) & (emission.report[own.request, Column.REFRESHES] == 0)
