@@ -159,7 +159,12 @@ class Engine:
         num_reqs, shape, device = len(self.start), self.model.shape, self.model.device
         none = np.zeros(num_reqs, dtype=bool)
         plan = plan_step(
-            KvStep(self.start, self.start, self.start, none, none, none, none, none),
+            KvStep(
+                *(self.start, self.start, self.start),
+                *(none, none, none, none, none),
+                *(self.start, self.start + shape.block_length),
+                *(none, none),
+            ),
             block_start=self.start,
             seq_len=self.seq_len,
             num_drafts=np.full(num_reqs, self.num_drafts),

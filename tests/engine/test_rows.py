@@ -20,7 +20,7 @@ def test_who_lost_what_it_kept_is_named(
     assert not caplog.records
     request.num_tokens = 12
     rows.admit(request, 0)  # type: ignore[arg-type]
-    said = [record.getMessage() for record in caplog.records]
+    said = dict.fromkeys(record.getMessage() for record in caplog.records)  # vLLM's logger may hand one on twice
     assert [("Request a was preempted behind its first block" in text) for text in said] == [True] * (
         name == "freecache"
     )

@@ -114,8 +114,10 @@ def test_overrides_of_rotation_replace_what_they_say_and_nothing_else(family: st
             linear | {"rope_theta": 500.0},
         ),
     ]
+    # How much of a head is rotated is a field of its own, which transformers puts beside them.
+    kept = {name: value for name, value in TINY[family].items() if name == "partial_rotary_factor"}
     for file, overrides, expected in asked:
-        assert read_config(folder, TINY[family] | file, overrides).hf_config.rope_parameters == expected
+        assert read_config(folder, TINY[family] | file, overrides).hf_config.rope_parameters == expected | kept
     for overrides, name in (
         ({"rope_theta": 6.0, "rope_parameters": linear | {"rope_theta": 5.0}}, "rope_theta"),
         ({"rope_scaling": linear, "rope_parameters": dynamic}, "rope_type"),
