@@ -188,6 +188,9 @@ class Denoiser:
             # A canvas without masks may have taken a forward too.
             took = (done.num_steps[own.request] > 0) & (emission.report[own.request, Column.REFRESHES] == 0)
             emission.report[own.request, Column.FORWARDS] = took.int()
+            # A look-ahead behind such a canvas has the depth 0, which the op does not count among the drafts.
+            ahead = nodes.is_valid[own.request, 1:] & (nodes.depth[own.request, 1:] == 0)
+            emission.report[own.request, Column.PROPOSED] += ahead.sum(1).int()
         if done.failed:
             emission.report[list(done.failed), Column.FAULTS] = POLICY_FAILED
         if nodes.constrained is not None:
