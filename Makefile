@@ -99,8 +99,9 @@ bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: 
 	.venv/bin/vllm-dllm bench decode $(BENCH_ARGS)
 	$(PY) -m benchmarks kernels --short
 
-docs: setup ## check the links and commands of the documentation
-	$(PY) -m pytest -q tests/test_docs.py
+docs: setup ## build the documents as a site in build/site, and check their links and commands
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	$(PY) -m pytest -q tests/test_docs.py tests/test_site.py
 
 build: setup ## make the wheel and the source distribution in dist/
 	$(PY) -m build --no-isolation
