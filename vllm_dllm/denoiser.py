@@ -138,6 +138,7 @@ class Denoiser:
             done,
             next_canvas=torch.where(is_void[:, None], self.state.canvas[blocks.slots], done.next_canvas),
             is_finished=done.is_finished & ~is_void,
+            num_unmasked=done.num_unmasked * ~is_void,  # so it has not reached an end, either
             state=select(is_void, kept, done.state),
         )
 
@@ -151,7 +152,8 @@ class Denoiser:
             drafts.forget(blocks.slots, ledger.begun.bool())
         if ledger.missing is None:
             return emission
-        fewer = pad((ledger.missing * done.is_finished).int(), (0, ledger.num_batch - len(ledger.missing)))
+        missing = pad(ledger.missing.int(), (0, ledger.num_batch - len(ledger.missing)))
+        fewer = missing * (emission.num_sampled > 0)
         return replace(emission, num_sampled=emission.num_sampled - fewer, num_rejected=emission.num_rejected + fewer)
 
     def _under_constraints(

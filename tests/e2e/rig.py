@@ -30,6 +30,7 @@ from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.reference import spiffy
 from vllm_dllm.reference.decode import KvPolicy, Model, generate
 from vllm_dllm.reference.edits import Edits
+from vllm_dllm.reference.ends import NO_ENDS, Ends
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 from vllm_dllm.reference.policy import LLADA, Rules, UnmaskPolicy
 from vllm_dllm.reference.sampling import Sampling
@@ -59,6 +60,11 @@ class Case:
     top_p: float = 1.0
     seed: int = 0
     edits: LogitEdits = NO_EDITS
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> Ends:
+        return Ends(self.stop_ids, self.edits.min_tokens, self.max_tokens)
 
     def sampling_params(self, **changes: Any) -> Any:
         from vllm import SamplingParams
@@ -72,6 +78,7 @@ class Case:
             "top_p": self.top_p,
             "seed": self.seed,
             "ignore_eos": True,
+            "stop_token_ids": list(self.stop_ids),
             "extra_args": extra,
             "min_p": self.edits.min_p,
             "min_tokens": self.edits.min_tokens,
@@ -151,6 +158,9 @@ class Oracle:
         """Decode without drafts."""
         return self._once(self._generate, case, settings)
 
+    def published(self, case: Case, settings: dict[str, Any]) -> Any:
+        return self.generation(dataclasses.replace(case, stop_ids=()), settings | {"goes_on": True})
+
     def speculative(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
         """Decode with drafts, under the dual cache."""
         return self._once(self._speculate, case, settings, graph, budget)
@@ -168,6 +178,7 @@ class Oracle:
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "rules": self.rules,
+            "ends": NO_ENDS if settings.get("goes_on") else case.ends,
             "policy": UnmaskPolicy(
                 case.policy,
                 steps=case.steps,
@@ -207,8 +218,7 @@ class Oracle:
         return spiffy.generate(self.model, torch.tensor(case.prompt), graph=graph, budget=budget, **plain)
 
     def tokens(self, case: Case, settings: dict[str, Any]) -> list[int]:
-        tokens: list[int] = self.generation(case, settings).tokens.tolist()
-        return tokens[: case.max_tokens]
+        return case.ends.cut(self.generation(case, settings).tokens.tolist())
 
 
 LLADA_POLICIES: tuple[PolicyName, ...] = ("static", "random", "threshold", "factor")

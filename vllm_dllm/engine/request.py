@@ -26,6 +26,7 @@ from vllm_dllm.config import (
 )
 from vllm_dllm.engine.configs import is_ours, settings_of
 from vllm_dllm.engine.edits import check_edits, edits_of
+from vllm_dllm.engine.ends import ends_of
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.engine.structured import put_in
@@ -318,6 +319,7 @@ def resolve_params(
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
         edits=edits_of(params),
+        ends=ends_of(params, prompt_len, merged.policy),
     )
 
 

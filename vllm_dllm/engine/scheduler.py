@@ -124,6 +124,7 @@ class DllmScheduler(Scheduler):
 
     def _compare(self, check: StateCheck) -> None:
         """Compare the accounts with what the scheduler knows behind a step, as far as the level of checks asks."""
+        check.compare_ended()
         if self._level == CheckLevel.STEP:
             check.compare_totals(self._totals)
             check.compare_pages(self.running)

@@ -28,6 +28,7 @@ class Account:
         stored: positions whose K/V are stored, those of the prefix cache among them; of a block-causal model.
         unmasked: positions, since the request was given a slot.
         emitted: tokens of finished blocks, since then.
+        is_over: whether the last step reached the answer's end before its block's, so that the request has to end.
         begins: whether its next step is the first one of a block.
         totals: over all its preemptions.
     """
@@ -36,6 +37,7 @@ class Account:
     unmasked: int = 0
     emitted: int = 0
     begins: bool = True
+    is_over: bool = False
     totals: RequestTotals = field(default_factory=RequestTotals)
 
 
@@ -89,9 +91,9 @@ class StateCheck:
         if request.num_stale_output_tokens:
             return
         self._check_positions(request, report, account)
-        account.unmasked += report.unmasked
+        account.unmasked += report.unmasked + report.left
         account.emitted += num_emitted
-        account.begins = bool(report.finished)
+        account.begins, account.is_over = bool(report.finished), bool(report.left)
         self._check_numbers(request.request_id, report, account, num_emitted)
         if report.pages is not None:
             self._check_pages(request, report, report.pages)
@@ -150,6 +152,14 @@ class StateCheck:
                 f"request {name} has {len(pages)} pages of {self._pages.page_size} in the worker, but K/V of {end} "
                 "positions"
             )
+
+    def compare_ended(self) -> None:
+        """See that requests ended whose workers left a block masked behind their end. Raises: StateError."""
+        for name, account in self._accounts.items():
+            if account.is_over:
+                raise StateError(
+                    f"request {name} goes on, but the worker found its end and left the block masked there"
+                )
 
     def compare_totals(self, totals: Mapping[str, RequestTotals]) -> None:
         """Compare what requests are told they took. Raises: StateError."""

@@ -23,6 +23,7 @@ from vllm_dllm.constraint.json_object import json_object_automaton
 from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_automaton, kept
 from vllm_dllm.constraint.schema import escape, schema_regex
 from vllm_dllm.constraint.tags import tag_regex
+from vllm_dllm.constraint.turns import Turns
 from vllm_dllm.engine.configs import settings_of
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.state.canvas import RequestParams
@@ -61,10 +62,8 @@ def put_in(processor: "InputProcessor", params: SamplingParams, asked: Structure
         reply that is too short for any answer.
     """
     _refuse_beside(params, settings_of(processor.vllm_config))
-    ends = _end_ids(processor, params)
     try:
-        kind, value, space = _read(asked)
-        packed, shortest = _compiled(kind, value, space, _vocabulary(processor, ends))
+        packed, shortest = compiled(processor, params, asked)
     except ConstraintError as error:
         raise RequestError(f"{_FIELD} cannot be enforced ({_asked(asked)}): {error}", parameter=_FIELD) from None
     assert params.max_tokens is not None, "finish_admission sets it"
@@ -76,6 +75,18 @@ def put_in(processor: "InputProcessor", params: SamplingParams, asked: Structure
             value=params.max_tokens,
         )
     params.extra_args = {**(params.extra_args or {}), SENT: packed}
+
+
+def compiled(processor: "InputProcessor", params: SamplingParams, asked: StructuredOutputsParams) -> tuple[bytes, int]:
+    """Return the automaton of what is asked, as sent, and the fewest tokens of an answer; what is kept at once.
+
+    Else it takes some tenths of a second, most of them in another process. For any thread.
+
+    Raises: ConstraintError.
+    """
+    ends = _end_ids(processor, params)
+    kind, value, space = _read(asked)
+    return _compiled(kind, value, space, _vocabulary(processor, ends))
 
 
 def _refuse_beside(params: SamplingParams, settings: DllmConfig) -> None:
@@ -234,7 +245,11 @@ def _vocabulary(processor: "InputProcessor", ends: tuple[int, ...]) -> TokenByte
         )
     config = processor.model_config
     hidden = frozenset({*_special_ids(processor), config.hf_config.mask_token_id})
-    return _token_bytes(processor.tokenizer, hidden, config.get_vocab_size(), ends)
+    with _TABLES.of(ends):
+        return _token_bytes(processor.tokenizer, hidden, config.get_vocab_size(), ends)
+
+
+_TABLES = Turns()
 
 
 @functools.lru_cache(16)

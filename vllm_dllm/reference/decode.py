@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vllm_dllm.reference.constraint import Constraint
 from vllm_dllm.reference.edits import Known
+from vllm_dllm.reference.ends import NO_ENDS, Ends
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy
@@ -155,10 +156,12 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     sampling: Sampling = _GREEDY,
     rules: Rules = LLADA,
     constraint: Constraint | None = None,
+    ends: Ends = NO_ENDS,
 ) -> Generation:
     """Generate `gen_length` tokens after a prompt [prompt_len] int64, block by block.
 
-    EOS ends nothing: the tokens after it are decoded too, as published. Prompt positions are never masked, whatever
+    Without `ends` EOS ends nothing: the tokens after it are decoded too, as published. With them decoding stops at the
+    step that reaches the end, and what is behind may be masked. Prompt positions are never masked, whatever
     their ids. Raises ValueError for lengths that do not divide.
     """
     steps = steps_per_block(gen_length, block_length, policy.steps)
@@ -184,4 +187,8 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
             is_masked[first + chosen] = False
             history.append(tokens[len(prompt) :].clone())
             step += 1
+            if ends.reached(tokens[len(prompt) : end], is_masked[len(prompt) : end]):
+                break
+        if ends.reached(tokens[len(prompt) : end], is_masked[len(prompt) : end]):
+            break
     return Generation(tokens[len(prompt) :], predictor.nfe, predictor.nfe_refresh, torch.stack(history))

@@ -31,6 +31,7 @@ from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.block_causal import decoded_region, store_prompt
 from vllm_dllm.reference.credit import Credits
 from vllm_dllm.reference.decode import Model, shift, steps_per_block
+from vllm_dllm.reference.ends import NO_ENDS, Ends
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy, unmask
 from vllm_dllm.reference.qwen import Qwen
@@ -107,8 +108,13 @@ class _Decoder:
     num_drafts: int  # most per call
     looks_ahead: bool
     block: Block
-    mask_token_id: int
     context: _DualCache | _StoredBlocks
+    ends: Ends
+    answer: Tensor  # [len] int64, before the block
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.context.model.config.mask_token_id
 
     def is_masked(self, canvas: Canvas) -> Tensor:
         return torch.tensor(canvas) == self.mask_token_id
@@ -127,7 +133,7 @@ class _Decoder:
         if logits is not None:
             before, canvas = canvas, self.next_canvas(canvas, logits)
         end: Canvas | None = None
-        while self.is_masked(canvas).any():
+        while self.is_masked(canvas).any() and not self.is_over(canvas):
             drafts: list[Canvas] = []
             if before is not None and logits is not None:
                 drafts = self.drafts(canvas, before, logits)
@@ -144,6 +150,13 @@ class _Decoder:
                 canvas = self.next_canvas(canvas, logits)
                 calls.num_accepted += 1
         return canvas, canvas == end
+
+    def is_over(self, canvas: Canvas) -> bool:
+        """Tell whether the answer's end is in a canvas, and known."""
+        own = torch.tensor(canvas[-self.block.num_masked :])
+        answer = torch.cat([self.answer, own])
+        is_masked = torch.arange(len(answer)) >= len(self.answer)
+        return self.ends.reached(answer, is_masked & (answer == self.mask_token_id))
 
     def knows(self, canvas: Canvas, logits: Tensor, asked: Credits) -> bool:
         """Say whether a call computed the logit of each token that has credit by now.
@@ -271,6 +284,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
     policy: UnmaskPolicy,
     sampling: Sampling,
     rules: Rules = LLADA,
+    ends: Ends = NO_ENDS,
 ) -> SpiffyGeneration:
     """Generate what `decode.generate` does under the dual cache, or `block_causal.generate`, in fewer calls.
 
@@ -284,6 +298,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         policy: the unmasking policy.
         sampling: how tokens are chosen; without guidance.
         rules: those of the model's family.
+        ends: as the decoder's.
     """
     prompt_len = len(prompt)
     context: _DualCache | _StoredBlocks
@@ -311,8 +326,10 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         elif is_foreseen:  # the last call computed this
             logits = context.predict(tokens[begin:end], begin)
         looks_ahead = has_look_ahead and end < seq_len
-        decoder = _Decoder(graph, num_drafts, looks_ahead, block, model.config.mask_token_id, context)
+        decoder = _Decoder(graph, num_drafts, looks_ahead, block, context, ends, tokens[prompt_len:begin])
         canvas, is_foreseen = decoder.finish(tuple(tokens[begin:end].tolist()), logits, calls)
         calls.num_accepted += is_foreseen
         tokens[begin:end] = torch.tensor(canvas)
+        if decoder.is_over(canvas):
+            break
     return SpiffyGeneration(tokens[prompt_len:], **asdict(calls))

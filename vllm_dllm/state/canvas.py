@@ -16,6 +16,7 @@ from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.edits import NO_EDITS, EditState, LogitEdits, scene_of
+from vllm_dllm.state.ends import NO_ENDS, Ends, EndState
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
@@ -44,6 +45,7 @@ class RequestParams:
     top_p: float
     seed: int  # any 64-bit signed value
     edits: LogitEdits = NO_EDITS
+    ends: Ends = NO_ENDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class CanvasState:
         self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
+        self.ends = EndState(max_num_reqs, device)
         self._offsets = torch.arange(block_length, device=device)
         self.answers: dict[int, Answer] = {}  # of requests under a constraint, by slot
 
@@ -117,11 +120,13 @@ class CanvasState:
         self._floats_np[:, slot] = [getattr(params, name) for name in _FLOATS] + list(params.times)
         self._has_memory_np[slot] = params.policy_id in MEMORIES
         self.edits.put(slot, params.edits)
+        self.ends.put(slot, params.ends)
         self._is_staged = True
 
     def apply_staged_writes(self) -> None:
         """Copy the parameters staged since the last call to the device."""
         self.edits.apply_staged_writes()
+        self.ends.apply_staged_writes()
         if self._is_staged:
             # From what nobody writes: the next request may come before a GPU has copied.
             self._ints.copy_(pinned(self._ints_np, self.device), non_blocking=True)

@@ -95,11 +95,13 @@ class Policy:
         count: [num_canvases] int64 of the scores in descending order, -inf behind the open positions, and of `Left`;
             `choose_positions` keeps it within 1..num_open.
         memory: what changes the rows' distributions before they are scored; None: nothing does.
+        revises: whether a step may change or mask a known token: then nothing is certain before its block is finished.
     """
 
     score: Callable[[Evidence, PolicyParams], Tensor]
     count: Callable[[Tensor, Left, PolicyParams], Tensor]
     memory: Memory | None = None
+    revises: bool = False
 
 
 def _confidence(evidence: Evidence, _params: PolicyParams) -> Tensor:
@@ -186,6 +188,9 @@ POLICIES: dict[PolicyName, Policy] = {
 
 SCHEDULED = frozenset(name for name, policy in POLICIES.items() if policy.count is _scheduled)
 """Policies of which a request's table alone says how many positions a step unmasks."""
+
+REVISING = frozenset(name for name, policy in POLICIES.items() if policy.revises)
+"""Policies under which a known token is not final, so that a block is never left before it is finished."""
 
 POLICY_IDS: dict[PolicyName, int] = {name: number for number, name in enumerate(POLICIES)}
 
