@@ -7,7 +7,6 @@ import pytest
 
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
-    POLICY_ALIASES,
     DllmConfig,
     InvalidOptionError,
     PolicyName,
@@ -17,6 +16,8 @@ from vllm_dllm.config import (
     parse_server_settings,
     request_steps,
 )
+from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, check_family
+from vllm_dllm.names import POLICY_ALIASES
 
 
 def test_defaults() -> None:
@@ -71,6 +72,7 @@ def test_keys_of_others_are_left_alone() -> None:
             {"attention": "fast"},
             ["additional_config.dllm.attention is 'fast'", "'auto', 'csrc', 'vllm', 'flashinfer', 'xformers'"],
         ),
+        ({"horizon": 0}, ["additional_config.dllm.horizon is 0", "null and whole numbers from 1 on"]),
         ([], ["additional_config.dllm is []", "block_length"]),
     ],
 )
@@ -109,6 +111,14 @@ def test_request_options_are_refused_by_the_users_name() -> None:
 def test_options_that_the_policy_ignores_are_refused(options: dict[str, object], policy: str) -> None:
     with pytest.raises(InvalidOptionError, match="does not use it; allowed is dllm_"):
         check_policy_options(RequestOptions(**options), DllmConfig(policy=policy))  # type: ignore[arg-type]
+
+
+def test_a_horizon_is_for_models_that_see_masks_behind() -> None:
+    check_policy_options(RequestOptions(horizon=2), DllmConfig())
+    with pytest.raises(InvalidOptionError, match="dllm_horizon is 2, but the model's blocks see nothing behind them"):
+        check_policy_options(RequestOptions(horizon=2), DllmConfig(kv_policy="block_causal"))
+    with pytest.raises(InvalidOptionError, match=r"additional_config\.dllm\.horizon is 1, but the model's blocks see"):
+        check_family(DllmConfig(horizon=1, kv_policy="causal"), FAMILY_BY_ARCHITECTURE["NemotronLabsDiffusionModel"])
 
 
 def test_options_of_the_servers_policy_pass() -> None:

@@ -15,16 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
-from vllm_dllm.names import AttentionName, KvPolicyName, PolicyName, ServedMode
-
-POLICY_ALIASES: dict[str, PolicyName] = {
-    "low_confidence": "static",  # LLaDA's name
-    "low_confidence_static": "static",  # SDAR's
-    "maskgit_plus": "static",  # Dream's
-    "topk_margin": "margin",
-    "low_confidence_dynamic": "dynamic",
-}
-"""The families' own names of policies; taken wherever the name of one is, and replaced by ours."""
+from vllm_dllm.names import POLICY_ALIASES, AttentionName, KvPolicyName, PolicyName, ServedMode
 
 REQUEST_PREFIX = "dllm_"
 # Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
@@ -45,6 +36,9 @@ _Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'vllm',
 _Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
 
 
+NOTHING_BEHIND = "the model's blocks see nothing behind them, so that a sequence grows by itself; allowed is null"
+
+
 class DllmConfig(BaseModel):
     """Settings of a server.
 
@@ -55,6 +49,7 @@ class DllmConfig(BaseModel):
             K/V again, nor does `causal`, for models whose final positions see those before them alone.
         refresh_every: with `dual`, recompute all K/V before every n-th step of a block; None only before the first,
             1 before each, which equals decoding without a cache.
+        horizon: blocks that a sequence has from the one under way on; it grows with each. None: all of the reply's.
         policy: unmasking policy of requests that name none.
         threshold: `threshold` and `credit` unmask all positions whose confidence reaches it, `dynamic` those above it.
         factor: `factor`'s f, see `unmask.policy`.
@@ -73,6 +68,7 @@ class DllmConfig(BaseModel):
     block_length: Annotated[int, Field(ge=1, le=1024, description="whole numbers from 1 to 1024")] = 32
     kv_policy: Annotated[KvPolicyName, Field(description="'dual', 'prefix', 'block_causal' and 'causal'")] = "dual"
     refresh_every: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
+    horizon: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
     factor: _Positive = 1.0
@@ -144,6 +140,7 @@ class RequestOptions(BaseModel):
     steps: _Count | None = None
     stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
     speculation: Annotated[Literal[False] | None, Field(description="null and false")] = None
+    horizon: _Count | None = None
     budget: Annotated[int | None, Field(ge=0, le=1024, description="null and whole numbers from 0 to 1024")] = None
 
 
@@ -256,7 +253,10 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
     Raises: InvalidOptionError.
     """
     policy = options.policy or settings.policy
-    given = options.model_dump(exclude={"policy", *OWN_OPTIONS} - {"steps"}, exclude_none=True)
+    if options.horizon is not None and settings.is_block_causal:
+        name = f"{REQUEST_PREFIX}horizon"
+        raise InvalidOptionError(f"{name} is {options.horizon}, but {NOTHING_BEHIND}; remove it", name, options.horizon)
+    given = options.model_dump(exclude={"policy", "horizon", *OWN_OPTIONS} - {"steps"}, exclude_none=True)
     for name, value in given.items():
         if name not in POLICY_OPTIONS[policy]:
             allowed = ", ".join(REQUEST_PREFIX + option for option in POLICY_OPTIONS[policy])

@@ -5,23 +5,23 @@ import itertools
 import json
 import math
 import random
-import re
 import runpy
-import shutil
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 from transformers import AutoTokenizer
 
 from tests.e2e.engines import MAX_MODEL_LEN, NUM_SLOTS
 from tests.e2e.engines import engine as engine
 from tests.e2e.engines import shared_engine as shared_engine
 from tests.e2e.engines import stop_shared_engine as stop_shared_engine
+from tests.e2e.wild import CHECKPOINT as CHECKPOINT
+from tests.e2e.wild import EXAMPLES as EXAMPLES
+from tests.e2e.wild import make_wild_checkpoint as make_wild_checkpoint
+from tests.e2e.wild import write_wild as write_wild
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import POLICY_OPTIONS, DllmConfig, PolicyName
 from vllm_dllm.draft.graph import DraftGraph, Formula
@@ -31,13 +31,10 @@ from vllm_dllm.reference import spiffy
 from vllm_dllm.reference.decode import KvPolicy, Model, generate
 from vllm_dllm.reference.edits import Edits
 from vllm_dllm.reference.ends import NO_ENDS, Ends
-from vllm_dllm.reference.model import LLaDA, LLaDAConfig
+from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import LLADA, Rules, UnmaskPolicy
 from vllm_dllm.reference.sampling import Sampling
 from vllm_dllm.state.edits import NO_EDITS, LogitEdits
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-CHECKPOINT = EXAMPLES / "tiny_llada/checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +58,7 @@ class Case:
     seed: int = 0
     edits: LogitEdits = NO_EDITS
     stop_ids: tuple[int, ...] = ()
+    horizon: int | None = None
 
     @property
     def ends(self) -> Ends:
@@ -69,7 +67,7 @@ class Case:
     def sampling_params(self, **changes: Any) -> Any:
         from vllm import SamplingParams
 
-        options = {name: getattr(self, name) for name in ("policy", *POLICY_OPTIONS[self.policy])}
+        options = {name: getattr(self, name) for name in ("policy", "horizon", *POLICY_OPTIONS[self.policy])}
         extra = {f"dllm_{name}": value for name, value in options.items() if value is not None}
         values = {
             "max_tokens": self.max_tokens,
@@ -90,39 +88,6 @@ class Case:
         if self.edits.bad_words:
             params._bad_words_token_ids = [list(word) for word in self.edits.bad_words]
         return params
-
-
-def make_wild_checkpoint(path: Path, mixing: float = 1.0, **changes: Any) -> None:
-    """Write a random model with the small model's tokenizer: its tokens vary, and depend on everything it sees.
-
-    The trained model answers most of what is not a question with EOS, whatever is wrong with its input. The less
-    `mixing`, the less a position's logits depend on the others, and the more drafts come true.
-    """
-    config = json.loads((CHECKPOINT / "config.json").read_text())
-    config |= {"d_model": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 96}
-    config |= {"max_sequence_length": 1024, "torch_dtype": "float32", **changes}
-    write_wild(path, config, lambda file: LLaDA(LLaDAConfig.from_json(file)), mixing)
-
-
-def write_wild(path: Path, config: dict[str, Any], model_of: Callable[[Path], nn.Module], mixing: float) -> None:
-    """Write a random model of any family.
-
-    Args:
-        path: the new folder.
-        config: what its config.json says.
-        model_of: makes the reference model of a config.json.
-        mixing: see `make_wild_checkpoint`.
-    """
-    shutil.copytree(CHECKPOINT, path, ignore=shutil.ignore_patterns("*.safetensors"))
-    (path / "config.json").write_text(json.dumps(config))
-    model = model_of(path / "config.json")
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():
-        is_scale = weight.dim() == 1 and name.endswith("weight")
-        torch.nn.init.normal_(weight, mean=float(is_scale), std=0.3, generator=generator)
-        if re.search(r"\.\d+\..*(_out|o_proj|down_proj)\.weight$", name):
-            weight.data *= mixing
-    save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
 
 
 class Oracle:
@@ -178,6 +143,7 @@ class Oracle:
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "rules": self.rules,
+            **({} if case.horizon is None else {"horizon": case.horizon}),
             "ends": NO_ENDS if settings.get("goes_on") else case.ends,
             "policy": UnmaskPolicy(
                 case.policy,

@@ -13,6 +13,7 @@ from tests.e2e.ahead import check_canvases, scheduled_ahead, scheduler_of
 from tests.e2e.constrained import beside_edited, check_text, expected
 from tests.e2e.dream import PUBLISHED, dream_oracle
 from tests.e2e.ended import check_ended, check_forwards
+from tests.e2e.growing import check_growing
 from tests.e2e.rig import (
     LLADA_POLICIES,
     MAX_MODEL_LEN,
@@ -101,6 +102,11 @@ def test_mixed_batch_equals_reference(served: Served, ahead: list[bool]) -> None
 def test_an_answer_ends_before_its_block(served: Served) -> None:
     cases = mixed_cases(served.block_length, seed=21, policies=served.policies)
     check_ended(served.llm, served.oracle, cases, served.settings, drafts=scheduler_of(served.llm).rule is not None)
+
+
+def test_a_sequence_may_grow(served: Served) -> None:
+    cases = mixed_cases(served.block_length, seed=22, policies=served.policies)
+    check_growing(served.llm, served.oracle, cases, served.settings)
 
 
 def test_where_the_steps_are_known_all_but_the_first_of_a_block_run_ahead(served: Served, ahead: list[bool]) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.launches import BEFORE, BEHIND, counted
 from tests.e2e.ended import check_ended, ending
+from tests.e2e.growing import growing
 from tests.e2e.interference import check_interference
 from tests.e2e.rig import (
     CHECKPOINT,
@@ -85,6 +86,21 @@ def test_an_answer_ends_before_its_block(served: Any, mild_oracle: Oracle) -> No
     expected = [mild_oracle.speculative(case, settings, graph, budget) for case in cases]
     assert [(n["nfe"], n["accepted"], n["proposed"]) for n in took] == [
         (e.nfe, e.num_accepted, e.num_proposed) for e in expected
+    ]
+
+
+def test_a_sequence_may_grow(served: Any, mild_oracle: Oracle) -> None:
+    llm, settings, graph, budget = served
+    cases = growing(mixed_cases(settings["block_length"], seed=22))
+    outputs = run_outputs(llm, cases)
+    tokens = [mild_oracle.tokens(case, settings) for case in cases]
+    assert [list(output.outputs[0].token_ids) for output in outputs] == tokens
+    if budget == "auto":
+        return
+    took = [output.kv_transfer_params["dllm"] for output in outputs]
+    expected = [mild_oracle.speculative(case, settings, graph, budget) for case in cases]
+    assert [(n["nfe"], n["nfe_refresh"], n["accepted"]) for n in took] == [
+        (e.nfe, e.nfe_refresh, e.num_accepted) for e in expected
     ]
 
 

@@ -103,6 +103,17 @@ def test_what_is_wrong_is_told_by_admission() -> None:
     assert asyncio.run(chat.render(malformed)) == "rendered a"
 
 
+def test_strict_tools_have_to_be_asked_for_by_the_parser() -> None:
+    tool = {"type": "function", "function": {"name": "f", "strict": True}}
+    free = asking(None, "strict")
+    free.tools, free.model_dump = [tool], lambda include: {"tools": [tool], "tool_choice": "auto"}
+    with pytest.raises(RequestError, match=r"^tools\[0\]\.function\.strict is True where no tool is forced"):
+        asyncio.run(Chat().render(free))
+    enforced = asking("a+", "strict")
+    enforced.tools = [tool]
+    assert asyncio.run(Chat().render(enforced)) == "rendered strict"
+
+
 def test_another_models_requests_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_ahead, "is_ours", lambda config: False)
     monkeypatch.setattr(compile_ahead, "compile_ahead", None)

@@ -24,7 +24,7 @@ def page(number: int, block_hash: object = None, is_null: bool = False) -> Any:
 
 def check_of(is_causal: bool, pages: dict[str, list[Any]] | None = None) -> StateCheck:
     kv = KvSchedule("block_causal" if is_causal else "dual", None, B)
-    rows: Any = SimpleNamespace(is_causal=is_causal, block_length=B, row_end=lambda request: 16, kv=kv)
+    rows: Any = SimpleNamespace(is_causal=is_causal, block_length=B, seq_end=lambda request: 16, kv=kv)
     owned: Any = SimpleNamespace(page_size=8, owners=pages or {})
     made = StateCheck(rows, owned)
     made.admit("a", 8 if is_causal else 0)

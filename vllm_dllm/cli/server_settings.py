@@ -8,9 +8,9 @@ import typer
 
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.cli.inputs import family_for, read_config
-from vllm_dllm.config import POLICY_ALIASES, DllmConfig, parse_server_settings
+from vllm_dllm.config import DllmConfig, parse_server_settings
 from vllm_dllm.errors import ConfigError, did_you_mean
-from vllm_dllm.names import PolicyName
+from vllm_dllm.names import POLICY_ALIASES, PolicyName
 
 _POLICIES = (*get_args(PolicyName), *POLICY_ALIASES)
 

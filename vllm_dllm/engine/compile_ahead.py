@@ -18,6 +18,7 @@ from vllm_dllm.constraint.regex import ConstraintError
 from vllm_dllm.engine import structured
 from vllm_dllm.engine.configs import is_ours
 from vllm_dllm.engine.patches import wrap
+from vllm_dllm.engine.refusals import refuse_strict_tools
 
 NUM_THREADS = 2
 """Each may have a process that compiles an expression, for up to `regex.CPU_SECONDS`."""
@@ -51,6 +52,8 @@ async def compile_ahead(serving: Any, request: Any) -> None:
     Args:
         serving: one of vLLM's handlers.
         request: of its API.
+
+    Raises: RequestError for strict tools of which nothing is asked.
     """
     processor = serving.engine_client.input_processor
     try:
@@ -58,7 +61,9 @@ async def compile_ahead(serving: Any, request: Any) -> None:
     except (VLLMClientError, ValueError, TypeError):
         return
     asked = params.structured_outputs
-    if asked is not None:
+    if asked is None:
+        refuse_strict_tools(request.model_dump(include={"tools", "tool_choice"}))
+    else:
         await asyncio.get_running_loop().run_in_executor(_threads, _compile, processor, params, asked)
 
 

@@ -254,7 +254,7 @@ class DllmModelState(ModelState):
         block_start_np = self.kv_schedule.block_start(kv.num_known)
         num_known, start, num_counted = self._to_device(np.stack([kv.num_known, block_start_np, counted_np]))
         blocks = Blocks(slots, slots_np, start)
-        seq_len_np = self.state.seq_len_np[slots_np]
+        seq_len_np = self.state.seq_end_np(slots_np, block_start_np)
         plan = self._plan(batch, kv, block_start_np, seq_len_np, counted_np)
         if kv.is_new.any():
             self._begin_rows(blocks, num_known, self._to_device(np.flatnonzero(kv.is_new)))
@@ -276,8 +276,9 @@ class DllmModelState(ModelState):
         known_np = num_computed_tokens[slots].cpu().numpy() if self._is_async else batch.num_computed_tokens_np
         # A prompt is known, though its step is the one that vLLM counts it in.
         known_np = np.maximum(known_np[:num_reqs], batch.prefill_len_np[:num_reqs]).astype(np.int64)
-        kv = self.kv_schedule.step(slots_np.tolist(), known_np, self.state.seq_len_np[slots_np])
-        for slot, start in zip(slots_np.tolist(), self.kv_schedule.block_start(known_np).tolist(), strict=True):
+        block_start_np = self.kv_schedule.block_start(known_np)
+        kv = self.kv_schedule.step(slots_np.tolist(), known_np, self.state.seq_end_np(slots_np, block_start_np))
+        for slot, start in zip(slots_np.tolist(), block_start_np.tolist(), strict=True):
             self.kv_schedule.note(slot, start)
         return kv
 

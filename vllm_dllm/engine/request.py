@@ -32,6 +32,7 @@ from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.engine.structured import put_in
 from vllm_dllm.names import PolicyName
 from vllm_dllm.state.canvas import RequestParams
+from vllm_dllm.state.ends import NEVER
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 
@@ -319,6 +320,7 @@ def resolve_params(
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
         edits=edits_of(params),
+        horizon=NEVER if merged.horizon is None else merged.horizon * settings.block_length,
         ends=ends_of(params, prompt_len, merged.policy),
     )
 

@@ -115,7 +115,7 @@ class StateCheck:
                     f"the prefix cache, but {report.stored} lie before its block"
                 )
             return
-        end = self._rows.row_end(request)
+        end = self._rows.seq_end(request)
         allowed = (end,) if account.begins else (0, end, end - start)
         if report.wrote not in allowed:
             raise StateError(
@@ -146,7 +146,7 @@ class StateCheck:
         name, own = request.request_id, [page.block_id for page in self._pages.owners.get(request.request_id, ())]
         if list(pages) != own[: len(pages)]:
             raise StateError(f"request {name} has the pages {list(pages)} in the worker, {own} in the scheduler")
-        end = report.stored if self._rows.is_causal else self._rows.row_end(request)
+        end = report.stored if self._rows.is_causal else self._rows.seq_end(request)
         if len(pages) * self._pages.page_size < end:
             raise StateError(
                 f"request {name} has {len(pages)} pages of {self._pages.page_size} in the worker, but K/V of {end} "

@@ -22,7 +22,7 @@ from vllm_dllm.constraint.compile import TokenBytes, compile_tokens
 from vllm_dllm.constraint.json_object import json_object_automaton
 from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_automaton, kept
 from vllm_dllm.constraint.schema import escape, schema_regex
-from vllm_dllm.constraint.tags import tag_regex
+from vllm_dllm.constraint.tags import tag_automaton
 from vllm_dllm.constraint.turns import Turns
 from vllm_dllm.engine.configs import settings_of
 from vllm_dllm.engine.refusals import RequestError
@@ -202,7 +202,7 @@ def _over_bytes(kind: str, value: str, space: str) -> ByteAutomaton:
     if kind == "json_object" or (parsed in ({}, {"type": "object"}) and space == _SPACE):
         return json_object_automaton()
     try:
-        return byte_automaton(tag_regex(parsed, space) if kind == "structural_tag" else schema_regex(parsed, space))
+        return tag_automaton(parsed, space) if kind == "structural_tag" else byte_automaton(schema_regex(parsed, space))
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ConstraintError(f"it is malformed ({type(error).__name__}: {error}); correct it") from None
 

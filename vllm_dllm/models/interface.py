@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vllm_dllm.config import DllmConfig, InvalidOptionError
+from vllm_dllm.config import NOTHING_BEHIND, DllmConfig, InvalidOptionError
 from vllm_dllm.names import KvPolicyName
 
 
@@ -204,10 +204,15 @@ def config_classes() -> dict[str, str]:
 
 
 def check_family(settings: DllmConfig, family: ModelFamily) -> None:
-    """Check that a server's KV policy is one for the family's attention.
+    """Check that a server's KV policy is one for the family's attention, and its horizon.
 
     Raises: InvalidOptionError.
     """
+    if settings.horizon is not None and family.attention != "bidirectional":
+        name = "additional_config.dllm.horizon"
+        raise InvalidOptionError(
+            f"{name} is {settings.horizon}, but {NOTHING_BEHIND}; remove it", name, settings.horizon
+        )
     if settings.kv_policy in family.kv_policies:
         return
     reason = {

@@ -119,7 +119,7 @@ class _Predictor:
         logits = self._forward(0, tokens, first, last, is_refresh)
         if self.cfg_scale == 0:
             return logits
-        masked = tokens.masked_fill(self.is_prompt, self.model.config.mask_token_id)
+        masked = tokens.masked_fill(self.is_prompt[: len(tokens)], self.model.config.mask_token_id)
         unguided = self._forward(1, masked, first, last, is_refresh)
         return unguided + (self.cfg_scale + 1) * (logits - unguided)
 
@@ -157,12 +157,16 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     rules: Rules = LLADA,
     constraint: Constraint | None = None,
     ends: Ends = NO_ENDS,
+    horizon: int | None = None,
 ) -> Generation:
     """Generate `gen_length` tokens after a prompt [prompt_len] int64, block by block.
 
     Without `ends` EOS ends nothing: the tokens after it are decoded too, as published. With them decoding stops at the
-    step that reaches the end, and what is behind may be masked. Prompt positions are never masked, whatever
-    their ids. Raises ValueError for lengths that do not divide.
+    step that reaches the end, and what is behind may be masked. Prompt positions are never masked, whatever their ids.
+    Raises ValueError for lengths that do not divide.
+
+    With a `horizon` (ours) the model sees no masks further behind than so many blocks from where the one under way
+    begins: the sequence grows with each block.
     """
     steps = steps_per_block(gen_length, block_length, policy.steps)
     rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.is_cached)
@@ -171,7 +175,9 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     predictor = _Predictor(model, ~is_masked, sampling.cfg_scale, rules.logit_shift)
     history: list[Tensor] = []
     for begin in range(len(prompt), len(tokens), block_length):
-        end = begin + block_length
+        end, seq_len = begin + block_length, len(tokens)
+        if horizon is not None:
+            seq_len = min(seq_len, begin + horizon * block_length)
         block = Block(begin, block_length, block_length, steps, policy, sampling, rules, model.config.eos_token_id)
         block = under(constraint, block, tokens[len(prompt) : begin])
         in_block = torch.zeros_like(is_masked)
@@ -179,8 +185,8 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         step = 0
         # The published loops of LLaDA and Dream go on; but a forward that unmasks nothing changes nothing.
         while is_masked[begin:end].any():
-            first, last = kv.span(step, begin, end, len(tokens))
-            logits = predictor.logits(tokens, first, last)
+            first, last = kv.span(step, begin, end, seq_len)
+            logits = predictor.logits(tokens[:seq_len], first, last)
             known = Known(tokens, is_masked, len(prompt))
             chosen, chosen_tokens = decide(known, logits, (is_masked & in_block)[first:last], first, block)
             tokens[first + chosen] = chosen_tokens

@@ -64,13 +64,15 @@ class _Calls:
 class _DualCache:
     """What a block sees under the dual cache: the keys and values of the refresh that it begins with."""
 
-    def __init__(self, model: Model, logit_shift: bool) -> None:
+    def __init__(self, model: Model, logit_shift: bool, horizon: int | None) -> None:
         self.model = model
+        self.horizon = horizon
         self.logit_shift = logit_shift
 
     def begin_block(self, tokens: Tensor, begin: int, end: int) -> Tensor | None:
         """Refresh; the refresh sees the block too, all masked, so it predicts it: [end - begin, vocab]."""
-        rows, self.kept = self.model.forward(tokens, 0, None)
+        visible_end = None if self.horizon is None else begin + self.horizon * (end - begin)
+        rows, self.kept = self.model.forward(tokens[:visible_end], 0, None)
         self.predicted = (shift(rows, rows[:1]) if self.logit_shift else rows)[begin:end]
         return self.predicted
 
@@ -285,6 +287,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
     sampling: Sampling,
     rules: Rules = LLADA,
     ends: Ends = NO_ENDS,
+    horizon: int | None = None,
 ) -> SpiffyGeneration:
     """Generate what `decode.generate` does under the dual cache, or `block_causal.generate`, in fewer calls.
 
@@ -293,12 +296,11 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         prompt: [prompt_len] int64.
         graph: the draft graph.
         budget: most drafts per call, the look-ahead counted as `NUM_NODES`; 0 is the decoder itself.
-        gen_length: as the decoder's.
-        block_length: positions per block.
+        gen_length, block_length: as the decoder's.
         policy: the unmasking policy.
         sampling: how tokens are chosen; without guidance.
         rules: those of the model's family.
-        ends: as the decoder's.
+        ends, horizon: as the decoder's.
     """
     prompt_len = len(prompt)
     context: _DualCache | _StoredBlocks
@@ -309,7 +311,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
     else:
         steps = steps_per_block(gen_length, block_length, policy.steps)
         first_begin, seq_len = prompt_len, prompt_len + gen_length
-        context = _DualCache(model, rules.logit_shift)
+        context = _DualCache(model, rules.logit_shift, horizon)
     tokens = torch.cat((prompt, prompt.new_full((seq_len - prompt_len,), model.config.mask_token_id)))
     has_look_ahead = rules.attention == "block_causal" and budget >= MIN_BUDGET and block_length <= MAX_BLOCK_LENGTH
     num_drafts = budget - NUM_NODES * has_look_ahead

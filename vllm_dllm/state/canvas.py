@@ -16,7 +16,7 @@ from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.edits import NO_EDITS, EditState, LogitEdits, scene_of
-from vllm_dllm.state.ends import NO_ENDS, Ends, EndState
+from vllm_dllm.state.ends import NEVER, NO_ENDS, Ends, EndState
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
@@ -44,6 +44,7 @@ class RequestParams:
     top_k: int  # 0 keeps all
     top_p: float
     seed: int  # any 64-bit signed value
+    horizon: int = NEVER  # positions that the sequence has from the block under way on, at most
     edits: LogitEdits = NO_EDITS
     ends: Ends = NO_ENDS
 
@@ -57,7 +58,7 @@ class Blocks:
     start: Tensor  # [num_reqs] int64, absolute position of each block
 
 
-_INTS = ("policy_id", "prompt_len", "seq_len", "top_k", "seed")
+_INTS = ("policy_id", "prompt_len", "seq_len", "horizon", "top_k", "seed")
 _CREDIT = ("credit_alpha", "credit_beta", "credit_gamma")
 _FLOATS = ("threshold", "factor", "entropy_bound", *_CREDIT, "alg_temp", "temperature", "top_p")
 
@@ -143,6 +144,13 @@ class CanvasState:
         """[max_num_reqs] int64 on the host."""
         row: np.ndarray = self._ints_np[_INTS.index("seq_len")]
         return row
+
+    def seq_end_np(self, slots_np: np.ndarray, block_start: np.ndarray) -> np.ndarray:
+        """Return where the sequences of requests end while their blocks begin at `block_start`, [num_reqs] each."""
+        end: np.ndarray = np.minimum(
+            self.seq_len_np[slots_np], block_start + self._ints_np[_INTS.index("horizon"), slots_np]
+        )
+        return end
 
     def policy_params(self, blocks: Blocks) -> PolicyParams:
         """Gather the policies of some requests."""

@@ -1,0 +1,35 @@
+"""Requests whose sequences grow by blocks, beside others that have all their masks from the beginning."""
+
+import dataclasses
+from typing import Any
+
+from tests.e2e.rig import Case, Oracle, run_outputs, step_all
+
+
+def growing(cases: list[Case]) -> list[Case]:
+    """Let three of four cases grow, of lengths that give them something to grow to."""
+    horizons = (1, 2, None, 3)
+    return [
+        dataclasses.replace(case, horizon=horizons[i % 4], max_tokens=max(case.max_tokens, 37), steps=None)
+        for i, case in enumerate(cases)
+    ]
+
+
+def check_growing(llm: Any, oracle: Oracle, cases: list[Case], settings: dict[str, Any]) -> None:
+    """Compare tokens and forwards without drafts, also of requests that are preempted as they grow."""
+    cases = growing(cases)
+    outputs = run_outputs(llm, cases)
+    expected = [oracle.tokens(case, settings) for case in cases]
+    assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+    took = [output.kv_transfer_params["dllm"] for output in outputs]
+    assert [n["nfe"] + n["accepted"] for n in took if not n["accepted"]] == [
+        oracle.generation(case, settings).nfe for case, n in zip(cases, took, strict=True) if not n["accepted"]
+    ]
+    whole = [oracle.tokens(dataclasses.replace(case, horizon=None), settings) for case in cases]
+    assert sum(a != b for a, b in zip(expected, whole, strict=True)) > len(cases) / 4, "growing says nothing here"
+    assert step_all(llm, cases[:6], _preempts) == {str(i): tokens for i, tokens in enumerate(expected[:6])}
+
+
+def _preempts(number: int, llm: Any) -> None:
+    if number % 11 == 7:
+        assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
