@@ -9,7 +9,6 @@ from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
     DllmConfig,
     InvalidOptionError,
-    PolicyName,
     RequestOptions,
     check_policy_options,
     parse_request_options,
@@ -17,7 +16,8 @@ from vllm_dllm.config import (
     request_steps,
 )
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, check_family
-from vllm_dllm.names import POLICY_ALIASES
+from vllm_dllm.names import PolicyName
+from vllm_dllm.policy_options import POLICY_ALIASES
 
 
 def test_defaults() -> None:

@@ -15,18 +15,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
-from vllm_dllm.names import POLICY_ALIASES, AttentionName, KvPolicyName, PolicyName, ServedMode
+from vllm_dllm.names import AttentionName, KvPolicyName, ServedMode
+from vllm_dllm.policy_options import (
+    WithParameters,
+    allowed_policies,
+    known_policy,
+    options_of,
+)
 
 REQUEST_PREFIX = "dllm_"
 # Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 # Each type's description says what is allowed, in error messages.
-_Policy = Annotated[
-    PolicyName,
-    BeforeValidator(lambda name: POLICY_ALIASES.get(name, name) if isinstance(name, str) else name),
-    Field(description=", ".join(map(repr, (*get_args(PolicyName), *POLICY_ALIASES)))),
-]
+_Policy = Annotated[str, BeforeValidator(known_policy), Field(description="the names of policies")]
 _Threshold = Annotated[float, Field(gt=0.0, le=1.0, description="numbers above 0 and up to 1")]
 _Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False, description="finite numbers above 0")]
 _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
@@ -39,8 +41,8 @@ _Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
 NOTHING_BEHIND = "the model's blocks see nothing behind them, so that a sequence grows by itself; allowed is null"
 
 
-class DllmConfig(BaseModel):
-    """Settings of a server.
+class DllmConfig(WithParameters):
+    """Settings of a server; besides these the parameters of policies without a native twin (docs/policies.md).
 
     Attributes:
         block_length: positions denoised together (tokens).
@@ -124,7 +126,7 @@ class DllmConfig(BaseModel):
         return self
 
 
-class RequestOptions(BaseModel):
+class RequestOptions(WithParameters):
     """Unmasking policy of one request, where None means the server's setting, what it shows, and its drafts."""
 
     model_config = STRICT
@@ -146,27 +148,6 @@ class RequestOptions(BaseModel):
 
 OWN_OPTIONS = {"steps", "stream", "speculation", "budget"}
 """Those that no setting of a server is the default of."""
-
-POLICY_OPTIONS: dict[PolicyName, tuple[str, ...]] = {
-    "static": ("steps", "alg_temp"),
-    "random": ("steps",),
-    "threshold": ("threshold",),
-    "factor": ("factor",),
-    "margin": ("steps", "alg_temp"),
-    "entropy": ("steps", "alg_temp"),
-    "origin": ("steps",),
-    "sequential": ("steps",),
-    "dynamic": ("threshold", "steps"),
-    "entropy_bounded": ("entropy_bound",),
-    "credit": ("threshold", "credit_alpha", "credit_beta", "credit_gamma"),
-}
-"""The options each policy takes; a request that gives another one is refused, since it would have no effect."""
-
-
-def policy_settings(policy: PolicyName) -> tuple[str, ...]:
-    """Return the fields of `DllmConfig` that a policy reads."""
-    return tuple("steps_per_block" if option == "steps" else option for option in POLICY_OPTIONS[policy])
-
 
 REQUEST_KEYS = tuple(REQUEST_PREFIX + name for name in RequestOptions.model_fields)
 
@@ -258,8 +239,8 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
         raise InvalidOptionError(f"{name} is {options.horizon}, but {NOTHING_BEHIND}; remove it", name, options.horizon)
     given = options.model_dump(exclude={"policy", "horizon", *OWN_OPTIONS} - {"steps"}, exclude_none=True)
     for name, value in given.items():
-        if name not in POLICY_OPTIONS[policy]:
-            allowed = ", ".join(REQUEST_PREFIX + option for option in POLICY_OPTIONS[policy])
+        if name not in options_of(policy):
+            allowed = ", ".join(REQUEST_PREFIX + option for option in options_of(policy)) or "none"
             raise InvalidOptionError(
                 f"{REQUEST_PREFIX}{name} is {value!r}, but the request's policy {policy!r} does not use it; allowed is "
                 f"{allowed}; remove it or choose another {REQUEST_PREFIX}policy",
@@ -271,6 +252,10 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
 def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> InvalidOptionError:
     """Turn the first finding of the schema library into our three-part message."""
     finding = error.errors()[0]
+    if finding["type"] == "parameter":
+        name, value, allowed = (finding["ctx"][key] for key in ("name", "value", "allowed"))
+        name = prefix + (name.replace("_", "-") if prefix == "--" else name)
+        return InvalidOptionError(f"{name} is {value!r:.80}, allowed are {allowed}; give one of these", name, value)
     if not finding["loc"]:  # a rule between fields, whose text is already ours
         message = finding["msg"].removeprefix("Value error, ")
         if prefix == "--":  # fields are named as the options that they are
@@ -287,7 +272,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inva
         meant = nearest(field, model.model_fields)
         todo = f"did you mean {prefix + meant!r}?" if meant else "remove or rename it"
         return InvalidOptionError(f"{name} is not known; allowed are {', '.join(names)}; {todo}", name, value)
-    allowed = _allowed(model.model_fields[field])
+    allowed = allowed_policies() if field == "policy" else _allowed(model.model_fields[field])
     todo = did_you_mean(value, re.findall(r"'(\w+)'", allowed), "give one of these")
     return InvalidOptionError(f"{name} is {reprlib.repr(value)}, allowed are {allowed}; {todo}", name, value)
 
@@ -341,7 +326,7 @@ def request_steps(options: RequestOptions, settings: DllmConfig, max_tokens: int
     return steps
 
 
-def _is_even(policy: PolicyName, steps_per_block: int, block_length: int) -> bool:
+def _is_even(policy: str, steps_per_block: int, block_length: int) -> bool:
     """Tell whether a policy's steps follow from its canvases.
 
     Under `dynamic` a block may have any number of masked positions before a step. So it has to be known without the

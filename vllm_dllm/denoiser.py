@@ -14,19 +14,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vllm_dllm.apart import DecidedStep, keep_of
 from vllm_dllm.constraint.step import ConstrainedStep
 from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import Draw, torch_draws
+from vllm_dllm.state.records import Asking
+from vllm_dllm.state.report import POLICY_FAILED, Column
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.head import Head
+from vllm_dllm.unmask.logprobs import LogprobHead, TokenLogprobs, Unmasked
 from vllm_dllm.unmask.memory import select
 from vllm_dllm.unmask.policy import asked_ids
 from vllm_dllm.unmask.stats import Candidates
-from vllm_dllm.unmask.walk import NO_STATE, Nodes, Trajectory, Walk, walk
+from vllm_dllm.unmask.walk import NO_STATE, Kept, Nodes, Trajectory, Walk, walk
 
 POLICY_CANDIDATES = 2
 """Most probable tokens of a row that a policy looks at: `margin` compares two."""
@@ -52,6 +56,7 @@ class Denoiser:
         walk: decides canvases.
         settle: ends steps.
         draw: says how tokens are drawn.
+        logprob_head: makes log-probabilities; None: nobody may ask for them.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Denoiser:
         walk: Walk = walk,
         settle: Settle = settle,
         draw: Draw = torch_draws,
+        logprob_head: LogprobHead | None = None,
     ) -> None:
         self.state = state
         self.drafter = drafter
@@ -71,6 +77,8 @@ class Denoiser:
         self.walk = walk
         self._settle = settle
         self._draw = draw
+        self.logprob_head = logprob_head
+        self._found: tuple[Asking, Unmasked, TokenLogprobs] | None = None  # by the step that was decided last
         self.observer: Callable[[Observation], None] | None = None
 
     def nodes(self, blocks: Blocks, num_drafts: int, *, looks_ahead: bool = False) -> Nodes:
@@ -88,6 +96,7 @@ class Denoiser:
     def begin_blocks(self, slots: Tensor, where: Tensor) -> None:
         """Begin a new block for those of the given slots that `where` [num_reqs] bool marks."""
         self.state.reset(slots, where)
+        self.state.apart.begin(slots[where])
         if self.drafter is not None and self.drafter.memory is not None:
             self.drafter.memory.forget(slots, where)
 
@@ -109,7 +118,7 @@ class Denoiser:
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
         edits, keep = self.state.row_edits(blocks, nodes)
-        ids = _row_ids(nodes, asked_ids(remembered), edits)
+        ids = _row_ids(nodes, _asked(nodes, asked_ids(remembered), self.state.asks_known(blocks)), edits)
         sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
         stats = self.head(rows, sampling, num_candidates, ids)
         params = self.state.policy_params(blocks)
@@ -117,6 +126,8 @@ class Denoiser:
         done = decide(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
         if nodes.constrained is not None:
             done = self._under_constraints(nodes.constrained, blocks, nodes, stats, done)
+        done = DecidedStep(self.state, blocks, nodes, stats, keep_of(keep, nodes.constrained)).others(done)
+        self._found = self._logprobs(blocks, nodes, done, rows, ids)
         if self.observer is not None:
             request = torch.arange(len(done.node), device=done.node.device)
             before = nodes.canvas[request, done.node]
@@ -134,34 +145,63 @@ class Denoiser:
             is_void: [num_reqs] bool.
         """
         kept = self.state.policy_state(blocks)
+        apart = tuple(self._void_apart(blocks, each, is_void) for each in done.apart)
         return replace(
             done,
             next_canvas=torch.where(is_void[:, None], self.state.canvas[blocks.slots], done.next_canvas),
             is_finished=done.is_finished & ~is_void,
             num_unmasked=done.num_unmasked * ~is_void,  # so it has not reached an end, either
             state=select(is_void, kept, done.state),
+            apart=apart,
         )
 
+    def _void_apart(self, blocks: Blocks, own: Kept, is_void: Tensor) -> Kept:
+        before = self.state.apart.state(own.name, blocks.slots[own.request])
+        return replace(own, state=select(is_void[own.request], before, own.state))
+
     def settle(self, blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger) -> Emission:
-        """Keep what `advance` came to, emit the blocks that it finished, begin those behind: see `state.settle`."""
+        """Keep what `advance` came to, emit blocks that are finished or that an answer ends in: see `state.settle`."""
         drafts = None if self.drafter is None else self.drafter.memory
         emission = self._settle(self.state, drafts, blocks, nodes, done, ledger)
+        is_emitted = emission.num_sampled[: len(done.node)] > 0
+        begins = is_emitted & ~done.came_over
+        for own in done.apart:
+            self.state.apart.keep(own.name, blocks.slots[own.request], own.state, begins[own.request])
+            # A canvas without masks may have taken a forward too.
+            took = (done.num_steps[own.request] > 0) & (emission.report[own.request, Column.REFRESHES] == 0)
+            emission.report[own.request, Column.FORWARDS] = took.int()
+        if done.failed:
+            emission.report[list(done.failed), Column.FAULTS] = POLICY_FAILED
         if nodes.constrained is not None:
             nodes.constrained.take(done.canvas, done.is_finished)
         if drafts is not None and ledger.begun is not None:
             drafts.forget(blocks.slots, ledger.begun.bool())
+        if self._found is not None:
+            logprobs = self.state.records.take(*self._found, ledger.num_known - blocks.start, is_emitted)
+            emission = replace(emission, logprobs=logprobs)
         if ledger.missing is None:
             return emission
         missing = pad(ledger.missing.int(), (0, ledger.num_batch - len(ledger.missing)))
         fewer = missing * (emission.num_sampled > 0)
         return replace(emission, num_sampled=emission.num_sampled - fewer, num_rejected=emission.num_rejected + fewer)
 
+    def _logprobs(
+        self, blocks: Blocks, nodes: Nodes, done: Trajectory, hidden: Tensor, ids: RowIds | None
+    ) -> tuple[Asking, Unmasked, TokenLogprobs] | None:
+        """Return those of the tokens that a step unmasked, of the requests that ask for them."""
+        asking = self.state.records.asking(blocks.slots, blocks.slots_np)
+        if asking is None:
+            return None
+        assert self.logprob_head is not None, "nobody may ask without"
+        unmasked = Unmasked.of(nodes, done, asking.place, self.state.mask_token_id)
+        return asking, unmasked, unmasked.log_probs(self.logprob_head, hidden, ids, asking.num_top)
+
     def _under_constraints(
         self, own: ConstrainedStep, blocks: Blocks, nodes: Nodes, stats: PartialStats, done: Trajectory
     ) -> Trajectory:
         """Decide the requests under a constraint again, as it has them unmask; the others did what `done` says."""
         request = torch.from_numpy(own.request).to(blocks.slots.device)
-        theirs = Blocks(blocks.slots[request], blocks.slots_np[own.request], blocks.start[request])
+        theirs = blocks.of(own.request)
         decided = walk(
             nodes.of(request),
             nodes.rows(stats, request),
@@ -189,19 +229,36 @@ class Denoiser:
         self.head(hidden, sampling, POLICY_CANDIDATES if self.drafter is None else MAX_CANDIDATES)
 
 
+def _asked(nodes: Nodes, asked: Tensor | None, asks_known: Tensor | None) -> Tensor | None:
+    """Return the ids that policies ask for; [num_reqs, num_nodes, block_length, num_given] int64.
+
+    Args:
+        nodes: the canvases.
+        asked: [num_reqs, block_length, num_given] int64, by what policies remember; None: nothing.
+        asks_known: [num_reqs] bool, of whom the known tokens of each canvas are asked for; None: of nobody.
+    """
+    ids = None if asked is None else asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)
+    if asks_known is None:
+        return ids
+    known = torch.where(asks_known[:, None, None] & ~nodes.is_masked, nodes.canvas, -1)[..., None]
+    if ids is None:
+        return known
+    return torch.cat([torch.maximum(ids[..., :1], known), ids[..., 1:]], -1)  # nobody asks for both
+
+
 def _row_ids(nodes: Nodes, asked: Tensor | None, edits: RowEdits | None) -> RowIds | None:
     """Return which ids evaluated rows ask for, of those that policies ask for, and may take, by their constraints.
 
     Args:
         nodes: the canvases.
-        asked: [num_reqs, block_length, num_given] int64.
+        asked: [num_reqs, num_nodes, block_length, num_given] int64.
         edits: of the rows.
     """
     if asked is None and nodes.constrained is None and edits is None:
         return None
     given = allowed = None
     if asked is not None:
-        given = nodes.per_evaluated(asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1).contiguous()
+        given = nodes.per_evaluated(asked).flatten(0, 1).contiguous()
     if nodes.constrained is not None:
         place, sets = nodes.constrained.row_bits(len(nodes.canvas), nodes.canvas.device)
         allowed = sets[nodes.per_evaluated(place).flatten()]

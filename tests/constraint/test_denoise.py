@@ -24,6 +24,7 @@ from tests.draft.test_exact import (
     drafter_of,
 )
 from tests.draft.test_exact_cases import ALTERNATIVES, CHAIN, request
+from tests.unmask.edited import Shown, check_shown, note_shown
 from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.constraint.automaton import Automaton
 from vllm_dllm.constraint.compile import TokenBytes, compile_tokens
@@ -33,11 +34,13 @@ from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.names import PolicyName
 from vllm_dllm.reference import block_causal, decode
 from vllm_dllm.reference.constraint import Constraint
-from vllm_dllm.reference.decode import KvPolicy
+from vllm_dllm.reference.decode import Generation, KvPolicy
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import native_draws
+from vllm_dllm.state.records import NO_LOGPROBS
 from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
+from vllm_dllm.unmask.logprobs import LogprobHead
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.walk import native_walk
 
@@ -45,6 +48,7 @@ TEXTS = {0: b"a", 2: b"b", 4: b"ab", 5: b"ba", 6: b"aab", 7: b"b", 8: b"bb", 9: 
 OTHER_END = 12
 TOKENS = TokenBytes.of(TEXTS, VOCAB, [EOS, OTHER_END])
 FREE = None
+NUM_TOP = 3
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,12 @@ def denoise(
     num_blocks: int,
     is_native: bool,
     rules: UnmaskRules,
+    shown: dict[int, list[Shown]] | None = None,
 ) -> tuple[list[list[int]], int]:
-    """Decode all blocks of all requests, each in its own time; returns what they generated, and all forwards."""
+    """Decode all blocks of all requests, each in its own time; returns what they generated, and all forwards.
+
+    With `shown` all ask for log-probabilities, which are put there, by request.
+    """
     block_length, num_reqs = model.block_length, len(asked)
     state = CanvasState(num_reqs, block_length, MASK, CPU, rules)
     tokens: list[list[int]] = []
@@ -106,13 +114,15 @@ def denoise(
         answer = None
         if each.regex is not None:
             answer = Answer(each.automaton(), len(tail), len(tail) + each.length, end, 0, block_length)
-        state.add_request(slot, each.request.params(rules, block_length, end), answer)
+        params = each.request.params(rules, block_length, end)
+        state.add_request(slot, replace(params, num_logprobs=NO_LOGPROBS if shown is None else NUM_TOP), answer)
         state.canvas[slot, : len(tail)] = torch.tensor(tail, dtype=torch.int64)
         tokens.append([])
     state.apply_staged_writes()
-    head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
+    head = LogitsHead(torch.clone, VOCAB, MASK, is_native=is_native)
     ops = (native_walk, native_settle, native_draws) if is_native else ()
-    denoiser = Denoiser(state, drafter_of(graph, is_native=is_native), head, *ops)
+    logprob_head = LogprobHead(torch.clone, VOCAB, MASK)
+    denoiser = Denoiser(state, drafter_of(graph, is_native=is_native), head, *ops, logprob_head=logprob_head)
     forwards = 0
     while slots := [slot for slot in range(num_reqs) if len(tokens[slot]) < num_blocks * block_length]:
         start = torch.tensor([len(tokens[slot]) for slot in slots])
@@ -120,7 +130,10 @@ def denoise(
         nodes = denoiser.nodes(blocks, budget if graph is not None else 0)
         forwards += len(slots)
         done = denoiser.advance(blocks, nodes, model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1))
-        denoiser.settle(blocks, nodes, done, Ledger(len(slots), start, torch.zeros_like(start)))
+        known = torch.maximum(start, torch.tensor([len(asked[slot].request.tail) for slot in slots]))
+        emission = denoiser.settle(blocks, nodes, done, Ledger(len(slots), known, torch.zeros_like(start)))
+        if shown is not None:
+            note_shown(shown, slots, emission)
         assert (done.num_unmasked > 0).all(), "a step unmasks something"
         for row, slot in enumerate(slots):
             if done.is_finished[row]:
@@ -128,18 +141,16 @@ def denoise(
     return [each[len(own.request.tail) :] for each, own in zip(tokens, asked, strict=True)], forwards
 
 
-def reference(model: SyntheticModel, asked: Asked, num_blocks: int, rules: UnmaskRules) -> list[int]:
+def reference(model: SyntheticModel, asked: Asked, num_blocks: int, rules: UnmaskRules) -> Generation:
     options = asked.request.reference(model.block_length)
     options["gen_length"] = num_blocks * model.block_length - len(asked.request.tail)
     policy = options["policy"]
     prompt = torch.tensor(asked.request.tail, dtype=torch.int64)
     if rules is SDAR:
-        found = block_causal.generate(model, prompt, constraint=asked.constraint(), **options)
-    else:
-        options["policy"] = replace(policy, steps=policy.steps and policy.steps * num_blocks)
-        kv, of_family = KvPolicy("dual"), REFERENCE_RULES[rules]
-        found = decode.generate(model, prompt, kv=kv, rules=of_family, constraint=asked.constraint(), **options)
-    return found.tokens.tolist()
+        return block_causal.generate(model, prompt, constraint=asked.constraint(), **options)
+    options["policy"] = replace(policy, steps=policy.steps and policy.steps * num_blocks)
+    kv, of_family = KvPolicy("dual"), REFERENCE_RULES[rules]
+    return decode.generate(model, prompt, kv=kv, rules=of_family, constraint=asked.constraint(), **options)
 
 
 def ask(name: PolicyName, number: int, rules: UnmaskRules, block_length: int, size: int) -> Asked:
@@ -166,14 +177,18 @@ def test_drafts_change_no_token_and_every_answer_matches(rules: UnmaskRules, is_
     common = {"num_blocks": num_blocks, "is_native": is_native, "rules": rules}
     plain, forwards = denoise(model, asked, None, 0, **common)
     for own, tokens in zip(asked, plain, strict=True):
-        assert tokens == reference(model, own, num_blocks, rules), own
+        assert tokens == reference(model, own, num_blocks, rules).tokens.tolist(), own
         if own.regex is not None:
             assert own.text(tokens) is not None
             assert re.fullmatch(own.regex, own.text(tokens)), own
     for graph, budget in ((CHAIN, 7), (ALTERNATIVES, 5)):
-        drafted, fewer = denoise(model, asked, graph, budget, **common)
+        shown: dict[int, list[Shown]] = {}
+        drafted, fewer = denoise(model, asked, graph, budget, **common, shown=shown)
         assert drafted == plain
         assert fewer < forwards
+        for slot, own in enumerate(asked):
+            expected = reference(model, own, num_blocks, rules)
+            check_shown(shown[slot], plain[slot], expected.log_probs, NUM_TOP)
 
 
 def test_free_requests_are_as_without_the_others():

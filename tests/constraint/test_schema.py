@@ -96,6 +96,13 @@ def test_what_is_written_meets_the_schema() -> None:
     assert seen > 600
 
 
+def test_there_is_no_year_0() -> None:
+    """RFC 3339 has one, and clients' libraries of dates do not."""
+    found = automaton(schema_regex({"type": "string", "format": "date"}))
+    years = ["0000", "0001", "0010", "0100", "1000", "0909", "9999"]
+    assert [year for year in years if not found.accepts(f'"{year}-02-28"'.encode())] == ["0000"]
+
+
 def test_a_reply_of_any_usual_writing_is_possible() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["b"]}
     found = automaton(schema_regex(schema))

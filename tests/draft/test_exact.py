@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dllm.config import POLICY_OPTIONS, PolicyName
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.drafter import Drafter
@@ -23,6 +22,8 @@ from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
 from vllm_dllm.draft.native import native_nodes, torch_nodes
 from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.names import PolicyName
+from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.reference import block_causal, decode, policy, spiffy
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.sampling import Sampling

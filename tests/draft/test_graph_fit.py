@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from tests.draft.example_graph import FILE, GRAPH, PROVENANCE
-from vllm_dllm.config import DllmConfig, PolicyName
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft import graph_file
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.graph_file import (
@@ -21,6 +21,7 @@ from vllm_dllm.draft.graph_file import (
 from vllm_dllm.draft.graph_schema import ModelShape, PromptsFile, Provenance
 from vllm_dllm.draft.merge import merge_graphs
 from vllm_dllm.errors import GraphError
+from vllm_dllm.names import PolicyName
 
 
 @pytest.mark.parametrize("policy", get_args(PolicyName))

@@ -9,14 +9,11 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.e2e.edited import with_edits
-from tests.e2e.rig import CHECKPOINT, Case, Oracle
-from tests.e2e.sdar import SdarOracle
+from tests.e2e.rig import CHECKPOINT, Case, Oracle, step_all
 from vllm_dllm.constraint.json_object import json_object_automaton
 from vllm_dllm.constraint.regex import ByteAutomaton, byte_automaton
 from vllm_dllm.constraint.schema import schema_regex
-from vllm_dllm.reference import block_causal, decode
 from vllm_dllm.reference.constraint import Constraint
-from vllm_dllm.reference.decode import KvPolicy
 
 SCHEMA = {
     "type": "object",
@@ -73,14 +70,9 @@ def _run(table: ByteAutomaton, state: int, text: bytes) -> int:
 def expected(oracle: Oracle, case: Case, settings: dict[str, Any], asked: dict[str, Any] | None) -> list[int]:
     if asked is None:
         return oracle.tokens(case, settings)
-    options = oracle._options(case, settings) | {"constraint": constraint_of(asked, case.max_tokens, oracle.end_ids)}
-    prompt = torch.tensor(case.prompt)
-    if isinstance(oracle, SdarOracle):
-        found = block_causal.generate(oracle.model, prompt, **options)
-    else:
-        kv = KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"))
-        found = decode.generate(oracle.model, prompt, kv=kv, **options)
-    return found.tokens.tolist()[: case.max_tokens]
+    constraint = constraint_of(asked, case.max_tokens, oracle.end_ids)
+    tokens: list[int] = oracle._generate(case, settings, constraint=constraint).tokens.tolist()
+    return tokens[: case.max_tokens]
 
 
 def params_of(case: Case, asked: dict[str, Any] | None) -> Any:
@@ -120,3 +112,14 @@ def beside_edited(cases: list[Case], seed: int, asked: Any = ASKED, max_tokens: 
         its = asked[i // 2 % len(asked)] if i % 2 else None
         mixed.append(Asking(dataclasses.replace(case, max_tokens=max_tokens, steps=None) if its else case, its))
     return mixed
+
+
+def check_beside_edited(llm: Any, oracle: Oracle, settings: dict[str, Any], cases: list[Case], seed: int) -> None:
+    """Run cases as `beside_edited` has them: tokens are the reference's, and answers meet what is asked for."""
+    mixed = beside_edited(cases, seed)
+    tokens = step_all(llm, mixed)
+    for i, (case, asked) in enumerate((each.case, each.asked) for each in mixed):
+        assert tokens[str(i)] == expected(oracle, case, settings, asked), (case, asked)
+        if asked is not None:
+            check_text(tokens[str(i)], asked)
+    assert sum(each.asked is not None for each in mixed) >= 6

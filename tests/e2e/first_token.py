@@ -94,7 +94,7 @@ class FirstTokenOracle(Oracle):
         server = DllmConfig(**self.family.settings(self.model.config.block_size))
         return row_blocks(len(case.prompt), case.max_tokens, server, self.max_model_len)
 
-    def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
+    def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
         assert isinstance(self.model, Qwen)
         block_length, blocks = self.model.config.block_size, self.blocks(case)
         max_tokens = min(case.max_tokens, blocks.end - len(case.prompt))
@@ -102,7 +102,7 @@ class FirstTokenOracle(Oracle):
         own = {"block_length": block_length}
         options = self._options(dataclasses.replace(case, steps=steps), settings | own)
         options |= {"gen_length": max_tokens if self.rules.attention == "causal" else blocks.end - len(case.prompt)}
-        return generate(self.model, torch.tensor(case.prompt), **options)
+        return generate(self.model, torch.tensor(case.prompt), **options, **more)
 
     def cases(self, seed: int) -> list[Case]:
         """Return sixteen requests, see `mixed_cases`: prompts of any length, the mask token in some of Nemotron's."""

@@ -23,10 +23,12 @@ from tests.e2e.wild import EXAMPLES as EXAMPLES
 from tests.e2e.wild import make_wild_checkpoint as make_wild_checkpoint
 from tests.e2e.wild import write_wild as write_wild
 from vllm_dllm.blocks import row_blocks
-from vllm_dllm.config import POLICY_OPTIONS, DllmConfig, PolicyName
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
 from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.names import PolicyName
+from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.reference import spiffy
 from vllm_dllm.reference.decode import KvPolicy, Model, generate
 from vllm_dllm.reference.edits import Edits
@@ -130,9 +132,10 @@ class Oracle:
         """Decode with drafts, under the dual cache."""
         return self._once(self._speculate, case, settings, graph, budget)
 
-    def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
+    def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
+        """Decode anew; `more` are arguments of the reference's."""
         kv = KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"))
-        return generate(self.model, torch.tensor(case.prompt), kv=kv, **self._options(case, settings))
+        return generate(self.model, torch.tensor(case.prompt), kv=kv, **self._options(case, settings), **more)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)

@@ -10,7 +10,8 @@ import torch
 from tests.e2e.interference import check_interference
 from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases, write_wild
 from vllm_dllm.blocks import row_blocks
-from vllm_dllm.config import DllmConfig, PolicyName
+from vllm_dllm.config import DllmConfig
+from vllm_dllm.names import PolicyName
 from vllm_dllm.reference.block_causal import generate
 from vllm_dllm.reference.policy import SDAR, Rules
 from vllm_dllm.reference.qwen import Qwen, QwenConfig
@@ -61,8 +62,8 @@ class SdarOracle(Oracle):
     def __init__(self, checkpoint: Path, max_model_len: int = MAX_MODEL_LEN, rules: Rules = SDAR) -> None:
         super().__init__(checkpoint, Qwen.from_pretrained(checkpoint, torch.float32), rules, max_model_len)
 
-    def _generate(self, case: Case, settings: dict[str, Any]) -> Any:
-        return generate(self.model, torch.tensor(case.prompt), **self._options(case, settings))
+    def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
+        return generate(self.model, torch.tensor(case.prompt), **self._options(case, settings), **more)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", CONFIG["block_size"])

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from tests.e2e.ahead import check_canvases, scheduled_ahead, scheduler_of
-from tests.e2e.constrained import beside_edited, check_text, expected
+from tests.e2e.constrained import beside_edited, check_beside_edited
 from tests.e2e.dream import PUBLISHED, dream_oracle
 from tests.e2e.ended import check_ended, check_forwards
 from tests.e2e.growing import check_growing
+from tests.e2e.logprobs import check_logprobs, run_asking
 from tests.e2e.rig import (
     LLADA_POLICIES,
     MAX_MODEL_LEN,
@@ -60,7 +61,8 @@ class Served:
 
     def check(self, cases: list[Case]) -> None:
         """Compare tokens, and counts of forwards."""
-        outputs = run_outputs(self.llm, cases)
+        outputs = run_asking(self.llm, cases)
+        check_logprobs(outputs, [self.oracle.generation(case, self.settings).log_probs for case in cases])
         assert [list(output.outputs[0].token_ids) for output in outputs] == [self.expected(case) for case in cases]
         check_forwards(self.oracle, cases, self.settings, [o.kv_transfer_params["dllm"] for o in outputs])
 
@@ -155,13 +157,10 @@ def test_constraints_and_edits_beside_free_requests(
 
     monkeypatch.setattr(scheduler.ahead, "may_go_on", lambda request: True)
     monkeypatch.setattr(scheduler.ahead, "reported", spy)
-    mixed = beside_edited(mixed_cases(served.block_length, seed=9, policies=served.policies), seed=4)
-    tokens = step_all(served.llm, mixed)
-    for i, (case, asked) in enumerate((each.case, each.asked) for each in mixed):
-        assert tokens[str(i)] == expected(served.oracle, case, served.settings, asked), (case, asked)
-        if asked is not None:
-            check_text(tokens[str(i)], asked)
+    cases = mixed_cases(served.block_length, seed=9, policies=served.policies)
+    check_beside_edited(served.llm, served.oracle, served.settings, cases, seed=4)
     assert sum(ahead) > len(ahead) / 2, "too few steps ran ahead"
+    mixed = beside_edited(cases, seed=4)
     assert sum(mixed[int(name)].asked is not None for name in voided) >= 4, "too few of theirs were void"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.e2e.constrained import check_beside_edited
 from tests.e2e.dream import OTHERS, PUBLISHED, dream_oracle, make_wild_dream
 from tests.e2e.rig import (
     Case,
@@ -86,6 +87,12 @@ def test_preemption_restarts_the_block_alone(served: Any, oracle: Oracle) -> Non
     assert tokens == {str(i): oracle.tokens(case, settings) for i, case in enumerate(cases)}
 
 
+def test_constraints_and_edits_beside_free_requests(served: Any, oracle: Oracle) -> None:
+    llm, settings = served
+    cases = mixed_cases(settings.get("block_length", 32), seed=9, policies=PUBLISHED)
+    check_beside_edited(llm, oracle, settings, cases, seed=4)
+
+
 def test_a_generation_of_one_block_without_cache_is_dreams_own(dream: Path, oracle: Oracle) -> None:
     """`diffusion_generate` knows no blocks."""
     settings = {"block_length": 61, "refresh_every": 1}
@@ -127,6 +134,8 @@ def test_drafts_change_forwards_and_no_token(
     with engine(mild_dream, settings, **options) as llm:
         outputs = run_outputs(llm, cases)
         check_counts_while_running(llm, cases[:8])
+        constrained = mixed_cases(block_length, seed=9, policies=(*PUBLISHED, *OTHERS))
+        check_beside_edited(llm, mild_oracle, settings, constrained, seed=4)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     assert tokens == [mild_oracle.tokens(case, settings) for case in cases]
     took = [output.kv_transfer_params["dllm"] for output in outputs]

@@ -7,6 +7,7 @@ import pytest
 from vllm.exceptions import VLLMClientError
 
 from tests.e2e.edited import with_edits
+from tests.e2e.logprobs import check_logprobs, run_asking
 from tests.e2e.rig import Case, mixed_cases, run, run_outputs, shared_engine, step_all
 from vllm_dllm.state.edits import LogitEdits
 
@@ -21,7 +22,11 @@ def llm(wild: Path) -> Any:
 
 def test_mixed_batch_equals_reference(llm: Any, oracle: Any) -> None:
     cases = with_edits(mixed_cases(8, seed=31), seed=1)
-    assert run(llm, cases) == [oracle.tokens(case, SETTINGS) for case in cases]
+    outputs = run_asking(llm, cases)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [
+        oracle.tokens(case, SETTINGS) for case in cases
+    ]
+    check_logprobs(outputs, [oracle.generation(case, SETTINGS).log_probs for case in cases])
 
 
 def test_a_preempted_answer_stays_one(llm: Any, oracle: Any) -> None:

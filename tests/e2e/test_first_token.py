@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from tests.e2e.ahead import scheduled_ahead
+from tests.e2e.constrained import check_beside_edited
 from tests.e2e.ended import check_ended, check_forwards
 from tests.e2e.first_token import FirstTokenOracle, make_wild
 from tests.e2e.interference import check_interference
+from tests.e2e.logprobs import check_logprobs, run_asking
 from tests.e2e.rig import (
     Case,
     check_counts_while_running,
@@ -55,7 +57,8 @@ def served(request: pytest.FixtureRequest, oracles: dict[str, FirstTokenOracle])
 def test_mixed_batch_equals_reference(served: Any) -> None:
     llm, oracle, budget = served
     cases = oracle.cases(seed=1)
-    outputs = run_outputs(llm, cases)
+    outputs = run_asking(llm, cases)
+    check_logprobs(outputs, [oracle.generation(case, {}).log_probs for case in cases])
     assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, {}) for case in cases]
     assert len({token for o in outputs for token in o.outputs[0].token_ids}) > 50, "equality says little of such tokens"
     took = [output.kv_transfer_params["dllm"] for output in outputs]
@@ -80,6 +83,12 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any) -> None:
     llm, oracle, _ = served
     cases, every = oracle.cases(seed=6)[:8], oracle.model.config.block_size + 5
     check_interference(llm, cases, lambda case: oracle.tokens(case, {}), lambda number: number % every == 5)
+
+
+def test_constraints_and_edits_beside_free_requests(served: Any) -> None:
+    """A block's first position is decided under the constraint, too, in a step of its own."""
+    llm, oracle, _ = served
+    check_beside_edited(llm, oracle, {}, oracle.cases(seed=9), seed=4)
 
 
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:

@@ -14,6 +14,7 @@ import openai
 import psutil
 import pytest
 
+from tests.e2e import last_words
 from tests.e2e.http import DEADLINE_S, MODEL, complete, server, wait_until
 from tests.e2e.rig import CHECKPOINT, Case, Oracle, make_wild_checkpoint
 from tests.test_dashboard import shown
@@ -48,7 +49,9 @@ def client(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ope
     # Of the page size on a CPU, 128 tokens: two times 3 layers of 2 heads of 32 float32, and the page that vLLM keeps.
     num_bytes = (PAGES_THAT_FIT + 1) * 128 * 2 * 3 * 2 * 32 * 4
     more = ("--max-model-len", "auto", "--kv-cache-memory-bytes", str(num_bytes), "--enable-server-load-tracking")
-    with server(log, SETTINGS, *more, checkpoint=wide, VLLM_SERVER_DEV_MODE="1") as client:
+    more += ("--middleware", "tests.e2e.last_words.HealthWhenDead")
+    variables = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    with server(log, SETTINGS, *more, checkpoint=wide, **variables) as client:
         yield client
 
 
@@ -203,13 +206,25 @@ def test_run_batch(wide: Path, tmp_path: Path) -> None:
     assert "dllm_policy is 'greedy'" in json.dumps(replies["1"]["error"])
 
 
-def test_a_killed_worker_is_an_error_for_everybody(client: openai.OpenAI, pool: ThreadPoolExecutor) -> None:
+def test_a_killed_worker_is_an_error_for_everybody(client: openai.OpenAI) -> None:
+    """The last of this file: it ends the server."""
     (process,) = [each for each in psutil.Process().children() if "serve" in each.cmdline()]
     (worker,) = [each for each in process.children(recursive=True) if "Worker" in each.name()]
-    reply = under_way(client, pool)
-    worker.kill()
-    with pytest.raises(openai.APIError):
-        reply.result(DEADLINE_S)
+    with ThreadPoolExecutor(7) as pool:
+        replies = [pool.submit(read_to_the_end, client, is_stream=i % 2 == 0) for i in range(6)]
+        health = pool.submit(client._client.get, str(client.base_url).replace("/v1/", last_words.PATH))
+        states = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        wait_until(lambda: sum(number(client, state) for state in states) == len(replies))
+        worker.kill()
+        errors = [reply.exception(DEADLINE_S) for reply in replies]
+        assert all(isinstance(error, openai.APIError) for error in errors), errors
+        assert health.result(DEADLINE_S).status_code == 503
     with pytest.raises(openai.APIError):
         complete(client, OTHER)
     assert process.wait(DEADLINE_S) == 1
+
+
+def read_to_the_end(client: openai.OpenAI, *, is_stream: bool) -> None:
+    reply = complete(client, LONG, stream=is_stream)
+    if is_stream:
+        list(reply)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.constrained import beside_edited, expected
-from tests.e2e.rig import Oracle, engine, mixed_cases, random_graph, run, run_outputs, short, speculation, step_all
+from tests.e2e.logprobs import check_logprobs, run_asking
+from tests.e2e.rig import Oracle, engine, mixed_cases, random_graph, run, short, speculation, step_all
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("both cores")]
 
@@ -29,11 +30,12 @@ def test_two_ranks_with_drafts_equal_reference(
     cases, graph = short(mixed_cases(8, seed=8)), random_graph(4, 6, 8)
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_model_len": 256}
     with engine(mild, settings, speculative_config=speculation(graph, 6), **options) as llm:
-        outputs = run_outputs(llm, cases)
+        outputs = run_asking(llm, cases)
         mixed = beside_edited(cases, seed=3, asked=[{"choice": ["yes", "no"]}, {"regex": "[a-z]{3,9}"}], max_tokens=24)
         answers = step_all(llm, mixed)
     for i, each in enumerate(mixed):
         assert answers[str(i)] == expected(mild_oracle, each.case, settings, each.asked), each
+    check_logprobs(outputs, [mild_oracle.generation(case, settings).log_probs for case in cases])
     drafted = [mild_oracle.speculative(case, settings, graph, 6) for case in cases]
     assert [list(o.outputs[0].token_ids) for o in outputs] == [mild_oracle.tokens(case, settings) for case in cases]
     assert [o.kv_transfer_params["dllm"]["accepted"] for o in outputs] == [e.num_accepted for e in drafted]

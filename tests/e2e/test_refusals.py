@@ -29,6 +29,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"diffusion_config": {"canvas_length": 16}}, "diffusion_config is {'canvas_length': 16}"),
     ({"long_prefill_token_threshold": 16}, "long_prefill_token_threshold is 16"),
     ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls is set"),
+    ({"logprobs_mode": "processed_logits"}, "logprobs_mode is 'processed_logits', but diffusion models give"),
     ({"runner": "pooling", "convert": "embed"}, "runner is 'pooling'"),
     ({"kv_offloading_size": 1.0}, "kv_offloading_size is 1.0"),
     ({"attention_backend": "FLASH_ATTN"}, "attention_backend is FLASH_ATTN"),
@@ -108,7 +109,9 @@ def llm(wild: Path) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"logprobs": 0}, "logprobs is 0"),
+        ({"logprobs": 21}, "logprobs is 21, allowed are null and whole numbers from 0 to 20"),
+        ({"logprobs": -1}, "logprobs is -1, allowed are null and whole numbers from 0 to 20"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs is 0"),
         ({"seed": 2**63}, "64-bit signed"),
         ({"extra_args": {"dllm_steps": True}}, "dllm_steps is True"),
         ({"extra_args": {"dllm_threshold": float("nan")}}, "dllm_threshold is nan"),
@@ -125,6 +128,16 @@ def test_offline_refusals_are_value_errors(llm: Any, changes: dict[str, Any], me
         llm.generate([{"prompt_token_ids": [5, 6, 7]}], case.sampling_params(**changes), use_tqdm=False)
     assert message in str(refused.value)
     assert len(run(llm, [case])[0]) == 16
+
+
+@pytest.mark.engine
+def test_beams_are_refused(llm: Any) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    with pytest.raises(
+        ValueError, match=r"logprobs is 4 for a beam of LLM\.beam_search, which grows answers from left"
+    ):
+        llm.beam_search([{"prompt_token_ids": [5, 6, 7]}], BeamSearchParams(beam_width=2, max_tokens=8))
 
 
 WRONG_TYPES: list[tuple[str, Any, str]] = [
@@ -301,7 +314,7 @@ def test_every_sampling_parameter_is_supported_or_refused() -> None:
     supported = {
         *("min_p", "logit_bias", "allowed_token_ids", "bad_words", "min_tokens"),
         *("presence_penalty", "frequency_penalty", "repetition_penalty"),
-        *("n", "temperature", "top_p", "top_k", "seed", "max_tokens", "extra_args"),
+        *("n", "logprobs", "temperature", "top_p", "top_k", "seed", "max_tokens", "extra_args"),
         *("structured_outputs", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"),
         *("detokenize", "skip_special_tokens", "spaces_between_special_tokens", "output_kind", "stream_interval"),
         *("output_text_buffer_length", "skip_clone", "skip_reading_prefix_cache", "flat_logprobs"),

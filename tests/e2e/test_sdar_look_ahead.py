@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.e2e.ended import check_ended, ending
+from tests.e2e.logprobs import check_logprobs, run_asking
 from tests.e2e.rig import Case, engine, model_state, random_graph, run_outputs, shared_engine, speculation, step_all
 from tests.e2e.sdar import SdarOracle, make_wild_sdar, sdar_cases
 from tests.e2e.test_sdar_cache import run_one_late
@@ -68,8 +69,9 @@ def count(came_over: list[torch.Tensor]) -> int:
 def test_look_aheads_come_true_in_a_mixed_batch(served: Any, oracle: SdarOracle, came_over: list[torch.Tensor]) -> None:
     llm, settings, graph = served
     cases = sdar_cases(settings["block_length"], seed=1)
-    outputs = run_outputs(llm, cases)
+    outputs = run_asking(llm, cases)
     assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, settings) for case in cases]
+    check_logprobs(outputs, [oracle.generation(case, settings).log_probs for case in cases])
     expected = [oracle.speculative(case, settings, graph, BUDGET) for case in cases]
     took = [o.kv_transfer_params["dllm"] for o in outputs]
     assert [(n["nfe"], n["accepted"], n["proposed"]) for n in took] == [

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.interference import check_interference
+from tests.e2e.logprobs import check_logprobs, run_asking
 from tests.e2e.rig import MAX_MODEL_LEN, check_counts_while_running, engine, run, run_outputs, shared_engine
 from tests.e2e.triton_arguments import check_arguments
 from tests.e2e.windows import MODE, Plain, WindowOracle, greedy, make_checkpoint, mixed
@@ -34,7 +35,8 @@ def test_mixed_batch_equals_autoregression(served: tuple[Any, WindowOracle]) -> 
     """In as many forwards as the reference takes alone: windows know nothing of their neighbours."""
     llm, oracle = served
     cases = mixed(seed=1)
-    outputs = run_outputs(llm, cases)
+    outputs = run_asking(llm, cases)
+    check_logprobs(outputs, [oracle.log_probs(case) for case in cases])
     assert [list(output.outputs[0].token_ids) for output in outputs] == [oracle.tokens(case) for case in cases]
     assert len({token for output in outputs for token in output.outputs[0].token_ids}) > 50
     took = [output.kv_transfer_params["dllm"] for output in outputs]

@@ -134,3 +134,37 @@ def test_a_bad_request_is_a_400_and_the_server_lives_on(client: openai.OpenAI) -
         with pytest.raises(openai.BadRequestError, match="dllm_"):
             client.completions.create(model=MODEL, prompt="1", max_tokens=8, extra_body={"vllm_xargs": bad})
     assert client.completions.create(model=MODEL, prompt="1 + 2 = ?", max_tokens=8).choices
+
+
+TALK = [{"role": "user", "content": "61 + 27 = ?"}]
+
+
+def test_log_probabilities_are_shown_in_every_api(client: openai.OpenAI, trained: Oracle) -> None:
+    case = mixed_cases(8, seed=1)[2]
+    expected = trained.generation(case, SETTINGS).log_probs
+    likeliest = expected.sort(descending=True).values[: case.max_tokens, :3]
+    own = [float(row[token]) for row, token in zip(expected, trained.tokens(case, SETTINGS), strict=False)]
+
+    whole = complete(client, case, logprobs=3).choices[0].logprobs
+    assert whole.token_logprobs == pytest.approx(own, abs=2e-3)
+    top = [sorted(place.values(), reverse=True)[:3] for place in whole.top_logprobs]
+    assert top == [pytest.approx(row.tolist(), abs=2e-3) for row in likeliest]
+    for options in ({}, {"vllm_xargs": case.sampling_params().extra_args | {"dllm_stream": "denoising"}}):
+        chunks = list(complete(client, case, logprobs=3, stream=True, extra_body=options))
+        parts = [part for chunk in chunks for part in chunk.choices if part.logprobs]
+        assert [p for part in parts for p in part.logprobs.token_logprobs] == whole.token_logprobs
+        assert [p for part in parts for p in part.logprobs.tokens] == whole.tokens
+
+    asked = {"model": MODEL, "messages": TALK, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 16}
+    spoken = client.chat.completions.create(**asked).choices[0].logprobs.content
+    assert all(len(each.top_logprobs) == 2 for each in spoken)
+    assert max(each.logprob for each in spoken) <= 0
+    streamed = client.chat.completions.create(**asked, stream=True)
+    told = [each for chunk in streamed for part in chunk.choices if part.logprobs for each in part.logprobs.content]
+    assert told == spoken
+
+    reply = client.responses.create(
+        model=MODEL, input=TALK, include=["message.output_text.logprobs"], top_logprobs=2, max_output_tokens=16
+    )
+    (message,) = reply.output
+    assert [each.logprob for each in message.content[0].logprobs] == [each.logprob for each in spoken]

@@ -11,6 +11,7 @@ from benchmarks.launches import BEFORE, BEHIND, counted
 from tests.e2e.ended import check_ended, ending
 from tests.e2e.growing import growing
 from tests.e2e.interference import check_interference
+from tests.e2e.logprobs import check_logprobs, run_asking
 from tests.e2e.rig import (
     CHECKPOINT,
     Case,
@@ -60,10 +61,11 @@ def served(request: pytest.FixtureRequest, mild: Path) -> Any:
 def test_mixed_batch_equals_reference(served: Any, mild_oracle: Oracle) -> None:
     llm, settings, graph, budget = served
     cases = hot(mixed_cases(settings["block_length"], seed=settings["block_length"]))
-    outputs = run_outputs(llm, cases)
+    outputs = run_asking(llm, cases)
     assert [list(output.outputs[0].token_ids) for output in outputs] == [
         mild_oracle.tokens(case, settings) for case in cases
     ]
+    check_logprobs(outputs, [mild_oracle.generation(case, settings).log_probs for case in cases])
     took = [output.kv_transfer_params["dllm"] for output in outputs]
     assert {numbers["exactness"] for numbers in took} == {"exact"}
     if budget == "auto":

@@ -92,7 +92,7 @@ def test_a_forced_tool_is_called_with_its_parameters(client: openai.OpenAI, choi
 
 
 def test_a_strict_tool_is_called_by_its_parameters_or_not_at_all(client: openai.OpenAI) -> None:
-    """The model is pushed to what begins a call, and would write anything behind it."""
+    """The model is pushed to what begins a call, behind which it would write anything."""
     (less,) = client._client.post(
         str(client.base_url).replace("/v1/", "/tokenize"), json={"prompt": "<", "add_special_tokens": False}
     ).json()["tokens"]
@@ -108,8 +108,7 @@ def test_a_strict_tool_is_called_by_its_parameters_or_not_at_all(client: openai.
         for call in message.tool_calls or ():
             assert call.function.name == "order"
             jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
-    assert any(message.tool_calls for message in messages)
-    assert any(message.content for message in messages)
+    assert any("<" in (message.content or "") or message.tool_calls for message in messages)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.e2e.first_token import CONFIGS
 from tests.e2e.rig import MAX_MODEL_LEN, NUM_SLOTS, Case, write_wild
 from tests.reference.test_self_speculation import write_adapter
-from vllm_dllm.reference.block_causal import generate_causally
+from vllm_dllm.reference.block_causal import generate_causally, store
 from vllm_dllm.reference.nemotron import Nemotron, draft_model
 from vllm_dllm.reference.qwen import QwenConfig
 from vllm_dllm.reference.sampling import Sampling
@@ -54,6 +54,13 @@ class WindowOracle:
             prompt, length = torch.tensor(case.prompt), self._length(case)
             self._tokens[case] = generate_causally(self.model, prompt, length, self._sampling(case)).tolist()
         return self._tokens[case]
+
+    def log_probs(self, case: Case) -> torch.Tensor:
+        """Return those of autoregression, [gen_length, vocab]: what each token could have been."""
+        tokens = torch.tensor([*case.prompt, *self.tokens(case)])
+        with torch.no_grad():
+            logits, _ = store(self.model, tokens, 0, None, 1)
+        return logits[len(case.prompt) - 1 : -1].double().log_softmax(-1)
 
     def speculative(self, case: Case) -> SelfSpeculation:
         prompt, sampling = torch.tensor(case.prompt), self._sampling(case)

@@ -65,6 +65,6 @@ def test_what_ends_an_answer_is_what_vllm_stops_at(changes: dict[str, Any]) -> N
 
 
 def test_a_policy_that_takes_tokens_back_has_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ends, "REVISING", {"static"})
+    monkeypatch.setattr(ends, "changes_tokens", lambda policy: policy == "static")
     assert ends_of(params(), PROMPT_LEN, "static") == NO_ENDS
     assert ends_of(params(), PROMPT_LEN, "random") != NO_ENDS

@@ -57,10 +57,10 @@ def test_a_refusal_is_an_error_of_vllm_and_of_python() -> None:
     from vllm.exceptions import VLLMClientError
 
     with pytest.raises(RequestError) as refused:
-        refuse_unsupported(SamplingParams(logprobs=2))
+        refuse_unsupported(SamplingParams(prompt_logprobs=2))
     assert isinstance(refused.value, ValueError)
     assert isinstance(refused.value, VLLMClientError)
-    assert refused.value.parameter == "logprobs"
+    assert refused.value.parameter == "prompt_logprobs"
 
 
 def test_a_prompt_that_arrives_in_parts_is_refused() -> None:

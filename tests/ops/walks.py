@@ -152,9 +152,8 @@ def next_of(
 
 
 def columns(done: Trajectory) -> dict[str, Tensor]:
-    found = {field.name: getattr(done, field.name) for field in fields(done)}
-    candidates, state = found.pop("candidates"), found.pop("state")
-    return found | {"ids": candidates.token_ids, "log_probs": candidates.log_probs} | state
+    found = {field.name: its for field in fields(done) if isinstance(its := getattr(done, field.name), Tensor)}
+    return found | {"ids": done.candidates.token_ids, "log_probs": done.candidates.log_probs} | done.state
 
 
 def to(where: str, value: Any) -> Any:

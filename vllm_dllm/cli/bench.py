@@ -30,8 +30,10 @@ from vllm_dllm.cli.server_settings import (
     Credit,
     EntropyBound,
     Factor,
+    Parameters,
     StepsPerBlock,
     Threshold,
+    given_parameters,
     given_settings,
 )
 from vllm_dllm.draft.graph import MAX_NODES
@@ -76,6 +78,7 @@ def decode(  # noqa: PLR0913 - the options of a command
     credit: Credit = None,
     alg_temp: AlgTemp = None,
     steps_per_block: StepsPerBlock = None,
+    parameter: Parameters = None,
     graph: _Graphs = "default",
     budgets: _Budgets = "1,3,5",
     chain: _Chain = "3",
@@ -97,6 +100,7 @@ def decode(  # noqa: PLR0913 - the options of a command
     from vllm_dllm.measure.decode import Comparison, sections
 
     given = given_settings(None, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block)
+    given |= given_parameters(parameter)
     comparison = Comparison(
         policies=bench_options.policies(model, policy, graph, given),
         budgets=bench_options.whole_numbers("--budgets", budgets, MAX_NODES),

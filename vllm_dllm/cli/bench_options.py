@@ -8,9 +8,9 @@ import typer
 
 from vllm_dllm.cli.console import waiting_for
 from vllm_dllm.cli.server_settings import check_gen_length, num_positions, server_settings
-from vllm_dllm.config import policy_settings
 from vllm_dllm.draft.graph_file import check_fit, load_graph
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.policy_options import policy_settings
 from vllm_dllm.spiffy_config import DEFAULT_GRAPH
 
 if TYPE_CHECKING:

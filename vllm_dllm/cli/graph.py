@@ -15,9 +15,11 @@ from vllm_dllm.cli.server_settings import (
     Credit,
     EntropyBound,
     Factor,
+    Parameters,
     Policy,
     StepsPerBlock,
     Threshold,
+    given_parameters,
     given_settings,
 )
 from vllm_dllm.config import DllmConfig, parse_server_settings
@@ -63,6 +65,7 @@ def check(  # noqa: PLR0913 - the options of a command
     credit: Credit = None,
     alg_temp: AlgTemp = None,
     steps_per_block: StepsPerBlock = None,
+    parameter: Parameters = None,
 ) -> None:
     """Check a graph, alone or for a server, by what the server goes by; warnings are those of its start.
 
@@ -72,6 +75,7 @@ def check(  # noqa: PLR0913 - the options of a command
     something else and a warning says so.
     """
     given = given_settings(policy, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block)
+    given |= given_parameters(parameter)
     config = None if model is None else read_config(model)
     family = None if model is None or config is None else family_for(model, config)
     try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pkgutil import resolve_name
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -10,15 +10,13 @@ from vllm_dllm.blocks import row_blocks
 from vllm_dllm.cli.inputs import family_for, read_config
 from vllm_dllm.config import DllmConfig, parse_server_settings
 from vllm_dllm.errors import ConfigError, did_you_mean
-from vllm_dllm.names import POLICY_ALIASES, PolicyName
-
-_POLICIES = (*get_args(PolicyName), *POLICY_ALIASES)
+from vllm_dllm.policy_options import policy_names
 
 
 def _policy(name: str) -> str:
-    if name not in _POLICIES:
-        todo = did_you_mean(name, _POLICIES, "give one of these")
-        raise typer.BadParameter(f"{name!r}, allowed are {', '.join(_POLICIES)}; {todo}")
+    if name not in policy_names():
+        todo = did_you_mean(name, policy_names(), "give one of these")
+        raise typer.BadParameter(f"{name!r}, allowed are {', '.join(policy_names())}; {todo}")
     return name
 
 
@@ -39,7 +37,9 @@ def _credit(text: str) -> str:
 Policy = Annotated[
     str | None,
     typer.Option(
-        parser=_policy, metavar="POLICY", help=f"Of the server; the model's own unless given: {', '.join(_POLICIES)}."
+        parser=_policy,
+        metavar="POLICY",
+        help=f"Of the server; the model's own unless given: {', '.join(policy_names())}.",
     ),
 ]
 Threshold = Annotated[float | None, typer.Option(help="Of the policies `threshold` and `dynamic`.")]
@@ -52,6 +52,26 @@ Credit = Annotated[
 AlgTemp = Annotated[float | None, typer.Option(help="Of the policies `static`, `margin` and `entropy`.")]
 StepsPerBlock = Annotated[int | None, typer.Option(help="Of the policies with a schedule.")]
 BlockLength = Annotated[int | None, typer.Option(help="Positions denoised together; the model's own unless given.")]
+
+
+def _parameter(text: str) -> str:
+    """Check an option that is a parameter of a policy in torch code."""
+    name, sign, value = text.partition("=")
+    try:
+        float(value)
+    except ValueError:
+        sign = ""
+    if not (name and sign):
+        raise typer.BadParameter(f"{text!r}, allowed are a name and a number, as 'local_leap_radius=4'")
+    return text
+
+
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--parameter", parser=_parameter, metavar="NAME=NUMBER", help="Of a policy in torch code (docs/policies.md)."
+    ),
+]
 
 
 def given_settings(
@@ -76,6 +96,11 @@ def given_settings(
         "steps_per_block": steps_per_block,
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def given_parameters(parameters: list[str] | None) -> dict[str, object]:
+    """Return the parameters of policies in torch code that an option has a value for."""
+    return {name: float(value) for name, _, value in (each.partition("=") for each in parameters or ())}
 
 
 def server_settings(model: str, given: Mapping[str, object]) -> DllmConfig:

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from vllm_dllm.config import DllmConfig, policy_settings
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph, formula_text
 from vllm_dllm.draft.graph_schema import (
     MAX_POSITION_RANK,
@@ -30,13 +30,14 @@ from vllm_dllm.draft.graph_schema import (
 )
 from vllm_dllm.draft.readiness import BY_CONFIDENCE, Readiness
 from vllm_dllm.errors import GraphError, did_you_mean_file
-from vllm_dllm.names import PolicyName
+from vllm_dllm.policy_options import policy_settings
+from vllm_dllm.unmask.registry import NATIVE
 
 T = TypeVar("T")
 
 MAX_FILE_BYTES = 1 << 20
 
-_LIKE: dict[PolicyName, PolicyName] = {
+_LIKE: dict[str, str] = {
     "margin": "static",
     "entropy": "static",
     "sequential": "static",
@@ -45,7 +46,8 @@ _LIKE: dict[PolicyName, PolicyName] = {
     "entropy_bounded": "threshold",
     "credit": "threshold",
 }
-"""Policies that may lack a graph of their own, and the one whose steps are most like theirs."""
+"""Policies that may lack a graph of their own, and the one whose steps are most like theirs; of those in torch code it
+is `threshold`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def parse_graph(value: object, where: str = "draft_graph") -> GraphFile:
     return _parse_text(text, where)
 
 
-def default_graph(policy: PolicyName, block_length: int = MAX_POSITION_RANK + 1, family: str = "llada") -> GraphFile:
+def default_graph(policy: str, block_length: int = MAX_POSITION_RANK + 1, family: str = "llada") -> GraphFile:
     """Return the graph for models without one of their own, less the nodes that name positions a block has not.
 
     Of those that are shipped it is one of the policy, else of one whose steps are alike; of these one of the family,
@@ -115,7 +117,7 @@ def default_graph(policy: PolicyName, block_length: int = MAX_POSITION_RANK + 1,
 
     def distance(made: Provenance) -> tuple[bool, bool, bool, float]:
         settings = made.settings
-        is_alike = settings.policy in {policy, _LIKE.get(policy, policy)}
+        is_alike = settings.policy in {policy, _LIKE.get(policy, policy if policy in NATIVE else "threshold")}
         ratio = abs(math.log(settings.block_length / block_length))
         return not is_alike, settings.policy != policy, made.family != family, ratio
 
@@ -336,6 +338,9 @@ def calibrate_command(settings: DllmConfig, model: str | None) -> str:
     options = settings.model_dump(
         include={"block_length", "policy", *policy_settings(settings.policy)}, exclude_none=True
     )
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in options.items()]
+    words = [
+        f"--parameter {name}={value:g}" if name in settings.parameters else f"--{name.replace('_', '-')} {value}"
+        for name, value in options.items()
+    ]
     name = shlex.quote(model) if model else "MODEL"
     return f"vllm-dllm calibrate {name} --prompts PROMPTS.jsonl {' '.join(words)} --output FILE"

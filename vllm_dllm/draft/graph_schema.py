@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from vllm_dllm.config import STRICT, DllmConfig
 from vllm_dllm.draft.graph import MAX_CANDIDATES, MAX_NODES
 from vllm_dllm.errors import GraphError, did_you_mean
+from vllm_dllm.policy_options import allowed_policies
 
 SCHEMA_VERSION = 1
 MAX_POSITION_RANK = 1023
@@ -201,6 +202,11 @@ def _explain(finding: ErrorDetails, where: str) -> GraphError:
         return GraphError(f"{where} is not JSON of a graph ({finding['msg'].removeprefix('Invalid JSON: ')}); {REMEDY}")
     if kind == "value_error":  # a rule between settings, whose text is already ours
         return GraphError(f"{subject}: {finding['msg'].removeprefix('Value error, ')}")
+    if kind == "policy":
+        description = allowed_policies()
+    if kind == "parameter":
+        of = finding["ctx"]
+        subject, value, description = f"{subject}.{of['name']}", of["value"], of["allowed"]
     if kind == "extra_forbidden":
         todo = did_you_mean(location[-1], owner.model_fields, "remove or rename it")
         return GraphError(f"{subject} is not known; allowed are {', '.join(owner.model_fields)}; {todo}")

@@ -107,6 +107,11 @@ _REFUSALS: tuple[_Refusal, ...] = (
         "--runner",
     ),
     (
+        lambda c: c.model_config.logprobs_mode != "raw_logprobs",
+        "logprobs_mode is {c.model_config.logprobs_mode!r}, but diffusion models give log-probabilities before "
+        "temperature and filters (docs/sampling.md); allowed is 'raw_logprobs'; remove --logprobs-mode",
+    ),
+    (
         lambda c: c.attention_config.backend,
         "attention_backend is {c.attention_config.backend.name}, but diffusion models bring their own; remove "
         "--attention-backend",

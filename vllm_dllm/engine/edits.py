@@ -18,13 +18,17 @@ _NEUTRAL: dict[str, object] = {
     "logit_bias": {},
     "allowed_token_ids": None,
     "bad_words": [],
+    "logprobs": False,
+    "top_logprobs": 0,
 }
-"""The parameters, and what asks for nothing."""
+"""The parameters, and those that ask for what became of logits, with what asks for nothing."""
 
 _UNKNOWN_TO = {
     "/v1/responses": ("allowed_token_ids", "bad_words", "min_tokens"),
     "/v1/messages": tuple(_NEUTRAL),
-    "/cohere/v2/chat": tuple(name for name in _NEUTRAL if name not in ("presence_penalty", "frequency_penalty")),
+    "/cohere/v2/chat": tuple(
+        name for name in _NEUTRAL if name not in ("presence_penalty", "frequency_penalty", "logprobs")
+    ),
 }
 """End of an API's path -> the parameters that vLLM's class of its requests drops."""
 

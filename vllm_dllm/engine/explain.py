@@ -40,9 +40,6 @@ MEDIA = (
 )
 """Types of content parts that are no text."""
 
-_NEVER_SERVED = {*MEDIA, "message.output_text.logprobs"}
-"""What vLLM would name as allowed, and what is refused then."""
-
 
 def explain_validation(errors: Sequence[Any], body: object) -> RequestError:
     """Say in the client's words why vLLM's class of a request could not be made.
@@ -99,7 +96,7 @@ class _Place:
         context = self.error.get("ctx", {})
         if self.kind in ("literal_error", "enum", "union_tag_invalid"):
             names = re.findall(r"'[^']*'", context.get("expected") or context["expected_tags"])
-            return tuple(name for name in names if name.strip("'") not in _NEVER_SERVED)
+            return tuple(name for name in names if name.strip("'") not in MEDIA)
         if self.kind in _LIMITS:
             return (_LIMITS[self.kind].format(**context),)
         return (_KINDS.get(self.kind) or str(self.error["msg"]),)

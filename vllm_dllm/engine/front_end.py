@@ -11,6 +11,7 @@ from vllm_dllm.engine import serving, structured
 from vllm_dllm.engine.configs import is_ours
 from vllm_dllm.engine.parameter_types import check_types
 from vllm_dllm.engine.patches import become
+from vllm_dllm.engine.refusals import check_logprobs
 from vllm_dllm.engine.request import finish_admission
 
 _NAMES = inspect.signature(InputProcessor.process_inputs)
@@ -25,6 +26,7 @@ class DllmInputProcessor(InputProcessor):
         params, asked = bound.arguments["params"], None
         check_types(self, params)
         if isinstance(params, SamplingParams):
+            check_logprobs(params)
             bound.arguments["params"], asked = structured.take_out(params)
         request = super().process_inputs(*bound.args[1:], **bound.kwargs)
         finish_admission(self, request, asked)

@@ -36,10 +36,12 @@ from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.engine.structured import answer_of
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import choose_draws
+from vllm_dllm.state.ends import filled
 from vllm_dllm.state.kv import IntArray, KvStep
 from vllm_dllm.state.settle import Emission, Ledger, choose_settle
 from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
 from vllm_dllm.state.windows import make_schedule
+from vllm_dllm.unmask.logprobs import LogprobHead
 from vllm_dllm.unmask.walk import choose_walk
 
 if TYPE_CHECKING:
@@ -62,7 +64,13 @@ class DllmModelState(ModelState):
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
         self.state = CanvasState(
-            self.max_num_reqs, self.block_length, mask_token_id, device, rules_of(vllm_config), self._left_rows()
+            self.max_num_reqs,
+            self.block_length,
+            mask_token_id,
+            device,
+            rules_of(vllm_config),
+            self._left_rows(),
+            self.model_config.get_vocab_size(),
         )
         drafter = make_drafter(vllm_config)
         self.denoiser = Denoiser(
@@ -72,6 +80,7 @@ class DllmModelState(ModelState):
             choose_walk(device),
             choose_settle(device),
             choose_draws(device),
+            LogprobHead(model.head_logits, self.model_config.get_vocab_size(), self.never_chosen),
         )
         self._fill_rows = choose_rows(device)
         self.kv_schedule = make_schedule(self.settings, stores_alone=self._family.stores_alone)
@@ -299,7 +308,7 @@ class DllmModelState(ModelState):
     def _cut(self, blocks: Blocks, block_start: IntArray, seq_len: IntArray) -> Tensor:
         """Cut blocks that end with their rows; returns how many positions each has fewer, [num_reqs] int64."""
         missing = self._to_device((block_start + self.block_length - seq_len).clip(0))
-        self.state.cut(blocks, missing)
+        self.state.canvas[blocks.slots] = filled(self.state.canvas[blocks.slots], missing, self.state.mask_token_id)
         return missing
 
     def _num_drafts(self, batch: InputBatch, counted: IntArray) -> IntArray:

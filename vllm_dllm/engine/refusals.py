@@ -10,11 +10,11 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_dllm.config import REQUEST_KEYS, REQUEST_PREFIX, InvalidOptionError, RequestOptions, parse_request_options
+from vllm_dllm.unmask.logprobs import MAX_LOGPROBS
 
 # Sampling parameters that only left-to-right sampling gives a meaning to, or that are not implemented: the test that
 # finds them in use, and what is allowed. A test asks for a decision on each field that a new vLLM brings.
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "logprobs": (lambda v: v is not None, "null (beam search asks for them too)"),
     "prompt_logprobs": (lambda v: v is not None, "null"),
     "prompt_logprob_token_ids": (lambda v: v is not None, "null"),
     "prompt_logprob_start": (lambda v: v is not None, "null"),
@@ -24,6 +24,15 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "trace_decode_token_ids": (bool, "null"),
 }
 
+_COUNTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    name: (
+        lambda v: isinstance(v, Integral) and int(v) not in range(MAX_LOGPROBS + 1),
+        f"null and whole numbers from 0 to {MAX_LOGPROBS}",
+    )
+    for name in ("logprobs", "top_logprobs")
+}
+"""How many of the likeliest tokens may be asked for, by the names of the APIs."""
+
 _FORMATS = (None, "text", "json_object", "json_schema")
 _ALLOWED_FORMATS = "null and an object with type 'text', 'json_object' or 'json_schema'"
 
@@ -32,9 +41,6 @@ _ALLOWED_FORMATS = "null and an object with type 'text', 'json_object' or 'json_
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_beam_search": (bool, "false"),
     "best_of": (lambda v: v not in (None, 1), "null"),  # not a set: a list has no hash
-    "logprobs": (lambda v: v is not None and v is not False, "null"),
-    "top_logprobs": (bool, "0"),
-    "include": (lambda v: _includes_logprobs(v), "all but 'message.output_text.logprobs'"),
     "structural_tag": (lambda v: v is not None, "null"),
     "prompt_embeds": (lambda v: v is not None, "null and a prompt of text or token ids"),
 }
@@ -57,7 +63,7 @@ _STRUCTURE: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 # The same by their names in a body: an API that does not know a field ignores it.
-_IN_BODY = {**REFUSED, **_FIELDS, **_STRUCTURE}
+_IN_BODY = {**REFUSED, **_FIELDS, **_STRUCTURE, **_COUNTS}
 
 _OWNERS = tuple({name.partition(".")[0]: None for name in _IN_BODY if "." in name})
 """Fields of a body that are objects whose own fields are refused."""
@@ -140,6 +146,25 @@ def refuse_unsupported(params: SamplingParams) -> None:
             )
 
 
+def check_logprobs(params: SamplingParams) -> None:
+    """Check what a request asks of log-probabilities, before vLLM does in the words of its own models.
+
+    Raises: RequestError.
+    """
+    value, (is_wrong, allowed) = params.logprobs, _COUNTS["logprobs"]
+    if value is None:
+        return
+    if is_wrong(value):
+        raise not_allowed("logprobs", value, allowed)
+    if params.skip_clone and not params.detokenize and value and params.max_tokens == 1:  # vLLM's own, for each beam
+        raise RequestError(
+            f"logprobs is {value} for a beam of LLM.beam_search, which grows answers from left to right; allowed are "
+            "requests without beams; call LLM.generate",
+            parameter="logprobs",
+            value=int(value),
+        )
+
+
 def _check_numbers(params: SamplingParams) -> None:
     for name in ("seed", "max_tokens", "top_k"):
         value = getattr(params, name)
@@ -175,8 +200,13 @@ def refuse_body(body: Mapping[str, Any]) -> None:
                 "right",
                 parameter=name,
             )
-    if body.get("messages") is not None and body.get("echo"):
-        raise _unsupported("echo", body["echo"], "false")
+    is_shown = body.get("logprobs") is not None and body["logprobs"] is not False
+    if body.get("echo") and (body.get("messages") is not None or is_shown):
+        raise RequestError(
+            f"echo is {body['echo']!r:.80}{' beside logprobs' * is_shown}, but tokens of a prompt are unmasked by no "
+            "step, so that they have no log-probabilities; allowed is false; remove it",
+            parameter="echo",
+        )
     for owner in _OWNERS:
         for name, value in body[owner].items() if isinstance(body.get(owner), Mapping) else ():
             _refuse_used(f"{owner}.{name}", value)
@@ -204,7 +234,8 @@ def refuse_token_body(body: Mapping[str, Any]) -> None:
 def _refuse_used(name: str, value: object, where: str = "") -> None:
     is_used, allowed = _IN_BODY.get(name, _NEVER)
     if value is not None and is_used(value):
-        raise (not_allowed if name in _STRUCTURE else _unsupported)(where + name, value, allowed)
+        is_value_wrong = name in _STRUCTURE or name in _COUNTS
+        raise (not_allowed if is_value_wrong else _unsupported)(where + name, value, allowed)
 
 
 def _refuse_misplaced(name: str, value: object) -> None:
@@ -244,10 +275,6 @@ def not_allowed(name: str, value: object, allowed: str) -> RequestError:
 
 def _part(value: object, name: str) -> Any:
     return value.get(name) if isinstance(value, Mapping) else None
-
-
-def _includes_logprobs(include: Any) -> bool:
-    return isinstance(include, list | tuple) and "message.output_text.logprobs" in include
 
 
 def _forces_tool(choice: Any) -> bool:

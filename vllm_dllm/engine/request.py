@@ -15,7 +15,6 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import (
     OWN_OPTIONS,
-    POLICY_OPTIONS,
     REQUEST_PREFIX,
     DllmConfig,
     InvalidOptionError,
@@ -28,11 +27,13 @@ from vllm_dllm.engine.configs import is_ours, settings_of
 from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.ends import ends_of
 from vllm_dllm.engine.parameter_types import check_sent
+from vllm_dllm.engine.policy_limits import refuse_beside_policy, refuse_structure
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.engine.structured import put_in
-from vllm_dllm.names import PolicyName
+from vllm_dllm.policy_options import options_of, own_values
 from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.state.ends import NEVER
+from vllm_dllm.state.records import NO_LOGPROBS
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 
@@ -164,7 +165,7 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         request_steps(options, settings, min(params.max_tokens, blocks.end - prompt_len))
     except InvalidOptionError as error:
         raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
-    _refuse_filters(params, options.policy or settings.policy)
+    refuse_beside_policy(params, options.policy or settings.policy)
     return blocks.end - prompt_len
 
 
@@ -208,23 +209,6 @@ def _check_stream(params: SamplingParams) -> None:
         raise RequestError(f"dllm_stream is 'denoising', but {obstacle}, or remove it", parameter="dllm_stream")
 
 
-_UNFILTERED = {"top_k": "0 or -1", "top_p": "1", "min_p": "0"}
-
-
-def _refuse_filters(params: SamplingParams, policy: PolicyName) -> None:
-    """Check that nothing filters what a policy draws of other logits than the model's, which nobody sorts."""
-    filters = {"top_k": params.top_k > 0, "top_p": params.top_p < 1, "min_p": params.min_p > 0}
-    for name, is_used in filters.items():
-        value = getattr(params, name)
-        if policy == "credit" and params.temperature > 0 and is_used:
-            raise RequestError(
-                f"{name} is {value}, but the request's policy 'credit' draws of logits that credit raised, unfiltered; "
-                f"allowed is {_UNFILTERED[name]}; send that, temperature 0 or another dllm_policy",
-                parameter=name,
-                value=value,
-            )
-
-
 def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_at_least: bool = False) -> RequestError:
     longest = max_prompt_len(settings, max_model_len)
     what = "a block and as much behind it need" if settings.is_block_causal else "a block needs"
@@ -260,12 +244,14 @@ def finish_admission(
     params.max_tokens = min(int(params.max_tokens or length), length)
     # Plain numbers: what goes to the engine is packed, and NumPy's are not.
     params.temperature, params.top_p = float(params.temperature), float(params.top_p)
-    params.n, params.top_k, params.seed = map(plain_number, (params.n, params.top_k, params.seed))
+    for name in ("n", "top_k", "seed", "logprobs"):
+        setattr(params, name, plain_number(getattr(params, name)))
     params.extra_args = _plain_args(params.extra_args)
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
     check_edits(params, mask_token_id)
     if asked is not None:
+        refuse_structure(request_options(params).policy or settings.policy)
         put_in(processor, params, asked)
     check_sent(request)
 
@@ -300,10 +286,14 @@ def resolve_params(
     options = request_options(params)
     blocks = row_blocks(prompt_len, params.max_tokens or 0, settings, max_model_len)
     steps = request_steps(options, settings, min(params.max_tokens or 0, blocks.end - prompt_len))
-    merged = settings.model_copy(update=options.model_dump(exclude=OWN_OPTIONS, exclude_none=True))
-    has_alg_temp = "alg_temp" in POLICY_OPTIONS[merged.policy]
+    fields = RequestOptions.model_fields.keys() - OWN_OPTIONS
+    merged = settings.model_copy(update=options.model_dump(include={*fields}, exclude_none=True))
+    has_alg_temp = "alg_temp" in options_of(merged.policy)
+    own = None if merged.policy in POLICY_IDS else merged.policy
     return RequestParams(
-        policy_id=POLICY_IDS[merged.policy],
+        policy_id=POLICY_IDS.get(merged.policy, 0),
+        own_policy=own,
+        own_values=() if own is None else own_values(own, options.parameters, settings.parameters),
         threshold=merged.threshold,
         factor=merged.factor,
         entropy_bound=merged.entropy_bound,
@@ -322,6 +312,7 @@ def resolve_params(
         edits=edits_of(params),
         horizon=NEVER if merged.horizon is None else merged.horizon * settings.block_length,
         ends=ends_of(params, prompt_len, merged.policy),
+        num_logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,
     )
 
 

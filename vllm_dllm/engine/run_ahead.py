@@ -122,4 +122,5 @@ class RunAhead:
             rules=self._rules,
             max_model_len=self._max_model_len,
         )
-        return max(params.counts) if params.policy_id in _SCHEDULED_IDS else self._settings.block_length
+        is_scheduled = params.own_policy is None and params.policy_id in _SCHEDULED_IDS
+        return max(params.counts) if is_scheduled else self._settings.block_length

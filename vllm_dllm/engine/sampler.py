@@ -3,13 +3,16 @@
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_dllm.engine.worker_check import WorkerCheck
+from vllm_dllm.state.records import EmittedLogprobs
 from vllm_dllm.state.report import REPORT_LEN, with_canvases
 
 if TYPE_CHECKING:
+    from vllm.v1.outputs import LogprobsTensors
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
@@ -52,7 +55,7 @@ class DllmSampler:
             return self._nothing(hidden, input_batch)
         emitted = self.model_state.decide(step, hidden)
         self._report = emitted.report
-        return _output(emitted.sampled, emitted.num_sampled, emitted.num_rejected)
+        return _output(emitted.sampled, emitted.num_sampled, emitted.num_rejected, emitted.logprobs)
 
     def take_order(self, order: "StepOrder") -> None:
         """Take what the scheduler tells of the next step. Raises: StateError where its roster is not ours."""
@@ -87,8 +90,22 @@ class DllmSampler:
         return _output(zeros(self.model_state.block_length), zeros(), zeros())
 
 
-def _output(sampled: Tensor, num_sampled: Tensor, num_rejected: Tensor) -> "SamplerOutput":
+def _output(
+    sampled: Tensor, num_sampled: Tensor, num_rejected: Tensor, logprobs: EmittedLogprobs | None = None
+) -> "SamplerOutput":
     """Return what a step emits as the runner takes it."""
     from vllm.v1.worker.gpu.sample.output import SamplerOutput  # here, so that decoding is imported without vLLM
 
-    return SamplerOutput(sampled, None, None, num_sampled, num_rejected)
+    tensors = None if logprobs is None else _logprobs(logprobs, len(sampled))
+    return SamplerOutput(sampled, tensors, None, num_sampled, num_rejected)
+
+
+def _logprobs(emitted: EmittedLogprobs, num_batch: int) -> "LogprobsTensors":
+    """Return log-probabilities as vLLM takes them: one behind the other, and where those of a request begin."""
+    from vllm.v1.outputs import LogprobsTensors
+
+    tokens, begin = emitted.tokens, np.zeros(num_batch + 1, dtype=np.int64)
+    begin[emitted.place_np] = np.arange(len(emitted.place_np)) * tokens.ranks.shape[1]
+    return LogprobsTensors(
+        tokens.token_ids.flatten(0, 1), tokens.log_probs.flatten(0, 1), tokens.ranks.flatten(), begin.tolist()
+    )

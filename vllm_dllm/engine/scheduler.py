@@ -20,6 +20,7 @@ from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.engine import stats_way
 from vllm_dllm.engine.canvas_stream import show_canvases, watched
 from vllm_dllm.engine.configs import make_drafter, served_family, settings_of, spiffy_of
+from vllm_dllm.engine.failed import end_failed
 from vllm_dllm.engine.kv_memory import fit_max_model_len
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
@@ -96,6 +97,7 @@ class DllmScheduler(Scheduler):
         if reports:
             self._take_reports(scheduler_output, reports, updated_at_s)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        end_failed(self, outputs, reports)
         if scheduler_output.aux_output_connector_metadata.shows_canvas:
             show_canvases(outputs, reports, self.requests, self._totals, self.rows.kv)
         for of_client in outputs.values():

@@ -49,7 +49,8 @@ class StepStats:
             budgets={budget: 1},
             forwards=sum(report.forwards for report in reports),
             refreshes=sum(report.refreshes for report in reports),
-            unmasked=sum(report.unmasked for report in reports),
+            # A policy may mask positions again; counters of metrics only grow.
+            unmasked=sum(max(0, report.unmasked) for report in reports),
             blocks=sum(report.finished for report in reports),
             left_masked=sum(report.left for report in reports),
             held=held,

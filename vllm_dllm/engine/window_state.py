@@ -1,5 +1,6 @@
 """The runner's view of self-speculation: a step's windows, and what is decided of them."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ from vllm_dllm.engine.model_state import DllmModelState
 from vllm_dllm.engine.plan import Role, StepPlan, plan_windows
 from vllm_dllm.engine.step import Step
 from vllm_dllm.ops.vocab_stats import RowSampling
+from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.kv import IntArray, KvStep
+from vllm_dllm.state.records import EmittedLogprobs
 from vllm_dllm.state.settle import Emission
 from vllm_dllm.state.windows import settle_windows
+from vllm_dllm.unmask.logprobs import Unmasked
 
 
 class WindowModelState(DllmModelState):
@@ -35,7 +39,20 @@ class WindowModelState(DllmModelState):
         token_ids = self._choose(step, hidden, sampling).view(-1, self.block_length)
         canvas, emission = settle_windows(step.nodes.canvas[:, 0], token_ids, blocks, step.ledger, state.mask_token_id)
         state.canvas[blocks.slots] = canvas
-        return emission
+        return replace(emission, logprobs=self._logprobs(blocks, hidden, token_ids, emission.num_sampled))
+
+    def _logprobs(
+        self, blocks: Blocks, hidden: Tensor, token_ids: Tensor, num_sampled: Tensor
+    ) -> EmittedLogprobs | None:
+        """Return log-probabilities of what is emitted, by the rows that verified it, of the requests that ask."""
+        asking, head = self.state.records.asking(blocks.slots, blocks.slots_np), self.denoiser.logprob_head
+        if asking is None or head is None:
+            return None
+        row = torch.arange(len(hidden), device=self.device).view_as(token_ids)
+        is_emitted = row - row[:, :1] < num_sampled[: len(row), None]
+        its = [each[asking.place][:, None] for each in (row, token_ids, is_emitted)]
+        found = Unmasked(*its).log_probs(head, hidden, None, asking.num_top)
+        return EmittedLogprobs(asking.place_np, found.view(len(asking.slots), self.block_length))
 
     def _choose(self, step: Step, hidden: Tensor, sampling: RowSampling | None) -> Tensor:
         """Return the tokens that the rows of the windows choose, [num_reqs * block_length] int64; 0 behind them.

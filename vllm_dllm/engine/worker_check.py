@@ -4,11 +4,12 @@ import os
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_dllm.errors import ConfigError, StateError
-from vllm_dllm.state.report import Column
+from vllm_dllm.state.report import POLICY_FAILED, Column
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -41,6 +42,7 @@ class Fault(IntFlag):
 
     UNKNOWN_ID = 1  # a token that the vocabulary does not have
     NO_MASK = 2  # finished, though its block was not emitted
+    POLICY = POLICY_FAILED  # its policy failed at it, so that its request ends
 
 
 class WorkerCheck:
@@ -91,11 +93,11 @@ class WorkerCheck:
         Returns: [num_reqs, n + 1 + max_pages] int32.
         """
         slots, tables = batch.idx_mapping[: batch.num_reqs], self._runner.block_tables
-        report[:, Column.FAULTS] = self._faults(slots)
+        report[:, Column.FAULTS] |= self._faults(slots, batch.idx_mapping_np[: batch.num_reqs])
         num_pages = torch.from_numpy(tables.num_blocks.np[0, batch.idx_mapping_np[: batch.num_reqs]].copy())
         return torch.cat([report, num_pages.to(report)[:, None], tables.block_tables[0].gpu[slots].to(report)], 1)
 
-    def _faults(self, slots: Tensor) -> Tensor:
+    def _faults(self, slots: Tensor, slots_np: np.ndarray) -> Tensor:
         """Look at the canvases that the step leaves behind; [num_reqs] int32."""
         state = self._runner.model_state.state
         canvas = state.canvas[slots]
@@ -104,4 +106,5 @@ class WorkerCheck:
         is_unknown = ((canvas < 0) | (canvas >= vocab_size)) & ~is_masked
         # A window that was drafted is not emitted before it is verified.
         is_full = ~is_masked.any(1) & (self._runner.model_state.settings.mode != "self_speculation")
+        is_full &= torch.from_numpy(~state.apart.may_edit(slots_np)).to(is_full.device)
         return is_unknown.any(1).int() * Fault.UNKNOWN_ID + is_full.int() * Fault.NO_MASK

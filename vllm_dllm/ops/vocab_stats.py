@@ -66,6 +66,11 @@ class RowIds:
         given, allowed = (None if ids is None else ids[begin:end] for ids in (self.given, self.allowed))
         return RowIds(given, allowed, self.edits and self.edits.rows(begin, end))
 
+    def of(self, row: Tensor) -> "RowIds":
+        """Return those of some rows, [n] int64."""
+        given, allowed = (None if ids is None else ids[row] for ids in (self.given, self.allowed))
+        return RowIds(given, allowed, self.edits and self.edits.take(row))
+
 
 @dataclass(frozen=True, slots=True)
 class Distribution:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.reference.constraint import Constraint
-from vllm_dllm.reference.decode import Generation, shift
+from vllm_dllm.reference.decode import Generation, History, shift
 from vllm_dllm.reference.edits import Known
 from vllm_dllm.reference.ends import NO_ENDS, Ends
 from vllm_dllm.reference.layers import LayerKv
@@ -97,7 +97,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     kv: list[LayerKv] | None = None
     stored, steps = torch.empty(0), policy.steps or block_length
     num_stored = nfe_commit = end = 0
-    history: list[Tensor] = []
+    history = History(prompt_len)
     for begin in range(first_begin, seq_len, block_length):
         if num_stored < begin:
             stored, kv = store(model, tokens[:begin], num_stored, kv, block_length, rules)
@@ -113,15 +113,15 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
             known = Known(tokens, is_masked, prompt_len)
-            chosen, chosen_tokens = decide(known, logits, is_masked[begin:end], begin, block)
+            chosen, chosen_tokens, its = decide(known, logits, is_masked[begin:end], begin, block)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
-            history.append(tokens[prompt_len:].clone())
+            history.add(tokens, begin + chosen, its)
             if ends.reached(tokens[prompt_len:end], is_masked[prompt_len:end]):
                 break
         if ends.reached(tokens[prompt_len:end], is_masked[prompt_len:end]):
             break
-    return Generation(tokens[prompt_len:end], len(history), 0, torch.stack(history)[:, : end - prompt_len], nfe_commit)
+    return history.generation(tokens[:end], nfe_commit=nfe_commit)
 
 
 def tokens_at(logits: Tensor, first: int, sampling: Sampling) -> Tensor:

@@ -73,6 +73,30 @@ class Generation:
     nfe_refresh: int  # those of them that spanned the whole sequence
     history: Tensor  # [num_steps, gen_length] int64: the generated region after each step
     nfe_commit: int = 0  # SDAR: further forwards that stored a finished block
+    # [gen_length, vocab] float64, of what each token could have been in the step that unmasked it, see `step.decide`
+    log_probs: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(slots=True)
+class History:
+    """What a generation did, step by step."""
+
+    prompt_len: int
+    tokens: list[Tensor] = field(default_factory=list)  # [seq_len - prompt_len] int64 after each step
+    _log_probs: dict[int, Tensor] = field(default_factory=dict)  # by position
+
+    def add(self, tokens: Tensor, positions: Tensor, log_probs: Tensor) -> None:
+        """Add a step that unmasked positions [n] int64 of tokens [seq_len], with log-probabilities [n, vocab]."""
+        self.tokens.append(tokens[self.prompt_len :].clone())
+        self._log_probs |= zip(positions.tolist(), log_probs, strict=True)
+
+    def generation(self, tokens: Tensor, **counts: int) -> Generation:
+        """Return what was done, of which `counts` say more: each step took a forward, if they do not say else."""
+        num_generated = len(tokens) - self.prompt_len
+        log_probs = torch.stack([self._log_probs[position] for position in range(self.prompt_len, len(tokens))])
+        history = torch.stack(self.tokens)[:, :num_generated]
+        counts = {"nfe": len(history), "nfe_refresh": 0} | counts
+        return Generation(tokens[self.prompt_len :], history=history, log_probs=log_probs, **counts)
 
 
 def shift(rows: Tensor, left_context: Tensor) -> Tensor:
@@ -173,7 +197,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     tokens = torch.cat((prompt, prompt.new_full((gen_length,), model.config.mask_token_id)))
     is_masked = torch.arange(len(tokens), device=prompt.device) >= len(prompt)
     predictor = _Predictor(model, ~is_masked, sampling.cfg_scale, rules.logit_shift)
-    history: list[Tensor] = []
+    history = History(len(prompt))
     for begin in range(len(prompt), len(tokens), block_length):
         end, seq_len = begin + block_length, len(tokens)
         if horizon is not None:
@@ -188,13 +212,13 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
             first, last = kv.span(step, begin, end, seq_len)
             logits = predictor.logits(tokens[:seq_len], first, last)
             known = Known(tokens, is_masked, len(prompt))
-            chosen, chosen_tokens = decide(known, logits, (is_masked & in_block)[first:last], first, block)
+            chosen, chosen_tokens, its = decide(known, logits, (is_masked & in_block)[first:last], first, block)
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False
-            history.append(tokens[len(prompt) :].clone())
+            history.add(tokens, first + chosen, its)
             step += 1
             if ends.reached(tokens[len(prompt) : end], is_masked[len(prompt) : end]):
                 break
         if ends.reached(tokens[len(prompt) : end], is_masked[len(prompt) : end]):
             break
-    return Generation(tokens[len(prompt) :], predictor.nfe, predictor.nfe_refresh, torch.stack(history))
+    return history.generation(tokens, nfe=predictor.nfe, nfe_refresh=predictor.nfe_refresh)

@@ -6,7 +6,8 @@ block and the blocks before it. Stable-DiffCoder (arXiv:2601.15892) is Llama, wi
 what SDAR sees. LLaDA-MoE and SDAR-MoE are Qwen3's layers with experts: of OLMoE, which does not renormalise the weights
 of a token's experts, and of Qwen3-MoE, which does. The parameter names are the published ones, so a checkpoint loads
 without a name map. Fast-dLLM v2 (arXiv:2509.26328) is Qwen2 and sees what SDAR sees; Nemotron, in
-`reference.nemotron`, has Llama's layers under other names. Shapes are named as in `reference.layers`.
+`reference.nemotron`, has Llama's layers under other names. WeDLM (arXiv:2512.22737) is Qwen3 or Qwen2, and causal in
+another order than that of positions, see `reference.wedlm`. Shapes are named as in `reference.layers`.
 """
 
 import json
@@ -36,7 +37,7 @@ Rotations = tuple[Rotation, Rotation]
 _IMPLEMENTED: dict[str, object] = {
     "hidden_act": "silu",
     "use_sliding_window": False,
-    "attention_bias": False,  # SDAR's; others have their biases whatever this says
+    "attention_bias": False,  # SDAR's; others have their biases whatever this says, but WeDLM
 }
 """Fields of config.json that this model has one answer to; another value is refused."""
 
@@ -57,6 +58,7 @@ LAYERS = {
     "SeedDiffcoderForCausalLM": Layers(),
     "LLaDAMoEModelLM": Layers(qk_norm=True),
     "SDARMoeForCausalLM": Layers(qk_norm=True),
+    "WeDLMForCausalLM": Layers(qk_norm=True),  # Qwen2's with `attention_bias`
 }
 """By architecture."""
 
@@ -82,6 +84,7 @@ class QwenConfig:
     tie_word_embeddings: bool = False
     block_size: int | None = None  # SDAR, Nemotron and, as `bd_size`, Fast-dLLM v2: the block length of training
     query_scale_beta: float = 0.0  # Nemotron's `llama_4_scaling_beta`
+    attention_bias: bool = False  # WeDLM: biases on query, key and value, and no norms
     num_experts: int = 0  # 0: the feed-forward network is one
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -94,6 +97,12 @@ class QwenConfig:
             raise ValueError(message)
 
     @property
+    def layers(self) -> Layers:
+        """What the layers are."""
+        has_biases = self.architecture == "WeDLMForCausalLM" and self.attention_bias
+        return Layers(qkv_bias=True) if has_biases else LAYERS[self.architecture]
+
+    @property
     def rope(self) -> Rope:
         """How positions are rotated."""
         return Rope.of(self.rope_theta, self.rope_scaling, self.max_position_embeddings)
@@ -102,9 +111,12 @@ class QwenConfig:
     def from_json(cls, path: Path) -> "QwenConfig":
         """Read a checkpoint's config.json; raises ValueError where it asks for another computation."""
         values: dict[str, Any] = json.loads(path.read_text())
+        is_wedlm = values["architectures"] == ["WeDLMForCausalLM"]
+        if is_wedlm:
+            values.setdefault("attention_bias", True)
         for name, implemented in _IMPLEMENTED.items():
             given = values.get(name, implemented)
-            if given != implemented:
+            if given != implemented and not (is_wedlm and name == "attention_bias"):
                 message = f"{name} is {given!r} in {path}; the reference model implements {implemented!r} alone."
                 raise ValueError(message)
         values["architecture"] = values["architectures"][0]
@@ -135,7 +147,7 @@ class Attention(nn.Module):
     def __init__(self, config: QwenConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        layers = LAYERS[config.architecture]
+        layers = config.layers
         width = config.hidden_size
         query_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim

@@ -4,7 +4,7 @@ A slot belongs to a request from `add_request` until the runner gives it to anot
 host and copied by `apply_staged_writes`, two copies for all of them; the canvases live on the device alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
+from vllm_dllm.state.apart import ApartState
 from vllm_dllm.state.edits import NO_EDITS, EditState, LogitEdits, scene_of
 from vllm_dllm.state.ends import NEVER, NO_ENDS, Ends, EndState
+from vllm_dllm.state.records import NO_LOGPROBS, LogprobRecords
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
@@ -47,6 +49,9 @@ class RequestParams:
     horizon: int = NEVER  # positions that the sequence has from the block under way on, at most
     edits: LogitEdits = NO_EDITS
     ends: Ends = NO_ENDS
+    num_logprobs: int = NO_LOGPROBS  # likeliest tokens of each place that are told
+    own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`
+    own_values: tuple[float, ...] = ()  # its parameters, in their order
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,11 @@ class Blocks:
     slots: Tensor  # [num_reqs] int64, without repetition
     slots_np: np.ndarray  # the same on the host
     start: Tensor  # [num_reqs] int64, absolute position of each block
+
+    def of(self, request: np.ndarray) -> "Blocks":
+        """Return those of some requests [num_some] int64."""
+        index = torch.from_numpy(request).to(self.slots.device)
+        return Blocks(self.slots[index], self.slots_np[request], self.start[index])
 
 
 _INTS = ("policy_id", "prompt_len", "seq_len", "horizon", "top_k", "seed")
@@ -74,6 +84,7 @@ class CanvasState:
         rules: of the model's family.
         left: [max_num_reqs, hidden_size] of a model with a logit shift, else None: the hidden row left of each block
             (its left context), which predicts the block's first token.
+        vocab_size: of the model; a user's policy may not write other tokens.
     """
 
     def __init__(
@@ -84,6 +95,7 @@ class CanvasState:
         device: torch.device,
         rules: UnmaskRules = UnmaskRules(),  # noqa: B008 - a frozen value
         left: Tensor | None = None,
+        vocab_size: int = 2**62,
     ) -> None:
         self.rules = rules
         self.block_length = block_length
@@ -103,6 +115,8 @@ class CanvasState:
         self._is_staged = False
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
         self.ends = EndState(max_num_reqs, device)
+        self.records = LogprobRecords(max_num_reqs, block_length, device)
+        self.apart = ApartState(max_num_reqs, block_length, device, vocab_size)
         self._offsets = torch.arange(block_length, device=device)
         self.answers: dict[int, Answer] = {}  # of requests under a constraint, by slot
 
@@ -122,12 +136,14 @@ class CanvasState:
         self._has_memory_np[slot] = params.policy_id in MEMORIES
         self.edits.put(slot, params.edits)
         self.ends.put(slot, params.ends)
+        self.records.put(slot, params.num_logprobs)
+        self.apart.put(slot, params.own_policy, params.own_values)
         self._is_staged = True
 
     def apply_staged_writes(self) -> None:
         """Copy the parameters staged since the last call to the device."""
-        self.edits.apply_staged_writes()
-        self.ends.apply_staged_writes()
+        for each in (self.edits, self.ends, self.apart):
+            each.apply_staged_writes()
         if self._is_staged:
             # From what nobody writes: the next request may come before a GPU has copied.
             self._ints.copy_(pinned(self._ints_np, self.device), non_blocking=True)
@@ -147,9 +163,8 @@ class CanvasState:
 
     def seq_end_np(self, slots_np: np.ndarray, block_start: np.ndarray) -> np.ndarray:
         """Return where the sequences of requests end while their blocks begin at `block_start`, [num_reqs] each."""
-        end: np.ndarray = np.minimum(
-            self.seq_len_np[slots_np], block_start + self._ints_np[_INTS.index("horizon"), slots_np]
-        )
+        horizon = self._ints_np[_INTS.index("horizon"), slots_np]
+        end: np.ndarray = np.minimum(self.seq_len_np[slots_np], block_start + horizon)
         return end
 
     def policy_params(self, blocks: Blocks) -> PolicyParams:
@@ -174,6 +189,16 @@ class CanvasState:
             policies=tuple(name for name, policy_id in POLICY_IDS.items() if policy_id in policies),
             has_alg_temp=bool((self._floats_np[_FLOATS.index("alg_temp"), slots_np] > 0).any()),
         )
+
+    def apart_params(self, blocks: Blocks, name: str) -> PolicyParams:
+        """Gather the parameters of requests that have the same policy without a native twin."""
+        own = self.apart.params(name, blocks.slots, self.seq_len[blocks.slots])
+        return replace(self.policy_params(blocks), own=own)
+
+    def asks_known(self, blocks: Blocks) -> Tensor | None:
+        """Tell whose policies ask for the logits of known tokens; [num_reqs] bool; None: nobody's."""
+        asks = self.apart.asks_known(blocks.slots_np)
+        return torch.from_numpy(asks).to(self.device, non_blocking=True) if asks.any() else None
 
     def has_memory(self, slots_np: np.ndarray) -> bool:
         """Tell whether the policy of any of some requests remembers something."""
@@ -303,17 +328,6 @@ class CanvasState:
             anew = new_state(len(slots), self.block_length, self.device)
             self.remember(slots, select(where, anew, {name: its[slots] for name, its in self.memory.items()}))
         self.canvas[slots] = self.canvas[slots].masked_fill(where[:, None], self.mask_token_id)
-
-    def cut(self, blocks: Blocks, missing: Tensor) -> None:
-        """Fill the ends of blocks that have fewer positions than a canvas, so that nothing is masked there.
-
-        Args:
-            blocks: of some requests.
-            missing: [num_reqs] int64, positions that each has fewer.
-        """
-        is_missing = self._offsets >= self.block_length - missing[:, None]
-        filler = int(self.mask_token_id == 0)
-        self.canvas[blocks.slots] = self.canvas[blocks.slots].masked_fill(is_missing, filler)
 
     def _int(self, name: str) -> Tensor:
         return self._ints[_INTS.index(name)]

@@ -31,6 +31,9 @@ class Column(IntEnum):
 
 REPORT_LEN = Column.PROPOSED + MAX_DEPTH
 
+POLICY_FAILED = 4
+"""In `FAULTS`: the request's policy failed at it, and the request has to end. Nobody else's fault has this bit."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepFacts:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from vllm_dllm import ops
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.state.records import EmittedLogprobs
 from vllm_dllm.state.report import REPORT_LEN, StepFacts
 from vllm_dllm.unmask.walk import Nodes, Trajectory
 
@@ -40,6 +41,7 @@ class Emission:
     num_sampled: Tensor  # [num_batch] int32, how many of them are emitted, 0 where the block goes on
     num_rejected: Tensor  # [num_batch] int32, the rest of the tokens that vLLM counts
     report: Tensor  # [num_batch, REPORT_LEN] int32
+    logprobs: EmittedLogprobs | None = field(default=None, kw_only=True)  # None: nobody asks
 
 
 Settle = Callable[[CanvasState, DraftState | None, Blocks, Nodes, Trajectory, Ledger], Emission]

@@ -7,7 +7,7 @@ draft that did not come true changes nothing. Whether a draft came true is asked
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -18,20 +18,31 @@ if TYPE_CHECKING:
     from vllm_dllm.unmask.policy import PolicyParams
 
 PolicyState = dict[str, Tensor]
-"""Field -> [num_canvases, block_length, width]; empty where no policy of the batch has a memory."""
+"""Field -> [num_canvases, block_length, width], of what is kept once per block or request [num_canvases, 1, width];
+empty where no policy of the batch has a memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateField:
-    """One tensor of a memory."""
+    """One tensor of a memory.
 
-    width: int  # numbers per position
+    Attributes:
+        width: numbers per position, block or request.
+        dtype: of them.
+        empty: what each is at first.
+        per: what it is kept of. What is kept of positions and blocks is empty when a block begins; what is kept of a
+            request, when it is admitted, and a request that comes back after a preemption goes on with what it had when
+            its block began.
+    """
+
+    width: int
     dtype: torch.dtype
     empty: float
+    per: Literal["position", "block", "request"] = "position"
 
     def new(self, num_canvases: int, block_length: int, device: torch.device) -> Tensor:
-        """Return an empty one: [num_canvases, block_length, width]."""
-        shape = (num_canvases, block_length, self.width)
+        """Return an empty one: [num_canvases, block_length or 1, width]."""
+        shape = (num_canvases, block_length if self.per == "position" else 1, self.width)
         return torch.full(shape, self.empty, dtype=self.dtype, device=device)
 
 

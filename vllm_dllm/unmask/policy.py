@@ -17,10 +17,19 @@ import torch
 from torch import Tensor
 
 from vllm_dllm import noise
-from vllm_dllm.names import PolicyName
 from vllm_dllm.ops.vocab_stats import Distribution
 from vllm_dllm.unmask.credit import CREDIT
 from vllm_dllm.unmask.memory import Memory, PolicyState
+
+
+@dataclass(frozen=True, slots=True)
+class OwnParams:
+    """What a policy without a native twin (`unmask.torch_policy`) takes besides `PolicyParams`."""
+
+    name: str
+    values: dict[str, Tensor]  # parameter -> [num_canvases] float64
+    seq_len: Tensor  # [num_canvases] int64, positions
+    vocab_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +50,9 @@ class PolicyParams:
     temperature: Tensor  # [num_canvases] float64, of the sampled distribution
     counts: Tensor  # [block_length, num_canvases] int64, schedule.count_table
     times: Tensor  # [block_length, num_canvases] float64, schedule.reveal_times
-    policies: tuple[PolicyName, ...]  # those of the requests
+    policies: tuple[str, ...]  # those of the requests
     has_alg_temp: bool  # any above 0
+    own: "OwnParams | None" = None  # of a policy without a native twin, which all requests have then
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -95,13 +105,11 @@ class Policy:
         count: [num_canvases] int64 of the scores in descending order, -inf behind the open positions, and of `Left`;
             `choose_positions` keeps it within 1..num_open.
         memory: what changes the rows' distributions before they are scored; None: nothing does.
-        revises: whether a step may change or mask a known token: then nothing is certain before its block is finished.
     """
 
     score: Callable[[Evidence, PolicyParams], Tensor]
     count: Callable[[Tensor, Left, PolicyParams], Tensor]
     memory: Memory | None = None
-    revises: bool = False
 
 
 def _confidence(evidence: Evidence, _params: PolicyParams) -> Tensor:
@@ -137,9 +145,15 @@ def _earliest(_evidence: Evidence, params: PolicyParams) -> Tensor:
     return -torch.searchsorted((-params.times.T).contiguous(), -own_time).double()
 
 
-def _scheduled(ordered: Tensor, left: Left, params: PolicyParams) -> Tensor:
-    num_unmasked = ordered.shape[1] - params.num_known - left.num_masked
-    return params.counts.gather(0, num_unmasked.clamp(max=ordered.shape[1] - 1)[None]).squeeze(0)
+def scheduled_count(num_masked: Tensor, params: PolicyParams) -> Tensor:
+    """Return how many positions requests' steps give canvases; arguments and result [num_canvases] int64."""
+    block_length = len(params.counts)
+    num_unmasked = block_length - params.num_known - num_masked
+    return params.counts.gather(0, num_unmasked.clamp(0, block_length - 1)[None]).squeeze(0)
+
+
+def _scheduled(_ordered: Tensor, left: Left, params: PolicyParams) -> Tensor:
+    return scheduled_count(left.num_masked, params)
 
 
 def _reaching(ordered: Tensor, _left: Left, params: PolicyParams) -> Tensor:
@@ -172,7 +186,7 @@ def _equal_first(ordered: Tensor, _left: Left, _params: PolicyParams) -> Tensor:
     return (ordered == ordered[:, :1]).sum(1)
 
 
-POLICIES: dict[PolicyName, Policy] = {
+POLICIES: dict[str, Policy] = {
     "static": Policy(_confidence, _scheduled),
     "random": Policy(_uniform, _scheduled),
     "threshold": Policy(_confidence, _reaching),
@@ -189,10 +203,7 @@ POLICIES: dict[PolicyName, Policy] = {
 SCHEDULED = frozenset(name for name, policy in POLICIES.items() if policy.count is _scheduled)
 """Policies of which a request's table alone says how many positions a step unmasks."""
 
-REVISING = frozenset(name for name, policy in POLICIES.items() if policy.revises)
-"""Policies under which a known token is not final, so that a block is never left before it is finished."""
-
-POLICY_IDS: dict[PolicyName, int] = {name: number for number, name in enumerate(POLICIES)}
+POLICY_IDS: dict[str, int] = {name: number for number, name in enumerate(POLICIES)}
 
 MEMORIES = {POLICY_IDS[name]: policy.memory for name, policy in POLICIES.items() if policy.memory is not None}
 """Of the policies with one; no two share a field."""

@@ -46,7 +46,7 @@ def torch_stats(
     logits = logits.float()
     logits[:, excluded_ids] = -torch.inf
     if ids is not None and ids.allowed is not None:
-        logits.masked_fill_(~_bits(ids.allowed, logits.shape[1]), -torch.inf)
+        logits.masked_fill_(~unpacked(ids.allowed, logits.shape[1]), -torch.inf)
     given_logits = None if ids is None or ids.given is None else _gather(logits, ids.given)
     largest, argmax = logits.max(dim=1)
     top_logits, top_ids = logits.topk(min(num_candidates, logits.shape[1]), dim=1)
@@ -77,8 +77,8 @@ def _gather(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.where(is_there, logits.gather(1, torch.where(is_there, ids, 0)), -torch.inf)
 
 
-def _bits(words: Tensor, num_ids: int) -> Tensor:
-    """Unpack [num_rows, num_words] int32 to [num_rows, num_ids] bool, the lowest bit first."""
+def unpacked(words: Tensor, num_ids: int) -> Tensor:
+    """Unpack bit sets [num_rows, num_words] int32 to [num_rows, num_ids] bool, the lowest bit first."""
     bits = words[:, :, None] >> torch.arange(32, device=words.device, dtype=torch.int32) & 1
     return bits.flatten(1)[:, :num_ids].bool()
 

@@ -10,6 +10,7 @@ next step.
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +19,12 @@ from torch.nn.functional import pad
 from vllm_dllm import ops
 from vllm_dllm.constraint.step import ConstrainedStep
 from vllm_dllm.ops.vocab_stats import PartialStats
-from vllm_dllm.unmask.memory import PolicyState, Shown, select
-from vllm_dllm.unmask.policy import (
-    MEMORIES,
-    Evidence,
-    PolicyParams,
-    asked_ids,
-    choose_positions,
-    new_state,
-    score_positions,
-)
+from vllm_dllm.unmask.decide import Decided, Ground, candidates_at, decide_nodes, is_decidable
+from vllm_dllm.unmask.memory import PolicyState, select
+from vllm_dllm.unmask.policy import PolicyParams, asked_ids, new_state
+from vllm_dllm.unmask.registry import changes_tokens, torch_policy
 from vllm_dllm.unmask.schedule import UnmaskRules
-from vllm_dllm.unmask.stats import Candidates, candidates_of
+from vllm_dllm.unmask.stats import Candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +107,31 @@ class Nodes:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What a policy without a native twin knows of the blocks of some requests behind a step."""
+
+    name: str
+    request: Tensor  # [num_some] int64, which of the step's
+    state: PolicyState
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """What some requests did in one forward."""
 
     canvas: Tensor  # [num_reqs, block_length] int64, of the block that the forward began with, after the walk
     next_canvas: Tensor  # [num_reqs, block_length] int64, the same, or the next block's where the look-ahead came true
     path: Tensor  # [num_reqs, num_nodes] int64, the nodes that were decided, in order; -1 behind them
-    step: Tensor  # [num_reqs, block_length] int64, place in the path that unmasked a position of `canvas`; -1: none
+    step: Tensor  # [num_reqs, block_length] int64, place in the path that wrote a position of `canvas`; -1: none
     node: Tensor  # [num_reqs] int64, the last of the path; 0 where it is empty, as that of a finished root is
     num_steps: Tensor  # [num_reqs] int64, length of the path
-    num_unmasked: Tensor  # [num_reqs] int64, positions, those of the next block included
+    num_unmasked: Tensor  # [num_reqs] int64, masked positions less than before, those of the next block included
     is_finished: Tensor  # [num_reqs] bool, whether `canvas` is
     came_over: Tensor  # [num_reqs] bool, whether the look-ahead came true: the block is stored and the next one begun
     candidates: Candidates  # [num_reqs, block_length, num_candidates], of `node`
-    state: PolicyState = field(default_factory=dict)  # of the block of `next_canvas`
+    state: PolicyState = field(default_factory=dict)  # of the block of `next_canvas`, of policies of the op
+    apart: tuple[Kept, ...] = ()  # the same of the others
+    failed: tuple[int, ...] = ()  # requests that their policies failed at
 
     def with_those(self, request: Tensor, of: "Trajectory") -> "Trajectory":
         """Return the same where some requests [num_some] int64 did what `of` says."""
@@ -133,9 +139,11 @@ class Trajectory:
         def put(own: Tensor, new: Tensor) -> Tensor:
             return own.index_copy(0, request, new)
 
-        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("candidates", "state")}
-        return Trajectory(
-            **{name: put(own, getattr(of, name)) for name, own in columns.items()},
+        own = {f.name: its for f in fields(self) if isinstance(its := getattr(self, f.name), Tensor)}
+        columns: dict[str, Any] = {name: put(its, getattr(of, name)) for name, its in own.items()}
+        return replace(
+            self,
+            **columns,
             candidates=Candidates(
                 put(self.candidates.token_ids, of.candidates.token_ids),
                 put(self.candidates.log_probs, of.candidates.log_probs),
@@ -181,9 +189,10 @@ def walk(
         state: of the requests' policies at the roots; empty where none has a memory.
         keep: says which of the chosen positions are unmasked; None: all.
     """
-    ground = _Ground(nodes, nodes.rows(stats), params, rules, asked_ids(state), keep)
-    done = _walk_in_block(ground, mask_token_id, state)
-    return done if nodes.end is None else _go_over(done, ground, mask_token_id)
+    asked = asked_ids(state) if params.own is None else None
+    ground = Ground(nodes, nodes.rows(stats), params, rules, mask_token_id, asked, keep)
+    done = _walk_in_block(ground, state)
+    return done if nodes.end is None else _go_over(done, ground)
 
 
 def native_walk(
@@ -223,19 +232,7 @@ def choose_walk(device: torch.device) -> Walk:
     return ops.native_or_twin("decide_walk", device.type, "Canvases are decided", native_walk, walk)
 
 
-@dataclass(frozen=True, slots=True)
-class _Ground:
-    """What is walked on."""
-
-    nodes: Nodes
-    stats: PartialStats
-    params: PolicyParams
-    rules: UnmaskRules
-    asked: Tensor | None  # [num_reqs, block_length, num_given] int64, what the given logits are of
-    keep: Keep | None
-
-
-def _walk_in_block(ground: _Ground, mask_token_id: int, state: PolicyState) -> Trajectory:
+def _walk_in_block(ground: Ground, state: PolicyState) -> Trajectory:
     nodes = ground.nodes
     num_reqs, num_nodes, _ = nodes.canvas.shape
     num_in_block = num_nodes - (nodes.end is not None)
@@ -243,107 +240,73 @@ def _walk_in_block(ground: _Ground, mask_token_id: int, state: PolicyState) -> T
     canvas, node, num_steps = nodes.canvas[:, 0], torch.zeros_like(request), torch.zeros_like(request)
     path = nodes.canvas.new_full((num_reqs, num_nodes), -1)
     step = torch.full_like(canvas, -1)
-    is_finished, follower = ~nodes.is_masked[:, 0].any(1), node
+    # A canvas without masks is no block's end where tokens may change yet.
+    is_finished, follower = ~nodes.is_masked[:, 0].any(1) & ~_may_edit(ground.params, node), node
     goes_on = ~is_finished
     for place in range(num_in_block):
         if canvas.is_cpu and not goes_on.any():  # elsewhere the host would wait
             break
-        goes_on = goes_on & _is_decidable(ground, follower, state)
+        goes_on = goes_on & is_decidable(ground, follower, state)
         node = torch.where(goes_on, follower, node)
         before = nodes.canvas[request, node]
-        decided, remembered = _decided(ground, node, ground.params, state)
-        canvas, state = torch.where(goes_on[:, None], decided, canvas), select(goes_on, remembered, state)
+        made = decide_nodes(ground, node, ground.params, state)
+        canvas, state = torch.where(goes_on[:, None], made.canvas, canvas), select(goes_on, made.state, state)
+        is_finished = torch.where(goes_on, made.is_done, is_finished)
         step = torch.where(goes_on[:, None] & (canvas != before), place, step)
         path[:, place] = torch.where(goes_on, node, -1)
         num_steps = num_steps + goes_on
         came_true = (canvas[:, None] == nodes.canvas).all(-1) & nodes.is_valid
         came_true[:, 0] = False
         follows, follower = came_true[:, :num_in_block].byte().max(1)
-        is_finished = (canvas != mask_token_id).all(1)
         goes_on = goes_on & ~is_finished & (follows > 0)
     return Trajectory(
         canvas=canvas,
         next_canvas=canvas,
         path=path,
-        step=step,
+        step=step.masked_fill(canvas == ground.mask_token_id, -1),
         node=node,
         num_steps=num_steps,
-        num_unmasked=(step >= 0).sum(1),
+        num_unmasked=nodes.is_masked[:, 0].sum(1) - (canvas == ground.mask_token_id).sum(1),
         is_finished=is_finished,
         came_over=torch.zeros_like(is_finished),
-        candidates=_candidates(ground, node),
+        candidates=candidates_at(ground, node),
         state=state,
     )
 
 
-def _go_over(done: Trajectory, ground: _Ground, mask_token_id: int) -> Trajectory:
+def _go_over(done: Trajectory, ground: Ground) -> Trajectory:
     """Decide the next root where the walk ended at the look-ahead's end."""
     nodes = ground.nodes
-    num_nodes, block_length = nodes.canvas.shape[1:]
+    num_nodes = nodes.canvas.shape[1]
     next_root = torch.full_like(done.node, num_nodes - 1)
     assert nodes.end is not None, "there is a look-ahead"
     came_over = done.is_finished & nodes.is_valid[:, -1] & (done.canvas == nodes.end).all(1)
-    params, anew = ground.params.of_next_block(block_length), new_state(len(next_root), block_length, next_root.device)
-    decided, remembered = _decided(ground, next_root, params, anew if done.state else NO_STATE)
+    made = _decide_next_root(ground, next_root, done.state)
     is_next = came_over[:, None] & (torch.arange(num_nodes, device=next_root.device) == done.num_steps[:, None])
     node = torch.where(came_over, next_root, done.node)
     return replace(
         done,
-        next_canvas=torch.where(came_over[:, None], decided, done.canvas),
+        next_canvas=torch.where(came_over[:, None], made.canvas, done.canvas),
         path=torch.where(is_next, next_root[:, None], done.path),
         node=node,
         num_steps=done.num_steps + came_over,
-        num_unmasked=done.num_unmasked + came_over * (decided != mask_token_id).sum(1),
+        num_unmasked=done.num_unmasked + came_over * (made.canvas != ground.mask_token_id).sum(1),
         came_over=came_over,
-        candidates=_candidates(ground, node),
-        state=select(came_over, remembered, done.state),
+        candidates=candidates_at(ground, node),
+        state=select(came_over, made.state, done.state),
     )
 
 
-def _candidates(ground: _Ground, node: Tensor) -> Candidates:
-    num_reqs, _, block_length = ground.nodes.canvas.shape
-    found = candidates_of(_rows_of(ground, node))
-    return Candidates(*(each.view(num_reqs, block_length, -1) for each in (found.token_ids, found.log_probs)))
+def _decide_next_root(ground: Ground, next_root: Tensor, state: PolicyState) -> Decided:
+    params, own = ground.params.of_next_block(ground.nodes.canvas.shape[2]), ground.params.own
+    if own is not None:
+        state = torch_policy(own.name).of_next_block(state)
+    elif state:
+        state = new_state(len(next_root), ground.nodes.canvas.shape[2], next_root.device)
+    return decide_nodes(ground, next_root, params, state)
 
 
-def _rows_of(ground: _Ground, node: Tensor) -> PartialStats:
-    """Take the rows of one node of each request; [num_reqs * block_length]."""
-    num_reqs, num_nodes, block_length = ground.nodes.canvas.shape
-    request = torch.arange(num_reqs, device=node.device)
-    row = (request * num_nodes + node)[:, None] * block_length + torch.arange(block_length, device=node.device)
-    return PartialStats.of(itemgetter(row.flatten()), ground.stats)
-
-
-def _shown(ground: _Ground, node: Tensor) -> Shown:
-    assert ground.asked is not None, "a memory asks"
-    request = torch.arange(len(node), device=node.device)
-    is_masked = ground.nodes.is_masked[request, node]
-    return Shown(_rows_of(ground, node), ground.asked, is_masked, ground.rules.open(is_masked))
-
-
-def _is_decidable(ground: _Ground, node: Tensor, state: PolicyState) -> Tensor:
-    """Tell whether the policies know all of one node of each request that they need; [num_reqs] bool."""
-    decidable = torch.ones_like(node, dtype=torch.bool)
-    for policy_id, memory in MEMORIES.items() if state else ():
-        decidable &= memory.knows(_shown(ground, node), state) | (ground.params.policy_id != policy_id)
-    return decidable
-
-
-def _decided(ground: _Ground, node: Tensor, params: PolicyParams, state: PolicyState) -> tuple[Tensor, PolicyState]:
-    """Apply the requests' policies to one node of each; [num_reqs, block_length] int64, and what they remember then."""
-    nodes, request = ground.nodes, torch.arange(len(node), device=node.device)
-    canvas, is_masked, rows = nodes.canvas[request, node], nodes.is_masked[request, node], _rows_of(ground, node)
-    divisor = torch.where(params.temperature > 0, params.temperature, 1.0).repeat_interleave(canvas.shape[1])
-    token_ids, distribution = rows.token_ids, rows.distribution(divisor)
-    for policy_id, memory in MEMORIES.items() if state else ():
-        recalled = memory.recall(_shown(ground, node), params, state)
-        is_its = params.policy_id == policy_id
-        state = select(is_its, recalled.state, state)
-        is_its = is_its.repeat_interleave(canvas.shape[1])
-        token_ids = torch.where(is_its, recalled.token_ids, token_ids)
-        distribution = recalled.distribution.where(is_its, distribution)
-    score = score_positions(Evidence(distribution, is_masked), params)
-    chosen = choose_positions(score, is_masked, params, ground.rules.open(is_masked))
-    if ground.keep is not None:
-        chosen = ground.keep(node, chosen, score, token_ids.view_as(canvas))
-    return torch.where(chosen, token_ids.view_as(canvas), canvas), state
+def _may_edit(params: PolicyParams, node: Tensor) -> Tensor:
+    """Tell of which requests known tokens may change; [num_reqs] bool."""
+    may = params.own is not None and changes_tokens(params.own.name)
+    return torch.full_like(node, may, dtype=torch.bool)

@@ -1,0 +1,149 @@
+"""Blocks decoded by policies in torch code, beside native ones, with and without drafts; and by their references."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests.draft.test_exact import CPU, MASK, VOCAB, SyntheticModel, drafter_of
+from vllm_dllm.denoiser import Denoiser
+from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.policy_options import own_values
+from vllm_dllm.reference.decode import KvPolicy
+from vllm_dllm.reference.rules import Rule, generate
+from vllm_dllm.reference.threshold_rules import LocalLeap
+from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.state.draws import native_draws
+from vllm_dllm.state.report import Column
+from vllm_dllm.state.settle import Ledger, native_settle
+from vllm_dllm.unmask.head import LogitsHead
+from vllm_dllm.unmask.policy import POLICY_IDS
+from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
+from vllm_dllm.unmask.walk import native_walk
+
+
+@dataclass(frozen=True)
+class Own:
+    """A request with a policy in torch code, or a native one."""
+
+    policy: str
+    values: tuple[tuple[str, float], ...] = ()  # its parameters by name, without the policy's
+    threshold: float = 0.9
+    steps: int = 8
+    seed: int = 0
+
+    def params(self, block_length: int, num_blocks: int, rules: UnmaskRules) -> RequestParams:
+        is_native = self.policy in POLICY_IDS
+        values = {f"{self.policy}_{name}": value for name, value in self.values}
+        return RequestParams(
+            policy_id=POLICY_IDS.get(self.policy, 0),
+            own_policy=None if is_native else self.policy,
+            own_values=() if is_native else own_values(self.policy, values),
+            threshold=self.threshold,
+            factor=1.0,
+            entropy_bound=0.35,
+            credit_alpha=0.7,
+            credit_beta=0.8,
+            credit_gamma=0.2,
+            alg_temp=0.0,
+            counts=count_table(rules, block_length, min(self.steps, block_length)),
+            times=reveal_times(block_length, min(self.steps, block_length)),
+            prompt_len=0,
+            seq_len=num_blocks * block_length,
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+            seed=self.seed,
+        )
+
+
+@dataclass
+class Done:
+    """What became of a request."""
+
+    tokens: list[int]
+    steps: int = 0  # transitions
+    forwards: int = 0
+    accepted: int = 0
+    failed: bool = False
+
+
+def decode(
+    model: SyntheticModel,
+    requests: Sequence[Own],
+    drafts: DraftGraph | None = None,
+    budget: int = 0,
+    *,
+    num_blocks: int = 1,
+    is_native: bool = True,
+    rules: UnmaskRules = UnmaskRules(),  # noqa: B008 - a frozen value
+) -> list[Done]:
+    """Decode some blocks of all requests together, from the second step of a block on with drafts."""
+    length = model.block_length
+    state = CanvasState(len(requests), length, MASK, CPU, rules, vocab_size=VOCAB)
+    for slot, request in enumerate(requests):
+        state.add_request(slot, request.params(length, num_blocks, rules))
+    state.apply_staged_writes()
+    head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
+    drafter = drafter_of(drafts, is_native=is_native)
+    denoiser = Denoiser(state, drafter, head, *((native_walk, native_settle, native_draws) if is_native else ()))
+    done = [Done([]) for _ in requests]
+    slots, start = torch.arange(len(requests)), torch.zeros(len(requests), dtype=torch.int64)
+    denoiser.begin_blocks(slots, torch.ones(len(requests), dtype=torch.bool))
+    for number in range(100 * num_blocks * length):
+        blocks = Blocks(slots, slots.numpy(), start[slots])
+        nodes = denoiser.nodes(blocks, budget if number else 0)
+        hidden = model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1)
+        made = denoiser.advance(blocks, nodes, hidden)
+        known = blocks.start
+        emission = denoiser.settle(blocks, nodes, made, Ledger(len(slots), known, torch.full_like(known, length)))
+        for place, slot in enumerate(slots.tolist()):
+            own = done[slot]
+            own.failed = bool(emission.report[place, Column.FAULTS])
+            own.steps += int(made.num_steps[place])
+            own.forwards += int(emission.report[place, Column.FORWARDS])
+            own.accepted += int(made.num_accepted[place])
+            if emission.num_sampled[place]:
+                own.tokens += emission.sampled[place].tolist()
+                start[slot] += length
+        going = [not done[s].failed and len(done[s].tokens) < num_blocks * length for s in slots.tolist()]
+        slots = slots[torch.tensor(going)]
+        if not len(slots):
+            return done
+    raise AssertionError("a block does not end")
+
+
+RULES: dict[str, Callable[..., Rule]] = {"local_leap": LocalLeap}
+"""Policies -> their plain statements."""
+
+
+def plain(model: Any, request: Own, num_blocks: int = 1) -> tuple[list[int], int]:
+    """Decode a request by its plain statement; returns its tokens, and the steps it took."""
+    takes = {"threshold": request.threshold} if request.policy in {"local_leap"} else {}
+    values = dict(request.values)
+    length = model.block_length
+    made = generate(
+        model,
+        torch.zeros(0, dtype=torch.int64),
+        gen_length=num_blocks * length,
+        block_length=length,
+        rule=lambda: RULES[request.policy](**takes, **values),
+        kv=KvPolicy("dual"),
+    )
+    return made.tokens, made.nfe
+
+
+def drawn(policy: str, rng: random.Random) -> Own:
+    """Draw a request with a policy."""
+    draw: dict[str, dict[str, Any]] = {
+        "local_leap": {"relaxed": rng.choice([0.1, 0.3, 0.75]), "radius": rng.randrange(5)},
+    }
+    return Own(
+        policy,
+        tuple(draw[policy].items()),
+        threshold=rng.choice([0.2, 0.4, 0.9]),
+        steps=rng.choice([1, 2, 4, 8]),
+        seed=rng.randrange(99),
+    )

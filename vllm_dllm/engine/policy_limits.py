@@ -1,0 +1,55 @@
+"""What a request may not ask for beside its unmasking policy."""
+
+from vllm.sampling_params import SamplingParams
+
+from vllm_dllm.engine.refusals import RequestError
+from vllm_dllm.unmask.registry import changes_tokens
+
+_UNFILTERED = {"top_k": "0 or -1", "top_p": "1", "min_p": "0"}
+
+
+def refuse_beside_policy(params: SamplingParams, policy: str) -> None:
+    """Check that a request's sampling goes with its policy. Raises: RequestError."""
+    if policy == "credit" and params.temperature > 0:
+        _refuse_filters(params)
+    if not changes_tokens(policy):
+        return
+    if params.temperature > 0:
+        raise RequestError(
+            f"temperature is {params.temperature}, but the request's policy {policy!r} takes tokens back, and would "
+            "draw the same ones again; allowed is 0; send that, or another dllm_policy",
+            parameter="temperature",
+            value=params.temperature,
+        )
+    if params.bad_words:
+        raise RequestError(
+            f"bad_words is {params.bad_words!r:.80}, but the request's policy {policy!r} changes tokens that were "
+            "written, beside which a word was barred; allowed is none; remove it, or send another dllm_policy",
+            parameter="bad_words",
+            value=params.bad_words,
+        )
+
+
+def refuse_structure(policy: str) -> None:
+    """Check that a policy may decide under a constraint. Raises: RequestError."""
+    if changes_tokens(policy):
+        raise RequestError(
+            "structured_outputs is set, or response_format or a forced tool, but the request's policy "
+            f"{policy!r} changes tokens that were written, by which others were allowed; allowed is none; remove it, "
+            "or send another dllm_policy",
+            parameter="structured_outputs",
+        )
+
+
+def _refuse_filters(params: SamplingParams) -> None:
+    """Check that nothing filters what a policy draws of other logits than the model's, which nobody sorts."""
+    filters = {"top_k": params.top_k > 0, "top_p": params.top_p < 1, "min_p": params.min_p > 0}
+    for name, is_used in filters.items():
+        if is_used:
+            value = getattr(params, name)
+            raise RequestError(
+                f"{name} is {value}, but the request's policy 'credit' draws of logits that credit raised, unfiltered; "
+                f"allowed is {_UNFILTERED[name]}; send that, temperature 0 or another dllm_policy",
+                parameter=name,
+                value=value,
+            )

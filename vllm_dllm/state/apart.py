@@ -1,0 +1,110 @@
+"""Parameters and memories of requests whose policy has no native twin, by slot."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_dllm.attention.layout import pinned
+from vllm_dllm.unmask.memory import PolicyState
+from vllm_dllm.unmask.parameter import MAX_PARAMETERS
+from vllm_dllm.unmask.policy import OwnParams
+from vllm_dllm.unmask.registry import changes_tokens, torch_policy
+
+logger = logging.getLogger("vllm.dllm")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The requests of a step that have the same policy."""
+
+    name: str
+    request: np.ndarray  # [num_some] int64, which of the step's requests
+
+
+class ApartState:
+    """What policies in torch code take and keep, of up to `max_num_reqs` requests.
+
+    Args:
+        max_num_reqs: slots.
+        block_length: positions per block.
+        device: of all tensors.
+        vocab_size: of the model.
+    """
+
+    def __init__(self, max_num_reqs: int, block_length: int, device: torch.device, vocab_size: int) -> None:
+        self._max_num_reqs, self._block_length, self._device = max_num_reqs, block_length, device
+        self._vocab_size = vocab_size
+        self._names: dict[int, str] = {}
+        self._values_np = np.zeros((MAX_PARAMETERS, max_num_reqs))
+        self._values = torch.zeros(self._values_np.shape, dtype=torch.float64, device=device)
+        self._is_staged = False
+        self._memory: dict[str, PolicyState] = {}  # of policies that were used -> fields of [max_num_reqs, ...]
+
+    def put(self, slot: int, name: str | None, values: Sequence[float]) -> None:
+        """Stage a request's policy and its parameters; None: it has a native twin."""
+        self._names.pop(slot, None)
+        if name is None:
+            return
+        self._names[slot] = name
+        self._values_np[: len(values), slot] = values
+        self._is_staged = True
+
+    def apply_staged_writes(self) -> None:
+        """Copy what was staged to the device."""
+        if self._is_staged:
+            self._values.copy_(pinned(self._values_np, self._device), non_blocking=True)
+            self._is_staged = False
+
+    def groups(self, slots_np: np.ndarray) -> list[Group]:
+        """Return the requests among those of some slots that have such policies, by policy."""
+        if not self._names:
+            return []
+        names = [self._names.get(slot) for slot in slots_np.tolist()]
+        return [
+            Group(name, np.flatnonzero([own == name for own in names]))
+            for name in dict.fromkeys(names)
+            if name is not None
+        ]
+
+    def asks_known(self, slots_np: np.ndarray) -> np.ndarray:
+        """Tell whose policies look at the probabilities of known tokens; [num_reqs] bool."""
+        return np.array(
+            [slot in self._names and torch_policy(self._names[slot]).asks_known for slot in slots_np.tolist()]
+        )
+
+    def may_edit(self, slots_np: np.ndarray) -> np.ndarray:
+        """Tell of whom a canvas without masks may be unfinished; [num_reqs] bool."""
+        return np.array([slot in self._names and changes_tokens(self._names[slot]) for slot in slots_np.tolist()])
+
+    def params(self, name: str, slots: Tensor, seq_len: Tensor) -> OwnParams:
+        """Gather the parameters of requests with a policy."""
+        own = torch_policy(name).parameters
+        values = dict(zip(own, self._values[:, slots], strict=False))
+        return OwnParams(name, values, seq_len, self._vocab_size)
+
+    def state(self, name: str, slots: Tensor) -> PolicyState:
+        """Gather what a policy keeps of requests."""
+        return {field: its[slots] for field, its in self._of(name).items()}
+
+    def keep(self, name: str, slots: Tensor, state: PolicyState, begins: Tensor) -> None:
+        """Keep what a policy knows of requests; `begins` [num_some] bool marks those of whom a block begins."""
+        anew = torch_policy(name).of_next_block(state)
+        for field, its in self._of(name).items():
+            its[slots] = torch.where(begins[:, None, None], anew[field], state[field])
+
+    def begin(self, slots: Tensor) -> None:
+        """Begin the first blocks of requests."""
+        for name, fields in self._memory.items():
+            declared = torch_policy(name).fields
+            for field, its in fields.items():
+                its[slots] = declared[field].empty
+
+    def _of(self, name: str) -> PolicyState:
+        if name not in self._memory:
+            logger.info("Requests with the policy %r are decided in torch, beside those of native policies.", name)
+            self._memory[name] = torch_policy(name).new_state(self._max_num_reqs, self._block_length, self._device)
+        return self._memory[name]

@@ -1,0 +1,100 @@
+"""Which policies there are: those with a native twin, those in torch that come with us, and those of users.
+
+A package of a user offers a policy as an entry point of the group `vllm_dllm.policies`, under the policy's name. No
+torch here: a policy is imported when it, or an option that only a policy knows, is first asked for.
+"""
+
+import functools
+from importlib.metadata import EntryPoint, entry_points
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, get_args
+
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.names import PolicyName
+from vllm_dllm.unmask.parameter import Parameter
+
+if TYPE_CHECKING:
+    from vllm_dllm.unmask.torch_policy import TorchPolicy
+
+GROUP = "vllm_dllm.policies"
+
+BUILT_IN = {
+    "local_leap": "local_leap:LOCAL_LEAP",
+}
+"""Policies in torch code that come with us -> where each is in `unmask.policies`."""
+
+NATIVE: tuple[str, ...] = get_args(PolicyName)
+"""Policies of the op `decide_walk`, in the order of its numbers."""
+
+
+@functools.cache
+def user_policies() -> dict[str, EntryPoint]:
+    """Return the policies of installed packages. Raises: ConfigError for a name that is taken or no name."""
+    found: dict[str, EntryPoint] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda each: each.name):
+        where = f"entry point {point.name!r} of group {GROUP} ({_package(point)})"
+        if point.name in (*NATIVE, *BUILT_IN, *found):
+            raise ConfigError(
+                f"{where} has the name of another policy; allowed are other names; rename or uninstall it"
+            )
+        if not (point.name.isidentifier() and point.name.islower()):
+            raise ConfigError(f"{where} has no name of a policy; allowed are words like 'my_policy'; rename it")
+        found[point.name] = point
+    return found
+
+
+def torch_policies() -> tuple[str, ...]:
+    """Return the names of the policies without a native twin, in the order of their numbers."""
+    return (*BUILT_IN, *user_policies())
+
+
+def is_users(name: str) -> bool:
+    """Tell whether a policy is a user's."""
+    return name in user_policies()
+
+
+@functools.cache
+def torch_policy(name: str) -> "TorchPolicy":
+    """Return a policy without a native twin. Raises: ConfigError for one of a user that cannot be imported."""
+    from vllm_dllm.unmask.torch_policy import TorchPolicy
+
+    if name in BUILT_IN:
+        built_in: TorchPolicy = resolve_name(f"vllm_dllm.unmask.policies.{BUILT_IN[name]}")
+        return built_in
+    point = user_policies()[name]
+    where = f"entry point {name!r} of group {GROUP} ({_package(point)})"
+    try:
+        loaded = point.load()
+    except Exception as error:
+        raise ConfigError(
+            f"{where} cannot be loaded ({type(error).__name__}: {error}); allowed is one that names a TorchPolicy; "
+            "mend or uninstall it"
+        ) from error
+    if not isinstance(loaded, TorchPolicy):
+        raise ConfigError(f"{where} is a {type(loaded).__name__}, allowed is a TorchPolicy; mend or uninstall it")
+    return loaded
+
+
+def number_of(name: str) -> int:
+    """Return the number by which a policy is known on the device."""
+    return (*NATIVE, *torch_policies()).index(name)
+
+
+def changes_tokens(name: str) -> bool:
+    """Tell whether a policy may change known tokens, or mask them again: a block does not just grow."""
+    return name not in NATIVE and torch_policy(name).tokens_change
+
+
+@functools.cache
+def parameters() -> dict[str, Parameter]:
+    """Return the options of all policies without a native twin; imports them all."""
+    return {option: its for name in torch_policies() for option, its in parameters_of(name).items()}
+
+
+def parameters_of(name: str) -> dict[str, Parameter]:
+    """Return the options that a policy without a native twin has for itself."""
+    return {f"{name}_{parameter}": its for parameter, its in torch_policy(name).parameters.items()}
+
+
+def _package(point: EntryPoint) -> str:
+    return f"package {point.dist.name}" if point.dist is not None else point.value
