@@ -96,7 +96,6 @@ class Denoiser:
     def begin_blocks(self, slots: Tensor, where: Tensor) -> None:
         """Begin a new block for those of the given slots that `where` [num_reqs] bool marks."""
         self.state.reset(slots, where)
-        self.state.apart.begin(slots[where])
         if self.drafter is not None and self.drafter.memory is not None:
             self.drafter.memory.forget(slots, where)
 

@@ -10,15 +10,6 @@ PolicyName = Literal[
 # fmt: on
 """Unmasking policies, see `unmask.policy`."""
 
-POLICY_ALIASES: dict[str, PolicyName] = {
-    "low_confidence": "static",  # LLaDA's name
-    "low_confidence_static": "static",  # SDAR's
-    "maskgit_plus": "static",  # Dream's
-    "topk_margin": "margin",
-    "low_confidence_dynamic": "dynamic",
-}
-"""The families' own names of policies; taken wherever the name of one is, and replaced by ours."""
-
 KvPolicyName = Literal["dual", "prefix", "block_causal", "causal"]
 """Which K/V a step recomputes, see `state.kv`."""
 

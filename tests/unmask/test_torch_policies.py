@@ -19,7 +19,7 @@ def test_decodes_are_those_of_the_plain_statement(policy: str) -> None:
     """Some batches of random models, beside native policies; drafts are accepted and change nothing."""
     rng, accepted, steps = random.Random(policy), 0, 0
     for seed in range(12):
-        model = SyntheticModel(8, seed, [0.5, 3.0, 8.0][seed % 3])
+        model = SyntheticModel([8, 16, 16][seed // 2 % 3], seed, [0.5, 3.0, 8.0][seed % 3])
         requests = [*(drawn(policy, rng) for _ in range(4)), Own("threshold"), Own("credit", threshold=0.4)]
         alone = decode(model, requests[:1], num_blocks=2)
         without = decode(model, requests, num_blocks=2)

@@ -18,10 +18,11 @@ from vllm_dllm.cli.server_settings import given_parameters
 from vllm_dllm.config import InvalidOptionError, check_policy_options, parse_request_options, parse_server_settings
 from vllm_dllm.draft.graph_file import GraphFile, calibrate_command, decoding_settings, dump_graph, parse_graph
 from vllm_dllm.errors import ConfigError, GraphError
+from vllm_dllm.state.apart import ApartState
 from vllm_dllm.unmask import registry
 from vllm_dllm.unmask.memory import PolicyState, StateField
 from vllm_dllm.unmask.parameter import Parameter
-from vllm_dllm.unmask.torch_policy import Decision, Seen, TorchPolicy
+from vllm_dllm.unmask.torch_policy import CHANGING_STEPS, Decision, Seen, TorchPolicy
 
 LENGTH = 8
 
@@ -190,6 +191,33 @@ def test_it_decides_beside_native_ones_and_drafts_change_nothing(install: Callab
     assert drafted[0].accepted > 0
 
 
+def test_what_is_kept_of_a_request_outlives_a_preemption(install: Callable[..., None]) -> None:
+    """It comes back as it was when the unfinished block began, in whichever slot, and nobody else finds it."""
+    per_request = StateField(1, torch.int64, 0, per="request")
+    install(faster=TorchPolicy(count, state={"count": per_request}))
+    state = ApartState(3, LENGTH, torch.device("cpu"), VOCAB)
+    state.put(0, "faster", (), "a")
+
+    def step(slot: int, begins: bool) -> int:
+        slots = torch.tensor([slot])
+        own = state.state("faster", slots)
+        state.keep("faster", slots, {**own, "count": own["count"] + 1}, torch.tensor([begins]))
+        return int(own["count"])
+
+    assert [step(0, False), step(0, True), step(0, False), step(0, False)] == [0, 1, 2, 3]
+    state.put(2, "faster", (), "a")  # before its slot was anybody's
+    assert [step(2, False), step(2, False)] == [2, 3]
+    state.put(2, "faster", (), "b")
+    assert step(2, True) == 0
+    state.put(2, "faster", (), "a")
+    assert step(2, True) == 2
+    state.put(2, None, (), "c")
+    state.put(1, "faster", (), "a")
+    assert step(1, False) == 3
+    state.put(0, "faster", (), "b")
+    assert step(0, False) == 1
+
+
 def test_one_that_unmasks_nothing_takes_the_surest_position(install: Callable[..., None]) -> None:
     install(lazy=TorchPolicy(lambda seen, _: Decision(seen.canvas)))
     model = SyntheticModel(LENGTH, 2, 3.0)
@@ -204,7 +232,7 @@ def test_one_that_masks_everything_again_is_bounded(install: Callable[..., None]
     install(undo=TorchPolicy(undo, tokens_change=True))
     (done,) = decode(SyntheticModel(LENGTH, 2, 3.0), [Own("undo")])
     assert len(done.tokens) == LENGTH
-    assert 4 * LENGTH <= done.steps <= 5 * LENGTH
+    assert CHANGING_STEPS * LENGTH <= done.steps <= (CHANGING_STEPS + 1) * LENGTH
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "raises"])

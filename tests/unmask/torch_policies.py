@@ -3,23 +3,27 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from tests.draft.test_exact import CPU, MASK, VOCAB, SyntheticModel, drafter_of
+from tests.draft.test_exact import CPU, EOS, MASK, VOCAB, SyntheticModel, drafter_of
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.policy_options import own_values
+from vllm_dllm.reference.coherent_rule import Ccd
 from vllm_dllm.reference.decode import KvPolicy
+from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
-from vllm_dllm.reference.threshold_rules import LocalLeap
+from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, Hierarchy, LocalLeap
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.draws import native_draws
 from vllm_dllm.state.report import Column
 from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
+from vllm_dllm.unmask.registry import torch_policy
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 from vllm_dllm.unmask.walk import native_walk
 
@@ -40,6 +44,7 @@ class Own:
         return RequestParams(
             policy_id=POLICY_IDS.get(self.policy, 0),
             own_policy=None if is_native else self.policy,
+            request_id=str(self),
             own_values=() if is_native else own_values(self.policy, values),
             threshold=self.threshold,
             factor=1.0,
@@ -78,7 +83,7 @@ def decode(
     *,
     num_blocks: int = 1,
     is_native: bool = True,
-    rules: UnmaskRules = UnmaskRules(),  # noqa: B008 - a frozen value
+    rules: UnmaskRules = UnmaskRules(eos_id=EOS),  # noqa: B008 - a frozen value
 ) -> list[Done]:
     """Decode some blocks of all requests together, from the second step of a block on with drafts."""
     length = model.block_length
@@ -115,15 +120,29 @@ def decode(
     raise AssertionError("a block does not end")
 
 
-RULES: dict[str, Callable[..., Rule]] = {"local_leap": LocalLeap}
+RULES: dict[str, Callable[..., Rule]] = {
+    "local_leap": LocalLeap,
+    "entropy_threshold": EntropyThreshold,
+    "hierarchy": Hierarchy,
+    "eoser": partial(Eoser, eos_id=EOS),
+    "ass": Ass,
+    "eoser_ass": partial(Ass, eos_id=EOS),
+    "saber": Saber,
+    "rcr": Rcr,
+    "remdm": Remdm,
+    "ccd": Ccd,
+}
 """Policies -> their plain statements."""
 
 
 def plain(model: Any, request: Own, num_blocks: int = 1) -> tuple[list[int], int]:
     """Decode a request by its plain statement; returns its tokens, and the steps it took."""
-    takes = {"threshold": request.threshold} if request.policy in {"local_leap"} else {}
-    values = dict(request.values)
     length = model.block_length
+    own: dict[str, Any] = {"threshold": request.threshold, "steps": min(request.steps, length)}
+    takes = {name: own[name] for name in torch_policy(request.policy).takes}
+    values = dict(request.values)
+    if request.policy == "eoser":
+        values["num_blocks"] = num_blocks
     made = generate(
         model,
         torch.zeros(0, dtype=torch.int64),
@@ -138,12 +157,21 @@ def plain(model: Any, request: Own, num_blocks: int = 1) -> tuple[list[int], int
 def drawn(policy: str, rng: random.Random) -> Own:
     """Draw a request with a policy."""
     draw: dict[str, dict[str, Any]] = {
-        "local_leap": {"relaxed": rng.choice([0.1, 0.3, 0.75]), "radius": rng.randrange(5)},
+        "local_leap": {"relaxed": rng.choice([0.1, 0.5, 0.75]), "radius": rng.randrange(5)},
+        "entropy_threshold": {"bound": rng.choice([0.1, 0.5, 1.5])},
+        "hierarchy": {"low": rng.choice([0.1, 0.3, 0.6])},
+        "eoser": {"gamma_min": rng.choice([0.01, 0.4])},
+        "ass": {},
+        "eoser_ass": {"gamma_max": rng.choice([0.3, 1.0])},
+        "saber": {"least": rng.choice([1, 2, 3, 5])},
+        "rcr": {},
+        "ccd": {"ratio": rng.choice([0.5, 2.0, 4.0])},
+        "remdm": {"loops": rng.choice([0, 1, 4]), "number": rng.choice([1, 2, 3])},
     }
     return Own(
         policy,
         tuple(draw[policy].items()),
-        threshold=rng.choice([0.2, 0.4, 0.9]),
-        steps=rng.choice([1, 2, 4, 8]),
+        threshold=rng.choice([0.4, 0.8, 0.97]),
+        steps=rng.choice([1, 2, 4, 8, 16, 16]),
         seed=rng.randrange(99),
     )

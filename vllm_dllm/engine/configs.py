@@ -58,7 +58,9 @@ def parse(config: VllmConfig) -> Parsed:
         spiffy = spiffy_settings(
             json.dumps(additional[METHOD]), settings, model_config.model, hf_config.model_type, shape
         )
-    return Parsed(settings, unmask_rules(family, settings), spiffy)
+    eos_id = getattr(hf_config, "eos_token_id", None)
+    rules = replace(unmask_rules(family, settings), eos_id=-1 if eos_id is None else eos_id)
+    return Parsed(settings, rules, spiffy)
 
 
 class DllmModelConfig(ModelConfig):

@@ -293,6 +293,7 @@ def resolve_params(
     return RequestParams(
         policy_id=POLICY_IDS.get(merged.policy, 0),
         own_policy=own,
+        request_id=request_id,
         own_values=() if own is None else own_values(own, options.parameters, settings.parameters),
         threshold=merged.threshold,
         factor=merged.factor,

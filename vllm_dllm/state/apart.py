@@ -1,6 +1,7 @@
 """Parameters and memories of requests whose policy has no native twin, by slot."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ from vllm_dllm.unmask.policy import OwnParams
 from vllm_dllm.unmask.registry import changes_tokens, torch_policy
 
 logger = logging.getLogger("vllm.dllm")
+
+MOST_ASIDE = 16
+"""Requests per slot, of those that have none, of which is remembered what their policies knew: those of them that were
+preempted come back sooner, since vLLM lets them in before new ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +48,43 @@ class ApartState:
         self._values = torch.zeros(self._values_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
         self._memory: dict[str, PolicyState] = {}  # of policies that were used -> fields of [max_num_reqs, ...]
+        self._begun: dict[str, PolicyState] = {}  # of fields that live as long as a request: when its block began
+        self._owners: dict[int, str] = {}  # of slots whose policies have such fields, the requests
+        self._aside: OrderedDict[str, PolicyState] = OrderedDict()  # of those that lost their slots, oldest first
 
-    def put(self, slot: int, name: str | None, values: Sequence[float]) -> None:
-        """Stage a request's policy and its parameters; None: it has a native twin."""
+    def put(self, slot: int, name: str | None, values: Sequence[float], request_id: str) -> None:
+        """Take a request's policy and its parameters; None: it has a native twin.
+
+        One that was preempted finds what its policy knew of it when its unfinished block began.
+        """
+        self._put_aside(slot)
         self._names.pop(slot, None)
         if name is None:
             return
         self._names[slot] = name
         self._values_np[: len(values), slot] = values
         self._is_staged = True
+        fields = torch_policy(name).fields
+        for field, its in self._of(name).items():
+            its[slot] = fields[field].empty
+        if not self._begun[name]:
+            return
+        for former in [its for its, owner in self._owners.items() if owner == request_id]:
+            self._put_aside(former)
+        self._owners[slot] = request_id
+        before = self._aside.pop(request_id, {})
+        for field, its in self._begun[name].items():
+            its[slot] = before.get(field, fields[field].empty)
+            self._memory[name][field][slot] = its[slot]
+
+    def _put_aside(self, slot: int) -> None:
+        """Remember what lives as long as the request of a slot, which may come back; of the oldest no longer."""
+        owner = self._owners.pop(slot, None)
+        if owner is None:
+            return
+        self._aside[owner] = {field: its[slot].clone() for field, its in self._begun[self._names[slot]].items()}
+        while len(self._aside) > MOST_ASIDE * self._max_num_reqs:
+            self._aside.popitem(last=False)
 
     def apply_staged_writes(self) -> None:
         """Copy what was staged to the device."""
@@ -95,16 +128,16 @@ class ApartState:
         anew = torch_policy(name).of_next_block(state)
         for field, its in self._of(name).items():
             its[slots] = torch.where(begins[:, None, None], anew[field], state[field])
-
-    def begin(self, slots: Tensor) -> None:
-        """Begin the first blocks of requests."""
-        for name, fields in self._memory.items():
-            declared = torch_policy(name).fields
-            for field, its in fields.items():
-                its[slots] = declared[field].empty
+        for field, its in self._begun[name].items():
+            its[slots] = torch.where(begins[:, None, None], anew[field], its[slots])
 
     def _of(self, name: str) -> PolicyState:
         if name not in self._memory:
             logger.info("Requests with the policy %r are decided in torch, beside those of native policies.", name)
-            self._memory[name] = torch_policy(name).new_state(self._max_num_reqs, self._block_length, self._device)
+            policy = torch_policy(name)
+            fields = policy.new_state(self._max_num_reqs, self._block_length, self._device)
+            self._memory[name] = fields
+            self._begun[name] = {
+                field: its.clone() for field, its in fields.items() if policy.fields[field].per == "request"
+            }
         return self._memory[name]

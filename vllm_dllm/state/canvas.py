@@ -52,6 +52,7 @@ class RequestParams:
     num_logprobs: int = NO_LOGPROBS  # likeliest tokens of each place that are told
     own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`
     own_values: tuple[float, ...] = ()  # its parameters, in their order
+    request_id: str = ""  # nobody else's, and the same after a preemption
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ class CanvasState:
         self.edits.put(slot, params.edits)
         self.ends.put(slot, params.ends)
         self.records.put(slot, params.num_logprobs)
-        self.apart.put(slot, params.own_policy, params.own_values)
+        self.apart.put(slot, params.own_policy, params.own_values, params.request_id)
         self._is_staged = True
 
     def apply_staged_writes(self) -> None:

@@ -20,6 +20,15 @@ GROUP = "vllm_dllm.policies"
 
 BUILT_IN = {
     "local_leap": "local_leap:LOCAL_LEAP",
+    "entropy_threshold": "entropy_threshold:ENTROPY_THRESHOLD",
+    "hierarchy": "hierarchy:HIERARCHY",
+    "eoser": "eos_rejection:EOSER",
+    "ass": "eos_rejection:ASS",
+    "eoser_ass": "eos_rejection:EOSER_ASS",
+    "saber": "saber:SABER",
+    "rcr": "remasking:RCR",
+    "remdm": "remasking:REMDM",
+    "ccd": "coherent:CCD",
 }
 """Policies in torch code that come with us -> where each is in `unmask.policies`."""
 

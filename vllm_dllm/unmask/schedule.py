@@ -34,12 +34,14 @@ class UnmaskRules:
         unmasks_first_alone: whether a block's first position is unmasked first, and alone.
         sub_block_length: of parts of a block that are unmasked one after another; None: it has none.
         confidence: the distribution that confidence, margin and entropy are of.
+        eos_id: the token that ends a reply; -1: unknown.
     """
 
     schedule: Literal["even", "timesteps"] = "even"
     unmasks_first_alone: bool = False
     sub_block_length: int | None = None
     confidence: Literal["model", "sampled"] = "model"
+    eos_id: int = -1
 
     def open(self, is_masked: Tensor) -> Tensor:
         """Return which masked positions a step may unmask: those of the leftmost stage of the block that has any.

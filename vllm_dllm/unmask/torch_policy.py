@@ -20,7 +20,7 @@ from vllm_dllm.unmask.schedule import UnmaskRules
 SHARED_OPTIONS = ("threshold", "steps")
 """Options of the native policies that one of these may take too."""
 
-CHANGING_STEPS = 4
+CHANGING_STEPS = 8
 """Steps of a block, per position of it, in which known tokens may change; behind them they stand, so that it ends."""
 
 STEP = "step"
@@ -89,6 +89,23 @@ class Seen:
     def scheduled(self) -> Tensor:
         """[num_canvases] int64, how many positions the request's `steps` give this step."""
         return scheduled_count(self.is_masked.sum(1), self.params)
+
+    @property
+    def num_steps(self) -> Tensor:
+        """[num_canvases] int64, into how many steps the request's `steps` divide a block."""
+        return (1.0 / self.params.counts).sum(0).round().long()
+
+    @property
+    def num_own(self) -> Tensor:
+        """[num_canvases] int64, positions of the block that are no prompt."""
+        return self.canvas.shape[1] - self.params.num_known
+
+    @property
+    def num_blocks(self) -> Tensor:
+        """[num_canvases] int64, of the request's generation."""
+        assert self.params.own is not None, "these canvases have such a policy"
+        length = self.canvas.shape[1]
+        return (self.params.own.seq_len - self.params.prompt_len + length - 1) // length
 
     @property
     def uniform(self) -> Tensor:

@@ -1,0 +1,46 @@
+"""docs/policies.md says of each policy what its code does."""
+
+import re
+from pathlib import Path
+
+from vllm_dllm.config import DllmConfig
+from vllm_dllm.policy_options import POLICY_OPTIONS, options_of
+from vllm_dllm.unmask.registry import BUILT_IN, NATIVE, parameters_of, torch_policy
+
+PAGE = Path(__file__).parents[2] / "docs/policies.md"
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, without its head."""
+    text = PAGE.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
+
+
+def options(cell: str) -> dict[str, str | None]:
+    return {name: default or None for name, default in re.findall(r"`(\w+)`(?: \(([\d.]+)[^)]*\))?", cell)}
+
+
+def test_the_table_of_policies_in_torch_code_is_that_of_the_code() -> None:
+    table = rows("In torch code")
+    assert [re.findall(r"`(\w+)`", row[0]) for row in table] == [[name] for name in BUILT_IN]
+    for name, (_, source, _, cell, kind, drafts) in zip(BUILT_IN, table, strict=True):
+        policy, found = torch_policy(name), options(cell)
+        assert source == policy.source
+        assert tuple(found) == options_of(name)
+        assert {option: f"{its.default:g}" for option, its in parameters_of(name).items()} == {
+            option: found[option] for option in parameters_of(name)
+        }
+        assert ("tokens change" in kind, drafts) == (policy.tokens_change, "exact")
+        assert all(its.says for its in policy.parameters.values())
+
+
+def test_the_table_of_native_policies_is_that_of_the_code() -> None:
+    defaults = DllmConfig().model_dump()
+    listed = [(name, options(row[3])) for row in rows("Native") for name in re.findall(r"`(\w+)`", row[0])]
+    assert [name for name, _ in listed] == sorted(NATIVE, key=[name for name, _ in listed].index)
+    for name, found in listed:
+        assert tuple(found) == POLICY_OPTIONS[name]
+        for option, default in found.items():
+            if option not in {"steps", "alg_temp"}:
+                assert default == f"{defaults[option]:g}"
