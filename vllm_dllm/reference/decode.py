@@ -93,7 +93,9 @@ class History:
     def generation(self, tokens: Tensor, **counts: int) -> Generation:
         """Return what was done, of which `counts` say more: each step took a forward, if they do not say else."""
         num_generated = len(tokens) - self.prompt_len
-        log_probs = torch.stack([self._log_probs[position] for position in range(self.prompt_len, len(tokens))])
+        none = torch.full_like(next(iter(self._log_probs.values())), torch.nan)  # masked behind the answer's end
+        positions = range(self.prompt_len, len(tokens))
+        log_probs = torch.stack([self._log_probs.get(position, none) for position in positions])
         history = torch.stack(self.tokens)[:, :num_generated]
         counts = {"nfe": len(history), "nfe_refresh": 0} | counts
         return Generation(tokens[self.prompt_len :], history=history, log_probs=log_probs, **counts)
