@@ -31,6 +31,8 @@ from benchmarks.fuzz.requests import Drawn, Shape, draw_request, whole_ids
 FREE_SHARE = 0.12
 REQUESTS_EACH = 8
 """With one constraint: to compile it takes as long as to decode some."""
+ROUNDING = 1e-3
+"""Of log-probabilities in float32, relative where they are large: a batch of another shape adds in another order."""
 MAX_STEPS_IDLE = 2000
 """Without an answer: more than the longest has steps."""
 
@@ -151,6 +153,19 @@ def fitted(drawn: Drawn, refusal: str) -> Drawn | None:
     return dataclasses.replace(drawn, sampling={**sampling, "max_tokens": int(needed[1])}, options=options)
 
 
+def check_logprobs(drawn: Drawn, *outputs: Any) -> None:
+    """Check that log-probabilities are some, and the same but for rounding. Raises: ValueError."""
+    if "logprobs" not in drawn.sampling:
+        return
+    of_each = [
+        [place[token].logprob for place, token in zip(output.logprobs, output.token_ids, strict=True)]
+        for output in outputs
+    ]
+    for own in zip(*of_each, strict=True):
+        if not (min(own) > -1e4 and max(own) <= 1e-6 and max(own) - min(own) <= ROUNDING * (1 - min(own))):
+            raise ValueError(f"log-probabilities {own} of a token with drafts and without, in {of_each}")
+
+
 def judge(fuzz: Fuzz, number: int, drawn: Drawn, outcomes: dict[str, Any]) -> None:
     """Check a request's outcomes with drafts and without."""
     kind = drawn.asked.kind if drawn.asked else "free"
@@ -166,6 +181,7 @@ def judge(fuzz: Fuzz, number: int, drawn: Drawn, outcomes: dict[str, Any]) -> No
         fuzz.fault("unequal", drawn, number, f"{with_drafts.token_ids} with drafts, {without.token_ids} without")
         return
     try:
+        check_logprobs(drawn, with_drafts, without)
         if drawn.asked is not None:
             drawn.asked.check(with_drafts.text)
     except ValueError as error:

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
-from vllm_dllm.names import AttentionName, KvPolicyName, ServedMode
+from vllm_dllm.kv_settings import STRICT, Count, KvSettings
+from vllm_dllm.names import AttentionName, ServedMode
 from vllm_dllm.policy_options import (
     WithParameters,
     allowed_policies,
@@ -24,8 +25,6 @@ from vllm_dllm.policy_options import (
 )
 
 REQUEST_PREFIX = "dllm_"
-# Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
-STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 # Each type's description says what is allowed, in error messages.
 _Policy = Annotated[str, BeforeValidator(known_policy), Field(description="the names of policies")]
@@ -35,23 +34,26 @@ _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null
 _Gain = Annotated[float, Field(gt=0.0, le=100.0, description="numbers above 0 and up to 100")]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, description="numbers from 0 to 1")]
 _Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'vllm', 'flashinfer', 'xformers' and 'torch'")]
-_Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
 
 
 NOTHING_BEHIND = "the model's blocks see nothing behind them, so that a sequence grows by itself; allowed is null"
 
 
-class DllmConfig(WithParameters):
+class DllmConfig(KvSettings, WithParameters):
     """Settings of a server; besides these the parameters of policies without a native twin (docs/policies.md).
 
     Attributes:
         block_length: positions denoised together (tokens).
         kv_policy: `dual` freezes the K/V of everything but the block, `prefix` of what precedes it
-            (Fast-dLLM, arXiv:2505.22618); `block_causal`, for models that see nothing behind a block, never computes
-            K/V again, nor does `causal`, for models whose final positions see those before them alone.
+            (Fast-dLLM, arXiv:2505.22618), `freecache` the same, for good (FlashDLM, arXiv:2505.21467), `vicinity` of
+            everything but the block and its neighbours (dInfer, arXiv:2510.08666); `block_causal`, for models that see
+            nothing behind a block, never computes K/V again, nor does `causal`, for models whose final positions see
+            those before them alone.
         refresh_every: with `dual`, recompute all K/V before every n-th step of a block; None only before the first,
             1 before each, which equals decoding without a cache.
         horizon: blocks that a sequence has from the one under way on; it grows with each. None: all of the reply's.
+        prefix_look, after_look: of `vicinity`, positions before and behind the block that are computed anew with it.
+        warmup_steps: of `vicinity`, steps of a request's first block that compute all, before the one that keeps it.
         policy: unmasking policy of requests that name none.
         threshold: `threshold` and `credit` unmask all positions whose confidence reaches it, `dynamic` those above it.
         factor: `factor`'s f, see `unmask.policy`.
@@ -67,10 +69,7 @@ class DllmConfig(WithParameters):
 
     model_config = STRICT
 
-    block_length: Annotated[int, Field(ge=1, le=1024, description="whole numbers from 1 to 1024")] = 32
-    kv_policy: Annotated[KvPolicyName, Field(description="'dual', 'prefix', 'block_causal' and 'causal'")] = "dual"
-    refresh_every: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
-    horizon: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
+    horizon: Annotated[Count | None, Field(description="null and whole numbers from 1 on")] = None
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
     factor: _Positive = 1.0
@@ -79,19 +78,9 @@ class DllmConfig(WithParameters):
     credit_beta: _Decay = 0.8
     credit_gamma: _Gain = 0.2
     alg_temp: _AlgTemp | None = None
-    steps_per_block: Annotated[_Count | None, Field(description="null and whole numbers from 1 on")] = None
+    steps_per_block: Annotated[Count | None, Field(description="null and whole numbers from 1 on")] = None
     attention: _Attention = "auto"
     mode: Annotated[ServedMode, Field(description="'diffusion' and 'self_speculation'")] = "diffusion"
-
-    @property
-    def is_block_causal(self) -> bool:
-        """Whether stored K/V never change; a fact of the family (`models.interface.check_family`)."""
-        return self.kv_policy in ("block_causal", "causal")
-
-    @property
-    def is_aligned(self) -> bool:
-        """Whether blocks begin at multiples of their length, else behind the prompt."""
-        return self.kv_policy == "block_causal"
 
     @model_validator(mode="after")
     def _steps_fit_block(self) -> Self:
@@ -109,22 +98,6 @@ class DllmConfig(WithParameters):
             )
         return self
 
-    @model_validator(mode="after")
-    def _refresh_needs_dual(self) -> Self:
-        if self.refresh_every is not None and self.kv_policy != "dual":
-            is_prefix = self.kv_policy == "prefix"
-            reason = "recomputes what follows the block at every step" if is_prefix else "never computes K/V again"
-            raise ValueError(
-                f"refresh_every is {self.refresh_every} but kv_policy is {self.kv_policy!r}, which {reason}; leave "
-                "refresh_every out or set kv_policy to 'dual'"
-            )
-        if self.refresh_every is not None and self.refresh_every > self.block_length:
-            raise ValueError(
-                f"refresh_every is {self.refresh_every} but a block of {self.block_length} has at most as many steps; "
-                f"choose 1..{self.block_length} or leave it out"
-            )
-        return self
-
 
 class RequestOptions(WithParameters):
     """Unmasking policy of one request, where None means the server's setting, what it shows, and its drafts."""
@@ -139,14 +112,15 @@ class RequestOptions(WithParameters):
     credit_beta: _Decay | None = None
     credit_gamma: _Gain | None = None
     alg_temp: _AlgTemp | None = None
-    steps: _Count | None = None
+    steps: Count | None = None
     stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
+    logits_eos_inf: Annotated[Literal[True] | None, Field(description="null and true")] = None
     speculation: Annotated[Literal[False] | None, Field(description="null and false")] = None
-    horizon: _Count | None = None
+    horizon: Count | None = None
     budget: Annotated[int | None, Field(ge=0, le=1024, description="null and whole numbers from 0 to 1024")] = None
 
 
-OWN_OPTIONS = {"steps", "stream", "speculation", "budget"}
+OWN_OPTIONS = {"steps", "stream", "logits_eos_inf", "speculation", "budget"}
 """Those that no setting of a server is the default of."""
 
 REQUEST_KEYS = tuple(REQUEST_PREFIX + name for name in RequestOptions.model_fields)

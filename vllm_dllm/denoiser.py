@@ -117,7 +117,9 @@ class Denoiser:
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
         edits, keep = self.state.row_edits(blocks, nodes)
-        ids = _row_ids(nodes, _asked(nodes, asked_ids(remembered), self.state.asks_known(blocks)), edits)
+        ids = _row_ids(
+            nodes, _asked(nodes, asked_ids(remembered), self.state.asks(blocks), self.state.rules.end_ids), edits
+        )
         sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
         stats = self.head(rows, sampling, num_candidates, ids)
         params = self.state.policy_params(blocks)
@@ -228,21 +230,25 @@ class Denoiser:
         self.head(hidden, sampling, POLICY_CANDIDATES if self.drafter is None else MAX_CANDIDATES)
 
 
-def _asked(nodes: Nodes, asked: Tensor | None, asks_known: Tensor | None) -> Tensor | None:
+def _asked(nodes: Nodes, asked: Tensor | None, asks: Tensor | None, end_ids: tuple[int, int]) -> Tensor | None:
     """Return the ids that policies ask for; [num_reqs, num_nodes, block_length, num_given] int64.
 
     Args:
         nodes: the canvases.
         asked: [num_reqs, block_length, num_given] int64, by what policies remember; None: nothing.
-        asks_known: [num_reqs] bool, of whom the known tokens of each canvas are asked for; None: of nobody.
+        asks: [2, num_reqs] bool, of whom the known tokens of each canvas are asked for, and of whom the end tokens;
+            None: of nobody.
+        end_ids: those.
     """
     ids = None if asked is None else asked[:, None].expand(-1, nodes.depth.shape[1], -1, -1)
-    if asks_known is None:
+    if asks is None:
         return ids
-    known = torch.where(asks_known[:, None, None] & ~nodes.is_masked, nodes.canvas, -1)[..., None]
+    known = torch.where(asks[0, :, None, None] & ~nodes.is_masked, nodes.canvas, -1)[..., None]
+    ends = torch.tensor(end_ids, device=known.device)
+    own = torch.where(asks[1, :, None, None, None], ends, pad(known, (0, 1), value=-1))
     if ids is None:
-        return known
-    return torch.cat([torch.maximum(ids[..., :1], known), ids[..., 1:]], -1)  # nobody asks for both
+        return own
+    return torch.cat([torch.maximum(ids[..., :2], own), ids[..., 2:]], -1)  # nobody asks for more than one of these
 
 
 def _row_ids(nodes: Nodes, asked: Tensor | None, edits: RowEdits | None) -> RowIds | None:

@@ -10,8 +10,11 @@ PolicyName = Literal[
 # fmt: on
 """Unmasking policies, see `unmask.policy`."""
 
-KvPolicyName = Literal["dual", "prefix", "block_causal", "causal"]
+KvPolicyName = Literal["dual", "prefix", "freecache", "vicinity", "block_causal", "causal"]
 """Which K/V a step recomputes, see `state.kv`."""
+
+BIDIRECTIONAL: tuple[KvPolicyName, ...] = ("dual", "prefix", "freecache", "vicinity")
+"""Those of models whose positions see all others."""
 
 AttentionName = Literal["auto", "csrc", "vllm", "flashinfer", "xformers", "torch"]
 """Implementations of attention, see `attention.choose`."""

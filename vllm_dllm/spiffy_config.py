@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from vllm_dllm.config import STRICT, DllmConfig, InvalidOptionError, explain
+from vllm_dllm.config import DllmConfig, InvalidOptionError, explain
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
 from vllm_dllm.draft.graph_file import (
     calibrate_command,
@@ -27,6 +27,7 @@ from vllm_dllm.draft.graph_file import (
 )
 from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.errors import ConfigError, did_you_mean_file, nearest
+from vllm_dllm.kv_settings import STRICT
 
 METHOD = "spiffy"
 DEFAULT_GRAPH = "default"

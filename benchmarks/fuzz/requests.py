@@ -3,13 +3,13 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from benchmarks.fuzz.asked import Asked
-from vllm_dllm.names import PolicyName
-from vllm_dllm.policy_options import POLICY_OPTIONS
+from vllm_dllm.policy_options import options_of
+from vllm_dllm.unmask.registry import BUILT_IN, NATIVE, changes_tokens, parameters
 
-POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+POLICIES = (*NATIVE, *BUILT_IN)
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,18 @@ def draw_request(rng: random.Random, shape: Shape, asked: Asked | None, prompts:
     prompt = rng.choices(shape.prompt_ids, k=length)
     if prompts and rng.random() < 0.5:
         prompt = rng.choice(prompts)
-    policy = rng.choice(POLICIES)
+    # Where tokens are taken back, no constraint holds.
+    policy = rng.choice([each for each in POLICIES if asked is None or not changes_tokens(each)])
     sampling = {"max_tokens": max_tokens, **_sampling(rng, policy)}
     sampling |= _edits(rng, shape.vocab_size, policy)
+    if rng.random() < 0.1:
+        sampling["logprobs"] = rng.choice([0, 1, 5])
     if asked is None:
         sampling |= _of_free_ones(rng, shape.vocab_size, max_tokens)
     return Drawn(prompt, sampling, _options(rng, policy, shape.block_length, max_tokens), asked)
 
 
-def _sampling(rng: random.Random, policy: PolicyName) -> dict[str, Any]:
+def _sampling(rng: random.Random, policy: str) -> dict[str, Any]:
     temperature = rng.choice([0.0, 0.0, 0.3, 1.0, 1.5])
     sampling = {"temperature": temperature, "seed": rng.randrange(1 << 62), "ignore_eos": rng.random() < 0.3}
     if policy != "credit" or not temperature:
@@ -76,7 +79,7 @@ def _sampling(rng: random.Random, policy: PolicyName) -> dict[str, Any]:
     return sampling
 
 
-def _edits(rng: random.Random, vocab_size: int, policy: PolicyName) -> dict[str, Any]:
+def _edits(rng: random.Random, vocab_size: int, policy: str) -> dict[str, Any]:
     if rng.random() < 0.6:
         return {}
     ids = rng.sample(range(1, vocab_size), 4)
@@ -105,7 +108,7 @@ def _of_free_ones(rng: random.Random, vocab_size: int, max_tokens: int) -> dict[
     return {name: value for name, value in more.items() if rng.random() < 0.15}
 
 
-def _options(rng: random.Random, policy: PolicyName, block_length: int, max_tokens: int) -> dict[str, Any]:
+def _options(rng: random.Random, policy: str, block_length: int, max_tokens: int) -> dict[str, Any]:
     num_blocks = -(-max_tokens // block_length)
     per_block = rng.choice([n for n in range(1, block_length + 1) if block_length % n == 0])
     values: dict[str, Any] = {
@@ -118,7 +121,9 @@ def _options(rng: random.Random, policy: PolicyName, block_length: int, max_toke
         "credit_gamma": rng.choice([0.2, 1.0]),
         "steps": num_blocks * per_block,
     }
-    given = [name for name in POLICY_OPTIONS[policy] if rng.random() < 0.6]
+    for name, parameter in parameters().items():
+        values[name] = rng.choice([parameter.default, parameter.low, min(parameter.high, 2 * parameter.default)])
+    given = [name for name in options_of(policy) if rng.random() < 0.6]
     options = {f"dllm_{name}": values[name] for name in given} | {"dllm_policy": policy}
     if rng.random() < 0.1:
         options["dllm_budget"] = rng.choice([0, 1, 3])

@@ -19,6 +19,16 @@ B = 32
 ROWS = tuple(B * 2**i for i in range(9))
 
 
+def test_a_draft_with_neighbours_costs_their_rows() -> None:
+    """Drafts that pay with a block's rows do not with eight times as many."""
+    chosen = {}
+    for canvas_rows in (None, B, 8 * B):
+        rule = BudgetRule(GraphDrafter(chain(4)).prior(), B)
+        rule.curve = curve(lambda rows: 10.0 + 0.05 * rows)
+        chosen[canvas_rows] = [rule.choose(1, 4, canvas_rows=canvas_rows) for _ in range(DECIDE_EVERY)][-1]
+    assert chosen[None] == chosen[B] > chosen[8 * B] == 0
+
+
 def chain(num_nodes: int, counts: tuple[int, ...] | None = None, num_anchors: int = 0) -> DraftGraph:
     formulas = tuple(tuple((rank, 0) for rank in range(depth)) for depth in range(1, num_nodes + 1))
     return DraftGraph(formulas, 1, counts, num_anchors)

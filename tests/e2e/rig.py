@@ -92,6 +92,12 @@ class Case:
         return params
 
 
+def kv_policy(settings: dict[str, Any]) -> KvPolicy:
+    """Return the reference's of a server's settings."""
+    changes = {name: settings[name] for name in ("prefix_look", "after_look", "warmup_steps") if name in settings}
+    return KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"), **changes)
+
+
 class Oracle:
     """The reference decoder on a checkpoint. It decodes a case once, however many tests compare with it.
 
@@ -129,12 +135,12 @@ class Oracle:
         return self.generation(dataclasses.replace(case, stop_ids=()), settings | {"goes_on": True})
 
     def speculative(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
-        """Decode with drafts, under the dual cache."""
+        """Decode with drafts, which a KV policy that freezes what a block sees allows."""
         return self._once(self._speculate, case, settings, graph, budget)
 
     def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
         """Decode anew; `more` are arguments of the reference's."""
-        kv = KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"))
+        kv = kv_policy(settings)
         return generate(self.model, torch.tensor(case.prompt), kv=kv, **self._options(case, settings), **more)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +190,8 @@ class Oracle:
 
     def _speculate(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
         plain = self._options(case, settings)
-        return spiffy.generate(self.model, torch.tensor(case.prompt), graph=graph, budget=budget, **plain)
+        kv = kv_policy(settings)
+        return spiffy.generate(self.model, torch.tensor(case.prompt), graph=graph, budget=budget, kv=kv, **plain)
 
     def tokens(self, case: Case, settings: dict[str, Any]) -> list[int]:
         return case.ends.cut(self.generation(case, settings).tokens.tolist())

@@ -57,10 +57,14 @@ class SdarOracle(Oracle):
         checkpoint: its folder.
         max_model_len: of the engine that it is compared with.
         rules: the family's.
+        model: the reference model, by default SDAR's.
     """
 
-    def __init__(self, checkpoint: Path, max_model_len: int = MAX_MODEL_LEN, rules: Rules = SDAR) -> None:
-        super().__init__(checkpoint, Qwen.from_pretrained(checkpoint, torch.float32), rules, max_model_len)
+    def __init__(
+        self, checkpoint: Path, max_model_len: int = MAX_MODEL_LEN, rules: Rules = SDAR, model: Qwen | None = None
+    ) -> None:
+        model = model or Qwen.from_pretrained(checkpoint, torch.float32)
+        super().__init__(checkpoint, model, rules, max_model_len)
 
     def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
         return generate(self.model, torch.tensor(case.prompt), **self._options(case, settings), **more)

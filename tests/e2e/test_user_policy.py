@@ -17,7 +17,7 @@ from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.rules import Canvas, Look, best, generate, masked, write
 from vllm_dllm.unmask import registry
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("policies in torch code")]
 
 PAGE = Path(__file__).parents[2] / "docs/add-a-policy.md"
 SETTINGS = {"block_length": 8}

@@ -45,6 +45,6 @@ def write_wild(path: Path, config: dict[str, Any], model_of: Callable[[Path], nn
     for name, weight in model.named_parameters():
         is_scale = weight.dim() == 1 and name.endswith("weight")
         torch.nn.init.normal_(weight, mean=float(is_scale), std=0.3, generator=generator)
-        if re.search(r"\.\d+\..*(_out|o_proj|down_proj)\.weight$", name):
+        if re.search(r"\.\d+\..*(_out|o_proj|down_proj|attention\.dense)\.weight$", name):
             weight.data *= mixing
     save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})

@@ -24,6 +24,7 @@ from vllm_dllm.engine.report import RequestReport, StepOrder
 from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.scheduler import DllmScheduler
 from vllm_dllm.engine.telemetry import RequestTotals
+from vllm_dllm.names import KvPolicyName
 from vllm_dllm.state.report import MAX_DEPTH
 
 B = 4
@@ -52,11 +53,12 @@ def make(
     running: list[Any] | None = None,
     spiffy: bool = True,
     causal: bool = False,
+    kv_policy: KvPolicyName = "dual",
     scheduler: type[DllmScheduler] = DllmScheduler,
 ) -> Any:
     """Make a scheduler of 64 tokens per step and a `max_model_len` of 32, without vLLM's part."""
     made = object.__new__(scheduler)
-    made.settings = DllmConfig(block_length=B, kv_policy="block_causal" if causal else "dual")
+    made.settings = DllmConfig(block_length=B, kv_policy="block_causal" if causal else kv_policy)
     made._check, made.pages = None, SimpleNamespace(cache_stored=None)
     made.is_causal, made.current_step = causal, 7
     made.block_length, made.max_model_len, made.max_num_scheduled_tokens = B, 32, 64

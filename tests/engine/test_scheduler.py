@@ -212,7 +212,7 @@ def test_a_request_whose_drafts_never_come_true_takes_none_from_the_others(monke
     """But for a probe now and then; what it does not take is told to the rule."""
     scheduler = make(None, [request(name) for name in "abcdef"])
     scheduler.rule.break_even = 0.5
-    monkeypatch.setattr(scheduler.rule, "choose", lambda n, limit, begins, without: min(limit, 1))
+    monkeypatch.setattr(scheduler.rule, "choose", lambda n, limit, *beside: min(limit, 1))
     seen = []
     monkeypatch.setattr(scheduler.rule, "observe", lambda *args: seen.append(args))
     had = [drafted(scheduler, {"a": 0, **dict.fromkeys("bcdef", 2)}) for _ in range(60)]
@@ -224,6 +224,14 @@ def test_a_request_whose_drafts_never_come_true_takes_none_from_the_others(monke
     assert had[-1] == [0, *[1] * 5]
     (without,) = {(n, budget, mean, num) for n, budget, mean, *_, num in seen if num}
     assert without == (5, 1, 1.0, 1)
+
+
+@pytest.mark.parametrize(("names", "had"), [("ab", [3, 3]), ("abc", [1, 1, 1])])
+def test_drafts_with_neighbours_have_their_rows(names: str, had: list[int]) -> None:
+    """Of 64 rows, eight of each canvas: the block of four and what follows."""
+    scheduler = make(MAX_NODES, [request(name) for name in names], kv_policy="freecache")
+    assert drafted(scheduler, dict.fromkeys(names, 0)) == had
+    assert scheduler.rows.free == 64 - 8 * (len(had) + sum(had))
 
 
 def test_a_fixed_budget_is_every_request_s() -> None:

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.reference.llada2 import LLaDA2
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
 from vllm_dllm.reference.nemotron import Nemotron
-from vllm_dllm.reference.qwen import Qwen, QwenConfig
+from vllm_dllm.reference.qwen import Qwen
 
 LLADA = {
     "architectures": ["LLaDAModelLM"],
@@ -89,6 +90,14 @@ LLADA_MOE = (
 )
 NEMOTRON = SDAR | {"architectures": ["NemotronLabsDiffusionModel"], "model_type": "nemotron_labs_diffusion"}
 FAST_DLLM = DREAM | {"architectures": ["Fast_dLLM_QwenForCausalLM"], "model_type": "Fast_dLLM_Qwen", "bd_size": 4}
+LLADA2 = {
+    **{k: v for k, v in DREAM.items() if k != "bos_token_id"},
+    **{"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "hidden_size": 32, "head_dim": 12},
+    **{"num_experts": 8, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "num_shared_experts": 1},
+    **{"moe_intermediate_size": 40, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "router_dtype": "fp32"},
+    **{"score_function": "sigmoid", "norm_topk_prob": True, "moe_router_enable_expert_bias": True},
+    **{"partial_rotary_factor": 0.5, "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True},
+}
 TINY: dict[str, dict[str, Any]] = {
     "llada": LLADA,
     "dream": DREAM,
@@ -98,6 +107,7 @@ TINY: dict[str, dict[str, Any]] = {
     "sdar_moe": SDAR_MOE,
     "nemotron": NEMOTRON,
     "fast_dllm": FAST_DLLM,
+    "llada2": LLADA2,
 }
 
 
@@ -189,8 +199,9 @@ def reference_of(config: Mapping[str, Any], folder: Path) -> LLaDA | Qwen:
     if config["architectures"] == ["LLaDAModelLM"]:
         model: LLaDA | Qwen = LLaDA(LLaDAConfig.from_json(path))
     else:
-        has_own_names = config["architectures"] == NEMOTRON["architectures"]
-        model = (Nemotron if has_own_names else Qwen)(QwenConfig.from_json(path))
+        own = {"NemotronLabsDiffusionModel": Nemotron, "LLaDA2MoeModelLM": LLaDA2}
+        model_class = own.get(config["architectures"][0], Qwen)
+        model = model_class(model_class.config_class.from_json(path))
     generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
         is_scale = weight.dim() == 1 and name.endswith("weight")

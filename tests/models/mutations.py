@@ -8,7 +8,7 @@ from typing import Any
 from tests.models.in_process import TINY
 from tests.models.rope_changes import ABSENT, NOT_POSITIVE, NOT_SIZES, Change, query_scales, ropes
 
-EXPERTS = ("llada_moe", "sdar_moe")
+EXPERTS = ("llada_moe", "sdar_moe", "llada2")
 ROLES = {
     "llada": {
         "width": "d_model",
@@ -31,6 +31,7 @@ ROLES = {
 }
 ROLES["llada_moe"] = ROLES["qwen"] | {"inner": "expert_intermediate_size"}
 ROLES["sdar_moe"] = ROLES["qwen"] | {"inner": "moe_intermediate_size"}
+ROLES["llada2"] = ROLES["sdar_moe"]
 OTHER_ARITHMETIC: dict[str, dict[str, Sequence[Any]]] = {
     "llada": {
         "activation_type": ("gelu", "swiglu", None, 1),
@@ -81,6 +82,27 @@ OTHER_ARITHMETIC["sdar_moe"] = {
     "mlp_only_layers": ([0], 0),
     "norm_topk_prob": (None, 1),
     "shared_expert_intermediate_size": (8,),
+}
+OTHER_ARITHMETIC["llada2"] = {
+    "expert_capacity": (48, 0),
+    "first_k_dense_replace": (-1, None, True, "1"),
+    "image_token_offset": (157184,),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_shared_expert_intermediate_size": (8, 0),
+    "n_group": (3, 8, 0, None, 2.0),
+    "norm_head": (True,),
+    "norm_topk_prob": (False,),
+    "num_shared_experts": (-1, True),
+    "partial_rotary_factor": (0.1, 0.3, 0, 2, True, "0.5", None),
+    "rotary_dim": (8, 0, 12),
+    "routed_scaling_factor": (0, -1.0, None, "2.5"),
+    "router_dtype": ("bf16", True),
+    "score_function": ("softmax", True),
+    "topk_group": (3, 0, None),
+    "use_bias": (True,),
+    "use_qk_norm": (False, None),
+    "use_qkv_bias": (True,),
+    "use_rmsnorm": (False,),
 }
 OTHER_ARITHMETIC["nemotron"] = {"dlm_paradigm": ("other", 1), "vision_config": ({"hidden_size": 8},)}
 UNKNOWN = {
@@ -133,13 +155,15 @@ def changes_of(family: str) -> list[Change]:
     """Return all changes of a family."""
     kind = "llada" if family == "llada" else "qwen"
     role = ROLES.get(family, ROLES[kind])
-    found = [*_shapes(kind, family), *_numbers(kind, role), *_token_ids(), *ropes(role["positions"])]
-    return found + _others(family, kind) + (_experts() if family in EXPERTS else [])
+    part = TINY[family].get("partial_rotary_factor", 1.0)
+    found = [*_shapes(kind, family), *_numbers(kind, role), *_token_ids(), *ropes(role["positions"], part)]
+    return found + _others(family, kind) + (_experts(family) if family in EXPERTS else [])
 
 
-def _experts() -> list[Change]:
+def _experts(family: str) -> list[Change]:
     """Return changes of numbers of experts."""
-    found = [Change("experts", {"num_experts": n, "num_experts_per_tok": k}) for n, k in ((1, 1), (3, 3), (17, 2))]
+    numbers = ((8, 1), (4, 2), (12, 6)) if family == "llada2" else ((1, 1), (3, 3), (17, 2))  # two groups in llada2
+    found = [Change("experts", {"num_experts": n, "num_experts_per_tok": k}) for n, k in numbers]
     found += [Change("experts", {"num_experts_per_tok": 7}, ("num_experts_per_tok",))]
     return found + [
         Change("experts", {name: value}, (name,))
@@ -161,7 +185,7 @@ def _shapes(kind: str, family: str) -> list[Change]:
         Change("shape", {heads: 8, kv: 8} if kind == "llada" else {"head_dim": 7}, (heads, "head_dim")),
     ]
     if kind == "qwen":
-        found += [Change("shape", {"head_dim": d}) for d in (4, 10, None, ABSENT)]
+        found += [Change("shape", {"head_dim": d}) for d in ((8, 16) if family == "llada2" else (4, 10, None, ABSENT))]
         found.append(Change("shape", {"head_dim": None, heads: 5, kv: 5}, (heads,)))
     else:
         found += [Change("shape", {"hidden_size": 32, "d_model": 24}, ("hidden_size",), only="file")]
@@ -223,11 +247,7 @@ def _token_ids() -> list[Change]:
 def _others(family: str, kind: str) -> list[Change]:
     other = {**OTHER_ARITHMETIC[kind], **OTHER_ARITHMETIC.get(family, {})}.items()
     found = [Change(name, {name: value}, (name,)) for name, values in other for value in values]
-    found += [
-        Change(name, {name: value}, (name,))
-        for name, value in UNKNOWN.items()
-        if not (name == "num_experts" and family in EXPERTS)
-    ]
+    found += [Change(name, {name: value}, (name,)) for name, value in UNKNOWN.items() if name not in TINY[family]]
     # vLLM makes the name that it knows of this one.
     found += [Change("rotary_pct", {"rotary_pct": 0.5}, ("rotary_pct", "partial_rotary_factor"))]
     found += [Change(name, {name: value}) for name, value in HARMLESS.items()]
@@ -246,6 +266,16 @@ def _others(family: str, kind: str) -> list[Change]:
         found += query_scales()
     if family == "llada_moe":  # the published code reads no answer here
         found += [Change("norm", {"norm_topk_prob": value}) for value in (True, False, None)]
+    if family == "llada2":
+        groups = ((8, 2, 2), (8, 4, 3), (8, 1, 1), (4, 2, 2))
+        names = ("num_experts", "n_group", "topk_group")
+        found += [Change("experts", dict(zip(names, numbers, strict=True))) for numbers in groups]
+        found += [Change("scale", {"routed_scaling_factor": value}) for value in (1, 0.5, 4.0)]
+        found += [Change("shared", {"num_shared_experts": value}) for value in (0, 2, None, ABSENT)]
+        found += [Change("dense", {"first_k_dense_replace": value}) for value in (0, 2, 9, ABSENT)]
+        found += [Change("part", {"partial_rotary_factor": value}) for value in (1, 1 / 3, ABSENT)]
+        found += [Change("part", {"rotary_dim": value}) for value in (6, None)]
+        found += [Change("same", {"moe_shared_expert_intermediate_size": value}) for value in (40, None)]
     if family == "sdar_moe":
         found += [Change("norm", {"norm_topk_prob": value}) for value in (True, False, ABSENT)]
     return found

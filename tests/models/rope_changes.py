@@ -33,7 +33,7 @@ class Change:
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
-def _served() -> list[dict[str, Any]]:
+def _served(part: float) -> list[dict[str, Any]]:
     yarn = YARN
     return [
         {"type": "default"},
@@ -45,12 +45,12 @@ def _served() -> list[dict[str, Any]]:
         yarn | {"truncate": False},
         yarn | {"attention_factor": 1.7},
         yarn | {"mscale": 0.7, "mscale_all_dim": 1.3},
-        yarn | {"factor": 8.5, "rope_theta": None, "partial_rotary_factor": 1.0},
+        yarn | {"factor": 8.5, "rope_theta": None, "partial_rotary_factor": part},
         {"rope_type": "linear", "type": "linear", "factor": 2.0, "rope_theta": 10000.0},
     ]
 
 
-def _refused() -> list[tuple[dict[str, Any], str]]:
+def _refused(part: float) -> list[tuple[dict[str, Any], str]]:
     """Return what is refused of the object, and the field that is named."""
     yarn = YARN
     return [
@@ -69,7 +69,7 @@ def _refused() -> list[tuple[dict[str, Any], str]]:
         ({"rope_type": "linear", "factor": 2.0, "truncate": True}, "truncate"),
         ({"rope_type": "dynamic", "alpha": 1000.0}, "alpha"),
         ({"rope_type": "default", "mrope_section": [1, 1, 2]}, "mrope_section"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_type": "default", "partial_rotary_factor": part / 2}, "partial_rotary_factor"),
         ({"full_attention": {"rope_type": "linear", "factor": 2.0}}, "full_attention"),
         (yarn | {"factor": 2.0}, "max_position_embeddings"),
         (yarn | {"original_max_position_embeddings": 0}, "original_max_position_embeddings"),
@@ -81,14 +81,15 @@ def _refused() -> list[tuple[dict[str, Any], str]]:
     ]
 
 
-def ropes(positions: str) -> list[Change]:
+def ropes(positions: str, part: float) -> list[Change]:
     """Return changes of rotation.
 
     Args:
         positions: the field of the longest row.
+        part: of a head that is rotated.
     """
-    found = [Change("rope", {name: value}) for name in ROTATION for value in _served()]
-    found += [Change("rope", {name: value}, (wrong,)) for name in ROTATION for value, wrong in _refused()]
+    found = [Change("rope", {name: value}) for name in ROTATION for value in _served(part)]
+    found += [Change("rope", {name: value}, (wrong,)) for name in ROTATION for value, wrong in _refused(part)]
     found += [Change("rope", {name: value}, (name,)) for name in ROTATION for value in ("linear", 4.0, ["linear"])]
     found += [Change("rope", {positions: n}) for n in (16, 64)]
     found += [Change("rope", {positions: n}, (positions,)) for n in (*NOT_SIZES, 1 << 40, None, ABSENT)]

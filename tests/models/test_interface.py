@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from vllm_dllm.config import DllmConfig, InvalidOptionError, KvPolicyName, parse_server_settings
+from vllm_dllm.config import DllmConfig, InvalidOptionError, parse_server_settings
 from vllm_dllm.models.interface import FAMILIES, FAMILY_BY_ARCHITECTURE, ModelFamily, check_family
+from vllm_dllm.names import BIDIRECTIONAL, KvPolicyName
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
@@ -24,7 +25,10 @@ def test_the_published_settings_are_allowed(family: ModelFamily) -> None:
             "dual",
             "is 'dual', but SDARForCausalLM sees nothing behind a block|allowed are 'block_causal'",
         ),
-        ("SDARForCausalLM", "prefix", "is 'prefix', but SDARForCausalLM sees nothing behind a block"),
+        *(
+            ("SDARForCausalLM", name, f"is {name!r}, but SDARForCausalLM sees nothing behind a block")
+            for name in BIDIRECTIONAL
+        ),
         ("DreamModel", "block_causal", "but DreamModel sees what follows a block|allowed are 'dual' and 'prefix'"),
         ("LLaDAModelLM", "block_causal", "but LLaDAModelLM sees what follows a block"),
     ],

@@ -148,4 +148,6 @@ def test_the_row_left_of_a_block_is_kept_from_its_refresh() -> None:
     assert rows.flatten().tolist() == [-3, 1, 2, 3, -3, 5, 6, 7, 8, 9, 10, 11, -2, 13, 14, 15]
     again = state.predicting_rows(torch.tensor([0]), torch.zeros(4, 1), None)
     assert again.flatten().tolist() == [8, 0, 0, 0]
+    own = state.predicting_rows(torch.tensor([1, 1, 2]), torch.arange(12.0)[:, None], torch.tensor([0, 1]))
+    assert own.flatten().tolist() == [*range(8), -3, 9, 10, 11], "each canvas has a row of its own"
     assert not state_of(request()).keeps_left

@@ -230,9 +230,30 @@ def test_one_that_masks_everything_again_is_bounded(install: Callable[..., None]
         return Decision(torch.where((seen.step % 2 == 0)[:, None], seen.token_ids, MASK), is_done=seen.step < 0)
 
     install(undo=TorchPolicy(undo, tokens_change=True))
-    (done,) = decode(SyntheticModel(LENGTH, 2, 3.0), [Own("undo")])
-    assert len(done.tokens) == LENGTH
+    (done,) = decode(SyntheticModel(LENGTH, 2, 3.0), [Own("undo", tail=(8, 8))])
+    assert (len(done.tokens), done.tokens[:2]) == (LENGTH, [8, 8])
     assert CHANGING_STEPS * LENGTH <= done.steps <= (CHANGING_STEPS + 1) * LENGTH
+
+
+def test_it_sees_the_probabilities_of_known_tokens(install: Callable[..., None]) -> None:
+    """Those of each canvas, a draft's too, beside a policy that asks the head for ids of its own."""
+    seen_by_it: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(seen: Seen, _state: PolicyState) -> Decision:
+        seen_by_it.append((seen.canvas, seen.known_probability))
+        return Decision(seen.unmask(seen.highest(seen.confidence, torch.ones_like(seen.step))))
+
+    install(look=TorchPolicy(look, asks_known=True))
+    model = SyntheticModel(LENGTH, 3, 8.0)
+    for others in ([], [Own("credit")]):
+        (done, *_) = decode(model, [Own("look"), *others], CHAIN, 7)
+        assert done.accepted > 0
+    assert len(seen_by_it) >= 2 * LENGTH
+    for canvas, found in seen_by_it:
+        logits = model.block_logits(canvas).double()
+        logits[..., MASK] = -torch.inf
+        expected = logits.softmax(-1).gather(-1, canvas[..., None])[..., 0]
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "raises"])

@@ -16,9 +16,11 @@ from vllm_dllm.reference.coherent_rule import Ccd
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
-from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, Hierarchy, LocalLeap
+from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, EosLast, Hierarchy, LocalLeap
+from vllm_dllm.reference.window_rules import AdaBlock, Deferred, Prophet
 from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
 from vllm_dllm.state.draws import native_draws
+from vllm_dllm.state.edits import NO_EDITS, LogitEdits
 from vllm_dllm.state.report import Column
 from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
@@ -26,6 +28,8 @@ from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.registry import torch_policy
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 from vllm_dllm.unmask.walk import native_walk
+
+EOT = 5
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,10 @@ class Own:
     threshold: float = 0.9
     steps: int = 8
     seed: int = 0
+    tail: tuple[int, ...] = ()  # of the prompt, known from the start
+    edits: LogitEdits = NO_EDITS
 
-    def params(self, block_length: int, num_blocks: int, rules: UnmaskRules) -> RequestParams:
+    def params(self, rules: UnmaskRules, block_length: int, seq_len: int) -> RequestParams:
         is_native = self.policy in POLICY_IDS
         values = {f"{self.policy}_{name}": value for name, value in self.values}
         return RequestParams(
@@ -55,12 +61,13 @@ class Own:
             alg_temp=0.0,
             counts=count_table(rules, block_length, min(self.steps, block_length)),
             times=reveal_times(block_length, min(self.steps, block_length)),
-            prompt_len=0,
-            seq_len=num_blocks * block_length,
+            prompt_len=len(self.tail),
+            seq_len=seq_len,
             temperature=0.0,
             top_k=0,
             top_p=1.0,
             seed=self.seed,
+            edits=self.edits,
         )
 
 
@@ -83,13 +90,17 @@ def decode(
     *,
     num_blocks: int = 1,
     is_native: bool = True,
-    rules: UnmaskRules = UnmaskRules(eos_id=EOS),  # noqa: B008 - a frozen value
+    rules: UnmaskRules = UnmaskRules(eos_id=EOS, eot_id=EOT),  # noqa: B008 - a frozen value
+    void_first: bool = False,
 ) -> list[Done]:
-    """Decode some blocks of all requests together, from the second step of a block on with drafts."""
+    """Decode some blocks of all requests together, from the second step on with drafts.
+
+    With `void_first` each step is taken twice, void at first.
+    """
     length = model.block_length
     state = CanvasState(len(requests), length, MASK, CPU, rules, vocab_size=VOCAB)
     for slot, request in enumerate(requests):
-        state.add_request(slot, request.params(length, num_blocks, rules))
+        state.add_request(slot, request.params(rules, length, num_blocks * length))
     state.apply_staged_writes()
     head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
     drafter = drafter_of(drafts, is_native=is_native)
@@ -97,12 +108,19 @@ def decode(
     done = [Done([]) for _ in requests]
     slots, start = torch.arange(len(requests)), torch.zeros(len(requests), dtype=torch.int64)
     denoiser.begin_blocks(slots, torch.ones(len(requests), dtype=torch.bool))
+    for slot, request in enumerate(requests):
+        state.canvas[slot, : len(request.tail)] = torch.tensor(request.tail, dtype=torch.int64)
     for number in range(100 * num_blocks * length):
         blocks = Blocks(slots, slots.numpy(), start[slots])
         nodes = denoiser.nodes(blocks, budget if number else 0)
         hidden = model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1)
-        made = denoiser.advance(blocks, nodes, hidden)
         known = blocks.start
+        if void_first:
+            void = denoiser.void(blocks, denoiser.advance(blocks, nodes, hidden), torch.ones_like(known).bool())
+            denoiser.settle(blocks, nodes, void, Ledger(len(slots), known, torch.full_like(known, length)))
+            nodes = denoiser.nodes(blocks, 0)
+            hidden = model.block_logits(nodes.canvas.flatten(0, 1)).flatten(0, 1)
+        made = denoiser.advance(blocks, nodes, hidden)
         emission = denoiser.settle(blocks, nodes, made, Ledger(len(slots), known, torch.full_like(known, length)))
         for place, slot in enumerate(slots.tolist()):
             own = done[slot]
@@ -120,35 +138,60 @@ def decode(
     raise AssertionError("a block does not end")
 
 
+@dataclass(frozen=True)
+class PlainRule:
+    """How a policy's plain statement is made."""
+
+    make: Callable[..., Rule]
+    takes: tuple[str, ...]  # options that it shares with other policies
+
+    def of(self, request: Own, block_length: int, num_blocks: int, end_ids: tuple[int, ...]) -> Callable[[], Rule]:
+        """Return what makes a block's rule of a request."""
+        own: dict[str, Any] = {"threshold": request.threshold, "steps": min(request.steps, block_length)}
+        own = {name: own[name] for name in self.takes} | dict(request.values)
+        if request.policy in {"eoser", "eoser_ass"}:
+            own["eos_id"] = end_ids[0]
+        if request.policy == "eoser":
+            own["num_blocks"] = num_blocks
+        if request.policy == "adablock":
+            own["gen_length"] = num_blocks * block_length
+        if request.policy == "confidence_eos_eot_inf":
+            own["end_ids"] = end_ids
+        return partial(self.make, **own)
+
+
 RULES: dict[str, Callable[..., Rule]] = {
     "local_leap": LocalLeap,
     "entropy_threshold": EntropyThreshold,
     "hierarchy": Hierarchy,
-    "eoser": partial(Eoser, eos_id=EOS),
+    "eoser": Eoser,
     "ass": Ass,
-    "eoser_ass": partial(Ass, eos_id=EOS),
+    "eoser_ass": Ass,
+    "confidence_eos_eot_inf": EosLast,
     "saber": Saber,
     "rcr": Rcr,
     "remdm": Remdm,
     "ccd": Ccd,
+    "prophet": Prophet,
+    "adablock": AdaBlock,
+    "deferred": Deferred,
 }
 """Policies -> their plain statements."""
+
+
+def rule_of(policy: str) -> PlainRule:
+    return PlainRule(RULES[policy], torch_policy(policy).takes)
 
 
 def plain(model: Any, request: Own, num_blocks: int = 1) -> tuple[list[int], int]:
     """Decode a request by its plain statement; returns its tokens, and the steps it took."""
     length = model.block_length
-    own: dict[str, Any] = {"threshold": request.threshold, "steps": min(request.steps, length)}
-    takes = {name: own[name] for name in torch_policy(request.policy).takes}
-    values = dict(request.values)
-    if request.policy == "eoser":
-        values["num_blocks"] = num_blocks
     made = generate(
         model,
         torch.zeros(0, dtype=torch.int64),
         gen_length=num_blocks * length,
         block_length=length,
-        rule=lambda: RULES[request.policy](**takes, **values),
+        rule=rule_of(request.policy).of(request, length, num_blocks, (EOS, EOT)),
         kv=KvPolicy("dual"),
     )
     return made.tokens, made.nfe
@@ -163,8 +206,17 @@ def drawn(policy: str, rng: random.Random) -> Own:
         "eoser": {"gamma_min": rng.choice([0.01, 0.4])},
         "ass": {},
         "eoser_ass": {"gamma_max": rng.choice([0.3, 1.0])},
+        "confidence_eos_eot_inf": {},
         "saber": {"least": rng.choice([1, 2, 3, 5])},
         "rcr": {},
+        "prophet": {"gap_early": rng.choice([1.0, 3.0, 7.5]), "gap_middle": rng.choice([0.5, 2.0, 5.0])},
+        "adablock": {
+            "delimiter": rng.choice([2, 4, 6, 8]),
+            "sure": rng.choice([0.01, 0.3]),
+            "length": rng.choice([1, 3, 5, 32]),
+            "ahead": rng.choice([0.25, 0.5]),
+        },
+        "deferred": {"width": rng.choice([1, 2, 5]), "most": rng.choice([1, 4, 9])},
         "ccd": {"ratio": rng.choice([0.5, 2.0, 4.0])},
         "remdm": {"loops": rng.choice([0, 1, 4]), "number": rng.choice([1, 2, 3])},
     }

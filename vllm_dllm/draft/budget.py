@@ -131,7 +131,9 @@ class BudgetRule:
         self._host_ms = 0.0
         self._batches: defaultdict[int, _Batch] = defaultdict(_Batch)
 
-    def choose(self, num_reqs: int, limit: int, num_begins: int = 0, num_without: int = 0) -> int:
+    def choose(
+        self, num_reqs: int, limit: int, num_begins: int = 0, num_without: int = 0, canvas_rows: int | None = None
+    ) -> int:
         """Return the budget of the next step.
 
         Args:
@@ -139,6 +141,7 @@ class BudgetRule:
             limit: the largest budget for which there is room.
             num_begins: requests besides, which begin a block: two canvases each, no drafts.
             num_without: others without drafts: one canvas each.
+            canvas_rows: rows of one canvas of each that may have drafts, all together; None: those of blocks.
         """
         limit = min(limit, len(self._prior) - 1)
         if self.fixed is not None:
@@ -150,7 +153,9 @@ class BudgetRule:
             return 0
         if batch.num_steps % DECIDE_EVERY:
             return min(batch.budget, limit)
-        rows = [self._rows(num_reqs, budget, num_begins, num_without) for budget in range(limit + 1)]
+        drafting = num_reqs * self._block_length if canvas_rows is None else canvas_rows
+        beside = self._rows(0, 0, num_begins, num_without)
+        rows = [drafting * (1 + budget) + beside for budget in range(limit + 1)]
         ms = [self._host_ms + self.curve.ms(rows[budget]) * batch.cost.of(budget) for budget in range(limit + 1)]
         rates = [(others + num_reqs * (1 + self.expected(budget))) / ms[budget] for budget in range(limit + 1)]
         best, present = rates.index(max(rates)), min(batch.budget, limit)

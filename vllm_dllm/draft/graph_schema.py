@@ -8,9 +8,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from vllm_dllm.config import STRICT, DllmConfig
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import MAX_CANDIDATES, MAX_NODES
 from vllm_dllm.errors import GraphError, did_you_mean
+from vllm_dllm.kv_settings import STRICT
 from vllm_dllm.policy_options import allowed_policies
 
 SCHEMA_VERSION = 1

@@ -47,17 +47,18 @@ class CausalAsyncScheduler(DllmAsyncScheduler):
     The scheduler does not, so all have room for a block to commit.
     """
 
-    def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool]]:
+    def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool], list[int]]:
         num_blocks = 1 if self.rows.kv.stores_alone else 2  # a block that is stored alone has no other beside it
-        return [num_blocks * self.block_length] * len(requests), [False] * len(requests)
+        num_reqs = len(requests)
+        return [num_blocks * self.block_length] * num_reqs, [False] * num_reqs, [self.block_length] * num_reqs
 
     def _decide_kv(self, output: SchedulerOutput) -> tuple[KvStep | None, bool]:
         """Leave it to the workers; only a new request may have a prefill, and only one near its end a short block."""
         is_short = any(self.rows.may_be_short(self.requests[req_id]) for req_id in output.num_scheduled_tokens)
         return None, bool(output.scheduled_new_reqs) or is_short
 
-    def _rows_of_drafts(self, num_drafts: int) -> int:
-        return self.block_length * (num_drafts if self.rows.kv.stores_alone else max(0, num_drafts - 1))
+    def _canvases_of_drafts(self, num_drafts: int) -> int:
+        return num_drafts if self.rows.kv.stores_alone else max(0, num_drafts - 1)
 
     def _undrafted(self, reports: dict[str, RequestReport]) -> set[str]:
         """Ask, before the reports are noted, what could have been asked before the step if it had been known."""

@@ -58,8 +58,9 @@ def parse(config: VllmConfig) -> Parsed:
         spiffy = spiffy_settings(
             json.dumps(additional[METHOD]), settings, model_config.model, hf_config.model_type, shape
         )
-    eos_id = getattr(hf_config, "eos_token_id", None)
-    rules = replace(unmask_rules(family, settings), eos_id=-1 if eos_id is None else eos_id)
+    ends = (getattr(hf_config, f"{name}_token_id", None) for name in ("eos", "eot"))
+    eos_id, eot_id = (-1 if token is None else token for token in ends)
+    rules = replace(unmask_rules(family, settings), eos_id=eos_id, eot_id=eot_id)
     return Parsed(settings, rules, spiffy)
 
 

@@ -1,5 +1,6 @@
 """The sampling parameters that change logits: checked at admission, and as the worker takes them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,11 +95,12 @@ def check_edits(params: SamplingParams, mask_token_id: int) -> None:
         )
 
 
-def edits_of(params: SamplingParams) -> LogitEdits:
-    """Return what a request asks of its logits."""
+def edits_of(params: SamplingParams, never: int | None = None) -> LogitEdits:
+    """Return what a request asks of its logits; `never` is a token that it does not want at all."""
+    barred = () if never is None else ((never, -math.inf),)
     return LogitEdits(
         allowed_ids=tuple(params.allowed_token_ids or ()),
-        bias=tuple((params.logit_bias or {}).items()),
+        bias=(*(params.logit_bias or {}).items(), *barred),
         end_ids=tuple(sorted(params.all_stop_token_ids)) if params.min_tokens else (),
         min_tokens=params.min_tokens,
         repetition=params.repetition_penalty,

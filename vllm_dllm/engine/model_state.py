@@ -36,7 +36,6 @@ from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.engine.structured import answer_of
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import choose_draws
-from vllm_dllm.state.ends import filled
 from vllm_dllm.state.kv import IntArray, KvStep
 from vllm_dllm.state.settle import Emission, Ledger, choose_settle
 from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
@@ -83,7 +82,9 @@ class DllmModelState(ModelState):
             LogprobHead(model.head_logits, self.model_config.get_vocab_size(), self.never_chosen),
         )
         self._fill_rows = choose_rows(device)
-        self.kv_schedule = make_schedule(self.settings, stores_alone=self._family.stores_alone)
+        self.kv_schedule = make_schedule(
+            self.settings, stores_alone=self._family.stores_alone, logit_shift=self._family.logit_shift
+        )
         # Decides where the scheduler does not: ahead of reports, and while vLLM warms up, without an order.
         self.order: StepOrder | None = None
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes
@@ -149,7 +150,7 @@ class DllmModelState(ModelState):
         block_start = int(self.kv_schedule.block_start(np.array([len(known)]))[0])
         answer = answer_of(new_req_data.sampling_params, params, known, block_start, self.block_length)
         self.state.add_request(req_index, params, answer)
-        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens)
+        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens, params.prompt_len)
 
     def apply_staged_writes(self) -> None:
         """Copy new requests' parameters to the device."""
@@ -285,9 +286,8 @@ class DllmModelState(ModelState):
         known_np = num_computed_tokens[slots].cpu().numpy() if self._is_async else batch.num_computed_tokens_np
         # A prompt is known, though its step is the one that vLLM counts it in.
         known_np = np.maximum(known_np[:num_reqs], batch.prefill_len_np[:num_reqs]).astype(np.int64)
-        block_start_np = self.kv_schedule.block_start(known_np)
-        kv = self.kv_schedule.step(slots_np.tolist(), known_np, self.state.seq_end_np(slots_np, block_start_np))
-        for slot, start in zip(slots_np.tolist(), block_start_np.tolist(), strict=True):
+        kv = self.kv_schedule.step(slots_np.tolist(), known_np, self.state.seq_end_np(slots_np, known_np))
+        for slot, start in zip(slots_np.tolist(), self.kv_schedule.block_start(known_np).tolist(), strict=True):
             self.kv_schedule.note(slot, start)
         return kv
 
@@ -308,7 +308,7 @@ class DllmModelState(ModelState):
     def _cut(self, blocks: Blocks, block_start: IntArray, seq_len: IntArray) -> Tensor:
         """Cut blocks that end with their rows; returns how many positions each has fewer, [num_reqs] int64."""
         missing = self._to_device((block_start + self.block_length - seq_len).clip(0))
-        self.state.canvas[blocks.slots] = filled(self.state.canvas[blocks.slots], missing, self.state.mask_token_id)
+        self.state.canvas[blocks.slots] = self.state.filled(self.state.canvas[blocks.slots], missing)
         return missing
 
     def _num_drafts(self, batch: InputBatch, counted: IntArray) -> IntArray:

@@ -11,8 +11,9 @@ store:
                all of it                                                     block's first position
     COMMIT     the block before             the blocks before it             as of PREFILL
     END        the block (look-ahead)       as ROOT                          are stored
-    ROOT       the block                    all but the block; in a block-   decide
-    DRAFT                                   causal model what is before it   decide
+    ROOT       the block, or its span       all but its positions; in a      decide
+    DRAFT                                   block-causal model what is       decide
+                                            before it
     NEXT_ROOT  the block behind             what is before it                decide
     VERIFY     a window of drafts           what is before it                are stored; decide
 
@@ -47,6 +48,8 @@ class Role(IntEnum):
 _ROLES = np.arange(len(Role))
 _STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT, Role.VERIFY])
 _DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT, Role.VERIFY])
+_IS_CANVAS = np.isin(_ROLES, [Role.ROOT, Role.DRAFT])
+_HAS_BLOCK = _IS_CANVAS | (_ROLES == Role.REFRESH)  # and maybe more around it
 _BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1, 0])  # of a segment's block, as seen from the present one
 
 
@@ -165,9 +168,9 @@ class StepPlan:
         segment = np.arange(len(length)).repeat(length)
         decided = np.flatnonzero(self.decides)
         in_block = (self.block_start[self.request] - self.begin)[decided]
-        is_refresh = self.role[decided] == Role.REFRESH
+        has_block = _HAS_BLOCK[self.role[decided]]
         offset = np.arange(self.block_length)
-        head = first_row[:-1][decided, None] + np.where(is_refresh, in_block, 0)[:, None] + offset - logit_shift
+        head = first_row[:-1][decided, None] + np.where(has_block, in_block, 0)[:, None] + offset - logit_shift
         last = first_row[1:][decided, None] - 1  # a short block has fewer rows than a canvas has positions
         head = np.where(self.decides_first[decided, None], last, head).clip(0, last)
         node = self._nodes(decided)
@@ -176,7 +179,7 @@ class StepPlan:
             source=self._sources(node, segment),
             is_stored=self.stores[segment],
             head=head,
-            is_left_fresh=is_refresh & (in_block > 0),
+            is_left_fresh=has_block & (in_block > 0),
             node=node,
         )
 
@@ -200,11 +203,11 @@ class StepPlan:
         is_end = self.role == Role.END
         first[is_end] = (num_reqs * num_nodes + self.request[is_end]) * block_length
         role = self.role[segment]
-        block = np.where(self.role == Role.REFRESH, self.block_start[self.request], self.begin)
+        block = np.where(_HAS_BLOCK[self.role], self.block_start[self.request], self.begin)
         in_block = self.position - block[segment]
         source = first[segment] + in_block
         mask = (num_reqs * num_nodes + num_reqs * self.has_look_ahead) * block_length
-        is_known = (role == Role.PREFILL) | (role == Role.COMMIT) | ((role == Role.REFRESH) & (in_block < 0))
+        is_known = (role == Role.PREFILL) | (role == Role.COMMIT) | (_HAS_BLOCK[role] & (in_block < 0))
         return np.where(is_known, -1, np.where(in_block >= block_length, mask, source))
 
 
@@ -256,14 +259,8 @@ def plan_step(
     count = count.astype(np.int64).ravel()
     request = np.arange(num_reqs).repeat(len(Role)).repeat(count)
     role = np.tile(_ROLES, num_reqs).repeat(count)
-    begin = block_start[request] + block_length * _BLOCKS_BEHIND[role]
-    end = begin + block_length
-    if refreshes.any() or num_prefills.any():
-        number = np.arange(len(role)) - (np.cumsum(count) - count).repeat(count)  # among those of role and request
-        is_prefill, is_refresh = role == Role.PREFILL, role == Role.REFRESH
-        begin = np.where(is_prefill, kv.begin[request] + block_length * number, begin)
-        end = np.where(is_prefill, kv.end[request] if kv_policy == "causal" else begin + block_length, end)
-        begin, end = np.where(is_refresh, kv.begin[request], begin), np.where(is_refresh, kv.end[request], end)
+    first = (np.cumsum(count) - count).repeat(count)
+    begin, end = _extents(kv, request, role, first, block_start, block_length, kv_policy)
     end = np.where(kv.is_short[request], np.minimum(end, seq_len[request]), end)
     begin = begin.clip(0)  # behind a reply that ended, a step that was scheduled before may find less than a block
     visible_end = end if is_causal else seq_len[request]
@@ -282,6 +279,37 @@ def plan_step(
         stores_alone=kv.stores_alone if kv.stores_alone.any() else None,
         is_causal=_STORES[role] if kv_policy == "causal" else None,
     )
+
+
+def _extents(
+    kv: KvStep,
+    request: IntArray,
+    role: IntArray,
+    first: IntArray,
+    block_start: IntArray,
+    block_length: int,
+    kv_policy: KvPolicyName,
+) -> tuple[IntArray, IntArray]:
+    """Return the positions [begin, end) of segments, [num_segments] each.
+
+    Args:
+        kv: what the step stores.
+        request, role: of the segments.
+        first: [num_segments], the first one of the same request and role.
+        block_start, block_length, kv_policy: as of `plan_step`.
+    """
+    begin = block_start[request] + block_length * _BLOCKS_BEHIND[role]
+    end = begin + block_length
+    is_prefill, is_refresh = role == Role.PREFILL, role == Role.REFRESH
+    if is_prefill.any() or is_refresh.any():
+        number = np.arange(len(role)) - first  # among those of role and request
+        begin = np.where(is_prefill, kv.begin[request] + block_length * number, begin)
+        end = np.where(is_prefill, kv.end[request] if kv_policy == "causal" else begin + block_length, end)
+        begin, end = np.where(is_refresh, kv.begin[request], begin), np.where(is_refresh, kv.end[request], end)
+    if kv.is_wide.any():
+        begin = np.where(_IS_CANVAS[role], kv.span_begin[request], begin)
+        end = np.where(_IS_CANVAS[role], kv.span_end[request], end)
+    return begin, end
 
 
 def plan_windows(kv: KvStep, *, start: IntArray, length: IntArray, block_length: int) -> StepPlan:

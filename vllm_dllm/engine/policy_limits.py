@@ -2,6 +2,7 @@
 
 from vllm.sampling_params import SamplingParams
 
+from vllm_dllm.config import RequestOptions
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.unmask.registry import changes_tokens
 
@@ -30,8 +31,25 @@ def refuse_beside_policy(params: SamplingParams, policy: str) -> None:
         )
 
 
-def refuse_structure(policy: str) -> None:
-    """Check that a policy may decide under a constraint. Raises: RequestError."""
+def check_eos(params: SamplingParams, options: RequestOptions, eos_id: int | None) -> None:
+    """Check that a request which never wants EOS leaves its positions other tokens. Raises: RequestError."""
+    allowed = params.allowed_token_ids
+    if options.logits_eos_inf and allowed is not None and not {*allowed} - {eos_id}:
+        raise RequestError(
+            f"dllm_logits_eos_inf is true, but allowed_token_ids is {allowed}, the EOS alone, so no position would "
+            "have a token; allowed is null; remove it, or allow another token",
+            parameter="dllm_logits_eos_inf",
+        )
+
+
+def refuse_structure(policy: str, options: RequestOptions) -> None:
+    """Check that a policy may decide under a constraint, and that the answer may end. Raises: RequestError."""
+    if options.logits_eos_inf:
+        raise RequestError(
+            "dllm_logits_eos_inf is true beside structured output, whose answer ends with EOS; allowed is null; remove "
+            "it",
+            parameter="dllm_logits_eos_inf",
+        )
     if changes_tokens(policy):
         raise RequestError(
             "structured_outputs is set, or response_format or a forced tool, but the request's policy "

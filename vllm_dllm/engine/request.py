@@ -23,11 +23,11 @@ from vllm_dllm.config import (
     plain_number,
     request_steps,
 )
-from vllm_dllm.engine.configs import is_ours, settings_of
+from vllm_dllm.engine.configs import is_ours, rules_of, settings_of
 from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.ends import ends_of
 from vllm_dllm.engine.parameter_types import check_sent
-from vllm_dllm.engine.policy_limits import refuse_beside_policy, refuse_structure
+from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_structure
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.engine.structured import put_in
 from vllm_dllm.policy_options import options_of, own_values
@@ -250,8 +250,10 @@ def finish_admission(
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
     check_edits(params, mask_token_id)
+    options = request_options(params)
+    check_eos(params, options, rules_of(processor.vllm_config).eos_id)
     if asked is not None:
-        refuse_structure(request_options(params).policy or settings.policy)
+        refuse_structure(options.policy or settings.policy, options)
         put_in(processor, params, asked)
     check_sent(request)
 
@@ -310,7 +312,7 @@ def resolve_params(
         top_k=min(max(params.top_k, 0), _INT64_MAX),
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
-        edits=edits_of(params),
+        edits=edits_of(params, rules.eos_id if options.logits_eos_inf else None),
         horizon=NEVER if merged.horizon is None else merged.horizon * settings.block_length,
         ends=ends_of(params, prompt_len, merged.policy),
         num_logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,

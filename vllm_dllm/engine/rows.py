@@ -4,12 +4,15 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from vllm.logger import init_logger
 from vllm.v1.request import Request
 
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.windows import make_schedule
+
+logger = init_logger("vllm.dllm")
 
 
 def most_drafts(request: Request) -> int:
@@ -37,19 +40,31 @@ class StepRows:
         settings: of the server.
         max_model_len: positions of a request.
         max_rows: of a step.
-        stores_alone: as of `KvSchedule`.
+        stores_alone, logit_shift: as of `KvSchedule`.
     """
 
-    def __init__(self, settings: DllmConfig, max_model_len: int, max_rows: int, *, stores_alone: bool = False) -> None:
+    def __init__(
+        self,
+        settings: DllmConfig,
+        max_model_len: int,
+        max_rows: int,
+        *,
+        stores_alone: bool = False,
+        logit_shift: bool = False,
+    ) -> None:
         self.settings = settings
         self.block_length = settings.block_length
         self.is_causal = settings.is_block_causal
         self.max_model_len = max_model_len
         self.max_rows = max_rows
-        self.kv = make_schedule(settings, stores_alone=stores_alone)
+        self.kv = make_schedule(settings, stores_alone=stores_alone, logit_shift=logit_shift)
         self._row_ends: dict[str, int] = {}
         self.given: dict[str, int] = {}
         self.free = 0
+
+    def drafts_within(self, request: Request, budget: int) -> int:
+        """Return how many of so many drafts a request has room for: vLLM counts each as a position."""
+        return min(budget, self.max_model_len - request.num_computed_tokens - self.block_length)
 
     def begin_step(self) -> None:
         """Take all rows back."""
@@ -77,6 +92,16 @@ class StepRows:
             raise RuntimeError(f"a step has {total} rows, max_num_batched_tokens is {self.max_rows}")
         return total
 
+    def admit(self, request: Request, num_hit: int) -> None:
+        """Begin a request, or begin it anew after a preemption; it finds so many positions in the prefix cache."""
+        self.kv.add(request.request_id, num_hit, request.num_prompt_tokens)
+        if self.settings.kv_policy == "freecache" and request.num_tokens > request.num_prompt_tokens:
+            logger.warning(
+                "Request %s was preempted behind its first block: kv_policy 'freecache' keeps what earlier steps "
+                "computed, which is lost, so its further tokens may be others than without",
+                request.request_id,
+            )
+
     def step(self, requests: Sequence[Request]) -> KvStep:
         """Decide what a step of some requests stores."""
         num_known = np.array([request.num_tokens for request in requests], dtype=np.int64)
@@ -84,10 +109,12 @@ class StepRows:
         end = np.array([self.seq_end(r) for r in requests], dtype=np.int64) if has_ends else num_known
         return self.kv.step([request.request_id for request in requests], num_known, end)
 
-    def needed(self, requests: Sequence[Request]) -> tuple[list[int], list[bool]]:
-        """Return how many rows running requests need, and which have no drafts, since nothing of a block is known."""
+    def needed(self, requests: Sequence[Request]) -> tuple[list[int], list[bool], list[int]]:
+        """Return how many rows running requests need, who has no drafts, since nothing of a block is known, and how
+        many rows a draft has.
+        """
         step = self.step(requests)
-        return self.kv.num_rows(step).tolist(), step.is_undrafted.tolist()
+        return self.kv.num_rows(step).tolist(), step.is_undrafted.tolist(), step.num_span_rows.tolist()
 
     @property
     def num_first(self) -> int:

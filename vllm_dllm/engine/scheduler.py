@@ -36,10 +36,9 @@ from vllm_dllm.state.kv import KvStep
 class DllmScheduler(Scheduler):
     """Gives requests the pages that their K/V need, each step its rows, and each request its drafts.
 
-    A bidirectional model stores K/V for the masked positions of the whole sequence, so a request takes all its pages
-    when it is admitted and never needs another; with a horizon it takes them as its blocks begin. A block-causal model
-    stores finished blocks alone, so there all take pages as blocks begin, and a page is cached for other requests once
-    all its positions are stored, as the worker reports.
+    A bidirectional model stores K/V for the masked positions of its whole sequence, so a request takes all its pages
+    when it is admitted; with a horizon, and of a block-causal model, which stores finished blocks alone, it takes pages
+    as its blocks begin. The latter's are cached for others once all their positions are stored, as the worker reports.
 
     What vLLM counts is tokens of a request, by position: its prompt and its block in the step that admits it, then its
     block, and one more for each draft, which is how the worker learns their number. What a forward has is rows
@@ -54,9 +53,13 @@ class DllmScheduler(Scheduler):
         self.settings = settings_of(self.vllm_config)
         self.block_length = self.settings.block_length
         self.is_causal = self.settings.is_block_causal
-        stores_alone = served_family(self.vllm_config.model_config).stores_alone
+        family = served_family(self.vllm_config.model_config)
         self.rows = StepRows(
-            self.settings, self.max_model_len, self.max_num_scheduled_tokens, stores_alone=stores_alone
+            self.settings,
+            self.max_model_len,
+            self.max_num_scheduled_tokens,
+            stores_alone=family.stores_alone,
+            logit_shift=family.logit_shift,
         )
         self._placeholders = [-1] * self.num_spec_tokens
         self._num_held = 0  # requests, since the last report
@@ -126,7 +129,6 @@ class DllmScheduler(Scheduler):
 
     def _compare(self, check: StateCheck) -> None:
         """Compare the accounts with what the scheduler knows behind a step, as far as the level of checks asks."""
-        check.compare_ended()
         if self._level == CheckLevel.STEP:
             check.compare_totals(self._totals)
             check.compare_pages(self.running)
@@ -176,8 +178,8 @@ class DllmScheduler(Scheduler):
         denoising = self._denoising()
         needed = zip(denoising, *self._needed_rows(denoising), strict=True)
         longest = self.block_length * (1 + self.is_causal)  # with its commit; beside all blocks any refresh has room
-        drafting, num_begins, num_single = [], 0, 0
-        for request, num_rows, is_undrafted in sorted(needed, key=lambda each: each[1] > longest):
+        drafting, canvas_rows, num_begins, num_single = [], {}, 0, 0
+        for request, num_rows, is_undrafted, num_span_rows in sorted(needed, key=lambda each: each[1] > longest):
             request.spec_token_ids = self._placeholders[: self.block_length]
             if not self.rows.give(request, num_rows):
                 leave_out(request, self.current_step)
@@ -187,34 +189,33 @@ class DllmScheduler(Scheduler):
                 num_single += self.is_causal and num_rows == self.block_length
             else:
                 drafting.append(request)
+                canvas_rows[request.request_id] = num_span_rows
         num_denoising, drafting = len(drafting), [request for request in drafting if most_drafts(request)]
         if self.rule is not None and drafting:
             pays = self.acceptance.pay([request.request_id for request in drafting], self.rule.break_even)
             worth = list(compress(drafting, pays))
             reserved = self.max_model_len if self.waiting else 0
-            limit = (self.rows.free - reserved) // (self.block_length * len(worth))
+            num_rows = sum(canvas_rows[request.request_id] for request in worth)
+            limit = (self.rows.free - reserved) // num_rows
             num_without = num_denoising - len(worth) + num_single
-            self._give_drafts(worth, self.rule.choose(len(worth), max(0, limit), num_begins, num_without))
-
-    def _give_drafts(self, drafting: list[Request], budget: int) -> None:
-        """Let requests have a budget of drafts, or as many of it as they let, and as `max_model_len` does."""
-        for request in drafting:
-            own = min(budget, self.max_model_len - request.num_computed_tokens - self.block_length)
-            own = min(own, most_drafts(request))
-            if own > 0 and self.rows.give(request, self._rows_of_drafts(own)):
-                request.spec_token_ids = self._placeholders[: self.block_length + own]
+            budget = self.rule.choose(len(worth), max(0, limit), num_begins, num_without, num_rows)
+            for request in worth:
+                most = self.rows.drafts_within(request, min(budget, most_drafts(request)))
+                num_rows = self._canvases_of_drafts(most) * canvas_rows[request.request_id]
+                if most > 0 and self.rows.give(request, num_rows):
+                    request.spec_token_ids = self._placeholders[: self.block_length + most]
 
     def _denoising(self) -> list[Request]:
         """Return the running requests that take a denoising step."""
         return [request for request in self.running if request.spec_token_ids]
 
-    def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool]]:
+    def _needed_rows(self, requests: list[Request]) -> tuple[list[int], list[bool], list[int]]:
         """Return what `StepRows.needed` does."""
         return self.rows.needed(requests)
 
-    def _rows_of_drafts(self, num_drafts: int) -> int:
-        """Return the rows that a request needs besides those."""
-        return self.block_length * num_drafts
+    def _canvases_of_drafts(self, num_drafts: int) -> int:
+        """Return how many canvases a request needs rows for besides those."""
+        return num_drafts
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Say what the step's forward really has, before vLLM counts it.
@@ -226,7 +227,7 @@ class DllmScheduler(Scheduler):
             block = self._placeholders[: self.rows.num_first]
             scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
             scheduled[admitted.req_id] += len(block)
-            self.rows.kv.add(admitted.req_id, admitted.num_computed_tokens)
+            self.rows.admit(self.requests[admitted.req_id], admitted.num_computed_tokens)
             if self._check:
                 self._check.admit(admitted.req_id, admitted.num_computed_tokens)
         kv, is_long = self._decide_kv(scheduler_output)
@@ -258,9 +259,8 @@ class DllmScheduler(Scheduler):
         budget = max(num_drafts.values())
         self._stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
         self._num_held = 0
-        for req_id, report in reports.items():
-            if req_id in self.requests:  # it may have been aborted meanwhile
-                self._totals[req_id].add(report)
+        for req_id in reports.keys() & self.requests.keys():  # others were aborted meanwhile
+            self._totals[req_id].add(reports[req_id])
         self._note_stored(reports)
         if self.rule is None:
             return

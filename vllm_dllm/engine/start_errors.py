@@ -84,9 +84,10 @@ def _wrong_field(model: str, content: Mapping[str, Any], family: ModelFamily) ->
         allowed["architectures"] = [[each.architecture] for each in FAMILIES if each.model_type == family.model_type]
     for name, values in allowed.items():
         if content.get(name) not in values:
+            todo = family.other_files.get(str(content.get(name)), "correct it there or with --hf-overrides")
             return ConfigError(
                 f"{name} in config.json of {model} is {reprlib.repr(content.get(name))}, but allowed is "
-                f"{' or '.join(map(repr, values))}; correct it there or with --hf-overrides"
+                f"{' or '.join(map(repr, values))}; {todo}"
             )
     if not isinstance(content.get("auto_map") or {}, Mapping):
         return ConfigError(

@@ -116,7 +116,7 @@ class StateCheck:
                 )
             return
         end = self._rows.seq_end(request)
-        allowed = (end,) if account.begins else (0, end, end - start)
+        allowed = self._rows.kv.may_store(start, end, begins_block=account.begins)
         if report.wrote not in allowed:
             raise StateError(
                 f"request {name}: a step stored K/V of {report.wrote} positions, but the scheduler has a row of {end} "
@@ -153,17 +153,16 @@ class StateCheck:
                 "positions"
             )
 
-    def compare_ended(self) -> None:
-        """See that requests ended whose workers left a block masked behind their end. Raises: StateError."""
+    def compare_totals(self, totals: Mapping[str, RequestTotals]) -> None:
+        """Compare what requests are told they took, and see that those ended of which an end was found.
+
+        Raises: StateError.
+        """
         for name, account in self._accounts.items():
             if account.is_over:
                 raise StateError(
                     f"request {name} goes on, but the worker found its end and left the block masked there"
                 )
-
-    def compare_totals(self, totals: Mapping[str, RequestTotals]) -> None:
-        """Compare what requests are told they took. Raises: StateError."""
-        for name, account in self._accounts.items():
             if name in totals and totals[name] != account.totals:
                 raise StateError(f"request {name} is told {totals[name]}, but its reports come to {account.totals}")
 

@@ -38,7 +38,9 @@ class CheckpointConfig(PretrainedConfig):
         published_vocab_sizes: rows of the published embeddings.
         qkv_bias: whether query, key and value have biases.
         qk_norm: whether query and key are normalised per head.
-        has_experts: whether the feed-forward network is a mixture of experts, all layers alike.
+        has_experts: whether the feed-forward network is a mixture of experts, behind the first `num_dense_layers`.
+        has_expert_bias: whether experts fall into groups, and are chosen by scores with a bias.
+        fuses_qkv: whether query, key and value are one tensor of a checkpoint.
         tensor_names: published names of modules by Qwen's, where they differ.
 
     Raises: ConfigError for a field whose value asks for arithmetic that the model class does not implement, for
@@ -53,6 +55,8 @@ class CheckpointConfig(PretrainedConfig):
     qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = False
     has_experts: ClassVar[bool] = False
+    has_expert_bias: ClassVar[bool] = False
+    fuses_qkv: ClassVar[bool] = False
     tensor_names: ClassVar[Mapping[str, str]] = {}
     has_no_defaults_at_init = True
 
@@ -121,6 +125,16 @@ class CheckpointConfig(PretrainedConfig):
         """Return the numbers that fields of the table stand for, by attribute."""
         raise NotImplementedError
 
+    @property
+    def num_dense_layers(self) -> int:
+        """Layers at the start that have no experts, in a model whose others have."""
+        return 0
+
+    @classmethod
+    def rotated_part(cls, _fields: Any, head_dim: int) -> int:
+        """Return how many elements of a head are rotated, the first ones."""
+        return head_dim
+
     @classmethod
     def known_names(cls) -> frozenset[str]:
         """Return the names that config.json and --hf-overrides may have."""
@@ -179,7 +193,10 @@ class CheckpointConfig(PretrainedConfig):
         values = {**{name: getattr(fields, name) for name in present}, **self.resolve(fields)}
         qwen = {alias: values[name] for alias, name in self.attribute_map.items()} | values
         values["head_dim"] = qwen["head_dim"] = _head_dim(qwen)
-        rope = read_rope(present, max_positions=qwen["max_position_embeddings"], head_dim=values["head_dim"])
+        part = self.rotated_part(fields, values["head_dim"])
+        rope = read_rope(
+            present, max_positions=qwen["max_position_embeddings"], head_dim=values["head_dim"], rotary_dim=part
+        )
         values.pop("rope_scaling", None)  # transformers' other name of `rope_parameters`
         values |= {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
         return values | self._special_ids(fields, qwen["vocab_size"])

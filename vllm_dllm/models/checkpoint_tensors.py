@@ -30,14 +30,12 @@ def needed_tensors(config: CheckpointConfig) -> dict[str, Shape]:
     """Return the shape of every tensor of an unquantised checkpoint, by published name."""
     width = config.hidden_size
     query, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    projections = {"qkv": query + 2 * kv} if config.fuses_qkv else {"q": query, "k": kv, "v": kv}
     layer: dict[str, Shape] = {
-        "self_attn.q_proj.weight": (query, width),
-        "self_attn.k_proj.weight": (kv, width),
-        "self_attn.v_proj.weight": (kv, width),
+        **{f"self_attn.{part}_proj.weight": (rows, width) for part, rows in projections.items()},
         "self_attn.o_proj.weight": (width, query),
         "input_layernorm.weight": (width,),
         "post_attention_layernorm.weight": (width,),
-        **_feed_forward(config),
     }
     if config.qkv_bias:
         layer |= {f"self_attn.{part}_proj.bias": (query if part == "q" else kv,) for part in "qkv"}
@@ -48,7 +46,7 @@ def needed_tensors(config: CheckpointConfig) -> dict[str, Shape]:
     needed = {
         f"{layers}.{i}.{_published(names, name)}": shape
         for i in range(config.num_hidden_layers)
-        for name, shape in layer.items()
+        for name, shape in (layer | _feed_forward(config, i)).items()
     }
     needed[_published(names, "model.embed_tokens.weight")] = (config.vocab_size, width)
     needed[_published(names, "model.norm.weight")] = (width,)
@@ -57,13 +55,17 @@ def needed_tensors(config: CheckpointConfig) -> dict[str, Shape]:
     return needed
 
 
-def _feed_forward(config: CheckpointConfig) -> dict[str, Shape]:
+def _feed_forward(config: CheckpointConfig, layer: int) -> dict[str, Shape]:
     """Return the shapes of a layer's feed-forward network, or of its experts and of what chooses among them."""
-    width = config.hidden_size
-    networks = {"mlp": config.intermediate_size}
-    if config.has_experts:
+    width, networks = config.hidden_size, {"mlp": config.intermediate_size}
+    found: dict[str, Shape] = {}
+    if config.has_experts and layer >= config.num_dense_layers:
         networks = {f"mlp.experts.{i}": config.moe_intermediate_size for i in range(config.num_experts)}
-    found: dict[str, Shape] = {"mlp.gate.weight": (config.num_experts, width)} if config.has_experts else {}
+        found["mlp.gate.weight"] = (config.num_experts, width)
+        if config.has_expert_bias:
+            found["mlp.gate.expert_bias"] = (config.num_experts,)
+        if config.shared_expert_intermediate_size:
+            networks["mlp.shared_experts"] = config.shared_expert_intermediate_size
     for name, inner in networks.items():
         found |= {f"{name}.{part}_proj.weight": (inner, width) for part in ("gate", "up")}
         found[f"{name}.down_proj.weight"] = (width, inner)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_dllm.config import NOTHING_BEHIND, DllmConfig, InvalidOptionError
-from vllm_dllm.names import KvPolicyName
+from vllm_dllm.names import BIDIRECTIONAL, KvPolicyName
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class ModelFamily:
             name as architecture (mode `ar`); None: it is trained for diffusion alone.
         draft_adapter: folder beside the weights that may have the adapter which self-speculation's drafts take.
         block_size_name: what config.json calls the block length of training.
+        other_files: of files of the same class that are not served: their `model_type`, and what to do.
         remote_class: of checkpoints whose `architectures` and `model_type` are a stock model's: the class in `auto_map`
             that they are told by.
     """
@@ -59,6 +60,7 @@ class ModelFamily:
     causal_class: str | None = None
     draft_adapter: str | None = None
     block_size_name: str = "block_size"
+    other_files: Mapping[str, str] = field(default_factory=dict)
     remote_class: str | None = None
 
     @property
@@ -74,7 +76,7 @@ class ModelFamily:
     @property
     def kv_policies(self) -> tuple[KvPolicyName, ...]:
         """The KV policies that its attention allows."""
-        return ("dual", "prefix") if self.attention == "bidirectional" else (self.attention,)
+        return BIDIRECTIONAL if self.attention == "bidirectional" else (self.attention,)
 
     def settings(self, block_size: int | None) -> dict[str, Any]:
         """Return the published values of `DllmConfig`'s fields for a checkpoint that says `block_size`."""
@@ -163,6 +165,20 @@ FAMILIES = (
         decoding_defaults={"block_length": 4, "kv_policy": "block_causal", "policy": "dynamic", "threshold": 0.85},
         attention="block_causal",
         confidence="sampled",
+    ),
+    ModelFamily(
+        architecture="LLaDA2MoeModelLM",
+        model_type="llada2_moe",
+        model_class="vllm_dllm.models.llada2:LLaDA2MoeModelLM",
+        config_class="vllm_dllm.models.llada2_config:LLaDA2Config",
+        generation_defaults={"temperature": 0.0, "max_new_tokens": 2048},
+        decoding_defaults={"block_length": 32, "kv_policy": "block_causal", "policy": "dynamic", "threshold": 0.95},
+        attention="block_causal",
+        confidence="sampled",
+        other_files={
+            "llada2_moe_veomni": "split its merged experts first (dFactory's moe_convertor.py, --mode split), and "
+            "correct it there"
+        },
     ),
 )
 

@@ -17,7 +17,7 @@ Theta = Annotated[float, Field(gt=1.0, allow_inf_nan=False, description="finite 
 _Factor = Annotated[float, Field(ge=1.0, le=1e6, description="numbers from 1 to 1000000")]
 # Of YaRN; beyond, a table's numbers would leave float32.
 _Scale = Annotated[float, Field(gt=0.0, le=1e6, description="numbers above 0 and up to 1000000")]
-_Whole = Annotated[float, Field(ge=1.0, le=1.0, description="1, since whole heads are rotated")]
+_Part = Annotated[float, Field(gt=0.0, le=1.0, description="numbers above 0 and up to 1")]
 
 ROPE_NAMES = ("rope_theta", "rope_scaling", "rope_parameters")
 """The fields of config.json that are read here."""
@@ -38,7 +38,7 @@ class _Rope(BaseModel):
         Field(description="'default', 'linear', 'dynamic' and 'yarn'"),
     ] = "default"
     rope_theta: Theta
-    partial_rotary_factor: _Whole | None = None
+    partial_rotary_factor: _Part | None = None
     factor: _Factor | None = None
     original_max_position_embeddings: Size | None = None
     beta_fast: _Scale | None = None
@@ -61,20 +61,27 @@ _TAKES: dict[str, tuple[str, ...]] = {
 """What each type reads besides `rope_theta`."""
 
 
-def read_rope(given: Mapping[str, Any], *, max_positions: int, head_dim: int) -> dict[str, Any]:
+def read_rope(given: Mapping[str, Any], *, max_positions: int, head_dim: int, rotary_dim: int) -> dict[str, Any]:
     """Read the fields of `ROPE_NAMES`.
 
     Args:
         given: fields of config.json.
         max_positions: `max_position_embeddings` of the checkpoint.
         head_dim: the size of a head.
+        rotary_dim: how many of its elements are rotated.
 
-    Returns: what vLLM and transformers call `rope_parameters`, with `rope_type` and `rope_theta` always.
+    Returns: what vLLM and transformers call `rope_parameters`, with `rope_type` and `rope_theta` always, and
+        `partial_rotary_factor` where it is not 1.
 
     Raises: ConfigError for two values of one field, another type, or numbers that cannot work.
     """
     rope = validated(_Rope, _merged(given), "rope_parameters.").model_dump(exclude_none=True)
-    rope.pop("partial_rotary_factor", None)
+    factor = rotary_dim / head_dim
+    if (said := rope.pop("partial_rotary_factor", factor)) != factor:
+        raise ConfigError(
+            f"rope_parameters.partial_rotary_factor in the checkpoint's config.json is {said}, but {rotary_dim} of the "
+            f"{head_dim} elements of a head are rotated; allowed is {factor:g}; correct it there or remove it"
+        )
     kind = rope["rope_type"]
     for name in rope:
         if name not in ("rope_type", "rope_theta", *_TAKES[kind]):
@@ -87,10 +94,10 @@ def read_rope(given: Mapping[str, Any], *, max_positions: int, head_dim: int) ->
             f"rope_parameters.factor is missing in the checkpoint's config.json, but rope_type is {kind!r}; allowed "
             "are numbers from 1 to 1000000; add it there or with --hf-overrides"
         )
-    if kind == "dynamic" and head_dim < 4:
+    if kind == "dynamic" and rotary_dim < 4:
         raise ConfigError(
-            f"rope_type in the checkpoint's config.json is 'dynamic', but heads have {head_dim} elements; allowed are "
-            "heads of 4 and more; set another type"
+            f"rope_type in the checkpoint's config.json is 'dynamic', but {rotary_dim} elements of a head are rotated; "
+            "allowed are 4 and more; set another type"
         )
     if kind == "yarn":
         _check_yarn(rope, max_positions)
@@ -100,7 +107,7 @@ def read_rope(given: Mapping[str, Any], *, max_positions: int, head_dim: int) ->
             "max_position_embeddings (max_sequence_length, or original_max_position_embeddings of rope_parameters) is "
             f"{reach}; allowed are up to {_MAX_POSITIONS} positions; lower one of them there or with --hf-overrides"
         )
-    return rope
+    return rope if factor == 1 else rope | {"partial_rotary_factor": factor}
 
 
 def override_rope(given: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from vllm.platforms import current_platform
 from vllm_dllm.engine.attention import DllmAttentionBackend
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.checkpoint_tensors import Shape, Sizes, TensorCount, embedding_name, head_name, needed_tensors
+from vllm_dllm.models.grouped_experts import GroupedExperts
 from vllm_dllm.models.rotary import make_rotary
 
 if TYPE_CHECKING:
@@ -134,13 +135,15 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """One transformer layer."""
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, prefix: str, layer: int) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = SelfAttention(vllm_config, f"{prefix}.self_attn")
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        feed_forward = Qwen3MoeSparseMoeBlock if config.has_experts else FeedForward
+        feed_forward: type[nn.Module] = FeedForward
+        if config.has_experts and layer >= config.num_dense_layers:
+            feed_forward = GroupedExperts if config.has_expert_bias else Qwen3MoeSparseMoeBlock
         self.mlp = feed_forward(vllm_config, f"{prefix}.mlp")
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -167,7 +170,9 @@ class Transformer(nn.Module):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.embed_tokens",
         )
-        self.layers = nn.ModuleList(Layer(vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Layer(vllm_config, f"{prefix}.layers.{i}", i) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ class Ccd:
     u is the whole share of a step of the block's positions, one at least (ours). The buffer has V positions at most:
     1 in steps 0 to 3, then one more each step up to u + int(u `ratio`); where a tenth of the positions or less are
     masked it begins with 1 again, so that it is 2. A step unmasks the u surest, those of least entropy. From step 5 on,
-    but for the last: if any of these is in the buffer, those of the V surest that are in the buffer, and whose likeliest
-    token is that of the step before, are unmasked in their place if they are u at least. The next buffer has the V
-    surest of the others.
+    but for the last: if any of these is in the buffer, those of the V surest that are in the buffer, and whose
+    likeliest token is that of the step before, are unmasked in their place if they are u at least. The next buffer has
+    the V surest of the others.
     """
 
     steps: int

@@ -1,11 +1,13 @@
 """Block decoding of bidirectional masked-diffusion models, as published: the decoding half of the oracle.
 
-One loop covers four decoders, which differ in values:
+One loop covers these decoders, which differ in values:
 
     LLaDA      `generate`: no cache
     Dream      `diffusion_generate`: rules `DREAM`, no cache, one block as long as the generation
     Fast-dLLM  `generate_with_prefix_cache` and `generate_with_dual_cache`, arXiv:2505.22618 sec. 3.2: KV policies
                `prefix` and `dual`
+    FlashDLM   FreeCache, arXiv:2505.21467: KV policy `freecache`
+    dInfer     `VicinityCacheDiffusionLLM`, arXiv:2510.08666: KV policy `vicinity`
     Fast-dLLM  on Dream (`generation_utils_block.py`): the same with rules `DREAM`, policy `entropy` or `threshold`
 
 A step forwards the model and decides as `reference.policy` says. Additions of ours are marked "ours". Batch of one.
@@ -37,10 +39,20 @@ class KvPolicy:
     `none`: those of the whole sequence, at every step. `prefix`: those from the block's begin on; `dual`: those of
     the block. The others are kept from the last refresh, a forward over the whole sequence that every block begins
     with. Ours: `refresh_every=n` also refreshes at each step of a block whose index n divides; 1 is `none`.
+
+    `freecache`: those from the block's begin on, too, but nothing that lies before is ever refreshed. What a block
+    leaves behind is what its successor's first step makes of it, a forward from the block that ended on. Under a logit
+    shift all begins are one position earlier, at the row that predicts the block's first position.
+
+    `vicinity`: those of the block and of some positions before and behind it, kept as under `dual`. In the request's
+    first block `warmup_steps` forwards over the whole sequence come first.
     """
 
-    name: Literal["none", "prefix", "dual"] = "none"
+    name: Literal["none", "prefix", "dual", "freecache", "vicinity"] = "none"
     refresh_every: int | None = None
+    prefix_look: int = 16
+    after_look: int = 16
+    warmup_steps: int = 4
 
     def __post_init__(self) -> None:
         """Raise ValueError for a refresh interval that has no meaning."""
@@ -49,16 +61,32 @@ class KvPolicy:
             raise ValueError(message)
 
     @property
-    def is_cached(self) -> bool:
-        """Whether any forward spans less than the sequence."""
-        return self.name != "none" and self.refresh_every != 1
+    def unmasks_first_alone(self) -> bool:
+        """Whether Fast-dLLM's first step of a block applies, which unmasks its first position alone on Dream."""
+        return self.name in ("prefix", "dual") and self.refresh_every != 1
 
-    def span(self, step: int, begin: int, end: int, seq_len: int) -> tuple[int, int]:
-        """Return the positions [first, last) that step `step` of block [begin, end) forwards."""
-        is_refresh = step == 0 if self.refresh_every is None else step % self.refresh_every == 0
+    def span(self, number: int, step: int, block: tuple[int, int], seq_len: int, shift: int) -> tuple[int, int, bool]:
+        """Return which positions [first, last) a step forwards, and whether their keys and values are kept.
+
+        Args:
+            number: of the block in the request, from 0.
+            step: of the block, from 0.
+            block: positions [begin, end).
+            seq_len: of the sequence.
+            shift: 1 where a row predicts the next position, else 0.
+        """
+        begin, end = block
+        if self.name == "freecache" and number > 0 and step == 0:
+            return begin - (end - begin) - shift, seq_len, True
+        if self.name == "freecache" and step > 0:
+            return begin - shift, seq_len, False
+        num_whole = 1 + self.warmup_steps if self.name == "vicinity" and number == 0 else 1
+        is_refresh = step < num_whole if self.refresh_every is None else step % self.refresh_every == 0
         if self.name == "none" or is_refresh:
-            return 0, seq_len
-        return begin, seq_len if self.name == "prefix" else end
+            return 0, seq_len, True
+        if self.name == "vicinity":
+            return max(0, begin - self.prefix_look), min(seq_len, end + self.after_look), False
+        return begin, seq_len if self.name == "prefix" else end, False
 
 
 _UNCACHED, _STATIC, _GREEDY = KvPolicy(), UnmaskPolicy(), Sampling()
@@ -70,7 +98,7 @@ class Generation:
 
     tokens: Tensor  # [gen_length] int64
     nfe: int  # forwards of the model
-    nfe_refresh: int  # those of them that spanned the whole sequence
+    nfe_refresh: int  # those of them whose keys and values were kept
     history: Tensor  # [num_steps, gen_length] int64: the generated region after each step
     nfe_commit: int = 0  # SDAR: further forwards that stored a finished block
     # [gen_length, vocab] float64, of what each token could have been in the step that unmasked it, see `step.decide`
@@ -114,8 +142,8 @@ def shift(rows: Tensor, left_context: Tensor) -> Tensor:
 
 
 @dataclass(slots=True)
-class _Predictor:
-    """Forwards spans of the sequence and keeps what the last refresh computed."""
+class Predictor:
+    """Forwards spans of the sequence and keeps what refreshes computed."""
 
     model: Model
     is_prompt: Tensor  # [seq_len] bool
@@ -126,33 +154,35 @@ class _Predictor:
     nfe: int = 0
     nfe_refresh: int = 0
 
-    def logits(self, tokens: Tensor, first: int, last: int) -> Tensor:
+    def logits(self, tokens: Tensor, first: int, last: int, *, keeps: bool) -> Tensor:
         """Predict positions [first, last) of tokens [seq_len]; returns [last - first, vocab], guided if asked.
+
+        `keeps` says whether later forwards see the keys and values of this one.
 
         Under a logit shift nothing predicts position 0, which keeps its own row as published, and a span's first
         position is predicted by the last refresh. Fast-dLLM lets that position keep its own row, which is harmless
         where it is never masked any more.
         """
-        is_refresh = last - first == len(tokens)
-        rows = self._guided(tokens, first, last, is_refresh)
+        rows = self._guided(tokens, first, last, keeps)
         if self.logit_shift:
-            rows = shift(rows, rows[:1] if is_refresh else self.refreshed[first : first + 1])
-        if is_refresh:
+            rows = shift(rows, rows[:1] if first == 0 else self.refreshed[first : first + 1])
+        if last - first == len(tokens):
             self.refreshed = rows
         return rows
 
-    def _guided(self, tokens: Tensor, first: int, last: int, is_refresh: bool) -> Tensor:
-        logits = self._forward(0, tokens, first, last, is_refresh)
+    def _guided(self, tokens: Tensor, first: int, last: int, keeps: bool) -> Tensor:
+        logits = self._forward(0, tokens, first, last, keeps)
         if self.cfg_scale == 0:
             return logits
         masked = tokens.masked_fill(self.is_prompt[: len(tokens)], self.model.config.mask_token_id)
-        unguided = self._forward(1, masked, first, last, is_refresh)
+        unguided = self._forward(1, masked, first, last, keeps)
         return unguided + (self.cfg_scale + 1) * (logits - unguided)
 
-    def _forward(self, twin: int, tokens: Tensor, first: int, last: int, is_refresh: bool) -> Tensor:
-        logits, kv = self.model.forward(tokens[first:last], first, None if is_refresh else self.kept[twin])
+    def _forward(self, twin: int, tokens: Tensor, first: int, last: int, keeps: bool) -> Tensor:
+        is_whole = last - first == len(tokens)
+        logits, kv = self.model.forward(tokens[first:last], first, None if is_whole else self.kept[twin])
         self.nfe += 1
-        if is_refresh:
+        if keeps:
             self.nfe_refresh += 1
             self.kept[twin] = kv
         return logits
@@ -195,12 +225,12 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     begins: the sequence grows with each block.
     """
     steps = steps_per_block(gen_length, block_length, policy.steps)
-    rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.is_cached)
+    rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.unmasks_first_alone)
     tokens = torch.cat((prompt, prompt.new_full((gen_length,), model.config.mask_token_id)))
     is_masked = torch.arange(len(tokens), device=prompt.device) >= len(prompt)
-    predictor = _Predictor(model, ~is_masked, sampling.cfg_scale, rules.logit_shift)
+    predictor = Predictor(model, ~is_masked, sampling.cfg_scale, rules.logit_shift)
     history = History(len(prompt))
-    for begin in range(len(prompt), len(tokens), block_length):
+    for number, begin in enumerate(range(len(prompt), len(tokens), block_length)):
         end, seq_len = begin + block_length, len(tokens)
         if horizon is not None:
             seq_len = min(seq_len, begin + horizon * block_length)
@@ -211,8 +241,8 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         step = 0
         # The published loops of LLaDA and Dream go on; but a forward that unmasks nothing changes nothing.
         while is_masked[begin:end].any():
-            first, last = kv.span(step, begin, end, seq_len)
-            logits = predictor.logits(tokens[:seq_len], first, last)
+            first, last, keeps = kv.span(number, step, (begin, end), seq_len, rules.logit_shift)
+            logits = predictor.logits(tokens[:seq_len], first, last, keeps=keeps)
             known = Known(tokens, is_masked, len(prompt))
             chosen, chosen_tokens, its = decide(known, logits, (is_masked & in_block)[first:last], first, block)
             tokens[first + chosen] = chosen_tokens

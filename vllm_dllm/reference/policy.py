@@ -12,6 +12,7 @@ Sources, and their names for our policies:
     dInfer     inclusionAI/dInfer `CreditThresholdParallelDecoder`, arXiv:2510.06133: `credit`, see `reference.credit`
     Nemotron-Labs-Diffusion   `threshold`; without a threshold `static`
     Fast-dLLM v2              `generation_functions.py`, arXiv:2509.26328: `dynamic`
+    LLaDA2.0   `generate` of inclusionAI/LLaDA2.0-mini: `dynamic`
 
 A step takes the most probable (or a sampled) token of each masked position with a score, and unmasks the positions of
 the highest scores; the policy says what the score is, and how many. Additions of ours are marked "ours". The published
@@ -99,6 +100,7 @@ FAST_DLLM = Rules(
     attention="block_causal", logit_shift=True, unmasks_first_alone=True, sub_block_length=8, confidence="sampled"
 )
 STABLE_DIFFCODER = Rules(attention="block_causal")
+LLADA2 = Rules(attention="block_causal", confidence="sampled")
 
 
 def static_counts(num_masked: int, steps: int) -> list[int]:

@@ -6,15 +6,16 @@ block and the blocks before it. Stable-DiffCoder (arXiv:2601.15892) is Llama, wi
 what SDAR sees. LLaDA-MoE and SDAR-MoE are Qwen3's layers with experts: of OLMoE, which does not renormalise the weights
 of a token's experts, and of Qwen3-MoE, which does. The parameter names are the published ones, so a checkpoint loads
 without a name map. Fast-dLLM v2 (arXiv:2509.26328) is Qwen2 and sees what SDAR sees; Nemotron, in
-`reference.nemotron`, has Llama's layers under other names. WeDLM (arXiv:2512.22737) is Qwen3 or Qwen2, and causal in
-another order than that of positions, see `reference.wedlm`. Shapes are named as in `reference.layers`.
+`reference.nemotron`, has Llama's layers under other names; LLaDA2, in `reference.llada2`, has layers of its own. WeDLM
+(arXiv:2512.22737) is Qwen3 or Qwen2, and causal in another order than that of positions, see `reference.wedlm`. Shapes
+are named as in `reference.layers`.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,7 @@ LAYERS = {
     "SeedDiffcoderForCausalLM": Layers(),
     "LLaDAMoEModelLM": Layers(qk_norm=True),
     "SDARMoeForCausalLM": Layers(qk_norm=True),
+    "LLaDA2MoeModelLM": Layers(qk_norm=True),  # in `reference.llada2`
     "WeDLMForCausalLM": Layers(qk_norm=True),  # Qwen2's with `attention_bias`
 }
 """By architecture."""
@@ -241,10 +243,13 @@ class Decoder(nn.Module):
 class Qwen(nn.Module):
     """The mask predictor: the logits of each row; under Dream's logit shift they are those of the next position."""
 
+    config_class: ClassVar[type[QwenConfig]] = QwenConfig
+    decoder_class: ClassVar[type[Decoder]] = Decoder
+
     def __init__(self, config: QwenConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = self.decoder_class(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -294,7 +299,7 @@ class Qwen(nn.Module):
         """Load config.json and the safetensors files of a checkpoint folder, weights cast to `dtype`."""
         folder = Path(path)
         with torch.device("meta"):  # the weights are assigned below, so none are drawn here
-            model = cls(QwenConfig.from_json(folder / "config.json"))
+            model = cls(cls.config_class.from_json(folder / "config.json"))
         load_weights(model, folder, dtype)
         return model.eval()
 

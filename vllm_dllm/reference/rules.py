@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vllm_dllm.reference.decode import KvPolicy, Model
+from vllm_dllm.reference.decode import KvPolicy, Model, Predictor
 
 Canvas = list[int | None]
 """Tokens of a block; None: masked."""
@@ -70,20 +70,18 @@ def generate(
     """
     mask = model.config.mask_token_id
     tokens = torch.cat([prompt, prompt.new_full((gen_length,), mask)])
-    nfe, kept = 0, None
-    for begin in range(len(prompt), len(tokens), block_length):
+    predictor = Predictor(model, torch.arange(len(tokens)) < len(prompt), cfg_scale=0.0, logit_shift=False)
+    for number, begin in enumerate(range(len(prompt), len(tokens), block_length)):
         its, step = rule(), 0
         canvas: Canvas = [None] * block_length
         while None in canvas:
-            first, last = kv.span(step, begin, begin + block_length, len(tokens))
-            is_refresh = last - first == len(tokens)
-            logits, stored = model.forward(tokens[first:last], first, None if is_refresh else kept)
-            kept = stored if is_refresh else kept
+            first, last, keeps = kv.span(number, step, (begin, begin + block_length), len(tokens), 0)
+            logits = predictor.logits(tokens, first, last, keeps=keeps)
             rows = logits[begin - first : begin - first + block_length]
             canvas = its.step(canvas, [Look.of(row, mask) for row in rows])
             tokens[begin : begin + block_length] = torch.tensor([mask if t is None else t for t in canvas])
-            nfe, step = nfe + 1, step + 1
-    return RuleGeneration(tokens[len(prompt) :].tolist(), nfe)
+            step += 1
+    return RuleGeneration(tokens[len(prompt) :].tolist(), predictor.nfe)
 
 
 def masked(canvas: Canvas) -> list[int]:

@@ -1,10 +1,10 @@
 """Spiffy, as published, on top of `reference.decode`: the speculative half of the oracle.
 
-Spiffy (arXiv:2509.18085v4) Algorithm 1, sec. 4.1-4.2 and 4.4.4, for block decoding under the dual cache and for
-block-causal models, where it is exact: nothing outside a block depends on the block while it is denoised. Batch of one,
-one canvas per forward of the model; a *call* is what an engine would do in one forward: the root and its drafts. A
-block-causal model's first call of a block has no drafts, since no distribution of that block is known; storing the
-block before it is part of that call and counts nothing.
+Spiffy (arXiv:2509.18085v4) Algorithm 1, sec. 4.1-4.2 and 4.4.4, for block decoding under KV policies that freeze what
+a block sees, and for block-causal models, where it is exact: that depends on nothing of the block while it is
+denoised. Batch of one, one canvas per forward of the model; a *call* is what an engine would do in one forward: the
+root and its drafts. A block-causal model's first call of a block has no drafts, since no distribution of that block is
+known; storing the block before it is part of that call and counts nothing.
 
 A block-causal model's calls with at least `MIN_BUDGET` drafts look ahead (ours): in place of the last two they evaluate
 the likeliest end of the block, and the next block, all masked, under that end. If the block ends so in this call, its
@@ -19,7 +19,7 @@ position ranks and pruning go by calibrated readiness (`draft.prune`).
 
 import math
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import cast
 
 import torch
@@ -29,15 +29,16 @@ from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph, Formula
 from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.block_causal import decoded_region, store_prompt
+from vllm_dllm.reference.context import Frozen, StoredBlocks
 from vllm_dllm.reference.credit import Credits
-from vllm_dllm.reference.decode import Model, shift, steps_per_block
+from vllm_dllm.reference.decode import KvPolicy, Model, Predictor, steps_per_block
 from vllm_dllm.reference.ends import NO_ENDS, Ends
-from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy, unmask
 from vllm_dllm.reference.qwen import Qwen
 from vllm_dllm.reference.sampling import Sampling, kept_tokens, remove_tokens
 
 Canvas = tuple[int, ...]
+_DUAL = KvPolicy("dual")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,47 +62,6 @@ class _Calls:
     num_accepted: int = 0
 
 
-class _DualCache:
-    """What a block sees under the dual cache: the keys and values of the refresh that it begins with."""
-
-    def __init__(self, model: Model, logit_shift: bool, horizon: int | None) -> None:
-        self.model = model
-        self.horizon = horizon
-        self.logit_shift = logit_shift
-
-    def begin_block(self, tokens: Tensor, begin: int, end: int) -> Tensor | None:
-        """Refresh; the refresh sees the block too, all masked, so it predicts it: [end - begin, vocab]."""
-        visible_end = None if self.horizon is None else begin + self.horizon * (end - begin)
-        rows, self.kept = self.model.forward(tokens[:visible_end], 0, None)
-        self.predicted = (shift(rows, rows[:1]) if self.logit_shift else rows)[begin:end]
-        return self.predicted
-
-    def predict(self, canvas: Tensor, begin: int) -> Tensor:
-        """Predict a canvas [block_length] int64 at `begin`: [block_length, vocab]."""
-        rows = self.model.forward(canvas, begin, self.kept)[0]
-        return shift(rows, self.predicted[:1]) if self.logit_shift else rows
-
-
-class _StoredBlocks:
-    """What a block of a block-causal model sees: the blocks before it."""
-
-    def __init__(self, model: Model, kept: list[LayerKv] | None, num_stored: int) -> None:
-        self.model = model
-        self.kept = kept
-        self.num_stored = num_stored  # positions
-
-    def begin_block(self, tokens: Tensor, begin: int, end: int) -> Tensor | None:
-        """Store the block before, if it is not; that predicts nothing."""
-        if self.num_stored < begin:
-            self.kept = self.model.forward(tokens[self.num_stored : begin], self.num_stored, self.kept)[1]
-            self.num_stored = begin
-        return None
-
-    def predict(self, canvas: Tensor, begin: int) -> Tensor:
-        """Predict a canvas [block_length] int64 at `begin`: [block_length, vocab]."""
-        return self.model.forward(canvas, begin, self.kept)[0]
-
-
 @dataclass(frozen=True, slots=True)
 class _Decoder:
     """One block of one request."""
@@ -110,7 +70,7 @@ class _Decoder:
     num_drafts: int  # most per call
     looks_ahead: bool
     block: Block
-    context: _DualCache | _StoredBlocks
+    context: Frozen | StoredBlocks
     ends: Ends
     answer: Tensor  # [len] int64, before the block
 
@@ -137,13 +97,15 @@ class _Decoder:
         end: Canvas | None = None
         while self.is_masked(canvas).any() and not self.is_over(canvas):
             drafts: list[Canvas] = []
-            if before is not None and logits is not None:
+            is_warm = self.context.begin_call()
+            if is_warm and before is not None and logits is not None:
                 drafts = self.drafts(canvas, before, logits)
                 end = self.end(canvas, before, logits) if self.looks_ahead else None
             evaluated = {
                 node: self.context.predict(torch.tensor(node), self.block.begin) for node in [*reversed(drafts), canvas]
             }
             calls.nfe += 1
+            calls.nfe_refresh += not is_warm
             calls.num_proposed += len(drafts) + (end is not None)
             calls.num_accepted -= 1  # the root is no draft
             asked = deepcopy(self.block.credits)
@@ -288,8 +250,9 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
     rules: Rules = LLADA,
     ends: Ends = NO_ENDS,
     horizon: int | None = None,
+    kv: KvPolicy = _DUAL,
 ) -> SpiffyGeneration:
-    """Generate what `decode.generate` does under the dual cache, or `block_causal.generate`, in fewer calls.
+    """Generate what `decode.generate` does under such a KV policy, or `block_causal.generate`, in fewer calls.
 
     Args:
         model: the model.
@@ -301,17 +264,19 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         sampling: how tokens are chosen; without guidance.
         rules: those of the model's family.
         ends, horizon: as the decoder's.
+        kv: `dual`, `freecache` or `vicinity`; of a block-causal model anything.
     """
     prompt_len = len(prompt)
-    context: _DualCache | _StoredBlocks
+    context: Frozen | StoredBlocks
     if rules.attention == "block_causal":
         steps = policy.steps or block_length
         first_begin, seq_len = decoded_region(prompt_len, gen_length, block_length)
-        context = _StoredBlocks(model, store_prompt(cast(Qwen, model), prompt, block_length), first_begin)
+        context = StoredBlocks(model, store_prompt(cast(Qwen, model), prompt, block_length), first_begin)
     else:
         steps = steps_per_block(gen_length, block_length, policy.steps)
         first_begin, seq_len = prompt_len, prompt_len + gen_length
-        context = _DualCache(model, rules.logit_shift, horizon)
+        rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.unmasks_first_alone)
+        context = Frozen(Predictor(model, torch.arange(seq_len) < prompt_len, 0.0, rules.logit_shift), kv, horizon)
     tokens = torch.cat((prompt, prompt.new_full((seq_len - prompt_len,), model.config.mask_token_id)))
     has_look_ahead = rules.attention == "block_causal" and budget >= MIN_BUDGET and block_length <= MAX_BLOCK_LENGTH
     num_drafts = budget - NUM_NODES * has_look_ahead

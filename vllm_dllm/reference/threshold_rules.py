@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from vllm_dllm.reference.policy import static_counts
 from vllm_dllm.reference.rules import Canvas, Look, best, masked, write
 
@@ -73,6 +75,29 @@ class Hierarchy:
             most = max(confidence[place] for place in run)
             chosen += [place for place in run if confidence[place] == most > self.low]
         return write(canvas, looks, chosen)
+
+
+@dataclass(slots=True)
+class EosLast:
+    """LLaDA's `generate` (arXiv:2502.09992) with `confidence_eos_eot_inf`, at temperature 0.
+
+    LLaDA's steps. Confidence is of the probabilities without EOS and EoT; a position whose likeliest token is one of
+    them has 0.
+    """
+
+    steps: int
+    end_ids: tuple[int, ...]
+    step_index: int = 0
+
+    def step(self, canvas: Canvas, looks: Sequence[Look]) -> Canvas:
+        """Return the next canvas."""
+        count = static_counts(len(canvas), self.steps)[self.step_index]
+        self.step_index += 1
+        scores = []
+        for look in looks:
+            left = look.probs.index_fill(0, torch.tensor(self.end_ids), 0.0)
+            scores.append(float(left[look.token] / left.sum()))
+        return write(canvas, looks, best(masked(canvas), scores, count))
 
 
 @dataclass(slots=True)

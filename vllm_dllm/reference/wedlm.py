@@ -45,7 +45,7 @@ class WindowRule:
         """
         entropy = torch.special.entr(logits.double().softmax(-1)).sum(-1)
         penalised = entropy + self.position_penalty * (positions - positions[0])
-        is_below = penalised < self.entropy_bound
+        is_below: Tensor = penalised < self.entropy_bound
         is_lowest = torch.arange(len(positions)) == penalised.argmin()
         unmasked: Tensor = is_below if is_below.any() else is_lowest
         return unmasked

@@ -17,6 +17,8 @@ from vllm_dllm.unmask.registry import changes_tokens, torch_policy
 
 logger = logging.getLogger("vllm.dllm")
 
+_ASKS = ("asks_known", "asks_ends")
+
 MOST_ASIDE = 16
 """Requests per slot, of those that have none, of which is remembered what their policies knew: those of them that were
 preempted come back sooner, since vLLM lets them in before new ones."""
@@ -103,11 +105,12 @@ class ApartState:
             if name is not None
         ]
 
-    def asks_known(self, slots_np: np.ndarray) -> np.ndarray:
-        """Tell whose policies look at the probabilities of known tokens; [num_reqs] bool."""
-        return np.array(
-            [slot in self._names and torch_policy(self._names[slot]).asks_known for slot in slots_np.tolist()]
-        )
+    def asks(self, slots_np: np.ndarray) -> np.ndarray:
+        """Tell whose policies look at logits of known tokens, and whose at those of end tokens; [2, num_reqs] bool."""
+        if not self._names:
+            return np.zeros((2, len(slots_np)), dtype=bool)
+        asking = [torch_policy(self._names[slot]) if slot in self._names else None for slot in slots_np.tolist()]
+        return np.array([[its is not None and getattr(its, what) for its in asking] for what in _ASKS], dtype=bool)
 
     def may_edit(self, slots_np: np.ndarray) -> np.ndarray:
         """Tell of whom a canvas without masks may be unfinished; [num_reqs] bool."""

@@ -196,9 +196,9 @@ class CanvasState:
         own = self.apart.params(name, blocks.slots, self.seq_len[blocks.slots])
         return replace(self.policy_params(blocks), own=own)
 
-    def asks_known(self, blocks: Blocks) -> Tensor | None:
-        """Tell whose policies ask for the logits of known tokens; [num_reqs] bool; None: nobody's."""
-        asks = self.apart.asks_known(blocks.slots_np)
+    def asks(self, blocks: Blocks) -> Tensor | None:
+        """Tell whose policies ask for logits of known tokens, and of end tokens; [2, num_reqs] bool; None: nobody's."""
+        asks = self.apart.asks(blocks.slots_np)
         return torch.from_numpy(asks).to(self.device, non_blocking=True) if asks.any() else None
 
     def has_memory(self, slots_np: np.ndarray) -> bool:
@@ -307,7 +307,7 @@ class CanvasState:
         Args:
             slots: [num_nodes] int64.
             hidden: [num_nodes * block_length, hidden_size], the rows left of the positions of the blocks; written to.
-            fresh: [num_fresh] int64, nodes whose own first row is that of this step's refresh; None: none.
+            fresh: [num_fresh] int64, nodes whose own first row is of this step; None: none.
 
         Returns: `hidden`.
         """
@@ -315,7 +315,10 @@ class CanvasState:
         first = hidden.view(len(slots), self.block_length, -1)[:, 0]
         if fresh is not None:
             self.left[slots[fresh]] = first[fresh]
-        first.copy_(self.left[slots])
+        kept = self.left[slots]
+        if fresh is not None:  # drafts may have one each, so that what is kept is another's
+            kept[fresh] = first[fresh]
+        first.copy_(kept)
         return hidden
 
     def reset(self, slots: Tensor, where: Tensor) -> None:
@@ -329,6 +332,10 @@ class CanvasState:
             anew = new_state(len(slots), self.block_length, self.device)
             self.remember(slots, select(where, anew, {name: its[slots] for name, its in self.memory.items()}))
         self.canvas[slots] = self.canvas[slots].masked_fill(where[:, None], self.mask_token_id)
+
+    def filled(self, canvas: Tensor, missing: Tensor) -> Tensor:
+        """Fill the ends of blocks that have `missing` [num_reqs] int64 positions fewer than their canvases."""
+        return canvas.masked_fill(self._offsets >= self.block_length - missing[:, None], int(self.mask_token_id == 0))
 
     def _int(self, name: str) -> Tensor:
         return self._ints[_INTS.index(name)]

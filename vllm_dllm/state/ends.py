@@ -26,19 +26,6 @@ class Ends:
 NO_ENDS = Ends()
 
 
-def filled(canvas: Tensor, missing: Tensor, mask_token_id: int) -> Tensor:
-    """Fill the ends of blocks that have fewer positions than a canvas, so that nothing is masked there.
-
-    Args:
-        canvas: [num_reqs, block_length] int64.
-        missing: [num_reqs] int64, positions that each block has fewer.
-        mask_token_id: what stands for masked.
-    """
-    block_length = canvas.shape[1]
-    is_missing = torch.arange(block_length, device=canvas.device) >= block_length - missing[:, None]
-    return canvas.masked_fill(is_missing, int(mask_token_id == 0))
-
-
 class EndState:
     """Ends of up to `max_num_reqs` requests.
 

@@ -9,9 +9,16 @@ stores before it attends. What must be stored is one more part of the step, over
   - `dual` with `refresh_every=n` does so again at every n-th step of the block (Fast-dLLM's dual cache for None,
     no cache at all for 1);
   - `prefix` recomputes the block and what follows, if anything does, at every step (Fast-dLLM's prefix cache);
+  - `freecache` refreshes the whole row once, then from the block that ended on, which is full by now and never
+    computed again (FlashDLM);
+  - `vicinity` refreshes the whole row when a block begins, and in the warm-up steps of a request's first one (dInfer);
 - under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit; under
   `causal` all of its prompt. A block that ended is stored by its *commit*, one more node in the first step of the next
   block, unless a look-ahead (`draft.look_ahead`) stored it before.
+
+The block's rows may have neighbours in flight, which store nothing either: a canvas is evaluated over its *span*. That
+reaches to the end of the row under `freecache`, some positions to both sides under `vicinity`, else it is the block.
+What a draft's span sees is frozen, so its forward is the one that the decoder would make.
 
 Where what is stored predicts a block's first position (`stores_alone`), the step in which a block begins stores and
 nothing else: its last row decides that position, and the block's rows are in flight from the next step on.
@@ -42,11 +49,19 @@ class KvStep:
     stores_alone: BoolArray  # whose step stores and nothing else; its last row decides the block's first position
     is_undrafted: BoolArray  # of whose block nothing is known that drafts could be made from
     is_short: BoolArray  # whose block ends with the row, before its length
+    span_begin: IntArray  # first position that a canvas is evaluated with, where it is not part of a refresh
+    span_end: IntArray  # behind the last one
+    is_wide: BoolArray  # whose canvases have neighbours in flight
 
     @property
     def is_long(self) -> BoolArray:
-        """Who refreshes, prefills or has a short block, [num_reqs]: no captured CUDA graph has such a step's shape."""
-        return (self.end > self.begin) | self.is_short
+        """Who refreshes, prefills, has neighbours in flight or a short block, [num_reqs]: as no captured CUDA graph."""
+        return (self.end > self.begin) | self.is_short | self.is_wide
+
+    @property
+    def num_span_rows(self) -> IntArray:
+        """Rows of a canvas, [num_reqs]."""
+        return self.span_end - self.span_begin
 
     def of(self, index: Sequence[int]) -> "KvStep":
         """Return the same of some of the requests."""
@@ -65,17 +80,29 @@ class KvSchedule:
         refresh_every: of `dual`.
         block_length: positions of a block.
         stores_alone: whether what is stored predicts a block's first position.
+        vicinity: of `vicinity`: positions before and behind the block that are in flight with it, warm-up steps.
+        logit_shift: whether a position is predicted by the row on its left.
     """
 
     def __init__(
-        self, name: KvPolicyName, refresh_every: int | None, block_length: int, *, stores_alone: bool = False
+        self,
+        name: KvPolicyName,
+        refresh_every: int | None,
+        block_length: int,
+        *,
+        stores_alone: bool = False,
+        vicinity: tuple[int, int, int] = (0, 0, 0),
+        logit_shift: bool = False,
     ) -> None:
         self.name = name
         self.stores_alone = stores_alone
         self.refresh_every = refresh_every
         self.block_length = block_length
-        # Where the block of the last decided step begins, -1 for none; how many the block had; what the cache had.
-        self._requests: dict[Hashable, tuple[int, int, int]] = {}
+        self.vicinity = vicinity
+        self.logit_shift = logit_shift
+        # Where the block of the last decided step begins, -1 for none; how many the block had; what the cache had;
+        # where the first block begins.
+        self._requests: dict[Hashable, tuple[int, int, int, int]] = {}
 
     @property
     def is_causal(self) -> bool:
@@ -95,9 +122,21 @@ class KvSchedule:
         """Return how many positions may lie before a request's block behind a step, of one that began at `start`."""
         return start, start + self.block_length
 
-    def add(self, request: Hashable, num_hit: int) -> None:
-        """Begin a request, or begin it anew; it finds so many positions in the prefix cache."""
-        self._requests[request] = -1, 0, num_hit
+    def may_store(self, start: int, end: int, *, begins_block: bool) -> tuple[int, ...]:
+        """Return how many positions a bidirectional request's step may store, of a block at `start`, a row to `end`."""
+        if self.name == "freecache":
+            return (end, end - start + self.block_length + self.logit_shift) if begins_block else (0,)
+        return (end,) if begins_block else (0, end, end - start)
+
+    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0) -> None:
+        """Begin a request, or begin it anew.
+
+        Args:
+            request: its name.
+            num_hit: positions that it finds in the prefix cache.
+            prompt_len: of the prompt that it came with.
+        """
+        self._requests[request] = -1, 0, num_hit, prompt_len
 
     def forget(self, request: Hashable) -> None:
         """Forget a request, which may be unknown."""
@@ -105,8 +144,9 @@ class KvSchedule:
 
     def note(self, request: Hashable, block_start: int) -> None:
         """Take note of a decided step; of one that began the next block, where that begins."""
-        before, num_steps, num_hit = self._requests[request]
-        self._requests[request] = block_start, num_steps + 1 if block_start == before else 1, num_hit
+        before, num_steps, num_hit, prompt_len = self._requests[request]
+        num_steps = num_steps + 1 if block_start == before else 1
+        self._requests[request] = block_start, num_steps, num_hit, prompt_len
 
     def step(self, requests: Sequence[Hashable], num_known: IntArray, seq_len: IntArray) -> KvStep:
         """Decide what the next step stores.
@@ -118,15 +158,17 @@ class KvSchedule:
         """
         block_start = self.block_start(num_known)
         remembered = np.array([self._requests[request] for request in requests], dtype=np.int64)
-        before, num_steps, num_hit = remembered.reshape(-1, 3).T
+        before, num_steps, num_hit, prompt_len = remembered.reshape(-1, 4).T
         is_new, begins_block = before < 0, before != block_start
+        step = np.where(begins_block, 0, num_steps)
+        is_warming = begins_block
+        if self.name == "vicinity":
+            is_warming = begins_block | ((block_start == prompt_len) & (step <= self.vicinity[2]))
         if self.is_causal:
             begin, end = np.where(is_new, num_hit, block_start), block_start
         else:
-            step = np.where(begins_block, 0, num_steps)
-            begin, end = refreshed(
-                self.name, self.refresh_every, self.block_length, begins_block, step, block_start, seq_len
-            )
+            begin, end = self._refreshed(is_new, is_warming, step, block_start, seq_len)
+        span_begin, span_end = self._span(block_start, seq_len)
         comes_alone = (block_start == num_known) & self.stores_alone
         return KvStep(
             num_known=num_known,
@@ -135,39 +177,50 @@ class KvSchedule:
             commits=begins_block & ~is_new & self.is_causal,
             is_new=is_new,
             stores_alone=begins_block & comes_alone,
-            is_undrafted=begins_block | (comes_alone & (num_steps == 1)),
+            is_undrafted=is_warming | (comes_alone & (num_steps == 1)),
             is_short=(seq_len < block_start + self.block_length) & (self.name == "causal"),
+            span_begin=span_begin,
+            span_end=span_end,
+            is_wide=span_end - span_begin > self.block_length,
         )
 
     def num_rows(self, step: KvStep) -> IntArray:
         """Return how many rows a step has without drafts at most, [num_reqs]: a refresh spans the block."""
         stored: IntArray = step.end - step.begin
         if not self.is_causal:
-            return stored.clip(self.block_length)
+            return np.where(stored > 0, stored, step.num_span_rows)
         return stored + self.block_length * (step.commits.astype(np.int64) + ~step.stores_alone)
 
+    def _refreshed(
+        self, is_new: BoolArray, is_warming: BoolArray, step: IntArray, block_start: IntArray, seq_len: IntArray
+    ) -> tuple[IntArray, IntArray]:
+        """Return which positions [begin, end) of bidirectional requests a step refreshes; empty ones for none.
 
-def refreshed(
-    name: KvPolicyName,
-    refresh_every: int | None,
-    block_length: int,
-    begins_block: BoolArray,
-    step: IntArray,
-    block_start: IntArray,
-    seq_len: IntArray,
-) -> tuple[IntArray, IntArray]:
-    """Return which positions [begin, end) of bidirectional requests a step refreshes; empty ones for none.
+        Args:
+            is_new: [num_reqs], who has no decided step yet.
+            is_warming: [num_reqs], whose block has none, or is in its warm-up steps.
+            step: [num_reqs], decided steps of the block.
+            block_start, seq_len: [num_reqs].
+        """
+        if self.name == "prefix":
+            # Nothing follows the last block, and nobody reads its own K/V: its steps are no refreshes.
+            is_due = is_warming | (block_start + self.block_length < seq_len)
+            return np.where(is_warming, 0, block_start), np.where(is_due, seq_len, block_start)
+        if self.name == "freecache":
+            begin = np.where(is_new, 0, block_start - self.block_length - self.logit_shift)
+            return begin, np.where(is_warming, np.maximum(seq_len, begin), begin)
+        is_due = is_warming if self.refresh_every is None else step % self.refresh_every == 0
+        return np.zeros_like(seq_len), np.where(is_due, seq_len, 0)
 
-    Args:
-        name, refresh_every: the policy.
-        block_length: positions of a block.
-        begins_block: [num_reqs], whose block has no decided step yet.
-        step: [num_reqs], decided steps of the block.
-        block_start, seq_len: [num_reqs].
-    """
-    if name == "prefix":
-        # Nothing follows the last block, and nobody reads its own K/V: its steps are no refreshes.
-        is_due = begins_block | (block_start + block_length < seq_len)
-        return np.where(begins_block, 0, block_start), np.where(is_due, seq_len, block_start)
-    is_due = begins_block if refresh_every is None else step % refresh_every == 0
-    return np.zeros_like(seq_len), np.where(is_due, seq_len, 0)
+    def _span(self, block_start: IntArray, seq_len: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the positions [begin, end) that a canvas is evaluated with; arguments as of `_refreshed`.
+
+        Under a logit shift `freecache` begins with the row that predicts the block's first position.
+        """
+        begin, end = block_start, block_start + self.block_length
+        if self.name == "freecache":
+            return begin - self.logit_shift, np.maximum(seq_len, end)
+        if self.name == "vicinity":
+            before, behind, _ = self.vicinity
+            return (begin - before).clip(0), np.maximum(np.minimum(end + behind, seq_len), end)
+        return begin, end

@@ -73,7 +73,7 @@ class WindowSchedule(KvSchedule):
         """Return how many positions may lie before a request's window behind a step, of one that began at `start`."""
         return range(start, start + self.block_length + 1)
 
-    def add(self, request: Hashable, num_hit: int) -> None:
+    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0) -> None:
         """Begin a request, or begin it anew; it finds so many positions in the prefix cache."""
         self._windows[request] = Window(None, min(MIN_WINDOW, self.block_length), num_hit)
 
@@ -125,14 +125,24 @@ class WindowSchedule(KvSchedule):
             stores_alone=verifies,
             is_undrafted=~nobody,
             is_short=nobody,
+            span_begin=start,
+            span_end=start + length,
+            is_wide=nobody,
         )
 
 
-def make_schedule(settings: "DllmConfig", *, stores_alone: bool) -> KvSchedule:
-    """Make what decides which K/V a server's steps store."""
+def make_schedule(settings: "DllmConfig", *, stores_alone: bool, logit_shift: bool = False) -> KvSchedule:
+    """Make what decides which K/V a server's steps store; arguments as of `KvSchedule`."""
     if settings.mode == "self_speculation":
         return WindowSchedule(settings.block_length)
-    return KvSchedule(settings.kv_policy, settings.refresh_every, settings.block_length, stores_alone=stores_alone)
+    return KvSchedule(
+        settings.kv_policy,
+        settings.refresh_every,
+        settings.block_length,
+        stores_alone=stores_alone,
+        vicinity=settings.vicinity,
+        logit_shift=logit_shift,
+    )
 
 
 def settle_windows(

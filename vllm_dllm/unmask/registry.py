@@ -25,10 +25,14 @@ BUILT_IN = {
     "eoser": "eos_rejection:EOSER",
     "ass": "eos_rejection:ASS",
     "eoser_ass": "eos_rejection:EOSER_ASS",
+    "confidence_eos_eot_inf": "eos_last:EOS_LAST",
     "saber": "saber:SABER",
     "rcr": "remasking:RCR",
     "remdm": "remasking:REMDM",
     "ccd": "coherent:CCD",
+    "prophet": "early_commit:PROPHET",
+    "adablock": "windows:ADABLOCK",
+    "deferred": "windows:DEFERRED",
 }
 """Policies in torch code that come with us -> where each is in `unmask.policies`."""
 

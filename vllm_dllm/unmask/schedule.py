@@ -35,6 +35,7 @@ class UnmaskRules:
         sub_block_length: of parts of a block that are unmasked one after another; None: it has none.
         confidence: the distribution that confidence, margin and entropy are of.
         eos_id: the token that ends a reply; -1: unknown.
+        eot_id: the token that ends a turn; -1: none.
     """
 
     schedule: Literal["even", "timesteps"] = "even"
@@ -42,6 +43,12 @@ class UnmaskRules:
     sub_block_length: int | None = None
     confidence: Literal["model", "sampled"] = "model"
     eos_id: int = -1
+    eot_id: int = -1
+
+    @property
+    def end_ids(self) -> tuple[int, int]:
+        """Both."""
+        return self.eos_id, self.eot_id
 
     def open(self, is_masked: Tensor) -> Tensor:
         """Return which masked positions a step may unmask: those of the leftmost stage of the block that has any.
@@ -67,9 +74,8 @@ class UnmaskRules:
 
 
 def unmask_rules(family: "ModelFamily", settings: "DllmConfig") -> UnmaskRules:
-    """Return what a family fixes of unmasking; without a cache a block's first step is as the others."""
-    has_cache = settings.refresh_every != 1
-    first_alone = family.unmasks_first_alone and has_cache
+    """Return what a family fixes of unmasking; without Fast-dLLM's caches a block's first step is as the others."""
+    first_alone = family.unmasks_first_alone and settings.unmasks_first_alone
     return UnmaskRules(family.schedule, first_alone, family.sub_block_length, family.confidence)
 
 

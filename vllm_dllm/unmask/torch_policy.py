@@ -78,6 +78,28 @@ class Seen:
         below = logits[:, 0].double() - self.rows.top_logits[:, 0].double()
         return (below.exp() / (1.0 + self.rows.rest)).view_as(self.canvas).masked_fill(self.is_masked, 0.0)
 
+    def confidence_without(self, eos_too: Tensor) -> Tensor:
+        """Return the probability of each position's token by the model's distribution without end tokens.
+
+        That of an end token is 0. Only for policies that declare `asks_ends`.
+
+        Args:
+            eos_too: [num_canvases] bool, whether EOS is left out besides the end of turn.
+
+        Returns: [num_canvases, B].
+        """
+        rows, ends = self.rows, torch.tensor(self.rules.end_ids, device=self.canvas.device)
+        assert rows.given_logits is not None, "only what a policy asks for is there"
+        is_out = torch.stack([eos_too, torch.ones_like(eos_too)], 1).repeat_interleave(self.canvas.shape[1], 0)
+        top, first = rows.top_logits[:, 0].double(), rows.top_ids[:, :1]
+        below = (rows.given_logits[:, :2].double() - top[:, None]).exp()
+        is_first = ((first == ends) & is_out).any(1)
+        # The sum without the largest term is kept, so that nothing cancels where that is what is left out.
+        mass = torch.where(is_first, 0.0, 1.0) + rows.rest - (below * (is_out & (first != ends))).sum(1)
+        own = (rows.token_logits.double() - top).exp() / mass
+        is_end = ((rows.token_ids[:, None] == ends) & is_out).any(1)
+        return own.masked_fill(is_end, 0.0).view_as(self.canvas)
+
     @property
     def is_written(self) -> Tensor:
         """[num_canvases, B] bool, known positions that are no prompt."""
@@ -154,6 +176,7 @@ class TorchPolicy:
         tokens_change: whether it may write other tokens than `Seen.token_ids`, change known ones or mask them again.
             Where not, a step unmasks open positions alone, one at least: the surest one if it chooses none.
         asks_known: whether it looks at `Seen.known_probability`.
+        asks_ends: whether it looks at `Seen.confidence_without`, in place of that.
     """
 
     decide: Callable[[Seen, PolicyState], Decision]
@@ -163,6 +186,7 @@ class TorchPolicy:
     state: Mapping[str, StateField] = field(default_factory=dict)
     tokens_change: bool = False
     asks_known: bool = False
+    asks_ends: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for a declaration that cannot work."""
@@ -170,6 +194,8 @@ class TorchPolicy:
             raise ValueError(f"takes has {sorted(unknown)}, allowed are {SHARED_OPTIONS}; declare others as parameters")
         if len(self.parameters) > MAX_PARAMETERS:
             raise ValueError(f"parameters has {len(self.parameters)}, allowed are at most {MAX_PARAMETERS}")
+        if self.asks_known and self.asks_ends:
+            raise ValueError("asks_known and asks_ends are true, allowed is one of them; leave one out")
         if STEP in self.state:
             raise ValueError(f"state has {STEP!r}, which is kept of every block; read Seen.step, or take another name")
 

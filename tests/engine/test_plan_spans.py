@@ -1,0 +1,51 @@
+"""Plans of steps whose canvases have neighbours in flight."""
+
+import numpy as np
+
+from tests.engine.test_plan import ROW_LEN, B, planned, segments
+from vllm_dllm.state.kv import KvSchedule
+
+
+def test_drafts_are_evaluated_with_all_that_follows_and_see_what_is_frozen() -> None:
+    kv = KvSchedule("freecache", None, B)
+    assert segments(planned(kv, [5], [2])) == [(0, "REFRESH", 0, ROW_LEN)]
+    plan = planned(kv, [5], [2])
+    assert segments(plan) == [(0, "ROOT", 5, 24), (0, "DRAFT", 5, 24), (0, "DRAFT", 5, 24)]
+    assert plan.context.tolist() == [[0, 5, 24, 24]] * 3
+    assert (plan.is_long, plan.stores.any(), plan.rows_of_requests.tolist()) == (True, False, [57])
+    rows, masks = plan.rows(), [3 * B] * 15
+    assert rows.source.tolist() == [*range(4), *masks, *range(4, 8), *masks, *range(8, 12), *masks]
+    assert rows.head.tolist() == [[0, 1, 2, 3], [19, 20, 21, 22], [38, 39, 40, 41]]
+    assert not rows.is_left_fresh.any()
+
+
+def test_what_a_block_leaves_behind_is_stored_when_the_next_one_begins() -> None:
+    kv = KvSchedule("freecache", None, B)
+    planned(kv, [5])
+    plan = planned(kv, [9], [2])
+    assert segments(plan) == [(0, "REFRESH", 5, ROW_LEN)]
+    assert plan.context.tolist() == [[0, 5, 24, 24]]
+    rows = plan.rows()
+    assert rows.source.tolist() == [-1] * 4 + [0, 1, 2, 3] + [B] * 11
+    assert (rows.head.tolist(), rows.is_stored.all()) == ([[4, 5, 6, 7]], True)
+
+
+def test_the_row_that_predicts_a_blocks_first_position_is_each_canvas_own() -> None:
+    kv = KvSchedule("freecache", None, B, logit_shift=True)
+    planned(kv, [5])
+    plan = planned(kv, [5], [1])
+    assert segments(plan) == [(0, "ROOT", 4, 24), (0, "DRAFT", 4, 24)]
+    rows = plan.rows(logit_shift=True)
+    assert (rows.head.tolist(), rows.is_left_fresh.tolist()) == ([[0, 1, 2, 3], [20, 21, 22, 23]], [True, True])
+    assert rows.source[:5].tolist() == [-1, 0, 1, 2, 3]
+
+
+def test_a_vicinity_sees_what_is_stored_on_both_sides() -> None:
+    kv = KvSchedule("vicinity", None, B, vicinity=(3, 2, 0))
+    planned(kv, [5, 17])
+    plan = planned(kv, [5, 17], [1, 0])
+    assert segments(plan) == [(0, "ROOT", 2, 11), (0, "DRAFT", 2, 11), (1, "ROOT", 14, 23)]
+    assert plan.context.tolist() == [[0, 2, 11, 24]] * 2 + [[0, 14, 23, 24]]
+    rows = plan.rows()
+    assert rows.source[:9].tolist() == [-1] * 3 + [0, 1, 2, 3] + [4 * B] * 2
+    assert np.array_equal(rows.node, [[0, 1], [2, -1]])
