@@ -121,9 +121,9 @@ def test_options_that_the_policy_ignores_are_refused(options: dict[str, object],
 
 def test_a_horizon_is_for_models_that_see_masks_behind() -> None:
     check_policy_options(RequestOptions(horizon=2), DllmConfig())
-    with pytest.raises(InvalidOptionError, match="dllm_horizon is 2, but the model's blocks see nothing behind them"):
-        check_policy_options(RequestOptions(horizon=2), DllmConfig(kv_policy="block_causal"))
-    with pytest.raises(InvalidOptionError, match=r"additional_config\.dllm\.horizon is 1, but the model's blocks see"):
+    with pytest.raises(InvalidOptionError, match="dllm_horizon is 2, but kv_policy is 'freecache', and sequences"):
+        check_policy_options(RequestOptions(horizon=2), DllmConfig(kv_policy="freecache"))
+    with pytest.raises(InvalidOptionError, match=r"additional_config\.dllm\.horizon is 1, but kv_policy is 'causal'"):
         check_family(DllmConfig(horizon=1, kv_policy="causal"), FAMILY_BY_ARCHITECTURE["NemotronLabsDiffusionModel"])
 
 

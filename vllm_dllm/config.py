@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
 from vllm_dllm.kv_settings import STRICT, Count, KvSettings
-from vllm_dllm.names import AttentionName, ServedMode
+from vllm_dllm.names import AttentionName, KvPolicyName, ServedMode
 from vllm_dllm.policy_options import (
     WithParameters,
     allowed_policies,
@@ -34,9 +34,6 @@ _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null
 _Gain = Annotated[float, Field(gt=0.0, le=100.0, description="numbers above 0 and up to 100")]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, description="numbers from 0 to 1")]
 _Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'vllm', 'flashinfer', 'xformers' and 'torch'")]
-
-
-NOTHING_BEHIND = "the model's blocks see nothing behind them, so that a sequence grows by itself; allowed is null"
 
 
 class DllmConfig(KvSettings, WithParameters):
@@ -202,15 +199,24 @@ def plain_number(value: object) -> object:
     return float(value) if isinstance(value, Real) else value
 
 
+def check_horizon(name: str, horizon: int | None, kv_policy: KvPolicyName) -> None:
+    """Check that a sequence may grow under a KV policy. Raises: InvalidOptionError with the option's name."""
+    if horizon is not None and kv_policy not in ("dual", "prefix"):
+        raise InvalidOptionError(
+            f"{name} is {horizon}, but kv_policy is {kv_policy!r}, and sequences grow with 'dual' and 'prefix' alone "
+            "(where blocks see nothing behind them, they do by themselves); allowed is null; remove it",
+            name,
+            horizon,
+        )
+
+
 def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
     """Check that a request gives no option that its policy ignores.
 
     Raises: InvalidOptionError.
     """
     policy = options.policy or settings.policy
-    if options.horizon is not None and settings.is_block_causal:
-        name = f"{REQUEST_PREFIX}horizon"
-        raise InvalidOptionError(f"{name} is {options.horizon}, but {NOTHING_BEHIND}; remove it", name, options.horizon)
+    check_horizon(f"{REQUEST_PREFIX}horizon", options.horizon, settings.kv_policy)
     given = options.model_dump(exclude={"policy", "horizon", *OWN_OPTIONS} - {"steps"}, exclude_none=True)
     for name, value in given.items():
         if name not in options_of(policy):

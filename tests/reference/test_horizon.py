@@ -20,7 +20,10 @@ def family(request: pytest.FixtureRequest, make_model: Any, make_qwen: Any) -> A
     return make_qwen(architecture="DreamModel"), DREAM
 
 
-@pytest.mark.parametrize("kv", [KvPolicy(), KvPolicy("dual"), KvPolicy("prefix"), KvPolicy("dual", refresh_every=2)])
+KV = [KvPolicy(), KvPolicy("dual"), KvPolicy("prefix"), KvPolicy("dual", refresh_every=2)]
+
+
+@pytest.mark.parametrize("kv", KV, ids=str)
 @pytest.mark.parametrize("horizon", [1, 2])
 def test_each_block_is_the_first_of_a_shorter_generation(family: Any, kv: KvPolicy, horizon: int) -> None:
     model, rules = family

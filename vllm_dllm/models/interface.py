@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vllm_dllm.config import NOTHING_BEHIND, DllmConfig, InvalidOptionError
+from vllm_dllm.config import DllmConfig, InvalidOptionError, check_horizon
 from vllm_dllm.names import BIDIRECTIONAL, KvPolicyName
 
 
@@ -224,11 +224,7 @@ def check_family(settings: DllmConfig, family: ModelFamily) -> None:
 
     Raises: InvalidOptionError.
     """
-    if settings.horizon is not None and family.attention != "bidirectional":
-        name = "additional_config.dllm.horizon"
-        raise InvalidOptionError(
-            f"{name} is {settings.horizon}, but {NOTHING_BEHIND}; remove it", name, settings.horizon
-        )
+    check_horizon("additional_config.dllm.horizon", settings.horizon, settings.kv_policy)
     if settings.kv_policy in family.kv_policies:
         return
     reason = {
