@@ -255,15 +255,12 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
     """Generate what `decode.generate` does under such a KV policy, or `block_causal.generate`, in fewer calls.
 
     Args:
-        model: the model.
-        prompt: [prompt_len] int64.
+        model, prompt: the model; [prompt_len] int64.
         graph: the draft graph.
         budget: most drafts per call, the look-ahead counted as `NUM_NODES`; 0 is the decoder itself.
         gen_length, block_length: as the decoder's.
-        policy: the unmasking policy.
-        sampling: how tokens are chosen; without guidance.
-        rules: those of the model's family.
-        ends, horizon: as the decoder's.
+        policy, sampling: the unmasking policy; how tokens are chosen, without guidance.
+        rules, ends, horizon: as the decoder's.
         kv: `dual`, `freecache` or `vicinity`; of a block-causal model anything.
     """
     prompt_len = len(prompt)
