@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import faulthandler
 import json
+import math
 import os
 import random
 import re
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzz.asked import draw_asked
-from benchmarks.fuzz.requests import Drawn, Shape, draw_request, whole_ids
+from benchmarks.fuzz.requests import Drawn, Shape, draw_request, needed_tokens, whole_ids
 
 FREE_SHARE = 0.12
 REQUESTS_EACH = 8
@@ -131,10 +132,20 @@ class Feeder:
             in_flight.discard(name)
 
 
-def requests_of(numbers: Sequence[int], drawn: Sequence[Drawn], rng: random.Random) -> Iterator[tuple[str, Drawn, Any]]:
-    """Yield each request with drafts and without, a few places apart, and some that will be aborted."""
+def requests_of(
+    numbers: Sequence[int], drawn: Sequence[Drawn], rng: random.Random, until_s: float = math.inf
+) -> Iterator[tuple[str, Drawn, Any]]:
+    """Yield each request with drafts and without, a few places apart, and some that will be aborted.
+
+    Args:
+        numbers, drawn: of the requests.
+        rng: orders them.
+        until_s: by `time.monotonic`; those that have not been yielded then are left out.
+    """
     window: list[tuple[str, Drawn, Any]] = []
     for number, each in zip(numbers, drawn, strict=True):
+        if time.monotonic() > until_s:
+            break
         for kind in ("on", "off", *(["abort"] if rng.random() < 0.05 else [])):
             window.append((f"{kind} {number}", each, params_of(each, has_drafts=kind != "off")))
         while len(window) > 3 * REQUESTS_EACH:
@@ -145,12 +156,12 @@ def requests_of(numbers: Sequence[int], drawn: Sequence[Drawn], rng: random.Rand
 
 def fitted(drawn: Drawn, refusal: str) -> Drawn | None:
     """Return a request again with just as many tokens as its refusal says are needed; None: it says nothing of it."""
-    needed = re.search(r"allowed are (\d+) and more; raise max_tokens", refusal)
+    needed = needed_tokens(refusal)
     if needed is None:
         return None
     sampling = {name: value for name, value in drawn.sampling.items() if name != "min_tokens"}
     options = {name: value for name, value in drawn.options.items() if name != "dllm_steps"}
-    return dataclasses.replace(drawn, sampling={**sampling, "max_tokens": int(needed[1])}, options=options)
+    return dataclasses.replace(drawn, sampling={**sampling, "max_tokens": needed}, options=options)
 
 
 def check_logprobs(drawn: Drawn, *outputs: Any) -> None:
@@ -192,7 +203,13 @@ def judge(fuzz: Fuzz, number: int, drawn: Drawn, outcomes: dict[str, Any]) -> No
 
 
 def run(
-    llm: Any, shape: Shape, seed: int, numbers: Sequence[int], in_flight: int, prompts: Sequence[list[int]]
+    llm: Any,
+    shape: Shape,
+    seed: int,
+    numbers: Sequence[int],
+    in_flight: int,
+    prompts: Sequence[list[int]] = (),
+    until_s: float = math.inf,
 ) -> Fuzz:
     """Send the requests of some numbers, and those that were too short for their answer again."""
     fuzz, rng, feeder = Fuzz(), random.Random(seed), Feeder(llm, seed, in_flight)
@@ -200,7 +217,7 @@ def run(
     for is_last in (False, True):
         outcomes: dict[int, dict[str, Any]] = {}
         short: dict[int, Drawn] = {}
-        requests = requests_of([*drawn], [*drawn.values()], rng)
+        requests = requests_of([*drawn], [*drawn.values()], rng, until_s)
         for name, outcome in feeder.answers(requests):
             kind, number = name.split()
             outcomes.setdefault(int(number), {})[kind] = outcome
@@ -260,6 +277,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint")
     parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no further requests behind so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one request")
     parser.add_argument("--in-flight", type=int, default=16)
@@ -277,9 +295,8 @@ def main() -> None:
     llm = start(arguments)
     prompts = [] if arguments.questions is None else read_questions(llm.get_tokenizer(), arguments.questions)
     numbers = range(arguments.requests) if arguments.only is None else [arguments.only]
-    begin_s = time.process_time()
-    fuzz = run(llm, shape_of(llm), arguments.seed, numbers, arguments.in_flight, prompts)
-    print("cpu s", time.process_time() - begin_s)
+    until_s = time.monotonic() + 60 * arguments.minutes
+    fuzz = run(llm, shape_of(llm), arguments.seed, numbers, arguments.in_flight, prompts, until_s)
     for message, count in fuzz.refusals.most_common(12):
         print(f"refused, {count} times: {message}")
     for fault in fuzz.faults[:10]:

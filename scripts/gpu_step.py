@@ -29,8 +29,9 @@ from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.engine.plan import plan_step
 from vllm_dllm.engine.step import Step, rows_to_device
-from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.kv import KvStep
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.state.settle import Emission, Ledger, choose_settle
 from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
 from vllm_dllm.unmask.head import LogitsHead

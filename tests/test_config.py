@@ -57,6 +57,7 @@ def test_keys_of_others_are_left_alone() -> None:
         ({"kv_policy": "prefix", "refresh_every": 3}, ["refresh_every is 3 but kv_policy is 'prefix'", "leave"]),
         ({"kv_policy": "freecache", "refresh_every": 3}, ["kv_policy is 'freecache', which keeps what precedes"]),
         ({"kv_policy": "vicinity", "refresh_every": 3}, ["kv_policy is 'vicinity', which computes all K/V anew when"]),
+        ({"kv_policy": "dkv", "refresh_every": 0}, ["additional_config.dllm.refresh_every is 0"]),
         ({"prefix_look": 16}, ["prefix_look is 16 but kv_policy is 'dual'", "set kv_policy to 'vicinity'"]),
         ({"kv_policy": "freecache", "after_look": 0}, ["after_look is 0 but kv_policy is 'freecache'"]),
         ({"kv_policy": "prefix", "warmup_steps": 4}, ["warmup_steps is 4 but kv_policy is 'prefix'"]),

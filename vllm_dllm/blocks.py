@@ -31,9 +31,12 @@ def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model
     attends to every masked position of the sequence, whose length is part of what it sees. Under `block_causal` they
     begin at multiples of their length, and behind each there is room for another; so there is under `causal`, where
     they begin behind the prompt and the last one ends with the reply, since its positions see each other.
-    Self-speculation has none: its sequences are as long as an autoregressive model's.
+    Self-speculation has none: its sequences are as long as an autoregressive model's. So are those of windows, which
+    reach beyond `max_tokens`, to the end of `max_model_len`.
     """
     block_length, is_causal = settings.block_length, settings.is_block_causal
+    if settings.has_windows:
+        return RowBlocks(prompt_len, max(prompt_len, max_model_len), block_length)
     if settings.mode == "self_speculation":
         return RowBlocks(prompt_len, min(prompt_len + max_tokens, max(prompt_len, max_model_len)), block_length)
     begin = prompt_len - prompt_len % block_length if settings.is_aligned else prompt_len
@@ -50,8 +53,8 @@ def max_prompt_len(settings: DllmConfig, max_model_len: int) -> int:
 
     That is a block. Where stored K/V never change it is two, counted from the known tokens as vLLM counts: with the
     first step of a block the rows of the block before it are in flight, and with async scheduling any step has as many.
-    With self-speculation it is a token.
+    With self-speculation, and with windows, it is a token.
     """
-    if settings.mode == "self_speculation":
+    if settings.mode == "self_speculation" or settings.has_windows:
         return max_model_len - 1
     return max_model_len - settings.block_length * (1 + settings.is_block_causal)

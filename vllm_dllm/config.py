@@ -23,6 +23,7 @@ from vllm_dllm.policy_options import (
     known_policy,
     options_of,
 )
+from vllm_dllm.unmask.registry import file_option, needs_file
 
 REQUEST_PREFIX = "dllm_"
 
@@ -34,6 +35,7 @@ _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null
 _Gain = Annotated[float, Field(gt=0.0, le=100.0, description="numbers above 0 and up to 100")]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, description="numbers from 0 to 1")]
 _Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'vllm', 'flashinfer', 'xformers' and 'torch'")]
+_Penalty = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
 
 
 class DllmConfig(KvSettings, WithParameters):
@@ -43,18 +45,21 @@ class DllmConfig(KvSettings, WithParameters):
         block_length: positions denoised together (tokens).
         kv_policy: `dual` freezes the K/V of everything but the block, `prefix` of what precedes it
             (Fast-dLLM, arXiv:2505.22618), `freecache` the same, for good (FlashDLM, arXiv:2505.21467), `vicinity` of
-            everything but the block and its neighbours (dInfer, arXiv:2510.08666); `block_causal`, for models that see
-            nothing behind a block, never computes K/V again, nor does `causal`, for models whose final positions see
-            those before them alone.
-        refresh_every: with `dual`, recompute all K/V before every n-th step of a block; None only before the first,
-            1 before each, which equals decoding without a cache.
+            everything but the block and its neighbours (dInfer, arXiv:2510.08666), `dkv` of tokens from the step on
+            that follows the one which unmasked them (dKV-Cache, arXiv:2505.15781); `block_causal`, for models that see
+            nothing behind a block, never computes K/V again, nor do `causal`, for models whose final positions see
+            those before them alone, and `window`, for those of them that decide a window of `block_length` positions,
+            which slides (`state.sliding`).
+        refresh_every: with `dual` and `dkv`, recompute all K/V before every n-th step of a block; None is 8 with
+            `dkv`, and only before the first with `dual`, where 1 equals decoding without a cache.
         horizon: blocks that a sequence has from the one under way on; it grows with each. None: all of the reply's.
         prefix_look, after_look: of `vicinity`, positions before and behind the block that are computed anew with it.
         warmup_steps: of `vicinity`, steps of a request's first block that compute all, before the one that keeps it.
         policy: unmasking policy of requests that name none.
         threshold: `threshold` and `credit` unmask all positions whose confidence reaches it, `dynamic` those above it.
         factor: `factor`'s f, see `unmask.policy`.
-        entropy_bound: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is below it.
+        entropy_bound: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is below it; a window
+            those whose entropy is, with `position_penalty` for each position behind its first masked one.
         credit_alpha: of `credit`, as credit_beta and credit_gamma; see `unmask.credit`.
         alg_temp: above 0, `static`, `margin` and `entropy` draw positions by their scores divided by it (Dream).
         steps_per_block: denoising steps that a block is spread over, by the policies that have a schedule (LLaDA's
@@ -65,12 +70,14 @@ class DllmConfig(KvSettings, WithParameters):
     """
 
     model_config = STRICT
+    takes_files = True
 
     horizon: Annotated[Count | None, Field(description="null and whole numbers from 1 on")] = None
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
     factor: _Positive = 1.0
     entropy_bound: _Positive = 0.35
+    position_penalty: _Penalty | None = None
     credit_alpha: _Gain = 0.7
     credit_beta: _Decay = 0.8
     credit_gamma: _Gain = 0.2
@@ -105,6 +112,7 @@ class RequestOptions(WithParameters):
     threshold: _Threshold | None = None
     factor: _Positive | None = None
     entropy_bound: _Positive | None = None
+    position_penalty: _Penalty | None = None
     credit_alpha: _Gain | None = None
     credit_beta: _Decay | None = None
     credit_gamma: _Gain | None = None
@@ -217,6 +225,13 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
     """
     policy = options.policy or settings.policy
     check_horizon(f"{REQUEST_PREFIX}horizon", options.horizon, settings.kv_policy)
+    if needs_file(policy) and file_option(policy) not in settings.files:
+        raise InvalidOptionError(
+            f"{REQUEST_PREFIX}policy is {policy!r}, but the server has no {file_option(policy)}, the net that it looks "
+            "at; allowed are others; choose one, or give the server that setting",
+            REQUEST_PREFIX + "policy",
+            policy,
+        )
     given = options.model_dump(exclude={"policy", "horizon", *OWN_OPTIONS} - {"steps"}, exclude_none=True)
     for name, value in given.items():
         if name not in options_of(policy):

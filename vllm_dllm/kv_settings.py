@@ -14,11 +14,13 @@ Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
 _Look = Annotated[int, Field(ge=0, description="null and whole numbers from 0 on")]
 _KvPolicy = Annotated[
     KvPolicyName,
-    Field(description="'dual', 'prefix', 'freecache', 'vicinity', 'block_causal' and 'causal'"),
+    Field(description="'dual', 'prefix', 'freecache', 'vicinity', 'dkv', 'block_causal', 'causal' and 'window'"),
 ]
 
 PREFIX_LOOK, AFTER_LOOK, WARMUP_STEPS = 16, 16, 4
 """dInfer's published values of `vicinity`."""
+RELOAD_EVERY = 8
+"""dKV-Cache's published `cache_reloading_step` for LLaDA."""
 
 
 class KvSettings(BaseModel):
@@ -36,7 +38,12 @@ class KvSettings(BaseModel):
     @property
     def is_block_causal(self) -> bool:
         """Whether stored K/V never change; a fact of the family (`models.interface.check_family`)."""
-        return self.kv_policy in ("block_causal", "causal")
+        return self.kv_policy in ("block_causal", "causal", "window")
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether what is denoised slides over the answer, so that requests have windows in the place of blocks."""
+        return self.kv_policy == "window"
 
     @property
     def is_aligned(self) -> bool:
@@ -52,6 +59,11 @@ class KvSettings(BaseModel):
         return self.is_block_causal or (self.kv_policy in ("dual", "prefix") and self.refresh_every != 1)
 
     @property
+    def interval(self) -> int | None:
+        """`refresh_every`, with the published value of `dkv` where it is not given."""
+        return RELOAD_EVERY if self.kv_policy == "dkv" and self.refresh_every is None else self.refresh_every
+
+    @property
     def vicinity(self) -> tuple[int, int, int]:
         """`prefix_look`, `after_look` and `warmup_steps`, with the published values where they are not given."""
         given = (self.prefix_look, PREFIX_LOOK), (self.after_look, AFTER_LOOK), (self.warmup_steps, WARMUP_STEPS)
@@ -60,7 +72,7 @@ class KvSettings(BaseModel):
 
     @model_validator(mode="after")
     def _refresh_needs_dual(self) -> Self:
-        if self.refresh_every is not None and self.kv_policy != "dual":
+        if self.refresh_every is not None and self.kv_policy not in ("dual", "dkv"):
             reason = {
                 "prefix": "recomputes what follows the block at every step",
                 "freecache": "keeps what precedes the block, and recomputes the rest at every step",
@@ -68,7 +80,7 @@ class KvSettings(BaseModel):
             }.get(self.kv_policy, "never computes K/V again")
             raise ValueError(
                 f"refresh_every is {self.refresh_every} but kv_policy is {self.kv_policy!r}, which {reason}; leave "
-                "refresh_every out or set kv_policy to 'dual'"
+                "refresh_every out or set kv_policy to 'dual' or 'dkv'"
             )
         if self.refresh_every is not None and self.refresh_every > self.block_length:
             raise ValueError(

@@ -10,10 +10,10 @@ PolicyName = Literal[
 # fmt: on
 """Unmasking policies, see `unmask.policy`."""
 
-KvPolicyName = Literal["dual", "prefix", "freecache", "vicinity", "block_causal", "causal"]
+KvPolicyName = Literal["dual", "prefix", "freecache", "vicinity", "dkv", "block_causal", "causal", "window"]
 """Which K/V a step recomputes, see `state.kv`."""
 
-BIDIRECTIONAL: tuple[KvPolicyName, ...] = ("dual", "prefix", "freecache", "vicinity")
+BIDIRECTIONAL: tuple[KvPolicyName, ...] = ("dual", "prefix", "freecache", "vicinity", "dkv")
 """Those of models whose positions see all others."""
 
 AttentionName = Literal["auto", "csrc", "vllm", "flashinfer", "xformers", "torch"]

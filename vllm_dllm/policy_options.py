@@ -4,7 +4,7 @@ Part of `config`, which has all other options. No torch here, unless such a poli
 """
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -19,7 +19,16 @@ from pydantic_core import PydanticCustomError
 
 from vllm_dllm.names import PolicyName
 from vllm_dllm.unmask.parameter import Parameter
-from vllm_dllm.unmask.registry import NATIVE, parameters, parameters_of, torch_policies, torch_policy
+from vllm_dllm.unmask.registry import (
+    NATIVE,
+    file_option,
+    file_options,
+    needs_file,
+    parameters,
+    parameters_of,
+    torch_policies,
+    torch_policy,
+)
 
 POLICY_ALIASES: dict[str, PolicyName] = {
     "low_confidence": "static",  # LLaDA's name
@@ -78,7 +87,15 @@ def policy_settings(policy: str) -> tuple[str, ...]:
 class WithParameters(BaseModel):
     """Settings or options that, besides their fields, have the parameters of policies without a native twin."""
 
+    takes_files: ClassVar[bool] = False  # of nets that policies look at
+
     _parameters: dict[str, float] = PrivateAttr(default_factory=dict)
+    _files: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """Paths of the nets' files, by option."""
+        return self._files
 
     @property
     def parameters(self) -> Mapping[str, float]:
@@ -93,13 +110,20 @@ class WithParameters(BaseModel):
         others = {name for name in values if isinstance(name, str) and name not in cls.model_fields}
         known = parameters() if others else {}
         found = {name: _checked(name, values[name], known[name]) for name in sorted(others & known.keys())}
-        made = handler({name: value for name, value in values.items() if name not in found})
+        files = others & file_options().keys() if others and cls.takes_files else set()
+        paths = {name: _checked_path(name, values[name]) for name in sorted(files)}
+        made = handler({name: value for name, value in values.items() if name not in {*found, *paths}})
         made._parameters.update(found)
+        made._files.update(paths)
+        policy = getattr(made, "policy", None)
+        if cls.takes_files and needs_file(str(policy)) and file_option(str(policy)) not in paths:
+            raise ValueError(f"policy is {policy!r}, which looks at a net; give its file as {file_option(str(policy))}")
         return made
 
     @model_serializer(mode="wrap")
     def _with_parameters(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        shown = {name: its for name, its in self._parameters.items() if info.include is None or name in info.include}
+        own: dict[str, Any] = {**self._parameters, **self._files}
+        shown = {name: its for name, its in own.items() if info.include is None or name in info.include}
         return {**handler(self), **shown}
 
 
@@ -109,6 +133,13 @@ def _checked(name: str, value: object, parameter: Parameter) -> float:
     except ValueError:
         context = {"name": name, "value": value, "allowed": parameter.allowed}
         raise PydanticCustomError("parameter", "not allowed", context) from None
+
+
+def _checked_path(name: str, value: object) -> str:
+    if isinstance(value, str) and value:
+        return value
+    context = {"name": name, "value": value, "allowed": "paths of safetensors files"}
+    raise PydanticCustomError("parameter", "not allowed", context)
 
 
 def own_values(policy: str, *given: Mapping[str, float]) -> tuple[float, ...]:

@@ -257,6 +257,10 @@ def _exactness(config: SpiffyConfig, server: DllmConfig) -> Exactness:
     """Return whether a node's forward is what the decoder would compute: the context must not depend on the block."""
     if server.kv_policy == "prefix":
         reason = "kv_policy is 'prefix', which computes the K/V behind the block from the block's tokens at every step"
+    elif server.kv_policy == "dkv":
+        reason = (
+            "kv_policy is 'dkv', under which K/V depend on the step in which a token was unmasked, so on the drafts"
+        )
     elif server.refresh_every is not None:
         reason = f"refresh_every is {server.refresh_every}, which computes all K/V anew within a block, from its tokens"
     else:
@@ -265,6 +269,6 @@ def _exactness(config: SpiffyConfig, server: DllmConfig) -> Exactness:
         raise ConfigError(
             f"{_NAME}.exactness is 'exact', but additional_config.dllm.{reason}; drafts share these K/V with the true "
             "block, so that their forwards are not those of the decoder; allowed is kv_policy 'dual' without "
-            f"refresh_every; set it or ask for {_NAME}.exactness 'near'"
+            f"refresh_every, 'freecache' and 'vicinity'; set one or ask for {_NAME}.exactness 'near'"
         )
     return "near"

@@ -1,6 +1,7 @@
 """Generated requests: every policy, any length, temperatures, edits of the logits, with and without a constraint."""
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,12 @@ def whole_ids(tokenizer: Any) -> list[int]:
     return [token for token in range(4, len(tokenizer)) if "\ufffd" not in tokenizer.decode([token])]
 
 
+def needed_tokens(refusal: str) -> int | None:
+    """Return how many tokens an answer needs, as the refusal of a request with fewer says; None: it says nothing."""
+    needed = re.search(r"allowed are (\d+) and more; raise max_tokens", refusal)
+    return needed and int(needed[1])
+
+
 def draw_request(rng: random.Random, shape: Shape, asked: Asked | None, prompts: Sequence[list[int]]) -> Drawn:
     """Draw a request; some have one of the given prompts, others any token ids."""
     max_tokens = rng.choice([1, 3, shape.block_length, shape.block_length + 1, 24, 40, shape.max_tokens])
@@ -71,7 +78,7 @@ def draw_request(rng: random.Random, shape: Shape, asked: Asked | None, prompts:
 
 
 def _sampling(rng: random.Random, policy: str) -> dict[str, Any]:
-    temperature = rng.choice([0.0, 0.0, 0.3, 1.0, 1.5])
+    temperature = 0.0 if changes_tokens(policy) else rng.choice([0.0, 0.0, 0.3, 1.0, 1.5])
     sampling = {"temperature": temperature, "seed": rng.randrange(1 << 62), "ignore_eos": rng.random() < 0.3}
     if policy != "credit" or not temperature:
         sampling |= {"top_k": rng.choice([0, 0, 1, 7]), "top_p": rng.choice([1.0, 1.0, 0.8, 0.2])}

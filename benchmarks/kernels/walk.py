@@ -11,8 +11,9 @@ from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph
 from vllm_dllm.draft.native import native_nodes, torch_nodes
 from vllm_dllm.ops.vocab_stats import PartialStats
-from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS, PolicyParams
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.stats import Candidates

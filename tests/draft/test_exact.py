@@ -27,8 +27,9 @@ from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.reference import block_causal, decode, policy, spiffy
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.sampling import Sampling
-from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import native_draws
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS

@@ -1,4 +1,4 @@
-"""FreeCache and dInfer's vicinity refresh through the engine equal the reference, in fp32, with drafts and without."""
+"""FreeCache, dKV-Cache and dInfer's vicinity refresh through the engine equal the reference, in fp32."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ pytestmark = pytest.mark.engine
 
 FREECACHE = {"block_length": 8, "kv_policy": "freecache"}
 VICINITY = {"block_length": 8, "kv_policy": "vicinity", "prefix_look": 5, "after_look": 11, "warmup_steps": 2}
+DKV = {"block_length": 8, "kv_policy": "dkv", "refresh_every": 5}
 USUAL = [("llada", FREECACHE), ("llada", VICINITY), ("dream", FREECACHE)]
+DELAYED = [("llada", DKV), ("dream", DKV)]
 SLOW = [("dream", VICINITY), ("llada", {"block_length": 32, "kv_policy": "vicinity"})]
 BUDGET = 3
 
@@ -103,3 +105,31 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle_of: Or
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     llm, family, settings = served
     check_counts_while_running(llm, cases_of(family, settings, seed=5))
+
+
+@pytest.fixture(params=configurations("dkv", DELAYED, [("llada", {"block_length": 32, "kv_policy": "dkv"})]))
+def delayed(
+    request: pytest.FixtureRequest, wild: Path, mild_dream: Path, oracle: Oracle, dreams: Oracle
+) -> tuple[Any, Oracle, str, dict[str, Any]]:
+    family, settings = request.param
+    checkpoint, its = {"llada": (wild, oracle), "dream": (mild_dream, dreams)}[family]
+    return shared_engine(checkpoint, settings), its, family, settings
+
+
+def test_what_is_delayed_equals_the_reference(delayed: Any) -> None:
+    llm, its, family, settings = delayed
+    cases = cases_of(family, settings, seed=7)
+    outputs = run_outputs(llm, cases)
+    check(outputs, cases, its, settings)
+    took = [output.kv_transfer_params["dllm"] for output in outputs]
+    expected = [its.generation(case, settings) for case in cases]
+    assert [(n["nfe"], n["nfe_refresh"]) for n in took] == [(e.nfe, e.nfe_refresh) for e in expected]
+    dual = {"block_length": settings["block_length"], "refresh_every": settings.get("refresh_every", 8)}
+    assert any(its.tokens(case, settings) != its.tokens(case, dual) for case in cases), "as if nothing were delayed"
+
+
+def test_preemption_and_aborts_leave_what_is_delayed_alone(delayed: Any) -> None:
+    llm, its, family, settings = delayed
+    cases, every = cases_of(family, settings, seed=6)[:8], settings["block_length"] + 5
+    check_interference(llm, cases, lambda case: its.tokens(case, settings), lambda number: number % every == 4)
+    check_counts_while_running(llm, cases)

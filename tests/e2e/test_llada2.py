@@ -3,14 +3,18 @@
 What its loop shares with SDAR's is tested there; here is what layers, experts in groups and published values may break.
 """
 
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.e2e.llada2 import LLaDA2Oracle, make_random
 from tests.e2e.rig import Case, engine, random_graph, run, run_outputs, shared_engine, short, speculation
 from tests.e2e.sdar import check_preemption_and_aborts, sdar_cases
+from vllm_dllm.reference.editing_rule import Editing, generate
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("llada2")]
 
@@ -96,6 +100,54 @@ def test_what_the_prefix_cache_has_changes_no_token(llm: Any, oracle: LLaDA2Orac
 
 def test_preemption_and_aborts_leave_the_others_alone(llm: Any, oracle: LLaDA2Oracle) -> None:
     check_preemption_and_aborts(llm, oracle, SETTINGS)
+
+
+def edited_case(rng: random.Random, editing: float) -> tuple[Case, dict[str, float]]:
+    """Return a request whose tokens may change, of an unsure model: a threshold of 0 replaces most of a block."""
+    prompt = tuple(rng.randrange(4, 100) for _ in range(rng.choice([1, 31, 32, 45, 70])))
+    case = Case(prompt, rng.choice([9, 33, 60]), threshold=rng.choice([0.05, 0.2, 0.7]))
+    own = {"editing_threshold": editing, "editing_post_steps": rng.choice([0, 2, 16]), "editing_least": 1}
+    return case, own
+
+
+def test_edits_equal_reference_with_drafts_and_without(llm: Any, oracle: LLaDA2Oracle) -> None:
+    """Beside requests whose tokens do not change; the prompt's end is never edited."""
+    rng = random.Random(1)
+    edited = [edited_case(rng, editing) for editing in (0.0, 0.0, 0.1, 0.1, 0.3, 0.5) * 2]
+    others = sdar_cases(BLOCK, seed=25)[:4]
+    prompts = [{"prompt_token_ids": list(case.prompt)} for case in [*(case for case, _ in edited), *others]]
+    expected, num_edits = [], 0
+    for case, own in edited:
+        rule = partial(Editing, case.threshold, own["editing_threshold"], int(own["editing_post_steps"]), 1)
+        made = generate(
+            oracle.model, torch.tensor(case.prompt), gen_length=case.max_tokens, block_length=BLOCK, rule=rule
+        )
+        grown = partial(Editing, case.threshold, 1.0, 0, 1)
+        plain = generate(
+            oracle.model, torch.tensor(case.prompt), gen_length=case.max_tokens, block_length=BLOCK, rule=grown
+        )
+        num_edits += sum(a != b for a, b in zip(made.tokens, plain.tokens, strict=True))
+        expected.append((made.tokens[: case.max_tokens], made.nfe))
+    assert num_edits > 100, "too few tokens change for the test to mean much"
+    accepted = 0
+    for speculation_option in ({}, {"dllm_speculation": False}):
+        params = [
+            case.sampling_params(
+                extra_args={
+                    **{"dllm_policy": "editing", "dllm_threshold": case.threshold},
+                    **{f"dllm_{name}": value for name, value in own.items()},
+                    **speculation_option,
+                }
+            )
+            for case, own in edited
+        ]
+        outputs = llm.generate(prompts, [*params, *(case.sampling_params() for case in others)], use_tqdm=False)
+        took = [output.kv_transfer_params["dllm"] for output in outputs[: len(edited)]]
+        found = [(tokens, n["nfe"] + n["accepted"]) for tokens, n in zip(tokens_of(outputs), took, strict=False)]
+        assert found == expected
+        assert tokens_of(outputs)[len(edited) :] == [oracle.tokens(case, SETTINGS) for case in others]
+        accepted += sum(numbers["accepted"] for numbers in took)
+    assert accepted > 0
 
 
 @pytest.mark.xdist_group("both cores")

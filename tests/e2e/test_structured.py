@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.constraint_fuzz import run as run_fuzz
+from benchmarks.constraint_fuzz import shape_of
+from benchmarks.fuzz.asked import KINDS
 from tests.e2e.constrained import ASKED, CHOICE, Asking, check_text, expected, params_of
 from tests.e2e.rig import Case, Oracle, mixed_cases, random_graph, shared_engine, speculation, step_all
 from tests.e2e.sdar import SdarOracle, sdar_cases
@@ -53,6 +56,15 @@ def test_every_answer_meets_its_constraint_and_equals_the_reference(served: Any)
             if "choice" in asked:
                 assert text in CHOICE
         assert own == expected(oracle, case, settings, asked), (case, asked)
+
+
+@pytest.mark.parametrize("count", [24, pytest.param(240, marks=pytest.mark.slow("fuzz"))])
+def test_generated_requests_meet_their_constraints_with_drafts_and_without(served: Any, count: int) -> None:
+    """A part of `python -m benchmarks.constraint_fuzz`, which judges by other means than our automata."""
+    llm, _, _ = served
+    fuzz = run_fuzz(llm, shape_of(llm), seed=count, numbers=range(count), in_flight=16, prompts=[])
+    assert not fuzz.faults
+    assert sum(fuzz.outcomes[kind] for kind in KINDS) >= count / 2
 
 
 def test_preempted_answers_go_on_where_they_were(served: Any) -> None:

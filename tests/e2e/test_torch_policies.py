@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.e2e.rig import Case, Oracle, mixed_cases, random_graph, run_outputs, shared_engine, speculation, step_all
-from tests.unmask.torch_policies import Own, drawn, rule_of
+from tests.unmask.torch_policies import Own, drawn, net_file, rule_of
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.rules import generate
 from vllm_dllm.unmask.registry import BUILT_IN
@@ -17,7 +17,7 @@ from vllm_dllm.unmask.registry import BUILT_IN
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("policies in torch code")]
 
 BLOCK = 8
-SETTINGS = {"block_length": BLOCK}
+SETTINGS = {"block_length": BLOCK, "learn2pd_file": net_file(BLOCK)}
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.e2e.rig import Case, mixed_cases, random_graph, run_outputs, shared_engine, speculation, step_all
+from tests.e2e.test_torch_policies import SETTINGS
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.rules import Canvas, Look, best, generate, masked, write
 from vllm_dllm.unmask import registry
@@ -20,7 +21,6 @@ from vllm_dllm.unmask import registry
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("policies in torch code")]
 
 PAGE = Path(__file__).parents[2] / "docs/add-a-policy.md"
-SETTINGS = {"block_length": 8}
 BROKEN = """
 from vllm_dllm.policy import Decision, TorchPolicy
 

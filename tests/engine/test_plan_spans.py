@@ -3,6 +3,7 @@
 import numpy as np
 
 from tests.engine.test_plan import ROW_LEN, B, planned, segments
+from vllm_dllm.engine.plan import Role
 from vllm_dllm.state.kv import KvSchedule
 
 
@@ -49,3 +50,30 @@ def test_a_vicinity_sees_what_is_stored_on_both_sides() -> None:
     rows = plan.rows()
     assert rows.source[:9].tolist() == [-1] * 3 + [0, 1, 2, 3] + [4 * B] * 2
     assert np.array_equal(rows.node, [[0, 1], [2, -1]])
+
+
+def test_rows_of_a_delayed_refresh_attend_to_what_is_stored_each_for_itself() -> None:
+    kv = KvSchedule("dkv", 8, B)
+    for _ in range(2):
+        assert segments(planned(kv, [17, 5])) == [(0, "REFRESH", 0, ROW_LEN), (1, "REFRESH", 0, ROW_LEN)]
+    plan = planned(kv, [17, 20])
+    assert segments(plan) == [(0, "DELAYED", 17, ROW_LEN), (1, "REFRESH", 0, ROW_LEN)]
+    layout = plan.layout()
+    assert layout.first_node.tolist() == [0, 7, 8]
+    assert layout.first_row.tolist() == [*range(8), 7 + ROW_LEN]
+    assert layout.context[:7].tolist() == [[0, p, p + 1, ROW_LEN] for p in range(17, ROW_LEN)]
+    assert layout.context[7].tolist() == [0, 0, ROW_LEN, ROW_LEN]
+    rows = plan.rows()
+    assert rows.head.tolist() == [[0, 1, 2, 3], [27, 28, 29, 30]]
+    assert rows.is_stored.tolist() == [2] * 7 + [1] * ROW_LEN
+    assert rows.source[:7].tolist() == [0, 1, 2, 3, 2 * B, 2 * B, 2 * B]
+    assert (plan.num_stored.tolist(), plan.has(Role.REFRESH).tolist()) == ([7, ROW_LEN], [False, True])
+
+
+def test_the_row_left_of_the_block_is_part_of_a_delayed_refresh() -> None:
+    kv = KvSchedule("dkv", 8, B, logit_shift=True)
+    planned(kv, [5])
+    plan = planned(kv, [5])
+    assert segments(plan) == [(0, "DELAYED", 4, ROW_LEN)]
+    rows = plan.rows(logit_shift=True)
+    assert (rows.head.tolist(), rows.is_left_fresh.tolist()) == ([[0, 1, 2, 3]], [True])

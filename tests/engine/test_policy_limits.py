@@ -10,7 +10,7 @@ from vllm_dllm.config import DllmConfig, RequestOptions, parse_server_settings
 from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_structure
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.engine.request import resolve_params
-from vllm_dllm.state.canvas import RequestParams
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.registry import BUILT_IN, NATIVE, changes_tokens
 from vllm_dllm.unmask.schedule import UnmaskRules
 
@@ -36,7 +36,7 @@ def test_a_policys_parameters_are_the_requests_the_servers_or_published() -> Non
 
 
 def test_a_policy_that_takes_tokens_back_takes_no_draws_words_or_structure() -> None:
-    for policy in ("saber", "rcr", "remdm"):
+    for policy in ("saber", "rcr", "remdm", "editing"):
         refuse_beside_policy(SamplingParams(temperature=0), policy)
         with pytest.raises(
             RequestError, match=rf"temperature is 0\.5, but the request's policy '{policy}' takes tokens"

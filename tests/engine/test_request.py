@@ -14,7 +14,7 @@ from vllm_dllm.engine import configs
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.refusals import RequestError, refuse_unsupported
 from vllm_dllm.engine.request import check_admission, finish_admission, resolve_params
-from vllm_dllm.state.canvas import RequestParams
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules
 

@@ -98,6 +98,7 @@ LLADA2 = {
     **{"score_function": "sigmoid", "norm_topk_prob": True, "moe_router_enable_expert_bias": True},
     **{"partial_rotary_factor": 0.5, "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True},
 }
+WEDLM = DREAM | {"architectures": ["WeDLMForCausalLM"], "model_type": "wedlm", "attention_bias": False}
 TINY: dict[str, dict[str, Any]] = {
     "llada": LLADA,
     "dream": DREAM,
@@ -105,6 +106,7 @@ TINY: dict[str, dict[str, Any]] = {
     "diffcoder": DIFFCODER,
     "llada_moe": LLADA_MOE,
     "sdar_moe": SDAR_MOE,
+    "wedlm": WEDLM,
     "nemotron": NEMOTRON,
     "fast_dllm": FAST_DLLM,
     "llada2": LLADA2,

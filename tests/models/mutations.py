@@ -246,6 +246,8 @@ def _token_ids() -> list[Change]:
 
 def _others(family: str, kind: str) -> list[Change]:
     other = {**OTHER_ARITHMETIC[kind], **OTHER_ARITHMETIC.get(family, {})}.items()
+    if family == "wedlm":  # says by it whose layers it has
+        other = [(name, values) for name, values in other if name != "attention_bias"]
     found = [Change(name, {name: value}, (name,)) for name, values in other for value in values]
     found += [Change(name, {name: value}, (name,)) for name, value in UNKNOWN.items() if name not in TINY[family]]
     # vLLM makes the name that it knows of this one.
@@ -264,6 +266,11 @@ def _others(family: str, kind: str) -> list[Change]:
         found += [Change("trained block", {"bd_size": value}, ("bd_size",)) for value in NOT_SIZES]
     if family == "nemotron":
         found += query_scales()
+    if family == "wedlm":
+        found += [Change("bias", {"attention_bias": value}) for value in (True, False, ABSENT)]
+        found += [Change("bias", {"attention_bias": value, "qk_norm": not value}) for value in (True, False)]
+        found += [Change("bias", {"attention_bias": value, "qk_norm": value}, ("qk_norm",)) for value in (True, False)]
+        found += [Change("bias", {"attention_bias": value}, ("attention_bias",)) for value in (None, 1, "yes")]
     if family == "llada_moe":  # the published code reads no answer here
         found += [Change("norm", {"norm_topk_prob": value}) for value in (True, False, None)]
     if family == "llada2":

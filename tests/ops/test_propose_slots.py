@@ -6,8 +6,9 @@ import torch
 from tests.ops.test_propose_nodes import CPU, MASK, STEPS, arguments, case
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.native import native_nodes, torch_nodes
-from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 
 

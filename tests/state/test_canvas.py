@@ -7,7 +7,8 @@ import torch
 
 from vllm_dllm import noise
 from vllm_dllm.ops.vocab_stats import RowSampling
-from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules
 

@@ -86,3 +86,23 @@ def test_a_step_may_store_what_the_policy_computes_anew() -> None:
     dual = KvSchedule("dual", None, B)
     assert dual.may_store(13, END, begins_block=True) == (END,)
     assert dual.may_store(13, END, begins_block=False) == (0, END, END - 13)
+
+
+@pytest.mark.parametrize(("shift", "whole"), [(False, [0, 1, 3, 6, 7, 8]), (True, [0, 3, 6, 7])])
+def test_dkv_takes_all_at_every_nth_step_and_else_the_block_and_what_follows(shift: bool, whole: list[int]) -> None:
+    """Without a shift the step behind the first of a block takes all, too."""
+    kv = KvSchedule("dkv", 3, B, logit_shift=shift)
+    made = steps(kv, [9] * 7 + [13] * 3)
+    assert [n for n, m in enumerate(made) if not m.is_delayed[0]] == whole
+    for n, m in enumerate(made):
+        start = (9 if n < 7 else 13) - shift
+        assert stored([m]) == [(0, END) if n in whole else (start, END)]
+        assert bool(m.is_long[0])
+    assert kv.may_store(9, END, begins_block=True) == (END,)
+    assert kv.may_store(9, END, begins_block=False) == (END, END - 9 + shift)
+
+
+def test_the_published_interval_of_dkv_is_the_default() -> None:
+    assert [DllmConfig(kv_policy="dkv", refresh_every=n).interval for n in (None, 3)] == [8, 3]
+    assert make_schedule(DllmConfig(kv_policy="dkv"), stores_alone=False).refresh_every == 8
+    assert DllmConfig().interval is None

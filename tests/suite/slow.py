@@ -29,10 +29,18 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "demo": ("examples/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
     "fields": ("vllm_dllm/models/**", "vllm_dllm/reference/**", "tests/models/*"),
-    "fuzz": ("vllm_dllm/config.py", "vllm_dllm/engine/request.py", "tests/e2e/test_spiffy_config.py"),
+    "fuzz": (
+        *("vllm_dllm/config.py", "vllm_dllm/engine/request.py", "tests/e2e/test_spiffy_config.py"),
+        *("vllm_dllm/constraint/**", "vllm_dllm/engine/structured.py", "benchmarks/constraint_fuzz.py"),
+        *("benchmarks/fuzz/**", "tests/e2e/test_structured.py"),
+    ),
     "isas": (
         *("CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "setup.py", "vllm_dllm/ops/**"),
         *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**", "tests/ops/*", "tests/test_wheel.py"),
+    ),
+    "load": (
+        *("vllm_dllm/engine/**", "vllm_dllm/state/**", "vllm_dllm/constraint/**", "vllm_dllm/unmask/**"),
+        *("benchmarks/soak.py", "benchmarks/fuzz/**", "tests/e2e/test_soak.py"),
     ),
     "operator": (
         *("vllm_dllm/engine/**", "vllm_dllm/plugin.py", "docs/operate.md"),

@@ -195,7 +195,7 @@ def test_what_is_kept_of_a_request_outlives_a_preemption(install: Callable[..., 
     """It comes back as it was when the unfinished block began, in whichever slot, and nobody else finds it."""
     per_request = StateField(1, torch.int64, 0, per="request")
     install(faster=TorchPolicy(count, state={"count": per_request}))
-    state = ApartState(3, LENGTH, torch.device("cpu"), VOCAB)
+    state = ApartState(3, LENGTH, torch.device("cpu"), VOCAB, {})
     state.put(0, "faster", (), "a")
 
     def step(slot: int, begins: bool) -> int:

@@ -1,12 +1,16 @@
 """Blocks decoded by policies in torch code, beside native ones, with and without drafts; and by their references."""
 
+import functools
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from tests.draft.test_exact import CPU, EOS, MASK, VOCAB, SyntheticModel, drafter_of
 from vllm_dllm.denoiser import Denoiser
@@ -14,14 +18,16 @@ from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.policy_options import own_values
 from vllm_dllm.reference.coherent_rule import Ccd
 from vllm_dllm.reference.decode import KvPolicy
+from vllm_dllm.reference.editing_rule import Editing
 from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
 from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, EosLast, Hierarchy, LocalLeap
-from vllm_dllm.reference.window_rules import AdaBlock, Deferred, Prophet
-from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.reference.window_rules import AdaBlock, Deferred, Learn2Pd, Prophet
+from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import native_draws
 from vllm_dllm.state.edits import NO_EDITS, LogitEdits
 from vllm_dllm.state.report import Column
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -30,6 +36,23 @@ from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 from vllm_dllm.unmask.walk import native_walk
 
 EOT = 5
+NET_NAMES = ("weight1", "bias1", "weight2", "bias2")
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+def net(block_length: int) -> dict[str, torch.Tensor]:
+    """A net for `learn2pd`, which takes a part of the positions for final."""
+    generator = torch.Generator().manual_seed(block_length)
+    sizes = ((block_length, block_length), (block_length,)) * 2
+    names = ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
+    return {name: 3 * torch.randn(size, generator=generator) for name, size in zip(names, sizes, strict=True)}
+
+
+@functools.cache
+def net_file(block_length: int) -> str:
+    path = Path(_FOLDER.name) / f"{block_length}.safetensors"
+    save_file(net(block_length), path)
+    return str(path)
 
 
 @dataclass(frozen=True)
@@ -98,7 +121,9 @@ def decode(
     With `void_first` each step is taken twice, void at first.
     """
     length = model.block_length
-    state = CanvasState(len(requests), length, MASK, CPU, rules, vocab_size=VOCAB)
+    state = CanvasState(
+        len(requests), length, MASK, CPU, rules, vocab_size=VOCAB, files={"learn2pd_file": net_file(length)}
+    )
     for slot, request in enumerate(requests):
         state.add_request(slot, request.params(rules, length, num_blocks * length))
     state.apply_staged_writes()
@@ -148,13 +173,20 @@ class PlainRule:
     def of(self, request: Own, block_length: int, num_blocks: int, end_ids: tuple[int, ...]) -> Callable[[], Rule]:
         """Return what makes a block's rule of a request."""
         own: dict[str, Any] = {"threshold": request.threshold, "steps": min(request.steps, block_length)}
-        own = {name: own[name] for name in self.takes} | dict(request.values)
+        its = dict(request.values)
+        if request.policy == "editing":  # whose parameter has the name of the option
+            its["editing_threshold"] = its.pop("threshold", 0.9)
+        own = {name: own[name] for name in self.takes} | its
         if request.policy in {"eoser", "eoser_ass"}:
             own["eos_id"] = end_ids[0]
         if request.policy == "eoser":
             own["num_blocks"] = num_blocks
         if request.policy == "adablock":
             own["gen_length"] = num_blocks * block_length
+        if request.policy == "learn2pd":
+            own |= {
+                name: its.double().tolist() for name, its in zip(NET_NAMES, net(block_length).values(), strict=True)
+            }
         if request.policy == "confidence_eos_eot_inf":
             own["end_ids"] = end_ids
         return partial(self.make, **own)
@@ -168,6 +200,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "ass": Ass,
     "eoser_ass": Ass,
     "confidence_eos_eot_inf": EosLast,
+    "learn2pd": Learn2Pd,
     "saber": Saber,
     "rcr": Rcr,
     "remdm": Remdm,
@@ -175,6 +208,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "prophet": Prophet,
     "adablock": AdaBlock,
     "deferred": Deferred,
+    "editing": Editing,
 }
 """Policies -> their plain statements."""
 
@@ -207,6 +241,7 @@ def drawn(policy: str, rng: random.Random) -> Own:
         "ass": {},
         "eoser_ass": {"gamma_max": rng.choice([0.3, 1.0])},
         "confidence_eos_eot_inf": {},
+        "learn2pd": {"accept": rng.choice([0.5, 0.96])},
         "saber": {"least": rng.choice([1, 2, 3, 5])},
         "rcr": {},
         "prophet": {"gap_early": rng.choice([1.0, 3.0, 7.5]), "gap_middle": rng.choice([0.5, 2.0, 5.0])},
@@ -217,6 +252,11 @@ def drawn(policy: str, rng: random.Random) -> Own:
             "ahead": rng.choice([0.25, 0.5]),
         },
         "deferred": {"width": rng.choice([1, 2, 5]), "most": rng.choice([1, 4, 9])},
+        "editing": {
+            "threshold": rng.choice([0.0, 0.3, 0.6, 0.9]),
+            "post_steps": rng.choice([0, 1, 2, 16]),
+            "least": rng.choice([1, 1, 2]),
+        },
         "ccd": {"ratio": rng.choice([0.5, 2.0, 4.0])},
         "remdm": {"loops": rng.choice([0, 1, 4]), "number": rng.choice([1, 2, 3])},
     }

@@ -11,8 +11,9 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_dllm.engine.configs import rules_of
 from vllm_dllm.engine.report import RequestReport
+from vllm_dllm.engine.rows import leave_out
 from vllm_dllm.engine.run_ahead import RunAhead
-from vllm_dllm.engine.scheduler import DllmScheduler, leave_out
+from vllm_dllm.engine.scheduler import DllmScheduler
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.state.kv import KvStep
 

@@ -35,6 +35,7 @@ from vllm_dllm.engine.step import Step, rows_to_device
 from vllm_dllm.engine.step_attention import StepAttention
 from vllm_dllm.engine.structured import answer_of
 from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.delayed import DelayedRows
 from vllm_dllm.state.draws import choose_draws
 from vllm_dllm.state.kv import IntArray, KvStep
 from vllm_dllm.state.settle import Emission, Ledger, choose_settle
@@ -62,29 +63,21 @@ class DllmModelState(ModelState):
         self.block_length = self.settings.block_length
         mask_token_id = self.model_config.hf_config.mask_token_id
         spiffy = spiffy_of(vllm_config)
-        self.state = CanvasState(
-            self.max_num_reqs,
-            self.block_length,
-            mask_token_id,
-            device,
-            rules_of(vllm_config),
-            self._left_rows(),
-            self.model_config.get_vocab_size(),
-        )
+        sizes, rules = (self.max_num_reqs, self.block_length), rules_of(vllm_config)
+        vocab_size, files = self.model_config.get_vocab_size(), self.settings.files
+        self.state = CanvasState(*sizes, mask_token_id, device, rules, self._left_rows(), vocab_size, files)
         drafter = make_drafter(vllm_config)
         self.denoiser = Denoiser(
             self.state,
             drafter,
-            choose_head(model, self.model_config.get_vocab_size(), self.never_chosen, device),
+            choose_head(model, vocab_size, self.never_chosen, device),
             choose_walk(device),
             choose_settle(device),
             choose_draws(device),
             LogprobHead(model.head_logits, self.model_config.get_vocab_size(), self.never_chosen),
         )
-        self._fill_rows = choose_rows(device)
-        self.kv_schedule = make_schedule(
-            self.settings, stores_alone=self._family.stores_alone, logit_shift=self._family.logit_shift
-        )
+        self._fill_rows = DelayedRows.around(choose_rows(device), self.state, self.settings.kv_policy)
+        self.kv_schedule = make_schedule(self.settings, **self._family.kv_facts)
         # Decides where the scheduler does not: ahead of reports, and while vLLM warms up, without an order.
         self.order: StepOrder | None = None
         self._max_drafts = 0 if spiffy is None else spiffy.max_nodes

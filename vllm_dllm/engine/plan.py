@@ -16,6 +16,8 @@ store:
                                             before it
     NEXT_ROOT  the block behind             what is before it                decide
     VERIFY     a window of drafts           what is before it                are stored; decide
+    DELAYED    from where on K/V are new    all of the sequence, each row    are stored, but for tokens that were known
+                                            for itself                       before; those of the block decide
 
 Host arrays throughout, numpy alone: who takes part, where blocks begin and how many drafts there are is known before
 the forward, so that nothing waits for the device.
@@ -43,14 +45,15 @@ class Role(IntEnum):
     NEXT_ROOT = 5
     COMMIT = 6
     VERIFY = 7
+    DELAYED = 8
 
 
 _ROLES = np.arange(len(Role))
-_STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT, Role.VERIFY])
-_DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT, Role.VERIFY])
+_STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT, Role.VERIFY, Role.DELAYED])
+_DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT, Role.VERIFY, Role.DELAYED])
 _IS_CANVAS = np.isin(_ROLES, [Role.ROOT, Role.DRAFT])
-_HAS_BLOCK = _IS_CANVAS | (_ROLES == Role.REFRESH)  # and maybe more around it
-_BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1, 0])  # of a segment's block, as seen from the present one
+_HAS_BLOCK = _IS_CANVAS | np.isin(_ROLES, [Role.REFRESH, Role.DELAYED])  # and maybe more around it
+_BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1, 0, 0])  # of a segment's block, as seen from the present one
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +143,24 @@ class StepPlan:
         return 1 + self.max_drafts + self.has_look_ahead
 
     def layout(self) -> HostLayout:
-        """Say what each segment sees."""
-        num_segments = np.bincount(self.request, minlength=self.num_reqs)
-        return host_layout(num_segments, self.end - self.begin, self.context, self.is_causal)
+        """Say what each segment sees; each row of a delayed one sees for itself, since others may be as stored."""
+        length, context, request = self.end - self.begin, self.context, self.request
+        is_apart = self.role == Role.DELAYED
+        if is_apart.any():
+            segment = np.arange(len(length)).repeat(np.where(is_apart, length, 1))
+            length, is_apart, request = np.where(is_apart, 1, length)[segment], is_apart[segment], request[segment]
+            position = np.arange(len(segment)) - np.searchsorted(segment, segment) + self.begin[segment]
+            own = np.stack([np.zeros_like(position), position, position + 1, context[segment, 3]], 1)
+            context = np.where(is_apart[:, None], own, context[segment])
+        return host_layout(np.bincount(request, minlength=self.num_reqs), length, context, self.is_causal)
 
     @property
     def is_plain(self) -> bool:
         """Whether all requests have the root and equally many drafts, and nothing else: then all rows decide."""
         is_node = (self.role == Role.ROOT) | (self.role == Role.DRAFT)
         is_whole = self.end - self.begin == self.block_length
-        return bool((is_node & is_whole).all() and (self.num_drafts == self.num_drafts[:1]).all())
+        is_ordered = self.is_causal is None or not self.is_causal.any()  # rows of windows are not
+        return bool(is_ordered and (is_node & is_whole).all() and (self.num_drafts == self.num_drafts[:1]).all())
 
     @property
     def position(self) -> IntArray:
@@ -177,7 +188,7 @@ class StepPlan:
         return PlanRows(
             request=self.request[segment],
             source=self._sources(node, segment),
-            is_stored=self.stores[segment],
+            is_stored=self.stores[segment] + (self.role == Role.DELAYED).astype(np.int64)[segment],
             head=head,
             is_left_fresh=has_block & (in_block > 0),
             node=node,
@@ -219,7 +230,7 @@ class PlanRows:
     # [num_rows], place of the token: among the canvases [num_reqs, num_nodes, block_length], then the ends [num_reqs,
     # block_length] if there is a look-ahead, then one mask; -1: the token at the position is known
     source: IntArray
-    is_stored: BoolArray  # [num_rows]
+    is_stored: IntArray  # [num_rows], 1 for those that are, 2 for those that are if `state.delayed` says so
     head: IntArray  # [num_decided, block_length], rows that predict the nodes' positions
     is_left_fresh: BoolArray  # [num_decided], whether the row left of the block is in the step, and so in the segment
     node: IntArray  # [num_reqs, num_nodes], of the decided; -1: the request has fewer nodes
@@ -254,9 +265,9 @@ def plan_step(
     prefill_length = num_stored.clip(1) if kv_policy == "causal" else block_length
     num_prefills = num_stored // prefill_length * is_causal
     roots = ~refreshes & ~kv.stores_alone
-    verifies = np.zeros_like(roots)
-    count = np.stack([looks_ahead, refreshes, num_prefills, roots, num_drafts, looks_ahead, kv.commits, verifies], 1)
-    count = count.astype(np.int64).ravel()
+    whole, delayed = refreshes & ~kv.is_delayed, refreshes & kv.is_delayed
+    stored = [whole, num_prefills, roots, num_drafts, looks_ahead, kv.commits, np.zeros_like(roots), delayed]
+    count = np.stack([looks_ahead, *stored], 1).astype(np.int64).ravel()
     request = np.arange(num_reqs).repeat(len(Role)).repeat(count)
     role = np.tile(_ROLES, num_reqs).repeat(count)
     first = (np.cumsum(count) - count).repeat(count)
@@ -300,7 +311,7 @@ def _extents(
     """
     begin = block_start[request] + block_length * _BLOCKS_BEHIND[role]
     end = begin + block_length
-    is_prefill, is_refresh = role == Role.PREFILL, role == Role.REFRESH
+    is_prefill, is_refresh = role == Role.PREFILL, (role == Role.REFRESH) | (role == Role.DELAYED)
     if is_prefill.any() or is_refresh.any():
         number = np.arange(len(role)) - first  # among those of role and request
         begin = np.where(is_prefill, kv.begin[request] + block_length * number, begin)

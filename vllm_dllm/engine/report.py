@@ -43,6 +43,7 @@ class StepOrder:
         roster: who should be in the workers' slots, where that is checked.
         may_be_void: whether the block of a request may have ended, of whom the scheduler did not know so.
         shows_canvas: whether the report is to have the canvases that the step leaves behind.
+        canvases: with which requests begin that come back after a preemption, where canvases are kept; -1 for masked.
     """
 
     requests: tuple[str, ...]
@@ -51,6 +52,7 @@ class StepOrder:
     roster: frozenset[str] | None = None
     may_be_void: bool = False
     shows_canvas: bool = False
+    canvases: Mapping[str, list[int]] = field(default_factory=dict)
 
     def kv_of(self, requests: Sequence[str]) -> KvStep | None:
         """Return what it stores of its requests, in another order."""

@@ -29,11 +29,12 @@ from vllm_dllm.engine.ends import ends_of
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_structure
 from vllm_dllm.engine.refusals import RequestError, request_options
+from vllm_dllm.engine.sliding_rules import check_options
 from vllm_dllm.engine.structured import put_in
 from vllm_dllm.policy_options import options_of, own_values
-from vllm_dllm.state.canvas import RequestParams
 from vllm_dllm.state.ends import NEVER
 from vllm_dllm.state.records import NO_LOGPROBS
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
 
@@ -160,6 +161,9 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         _refuse_for_windows(params, options)
     if options.stream:
         _check_stream(params)
+    if settings.has_windows:
+        check_options(options)
+        return blocks.end - prompt_len
     try:
         check_policy_options(options, settings)
         request_steps(options, settings, min(params.max_tokens, blocks.end - prompt_len))
@@ -212,7 +216,7 @@ def _check_stream(params: SamplingParams) -> None:
 def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_at_least: bool = False) -> RequestError:
     longest = max_prompt_len(settings, max_model_len)
     what = "a block and as much behind it need" if settings.is_block_causal else "a block needs"
-    what = "a token of the reply needs" if settings.mode == "self_speculation" else what
+    what = "a token of the reply needs" if settings.mode == "self_speculation" or settings.has_windows else what
     return RequestError(
         f"the prompt has {'at least ' if is_at_least else ''}{prompt_len} tokens, but {what} "
         f"{max_model_len - longest} of max_model_len {max_model_len}; shorten the prompt to at most {longest} tokens",
@@ -300,6 +304,7 @@ def resolve_params(
         threshold=merged.threshold,
         factor=merged.factor,
         entropy_bound=merged.entropy_bound,
+        position_penalty=merged.position_penalty or 0.0,
         credit_alpha=merged.credit_alpha,
         credit_beta=merged.credit_beta,
         credit_gamma=merged.credit_gamma,

@@ -116,16 +116,18 @@ class StepRows:
         step = self.step(requests)
         return self.kv.num_rows(step).tolist(), step.is_undrafted.tolist(), step.num_span_rows.tolist()
 
-    @property
-    def num_first(self) -> int:
+    def num_first(self, request: Request) -> int:
         """Positions of a request's first block; with self-speculation that is a window of one, its last token."""
+        if self.settings.has_windows:
+            return min(self.block_length, self.row_end(request) - request.num_tokens)
         return 1 if self.settings.mode == "self_speculation" else self.block_length
 
     def first(self, request: Request, num_hit: int) -> int:
         """Return the rows of the step that admits a request: of its prompt, behind a cache hit, and of its block."""
         if not self.is_causal:
             return self.seq_end(request)
-        return request.num_tokens - num_hit + self.num_first  # of a partial block vLLM counts the known tokens twice
+        # Of a partial block vLLM counts the known tokens twice.
+        return request.num_tokens - num_hit + self.num_first(request)
 
     def may_be_short(self, request: Request) -> bool:
         """Tell whether a request's next step may have a short block, wherever the steps under way lead it."""
@@ -156,3 +158,8 @@ class StepRows:
         """Forget a preempted or freed request."""
         self.kv.forget(request.request_id)
         self._row_ends.pop(request.request_id, None)
+
+
+def leave_out(request: Request, current_step: int) -> None:
+    """Let vLLM's next `schedule` pass a running request over; it counts the step before it compares."""
+    request.next_decode_eligible_step = current_step + 2

@@ -25,7 +25,7 @@ from vllm_dllm.engine.kv_memory import fit_max_model_len
 from vllm_dllm.engine.pages import DllmPages
 from vllm_dllm.engine.parent import end_with_parent
 from vllm_dllm.engine.report import RequestReport, StepOrder, take_report
-from vllm_dllm.engine.rows import StepRows, most_drafts
+from vllm_dllm.engine.rows import StepRows, leave_out, most_drafts
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 from vllm_dllm.engine.worker_check import CheckLevel, check_level
@@ -54,13 +54,7 @@ class DllmScheduler(Scheduler):
         self.block_length = self.settings.block_length
         self.is_causal = self.settings.is_block_causal
         family = served_family(self.vllm_config.model_config)
-        self.rows = StepRows(
-            self.settings,
-            self.max_model_len,
-            self.max_num_scheduled_tokens,
-            stores_alone=family.stores_alone,
-            logit_shift=family.logit_shift,
-        )
+        self.rows = StepRows(self.settings, self.max_model_len, self.max_num_scheduled_tokens, **family.kv_facts)
         self._placeholders = [-1] * self.num_spec_tokens
         self._num_held = 0  # requests, since the last report
         compilation = self.vllm_config.compilation_config
@@ -224,7 +218,7 @@ class DllmScheduler(Scheduler):
         """
         scheduled = scheduler_output.num_scheduled_tokens
         for admitted in scheduler_output.scheduled_new_reqs:
-            block = self._placeholders[: self.rows.num_first]
+            block = self._placeholders[: self.rows.num_first(self.requests[admitted.req_id])]
             scheduler_output.scheduled_spec_decode_tokens[admitted.req_id] = block
             scheduled[admitted.req_id] += len(block)
             self.rows.admit(self.requests[admitted.req_id], admitted.num_computed_tokens)
@@ -343,8 +337,3 @@ class DllmScheduler(Scheduler):
         if not self.is_causal:
             return self.rows.seq_end(request)
         return int(self.rows.kv.block_start(np.array(request.num_tokens))) + self.block_length
-
-
-def leave_out(request: Request, current_step: int) -> None:
-    """Let vLLM's next `schedule` pass a running request over; it counts the step before it compares."""
-    request.next_decode_eligible_step = current_step + 2

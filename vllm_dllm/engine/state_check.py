@@ -62,6 +62,10 @@ class StateCheck:
         totals = self._accounts[request_id].totals if request_id in self._accounts else RequestTotals()
         self._accounts[request_id] = Account(stored=num_hit, totals=totals)
 
+    def resume(self, request_id: str, num_known: int) -> None:
+        """Note how many positions are known in the canvas that a request was given a slot with."""
+        self._accounts[request_id].unmasked = num_known
+
     def free(self, request_id: str) -> None:
         """End an account."""
         self._accounts.pop(request_id, None)

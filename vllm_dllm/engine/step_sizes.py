@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.engine.mode import check_self_speculation
+from vllm_dllm.engine.sliding_rules import check_windows
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.spiffy_config import SpiffySettings
 
@@ -20,6 +21,7 @@ ASYNC_SCHEDULERS = {
 }
 """By whether a model is block-causal."""
 WINDOW_SCHEDULER = "vllm_dllm.engine.window_scheduler.WindowScheduler"
+SLIDING_SCHEDULER = "vllm_dllm.engine.window_scheduler.SlidingScheduler"
 
 MAX_DRAFT_ROWS = 2048
 """Rows of a step beyond which a forward is bound by arithmetic on any device, so that drafts only cost."""
@@ -28,9 +30,10 @@ MAX_DRAFT_ROWS = 2048
 def set_step_sizes(vllm_config: VllmConfig, settings: DllmConfig, spiffy: SpiffySettings | None) -> None:
     """Set the most rows of a request, the token budget and the CUDA graphs.
 
-    Raises: ConfigError for capture sizes that no step has, and for what self-speculation cannot do.
+    Raises: ConfigError for capture sizes that no step has, and for what self-speculation and windows cannot do.
     """
     check_self_speculation(vllm_config, settings)
+    check_windows(vllm_config, settings)
     block_length = settings.block_length
     is_causal = settings.is_block_causal
     # vLLM counts the positions of a request's block; how many drafts it may have is told by one more for each.
@@ -41,10 +44,11 @@ def set_step_sizes(vllm_config: VllmConfig, settings: DllmConfig, spiffy: Spiffy
     if is_causal:
         num_rows = max(num_rows, 2 * block_length * vllm_config.scheduler_config.max_num_seqs)
     _set_scheduler(vllm_config, num_rows, is_causal=is_causal)
-    if settings.mode == "self_speculation":
-        vllm_config.scheduler_config.scheduler_cls = WINDOW_SCHEDULER
+    if settings.mode == "self_speculation" or settings.has_windows:
+        vllm_config.scheduler_config.scheduler_cls = SLIDING_SCHEDULER if settings.has_windows else WINDOW_SCHEDULER
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
-        logger.info("Mode self_speculation: windows differ in length, so that steps run without CUDA graphs")
+        what = "windows slide by any number of tokens" if settings.has_windows else "windows differ in length"
+        logger.info("%s, so that steps run without CUDA graphs", what)
         return
     _set_cuda_graphs(vllm_config, block_length, num_rows, is_uniform=spiffy is None and not is_causal)
 

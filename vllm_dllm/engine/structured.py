@@ -26,7 +26,7 @@ from vllm_dllm.constraint.tags import tag_automaton
 from vllm_dllm.constraint.turns import Turns
 from vllm_dllm.engine.configs import settings_of
 from vllm_dllm.engine.refusals import RequestError
-from vllm_dllm.state.canvas import RequestParams
+from vllm_dllm.state.request_params import RequestParams
 
 if TYPE_CHECKING:
     from vllm.v1.engine.input_processor import InputProcessor
@@ -91,6 +91,12 @@ def compiled(processor: "InputProcessor", params: SamplingParams, asked: Structu
 
 def _refuse_beside(params: SamplingParams, settings: DllmConfig) -> None:
     """Check that nothing else forbids tokens: what a structure allows at a position might be none of the rest."""
+    if settings.has_windows:
+        raise RequestError(
+            f"{_FIELD} is set, or response_format or a forced tool, but the windows of this model have no masked end "
+            "that an answer could be completed in; allowed is none; remove it",
+            parameter=_FIELD,
+        )
     if settings.mode == "self_speculation":
         raise RequestError(
             f"{_FIELD} is set, or response_format or a forced tool, but the server's mode is 'self_speculation', which "

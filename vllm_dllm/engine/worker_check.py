@@ -105,6 +105,7 @@ class WorkerCheck:
         is_masked = canvas == state.mask_token_id
         is_unknown = ((canvas < 0) | (canvas >= vocab_size)) & ~is_masked
         # A window that was drafted is not emitted before it is verified.
+        # One that slides is emitted as far as it is known.
         is_full = ~is_masked.any(1) & (self._runner.model_state.settings.mode != "self_speculation")
         is_full &= torch.from_numpy(~state.apart.may_edit(slots_np)).to(is_full.device)
         return is_unknown.any(1).int() * Fault.UNKNOWN_ID + is_full.int() * Fault.NO_MASK

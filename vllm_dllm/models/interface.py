@@ -29,6 +29,8 @@ class ModelFamily:
             `block_causal`: a position sees its block and the blocks before it, blocks begin at multiples of their
             length, so that the first one may hold the prompt's end. `causal`: a final position sees those before it
             alone, a block that is denoised itself too; blocks begin behind the prompt, and the last one may be short.
+            `window`: as `causal` of final positions, and no blocks: what is decided slides over the answer, and is
+            seen in another order than that of positions (`state.sliding`).
         logit_shift: whether the row of position p predicts the token at p + 1.
         schedule: how `static` and its kin spread a block over steps: `even`, the remainder first; `timesteps`, Dream's
             schedule of times from 1 to eps.
@@ -51,7 +53,7 @@ class ModelFamily:
     config_class: str
     generation_defaults: Mapping[str, Any]
     decoding_defaults: Mapping[str, Any] = field(default_factory=dict)
-    attention: Literal["bidirectional", "block_causal", "causal"] = "bidirectional"
+    attention: Literal["bidirectional", "block_causal", "causal", "window"] = "bidirectional"
     logit_shift: bool = False
     schedule: Literal["even", "timesteps"] = "even"
     unmasks_first_alone: bool = False
@@ -72,6 +74,11 @@ class ModelFamily:
     def stores_alone(self) -> bool:
         """Whether a block begins with a step that stores, whose last row decides the block's first position."""
         return self.is_block_causal and self.unmasks_first_alone
+
+    @property
+    def kv_facts(self) -> dict[str, bool]:
+        """What decides which K/V its steps store, besides settings: keywords of `state.windows.make_schedule`."""
+        return {"stores_alone": self.stores_alone, "logit_shift": self.logit_shift}
 
     @property
     def kv_policies(self) -> tuple[KvPolicyName, ...]:
@@ -138,6 +145,18 @@ FAMILIES = (
         sub_block_length=8,
         confidence="sampled",
         block_size_name="bd_size",
+    ),
+    ModelFamily(
+        architecture="WeDLMForCausalLM",
+        model_type="wedlm",
+        model_class="vllm_dllm.models.wedlm:WeDLMForCausalLM",
+        config_class="vllm_dllm.models.wedlm_config:WeDLMConfig",
+        generation_defaults={"temperature": 0.2},
+        decoding_defaults={
+            **{"block_length": 16, "kv_policy": "window"},
+            **{"entropy_bound": 0.4, "position_penalty": 0.02},
+        },
+        attention="window",
     ),
     ModelFamily(
         architecture="SeedDiffcoderForCausalLM",
@@ -231,6 +250,7 @@ def check_family(settings: DllmConfig, family: ModelFamily) -> None:
         "bidirectional": "sees what follows a block, so that its K/V change",
         "block_causal": "sees nothing behind a block, so that its K/V never change",
         "causal": "sees nothing behind a final position, so that its K/V never change",
+        "window": "decides a window that slides over the answer, whose K/V are in flight alone",
     }[family.attention]
     allowed = " and ".join(map(repr, family.kv_policies))
     raise InvalidOptionError(

@@ -7,6 +7,8 @@ One loop covers these decoders, which differ in values:
     Fast-dLLM  `generate_with_prefix_cache` and `generate_with_dual_cache`, arXiv:2505.22618 sec. 3.2: KV policies
                `prefix` and `dual`
     FlashDLM   FreeCache, arXiv:2505.21467: KV policy `freecache`
+    dKV-Cache  `generate` with `enable_cache` for LLaDA and `_sample` with cache type "decoded" and shift type "un" for
+               Dream, arXiv:2505.15781: KV policy `dkv`
     dInfer     `VicinityCacheDiffusionLLM`, arXiv:2510.08666: KV policy `vicinity`
     Fast-dLLM  on Dream (`generation_utils_block.py`): the same with rules `DREAM`, policy `entropy` or `threshold`
 
@@ -44,11 +46,16 @@ class KvPolicy:
     leaves behind is what its successor's first step makes of it, a forward from the block that ended on. Under a logit
     shift all begins are one position earlier, at the row that predicts the block's first position.
 
+    `dkv`: those from the block's begin on, but for tokens that were known before the step before, whose keys and
+    values are kept as that step computed them; all at every step of a block that `refresh_every` (8) divides, and
+    without a logit shift at the one behind the first. With one, a row counts for the position that it predicts, the
+    last one for known.
+
     `vicinity`: those of the block and of some positions before and behind it, kept as under `dual`. In the request's
     first block `warmup_steps` forwards over the whole sequence come first.
     """
 
-    name: Literal["none", "prefix", "dual", "freecache", "vicinity"] = "none"
+    name: Literal["none", "prefix", "dual", "freecache", "vicinity", "dkv"] = "none"
     refresh_every: int | None = None
     prefix_look: int = 16
     after_look: int = 16
@@ -65,6 +72,10 @@ class KvPolicy:
         """Whether Fast-dLLM's first step of a block applies, which unmasks its first position alone on Dream."""
         return self.name in ("prefix", "dual") and self.refresh_every != 1
 
+    def delays(self, step: int, shift: int) -> bool:
+        """Tell whether step `step` of a block, from 0, leaves keys and values of known tokens as they are."""
+        return self.name == "dkv" and step % (self.refresh_every or 8) > 0 and (step > 1 or bool(shift))
+
     def span(self, number: int, step: int, block: tuple[int, int], seq_len: int, shift: int) -> tuple[int, int, bool]:
         """Return which positions [first, last) a step forwards, and whether their keys and values are kept.
 
@@ -80,6 +91,8 @@ class KvPolicy:
             return begin - (end - begin) - shift, seq_len, True
         if self.name == "freecache" and step > 0:
             return begin - shift, seq_len, False
+        if self.name == "dkv":
+            return begin - shift if self.delays(step, shift) else 0, seq_len, True
         num_whole = 1 + self.warmup_steps if self.name == "vicinity" and number == 0 else 1
         is_refresh = step < num_whole if self.refresh_every is None else step % self.refresh_every == 0
         if self.name == "none" or is_refresh:
@@ -150,6 +163,7 @@ class Predictor:
     cfg_scale: float
     logit_shift: bool
     kept: list[list[LayerKv] | None] = field(default_factory=lambda: [None, None])  # the sequence, its unguided twin
+    before: Tensor | None = None  # [seq_len] bool, known before the step before; None: all is computed anew
     refreshed: Tensor = field(default_factory=lambda: torch.empty(0))  # [seq_len, vocab], predictions
     nfe: int = 0
     nfe_refresh: int = 0
@@ -179,11 +193,12 @@ class Predictor:
         return unguided + (self.cfg_scale + 1) * (logits - unguided)
 
     def _forward(self, twin: int, tokens: Tensor, first: int, last: int, keeps: bool) -> Tensor:
-        is_whole = last - first == len(tokens)
-        logits, kv = self.model.forward(tokens[first:last], first, None if is_whole else self.kept[twin])
+        stays = None if self.before is None else self.before.roll(-self.logit_shift)[first:last]
+        is_anew = last - first == len(tokens) and stays is None
+        logits, kv = self.model.forward(tokens[first:last], first, None if is_anew else self.kept[twin], stays=stays)
         self.nfe += 1
         if keeps:
-            self.nfe_refresh += 1
+            self.nfe_refresh += stays is None
             self.kept[twin] = kv
         return logits
 
@@ -231,20 +246,22 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     predictor = Predictor(model, ~is_masked, sampling.cfg_scale, rules.logit_shift)
     history = History(len(prompt))
     for number, begin in enumerate(range(len(prompt), len(tokens), block_length)):
-        end, seq_len = begin + block_length, len(tokens)
-        if horizon is not None:
-            seq_len = min(seq_len, begin + horizon * block_length)
+        end = begin + block_length
+        seq_len = len(tokens) if horizon is None else min(len(tokens), begin + horizon * block_length)
         block = Block(begin, block_length, block_length, steps, policy, sampling, rules, model.config.eos_token_id)
         block = under(constraint, block, tokens[len(prompt) : begin])
-        in_block = torch.zeros_like(is_masked)
-        in_block[begin:end] = True
-        step = 0
+        step, known_before = 0, ~is_masked  # the step before
         # The published loops of LLaDA and Dream go on; but a forward that unmasks nothing changes nothing.
         while is_masked[begin:end].any():
             first, last, keeps = kv.span(number, step, (begin, end), seq_len, rules.logit_shift)
+            # A policy may have masked a token again.
+            predictor.before = known_before & ~is_masked if kv.delays(step, rules.logit_shift) else None
+            known_before = ~is_masked
             logits = predictor.logits(tokens[:seq_len], first, last, keeps=keeps)
+            is_open = is_masked.clone()
+            is_open[:begin] = is_open[end:] = False
             known = Known(tokens, is_masked, len(prompt))
-            chosen, chosen_tokens, its = decide(known, logits, (is_masked & in_block)[first:last], first, block)
+            chosen, chosen_tokens, its = decide(known, logits, is_open[first:last], first, block)
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False
             history.add(tokens, first + chosen, its)

@@ -52,7 +52,13 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, start: int, kv: LayerKv | None, visible: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: int,
+    kv: LayerKv | None,
+    visible: Tensor | None = None,
+    stays: Tensor | None = None,
 ) -> tuple[Tensor, LayerKv]:
     """Attend from positions [start, start + len) to what is kept of the others, and to themselves.
 
@@ -63,11 +69,15 @@ def attend(
         start: the first position.
         kv: keys and values of an earlier forward, from which those of all other positions are read.
         visible: [len, seq_len] bool, which positions each one sees; None: all.
+        stays: [len] bool, whose keys and values are read from `kv`, too; None: nobody's.
 
     Returns: [*, heads, len, dim], and the keys and values of the sequence after it.
     """
     if kv is not None:
         end = start + query.shape[-2]
+        if stays is not None:
+            old = (each[..., start:end, :] for each in kv)
+            key, value = (torch.where(stays[:, None], o, n) for o, n in zip(old, (key, value), strict=True))
         key, value = (
             torch.cat((old[..., :start, :], new, old[..., end:, :]), dim=-2)
             for old, new in zip(kv, (key, value), strict=True)

@@ -106,18 +106,22 @@ class Block(nn.Module):
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.ff_out = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None) -> tuple[Tensor, LayerKv]:
-        """Map [*, len, d_model] to the same shape; see `LLaDA.forward` for `start` and `kv`."""
-        attended, kv = self._attend(self.attn_norm(x), rotation, start, kv)
+    def forward(
+        self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None, stays: Tensor | None
+    ) -> tuple[Tensor, LayerKv]:
+        """Map [*, len, d_model] to the same shape; see `LLaDA.forward` for the other arguments."""
+        attended, kv = self._attend(self.attn_norm(x), rotation, start, kv, stays)
         x = x + attended
         narrow = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(narrow)) * self.up_proj(narrow)), kv
 
-    def _attend(self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None) -> tuple[Tensor, LayerKv]:
+    def _attend(
+        self, x: Tensor, rotation: Rotation, start: int, kv: LayerKv | None, stays: Tensor | None
+    ) -> tuple[Tensor, LayerKv]:
         query = rotate(split_heads(self.q_proj(x), self.head_dim), rotation)
         key = rotate(split_heads(self.k_proj(x), self.head_dim), rotation)
         value = split_heads(self.v_proj(x), self.head_dim)
-        attended, kv = attend(query, key, value, start, kv)
+        attended, kv = attend(query, key, value, start, kv, stays=stays)
         output: Tensor = self.attn_out(merge_heads(attended))
         return output, kv
 
@@ -142,7 +146,9 @@ class LLaDA(nn.Module):
         self.config = config
         self.model = nn.ModuleDict({"transformer": Transformer(config)})
 
-    def forward(self, ids: Tensor, start: int = 0, kv: list[LayerKv] | None = None) -> tuple[Tensor, list[LayerKv]]:
+    def forward(
+        self, ids: Tensor, start: int = 0, kv: list[LayerKv] | None = None, *, stays: Tensor | None = None
+    ) -> tuple[Tensor, list[LayerKv]]:
         """Predict the tokens at positions [start, start + len).
 
         Args:
@@ -151,6 +157,8 @@ class LLaDA(nn.Module):
             kv: per layer, what an earlier forward returned. Keys and values of all other positions are read
                 from it as they are; those of [start, start + len) are computed anew. A forward to the end of the
                 sequence thus reads a prefix, a forward over one block reads both sides.
+            stays: [len] bool, positions whose keys and values are read from `kv`, too: their rows say nothing; None:
+                nobody's.
 
         Returns: logits [*, len, embedding_size], and per layer the keys and values of the sequence after it.
         """
@@ -160,7 +168,7 @@ class LLaDA(nn.Module):
         x: Tensor = transformer.wte(ids)
         updated: list[LayerKv] = []
         for layer, block in enumerate(transformer.blocks):
-            x, layer_kv = block(x, rotation, start, None if kv is None else kv[layer])
+            x, layer_kv = block(x, rotation, start, None if kv is None else kv[layer], stays)
             updated.append(layer_kv)
         head = transformer.wte if self.config.weight_tying else transformer.ff_out
         return F.linear(transformer.ln_f(x), head.weight), updated

@@ -161,13 +161,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if layers.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotations: Rotations, start: int, kv: LayerKv | None, visible: Tensor | None
+        self,
+        x: Tensor,
+        rotations: Rotations,
+        start: int,
+        kv: LayerKv | None,
+        visible: Tensor | None,
+        stays: Tensor | None,
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
         query = rotate(self.q_norm(split_heads(self.q_proj(x), self.head_dim)), rotations[0])
         key = rotate(self.k_norm(split_heads(self.k_proj(x), self.head_dim)), rotations[1])
         value = split_heads(self.v_proj(x), self.head_dim)
-        attended, kv = attend(query, key, value, start, kv, visible)
+        attended, kv = attend(query, key, value, start, kv, visible, stays)
         return self.o_proj(merge_heads(attended)), kv
 
 
@@ -222,10 +228,16 @@ class Layer(nn.Module):
         self.mlp = Experts(config) if config.num_experts else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, rotations: Rotations, start: int, kv: LayerKv | None, visible: Tensor | None
+        self,
+        x: Tensor,
+        rotations: Rotations,
+        start: int,
+        kv: LayerKv | None,
+        visible: Tensor | None,
+        stays: Tensor | None,
     ) -> tuple[Tensor, LayerKv]:
         """Map [*, len, hidden_size] to the same shape; see `Qwen.forward` for the other arguments."""
-        attended, kv = self.self_attn(self.input_layernorm(x), rotations, start, kv, visible)
+        attended, kv = self.self_attn(self.input_layernorm(x), rotations, start, kv, visible, stays)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), kv
 
@@ -260,6 +272,8 @@ class Qwen(nn.Module):
         kv: list[LayerKv] | None = None,
         visible: Tensor | None = None,
         positions: Tensor | None = None,
+        *,
+        stays: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerKv]]:
         """Forward the tokens at positions [start, start + len).
 
@@ -271,6 +285,7 @@ class Qwen(nn.Module):
             visible: [len, seq_len] bool, which positions each one sees, `block_causal` for SDAR and its kin; None: all.
             positions: [len] int64, what the tokens are rotated by where a training sequence holds several versions
                 of a position; None: from `start` on.
+            stays: as of `LLaDA.forward`.
 
         Returns: logits [*, len, vocab_size], and per layer the keys and values of the sequence after it.
         """
@@ -281,7 +296,7 @@ class Qwen(nn.Module):
         x: Tensor = decoder.embed_tokens(ids)
         updated: list[LayerKv] = []
         for index, layer in enumerate(decoder.layers):
-            x, layer_kv = layer(x, rotations, start, None if kv is None else kv[index], visible)
+            x, layer_kv = layer(x, rotations, start, None if kv is None else kv[index], visible, stays)
             updated.append(layer_kv)
         return F.linear(decoder.norm(x), head.weight), updated
 

@@ -40,7 +40,7 @@ class Look:
 
 
 class Rule(Protocol):
-    """A policy in a block."""
+    """A policy in a block. One with `goes_on` says by it whether a block without masks goes on."""
 
     def step(self, canvas: Canvas, looks: Sequence[Look]) -> Canvas:
         """Return the next canvas."""
@@ -74,7 +74,7 @@ def generate(
     for number, begin in enumerate(range(len(prompt), len(tokens), block_length)):
         its, step = rule(), 0
         canvas: Canvas = [None] * block_length
-        while None in canvas:
+        while None in canvas or getattr(its, "goes_on", False):
             first, last, keeps = kv.span(number, step, (begin, begin + block_length), len(tokens), 0)
             logits = predictor.logits(tokens, first, last, keeps=keeps)
             rows = logits[begin - first : begin - first + block_length]

@@ -104,6 +104,35 @@ class Prophet:
         return write(canvas, looks, best(masked(canvas), [look.confidence for look in looks], count))
 
 
+@dataclass(frozen=True, slots=True)
+class Learn2Pd:
+    """Learn2PD (arXiv:2509.25188): a net looks at the probabilities of the likeliest tokens of all places.
+
+    It has two layers, with what is negative between them cut off. A masked place is written where the logistic function
+    of its output is above `accept`, and so is the surest one.
+    """
+
+    weight1: list[list[float]]
+    bias1: list[float]
+    weight2: list[list[float]]
+    bias2: list[float]
+    accept: float = 0.96
+
+    def step(self, canvas: Canvas, looks: Sequence[Look]) -> Canvas:
+        """Return the next canvas."""
+        confidence = [look.confidence for look in looks]
+        hidden = [max(0.0, value) for value in _layer(self.weight1, self.bias1, confidence)]
+        final = [1 / (1 + math.exp(-value)) for value in _layer(self.weight2, self.bias2, hidden)]
+        chosen = [place for place in masked(canvas) if final[place] > self.accept]
+        return write(canvas, looks, chosen + best(masked(canvas), confidence, 1))
+
+
+def _layer(weight: list[list[float]], bias: list[float], values: Sequence[float]) -> list[float]:
+    return [
+        b + sum(w * value for w, value in zip(row, values, strict=True)) for row, b in zip(weight, bias, strict=True)
+    ]
+
+
 def _gap(look: Look) -> float:
     first, second = look.probs.topk(2).values.tolist()
     return math.log(first) - math.log(second)

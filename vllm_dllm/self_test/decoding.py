@@ -19,9 +19,10 @@ from vllm_dllm.draft.native import native_nodes, torch_nodes
 from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, vocab_stats
 from vllm_dllm.self_test.check import Check, relative_error, share_unequal
-from vllm_dllm.state.canvas import Blocks, CanvasState, RequestParams
+from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.state.draws import native_draws, torch_draws
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.state.settle import Emission, Ledger, native_settle, settle
 from vllm_dllm.state.step_rows import RowInputs, RowPlan, Sequences, native_rows, torch_rows
 from vllm_dllm.unmask.head import LogitsHead

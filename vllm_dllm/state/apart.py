@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.attention.layout import pinned
+from vllm_dllm.state.policy_weights import load_weights
 from vllm_dllm.unmask.memory import PolicyState
 from vllm_dllm.unmask.parameter import MAX_PARAMETERS
 from vllm_dllm.unmask.policy import OwnParams
-from vllm_dllm.unmask.registry import changes_tokens, torch_policy
+from vllm_dllm.unmask.registry import changes_tokens, file_options, torch_policy
 
 logger = logging.getLogger("vllm.dllm")
 
@@ -40,9 +41,15 @@ class ApartState:
         block_length: positions per block.
         device: of all tensors.
         vocab_size: of the model.
+        files: setting -> path of a net that a policy looks at. Raises ConfigError for those that cannot be loaded.
     """
 
-    def __init__(self, max_num_reqs: int, block_length: int, device: torch.device, vocab_size: int) -> None:
+    def __init__(
+        self, max_num_reqs: int, block_length: int, device: torch.device, vocab_size: int, files: Mapping[str, str]
+    ) -> None:
+        self._weights = {
+            file_options()[option]: load_weights(option, path, block_length, device) for option, path in files.items()
+        }
         self._max_num_reqs, self._block_length, self._device = max_num_reqs, block_length, device
         self._vocab_size = vocab_size
         self._names: dict[int, str] = {}
@@ -120,7 +127,7 @@ class ApartState:
         """Gather the parameters of requests with a policy."""
         own = torch_policy(name).parameters
         values = dict(zip(own, self._values[:, slots], strict=False))
-        return OwnParams(name, values, seq_len, self._vocab_size)
+        return OwnParams(name, values, seq_len, self._vocab_size, self._weights.get(name, {}))
 
     def state(self, name: str, slots: Tensor) -> PolicyState:
         """Gather what a policy keeps of requests."""

@@ -4,6 +4,7 @@ A slot belongs to a request from `add_request` until the runner gives it to anot
 host and copied by `apply_staged_writes`, two copies for all of them; the canvases live on the device alone.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,43 +17,15 @@ from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.apart import ApartState
-from vllm_dllm.state.edits import NO_EDITS, EditState, LogitEdits, scene_of
-from vllm_dllm.state.ends import NEVER, NO_ENDS, Ends, EndState
-from vllm_dllm.state.records import NO_LOGPROBS, LogprobRecords
+from vllm_dllm.state.edits import EditState, scene_of
+from vllm_dllm.state.ends import EndState
+from vllm_dllm.state.records import LogprobRecords
+from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
 from vllm_dllm.unmask.schedule import UnmaskRules
 from vllm_dllm.unmask.walk import Keep, Nodes
-
-
-@dataclass(frozen=True, slots=True)
-class RequestParams:
-    """What a request asked for, resolved: no value is missing."""
-
-    policy_id: int
-    threshold: float
-    factor: float
-    entropy_bound: float
-    credit_alpha: float
-    credit_beta: float
-    credit_gamma: float
-    alg_temp: float  # 0 draws no positions
-    counts: tuple[int, ...]  # schedule.count_table
-    times: tuple[float, ...]  # schedule.reveal_times
-    prompt_len: int
-    seq_len: int  # prompt and generation, in positions
-    temperature: float
-    top_k: int  # 0 keeps all
-    top_p: float
-    seed: int  # any 64-bit signed value
-    horizon: int = NEVER  # positions that the sequence has from the block under way on, at most
-    edits: LogitEdits = NO_EDITS
-    ends: Ends = NO_ENDS
-    num_logprobs: int = NO_LOGPROBS  # likeliest tokens of each place that are told
-    own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`
-    own_values: tuple[float, ...] = ()  # its parameters, in their order
-    request_id: str = ""  # nobody else's, and the same after a preemption
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +44,7 @@ class Blocks:
 
 _INTS = ("policy_id", "prompt_len", "seq_len", "horizon", "top_k", "seed")
 _CREDIT = ("credit_alpha", "credit_beta", "credit_gamma")
-_FLOATS = ("threshold", "factor", "entropy_bound", *_CREDIT, "alg_temp", "temperature", "top_p")
+_FLOATS = ("threshold", "factor", "entropy_bound", "position_penalty", *_CREDIT, "alg_temp", "temperature", "top_p")
 
 
 class CanvasState:
@@ -86,6 +59,7 @@ class CanvasState:
         left: [max_num_reqs, hidden_size] of a model with a logit shift, else None: the hidden row left of each block
             (its left context), which predicts the block's first token.
         vocab_size: of the model; a user's policy may not write other tokens.
+        files: of nets that policies look at, by setting.
     """
 
     def __init__(
@@ -97,6 +71,7 @@ class CanvasState:
         rules: UnmaskRules = UnmaskRules(),  # noqa: B008 - a frozen value
         left: Tensor | None = None,
         vocab_size: int = 2**62,
+        files: Mapping[str, str] = {},
     ) -> None:
         self.rules = rules
         self.block_length = block_length
@@ -117,7 +92,7 @@ class CanvasState:
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
         self.ends = EndState(max_num_reqs, device)
         self.records = LogprobRecords(max_num_reqs, block_length, device)
-        self.apart = ApartState(max_num_reqs, block_length, device, vocab_size)
+        self.apart = ApartState(max_num_reqs, block_length, device, vocab_size, files)
         self._offsets = torch.arange(block_length, device=device)
         self.answers: dict[int, Answer] = {}  # of requests under a constraint, by slot
 
@@ -200,6 +175,10 @@ class CanvasState:
         """Tell whose policies ask for logits of known tokens, and of end tokens; [2, num_reqs] bool; None: nobody's."""
         asks = self.apart.asks(blocks.slots_np)
         return torch.from_numpy(asks).to(self.device, non_blocking=True) if asks.any() else None
+
+    def window_rule(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather the entropy bounds and position penalties of some requests; two [num_reqs] float64."""
+        return self._float("entropy_bound")[slots], self._float("position_penalty")[slots]
 
     def has_memory(self, slots_np: np.ndarray) -> bool:
         """Tell whether the policy of any of some requests remembers something."""

@@ -11,6 +11,8 @@ stores before it attends. What must be stored is one more part of the step, over
   - `prefix` recomputes the block and what follows, if anything does, at every step (Fast-dLLM's prefix cache);
   - `freecache` refreshes the whole row once, then from the block that ended on, which is full by now and never
     computed again (FlashDLM);
+  - `dkv` refreshes the whole row at every n-th step of a block, too, and recomputes the block and what follows at the
+    others, but for tokens that were known before the step before, whose K/V stay (dKV-Cache; `state.delayed`);
   - `vicinity` refreshes the whole row when a block begins, and in the warm-up steps of a request's first one (dInfer);
 - under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit; under
   `causal` all of its prompt. A block that ended is stored by its *commit*, one more node in the first step of the next
@@ -52,6 +54,7 @@ class KvStep:
     span_begin: IntArray  # first position that a canvas is evaluated with, where it is not part of a refresh
     span_end: IntArray  # behind the last one
     is_wide: BoolArray  # whose canvases have neighbours in flight
+    is_delayed: BoolArray  # whose refresh leaves the K/V of some of its positions as they are
 
     @property
     def is_long(self) -> BoolArray:
@@ -77,7 +80,7 @@ class KvSchedule:
 
     Args:
         name: the policy.
-        refresh_every: of `dual`.
+        refresh_every: of `dual` and `dkv`.
         block_length: positions of a block.
         stores_alone: whether what is stored predicts a block's first position.
         vicinity: of `vicinity`: positions before and behind the block that are in flight with it, warm-up steps.
@@ -126,6 +129,8 @@ class KvSchedule:
         """Return how many positions a bidirectional request's step may store, of a block at `start`, a row to `end`."""
         if self.name == "freecache":
             return (end, end - start + self.block_length + self.logit_shift) if begins_block else (0,)
+        if self.name == "dkv":
+            return (end,) if begins_block else (end, end - start + self.logit_shift)
         return (end,) if begins_block else (0, end, end - start)
 
     def add(self, request: Hashable, num_hit: int, prompt_len: int = 0) -> None:
@@ -164,10 +169,15 @@ class KvSchedule:
         is_warming = begins_block
         if self.name == "vicinity":
             is_warming = begins_block | ((block_start == prompt_len) & (step <= self.vicinity[2]))
+        is_delayed = np.zeros_like(is_new)
+        if self.name == "dkv":  # the published loop of LLaDA takes two whole steps, that of Dream one
+            is_delayed = ~is_warming & (step % (self.refresh_every or 1) > 0) & ((step > 1) | self.logit_shift)
         if self.is_causal:
             begin, end = np.where(is_new, num_hit, block_start), block_start
         else:
             begin, end = self._refreshed(is_new, is_warming, step, block_start, seq_len)
+            begin = np.where(is_delayed, block_start - self.logit_shift, begin)
+            end = np.where(is_delayed, seq_len, end)
         span_begin, span_end = self._span(block_start, seq_len)
         comes_alone = (block_start == num_known) & self.stores_alone
         return KvStep(
@@ -182,6 +192,7 @@ class KvSchedule:
             span_begin=span_begin,
             span_end=span_end,
             is_wide=span_end - span_begin > self.block_length,
+            is_delayed=is_delayed,
         )
 
     def num_rows(self, step: KvStep) -> IntArray:
@@ -210,6 +221,7 @@ class KvSchedule:
             begin = np.where(is_new, 0, block_start - self.block_length - self.logit_shift)
             return begin, np.where(is_warming, np.maximum(seq_len, begin), begin)
         is_due = is_warming if self.refresh_every is None else step % self.refresh_every == 0
+        is_due |= (step == 1) & (self.name == "dkv")
         return np.zeros_like(seq_len), np.where(is_due, seq_len, 0)
 
     def _span(self, block_start: IntArray, seq_len: IntArray) -> tuple[IntArray, IntArray]:

@@ -24,6 +24,7 @@ from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.kv import IntArray, KvSchedule, KvStep
 from vllm_dllm.state.report import StepFacts
 from vllm_dllm.state.settle import Emission, Ledger
+from vllm_dllm.state.sliding import SlidingSchedule
 
 if TYPE_CHECKING:
     from vllm_dllm.config import DllmConfig
@@ -107,6 +108,10 @@ class WindowSchedule(KvSchedule):
         is_new = np.array([window.start is None for window in windows], dtype=bool)
         return np.where(is_new, 1, np.minimum(length, seq_len - num_known))
 
+    def num_unstored(self, _requests: Sequence[Hashable], num_known: IntArray) -> IntArray:
+        """Return how many rows the next steps have beside their windows, [num_reqs]: none."""
+        return np.zeros_like(num_known)
+
     def step(self, requests: Sequence[Hashable], num_known: IntArray, seq_len: IntArray) -> KvStep:
         """Decide what the next step stores; who stores verifies, the others draft. A window of one has no drafts."""
         windows = [self._windows[request] for request in requests]
@@ -128,16 +133,19 @@ class WindowSchedule(KvSchedule):
             span_begin=start,
             span_end=start + length,
             is_wide=nobody,
+            is_delayed=nobody,
         )
 
 
 def make_schedule(settings: "DllmConfig", *, stores_alone: bool, logit_shift: bool = False) -> KvSchedule:
     """Make what decides which K/V a server's steps store; arguments as of `KvSchedule`."""
+    if settings.has_windows:
+        return SlidingSchedule(settings.block_length)
     if settings.mode == "self_speculation":
         return WindowSchedule(settings.block_length)
     return KvSchedule(
         settings.kv_policy,
-        settings.refresh_every,
+        settings.interval,
         settings.block_length,
         stores_alone=stores_alone,
         vicinity=settings.vicinity,

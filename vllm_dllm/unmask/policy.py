@@ -30,6 +30,7 @@ class OwnParams:
     values: dict[str, Tensor]  # parameter -> [num_canvases] float64
     seq_len: Tensor  # [num_canvases] int64, positions
     vocab_size: int
+    weights: dict[str, Tensor]  # of its net; empty: it has none
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ BUILT_IN = {
     "ass": "eos_rejection:ASS",
     "eoser_ass": "eos_rejection:EOSER_ASS",
     "confidence_eos_eot_inf": "eos_last:EOS_LAST",
+    "learn2pd": "learned:LEARN2PD",
     "saber": "saber:SABER",
     "rcr": "remasking:RCR",
     "remdm": "remasking:REMDM",
@@ -33,6 +34,7 @@ BUILT_IN = {
     "prophet": "early_commit:PROPHET",
     "adablock": "windows:ADABLOCK",
     "deferred": "windows:DEFERRED",
+    "editing": "editing:EDITING",
 }
 """Policies in torch code that come with us -> where each is in `unmask.policies`."""
 
@@ -96,6 +98,22 @@ def number_of(name: str) -> int:
 def changes_tokens(name: str) -> bool:
     """Tell whether a policy may change known tokens, or mask them again: a block does not just grow."""
     return name not in NATIVE and torch_policy(name).tokens_change
+
+
+def needs_file(name: str) -> bool:
+    """Tell whether a policy looks at a net, whose file a server's settings have to give."""
+    return name not in NATIVE and torch_policy(name).weights is not None
+
+
+def file_option(name: str) -> str:
+    """Return the setting with the file of a policy's net."""
+    return f"{name}_file"
+
+
+@functools.cache
+def file_options() -> dict[str, str]:
+    """Return the settings with files of nets -> the policies; imports all without a native twin."""
+    return {file_option(name): name for name in torch_policies() if needs_file(name)}
 
 
 @functools.cache

@@ -48,6 +48,12 @@ class Seen:
         return self.params.own.values
 
     @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The tensors of the policy's net, float64."""
+        assert self.params.own is not None, "these canvases have such a policy"
+        return self.params.own.weights
+
+    @property
     def token_ids(self) -> Tensor:
         """[num_canvases, B], the token that each position takes if it is unmasked: likeliest, or drawn."""
         return self.rows.token_ids.view_as(self.canvas)
@@ -177,6 +183,8 @@ class TorchPolicy:
             Where not, a step unmasks open positions alone, one at least: the surest one if it chooses none.
         asks_known: whether it looks at `Seen.known_probability`.
         asks_ends: whether it looks at `Seen.confidence_without`, in place of that.
+        weights: the tensors of the net that it looks at, by the block length; their file is the server's setting
+            `<policy>_file`. None: it has no net.
     """
 
     decide: Callable[[Seen, PolicyState], Decision]
@@ -187,6 +195,7 @@ class TorchPolicy:
     tokens_change: bool = False
     asks_known: bool = False
     asks_ends: bool = False
+    weights: Callable[[int], Mapping[str, tuple[int, ...]]] | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for a declaration that cannot work."""

@@ -1,0 +1,56 @@
+"""What servers and requests may ask of windows that slide (`state.sliding`)."""
+
+from collections.abc import Mapping
+
+from vllm.config import VllmConfig
+
+from vllm_dllm.additional_config import settings_in
+from vllm_dllm.config import OWN_OPTIONS, REQUEST_PREFIX, DllmConfig, RequestOptions
+from vllm_dllm.engine.refusals import RequestError
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.spiffy_config import METHOD
+
+SETTINGS = ("block_length", "kv_policy", "entropy_bound", "position_penalty", "attention", "mode")
+"""Those that decide something."""
+
+RULE = ("entropy_bound", "position_penalty")
+"""What decides a window."""
+
+
+def check_windows(config: VllmConfig, settings: DllmConfig) -> None:
+    """Check that nothing is asked for that windows cannot do, or that would have no effect. Raises: ConfigError."""
+    given = settings_in(config.additional_config)
+    if not settings.has_windows:
+        if settings.position_penalty is not None:
+            raise ConfigError(
+                f"additional_config.dllm.position_penalty is {settings.position_penalty}, but the model "
+                "has no windows; allowed is null; remove it"
+            )
+        return
+    others = [name for name in given if name not in SETTINGS] if isinstance(given, Mapping) else []
+    if others:
+        raise ConfigError(
+            f"additional_config.dllm has {', '.join(others)}, but the windows of this model are decided by "
+            f"entropy_bound and position_penalty; allowed are {', '.join(SETTINGS)}; remove the others"
+        )
+    if config.scheduler_config.async_scheduling:
+        raise ConfigError(
+            "async_scheduling is on, but the host must know how many tokens of a window are final before it schedules "
+            "the next step; allowed is off; remove --async-scheduling"
+        )
+    if isinstance(config.additional_config, dict) and METHOD in config.additional_config:
+        raise ConfigError(
+            f"speculative_config.method is {METHOD!r}, but what is known at a window's front moves it, which drafts do "
+            "not foresee; allowed is none; remove --speculative-config"
+        )
+
+
+def check_options(options: RequestOptions) -> None:
+    """Check that a request gives no option that its window ignores. Raises: RequestError."""
+    for name, value in options.model_dump(exclude={*RULE, *OWN_OPTIONS} - {"steps"}, exclude_none=True).items():
+        raise RequestError(
+            f"{REQUEST_PREFIX}{name} is {value!r}, but this model decides a window, by the entropies of its positions; "
+            f"allowed are {' and '.join(REQUEST_PREFIX + option for option in RULE)}; remove it",
+            parameter=REQUEST_PREFIX + name,
+            value=value,
+        )

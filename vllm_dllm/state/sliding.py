@@ -1,0 +1,175 @@
+"""Windows that slide over an answer (`reference.wedlm`): WeDLM's canvases.
+
+A request's canvas is a *window*, the positions behind its final tokens. A step decides some of it. What is then known
+at its front, before its first masked position, is final: it is emitted, and the window slides behind it. Attention is
+causal in a *physical* order of the window's rows: known tokens first, then masked ones, then what lies behind the end
+of the request's row, each in the order of their positions. The rows of a window are in flight alone. Final tokens are
+stored by the next step, in the segment before the window's, where they see what they would in an autoregressive model:
+a prompt's in the first step, in each one what the step before emitted.
+"""
+
+from collections.abc import Collection, Hashable, Sequence, Set
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vllm_dllm.state.kv import IntArray, KvSchedule, KvStep
+from vllm_dllm.state.report import StepFacts
+from vllm_dllm.state.settle import Emission, Ledger
+from vllm_dllm.state.step_rows import RowPlan
+
+
+class SlidingSchedule(KvSchedule):
+    """What steps store: what became final in the step before.
+
+    Args:
+        window: positions of a window, but where the request's row ends.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__("window", None, window)
+        self._stored: dict[Hashable, tuple[int, bool]] = {}  # positions, and whether a step was decided
+
+    @property
+    def known(self) -> Set[Hashable]:
+        """Requests of which anything is remembered."""
+        return self._stored.keys()
+
+    def block_start(self, num_known: IntArray) -> IntArray:
+        """Return where windows begin, of requests with so many known tokens."""
+        return num_known
+
+    def stored_behind(self, start: int) -> Collection[int]:
+        """Return how many positions may be stored behind a step of a window that began at `start`."""
+        return (start,)
+
+    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0) -> None:
+        """Begin a request, or begin it anew; it finds so many positions in the prefix cache."""
+        self._stored[request] = num_hit, False
+
+    def forget(self, request: Hashable) -> None:
+        """Forget a request, which may be unknown."""
+        self._stored.pop(request, None)
+
+    def note(self, request: Hashable, stored: int) -> None:
+        """Take note of a decided step, behind which so many positions are stored."""
+        self._stored[request] = stored, True
+
+    def lengths(self, _requests: Sequence[Hashable], num_known: IntArray, seq_len: IntArray) -> IntArray:
+        """Return the lengths of the windows of the next steps, [num_reqs]; arguments as of `step`."""
+        lengths: IntArray = np.minimum(self.block_length, seq_len - num_known)
+        return lengths
+
+    def num_unstored(self, requests: Sequence[Hashable], num_known: IntArray) -> IntArray:
+        """Return how many final tokens of requests the next step stores, [num_reqs]."""
+        return num_known - np.array([self._stored[request][0] for request in requests], dtype=np.int64)
+
+    def step(self, requests: Sequence[Hashable], num_known: IntArray, seq_len: IntArray) -> KvStep:
+        """Decide what the next step stores."""
+        nobody = np.zeros(len(requests), dtype=bool)
+        return KvStep(
+            num_known=num_known,
+            begin=num_known - self.num_unstored(requests, num_known),
+            end=num_known,
+            commits=nobody,
+            is_new=np.array([not self._stored[request][1] for request in requests], dtype=bool),
+            stores_alone=nobody,
+            is_undrafted=~nobody,
+            is_short=seq_len < num_known + self.block_length,
+            span_begin=num_known,
+            span_end=num_known + self.block_length,
+            is_wide=nobody,
+            is_delayed=nobody,
+        )
+
+
+def physical_order(canvas: Tensor, length: Tensor, mask_token_id: int) -> Tensor:
+    """Return the positions of windows in the order of their rows.
+
+    Args:
+        canvas: [num_windows, window] int64.
+        length: [num_windows] int64, positions within the row.
+        mask_token_id: what stands for masked.
+
+    Returns: [num_windows, window] int64.
+    """
+    is_behind = torch.arange(canvas.shape[1], device=canvas.device) >= length[:, None]
+    kind = torch.where(is_behind, 2, (canvas == mask_token_id).long())
+    return kind.argsort(dim=1, stable=True)
+
+
+def reorder(rows: RowPlan, head: Tensor, order: Tensor) -> tuple[RowPlan, Tensor]:
+    """Put the rows of windows into their order.
+
+    Args:
+        rows: of the step, those of a window in the order of their positions.
+        head: [num_windows, window] int64, the rows of each one's positions.
+        order: [num_windows, window] int64, positions in a window.
+
+    Returns: the rows, and those of each one's positions.
+    """
+    window = order.shape[1]
+    place = rows.source.clamp(min=0)  # among the positions of all windows
+    moved = torch.where(rows.source < 0, 0, order.flatten()[place] - place % window)
+    own = torch.empty_like(order).scatter_(1, order, torch.arange(window, device=order.device).expand_as(order))
+    ordered = replace(rows, source=rows.source + moved, position=rows.position + moved)
+    return ordered, torch.minimum(head[:, :1] + own, head[:, -1:])
+
+
+def unmasked_in_windows(entropy: Tensor, is_masked: Tensor, bound: Tensor, penalty: Tensor) -> Tensor:
+    """Say which positions of windows a step unmasks, see `reference.wedlm.WindowRule`.
+
+    Args:
+        entropy: [num_windows, window] float64, nats.
+        is_masked: [num_windows, window] bool, at least one of each.
+        bound: [num_windows] float64, nats.
+        penalty: [num_windows] float64, nats for each position behind the first masked one.
+
+    Returns: [num_windows, window] bool.
+    """
+    place = torch.arange(entropy.shape[1], device=entropy.device)
+    window = len(place)
+    first = torch.where(is_masked, place, window).amin(1, keepdim=True)
+    penalised = (entropy + penalty[:, None] * (place - first)).masked_fill(~is_masked, torch.inf)
+    is_below = penalised < bound[:, None]
+    is_lowest = place == torch.where(penalised == penalised.amin(1, keepdim=True), place, window).amin(1, keepdim=True)
+    return torch.where(is_below.any(1, keepdim=True), is_below, is_lowest)
+
+
+def slide(before: Tensor, canvas: Tensor, start: Tensor, ledger: Ledger, mask_token_id: int) -> tuple[Tensor, Emission]:
+    """Settle a step: emit what is known at the windows' fronts, and slide them behind it.
+
+    Args:
+        before, canvas: [num_reqs, window] int64, the windows before and behind the step.
+        start: [num_reqs] int64, where they begin.
+        ledger: of the step. vLLM counts the positions of a window that lie within the row.
+        mask_token_id: what stands for masked.
+
+    Returns: the next windows [num_reqs, window] int64, and what the step comes to.
+    """
+    window = canvas.shape[1]
+    offset = torch.arange(window, device=canvas.device)
+    is_known = (canvas != mask_token_id) & (offset < ledger.num_counted[:, None])
+    num_final = is_known.long().cumprod(1).sum(1)
+    none = torch.zeros_like(num_final)
+    facts = StepFacts(
+        forwards=torch.ones_like(num_final),
+        refreshes=none,
+        unmasked=(canvas != before).sum(1),
+        accepted=none,
+        finished=num_final > 0,
+        stored=start,
+        wrote=none if ledger.planned is None else ledger.planned[2],
+        commits=none,
+        left=none,
+        depth=none[:, None][:, :0],
+        proposed=none[:, None][:, :0],
+    )
+    rows = (canvas, num_final, ledger.num_counted - num_final, facts.rows())
+    others = ledger.num_batch - len(canvas)
+    emission = Emission(*(pad(each.int(), (0, 0) * (each.dim() - 1) + (0, others)) for each in rows))
+    longer = torch.cat([canvas, torch.full_like(canvas, mask_token_id)], 1)
+    return longer.gather(1, num_final[:, None] + offset), emission
