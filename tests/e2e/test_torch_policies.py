@@ -66,7 +66,7 @@ def cases(seed: int) -> list[TorchCase]:
 
 
 def test_all_in_one_batch_beside_native_ones(llm: Any, mild_oracle: Oracle) -> None:
-    own, native = cases(1), mixed_cases(BLOCK, seed=7)[: 16 - len(BUILT_IN)]
+    own, native = cases(1), mixed_cases(BLOCK, seed=7)[:4]
     outputs = run_outputs(llm, [*own, *native])
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     assert tokens[len(own) :] == [mild_oracle.tokens(case, SETTINGS) for case in native]
