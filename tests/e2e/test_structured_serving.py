@@ -98,7 +98,7 @@ def test_a_strict_tool_is_called_by_its_parameters_or_not_at_all(client: openai.
     ).json()["tokens"]
 
     def ask(seed: int) -> Any:
-        asked = {"tools": [TOOL], "logit_bias": {str(less): 30.0}, "temperature": 1.0, "seed": seed, "max_tokens": 90}
+        asked = {"tools": [TOOL], "logit_bias": {str(less): 100.0}, "temperature": 1.0, "seed": seed, "max_tokens": 90}
         return chat(client, **asked).choices[0].message
 
     with ThreadPoolExecutor(8) as pool:

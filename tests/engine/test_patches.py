@@ -56,7 +56,7 @@ def test_nothing_is_replaced_elsewhere() -> None:
 
 def test_a_family_s_fact_is_asked_not_compared() -> None:
     """`block_causal` is compared where the two facts are stated, and where the KV policies are."""
-    stated = {"config.py", "models/interface.py", "state/kv.py"}
+    stated = {"kv_settings.py", "models/interface.py", "state/kv.py"}
     found = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
