@@ -24,13 +24,16 @@ class RowBlocks:
         return -(-(self.end - self.begin) // self.block_length)
 
 
-def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model_len: int) -> RowBlocks:
+def row_blocks(
+    prompt_len: int, max_tokens: int, settings: DllmConfig, max_model_len: int, *, is_exact: bool = False
+) -> RowBlocks:
     """Return the blocks of a request; none for a prompt that leaves no room for one.
 
     As many as `max_tokens` needs and `max_model_len` has room for. A bidirectional model's begin behind the prompt; it
     attends to every masked position of the sequence, whose length is part of what it sees. Under `block_causal` they
     begin at multiples of their length, and behind each there is room for another; so there is under `causal`, where
     they begin behind the prompt and the last one ends with the reply, since its positions see each other.
+    With `is_exact` a bidirectional model's last block ends with `max_tokens`, too, since nothing lies behind it.
     Self-speculation has none: its sequences are as long as an autoregressive model's. So are those of windows, which
     reach beyond `max_tokens`, to the end of `max_model_len`.
     """
@@ -45,7 +48,8 @@ def row_blocks(prompt_len: int, max_tokens: int, settings: DllmConfig, max_model
     if prompt_len > max_prompt_len(settings, max_model_len):
         fitting = 0
     end = begin + min(wanted, fitting) * block_length
-    return RowBlocks(begin, min(end, prompt_len + max_tokens) if settings.kv_policy == "causal" else end, block_length)
+    is_exact |= settings.kv_policy == "causal"
+    return RowBlocks(begin, min(end, prompt_len + max_tokens) if is_exact else end, block_length)
 
 
 def max_prompt_len(settings: DllmConfig, max_model_len: int) -> int:

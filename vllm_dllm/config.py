@@ -35,6 +35,7 @@ _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null
 _Gain = Annotated[float, Field(gt=0.0, le=100.0, description="numbers above 0 and up to 100")]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, description="numbers from 0 to 1")]
 _Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'vllm', 'flashinfer', 'xformers' and 'torch'")]
+_Given = Field(description="null, texts, and lists of token ids with null for what is to be generated")
 _Penalty = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
 
 
@@ -123,9 +124,11 @@ class RequestOptions(WithParameters):
     speculation: Annotated[Literal[False] | None, Field(description="null and false")] = None
     horizon: Count | None = None
     budget: Annotated[int | None, Field(ge=0, le=1024, description="null and whole numbers from 0 to 1024")] = None
+    canvas: Annotated[str | list[int | None] | None, _Given] = None
+    suffix: Annotated[str | list[int] | None, Field(description="null, texts and lists of token ids")] = None
 
 
-OWN_OPTIONS = {"steps", "stream", "logits_eos_inf", "speculation", "budget"}
+OWN_OPTIONS = {"steps", "stream", "logits_eos_inf", "speculation", "budget", "canvas", "suffix"}
 """Those that no setting of a server is the default of."""
 
 REQUEST_KEYS = tuple(REQUEST_PREFIX + name for name in RequestOptions.model_fields)

@@ -128,6 +128,9 @@ class Denoiser:
         if nodes.constrained is not None:
             done = self._under_constraints(nodes.constrained, blocks, nodes, stats, done)
         done = DecidedStep(self.state, blocks, nodes, stats, keep_of(keep, nodes.constrained)).others(done)
+        scored = self.state.targets.of(blocks.slots_np)
+        if scored is not None:
+            done = scored.taken(nodes, done)
         self._found = self._logprobs(blocks, nodes, done, rows, ids)
         if self.observer is not None:
             request = torch.arange(len(done.node), device=done.node.device)
@@ -145,6 +148,10 @@ class Denoiser:
             done: what `advance` made of their steps.
             is_void: [num_reqs] bool.
         """
+        if self._found is not None:  # what is given of the next block must not be found unmasked
+            asking, unmasked, tokens = self._found
+            counts = ~is_void[asking.place, None, None]
+            self._found = asking, replace(unmasked, is_new=unmasked.is_new & counts), tokens
         kept = self.state.policy_state(blocks)
         apart = tuple(self._void_apart(blocks, each, is_void) for each in done.apart)
         return replace(
@@ -195,7 +202,7 @@ class Denoiser:
             return None
         assert self.logprob_head is not None, "nobody may ask without"
         unmasked = Unmasked.of(nodes, done, asking.place, self.state.mask_token_id)
-        return asking, unmasked, unmasked.log_probs(self.logprob_head, hidden, ids, asking.num_top)
+        return asking, unmasked, unmasked.log_probs(self.logprob_head, hidden, ids, asking.num_top, asking.keeps_mask)
 
     def _under_constraints(
         self, own: ConstrainedStep, blocks: Blocks, nodes: Nodes, stats: PartialStats, done: Trajectory

@@ -73,8 +73,11 @@ def draw_request(rng: random.Random, shape: Shape, asked: Asked | None, prompts:
     if rng.random() < 0.1:
         sampling["logprobs"] = rng.choice([0, 1, 5])
     if asked is None:
-        sampling |= _of_free_ones(rng, shape.vocab_size, max_tokens)
-    return Drawn(prompt, sampling, _options(rng, policy, shape.block_length, max_tokens), asked)
+        sampling |= _of_free_ones(rng, shape.vocab_size, max_tokens, policy)
+    options = _options(rng, policy, shape.block_length, max_tokens)
+    if asked is None and rng.random() < 0.05:
+        options["dllm_logits_eos_inf"] = True
+    return Drawn(prompt, sampling, options, asked)
 
 
 def _sampling(rng: random.Random, policy: str) -> dict[str, Any]:
@@ -103,8 +106,8 @@ _MASK_ID = 3
 """Of the small models: no answer has it, and nobody may ask for it."""
 
 
-def _of_free_ones(rng: random.Random, vocab_size: int, max_tokens: int) -> dict[str, Any]:
-    """What is refused beside a constraint, since it forbids tokens, too."""
+def _of_free_ones(rng: random.Random, vocab_size: int, max_tokens: int, policy: str) -> dict[str, Any]:
+    """What is refused beside a constraint, since it forbids tokens, too, or would cut the answer."""
     ids = rng.sample(range(4, vocab_size), 30)
     more = {
         "allowed_token_ids": [1, *ids],
@@ -112,6 +115,8 @@ def _of_free_ones(rng: random.Random, vocab_size: int, max_tokens: int) -> dict[
         "stop": [rng.choice(["a", "1", "e "])],
         "stop_token_ids": ids[:3],
     }
+    if not changes_tokens(policy):
+        more["bad_words"] = rng.sample(["a", "1", "ab", " e", "0 1"], 2)
     return {name: value for name, value in more.items() if rng.random() < 0.15}
 
 

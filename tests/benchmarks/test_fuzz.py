@@ -64,14 +64,14 @@ def test_checks_tell_right_from_wrong(check: Any, right: list[str], wrong: list[
 
 
 def test_a_run_has_every_kind_and_is_the_same_again() -> None:
-    drawn = [draw(3, number, SHAPE, []) for number in range(400)]
+    drawn = [draw(3, number, SHAPE, []) for number in range(1200)]
     assert {each.asked.kind if each.asked else "free" for each in drawn} == {"free", *KINDS}
     assert {each.options["dllm_policy"] for each in drawn} == {*POLICIES}
     again = draw(3, 17, SHAPE, [])
     assert (again.prompt, again.sampling, again.options) == (drawn[17].prompt, drawn[17].sampling, drawn[17].options)
-    names = [name for name, _, _ in requests_of(range(400), drawn, random.Random(0))]
+    names = [name for name, _, _ in requests_of(range(1200), drawn, random.Random(0))]
     assert {name for name in names if not name.startswith("abort")} == {
-        f"{k} {i}" for k in ("on", "off") for i in range(400)
+        f"{k} {i}" for k in ("on", "off") for i in range(1200)
     }
 
 

@@ -9,6 +9,7 @@ from tests.constraint.brute import END, MASK, OTHER_END, TEXTS, VOCAB, Brute, au
 from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.constraint.automaton import Automaton
 from vllm_dllm.constraint.regex import ConstraintError
+from vllm_dllm.state.pins import Pins
 
 NUM_REGEXES, CANVASES = 200, 50
 """10,000 canvases in all; a part of them in each test below."""
@@ -66,6 +67,20 @@ def test_the_rest_of_an_answer_follows_from_its_beginning():
         expected = brute.allowed(np.concatenate([known, rest]))[first:]
         assert can.all()
         np.testing.assert_array_equal(as_ids(automaton, allowed)[0], expected, err_msg=brute.regex)
+
+
+def test_what_is_given_behind_the_block_counts():
+    seen = 0
+    for rng, automaton, brute in cases(2):
+        for _ in range(10):
+            canvas, length = random_canvas(rng, brute, LENGTH), rng.randint(1, LENGTH - 1)
+            pins = Pins(10 + length, canvas[length:])
+            answer = Answer(automaton, 10, 10 + brute.limit, 10 + LENGTH, 10, length, pins=pins)
+            allowed = answer.constraint().allowed(canvas[None, :length])
+            np.testing.assert_array_equal(as_ids(automaton, allowed)[0], brute.allowed(canvas)[:length])
+            assert answer.constraint().completable(canvas[None, :length])[0] == (len(brute.that_have(canvas)) > 0)
+            seen += bool(allowed.any())
+    assert seen > 50
 
 
 def test_of_several_positions_each_is_taken_if_the_whole_stays_completable():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +30,7 @@ from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.sampling import Sampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import native_draws
+from vllm_dllm.state.pins import OPEN, Pins
 from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
@@ -84,6 +86,7 @@ class Request:
     alg_temp: float = 0.0
     tail: tuple[int, ...] = ()  # of the prompt, known from the start
     credit: tuple[float, float, float] = (0.7, 0.8, 0.2)
+    given: tuple[int | None, ...] = ()  # of the answer behind the tail
 
     def params(self, rules: UnmaskRules, block_length: int, seq_len: int) -> RequestParams:
         return RequestParams(
@@ -101,7 +104,12 @@ class Request:
             top_k=self.top_k,
             top_p=self.top_p,
             seed=self.seed,
+            pins=self.pins(),
         )
+
+    def pins(self) -> Pins | None:
+        token_ids = np.array([OPEN if token is None else token for token in self.given], dtype=np.int64)
+        return Pins(len(self.tail), token_ids) if self.given else None
 
     def reference(self, block_length: int) -> dict[str, object]:
         options = POLICY_OPTIONS[self.policy]
@@ -152,6 +160,7 @@ def denoise(
     for slot, r in enumerate(requests):
         state.add_request(slot, r.params(rules, block_length, block_length))
         state.canvas[slot, : len(r.tail)] = torch.tensor(r.tail, dtype=torch.int64)
+    state.pins.begin(state.canvas, np.arange(num_reqs), np.zeros(num_reqs, dtype=np.int64))
     tokens = state.canvas.clone()
     state.apply_staged_writes()
     drafter = drafter_of(drafts, is_native=is_native)

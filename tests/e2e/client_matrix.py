@@ -22,6 +22,7 @@ SCHEMA = {
     "required": ["n", "ok"],
     "additionalProperties": False,
 }
+CANVAS = "sum: <|mdm_mask*3|>!"
 TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -159,7 +160,7 @@ COMPLETIONS: dict[str, Check] = {
         len(s.complete(prompt=["a", "b"]).choices) == 2 and s.complete(prompt=[5, 6]).choices
     ),
     "`echo`": lambda s: s.complete(echo=True).choices[0].text.startswith("61 + 27"),
-    "`suffix`": lambda s: s.complete(prompt="6", suffix="= 88").choices,
+    "`suffix`": lambda s: s.complete(prompt="6", suffix="= 88", max_tokens=5).usage.completion_tokens <= 5,
     "`logprobs`": lambda s: s.complete(logprobs=2).choices[0].logprobs.token_logprobs,
     "`best_of`": lambda s: s.complete(best_of=2, temperature=1).choices,
 }
@@ -213,6 +214,10 @@ EXTRAS: dict[str, Check] = {
         s.chat(extra={"vllm_xargs": {"dllm_policy": "threshold", "dllm_threshold": 0.8}}).choices
     ),
     "`vllm_xargs.dllm_stream`": _shown_canvases,
+    "`vllm_xargs.dllm_canvas`": lambda s: re.fullmatch(
+        "sum: (.|\n)*!",
+        _text(s.chat(max_tokens=None, extra={"vllm_xargs": {"dllm_canvas": CANVAS}, "ignore_eos": True})),
+    ),
 }
 
 TABLES = {

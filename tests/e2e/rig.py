@@ -1,25 +1,23 @@
 """Requests, random models, the reference decoder on them, and what tests do with an engine."""
 
 import dataclasses
-import itertools
 import json
 import math
 import random
-import runpy
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from tests.e2e.engines import MAX_MODEL_LEN, NUM_SLOTS
 from tests.e2e.engines import engine as engine
 from tests.e2e.engines import shared_engine as shared_engine
 from tests.e2e.engines import stop_shared_engine as stop_shared_engine
-from tests.e2e.wild import CHECKPOINT as CHECKPOINT
-from tests.e2e.wild import EXAMPLES as EXAMPLES
+from tests.e2e.questions import CHECKPOINT as CHECKPOINT
+from tests.e2e.questions import EXAMPLES as EXAMPLES
+from tests.e2e.questions import questions as questions
 from tests.e2e.wild import make_wild_checkpoint as make_wild_checkpoint
 from tests.e2e.wild import write_wild as write_wild
 from vllm_dllm.blocks import row_blocks
@@ -59,6 +57,7 @@ class Case:
     top_p: float = 1.0
     seed: int = 0
     edits: LogitEdits = NO_EDITS
+    given: tuple[int | None, ...] = ()  # of the answer; what is behind `max_tokens` is a suffix
     stop_ids: tuple[int, ...] = ()
     horizon: int | None = None
 
@@ -70,7 +69,10 @@ class Case:
         from vllm import SamplingParams
 
         options = {name: getattr(self, name) for name in ("policy", "horizon", *POLICY_OPTIONS[self.policy])}
-        extra = {f"dllm_{name}": value for name, value in options.items() if value is not None}
+        extra: dict[str, Any] = {f"dllm_{name}": value for name, value in options.items() if value is not None}
+        if self.given:
+            suffix = list(self.given[self.max_tokens :])
+            extra |= {"dllm_suffix": suffix} if suffix else {"dllm_canvas": list(self.given)}
         values = {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
@@ -141,13 +143,16 @@ class Oracle:
     def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
         """Decode anew; `more` are arguments of the reference's."""
         kv = kv_policy(settings)
-        return generate(self.model, torch.tensor(case.prompt), kv=kv, **self._options(case, settings), **more)
+        options = self._options(case, settings) | {"given": case.given, "answer_length": case.max_tokens} | more
+        return generate(self.model, torch.tensor(case.prompt), kv=kv, **options)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", 32)
-        blocks = row_blocks(
-            len(case.prompt), case.max_tokens, DllmConfig(block_length=block_length), self.max_model_len
-        )
+        length = max(case.max_tokens, len(case.given))
+        blocks = row_blocks(len(case.prompt), length, DllmConfig(block_length=block_length), self.max_model_len)
+        steps = case.steps
+        if steps is not None and length > case.max_tokens:  # they are of the blocks that are decoded
+            steps = steps // -(-case.max_tokens // block_length) * -(-length // block_length)
         return {
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
@@ -156,7 +161,7 @@ class Oracle:
             "ends": NO_ENDS if settings.get("goes_on") else case.ends,
             "policy": UnmaskPolicy(
                 case.policy,
-                steps=case.steps,
+                steps=steps,
                 threshold=case.threshold,
                 factor=case.factor,
                 entropy_bound=case.entropy_bound,
@@ -245,21 +250,6 @@ def run_outputs(llm: Any, cases: list[Case], **changes: Any) -> list[Any]:
 
 def run(llm: Any, cases: list[Case]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in run_outputs(llm, cases)]
-
-
-def questions(count: int) -> list[tuple[int, ...]]:
-    """Return prompts that the trained model was made for."""
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    tasks = runpy.run_path(str(EXAMPLES / "training/tasks.py"))
-    rng = random.Random(0)
-    kinds = itertools.islice(itertools.cycle(tasks["TASKS"]), count)
-    texts = [tasks["draw"](kind, rng, held_out=True).question for kind in kinds]
-    return [
-        tuple(
-            tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
-        )
-        for text in texts
-    ]
 
 
 def model_state(llm: Any) -> Any:

@@ -67,7 +67,8 @@ class SdarOracle(Oracle):
         super().__init__(checkpoint, model, rules, max_model_len)
 
     def _generate(self, case: Case, settings: dict[str, Any], **more: Any) -> Any:
-        return generate(self.model, torch.tensor(case.prompt), **self._options(case, settings), **more)
+        options = self._options(case, settings) | {"given": case.given} | more
+        return generate(self.model, torch.tensor(case.prompt), **options)
 
     def _options(self, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         block_length = settings.get("block_length", CONFIG["block_size"])

@@ -15,6 +15,7 @@ from tests.e2e.dream import PUBLISHED, dream_oracle
 from tests.e2e.ended import check_ended, check_forwards
 from tests.e2e.growing import check_growing
 from tests.e2e.logprobs import check_logprobs, run_asking
+from tests.e2e.pinned import with_given
 from tests.e2e.rig import (
     LLADA_POLICIES,
     MAX_MODEL_LEN,
@@ -27,6 +28,7 @@ from tests.e2e.rig import (
     speculation,
     step_all,
 )
+from tests.e2e.scores import check_scores
 from tests.suite.order import configurations
 
 pytestmark = pytest.mark.engine
@@ -111,6 +113,11 @@ def test_a_sequence_may_grow(served: Served) -> None:
     check_growing(served.llm, served.oracle, cases, served.settings)
 
 
+def test_blocks_are_scored_beside_steps_that_run_ahead(served: Served) -> None:
+    cases = mixed_cases(served.block_length, seed=14, policies=served.policies)[:5]
+    check_scores(served.llm, served.oracle, cases, [served.expected(case) for case in cases])
+
+
 def test_where_the_steps_are_known_all_but_the_first_of_a_block_run_ahead(served: Served, ahead: list[bool]) -> None:
     case = Case(tuple(range(5, 25)), max_tokens=3 * served.block_length, policy="static")
     (output,) = run_outputs(served.llm, [case])
@@ -162,6 +169,19 @@ def test_constraints_and_edits_beside_free_requests(
     assert sum(ahead) > len(ahead) / 2, "too few steps ran ahead"
     mixed = beside_edited(cases, seed=4)
     assert sum(mixed[int(name)].asked is not None for name in voided) >= 4, "too few of theirs were void"
+
+
+@pytest.mark.parametrize("is_forced", [False, True])
+def test_given_tokens_of_answers(
+    served: Served, ahead: list[bool], monkeypatch: pytest.MonkeyPatch, is_forced: bool
+) -> None:
+    """Where all run ahead, steps behind blocks that are given whole are void, too."""
+    if is_forced:
+        monkeypatch.setattr(scheduler_of(served.llm).ahead, "may_go_on", lambda request: True)
+    cases = mixed_cases(served.block_length, seed=31, policies=served.policies)
+    served.check(with_given(cases, served.block_length, seed=31))
+    assert any(ahead)
+    assert not scheduler_of(served.llm).ahead.known
 
 
 def test_canvases_are_shown_of_steps_that_count(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

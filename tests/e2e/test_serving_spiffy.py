@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,12 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from tests.e2e.ended import check_forwards
 from tests.e2e.http import MODEL, complete, lines_we_cause, server
 from tests.e2e.rig import CHECKPOINT, Oracle, mixed_cases
+from vllm_dllm.reference.loglikelihood import loglikelihood
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
@@ -168,3 +171,64 @@ def test_log_probabilities_are_shown_in_every_api(client: openai.OpenAI, trained
     )
     (message,) = reply.output
     assert [each.logprob for each in message.content[0].logprobs] == [each.logprob for each in spoken]
+
+
+def lm_eval_model(client: openai.OpenAI, **options: Any) -> Any:
+    """lm-eval's model of our example, on the server."""
+    module = runpy.run_path(str(CHECKPOINT.parents[1] / "lm_eval_dllm.py"))
+    return module["DllmCompletions"](
+        base_url=f"{client.base_url}completions",
+        model=MODEL,
+        tokenizer=str(CHECKPOINT),
+        num_concurrent=3,
+        tokenizer_backend="huggingface",
+        **options,
+    )
+
+
+def test_lm_eval_generates_and_asks_for_likelihoods(client: openai.OpenAI, trained: Oracle) -> None:
+    from lm_eval.api.instance import Instance
+
+    model = lm_eval_model(client, samples=6, seed=5)
+    options = {"until": ["\n\n"], "max_gen_toks": 16, "temperature": 0}
+    texts = ["61 + 27 = ?", "Sort 8 0 5 3"]
+    generated = model.generate_until([Instance("generate_until", {}, (text, options), 0) for text in texts])
+    asked = {"model": MODEL, "max_tokens": 16, "temperature": 0}
+    expected = [client.completions.create(prompt=text, **asked).choices[0].text for text in texts]
+    assert generated == [text.split("\n\n")[0] for text in expected]
+
+    pairs = [("61 + 27 =", " 88"), ("61 + 27 =", " 87"), ("Sort 8 0 5 3", " 0 3 5 8")]
+    found = model.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+    for (value, is_greedy), pair in zip(found, pairs, strict=True):
+        ids = [torch.tensor(each) for each in model._encode_pair(*pair)]
+        wanted = loglikelihood(trained.model, *ids, num_samples=6, seed=5).value
+        assert value == pytest.approx(wanted, abs=2e-2)
+        assert not is_greedy
+
+
+def test_a_question_of_likelihood_is_answered_or_refused(client: openai.OpenAI) -> None:
+    route = f"{client.base_url}dllm/loglikelihood"
+    question = {"context": "61 + 27 = ", "continuations": ["88", "87"], "samples": 6, "model": MODEL}
+
+    def ask(**changes: Any) -> Any:
+        headers = {"content-type": "application/json"}
+        return client._client.post(route, content=json.dumps(question | changes), headers=headers)
+
+    reply = ask().raise_for_status().json()
+    assert ask().json()["choices"] == reply["choices"]
+    assert [each["index"] for each in reply["choices"]] == [0, 1]
+    for each in reply["choices"]:
+        assert sum(each["tokens"]) == pytest.approx(each["loglikelihood"])
+        assert each["standard_error"] > 0
+    assert ask(seed=1).json()["choices"] != reply["choices"]
+    assert ask(samples=1).json()["choices"][0]["standard_error"] is None
+    for changes, status, text in (
+        ({"model": "other"}, 404, "The model `other` does not exist"),
+        ({"samples": 0}, 400, "samples is 0, allowed are whole numbers from 1 to 1024"),
+        ({"sample": 4}, 400, "sample is 4"),
+        ({"continuations": ["a", [5]]}, 400, "continuations[1] is [5], but context is '61 + 27 = '"),
+        ({"continuations": "88"}, 400, "continuations is '88', allowed are lists"),
+        ({"context": "\ud800"}, 400, "context has '\\ud800' at character 0"),
+    ):
+        refused = ask(**changes)
+        assert (refused.status_code, refused.json()["error"]["message"][: len(text)]) == (status, text)

@@ -1,6 +1,8 @@
 """Structured output as clients ask for it, over HTTP: response formats, forced tools, structured_outputs."""
 
 import json
+import re
+import runpy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+from transformers import AutoTokenizer
 
 from tests.e2e import client_matrix
 from tests.e2e.http import MODEL, server
+from tests.e2e.rig import CHECKPOINT, EXAMPLES, Case, Oracle
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("structured server")]
 
@@ -28,6 +32,7 @@ SCHEMA = {
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "order", "schema": SCHEMA, "strict": True}}
 TOOL = {"type": "function", "function": {"name": "order", "parameters": SCHEMA, "strict": True}}
+IDS = {"return_token_ids": True, "ignore_eos": True}
 MESSAGES = [{"role": "user", "content": "JSON name bob, age 42"}]
 
 
@@ -143,6 +148,87 @@ def test_what_cannot_be_enforced_is_a_400(client: openai.OpenAI, asked: dict[str
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, **asked)
     assert message in str(refused.value)
+    assert chat(client, max_tokens=8).choices
+
+
+def test_a_suffix_is_filled_up_to(client: openai.OpenAI, trained: Oracle) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    prompt, behind = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in ("61 + 27 = ", ", so it is"))
+    case = Case(prompt=prompt, max_tokens=5, given=(*[None] * 5, *behind))
+    options = {"suffix": ", so it is", "temperature": 0}
+    reply = client.completions.create(model=MODEL, prompt=list(prompt), max_tokens=5, **options, extra_body=IDS)
+    expected = trained.tokens(case, {"block_length": 8})
+    assert reply.choices[0].token_ids == expected
+    assert reply.choices[0].finish_reason == "length"
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(prompt), 5)
+    chunks = client.completions.create(
+        model=MODEL, prompt=list(prompt), max_tokens=5, **options, extra_body=IDS, stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == reply.choices[0].text
+    many = client.completions.create(
+        model=MODEL, prompt=["a", list(prompt)][1:], max_tokens=5, n=3, seed=4, suffix=", so it is", temperature=0.9
+    )
+    assert len({choice.text for choice in many.choices}) > 1
+    assert client.completions.create(model=MODEL, prompt="a", suffix="", max_tokens=4, echo=True).choices
+
+
+def test_a_canvas_is_filled_in(client: openai.OpenAI) -> None:
+    text = '{"name": "<|mdm_mask*2|>", "age": <|mdm_mask|><|mdm_mask|>}'
+    for canvas in (text, ids_of(text)):
+        reply = chat(client, max_tokens=None, extra_body={"vllm_xargs": {"dllm_canvas": canvas}, "ignore_eos": True})
+        assert re.fullmatch(r'\{"name": ".*", "age": .*\}', reply.choices[0].message.content)
+        assert reply.usage.completion_tokens == len(ids_of(text))
+        completed = client.completions.create(
+            model=MODEL, prompt="a", extra_body={"vllm_xargs": {"dllm_canvas": canvas}, "ignore_eos": True}
+        )
+        assert completed.usage.completion_tokens == len(ids_of(text))
+    asked = {"structured_outputs": {"regex": '\\{"name": "[a-z]+", "age": [0-9]+\\}'}}
+    reply = chat(client, max_tokens=None, extra_body={"vllm_xargs": {"dllm_canvas": text}, **asked})
+    assert json.loads(reply.choices[0].message.content)["age"] >= 0
+
+
+def ids_of(text: str) -> list[int | None]:
+    """Tokenize a canvas as a client may do it."""
+    tokenizer, ids = AutoTokenizer.from_pretrained(CHECKPOINT), []
+    for part in re.split(r"(<\|mdm_mask(?:\*2)?\|>)", text):
+        is_mark = part.startswith("<|mdm")
+        ids += [None] * (1 + ("*2" in part)) if is_mark else tokenizer.encode(part, add_special_tokens=False)
+    return ids
+
+
+def test_the_example_fills_in_a_scaffold(client: openai.OpenAI) -> None:
+    example = runpy.run_path(str(EXAMPLES / "scaffold.py"))
+    canvas = example["scaffold"](["name:text:3", "age:number:2"], "<|mdm_mask|>")
+    reply = example["fill"](client, "JSON name bob, age 42", canvas)
+    assert re.fullmatch(r'\{"name": ".*", "age": .*\}', reply)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("chat/completions", {"messages": MESSAGES, "suffix": "a"}, "suffix is 'a', allowed are null here, and text"),
+        ("completions", {"prompt": "a", "suffix": "b", "echo": True}, "echo is True, allowed are false beside suffix"),
+        ("completions", {"prompt": "a", "suffix": 3}, "suffix is 3, allowed are null and text"),
+        ("completions", {"prompt": "a", "suffix": "b" * 500}, "whole blocks of"),
+        (
+            "completions",
+            {"prompt": "a", "suffix": "b", "vllm_xargs": {"dllm_canvas": "a"}},
+            "dllm_canvas is set too, and says what lies behind the reply",
+        ),
+        (
+            "completions",
+            {"prompt": "a", "max_tokens": 4, "vllm_xargs": {"dllm_canvas": [None, 5]}},
+            "max_tokens is 4, but dllm_canvas has 2 tokens; allowed are 2 and none",
+        ),
+    ],
+)
+def test_what_cannot_be_filled_in_is_a_400(
+    client: openai.OpenAI, path: str, body: dict[str, Any], message: str
+) -> None:
+    for is_streamed in (False, True):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.post(f"/{path}", body={"model": MODEL, "stream": is_streamed, **body}, cast_to=object)
+        assert message in str(refused.value)
     assert chat(client, max_tokens=8).choices
 
 

@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.e2e.questions import CHECKPOINT
 from vllm_dllm.reference.model import LLaDA, LLaDAConfig
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-CHECKPOINT = EXAMPLES / "tiny_llada/checkpoint"
 
 
 def make_wild_checkpoint(path: Path, mixing: float = 1.0, **changes: Any) -> None:

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from tests.engine.app import PASSED, app_of, arguments, client_of
-from vllm_dllm.engine.bodies import check_in, check_lines
+from vllm_dllm.engine.bodies import check_body, check_in, check_lines
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
     *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
@@ -148,7 +148,26 @@ MALFORMED: list[tuple[str, dict[str, Any], str]] = [
         {"prompt_logprobs": -1, "stream": True},
         "prompt_logprobs is -1, which this server's decoding does not",
     ),
+    *((path, {"suffix": "a"}, "suffix is 'a', allowed are null here, and text at") for path in (CHAT, RESPONSES)),
+    (COMPLETIONS, {"suffix": 5}, "suffix is 5, allowed are null and text"),
+    (COMPLETIONS, {"suffix": "a", "echo": True}, "echo is True, allowed are false beside suffix"),
 ]
+
+
+def test_what_is_given_of_an_answer_passes_vllms_classes(client: TestClient) -> None:
+    """They know no null in lists, and a suffix of other models; a length that nobody sent is said to be none."""
+    for changes in ({"suffix": "a"}, {"suffix": ""}, {"vllm_xargs": {"dllm_canvas": [5, None]}}):
+        assert reply_to(client, COMPLETIONS, COMPLETE[COMPLETIONS] | changes) == (418, PASSED)
+    body: dict[str, Any] = {"prompt": "b", "suffix": "a", "max_tokens": 3, "vllm_xargs": {"dllm_policy": "random"}}
+    check_body(COMPLETIONS, body)
+    assert body == {"prompt": "b", "max_tokens": 3, "vllm_xargs": {"dllm_policy": "random", "dllm_suffix": "a"}}
+    for length, is_open_ended in (({}, True), ({"max_tokens": None}, True), ({"max_completion_tokens": 2}, False)):
+        body = {"messages": TALK, "vllm_xargs": {"dllm_canvas": [5, None]}, **length}
+        check_body(CHAT, body)
+        assert body["vllm_xargs"] == {"dllm_canvas": [5, -1]} | ({"vllm_dllm_follows": 1} if is_open_ended else {})
+    nested = {"token_ids": [5], "sampling_params": {"extra_args": {"dllm_canvas": [None]}}}
+    check_body("/inference/v1/generate", nested)
+    assert nested["sampling_params"] == {"extra_args": {"dllm_canvas": [-1], "vllm_dllm_follows": 1}}
 
 
 @pytest.mark.parametrize(("path", "changes", "text"), MALFORMED, ids=[f"{a} {c[:40]}" for a, _, c in MALFORMED])

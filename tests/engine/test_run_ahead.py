@@ -89,3 +89,17 @@ def test_a_preempted_request_begins_anew_and_its_reports_come_still() -> None:
     ahead.freed("a")
     assert not ahead.known
     assert not ahead.reported("a", report(1))
+
+
+def test_a_block_has_fewer_masks_where_something_is_given() -> None:
+    ahead, each = rule(), request(policy="static", steps=8)
+    each.sampling_params.extra_args["vllm_dllm_pins"] = [7, -1, 7, 7, -1, 7, -1, 7, *[7] * 8]
+    each.num_tokens = 5
+    ahead.scheduled(each, num_drafts=0)  # two of three
+    assert ahead.may_go_on(each)
+    ahead.scheduled(each, num_drafts=0)
+    assert not ahead.may_go_on(each), "four of three"
+    ahead.reported("a", report(2))
+    ahead.reported("a", report(1, finished=1))
+    ahead.scheduled(each, num_drafts=0)
+    assert not ahead.may_go_on(each), "the next block is given whole"

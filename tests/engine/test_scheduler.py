@@ -103,7 +103,7 @@ def test_what_vllm_counts_is_told_in_rows() -> None:
     output = SimpleNamespace(
         num_scheduled_tokens={"a": B + 2, "n": 8},
         scheduled_spec_decode_tokens={"a": [-1] * (B + 2)},
-        scheduled_new_reqs=[SimpleNamespace(req_id="n", num_computed_tokens=0)],
+        scheduled_new_reqs=[SimpleNamespace(req_id="n", num_computed_tokens=0, prompt_len=0, sampling_params=None)],
     )
     new = request("n", 0)
     new.num_tokens, scheduler.requests["n"] = 8, new

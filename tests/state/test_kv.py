@@ -146,3 +146,9 @@ def test_what_was_decided_is_read_in_any_order_and_of_those_alone_who_take_the_s
     policy.forget("a")
     policy.forget("a")
     assert policy.known == {"b"}
+
+
+def test_a_bidirectional_block_is_short_where_the_row_ends_in_it_and_not_behind() -> None:
+    policy = KvSchedule("dual", None, 8)
+    made = [step(policy, [0], [start]).is_short.tolist() for start in (74, 82, 83, 89, 90)]
+    assert made == [[False], [False], [True], [True], [False]]  # a void step finds its block behind the row's end

@@ -1,12 +1,13 @@
 """The constraint of a request, and how far its answer is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from vllm_dllm.constraint.automaton import Automaton, BoolArray
 from vllm_dllm.constraint.reach import BlockConstraint
+from vllm_dllm.state.pins import Pins
 
 
 @dataclass(slots=True)
@@ -24,6 +25,9 @@ class Answer:
     block_start: int  # absolute, of the block under way
     block_length: int
     state: int = 0  # before what the block under way has of the answer
+    pins: Pins | None = None  # what is given of it
+    # From which states the positions from the beginnings of blocks on can be filled with what is given of them.
+    _kept: dict[int, BoolArray] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def part(self) -> slice:
@@ -59,6 +63,15 @@ class Answer:
 
     def _fits(self, position: int) -> BoolArray:
         """Tell from which states the positions from one on can be filled; [num_states]."""
+        if self.pins is None or position >= self.pins.end:
+            return self._fits_open(position)
+        if position not in self._kept:
+            behind = BlockConstraint(self.automaton, 0, self._fits_open(self.pins.end), self.limit - position)
+            along = behind.fits_along(self.pins.of(position, self.pins.end - position))
+            self._kept = {position + place: along[place] for place in range(0, len(along), self.block_length)}
+        return self._kept[position]
+
+    def _fits_open(self, position: int) -> BoolArray:
         automaton = self.automaton
         left = self.limit - position
         fits: BoolArray = np.less_equal(automaton.distance, left) if left >= 0 else np.zeros_like(automaton.is_final)

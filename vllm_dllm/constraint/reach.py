@@ -48,6 +48,12 @@ class BlockConstraint:
         """
         return np.concatenate([self._allowed(part) for part in _parts(canvases)])
 
+    def fits_along(self, canvas: NDArray[np.int64]) -> list[BoolArray]:
+        """Tell from which states the rest of a canvas [length] and what is behind it can be filled: before each of its
+        positions, and behind the last; [num_states] each.
+        """
+        return [_lanes_of(lanes, 1)[:, 0] for lanes in self._backward(canvas[None])]
+
     def keep(self, canvas: NDArray[np.int64], positions: list[int], tokens: list[int]) -> list[bool]:
         """Choose which of some positions take their tokens: one after another, each if the whole stays completable.
 

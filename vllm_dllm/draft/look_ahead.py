@@ -14,6 +14,10 @@ a token.
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from vllm_dllm.state.kv import BoolArray, IntArray
+
 if TYPE_CHECKING:
     from vllm_dllm.config import DllmConfig
 
@@ -36,3 +40,17 @@ def smallest_budget(settings: "DllmConfig", *, is_async: bool, stores_alone: boo
     """
     is_served = settings.is_block_causal and settings.block_length <= MAX_BLOCK_LENGTH
     return MIN_BUDGET if is_served and not is_async and not stores_alone else None
+
+
+def looking_ahead(num_drafts: IntArray, look_ahead_from: int | None, is_next_open: BoolArray | None) -> BoolArray:
+    """Return which requests look ahead, [num_reqs].
+
+    Args:
+        num_drafts: [num_reqs], of each.
+        look_ahead_from: the smallest number of drafts with a look-ahead; None: none has one.
+        is_next_open: [num_reqs], of whom the next block begins all masked, as a next root is; None: of all.
+    """
+    if look_ahead_from is None:
+        return np.zeros(len(num_drafts), dtype=bool)
+    looks_ahead: BoolArray = num_drafts >= look_ahead_from
+    return looks_ahead if is_next_open is None else looks_ahead & is_next_open

@@ -17,11 +17,14 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMClientError
 
+from vllm_dllm.engine import score_route
 from vllm_dllm.engine.canvas_stream import OPTION
 from vllm_dllm.engine.edits import refuse_dropped
 from vllm_dllm.engine.explain import explain_validation
 from vllm_dllm.engine.malformed import refuse_malformed
+from vllm_dllm.engine.pins import CANVAS, FOLLOWS, SUFFIX
 from vllm_dllm.engine.refusals import RequestError, not_allowed, refuse_body, refuse_token_body
+from vllm_dllm.state.pins import OPEN
 
 _CHAT = "/v1/chat/completions"
 
@@ -31,16 +34,21 @@ _GENERATING = (
 )
 """Where requests that ask for tokens go; beside each there may be a `/render`."""
 
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
 _SHOWING = ("/v1/completions", _CHAT)
 """Whose streamed replies can show canvases."""
 
 
 def check_in(app: FastAPI) -> None:
-    """Let a server's app refuse what is wrong with a body in its client's words, and in the form of its API."""
+    """Let a server's app refuse what is wrong with a body in its client's words, and in the form of its API; and give
+    it our own route.
+    """
     app.dependency_overrides[validate_json_request] = _check_request
     app.add_exception_handler(RequestValidationError, _explain)
     app.add_exception_handler(RequestError, _refuse)
     app.add_exception_handler(HTTPException, _unreadable)
+    score_route.attach(app)
     app.middleware_stack = None  # vLLM built it with its handlers; it is built anew when the app starts
 
 
@@ -105,8 +113,11 @@ def check_body(path: str, body: dict[str, Any]) -> None:
     refuse_malformed(path, body)
     if not path.endswith(_GENERATING):
         return
+    _take_suffix(path, body)
     nested = body.get("sampling_params")
     options = nested.get("extra_args") if isinstance(nested, dict) else body.get("vllm_xargs")
+    if isinstance(options, dict) and options.get(CANVAS) is not None:
+        _make_sendable(options, nested if isinstance(nested, dict) else body)
     if isinstance(options, dict) and options.get(OPTION) and not path.endswith(_SHOWING):
         raise not_allowed(OPTION, options[OPTION], f"null here, and 'denoising' at {' and '.join(_SHOWING)}")
     if path.endswith("/inference/v1/generate"):
@@ -116,6 +127,32 @@ def check_body(path: str, body: dict[str, Any]) -> None:
         refuse_dropped(path, body)
     if body.get("logprobs") is False:
         body["logprobs"] = None  # a number in the completions API, which would take it for 0
+
+
+def _take_suffix(path: str, body: dict[str, Any]) -> None:
+    """Hand a completion's suffix on as an option: vLLM knows it of models with marks for it in their prompts."""
+    suffix = body.get("suffix")
+    if suffix in (None, ""):
+        body.pop("suffix", None)
+        return
+    if not path.endswith("/v1/completions"):
+        raise not_allowed("suffix", suffix, "null here, and text at /v1/completions")
+    if not isinstance(suffix, str):
+        raise not_allowed("suffix", suffix, "null and text")
+    if body.get("echo"):
+        raise not_allowed("echo", body["echo"], "false beside suffix, since the reply is what lies between the two")
+    options = body.get("vllm_xargs")
+    if isinstance(options, dict | None):
+        body["vllm_xargs"] = {**(options or {}), SUFFIX: suffix}
+        del body["suffix"]
+
+
+def _make_sendable(options: dict[str, Any], owner: dict[str, Any]) -> None:
+    """Let a canvas through vLLM's classes: they know no null in lists, and give a request a length of their own."""
+    if isinstance(options[CANVAS], list):
+        options[CANVAS] = [OPEN if token is None else token for token in options[CANVAS]]
+    if all(owner.get(name) is None for name in _LENGTHS):
+        options[FOLLOWS] = 1
 
 
 async def _check_request(raw_request: Request) -> None:

@@ -27,6 +27,7 @@ from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.engine.configs import make_drafter, rules_of, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.head import choose_head
 from vllm_dllm.engine.natives import check_hook
+from vllm_dllm.engine.pins import write_pinned_rows
 from vllm_dllm.engine.plan import StepPlan, plan_step
 from vllm_dllm.engine.report import StepOrder
 from vllm_dllm.engine.request import resolve_params
@@ -143,7 +144,7 @@ class DllmModelState(ModelState):
         block_start = int(self.kv_schedule.block_start(np.array([len(known)]))[0])
         answer = answer_of(new_req_data.sampling_params, params, known, block_start, self.block_length)
         self.state.add_request(req_index, params, answer)
-        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens, params.prompt_len)
+        self.kv_schedule.add(req_index, new_req_data.num_computed_tokens, params.prompt_len, params.pins)
 
     def apply_staged_writes(self) -> None:
         """Copy new requests' parameters to the device."""
@@ -167,14 +168,11 @@ class DllmModelState(ModelState):
         input_batch.num_scheduled_tokens = step.plan.rows_of_requests  # whose adapters each row takes
         input_batch.logits_indices = step.head_rows(logit_shift=self._family.logit_shift)
         pages = block_tables[0] if step.plan.stores.any() else None
-        store = self._fill_rows(
-            step.nodes,
-            step.blocks,
-            None if step.special is None else step.special.rows,
-            Sequences(self._all_token_ids, pages, self.attention.page_size),
-            RowInputs(input_batch.input_ids[:num_rows], input_batch.positions[:num_rows]),
-            self.state.mask_token_id,
-        )
+        rows = None if step.special is None else step.special.rows
+        known = Sequences(self._all_token_ids, pages, self.attention.page_size)
+        into = RowInputs(input_batch.input_ids[:num_rows], input_batch.positions[:num_rows])
+        store = self._fill_rows(step.nodes, step.blocks, rows, known, into, self.state.mask_token_id)
+        write_pinned_rows(input_batch.input_ids, step.plan, self.state.pins, step.blocks.slots_np)
         self._step = replace(step, store=store)
 
     def prepare_attn(
@@ -261,6 +259,7 @@ class DllmModelState(ModelState):
         plan = self._plan(batch, kv, block_start_np, seq_len_np, counted_np)
         if kv.is_new.any():
             self._begin_rows(blocks, num_known, self._to_device(np.flatnonzero(kv.is_new)))
+        self.state.pins.begin(self.state.canvas, slots_np, block_start_np)
         missing = self._cut(blocks, block_start_np, seq_len_np) if kv.is_short.any() else None
         special = rows_to_device(plan, self.device, logit_shift=self._family.logit_shift)
         nodes = self.denoiser.nodes(blocks, plan.max_drafts, looks_ahead=plan.has_look_ahead)
@@ -296,6 +295,7 @@ class DllmModelState(ModelState):
             block_length=self.block_length,
             kv_policy=self.settings.kv_policy,
             look_ahead_from=self._look_ahead_from,
+            is_next_open=self.state.pins.is_next_open(batch.idx_mapping_np[: len(block_start)], block_start),
         )
 
     def _cut(self, blocks: Blocks, block_start: IntArray, seq_len: IntArray) -> Tensor:

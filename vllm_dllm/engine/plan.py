@@ -29,7 +29,7 @@ from enum import IntEnum
 import numpy as np
 
 from vllm_dllm.attention.layout import HostLayout, host_layout
-from vllm_dllm.draft.look_ahead import NUM_NODES
+from vllm_dllm.draft.look_ahead import NUM_NODES, looking_ahead
 from vllm_dllm.names import KvPolicyName
 from vllm_dllm.state.kv import BoolArray, IntArray, KvStep
 
@@ -245,6 +245,7 @@ def plan_step(
     block_length: int,
     kv_policy: KvPolicyName,
     look_ahead_from: int | None = None,
+    is_next_open: BoolArray | None = None,
 ) -> StepPlan:
     """Make the plan of a step.
 
@@ -252,13 +253,12 @@ def plan_step(
         kv: what it stores.
         block_start, seq_len: [num_reqs], where blocks begin and rows end.
         num_drafts: [num_reqs], drafts that each may have; none where nothing of the block is known yet.
-        block_length: positions of a block.
-        kv_policy: of the server.
-        look_ahead_from: the smallest number of drafts with a look-ahead; None: none has one.
+        block_length, kv_policy: of the server.
+        look_ahead_from, is_next_open: as of `looking_ahead`.
     """
     num_reqs, is_causal = len(block_start), kv_policy in ("block_causal", "causal")
     num_drafts = np.where(kv.is_undrafted, 0, num_drafts)
-    looks_ahead = np.zeros(num_reqs, dtype=bool) if look_ahead_from is None else num_drafts >= look_ahead_from
+    looks_ahead = looking_ahead(num_drafts, look_ahead_from, is_next_open)
     num_drafts = num_drafts - NUM_NODES * looks_ahead
     num_stored = kv.end - kv.begin
     refreshes = (num_stored > 0) & (not is_causal)

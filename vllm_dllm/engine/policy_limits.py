@@ -3,6 +3,7 @@
 from vllm.sampling_params import SamplingParams
 
 from vllm_dllm.config import RequestOptions
+from vllm_dllm.engine.pins import CANVAS, SENT
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.unmask.registry import changes_tokens
 
@@ -15,6 +16,12 @@ def refuse_beside_policy(params: SamplingParams, policy: str) -> None:
         _refuse_filters(params)
     if not changes_tokens(policy):
         return
+    if SENT in (params.extra_args or {}):
+        raise RequestError(
+            f"a part of the answer is given (dllm_canvas, suffix), but the request's policy {policy!r} takes tokens "
+            "back; allowed is none; remove it, or send another dllm_policy",
+            parameter=CANVAS,
+        )
     if params.temperature > 0:
         raise RequestError(
             f"temperature is {params.temperature}, but the request's policy {policy!r} takes tokens back, and would "

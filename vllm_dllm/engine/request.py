@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-from vllm_dllm.blocks import max_prompt_len, row_blocks
+from vllm_dllm.blocks import max_prompt_len
 from vllm_dllm.config import (
     OWN_OPTIONS,
     REQUEST_PREFIX,
@@ -27,12 +27,14 @@ from vllm_dllm.engine.configs import is_ours, rules_of, settings_of
 from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.ends import ends_of
 from vllm_dllm.engine.parameter_types import check_sent
+from vllm_dllm.engine.pins import check_fits, pins_of, put_pins_in
 from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_structure
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.engine.sliding_rules import check_options
 from vllm_dllm.engine.structured import put_in
+from vllm_dllm.engine.targets import blocks_of, put_targets_in, targets_of
 from vllm_dllm.policy_options import options_of, own_values
-from vllm_dllm.state.ends import NEVER
+from vllm_dllm.state.ends import NEVER, NO_ENDS
 from vllm_dllm.state.records import NO_LOGPROBS
 from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -143,9 +145,10 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
         )
     assert params.max_tokens is not None, "vLLM fills max_tokens before it makes the request"
     prompt_len = len(request.prompt_token_ids)
-    blocks = row_blocks(prompt_len, params.max_tokens, settings, max_model_len)
+    blocks = blocks_of(params, prompt_len, params.max_tokens, settings, max_model_len)
     if not len(blocks):
         raise _too_long(prompt_len, settings, max_model_len)
+    check_fits(params, blocks.end - prompt_len, prompt_len, max_model_len)
     partial_block = request.prompt_token_ids[blocks.begin :]
     if mask_token_id in partial_block:
         position = blocks.begin + partial_block.index(mask_token_id)
@@ -226,7 +229,11 @@ def _too_long(prompt_len: int, settings: DllmConfig, max_model_len: int, *, is_a
 
 
 def finish_admission(
-    processor: "InputProcessor", request: "EngineCoreRequest", asked: StructuredOutputsParams | None = None
+    processor: "InputProcessor",
+    request: "EngineCoreRequest",
+    asked: StructuredOutputsParams | None = None,
+    *,
+    is_open_ended: bool = False,
 ) -> None:
     """Check a request that vLLM admitted, end it with the blocks that fit, and at the family's end-of-turn token too.
 
@@ -234,6 +241,7 @@ def finish_admission(
         processor: of the front end.
         request: changed in place.
         asked: what its answer has to meet, which vLLM did not see.
+        is_open_ended: whether it named no length.
 
     Raises: RequestError.
     """
@@ -242,6 +250,9 @@ def finish_admission(
         return
     eot_token_id, mask_token_id = model_config.hf_config.eot_token_id, model_config.hf_config.mask_token_id
     settings = settings_of(processor.vllm_config)
+    if request.sampling_params is not None:
+        put_pins_in(processor, request.sampling_params, follows=is_open_ended)
+        put_targets_in(request.sampling_params)
     length = check_admission(request, settings, model_config.max_model_len, mask_token_id)
     params = request.sampling_params
     assert params is not None, "check_admission refuses requests without"
@@ -290,7 +301,7 @@ def resolve_params(
     and after a preemption, without a message between them.
     """
     options = request_options(params)
-    blocks = row_blocks(prompt_len, params.max_tokens or 0, settings, max_model_len)
+    blocks = blocks_of(params, prompt_len, params.max_tokens, settings, max_model_len)
     steps = request_steps(options, settings, min(params.max_tokens or 0, blocks.end - prompt_len))
     fields = RequestOptions.model_fields.keys() - OWN_OPTIONS
     merged = settings.model_copy(update=options.model_dump(include={*fields}, exclude_none=True))
@@ -319,8 +330,10 @@ def resolve_params(
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
         edits=edits_of(params, rules.eos_id if options.logits_eos_inf else None),
         horizon=NEVER if merged.horizon is None else merged.horizon * settings.block_length,
-        ends=ends_of(params, prompt_len, merged.policy),
+        ends=NO_ENDS if targets_of(params) else ends_of(params, prompt_len, merged.policy),
+        pins=pins_of(params, prompt_len),
         num_logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,
+        targets=targets_of(params),
     )
 
 

@@ -7,8 +7,9 @@ import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
-from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
+from vllm_dllm.engine.pins import pins_of
+from vllm_dllm.engine.targets import blocks_of
 from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.windows import make_schedule
 
@@ -94,7 +95,8 @@ class StepRows:
 
     def admit(self, request: Request, num_hit: int) -> None:
         """Begin a request, or begin it anew after a preemption; it finds so many positions in the prefix cache."""
-        self.kv.add(request.request_id, num_hit, request.num_prompt_tokens)
+        pins = pins_of(request.sampling_params, request.num_prompt_tokens)
+        self.kv.add(request.request_id, num_hit, request.num_prompt_tokens, pins)
         if self.settings.kv_policy == "freecache" and request.num_tokens > request.num_prompt_tokens:
             logger.warning(
                 "Request %s was preempted behind its first block: kv_policy 'freecache' keeps what earlier steps "
@@ -124,8 +126,8 @@ class StepRows:
 
     def first(self, request: Request, num_hit: int) -> int:
         """Return the rows of the step that admits a request: of its prompt, behind a cache hit, and of its block."""
-        if not self.is_causal:
-            return self.seq_end(request)
+        if not self.is_causal:  # vLLM counts a whole block, where a short one ends with the row
+            return max(self.seq_end(request), request.num_tokens + self.block_length)
         # Of a partial block vLLM counts the known tokens twice.
         return request.num_tokens - num_hit + self.num_first(request)
 
@@ -145,7 +147,8 @@ class StepRows:
         """Return where a request's row ends."""
         end = self._row_ends.get(request.request_id)
         if end is None:
-            end = row_blocks(request.num_prompt_tokens, request.max_tokens, self.settings, self.max_model_len).end
+            args = (request.sampling_params, request.num_prompt_tokens, request.max_tokens)
+            end = blocks_of(*args, self.settings, self.max_model_len).end
             self._row_ends[request.request_id] = end
         return end
 

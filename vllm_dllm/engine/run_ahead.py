@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from vllm.v1.request import Request
 
 from vllm_dllm.config import DllmConfig
+from vllm_dllm.engine.pins import pins_of
 from vllm_dllm.engine.report import RequestReport
 from vllm_dllm.engine.request import resolve_params
+from vllm_dllm.state.pins import Pins
 from vllm_dllm.unmask.policy import POLICY_IDS, SCHEDULED
 from vllm_dllm.unmask.schedule import UnmaskRules
 
@@ -22,6 +24,13 @@ class Progress:
     num_masked: int  # positions of its block
     num_steps: int = 0
     num_unmasked: int = 0
+    pins: Pins | None = None
+    start: int = 0  # absolute position of its block, where there are pins
+
+    def begin(self, start: int, block_length: int) -> None:
+        """Begin a block."""
+        self.start = start
+        self.num_masked = block_length if self.pins is None else self.pins.num_masked(start, block_length)
 
 
 @dataclass(slots=True)
@@ -64,7 +73,7 @@ class RunAhead:
         """Take note of a step."""
         name = request.request_id
         if name not in self._progress:
-            self._progress[name] = Progress(self._most(request), self._settings.block_length)
+            self._progress[name] = self._begun(request)
         of = self._progress[name]
         self._under_way.setdefault(name, deque()).append(StepUnderWay(of, of.most * (1 + num_drafts)))
 
@@ -81,7 +90,7 @@ class RunAhead:
         of.num_unmasked += report.unmasked
         of.num_masked -= report.unmasked
         if report.finished:
-            of.num_masked = self._settings.block_length
+            of.begin(of.start + self._settings.block_length, self._settings.block_length)
             for behind in steps:
                 behind.is_void |= behind.of is of
         return True
@@ -111,6 +120,12 @@ class RunAhead:
     def _is_likely(self, steps: list[StepUnderWay]) -> bool:
         of = steps[0].of
         return 0 < 2 * of.num_unmasked * len(steps) < of.num_masked * of.num_steps
+
+    def _begun(self, request: Request) -> Progress:
+        pins = pins_of(request.sampling_params, request.num_prompt_tokens)
+        begun = Progress(self._most(request), 0, pins=pins)
+        begun.begin(0 if pins is None else request.num_tokens, self._settings.block_length)
+        return begun
 
     def _most(self, request: Request) -> int:
         assert request.sampling_params is not None, "check_admission refuses requests without"

@@ -96,7 +96,8 @@ class StateCheck:
             return
         self._check_positions(request, report, account)
         account.unmasked += report.unmasked + report.left
-        account.emitted += num_emitted
+        pins = self._rows.kv.pins.get(request.request_id)
+        account.emitted += num_emitted - (pins.count(request.num_tokens, num_emitted) if pins else 0)
         account.begins, account.is_over = bool(report.finished), bool(report.left)
         self._check_numbers(request.request_id, report, account, num_emitted)
         if report.pages is not None:
@@ -120,7 +121,11 @@ class StateCheck:
                 )
             return
         end = self._rows.seq_end(request)
+        pins = self._rows.kv.pins.get(name)
+        is_given = pins is not None and not pins.num_masked(start, self._rows.block_length)
         allowed = self._rows.kv.may_store(start, end, begins_block=account.begins)
+        if is_given and account.begins:
+            allowed = (0,)
         if report.wrote not in allowed:
             raise StateError(
                 f"request {name}: a step stored K/V of {report.wrote} positions, but the scheduler has a row of {end} "

@@ -5,12 +5,14 @@ a front end takes the parameters out of a request before vLLM checks it, compile
 `extra_args`: neither the engine core nor a worker needs a grammar, a tokenizer or a compiler for it.
 """
 
+import bisect
 import copy
 import functools
 import json
 import reprlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -20,11 +22,13 @@ from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.constraint.automaton import NEVER, Automaton
 from vllm_dllm.constraint.compile import TokenBytes, compile_tokens
 from vllm_dllm.constraint.json_object import json_object_automaton
+from vllm_dllm.constraint.reach import MASKED, BlockConstraint
 from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_automaton, kept
 from vllm_dllm.constraint.schema import escape, schema_regex
 from vllm_dllm.constraint.tags import tag_automaton
 from vllm_dllm.constraint.turns import Turns
 from vllm_dllm.engine.configs import settings_of
+from vllm_dllm.engine.pins import CANVAS, pins_of
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.state.request_params import RequestParams
 
@@ -74,6 +78,7 @@ def put_in(processor: "InputProcessor", params: SamplingParams, asked: Structure
             parameter="max_tokens",
             value=params.max_tokens,
         )
+    _check_pins(params, _unpacked(packed))
     params.extra_args = {**(params.extra_args or {}), SENT: packed}
 
 
@@ -87,6 +92,30 @@ def compiled(processor: "InputProcessor", params: SamplingParams, asked: Structu
     ends = _end_ids(processor, params)
     kind, value, space = _read(asked)
     return _compiled(kind, value, space, _vocabulary(processor, ends))
+
+
+def _check_pins(params: SamplingParams, automaton: Automaton) -> None:
+    """Check that some answer has what a request gives of it. Raises: RequestError naming the first token that none has
+    behind those before it.
+    """
+    pins, length = pins_of(params, 0), params.max_tokens or 0
+    if pins is None or pins.end > length:  # behind the answer lies a suffix
+        return
+    whole = BlockConstraint(automaton, 0, np.equal(automaton.distance, 0), length)
+
+    def is_met(num_given: int) -> bool:
+        canvas = np.concatenate([pins.token_ids[:num_given], np.full(length - num_given, MASKED)])
+        return bool(whole.completable(canvas[None])[0])
+
+    if not is_met(length):
+        place = bisect.bisect_left(range(length), True, key=lambda place: not is_met(place + 1))
+        raise RequestError(
+            f"{CANVAS} has the token {pins.token_ids[place]} at position {place} (from 0), which no answer of {length} "
+            f"tokens that meets {_FIELD} has there, beside what is given before it; allowed are tokens of one that "
+            "does; change one of the two",
+            parameter=CANVAS,
+            value=int(pins.token_ids[place]),
+        )
 
 
 def _refuse_beside(params: SamplingParams, settings: DllmConfig) -> None:
@@ -128,8 +157,11 @@ def answer_of(
     if packed is None:
         return None
     automaton, begin = _unpacked(packed), resolved.prompt_len
-    limit = begin + (params.max_tokens or 0)
-    return Answer(automaton, begin, limit, resolved.seq_len, block_start, block_length, automaton.run(tokens[begin:]))
+    limit, pins = begin + (params.max_tokens or 0), resolved.pins
+    end = resolved.seq_len
+    if pins is not None and pins.end > limit:  # a suffix is no part of the answer
+        end, pins = limit, None
+    return Answer(automaton, begin, limit, end, block_start, block_length, automaton.run(tokens[begin:]), pins)
 
 
 def _read(asked: StructuredOutputsParams) -> tuple[str, str, str]:

@@ -51,7 +51,7 @@ class WindowModelState(DllmModelState):
         row = torch.arange(len(hidden), device=self.device).view_as(token_ids)
         is_emitted = row - row[:, :1] < num_sampled[: len(row), None]
         its = [each[asking.place][:, None] for each in (row, token_ids, is_emitted)]
-        found = Unmasked(*its).log_probs(head, hidden, None, asking.num_top)
+        found = Unmasked(*its).log_probs(head, hidden, None, asking.num_top, asking.keeps_mask)
         return EmittedLogprobs(asking.place_np, found.view(len(asking.slots), self.block_length))
 
     def _choose(self, step: Step, hidden: Tensor, sampling: RowSampling | None) -> Tensor:

@@ -11,6 +11,8 @@ rows are causal. Where `unmasks_first_alone` is on, the last row that is stored 
 position, unless the prompt has it. Batch of one.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen, block_causal
 from vllm_dllm.reference.sampling import Sampling, choose_tokens
-from vllm_dllm.reference.step import decide, under
+from vllm_dllm.reference.step import decide, sequence_of, under
 
 _STATIC, _GREEDY = UnmaskPolicy(), Sampling()
 
@@ -73,6 +75,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     rules: Rules = SDAR,
     constraint: Constraint | None = None,
     ends: Ends = NO_ENDS,
+    given: Sequence[int | None] = (),
 ) -> Generation:
     """Generate at least `gen_length` tokens after a prompt [prompt_len] int64, up to the end of a block.
 
@@ -87,13 +90,13 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
         block_length: positions per block.
         policy, sampling: its `steps` are of each block; how tokens are chosen, without guidance.
         rules, constraint, ends: of the family; what the answer has to meet; where it ends, behind which may be masks.
+        given: of the answer, seen by its block.
 
     Returns: the tokens and the history to the last block's end; `nfe` counts all forwards that unmask something.
     """
     prompt_len = len(prompt)
     first_begin, seq_len = decoded_region(prompt_len, gen_length, block_length, rules)
-    tokens = torch.cat((prompt, prompt.new_full((seq_len - prompt_len,), model.config.mask_token_id)))
-    is_masked = torch.arange(seq_len, device=prompt.device) >= prompt_len
+    tokens, is_masked = sequence_of(prompt, seq_len, model.config.mask_token_id, given)
     kv: list[LayerKv] | None = None
     stored, steps = torch.empty(0), policy.steps or block_length
     num_stored = nfe_commit = end = 0
@@ -103,16 +106,16 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
             stored, kv = store(model, tokens[:begin], num_stored, kv, block_length, rules)
             nfe_commit, num_stored = nfe_commit + (begin > first_begin), begin
         end = min(begin + block_length, seq_len)
-        num_masked = block_length - max(0, prompt_len - begin)
+        num_masked = block_length - int((~is_masked[begin:end]).sum())
         block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
-        block = under(constraint, block, tokens[prompt_len:begin])
+        block = under(constraint, block, tokens, prompt_len, given)
         while is_masked[begin:end].any():
             if rules.unmasks_first_alone and is_masked[begin]:
                 logits = stored[-1:].expand(end - begin, -1)
             else:
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
-            known = Known(tokens, is_masked, prompt_len)
+            known = Known(tokens[:end], is_masked[:end], prompt_len)
             chosen, chosen_tokens, its = decide(known, logits, is_masked[begin:end], begin, block)
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False

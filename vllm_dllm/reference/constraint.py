@@ -50,9 +50,9 @@ class Constraint:
             for place, token in enumerate(known)
         ]
 
-    def of_block(self, before: Sequence[int], num_prompt: int = 0) -> "BlockConstraint":
+    def of_block(self, before: Sequence[int], num_prompt: int = 0, behind: Known = ()) -> "BlockConstraint":
         """Return it as a block sees it; arguments as the fields."""
-        return BlockConstraint(self, before, num_prompt)
+        return BlockConstraint(self, before, num_prompt, behind)
 
     def is_completable(self, known: Known) -> bool:
         """Say whether some answer has all that is known."""
@@ -88,6 +88,7 @@ class BlockConstraint:
     constraint: Constraint
     before: Sequence[int]  # the answer before the block
     num_prompt: int  # positions of the block that are prompt
+    behind: Known = ()  # what is given of the answer behind the block
 
     def allowed(self, canvas: Known) -> list[set[int]]:
         """Return which tokens the positions of the block may have; what is prompt or behind the answer, none."""
@@ -115,7 +116,7 @@ class BlockConstraint:
         return taken
 
     def _answer(self, canvas: Known) -> Known:
-        answer = [*self.before, *canvas[self.num_prompt :]]
+        answer = [*self.before, *canvas[self.num_prompt :], *self.behind]
         return [*answer, *[None] * (self.constraint.length - len(answer))]
 
 

@@ -15,6 +15,7 @@ One loop covers these decoders, which differ in values:
 A step forwards the model and decides as `reference.policy` says. Additions of ours are marked "ours". Batch of one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -29,7 +30,7 @@ from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen
 from vllm_dllm.reference.sampling import Sampling
-from vllm_dllm.reference.step import decide, under
+from vllm_dllm.reference.step import decide, sequence_of, under
 
 Model = LLaDA | Qwen
 
@@ -120,7 +121,7 @@ class Generation:
 
 @dataclass(slots=True)
 class History:
-    """What a generation did, step by step."""
+    """What a generation did, step by step. A token that no step unmasked is certain: it was given."""
 
     prompt_len: int
     tokens: list[Tensor] = field(default_factory=list)  # [seq_len - prompt_len] int64 after each step
@@ -133,13 +134,20 @@ class History:
 
     def generation(self, tokens: Tensor, **counts: int) -> Generation:
         """Return what was done, of which `counts` say more: each step took a forward, if they do not say else."""
-        num_generated = len(tokens) - self.prompt_len
-        none = torch.full_like(next(iter(self._log_probs.values())), torch.nan)  # masked behind the answer's end
-        positions = range(self.prompt_len, len(tokens))
-        log_probs = torch.stack([self._log_probs.get(position, none) for position in positions])
-        history = torch.stack(self.tokens)[:, :num_generated]
+        answer = tokens[self.prompt_len :]
+        history = torch.stack(self.tokens)[:, : len(answer)] if self.tokens else answer.new_empty(0, len(answer))
         counts = {"nfe": len(history), "nfe_refresh": 0} | counts
-        return Generation(tokens[self.prompt_len :], history=history, log_probs=log_probs, **counts)
+        return Generation(answer, history=history, log_probs=self._of(answer), **counts)
+
+    def _of(self, answer: Tensor) -> Tensor:
+        """Return the log-probabilities of an answer; [len(answer), vocab], as far as its ids where all was given."""
+        vocab_size = max(map(len, self._log_probs.values()), default=int(answer.max()) + 1)
+        rows = torch.full((len(answer), vocab_size), -torch.inf, dtype=torch.float64)
+        for place, token in enumerate(answer.tolist()):
+            unmasked = self._log_probs.get(self.prompt_len + place)
+            rows[place, token] = 0.0
+            rows[place] = rows[place] if unmasked is None else unmasked
+        return rows
 
 
 def shift(rows: Tensor, left_context: Tensor) -> Tensor:
@@ -216,7 +224,7 @@ def steps_per_block(gen_length: int, block_length: int, steps: int | None) -> in
 
 
 @torch.no_grad()
-def generate(  # noqa: PLR0913 - the decoders' arguments
+def generate(  # noqa: PLR0913, PLR0914 - the decoders' arguments
     model: Model,
     prompt: Tensor,
     *,
@@ -229,27 +237,32 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     constraint: Constraint | None = None,
     ends: Ends = NO_ENDS,
     horizon: int | None = None,
+    given: Sequence[int | None] = (),
+    answer_length: int | None = None,
 ) -> Generation:
     """Generate `gen_length` tokens after a prompt [prompt_len] int64, block by block.
 
-    Without `ends` EOS ends nothing: the tokens after it are decoded too, as published. With them decoding stops at the
-    step that reaches the end, and what is behind may be masked. Prompt positions are never masked, whatever their ids.
-    Raises ValueError for lengths that do not divide.
+    Without `ends` EOS ends nothing: the tokens after it are decoded too, as published. Prompt positions are never
+    masked, whatever their ids. Raises ValueError for lengths that do not divide.
 
-    With a `horizon` (ours) the model sees no masks further behind than so many blocks from where the one under way
-    begins: the sequence grows with each block.
+    Ours: with `ends` decoding stops at the step that reaches one, and what is behind may be masked. With a `horizon`
+    the model sees no masks further behind than so many blocks from where the one under way begins. Tokens that are
+    `given` of the answer stay, and the model sees them from the first forward on; a schedule counts the masked
+    positions of a block alone, and penalties count them from the beginning of their block. Blocks behind
+    `answer_length` tokens are context alone, and are not decoded.
     """
     steps = steps_per_block(gen_length, block_length, policy.steps)
     rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.unmasks_first_alone)
-    tokens = torch.cat((prompt, prompt.new_full((gen_length,), model.config.mask_token_id)))
-    is_masked = torch.arange(len(tokens), device=prompt.device) >= len(prompt)
-    predictor = Predictor(model, ~is_masked, sampling.cfg_scale, rules.logit_shift)
+    tokens, is_masked = sequence_of(prompt, len(prompt) + gen_length, model.config.mask_token_id, given)
+    predictor = Predictor(model, torch.arange(len(tokens)) < len(prompt), sampling.cfg_scale, rules.logit_shift)
     history = History(len(prompt))
-    for number, begin in enumerate(range(len(prompt), len(tokens), block_length)):
+    answer_length = gen_length if answer_length is None else answer_length
+    for number, begin in enumerate(range(len(prompt), len(prompt) + answer_length, block_length)):
         end = begin + block_length
         seq_len = len(tokens) if horizon is None else min(len(tokens), begin + horizon * block_length)
-        block = Block(begin, block_length, block_length, steps, policy, sampling, rules, model.config.eos_token_id)
-        block = under(constraint, block, tokens[len(prompt) : begin])
+        num_masked = int(is_masked[begin:end].sum())
+        block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
+        block = under(constraint, block, tokens, len(prompt), given)
         step, known_before = 0, ~is_masked  # the step before
         # The published loops of LLaDA and Dream go on; but a forward that unmasks nothing changes nothing.
         while is_masked[begin:end].any():
@@ -260,7 +273,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
             logits = predictor.logits(tokens[:seq_len], first, last, keeps=keeps)
             is_open = is_masked.clone()
             is_open[:begin] = is_open[end:] = False
-            known = Known(tokens, is_masked, len(prompt))
+            known = Known(tokens[:end], is_masked[:end], len(prompt))
             chosen, chosen_tokens, its = decide(known, logits, is_open[first:last], first, block)
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False

@@ -1,5 +1,6 @@
 """A step of a block, which may be under a constraint."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,11 +13,43 @@ from vllm_dllm.reference.policy import Block, unmask
 from vllm_dllm.reference.sampling import remove_tokens
 
 
-def under(constraint: Constraint | None, block: Block, answer: Tensor) -> Block:
-    """Return a block with what its answer has to meet, if anything; `answer` [len] int64 is what comes before."""
+def sequence_of(
+    prompt: Tensor, seq_len: int, mask_token_id: int, given: Sequence[int | None] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return a sequence as decoding begins, and where it is masked: not where something is given of the answer (ours).
+
+    Args:
+        prompt: [prompt_len] int64; none of its positions is masked, whatever their ids.
+        seq_len: positions.
+        mask_token_id: what stands for masked.
+        given: of each position of the answer, as far as it says; None where a token is to be generated.
+
+    Returns: [seq_len] int64, and [seq_len] bool.
+    """
+    tokens = torch.cat((prompt, prompt.new_full((seq_len - len(prompt),), mask_token_id)))
+    is_masked = torch.arange(seq_len, device=prompt.device) >= len(prompt)
+    for position, token in enumerate(given, start=len(prompt)):
+        if token is not None:
+            tokens[position], is_masked[position] = token, False
+    return tokens, is_masked
+
+
+def under(
+    constraint: Constraint | None, block: Block, tokens: Tensor, prompt_len: int, given: Sequence[int | None] = ()
+) -> Block:
+    """Return a block with what its answer has to meet, if anything.
+
+    Args:
+        constraint: of the answer.
+        block: of the sequence.
+        tokens: [seq_len] int64, known before the block.
+        prompt_len: where the answer begins.
+        given: as of `sequence_of`.
+    """
     if constraint is None:
         return block
-    return replace(block, constraint=constraint.of_block(answer.tolist(), block.length - block.num_masked))
+    before, behind = tokens[prompt_len : block.begin].tolist(), given[block.begin + block.length - prompt_len :]
+    return replace(block, constraint=constraint.of_block(before, max(0, prompt_len - block.begin), behind))
 
 
 def decide(known: Known, logits: Tensor, is_masked: Tensor, first: int, block: Block) -> tuple[Tensor, Tensor, Tensor]:

@@ -123,11 +123,11 @@ class ApartState:
         """Tell of whom a canvas without masks may be unfinished; [num_reqs] bool."""
         return np.array([slot in self._names and changes_tokens(self._names[slot]) for slot in slots_np.tolist()])
 
-    def params(self, name: str, slots: Tensor, seq_len: Tensor) -> OwnParams:
+    def params(self, name: str, slots: Tensor, prompt_len: Tensor, seq_len: Tensor) -> OwnParams:
         """Gather the parameters of requests with a policy."""
         own = torch_policy(name).parameters
         values = dict(zip(own, self._values[:, slots], strict=False))
-        return OwnParams(name, values, seq_len, self._vocab_size, self._weights.get(name, {}))
+        return OwnParams(name, values, prompt_len, seq_len, self._vocab_size, self._weights.get(name, {}))
 
     def state(self, name: str, slots: Tensor) -> PolicyState:
         """Gather what a policy keeps of requests."""

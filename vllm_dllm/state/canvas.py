@@ -19,8 +19,10 @@ from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.apart import ApartState
 from vllm_dllm.state.edits import EditState, scene_of
 from vllm_dllm.state.ends import EndState
+from vllm_dllm.state.pins import PinState
 from vllm_dllm.state.records import LogprobRecords
 from vllm_dllm.state.request_params import RequestParams
+from vllm_dllm.state.targets import TargetState
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import MEMORIES, POLICY_IDS, PolicyParams, new_state
@@ -91,6 +93,8 @@ class CanvasState:
         self._is_staged = False
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
         self.ends = EndState(max_num_reqs, device)
+        self.targets = TargetState(block_length, device)
+        self.pins = PinState(block_length, device)
         self.records = LogprobRecords(max_num_reqs, block_length, device)
         self.apart = ApartState(max_num_reqs, block_length, device, vocab_size, files)
         self._offsets = torch.arange(block_length, device=device)
@@ -112,7 +116,9 @@ class CanvasState:
         self._has_memory_np[slot] = params.policy_id in MEMORIES
         self.edits.put(slot, params.edits)
         self.ends.put(slot, params.ends)
-        self.records.put(slot, params.num_logprobs)
+        self.pins.put(slot, params.pins)
+        self.targets.put(slot, params.targets)
+        self.records.put(slot, params.num_logprobs, keeps_mask=params.targets is not None)
         self.apart.put(slot, params.own_policy, params.own_values, params.request_id)
         self._is_staged = True
 
@@ -152,7 +158,7 @@ class CanvasState:
         return PolicyParams(
             policy_id=own_ints["policy_id"],
             seed=own_ints["seed"],
-            prompt_len=own_ints["prompt_len"],
+            prompt_len=self.pins.known_end(own_ints["prompt_len"], slots_np, blocks.start),
             start=blocks.start,
             threshold=own_floats["threshold"],
             factor=own_floats["factor"],
@@ -168,7 +174,8 @@ class CanvasState:
 
     def apart_params(self, blocks: Blocks, name: str) -> PolicyParams:
         """Gather the parameters of requests that have the same policy without a native twin."""
-        own = self.apart.params(name, blocks.slots, self.seq_len[blocks.slots])
+        lengths = self._int("prompt_len")[blocks.slots], self.seq_len[blocks.slots]
+        own = self.apart.params(name, blocks.slots, *lengths)
         return replace(self.policy_params(blocks), own=own)
 
     def asks(self, blocks: Blocks) -> Tensor | None:

@@ -9,6 +9,7 @@ stores before it attends. What must be stored is one more part of the step, over
   - `dual` with `refresh_every=n` does so again at every n-th step of the block (Fast-dLLM's dual cache for None,
     no cache at all for 1);
   - `prefix` recomputes the block and what follows, if anything does, at every step (Fast-dLLM's prefix cache);
+- nothing, when a block begins of which all is given (`state.pins`): it has no step, and is emitted as it is;
   - `freecache` refreshes the whole row once, then from the block that ended on, which is full by now and never
     computed again (FlashDLM);
   - `dkv` refreshes the whole row at every n-th step of a block, too, and recomputes the block and what follows at the
@@ -34,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dllm.names import KvPolicyName
+from vllm_dllm.state.pins import Pins
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -106,6 +108,7 @@ class KvSchedule:
         # Where the block of the last decided step begins, -1 for none; how many the block had; what the cache had;
         # where the first block begins.
         self._requests: dict[Hashable, tuple[int, int, int, int]] = {}
+        self.pins: dict[Hashable, Pins] = {}  # what is given of their answers, of those of which anything is
 
     @property
     def is_causal(self) -> bool:
@@ -133,19 +136,24 @@ class KvSchedule:
             return (end,) if begins_block else (end, end - start + self.logit_shift)
         return (end,) if begins_block else (0, end, end - start)
 
-    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0) -> None:
+    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0, pins: Pins | None = None) -> None:
         """Begin a request, or begin it anew.
 
         Args:
             request: its name.
             num_hit: positions that it finds in the prefix cache.
             prompt_len: of the prompt that it came with.
+            pins: what is given of its answer.
         """
+        self.forget(request)
         self._requests[request] = -1, 0, num_hit, prompt_len
+        if pins is not None:
+            self.pins[request] = pins
 
     def forget(self, request: Hashable) -> None:
         """Forget a request, which may be unknown."""
         self._requests.pop(request, None)
+        self.pins.pop(request, None)
 
     def note(self, request: Hashable, block_start: int) -> None:
         """Take note of a decided step; of one that began the next block, where that begins."""
@@ -178,6 +186,7 @@ class KvSchedule:
             begin, end = self._refreshed(is_new, is_warming, step, block_start, seq_len)
             begin = np.where(is_delayed, block_start - self.logit_shift, begin)
             end = np.where(is_delayed, seq_len, end)
+            end = np.where(self._is_given(requests, block_start), begin, end)
         span_begin, span_end = self._span(block_start, seq_len)
         comes_alone = (block_start == num_known) & self.stores_alone
         return KvStep(
@@ -188,12 +197,25 @@ class KvSchedule:
             is_new=is_new,
             stores_alone=begins_block & comes_alone,
             is_undrafted=is_warming | (comes_alone & (num_steps == 1)),
-            is_short=(seq_len < block_start + self.block_length) & (self.name == "causal"),
+            is_short=self._is_short(block_start, seq_len),
             span_begin=span_begin,
             span_end=span_end,
             is_wide=span_end - span_begin > self.block_length,
             is_delayed=is_delayed,
         )
+
+    def _is_given(self, requests: Sequence[Hashable], block_start: IntArray) -> BoolArray:
+        """Tell of whose block nothing is masked when it begins, [num_reqs]."""
+        is_given = np.zeros(len(requests), dtype=bool)
+        for i, request in enumerate(requests if self.pins else ()):
+            pins = self.pins.get(request)
+            is_given[i] = pins is not None and not pins.num_masked(int(block_start[i]), self.block_length)
+        return is_given
+
+    def _is_short(self, block_start: IntArray, seq_len: IntArray) -> BoolArray:
+        """Tell whose block ends with the row, before its length; behind a row's end, where a void step is, is none."""
+        is_short = (seq_len < block_start + self.block_length) & (self.name != "block_causal")
+        return is_short & (self.is_causal | (block_start < seq_len))
 
     def num_rows(self, step: KvStep) -> IntArray:
         """Return how many rows a step has without drafts at most, [num_reqs]: a refresh spans the block."""

@@ -24,6 +24,7 @@ class Asking:
     place_np: np.ndarray  # [num_asking] int64, in the batch
     place: Tensor  # the same on the device
     is_new: Tensor  # [num_asking] bool, those of which nothing is recorded yet
+    keeps_mask: Tensor  # [num_asking] bool, in whose distributions the mask token stays
     slots: Tensor  # [num_asking] int64
     num_top: int  # what any of them asks for, at most
 
@@ -48,12 +49,13 @@ class LogprobRecords:
     def __init__(self, max_num_reqs: int, block_length: int, device: torch.device) -> None:
         self._num_top_np = np.full(max_num_reqs, NO_LOGPROBS)
         self._is_new_np = np.ones(max_num_reqs, dtype=bool)
+        self._keeps_mask_np = np.zeros(max_num_reqs, dtype=bool)
         self._shape, self._device = (max_num_reqs, block_length), device
         self._tokens: TokenLogprobs | None = None  # of rank 0 where no step unmasked a position
 
-    def put(self, slot: int, num_top: int) -> None:
-        """Note how many a slot's request asks for, of which nothing is recorded."""
-        self._num_top_np[slot], self._is_new_np[slot] = num_top, True
+    def put(self, slot: int, num_top: int, *, keeps_mask: bool = False) -> None:
+        """Note how many a slot's request asks for, of which nothing is recorded; `keeps_mask` as in `Asking`."""
+        self._num_top_np[slot], self._is_new_np[slot], self._keeps_mask_np[slot] = num_top, True, keeps_mask
 
     def asking(self, slots: Tensor, slots_np: np.ndarray) -> Asking | None:
         """Return who asks among the requests of a batch [num_reqs]; None: nobody. Nobody is new the next time."""
@@ -61,10 +63,11 @@ class LogprobRecords:
         if not len(place_np):
             return None
         asking_np = slots_np[place_np]
-        columns = np.stack([place_np, self._is_new_np[asking_np]])
-        place, is_new = pinned(columns, slots.device).to(slots.device, non_blocking=True)
+        columns = np.stack([place_np, self._is_new_np[asking_np], self._keeps_mask_np[asking_np]])
+        place, is_new, keeps_mask = pinned(columns, slots.device).to(slots.device, non_blocking=True)
         self._is_new_np[asking_np] = False
-        return Asking(place_np, place, is_new.bool(), slots[place], int(self._num_top_np[asking_np].max()))
+        num_top = int(self._num_top_np[asking_np].max())
+        return Asking(place_np, place, is_new.bool(), keeps_mask.bool(), slots[place], num_top)
 
     def take(
         self, asking: Asking, unmasked: Unmasked, found: TokenLogprobs, first: Tensor, is_finished: Tensor

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from vllm_dllm.state.edits import NO_EDITS, LogitEdits
 from vllm_dllm.state.ends import NEVER, NO_ENDS, Ends
+from vllm_dllm.state.pins import Pins
 from vllm_dllm.state.records import NO_LOGPROBS
 
 
@@ -35,3 +36,5 @@ class RequestParams:
     own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`
     own_values: tuple[float, ...] = ()  # its parameters, in their order
     request_id: str = ""  # nobody else's, and the same after a preemption
+    pins: Pins | None = None
+    targets: tuple[int, ...] | None = None  # what its block is scored by; None: it is decoded

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_dllm.state.kv import IntArray, KvSchedule, KvStep
+from vllm_dllm.state.pins import Pins
 from vllm_dllm.state.report import StepFacts
 from vllm_dllm.state.settle import Emission, Ledger
 from vllm_dllm.state.step_rows import RowPlan
@@ -46,7 +47,7 @@ class SlidingSchedule(KvSchedule):
         """Return how many positions may be stored behind a step of a window that began at `start`."""
         return (start,)
 
-    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0) -> None:
+    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0, pins: Pins | None = None) -> None:
         """Begin a request, or begin it anew; it finds so many positions in the prefix cache."""
         self._stored[request] = num_hit, False
 

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.kv import IntArray, KvSchedule, KvStep
+from vllm_dllm.state.pins import Pins
 from vllm_dllm.state.report import StepFacts
 from vllm_dllm.state.settle import Emission, Ledger
 from vllm_dllm.state.sliding import SlidingSchedule
@@ -74,7 +75,7 @@ class WindowSchedule(KvSchedule):
         """Return how many positions may lie before a request's window behind a step, of one that began at `start`."""
         return range(start, start + self.block_length + 1)
 
-    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0) -> None:
+    def add(self, request: Hashable, num_hit: int, prompt_len: int = 0, pins: Pins | None = None) -> None:
         """Begin a request, or begin it anew; it finds so many positions in the prefix cache."""
         self._windows[request] = Window(None, min(MIN_WINDOW, self.block_length), num_hit)
 

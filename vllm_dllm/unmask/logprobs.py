@@ -86,7 +86,14 @@ class LogprobHead:
         self._head_logits, self._mask_token_id = head_logits, mask_token_id
         self._chunk_rows = max(1, TORCH_BYTES // (8 * num_ids))
 
-    def __call__(self, hidden: Tensor, token_ids: Tensor, num_top: int, ids: RowIds | None = None) -> TokenLogprobs:
+    def __call__(
+        self,
+        hidden: Tensor,
+        token_ids: Tensor,
+        num_top: int,
+        ids: RowIds | None = None,
+        keeps_mask: Tensor | None = None,
+    ) -> TokenLogprobs:
         """Return log-probabilities of each row's token and of its likeliest ones.
 
         Args:
@@ -94,21 +101,26 @@ class LogprobHead:
             token_ids: [num_rows] int64.
             num_top: 0 to `MAX_LOGPROBS`.
             ids: which ids the rows may take; None: all.
+            keeps_mask: [num_rows] bool, whose distribution has the mask token too; None: no row's.
         """
+        keeps_mask = torch.zeros_like(token_ids, dtype=torch.bool) if keeps_mask is None else keeps_mask
         done = TokenLogprobs.empty(len(hidden), 1 + num_top, device=hidden.device)
         for begin in range(0, len(hidden), self._chunk_rows):
             row = torch.arange(begin, min(begin + self._chunk_rows, len(hidden)), device=hidden.device)
-            done.put((row,), self._of_chunk(hidden[row], token_ids[row], num_top, ids and ids.of(row)))
+            found = self._of_chunk(hidden[row], token_ids[row], num_top, ids and ids.of(row), keeps_mask[row])
+            done.put((row,), found)
         return done
 
-    def _of_chunk(self, hidden: Tensor, token_ids: Tensor, num_top: int, ids: RowIds | None) -> TokenLogprobs:
+    def _of_chunk(
+        self, hidden: Tensor, token_ids: Tensor, num_top: int, ids: RowIds | None, keeps_mask: Tensor
+    ) -> TokenLogprobs:
         logits = self._head_logits(hidden).float()
         if ids is not None and ids.edits is not None:
             logits = ids.edits.apply(logits)
         if ids is not None and ids.allowed is not None:
             logits.masked_fill_(~unpacked(ids.allowed, logits.shape[1]), -torch.inf)
         if self._mask_token_id is not None:
-            logits[:, self._mask_token_id] = -torch.inf
+            logits[:, self._mask_token_id].masked_fill_(~keeps_mask, -torch.inf)
         log_probs = logits.double().log_softmax(1)
         own = log_probs.gather(1, token_ids[:, None])
         num_found = min(num_top, logits.shape[1])
@@ -147,7 +159,9 @@ class Unmasked:
         offset = torch.arange(block_length, device=first.device)
         return cls(first + offset, torch.stack(tokens, 1), torch.stack(is_new, 1))
 
-    def log_probs(self, head: LogprobHead, hidden: Tensor, ids: RowIds | None, num_top: int) -> TokenLogprobs:
+    def log_probs(
+        self, head: LogprobHead, hidden: Tensor, ids: RowIds | None, num_top: int, keeps_mask: Tensor
+    ) -> TokenLogprobs:
         """Return those of the tokens; [num_asking, 1 or 2, block_length, 1 + num_top].
 
         Args:
@@ -155,11 +169,13 @@ class Unmasked:
             hidden: [num_evaluated * block_length, hidden_size].
             ids: which ids these rows may take.
             num_top: likeliest tokens of each.
+            keeps_mask: [num_asking] bool, in whose distributions the mask token stays.
         """
         # Which of them are new the host would have to wait for, but on a CPU.
         is_new = self.is_new.flatten()
         index = is_new.nonzero().squeeze(1) if is_new.is_cpu else torch.arange(is_new.numel(), device=is_new.device)
-        row = self.row.flatten()[index]
+        row, token_ids = self.row.flatten()[index], self.token_ids.flatten()[index]
+        keeps = keeps_mask[:, None, None].expand_as(self.row).flatten()[index]
         done = TokenLogprobs.empty(is_new.numel(), 1 + num_top, device=is_new.device)
-        done.put((index,), head(hidden[row], self.token_ids.flatten()[index], num_top, ids and ids.of(row)))
+        done.put((index,), head(hidden[row], token_ids, num_top, ids and ids.of(row), keeps))
         return done.view(*self.row.shape)

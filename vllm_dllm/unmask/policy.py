@@ -28,6 +28,7 @@ class OwnParams:
 
     name: str
     values: dict[str, Tensor]  # parameter -> [num_canvases] float64
+    prompt_len: Tensor  # [num_canvases] int64, positions, as all that follows without pins
     seq_len: Tensor  # [num_canvases] int64, positions
     vocab_size: int
     weights: dict[str, Tensor]  # of its net; empty: it has none
@@ -39,7 +40,7 @@ class PolicyParams:
 
     policy_id: Tensor  # [num_canvases] int64, POLICY_IDS
     seed: Tensor  # [num_canvases] int64
-    prompt_len: Tensor  # [num_canvases] int64, positions
+    prompt_len: Tensor  # [num_canvases] int64, positions; of a block with pins, as if the prompt had as many more
     start: Tensor  # [num_canvases] int64, absolute position of the block
     threshold: Tensor  # [num_canvases] float64
     factor: Tensor  # [num_canvases] float64
@@ -63,7 +64,7 @@ class PolicyParams:
 
     @property
     def num_known(self) -> Tensor:
-        """[num_canvases] int64, positions of the block that hold the prompt's end, in a partial block."""
+        """[num_canvases] int64, positions of the block that were known when it began: the prompt's end, and pins."""
         return (self.prompt_len - self.start).clamp(min=0)
 
     @property

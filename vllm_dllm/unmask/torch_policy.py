@@ -110,8 +110,8 @@ class Seen:
     def is_written(self) -> Tensor:
         """[num_canvases, B] bool, known positions that are no prompt."""
         assert self.params.own is not None, "these canvases have such a policy"
-        position, end = self.params.position, self.params.own.seq_len
-        return (position >= self.params.prompt_len[:, None]) & (position < end[:, None]) & ~self.is_masked
+        position, own = self.params.position, self.params.own
+        return (position >= own.prompt_len[:, None]) & (position < own.seq_len[:, None]) & ~self.is_masked
 
     @property
     def scheduled(self) -> Tensor:
