@@ -86,8 +86,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
 
     Args:
         model, prompt: the model, and the tokens before the generation.
-        gen_length: least number of tokens; of Nemotron exactly as many.
-        block_length: positions per block.
+        gen_length, block_length: least number of tokens, of Nemotron exactly as many; positions per block.
         policy, sampling: its `steps` are of each block; how tokens are chosen, without guidance.
         rules, constraint, ends: of the family; what the answer has to meet; where it ends, behind which may be masks.
         given: of the answer, seen by its block.
