@@ -58,6 +58,12 @@ def test_keys_of_others_are_left_alone() -> None:
         ({"kv_policy": "freecache", "refresh_every": 3}, ["kv_policy is 'freecache', which keeps what precedes"]),
         ({"kv_policy": "vicinity", "refresh_every": 3}, ["kv_policy is 'vicinity', which computes all K/V anew when"]),
         ({"kv_policy": "dkv", "refresh_every": 0}, ["additional_config.dllm.refresh_every is 0"]),
+        (
+            {"cfg_scale": 1.5},
+            ["cfg_scale is 1.5 but kv_policy is 'dual' with refresh_every None", "refresh_every to 1"],
+        ),
+        ({"kv_policy": "freecache", "cfg_scale": 0}, ["cfg_scale is 0.0 but kv_policy is 'freecache'"]),
+        ({"refresh_every": 1, "cfg_scale": -1}, ["additional_config.dllm.cfg_scale is -1", "from 0 to 100"]),
         ({"prefix_look": 16}, ["prefix_look is 16 but kv_policy is 'dual'", "set kv_policy to 'vicinity'"]),
         ({"kv_policy": "freecache", "after_look": 0}, ["after_look is 0 but kv_policy is 'freecache'"]),
         ({"kv_policy": "prefix", "warmup_steps": 4}, ["warmup_steps is 4 but kv_policy is 'prefix'"]),

@@ -33,6 +33,7 @@ _Threshold = Annotated[float, Field(gt=0.0, le=1.0, description="numbers above 0
 _Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False, description="finite numbers above 0")]
 _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
 _Gain = Annotated[float, Field(gt=0.0, le=100.0, description="numbers above 0 and up to 100")]
+_CfgScale = Annotated[float, Field(ge=0.0, le=100.0, description="null and numbers from 0 to 100")]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, description="numbers from 0 to 1")]
 _Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'vllm', 'flashinfer', 'xformers' and 'torch'")]
 _Given = Field(description="null, texts, and lists of token ids with null for what is to be generated")
@@ -66,6 +67,8 @@ class DllmConfig(KvSettings, WithParameters):
         steps_per_block: denoising steps that a block is spread over, by the policies that have a schedule (LLaDA's
             steps divided by its number of blocks); None is as many as the block has positions. A request gives
             `dllm_steps` for its whole generation.
+        cfg_scale: classifier-free guidance by the prompt (`unmask.guidance`) of requests that say nothing of it; None:
+            no request may ask for it.
         attention: implementation of attention, see `attention.choose`; `auto` takes the best that works here.
         mode: `self_speculation`: autoregression of what diffusion drafts, in windows of up to `block_length`.
     """
@@ -84,8 +87,19 @@ class DllmConfig(KvSettings, WithParameters):
     credit_gamma: _Gain = 0.2
     alg_temp: _AlgTemp | None = None
     steps_per_block: Annotated[Count | None, Field(description="null and whole numbers from 1 on")] = None
+    cfg_scale: _CfgScale | None = None
     attention: _Attention = "auto"
     mode: Annotated[ServedMode, Field(description="'diffusion' and 'self_speculation'")] = "diffusion"
+
+    @model_validator(mode="after")
+    def _guidance_needs_no_cache(self) -> Self:
+        if self.cfg_scale is not None and self.refresh_every != 1:
+            raise ValueError(
+                f"cfg_scale is {self.cfg_scale} but kv_policy is {self.kv_policy!r} with refresh_every "
+                f"{self.refresh_every}, which keeps K/V from step to step, and none of the sequence without its prompt"
+                "; set refresh_every to 1 (of a bidirectional model) or leave cfg_scale out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_fit_block(self) -> Self:
@@ -118,6 +132,7 @@ class RequestOptions(WithParameters):
     credit_beta: _Decay | None = None
     credit_gamma: _Gain | None = None
     alg_temp: _AlgTemp | None = None
+    cfg_scale: _CfgScale | None = None
     steps: Count | None = None
     stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
     logits_eos_inf: Annotated[Literal[True] | None, Field(description="null and true")] = None
@@ -226,6 +241,13 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
 
     Raises: InvalidOptionError.
     """
+    if options.cfg_scale is not None and settings.cfg_scale is None:
+        raise InvalidOptionError(
+            f"{REQUEST_PREFIX}cfg_scale is {options.cfg_scale}, but the server has no room for a second sequence of "
+            "each request; remove it or start the server with refresh_every 1 and cfg_scale 0",
+            REQUEST_PREFIX + "cfg_scale",
+            options.cfg_scale,
+        )
     policy = options.policy or settings.policy
     check_horizon(f"{REQUEST_PREFIX}horizon", options.horizon, settings.kv_policy)
     if needs_file(policy) and file_option(policy) not in settings.files:
@@ -235,7 +257,8 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
             REQUEST_PREFIX + "policy",
             policy,
         )
-    given = options.model_dump(exclude={"policy", "horizon", *OWN_OPTIONS} - {"steps"}, exclude_none=True)
+    exclude = {"policy", "cfg_scale", "horizon", *OWN_OPTIONS} - {"steps"}
+    given = options.model_dump(exclude=exclude, exclude_none=True)
     for name, value in given.items():
         if name not in options_of(policy):
             allowed = ", ".join(REQUEST_PREFIX + option for option in options_of(policy)) or "none"

@@ -25,6 +25,7 @@ from vllm_dllm.state.records import Asking
 from vllm_dllm.state.report import POLICY_FAILED, Column
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
 from vllm_dllm.unmask.edits import RowEdits
+from vllm_dllm.unmask.guidance import Guidance
 from vllm_dllm.unmask.head import Head
 from vllm_dllm.unmask.logprobs import LogprobHead, TokenLogprobs, Unmasked
 from vllm_dllm.unmask.memory import select
@@ -99,7 +100,14 @@ class Denoiser:
         if self.drafter is not None and self.drafter.memory is not None:
             self.drafter.memory.forget(slots, where)
 
-    def advance(self, blocks: Blocks, nodes: Nodes, hidden: Tensor, fresh: Tensor | None = None) -> Trajectory:
+    def advance(
+        self,
+        blocks: Blocks,
+        nodes: Nodes,
+        hidden: Tensor,
+        fresh: Tensor | None = None,
+        twin_of: Tensor | None = None,
+    ) -> Trajectory:
         """Decide the next canvases of some requests, as many as their drafts foresaw and one more.
 
         Nothing is kept of them before `settle`.
@@ -110,16 +118,19 @@ class Denoiser:
             hidden: [num_evaluated * block_length, hidden_size], the model's rows of those that are evaluated; may be
                 written to.
             fresh: as in `CanvasState.predicting_rows`.
+            twin_of: of which canvas each twin is whose rows are behind those of the canvases; None: there is none.
         """
+        guidance = None
+        if twin_of is not None:
+            hidden, guidance = self.state.guidance.split(blocks.slots, nodes, hidden, twin_of)
         slots = nodes.per_evaluated(blocks.slots[:, None].expand(nodes.depth.shape)) if self.state.keeps_left else None
         rows = hidden if slots is None else self.state.predicting_rows(slots, hidden, fresh)
         keeps_candidates = self.drafter is not None or self.observer is not None
         num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
         edits, keep = self.state.row_edits(blocks, nodes)
-        ids = _row_ids(
-            nodes, _asked(nodes, asked_ids(remembered), self.state.asks(blocks), self.state.rules.end_ids), edits
-        )
+        asked = _asked(nodes, asked_ids(remembered), self.state.asks(blocks), self.state.rules.end_ids)
+        ids = _row_ids(nodes, asked, edits, guidance)
         sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
         stats = self.head(rows, sampling, num_candidates, ids)
         params = self.state.policy_params(blocks)
@@ -258,15 +269,15 @@ def _asked(nodes: Nodes, asked: Tensor | None, asks: Tensor | None, end_ids: tup
     return torch.cat([torch.maximum(ids[..., :2], own), ids[..., 2:]], -1)  # nobody asks for more than one of these
 
 
-def _row_ids(nodes: Nodes, asked: Tensor | None, edits: RowEdits | None) -> RowIds | None:
+def _row_ids(nodes: Nodes, asked: Tensor | None, edits: RowEdits | None, guidance: Guidance | None) -> RowIds | None:
     """Return which ids evaluated rows ask for, of those that policies ask for, and may take, by their constraints.
 
     Args:
         nodes: the canvases.
         asked: [num_reqs, num_nodes, block_length, num_given] int64.
-        edits: of the rows.
+        edits, guidance: of the rows.
     """
-    if asked is None and nodes.constrained is None and edits is None:
+    if asked is None and nodes.constrained is None and edits is None and guidance is None:
         return None
     given = allowed = None
     if asked is not None:
@@ -274,4 +285,4 @@ def _row_ids(nodes: Nodes, asked: Tensor | None, edits: RowEdits | None) -> RowI
     if nodes.constrained is not None:
         place, sets = nodes.constrained.row_bits(len(nodes.canvas), nodes.canvas.device)
         allowed = sets[nodes.per_evaluated(place).flatten()]
-    return RowIds(given, allowed, edits)
+    return RowIds(given, allowed, edits, guidance)

@@ -261,7 +261,7 @@ def _exactness(config: SpiffyConfig, server: DllmConfig) -> Exactness:
         reason = (
             "kv_policy is 'dkv', under which K/V depend on the step in which a token was unmasked, so on the drafts"
         )
-    elif server.refresh_every is not None:
+    elif server.refresh_every not in (None, 1):
         reason = f"refresh_every is {server.refresh_every}, which computes all K/V anew within a block, from its tokens"
     else:
         return "exact"
@@ -269,6 +269,6 @@ def _exactness(config: SpiffyConfig, server: DllmConfig) -> Exactness:
         raise ConfigError(
             f"{_NAME}.exactness is 'exact', but additional_config.dllm.{reason}; drafts share these K/V with the true "
             "block, so that their forwards are not those of the decoder; allowed is kv_policy 'dual' without "
-            f"refresh_every, 'freecache' and 'vicinity'; set one or ask for {_NAME}.exactness 'near'"
+            f"refresh_every or with 1, 'freecache' and 'vicinity'; set one or ask for {_NAME}.exactness 'near'"
         )
     return "near"

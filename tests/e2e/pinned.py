@@ -23,5 +23,6 @@ def with_given(cases: list[Case], block_length: int, seed: int, *, has_suffixes:
         given = given[: case.max_tokens]
         if has_suffixes and i % 4 == 3:
             given = [None] * case.max_tokens + [rng.randrange(7, 100) for _ in range(rng.choice([1, 5, 14]))]
+            case = dataclasses.replace(case, steps=None)  # which are of other blocks in the reference
         made.append(dataclasses.replace(case, given=tuple(given)))
     return made

@@ -15,6 +15,7 @@ from tests.e2e.engines import MAX_MODEL_LEN, NUM_SLOTS
 from tests.e2e.engines import engine as engine
 from tests.e2e.engines import shared_engine as shared_engine
 from tests.e2e.engines import stop_shared_engine as stop_shared_engine
+from tests.e2e.kv import kv_policy
 from tests.e2e.questions import CHECKPOINT as CHECKPOINT
 from tests.e2e.questions import EXAMPLES as EXAMPLES
 from tests.e2e.questions import questions as questions
@@ -28,7 +29,7 @@ from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.names import PolicyName
 from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.reference import spiffy
-from vllm_dllm.reference.decode import KvPolicy, Model, generate
+from vllm_dllm.reference.decode import Model, generate
 from vllm_dllm.reference.edits import Edits
 from vllm_dllm.reference.ends import NO_ENDS, Ends
 from vllm_dllm.reference.model import LLaDA
@@ -57,6 +58,7 @@ class Case:
     top_p: float = 1.0
     seed: int = 0
     edits: LogitEdits = NO_EDITS
+    cfg_scale: float | None = None
     given: tuple[int | None, ...] = ()  # of the answer; what is behind `max_tokens` is a suffix
     stop_ids: tuple[int, ...] = ()
     horizon: int | None = None
@@ -68,7 +70,8 @@ class Case:
     def sampling_params(self, **changes: Any) -> Any:
         from vllm import SamplingParams
 
-        options = {name: getattr(self, name) for name in ("policy", "horizon", *POLICY_OPTIONS[self.policy])}
+        names = ("policy", "cfg_scale", "horizon", *POLICY_OPTIONS[self.policy])
+        options = {name: getattr(self, name) for name in names}
         extra: dict[str, Any] = {f"dllm_{name}": value for name, value in options.items() if value is not None}
         if self.given:
             suffix = list(self.given[self.max_tokens :])
@@ -92,12 +95,6 @@ class Case:
         if self.edits.bad_words:
             params._bad_words_token_ids = [list(word) for word in self.edits.bad_words]
         return params
-
-
-def kv_policy(settings: dict[str, Any]) -> KvPolicy:
-    """Return the reference's of a server's settings."""
-    changes = {name: settings[name] for name in ("prefix_look", "after_look", "warmup_steps") if name in settings}
-    return KvPolicy(settings.get("kv_policy", "dual"), settings.get("refresh_every"), **changes)
 
 
 class Oracle:
@@ -150,9 +147,6 @@ class Oracle:
         block_length = settings.get("block_length", 32)
         length = max(case.max_tokens, len(case.given))
         blocks = row_blocks(len(case.prompt), length, DllmConfig(block_length=block_length), self.max_model_len)
-        steps = case.steps
-        if steps is not None and length > case.max_tokens:  # they are of the blocks that are decoded
-            steps = steps // -(-case.max_tokens // block_length) * -(-length // block_length)
         return {
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
@@ -161,7 +155,7 @@ class Oracle:
             "ends": NO_ENDS if settings.get("goes_on") else case.ends,
             "policy": UnmaskPolicy(
                 case.policy,
-                steps=steps,
+                steps=case.steps,
                 threshold=case.threshold,
                 factor=case.factor,
                 entropy_bound=case.entropy_bound,
@@ -174,6 +168,7 @@ class Oracle:
             "sampling": Sampling(
                 temperature=case.temperature,
                 seed=case.seed,
+                cfg_scale=settings.get("cfg_scale", 0.0) if case.cfg_scale is None else case.cfg_scale,
                 top_k=case.top_k or None,
                 top_p=case.top_p if case.top_p < 1 else None,
                 min_p=case.edits.min_p if case.temperature else 0.0,

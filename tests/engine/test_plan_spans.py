@@ -3,7 +3,7 @@
 import numpy as np
 
 from tests.engine.test_plan import ROW_LEN, B, planned, segments
-from vllm_dllm.engine.plan import Role
+from vllm_dllm.engine.plan import Role, plan_step
 from vllm_dllm.state.kv import KvSchedule
 
 
@@ -77,3 +77,37 @@ def test_the_row_left_of_the_block_is_part_of_a_delayed_refresh() -> None:
     assert segments(plan) == [(0, "DELAYED", 4, ROW_LEN)]
     rows = plan.rows(logit_shift=True)
     assert (rows.head.tolist(), rows.is_left_fresh.tolist()) == ([[0, 1, 2, 3]], [True])
+
+
+def test_each_canvas_of_a_guided_request_has_a_twin_without_its_prompt() -> None:
+    kv = KvSchedule("dual", 1, B)
+    planned(kv, [5, 13])
+    step = kv.step(range(2), np.array([5, 13]), np.full(2, ROW_LEN))
+    plan = plan_step(
+        step,
+        block_start=np.array([5, 13]),
+        seq_len=np.full(2, ROW_LEN),
+        num_drafts=np.array([0, 1]),
+        block_length=B,
+        kv_policy="dual",
+        prompt_len=np.array([0, 9]),
+    )
+    names = [(1, name, 0, ROW_LEN) for name in ("REFRESH", "DRAFT", "TWIN", "TWIN")]
+    assert segments(plan) == [(0, "REFRESH", 0, ROW_LEN), *names]
+    assert plan.layout().context_len.tolist() == [0] * 5
+    rows = plan.rows()
+    canvas, mask = 2 * B, 4 * B  # of the second request's root; two nodes each
+    tail = [mask] * 7
+    assert rows.source[3 * ROW_LEN :].tolist() == [
+        *([mask] * 9 + [-1] * 4 + [canvas, canvas + 1, canvas + 2, canvas + 3] + tail),
+        *([mask] * 9 + [-1] * 4 + [canvas + 4, canvas + 5, canvas + 6, canvas + 7] + tail),
+    ]
+    assert rows.twin_of.tolist() == [1, 2]
+    assert rows.twin_head.tolist() == [
+        [3 * ROW_LEN + 13 + i for i in range(B)],
+        [4 * ROW_LEN + 13 + i for i in range(B)],
+    ]
+    assert plan.rows(logit_shift=True).twin_head[0].tolist() == [3 * ROW_LEN + 12 + i for i in range(B)]
+    assert rows.is_stored[: 2 * ROW_LEN].all()
+    assert not rows.is_stored[2 * ROW_LEN :].any()
+    assert plan.rows_of_requests.tolist() == [ROW_LEN, 4 * ROW_LEN]

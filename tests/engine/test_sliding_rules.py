@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm.sampling_params import SamplingParams
 
 from tests.e2e.wedlm import make_wild
 from tests.engine.scheduler_rig import request
@@ -14,7 +15,8 @@ from vllm_dllm import plugin
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import DllmConfig, parse_request_options
 from vllm_dllm.engine.configs import settings_of
-from vllm_dllm.engine.plan import Role, plan_windows
+from vllm_dllm.engine.plan import Role
+from vllm_dllm.engine.plan_windows import plan_windows
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.sliding_rules import check_options
@@ -83,17 +85,22 @@ def test_models_with_blocks_have_no_penalty() -> None:
     [
         ({"dllm_policy": "threshold"}, "dllm_policy is 'threshold', but this model decides a window"),
         ({"dllm_steps": 4}, "dllm_steps is 4, but this model decides a window"),
+        ({"dllm_suffix": [5]}, "dllm_suffix is [5], but this model decides a window"),
+        ({"dllm_canvas": [5, None]}, "dllm_canvas is [5, None], but this model decides a window"),
+        ({"dllm_logits_eos_inf": True}, "dllm_logits_eos_inf is True, but this model decides a window"),
         ({"dllm_threshold": 0.5}, "allowed are dllm_entropy_bound and dllm_position_penalty; remove it"),
     ],
 )
 def test_options_that_a_window_ignores_are_refused(extra_args: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=re.escape(message)):
-        check_options(parse_request_options(extra_args))
+        check_options(SamplingParams(), parse_request_options(extra_args))
+    with pytest.raises(RequestError, match="logprobs is 0, but the windows of this model keep no"):
+        check_options(SamplingParams(logprobs=0), parse_request_options({}))
 
 
 def test_options_of_windows_are_taken() -> None:
     own = {"dllm_entropy_bound": 0.1, "dllm_position_penalty": 0, "dllm_speculation": False, "dllm_stream": "denoising"}
-    check_options(parse_request_options(own))
+    check_options(SamplingParams(), parse_request_options(own))
 
 
 def test_rows_are_as_long_as_the_model_whatever_is_asked_for() -> None:

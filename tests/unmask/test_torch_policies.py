@@ -38,6 +38,8 @@ def test_decodes_are_those_of_the_plain_statement(policy: str) -> None:
     for seed in range(6):
         model = SyntheticModel([8, 16, 16][seed // 2 % 3], seed, [0.5, 3.0, 8.0][seed % 3])
         requests = [*(drawn(policy, rng) for _ in range(5)), Own("threshold"), Own("credit", threshold=0.4)]
+        if seed % 2:  # somebody whose positions may have to wait
+            requests.append(Own("threshold", edits=LogitEdits(bad_words=((4, 4),))))
         alone = decode(model, requests[:1], num_blocks=2)
         without = decode(model, requests, num_blocks=2)
         graph, budget = [(CHAIN, 7), (ALTERNATIVES, 5)][seed % 2]

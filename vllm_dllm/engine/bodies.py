@@ -149,6 +149,8 @@ def _take_suffix(path: str, body: dict[str, Any]) -> None:
 
 def _make_sendable(options: dict[str, Any], owner: dict[str, Any]) -> None:
     """Let a canvas through vLLM's classes: they know no null in lists, and give a request a length of their own."""
+    if FOLLOWS in options:
+        raise not_allowed(FOLLOWS, options[FOLLOWS], "none, since the front end sets it")
     if isinstance(options[CANVAS], list):
         options[CANVAS] = [OPEN if token is None else token for token in options[CANVAS]]
     if all(owner.get(name) is None for name in _LENGTHS):

@@ -101,8 +101,8 @@ class DllmModelState(ModelState):
             step: that was begun last.
             hidden: [num_rows, hidden_size], its rows for the LM head.
         """
-        fresh = None if step.special is None else step.special.fresh
-        done = self.denoiser.advance(step.blocks, step.nodes, hidden, fresh)
+        fresh, twin_of = (None, None) if step.special is None else (step.special.fresh, step.special.twin_of)
+        done = self.denoiser.advance(step.blocks, step.nodes, hidden, fresh, twin_of)
         if step.may_be_void:
             done = self.denoiser.void(step.blocks, done, self.is_void(step))
         return self.denoiser.settle(step.blocks, step.nodes, done, step.ledger)
@@ -295,6 +295,7 @@ class DllmModelState(ModelState):
             block_length=self.block_length,
             kv_policy=self.settings.kv_policy,
             look_ahead_from=self._look_ahead_from,
+            prompt_len=self.state.guidance.prompts(batch.idx_mapping_np[: len(counted)]),
             is_next_open=self.state.pins.is_next_open(batch.idx_mapping_np[: len(block_start)], block_start),
         )
 

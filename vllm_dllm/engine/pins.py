@@ -27,6 +27,7 @@ FOLLOWS = "vllm_dllm_follows"
 """The same, from a server's app: the request named no length, and vLLM's default is none that its canvas must have."""
 
 _FIELDS = {CANVAS: "dllm_canvas", SUFFIX: "suffix (dllm_suffix)"}
+_KV_POLICIES = ("dual", "prefix", "block_causal")
 _MAX_DIGITS = 6  # of a mark's count
 
 
@@ -102,6 +103,8 @@ def _refuse(processor: "InputProcessor", params: SamplingParams, key: str) -> No
             "the model predicts the first position of each block from what is before it, as an autoregressive model, "
             "whatever the block has"
         )
+    elif settings.has_windows or settings.kv_policy not in _KV_POLICIES:
+        why = f"kv_policy is {settings.kv_policy!r}; with {', '.join(map(repr, _KV_POLICIES))} it is served"
     elif params.bad_words:
         why = "bad_words is set, of which a given token could complete one across the end of a block"
     if why:

@@ -16,6 +16,8 @@ store:
                                             before it
     NEXT_ROOT  the block behind             what is before it                decide
     VERIFY     a window of drafts           what is before it                are stored; decide
+    TWIN       the sequence, its prompt     none                             guide those of a canvas
+               masked
     DELAYED    from where on K/V are new    all of the sequence, each row    are stored, but for tokens that were known
                                             for itself                       before; those of the block decide
 
@@ -46,14 +48,15 @@ class Role(IntEnum):
     COMMIT = 6
     VERIFY = 7
     DELAYED = 8
+    TWIN = 9
 
 
 _ROLES = np.arange(len(Role))
-_STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT, Role.VERIFY, Role.DELAYED])
+STORES = np.isin(_ROLES, [Role.END, Role.REFRESH, Role.PREFILL, Role.COMMIT, Role.VERIFY, Role.DELAYED])
 _DECIDES = np.isin(_ROLES, [Role.REFRESH, Role.ROOT, Role.DRAFT, Role.NEXT_ROOT, Role.VERIFY, Role.DELAYED])
-_IS_CANVAS = np.isin(_ROLES, [Role.ROOT, Role.DRAFT])
+_IS_CANVAS = np.isin(_ROLES, [Role.ROOT, Role.DRAFT, Role.TWIN])
 _HAS_BLOCK = _IS_CANVAS | np.isin(_ROLES, [Role.REFRESH, Role.DELAYED])  # and maybe more around it
-_BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1, 0, 0])  # of a segment's block, as seen from the present one
+_BLOCKS_BEHIND = np.array([0, 0, 0, 0, 0, 1, -1, 0, 0, 0])  # of a segment's block, as seen from the present one
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class StepPlan:
     is_causal: BoolArray | None = (
         None  # [num_segments], where a row sees of its segment's those up to it; None: nowhere
     )
+    prompt_len: IntArray | None = None  # [num_reqs], prompts of guided requests, 0 for the others; None: nobody is
 
     @property
     def num_reqs(self) -> int:
@@ -105,7 +109,7 @@ class StepPlan:
     @property
     def stores(self) -> BoolArray:
         """Whose rows' K/V are written, [num_segments]."""
-        return _STORES[self.role]
+        return STORES[self.role]
 
     @property
     def num_stored(self) -> IntArray:
@@ -184,14 +188,20 @@ class StepPlan:
         head = first_row[:-1][decided, None] + np.where(has_block, in_block, 0)[:, None] + offset - logit_shift
         last = first_row[1:][decided, None] - 1  # a short block has fewer rows than a canvas has positions
         head = np.where(self.decides_first[decided, None], last, head).clip(0, last)
-        node = self._nodes(decided)
+        node, twins = self._nodes(decided), np.flatnonzero(self.role == Role.TWIN)
+        prompt_len = np.zeros(self.num_reqs, dtype=np.int64) if self.prompt_len is None else self.prompt_len
+        twin_of = np.flatnonzero(prompt_len[self.request[decided]])
+        to_block = (self.block_start[self.request] - self.begin)[twins, None]
+        last_of_twins = first_row[1:][twins, None] - 1  # as of `last`
         return PlanRows(
             request=self.request[segment],
-            source=self._sources(node, segment),
+            source=self._sources(node, segment, prompt_len, twin_of),
             is_stored=self.stores[segment] + (self.role == Role.DELAYED).astype(np.int64)[segment],
             head=head,
             is_left_fresh=has_block & (in_block > 0),
             node=node,
+            twin_head=(first_row[:-1][twins, None] + to_block + offset - logit_shift).clip(max=last_of_twins),
+            twin_of=twin_of,
         )
 
     def _nodes(self, decided: IntArray) -> IntArray:
@@ -204,12 +214,14 @@ class StepPlan:
         node[request, number] = np.arange(len(decided))
         return node
 
-    def _sources(self, node: IntArray, segment: IntArray) -> IntArray:
+    def _sources(self, node: IntArray, segment: IntArray, prompt_len: IntArray, twin_of: IntArray) -> IntArray:
         """Return where each row's token is, as `PlanRows.source`."""
         num_reqs, num_nodes, block_length = self.num_reqs, self.num_nodes, self.block_length
         number = np.zeros(len(self.request), dtype=np.int64)
         request, of_request = np.nonzero(node >= 0)
-        number[np.flatnonzero(self.decides)[node[request, of_request]]] = of_request
+        decided = np.flatnonzero(self.decides)
+        number[decided[node[request, of_request]]] = of_request
+        number[self.role == Role.TWIN] = number[decided[twin_of]]
         first = (self.request * num_nodes + number) * block_length  # of the segment's canvas
         is_end = self.role == Role.END
         first[is_end] = (num_reqs * num_nodes + self.request[is_end]) * block_length
@@ -218,8 +230,10 @@ class StepPlan:
         in_block = self.position - block[segment]
         source = first[segment] + in_block
         mask = (num_reqs * num_nodes + num_reqs * self.has_look_ahead) * block_length
+        is_hidden = (role == Role.TWIN) & (self.position < prompt_len[self.request[segment]])
         is_known = (role == Role.PREFILL) | (role == Role.COMMIT) | (_HAS_BLOCK[role] & (in_block < 0))
-        return np.where(is_known, -1, np.where(in_block >= block_length, mask, source))
+        is_mask = is_hidden | (in_block >= block_length)
+        return np.where(is_known & ~is_hidden, -1, np.where(is_mask, mask, source))
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +248,11 @@ class PlanRows:
     head: IntArray  # [num_decided, block_length], rows that predict the nodes' positions
     is_left_fresh: BoolArray  # [num_decided], whether the row left of the block is in the step, and so in the segment
     node: IntArray  # [num_reqs, num_nodes], of the decided; -1: the request has fewer nodes
+    twin_head: IntArray  # [num_twins, block_length], rows of twins as `head` has those of nodes
+    twin_of: IntArray  # [num_twins], of which decided segment each is
 
 
-def plan_step(
+def plan_step(  # noqa: PLR0913 - what decides a step
     kv: KvStep,
     *,
     block_start: IntArray,
@@ -245,6 +261,7 @@ def plan_step(
     block_length: int,
     kv_policy: KvPolicyName,
     look_ahead_from: int | None = None,
+    prompt_len: IntArray | None = None,
     is_next_open: BoolArray | None = None,
 ) -> StepPlan:
     """Make the plan of a step.
@@ -255,6 +272,7 @@ def plan_step(
         num_drafts: [num_reqs], drafts that each may have; none where nothing of the block is known yet.
         block_length, kv_policy: of the server.
         look_ahead_from, is_next_open: as of `looking_ahead`.
+        prompt_len: as in `StepPlan`.
     """
     num_reqs, is_causal = len(block_start), kv_policy in ("block_causal", "causal")
     num_drafts = np.where(kv.is_undrafted, 0, num_drafts)
@@ -267,6 +285,7 @@ def plan_step(
     roots = ~refreshes & ~kv.stores_alone
     whole, delayed = refreshes & ~kv.is_delayed, refreshes & kv.is_delayed
     stored = [whole, num_prefills, roots, num_drafts, looks_ahead, kv.commits, np.zeros_like(roots), delayed]
+    stored.append(np.zeros_like(roots) if prompt_len is None else (prompt_len > 0) * (1 + num_drafts))
     count = np.stack([looks_ahead, *stored], 1).astype(np.int64).ravel()
     request = np.arange(num_reqs).repeat(len(Role)).repeat(count)
     role = np.tile(_ROLES, num_reqs).repeat(count)
@@ -288,7 +307,8 @@ def plan_step(
         context,
         is_long=bool(kv.is_long.any()),
         stores_alone=kv.stores_alone if kv.stores_alone.any() else None,
-        is_causal=_STORES[role] if kv_policy == "causal" else None,
+        is_causal=STORES[role] if kv_policy == "causal" else None,
+        prompt_len=prompt_len,
     )
 
 
@@ -321,24 +341,3 @@ def _extents(
         begin = np.where(_IS_CANVAS[role], kv.span_begin[request], begin)
         end = np.where(_IS_CANVAS[role], kv.span_end[request], end)
     return begin, end
-
-
-def plan_windows(kv: KvStep, *, start: IntArray, length: IntArray, block_length: int) -> StepPlan:
-    """Make the plan of a step of self-speculation: a window of each request, drafted as a ROOT or verified.
-
-    Args:
-        kv: what it stores; a new request's prompt is a PREFILL, but for its last token, which is its first window.
-        start, length: [num_reqs], of the windows.
-        block_length: positions of a canvas.
-    """
-    num_reqs, none = len(start), np.zeros_like(start)
-    count = np.stack([kv.begin < start, ~kv.stores_alone, kv.stores_alone], 1).astype(np.int64).ravel()
-    request = np.arange(num_reqs).repeat(3).repeat(count)
-    role = np.tile([Role.PREFILL, Role.ROOT, Role.VERIFY], num_reqs).repeat(count)
-    is_prefill = role == Role.PREFILL
-    begin = np.where(is_prefill, kv.begin[request], start[request])
-    end = np.where(is_prefill, start[request], (start + length)[request])
-    context = np.stack([np.zeros_like(begin), begin, end, end], 1)
-    return StepPlan(
-        block_length, start, none, none > 0, request, role, begin, end, context, is_long=True, is_causal=_STORES[role]
-    )

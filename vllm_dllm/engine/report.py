@@ -67,7 +67,7 @@ class RequestReport:
     """What the worker did for a request in a step.
 
     Attributes:
-        faults: what is wrong with its canvas (`worker_check.Fault`), where that is checked.
+        faults: what is wrong with its canvas (`worker_check.Fault`), where that is checked; a policy that failed.
         proposed: drafts that were evaluated, by depth 1..MAX_DEPTH.
         canvas: [block_length] the one behind the step, -1 for masked, where it is shown; else empty.
         pages: its pages as the worker has them, where they are checked.

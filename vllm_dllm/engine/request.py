@@ -165,7 +165,7 @@ def check_admission(request: "EngineCoreRequest", settings: DllmConfig, max_mode
     if options.stream:
         _check_stream(params)
     if settings.has_windows:
-        check_options(options)
+        check_options(params, options)
         return blocks.end - prompt_len
     try:
         check_policy_options(options, settings)
@@ -331,6 +331,7 @@ def resolve_params(
         edits=edits_of(params, rules.eos_id if options.logits_eos_inf else None),
         horizon=NEVER if merged.horizon is None else merged.horizon * settings.block_length,
         ends=NO_ENDS if targets_of(params) else ends_of(params, prompt_len, merged.policy),
+        cfg_scale=merged.cfg_scale or 0.0,
         pins=pins_of(params, prompt_len),
         num_logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,
         targets=targets_of(params),

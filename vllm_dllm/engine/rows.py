@@ -115,8 +115,21 @@ class StepRows:
         """Return how many rows running requests need, who has no drafts, since nothing of a block is known, and how
         many rows a draft has.
         """
-        step = self.step(requests)
-        return self.kv.num_rows(step).tolist(), step.is_undrafted.tolist(), step.num_span_rows.tolist()
+        step, twins = self.step(requests), np.array([self.num_sequences(request) for request in requests])
+        num_rows, num_span_rows = self.kv.num_rows(step) * twins, step.num_span_rows * twins
+        return num_rows.tolist(), step.is_undrafted.tolist(), num_span_rows.tolist()
+
+    def num_sequences(self, request: Request) -> int:
+        """Return how many sequences a request is evaluated as: with guidance it has a twin."""
+        if self.settings.cfg_scale is None:
+            return 1
+        scale = ((request.sampling_params and request.sampling_params.extra_args) or {}).get("dllm_cfg_scale")
+        return 1 + bool(self.settings.cfg_scale if scale is None else scale)
+
+    @property
+    def longest(self) -> int:
+        """Rows that the first step of a request may need."""
+        return self.max_model_len * (1 + (self.settings.cfg_scale is not None))
 
     def num_first(self, request: Request) -> int:
         """Positions of a request's first block; with self-speculation that is a window of one, its last token."""
@@ -127,7 +140,8 @@ class StepRows:
     def first(self, request: Request, num_hit: int) -> int:
         """Return the rows of the step that admits a request: of its prompt, behind a cache hit, and of its block."""
         if not self.is_causal:  # vLLM counts a whole block, where a short one ends with the row
-            return max(self.seq_end(request), request.num_tokens + self.block_length)
+            end = max(self.seq_end(request), request.num_tokens + self.block_length)
+            return end * self.num_sequences(request)
         # Of a partial block vLLM counts the known tokens twice.
         return request.num_tokens - num_hit + self.num_first(request)
 

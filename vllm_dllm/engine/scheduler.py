@@ -188,7 +188,7 @@ class DllmScheduler(Scheduler):
         if self.rule is not None and drafting:
             pays = self.acceptance.pay([request.request_id for request in drafting], self.rule.break_even)
             worth = list(compress(drafting, pays))
-            reserved = self.max_model_len if self.waiting else 0
+            reserved = self.rows.longest if self.waiting else 0
             num_rows = sum(canvas_rows[request.request_id] for request in worth)
             limit = (self.rows.free - reserved) // num_rows
             num_without = num_denoising - len(worth) + num_single

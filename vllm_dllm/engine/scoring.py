@@ -27,6 +27,8 @@ MAX_SAMPLES, MAX_CONTINUATIONS = 1024, 128
 NUM_AT_ONCE = 16
 """Requests of one call that are in the engine together: others find their turn between them."""
 
+_KV_POLICIES = ("dual", "prefix")
+
 Tokens = list[int]
 
 
@@ -122,11 +124,18 @@ def _params(part: Part) -> SamplingParams:
 
 def _check(question: Question, vllm_config: "VllmConfig") -> None:
     """Check what does not depend on tokens. Raises: RequestError."""
-    if settings_of(vllm_config).is_block_causal:
+    settings = settings_of(vllm_config)
+    if settings.is_block_causal or settings.has_windows:
         raise RequestError(
             f"the model is {vllm_config.model_config.architecture}, in which a block sees what is before it alone, so "
             "that the published estimate has no meaning for it; allowed are bidirectional models (LLaDA, Dream, "
             "LLaDA-MoE); serve one, or Nemotron in mode 'ar', which has vLLM's prompt_logprobs",
+            parameter="model",
+        )
+    if settings.kv_policy not in _KV_POLICIES:
+        raise RequestError(
+            f"the server's kv_policy is {settings.kv_policy!r}; likelihoods are served with "
+            f"{' and '.join(map(repr, _KV_POLICIES))}; start it with one of these",
             parameter="model",
         )
     if not 1 <= question.samples <= MAX_SAMPLES:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
 
 from vllm_dllm.additional_config import settings_in
-from vllm_dllm.config import OWN_OPTIONS, REQUEST_PREFIX, DllmConfig, RequestOptions
+from vllm_dllm.config import REQUEST_PREFIX, DllmConfig, RequestOptions
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.spiffy_config import METHOD
@@ -15,6 +16,9 @@ SETTINGS = ("block_length", "kv_policy", "entropy_bound", "position_penalty", "a
 
 RULE = ("entropy_bound", "position_penalty")
 """What decides a window."""
+
+_HARMLESS = ("stream", "speculation", "budget")
+"""Options of requests besides: the first shows the window, the others have no drafts to bound."""
 
 
 def check_windows(config: VllmConfig, settings: DllmConfig) -> None:
@@ -45,9 +49,16 @@ def check_windows(config: VllmConfig, settings: DllmConfig) -> None:
         )
 
 
-def check_options(options: RequestOptions) -> None:
-    """Check that a request gives no option that its window ignores. Raises: RequestError."""
-    for name, value in options.model_dump(exclude={*RULE, *OWN_OPTIONS} - {"steps"}, exclude_none=True).items():
+def check_options(params: SamplingParams, options: RequestOptions) -> None:
+    """Check that a request asks for nothing that its window ignores. Raises: RequestError."""
+    if params.logprobs is not None:
+        raise RequestError(
+            f"logprobs is {params.logprobs}, but the windows of this model keep no log-probabilities of tokens that "
+            "were unmasked before they came to the front; allowed is null; remove it",
+            parameter="logprobs",
+            value=params.logprobs,
+        )
+    for name, value in options.model_dump(exclude={*RULE, *_HARMLESS}, exclude_none=True).items():
         raise RequestError(
             f"{REQUEST_PREFIX}{name} is {value!r}, but this model decides a window, by the entropies of its positions; "
             f"allowed are {' and '.join(REQUEST_PREFIX + option for option in RULE)}; remove it",

@@ -9,7 +9,8 @@ from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_dllm.engine.model_state import DllmModelState
-from vllm_dllm.engine.plan import StepPlan, plan_windows
+from vllm_dllm.engine.plan import StepPlan
+from vllm_dllm.engine.plan_windows import plan_windows
 from vllm_dllm.engine.step import Step
 from vllm_dllm.ops.vocab_stats import RowIds
 from vllm_dllm.state.canvas import Blocks

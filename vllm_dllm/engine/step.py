@@ -28,6 +28,8 @@ class Special:
     place: Tensor  # [num_decided] int64, of each node that is evaluated among [num_reqs * num_nodes]
     fresh: Tensor  # [num_fresh] int64, evaluated nodes with the row left of their block
     planned: Tensor  # [3, num_reqs] int64, as in `state.settle.Ledger`
+    twin_head: Tensor  # [num_twins, block_length] int64
+    twin_of: Tensor  # [num_twins] int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,14 @@ class Step:
     may_be_void: bool = False  # as in `engine.report.StepOrder`
 
     def head_rows(self, *, logit_shift: bool) -> Tensor | slice:
-        """Return the rows of the forward that go to the LM head, those of a node together.
+        """Return the rows of the forward that go to the LM head, those of a node together, behind all those of twins.
 
         Args:
             logit_shift: as in `StepPlan.rows`.
         """
         if self.special is not None:
-            return self.special.head.flatten()
+            own, twins = self.special.head.flatten(), self.special.twin_head.flatten()
+            return torch.cat([own, twins]) if len(twins) else own
         num_rows = self.plan.num_rows
         if not logit_shift:
             return slice(num_rows)
@@ -78,6 +81,8 @@ def rows_to_device(plan: StepPlan, device: torch.device, *, logit_shift: bool = 
         np.flatnonzero(rows.node.ravel() >= 0),
         np.flatnonzero(rows.is_left_fresh),
         np.stack([plan.has(Role.REFRESH), plan.has(Role.COMMIT), plan.num_stored]),
+        rows.twin_head,
+        rows.twin_of,
     )
     flat = np.concatenate([array.ravel() for array in arrays], dtype=np.int64)
     packed = pinned(flat, device).to(device, non_blocking=True)

@@ -43,7 +43,8 @@ def set_step_sizes(vllm_config: VllmConfig, settings: DllmConfig, spiffy: Spiffy
     num_rows = _step_rows(block_length, vllm_config.scheduler_config.max_num_seqs, spiffy)
     if is_causal:
         num_rows = max(num_rows, 2 * block_length * vllm_config.scheduler_config.max_num_seqs)
-    _set_scheduler(vllm_config, num_rows, is_causal=is_causal)
+    num_sequences = 1 + (settings.cfg_scale is not None)
+    _set_scheduler(vllm_config, num_rows, num_sequences, is_causal=is_causal)
     if settings.mode == "self_speculation" or settings.has_windows:
         vllm_config.scheduler_config.scheduler_cls = SLIDING_SCHEDULER if settings.has_windows else WINDOW_SCHEDULER
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
@@ -93,10 +94,10 @@ def _step_rows(block_length: int, max_num_seqs: int, spiffy: SpiffySettings | No
     return num_rows
 
 
-def _set_scheduler(vllm_config: VllmConfig, num_rows: int, *, is_causal: bool) -> None:
+def _set_scheduler(vllm_config: VllmConfig, num_rows: int, num_sequences: int, *, is_causal: bool) -> None:
     """Make the token budget large enough for the rows of every running request and the longest prompt in one step.
 
-    A refresh may be as long as `max_model_len`.
+    A refresh may be as long as `max_model_len`, and with guidance there are two at a time.
     """
     scheduler = vllm_config.scheduler_config
     if scheduler.async_scheduling and current_platform.is_cpu():
@@ -106,7 +107,7 @@ def _set_scheduler(vllm_config: VllmConfig, num_rows: int, *, is_causal: bool) -
         logger.info("async_scheduling: a step is scheduled while the one before runs, %s", but)
     scheduler.async_scheduling = bool(scheduler.async_scheduling) and not current_platform.is_cpu()
     scheduler.scheduler_cls = ASYNC_SCHEDULERS[is_causal] if scheduler.async_scheduling else SCHEDULER
-    needed = num_rows + vllm_config.model_config.max_model_len
+    needed = num_rows + vllm_config.model_config.max_model_len * num_sequences
     if scheduler.max_num_batched_tokens < needed:
         logger.info(
             "Raising max_num_batched_tokens from %d to %d: %d rows for max_num_seqs=%d, and max_model_len",

@@ -10,7 +10,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_dllm.engine.model_state import DllmModelState
-from vllm_dllm.engine.plan import Role, StepPlan, plan_windows
+from vllm_dllm.engine.plan import Role, StepPlan
+from vllm_dllm.engine.plan_windows import plan_windows
 from vllm_dllm.engine.step import Step
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.canvas import Blocks

@@ -13,6 +13,7 @@ from vllm_dllm.ops.load import check_one_device, require
 
 if TYPE_CHECKING:
     from vllm_dllm.unmask.edits import RowEdits
+    from vllm_dllm.unmask.guidance import Guidance
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +61,18 @@ class RowIds:
     # [num_rows, num_words] int32, bit `id % 32` of word `id // 32` for each id of the vocabulary; None allows all.
     allowed: Tensor | None = None
     edits: "RowEdits | None" = None  # of logits, before anything else; not the op's (`unmask.head.EditedHead`)
+    guidance: "Guidance | None" = None  # of logits, before edits; nor is it
 
     def rows(self, begin: int, end: int) -> "RowIds":
         """Return those of rows [begin, end)."""
         given, allowed = (None if ids is None else ids[begin:end] for ids in (self.given, self.allowed))
-        return RowIds(given, allowed, self.edits and self.edits.rows(begin, end))
+        guidance = self.guidance and self.guidance.of(slice(begin, end))
+        return RowIds(given, allowed, self.edits and self.edits.rows(begin, end), guidance)
 
     def of(self, row: Tensor) -> "RowIds":
         """Return those of some rows, [n] int64."""
         given, allowed = (None if ids is None else ids[row] for ids in (self.given, self.allowed))
-        return RowIds(given, allowed, self.edits and self.edits.take(row))
+        return RowIds(given, allowed, self.edits and self.edits.take(row), self.guidance and self.guidance.of(row))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,11 @@ class Frozen:
         self.tokens, self.block, self.step = tokens[:visible_end], (begin, end), 0
         return self.predict(tokens[begin:end], begin)
 
-    def begin_call(self) -> bool:
-        """Begin a call; tell whether it may have drafts. Warm-up steps have none."""
+    def begin_call(self) -> tuple[bool, bool]:
+        """Begin a call; tell whether it may have drafts, as warm-up steps may not, and whether it refreshes."""
         self.step += 1
-        return not self._span()[2]
+        keeps = self._span()[2]
+        return not keeps or self.kv.refresh_every == 1, keeps
 
     def predict(self, canvas: Tensor, begin: int) -> Tensor:
         """Predict a canvas [block_length] int64 at `begin`: [block_length, vocab]."""
@@ -48,9 +49,9 @@ class StoredBlocks:
         self.kept = kept
         self.num_stored = num_stored  # positions
 
-    def begin_call(self) -> bool:
-        """Begin a call; each may have drafts."""
-        return True
+    def begin_call(self) -> tuple[bool, bool]:
+        """Begin a call; each may have drafts, and none refreshes."""
+        return True, False
 
     def begin_block(self, tokens: Tensor, begin: int, end: int) -> Tensor | None:
         """Store the block before, if it is not; that predicts nothing."""

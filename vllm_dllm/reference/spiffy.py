@@ -97,15 +97,15 @@ class _Decoder:
         end: Canvas | None = None
         while self.is_masked(canvas).any() and not self.is_over(canvas):
             drafts: list[Canvas] = []
-            is_warm = self.context.begin_call()
-            if is_warm and before is not None and logits is not None:
+            may_draft, is_refresh = self.context.begin_call()
+            if may_draft and before is not None and logits is not None:
                 drafts = self.drafts(canvas, before, logits)
                 end = self.end(canvas, before, logits) if self.looks_ahead else None
             evaluated = {
                 node: self.context.predict(torch.tensor(node), self.block.begin) for node in [*reversed(drafts), canvas]
             }
             calls.nfe += 1
-            calls.nfe_refresh += not is_warm
+            calls.nfe_refresh += is_refresh
             calls.num_proposed += len(drafts) + (end is not None)
             calls.num_accepted -= 1  # the root is no draft
             asked = deepcopy(self.block.credits)
@@ -259,9 +259,9 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         graph: the draft graph.
         budget: most drafts per call, the look-ahead counted as `NUM_NODES`; 0 is the decoder itself.
         gen_length, block_length: as the decoder's.
-        policy, sampling: the unmasking policy; how tokens are chosen, without guidance.
+        policy, sampling: the unmasking policy; how tokens are chosen. A guided call has two forwards, and counts once.
         rules, ends, horizon: as the decoder's.
-        kv: `dual`, `freecache` or `vicinity`; of a block-causal model anything.
+        kv: `dual` (with `refresh_every` 1 or none), `freecache` or `vicinity`; of a block-causal model anything.
     """
     prompt_len = len(prompt)
     context: Frozen | StoredBlocks
@@ -273,7 +273,8 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         steps = steps_per_block(gen_length, block_length, policy.steps)
         first_begin, seq_len = prompt_len, prompt_len + gen_length
         rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.unmasks_first_alone)
-        context = Frozen(Predictor(model, torch.arange(seq_len) < prompt_len, 0.0, rules.logit_shift), kv, horizon)
+        predictor = Predictor(model, torch.arange(seq_len) < prompt_len, sampling.cfg_scale, rules.logit_shift)
+        context = Frozen(predictor, kv, horizon)
     tokens = torch.cat((prompt, prompt.new_full((seq_len - prompt_len,), model.config.mask_token_id)))
     has_look_ahead = rules.attention == "block_causal" and budget >= MIN_BUDGET and block_length <= MAX_BLOCK_LENGTH
     num_drafts = budget - NUM_NODES * has_look_ahead

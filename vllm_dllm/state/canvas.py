@@ -19,6 +19,7 @@ from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.apart import ApartState
 from vllm_dllm.state.edits import EditState, scene_of
 from vllm_dllm.state.ends import EndState
+from vllm_dllm.state.guidance import GuidanceState
 from vllm_dllm.state.pins import PinState
 from vllm_dllm.state.records import LogprobRecords
 from vllm_dllm.state.request_params import RequestParams
@@ -91,6 +92,7 @@ class CanvasState:
         self._ints = torch.zeros(self._ints_np.shape, dtype=torch.int64, device=device)
         self._floats = torch.zeros(self._floats_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
+        self.guidance = GuidanceState(max_num_reqs, device)
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
         self.ends = EndState(max_num_reqs, device)
         self.targets = TargetState(block_length, device)
@@ -116,6 +118,7 @@ class CanvasState:
         self._has_memory_np[slot] = params.policy_id in MEMORIES
         self.edits.put(slot, params.edits)
         self.ends.put(slot, params.ends)
+        self.guidance.put(slot, params.cfg_scale, params.prompt_len)
         self.pins.put(slot, params.pins)
         self.targets.put(slot, params.targets)
         self.records.put(slot, params.num_logprobs, keeps_mask=params.targets is not None)
@@ -124,7 +127,7 @@ class CanvasState:
 
     def apply_staged_writes(self) -> None:
         """Copy the parameters staged since the last call to the device."""
-        for each in (self.edits, self.ends, self.apart):
+        for each in (self.edits, self.ends, self.guidance, self.apart):
             each.apply_staged_writes()
         if self._is_staged:
             # From what nobody writes: the next request may come before a GPU has copied.
@@ -288,14 +291,12 @@ class CanvasState:
         return self.left is not None
 
     def predicting_rows(self, slots: Tensor, hidden: Tensor, fresh: Tensor | None) -> Tensor:
-        """Put the row left of each block, which a refresh computed last, before the block's other rows.
+        """Put the row left of each block, which a refresh computed last, before its other rows; returns `hidden`.
 
         Args:
             slots: [num_nodes] int64.
             hidden: [num_nodes * block_length, hidden_size], the rows left of the positions of the blocks; written to.
             fresh: [num_fresh] int64, nodes whose own first row is of this step; None: none.
-
-        Returns: `hidden`.
         """
         assert self.left is not None, "only a logit shift needs it"
         first = hidden.view(len(slots), self.block_length, -1)[:, 0]

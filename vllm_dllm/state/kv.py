@@ -20,8 +20,9 @@ stores before it attends. What must be stored is one more part of the step, over
   block, unless a look-ahead (`draft.look_ahead`) stored it before.
 
 The block's rows may have neighbours in flight, which store nothing either: a canvas is evaluated over its *span*. That
-reaches to the end of the row under `freecache`, some positions to both sides under `vicinity`, else it is the block.
-What a draft's span sees is frozen, so its forward is the one that the decoder would make.
+reaches to the end of the row under `freecache`, some positions to both sides under `vicinity`, over the whole row with
+`refresh_every=1`, else it is the block. What a draft's span sees is frozen, so its forward is the one that the decoder
+would make.
 
 Where what is stored predicts a block's first position (`stores_alone`), the step in which a block begins stores and
 nothing else: its last row decides that position, and the block's rows are in flight from the next step on.
@@ -254,6 +255,8 @@ class KvSchedule:
         begin, end = block_start, block_start + self.block_length
         if self.name == "freecache":
             return begin - self.logit_shift, np.maximum(seq_len, end)
+        if self.refresh_every == 1:
+            return np.zeros_like(begin), np.maximum(seq_len, end)
         if self.name == "vicinity":
             before, behind, _ = self.vicinity
             return (begin - before).clip(0), np.maximum(np.minimum(end + behind, seq_len), end)

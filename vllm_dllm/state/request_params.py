@@ -32,6 +32,7 @@ class RequestParams:
     horizon: int = NEVER  # positions that the sequence has from the block under way on, at most
     edits: LogitEdits = NO_EDITS
     ends: Ends = NO_ENDS
+    cfg_scale: float = 0.0  # 0 does not guide
     num_logprobs: int = NO_LOGPROBS  # likeliest tokens of each place that are told
     own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`
     own_values: tuple[float, ...] = ()  # its parameters, in their order

@@ -123,13 +123,14 @@ def _decide_in_torch(ground: Ground, node: Tensor, params: PolicyParams, state: 
     )
     own = params.own
     made = decide(torch_policy(own.name), seen, state, own.vocab_size if is_users(own.name) else None)
-    if ground.keep is None or made.is_done is None:
-        assert made.is_done is not None, "decide says so"
+    assert made.is_done is not None, "decide says so"
+    if ground.keep is None:
         return Decided(made.canvas, made.state, made.is_done)
     chosen = is_masked & (made.canvas != ground.mask_token_id)
     kept = ground.keep(node, chosen, seen.confidence, seen.token_ids)
     after = torch.where(chosen & ~kept, canvas, made.canvas)
-    return Decided(after, made.state, (after != ground.mask_token_id).all(1))
+    # Somebody else's constraint holds nothing back here: the policy alone says whether a full canvas is the last one.
+    return Decided(after, made.state, made.is_done & (after == made.canvas).all(1))
 
 
 def _divisor(params: PolicyParams, block_length: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling, merge, vocab_stats
+from vllm_dllm.unmask.guidance import wanted_logits
 from vllm_dllm.unmask.stats import torch_stats
 
 TORCH_BYTES = 128 << 20
@@ -77,9 +78,7 @@ class LogitsHead:
         """Implement `Head`."""
 
         def reduce(rows: Tensor, sampling: RowSampling | None, ids: RowIds | None) -> PartialStats:
-            logits = self.head_logits(rows)
-            if ids is not None and ids.edits is not None:
-                logits = ids.edits.apply(logits)
+            logits = wanted_logits(self.head_logits, rows, ids)
             return self._reduce(logits, sampling=sampling, num_candidates=num_candidates, ids=ids)
 
         return _in_chunks(hidden, sampling, ids, self.chunk_rows, reduce)
@@ -146,7 +145,7 @@ class MergedHead:
 
 
 class EditedHead:
-    """Statistics of rows of which some are edited: those take their logits.
+    """Statistics of rows of which some are edited or guided: those take their logits.
 
     The others' are the same bits whoever is beside them. `min_p` is torch's alone.
 
@@ -180,18 +179,19 @@ class EditedHead:
         self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
     ) -> PartialStats:
         """Implement `Head`."""
-        if ids is None or ids.edits is None:
+        if ids is None or (ids.edits is None and ids.guidance is None):
             return self.own(hidden, sampling, num_candidates, ids)
-        edits = ids.edits
+        edits, guidance = ids.edits, ids.guidance
         stats = self._whole(hidden, sampling, num_candidates, ids)
-        if edits.min_p is not None and sampling is not None:
+        if edits is not None and edits.min_p is not None and sampling is not None:
             plain = self._plain(hidden, replace(sampling, min_p=edits.min_p), num_candidates, ids)
             stats = PartialStats.of(partial(_select, edits.min_p > 0), plain, stats)
-        if edits.covers_all:
+        if edits is not None and edits.covers_all:
             return stats
+        changed = [*([] if edits is None else [edits.is_edited]), *([] if guidance is None else [guidance.scale > 0])]
         # Another head may have a part of the vocabulary alone, where the ids of edits mean nothing.
-        own = self.own(hidden, sampling, num_candidates, replace(ids, edits=None))
-        return PartialStats.of(partial(_select, edits.is_edited), stats, own)
+        own = self.own(hidden, sampling, num_candidates, replace(ids, edits=None, guidance=None))
+        return PartialStats.of(partial(_select, changed[0] | changed[-1]), stats, own)
 
 
 def _excluded(mask_token_id: int | None) -> list[int]:

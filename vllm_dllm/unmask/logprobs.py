@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_dllm.ops.vocab_stats import RowIds
+from vllm_dllm.unmask.guidance import wanted_logits
 from vllm_dllm.unmask.head import TORCH_BYTES
 from vllm_dllm.unmask.stats import unpacked
 from vllm_dllm.unmask.walk import Nodes, Trajectory
@@ -114,9 +115,7 @@ class LogprobHead:
     def _of_chunk(
         self, hidden: Tensor, token_ids: Tensor, num_top: int, ids: RowIds | None, keeps_mask: Tensor
     ) -> TokenLogprobs:
-        logits = self._head_logits(hidden).float()
-        if ids is not None and ids.edits is not None:
-            logits = ids.edits.apply(logits)
+        logits = wanted_logits(self._head_logits, hidden, ids).float()
         if ids is not None and ids.allowed is not None:
             logits.masked_fill_(~unpacked(ids.allowed, logits.shape[1]), -torch.inf)
         if self._mask_token_id is not None:

@@ -59,7 +59,7 @@ def user_policies() -> dict[str, EntryPoint]:
 
 
 def torch_policies() -> tuple[str, ...]:
-    """Return the names of the policies without a native twin, in the order of their numbers."""
+    """Return the names of the policies without a native twin, those that come with us first."""
     return (*BUILT_IN, *user_policies())
 
 
@@ -88,11 +88,6 @@ def torch_policy(name: str) -> "TorchPolicy":
     if not isinstance(loaded, TorchPolicy):
         raise ConfigError(f"{where} is a {type(loaded).__name__}, allowed is a TorchPolicy; mend or uninstall it")
     return loaded
-
-
-def number_of(name: str) -> int:
-    """Return the number by which a policy is known on the device."""
-    return (*NATIVE, *torch_policies()).index(name)
 
 
 def changes_tokens(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Policies without a native twin: torch functions from what canvases show, and what was kept of them, to the next ones.
 
 Those that come with us are in `unmask.policies`, those of users in packages of their own (`unmask.registry`). The walk
-decides them beside the native op's requests, in the same batch, once more in torch (`unmask.apart`).
+decides them beside the native op's requests, in the same batch, once more in torch (`vllm_dllm.apart`).
 """
 
 from collections.abc import Callable, Mapping
