@@ -54,9 +54,10 @@ class DllmConfig(KvSettings, WithParameters):
         policy: unmasking policy of requests that name none.
         threshold: `threshold` and `credit` unmask all positions whose confidence reaches it, `dynamic` those above it.
         factor: `factor`'s f, see `unmask.policy`.
-        entropy_bound: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is below it; a window
-            those whose entropy is, with `position_penalty` for each position behind its first masked one.
-        credit_alpha: of `credit`, as credit_beta and credit_gamma; see `unmask.credit`.
+        entropy_bound, position_penalty: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is
+            below the bound; a window those whose entropy is, with the penalty for each position behind its first
+            masked one.
+        credit_alpha, credit_beta, credit_gamma: of `credit`, see `unmask.credit`.
         alg_temp: above 0, `static`, `margin` and `entropy` draw positions by their scores divided by it (Dream).
         steps_per_block: denoising steps that a block is spread over, by the policies that have a schedule (LLaDA's
             steps divided by its number of blocks); None is as many as the block has positions. A request gives
@@ -113,7 +114,15 @@ class DllmConfig(KvSettings, WithParameters):
 
 
 class RequestOptions(WithParameters):
-    """Unmasking policy of one request, where None means the server's setting, what it shows, and its drafts."""
+    """Unmasking policy of one request, where None means the server's setting, what it shows, and its drafts.
+
+    Attributes:
+        steps: denoising steps of the whole generation, of policies that have a schedule.
+        stream: `denoising` streams the canvas of each step besides.
+        logits_eos_inf: EOS is never taken (LLaDA's flag of the name).
+        speculation, budget: false: no drafts; the most drafts that a step evaluates for this request.
+        canvas, suffix: the answer with holes, which are filled in; what lies behind the reply.
+    """
 
     model_config = STRICT
 
