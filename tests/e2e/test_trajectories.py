@@ -8,7 +8,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.e2e.rig import Case, Oracle, mixed_cases, random_graph, shared_engine, speculation
-from tests.unmask.torch_policies import net_file
+from tests.unmask.torch_policies import net_files
 from vllm_dllm.engine.trajectories import TrajectoryRecorder
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.trajectory import GIVEN, Trajectory
@@ -16,7 +16,7 @@ from vllm_dllm.trajectory import GIVEN, Trajectory
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("policies in torch code")]
 
 BLOCK = 8
-SETTINGS = {"block_length": BLOCK, "learn2pd_file": net_file(BLOCK)}
+SETTINGS = {"block_length": BLOCK, **net_files(BLOCK)}
 
 
 @pytest.fixture
