@@ -19,6 +19,7 @@ from vllm_dllm.policy_options import own_values
 from vllm_dllm.reference.coherent_rule import Ccd
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.editing_rule import Editing
+from vllm_dllm.reference.indel_rule import Indel
 from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
 from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, EosLast, Hierarchy, LocalLeap
@@ -209,6 +210,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "adablock": AdaBlock,
     "deferred": Deferred,
     "editing": Editing,
+    "indel": Indel,
 }
 """Policies -> their plain statements."""
 
@@ -256,6 +258,12 @@ def drawn(policy: str, rng: random.Random) -> Own:
             "threshold": rng.choice([0.0, 0.3, 0.6, 0.9]),
             "post_steps": rng.choice([0, 1, 2, 16]),
             "least": rng.choice([1, 1, 2]),
+        },
+        "indel": {
+            "edit_threshold": rng.choice([0.0, 0.0, 0.3, 0.7]),
+            "post_steps": rng.choice([0, 1, 2, 16]),
+            "delete": 8,
+            "split": 9,
         },
         "ccd": {"ratio": rng.choice([0.5, 2.0, 4.0])},
         "remdm": {"loops": rng.choice([0, 1, 4]), "number": rng.choice([1, 2, 3])},

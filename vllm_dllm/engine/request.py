@@ -24,6 +24,7 @@ from vllm_dllm.config import (
     request_steps,
 )
 from vllm_dllm.engine.configs import is_ours, rules_of, served_family, settings_of
+from vllm_dllm.engine.edit_tokens import check_request
 from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.pins import check_fits, pins_of, put_pins_in
@@ -266,6 +267,7 @@ def finish_admission(
     options = request_options(params)
     check_eos(params, options, rules_of(processor.vllm_config).eos_id)
     refuse_of_family(options.policy or settings.policy, served_family(model_config))
+    check_request(params, options, settings, model_config.hf_config)
     if asked is not None:
         refuse_structure(options.policy or settings.policy, options)
         put_in(processor, params, asked)
