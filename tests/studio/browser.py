@@ -188,7 +188,8 @@ def test_a_server_without_speculation_is_asked_once(opened: Open) -> None:
 CONTRASTS = """() => {
   const parse = (color) => (color.match(/[\\d.]+/g) || []).map(Number);
   const light = (color) => {
-    const [r, g, b] = parse(color).map((c) => c / 255).map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+    const linear = (c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = parse(color).map((c) => linear(c / 255));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const ground = (element) => {
