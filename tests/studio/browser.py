@@ -173,6 +173,15 @@ def test_what_goes_wrong_is_said(opened: Open) -> None:
     page.fill("#more", "{'a'")
     page.click("#go")
     expect(page.locator("[role=alert]")).to_contain_text("“More fields” is not JSON")
+    other = opened(is_ours=False)
+    expect(other.locator("#model option")).to_have_count(1)
+    other.click("#go")
+    expect(other.locator("[role=alert]")).to_contain_text("tiny is no model that vllm-dllm serves")
+    broken = opened(most=4)
+    expect(broken.locator("#model option")).to_have_count(1)
+    broken.click("#go")
+    expect(broken.locator("[role=alert]")).to_contain_text("The stream broke off")
+    assert len(cells(broken, 0)) == 4, "what came stays"
     alone = opened(server="http://127.0.0.1:1")
     expect(alone.locator("[role=alert]")).to_contain_text("http://127.0.0.1:1 does not answer")
 

@@ -87,7 +87,11 @@ def events_of(chunks: list[dict[str, Any]], ms: float = 10.0) -> list[list[Any]]
 
 @contextmanager
 def playing(
-    pause_s: float = 0.0, exactness: str | None = "exact", error: str | None = None
+    pause_s: float = 0.0,
+    exactness: str | None = "exact",
+    error: str | None = None,
+    is_ours: bool = True,
+    most: int = 99,
 ) -> Iterator[tuple[str, list]]:
     """Yield the address of a server that plays these streams, and the bodies that it was sent.
 
@@ -95,6 +99,8 @@ def playing(
         pause_s: before each chunk.
         exactness: of its speculation.
         error: what it refuses requests with.
+        is_ours: whether its model is one of ours.
+        most: chunks, behind which it breaks off.
     """
     bodies: list[dict[str, Any]] = []
 
@@ -117,10 +123,16 @@ def playing(
                 return
             self.begin(200, "text/event-stream")
             own = body["vllm_xargs"]
-            for chunk in plain() if own.get("dllm_speculation") is False else drafted(exactness):
+            chunks = plain() if own.get("dllm_speculation") is False else drafted(exactness)
+            for chunk in chunks[:most]:
+                if not is_ours:
+                    chunk.pop("kv_transfer_params", None)
+                    if chunk.pop("dllm_canvas", None):
+                        continue
                 time.sleep(pause_s)
                 self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-            self.wfile.write(b"data: [DONE]\n\n")
+            if len(chunks) <= most:
+                self.wfile.write(b"data: [DONE]\n\n")
 
         def log_message(self, *_: object) -> None:
             pass

@@ -18,7 +18,7 @@ from tests.studio.streams import drafted, plain, playing
 from vllm_dllm.cli import main
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.studio.page import live_page, policy, recorded_page, recording_of
-from vllm_dllm.studio.record import Question, record
+from vllm_dllm.studio.record import Question, _chunks, _first_model, record
 from vllm_dllm.studio.serve import origin_of, page_server
 
 SERVER = "http://127.0.0.1:8000"
@@ -166,6 +166,25 @@ def test_what_a_server_refuses_is_said() -> None:
     server = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ConfigError, match=f"{server} does not answer .*; start it with `vllm serve MODEL`"):
         record(server, Question("a"))
+
+
+def test_a_stream_that_ends_before_its_end_is_told() -> None:
+    for lines in ([b'data: {"a": 1}\n', b"\n"], [b"data: {}\n", b"data: {\n"], [b"<html>\n"], []):
+        with pytest.raises(ConfigError, match="http://a broke off the stream"):
+            list(_chunks("http://a", iter(lines)))
+    whole = [b'data: {"a": 1}\n', b"\n", b"data: [DONE]\n"]
+    assert list(_chunks("http://a", iter(whole))) == [{"a": 1}]
+
+
+def test_a_server_of_something_else_is_told() -> None:
+    with (
+        playing(is_ours=False) as (server, _),
+        pytest.raises(ConfigError, match=r"'tiny' is none that vllm-dllm serves"),
+    ):
+        record(server, Question("a"))
+    for said in (b"<html>", b"[]", b'{"data": []}', b'{"data": null}', b"null"):
+        with pytest.raises(ConfigError, match=r"which lists no models; name a running `vllm serve`"):
+            _first_model("http://a", said)
 
 
 @pytest.mark.parametrize(

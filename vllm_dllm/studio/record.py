@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.client import HTTPException
 from typing import Any
 
 from vllm_dllm.errors import ConfigError
@@ -57,41 +58,62 @@ def record(server: str, question: Question, api_key: str | None = None) -> dict[
         question: what to ask its first model.
         api_key: of the server, where it wants one.
 
-    Raises: ConfigError where it does not answer, or refuses.
+    Raises: ConfigError where it does not answer, refuses, or serves none of our models.
     """
     with _ask(server, "/v1/models", None, api_key) as reply:
-        model = json.load(reply)["data"][0]["id"]
+        model = _first_model(server, reply.read())
     runs = [_run(server, question.body(model, drafts=True), NAMES[True], api_key)]
-    if _exactness(runs[0]) is not None:
+    if _numbers(server, runs[0])["exactness"] is not None:
         runs.append(_run(server, question.body(model, drafts=False), NAMES[False], api_key))
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return {"version": VERSION, "model": model, "prompt": question.prompt, "created": created, "runs": runs}
 
 
-def _exactness(run: dict[str, Any]) -> str | None:
-    """Return that of the server's speculation; None: it has none."""
-    numbers = [chunk["kv_transfer_params"] for _, chunk in run["events"] if chunk.get("kv_transfer_params")]
-    return numbers[-1]["dllm"]["exactness"] if numbers else None
+def _first_model(server: str, said: bytes) -> str:
+    try:
+        model: str = json.loads(said)["data"][0]["id"]
+    except (ValueError, LookupError, TypeError):
+        raise ConfigError(
+            f"{server}/v1/models says {said[:80]!r}, which lists no models; name a running `vllm serve` by --server"
+        ) from None
+    return model
+
+
+def _numbers(server: str, run: dict[str, Any]) -> dict[str, Any]:
+    """Return what the server says that the request took."""
+    for _, chunk in reversed(run["events"]):
+        if numbers := (chunk.get("kv_transfer_params") or {}).get("dllm"):
+            return dict(numbers)
+    raise ConfigError(
+        f"{server} does not say how it denoised: its model {run['body']['model']!r} is none that vllm-dllm serves; "
+        "name another server by --server"
+    )
 
 
 def _run(server: str, body: dict[str, Any], name: str, api_key: str | None) -> dict[str, Any]:
     begin = time.monotonic()
     events: list[tuple[float, dict[str, Any]]] = []
     with _ask(server, "/v1/chat/completions", body, api_key) as reply:
-        for chunk in _chunks(reply):
+        for chunk in _chunks(server, reply):
             if "error" in chunk:
-                raise ConfigError(f"{server} ended the stream: {chunk['error'].get('message')}; see the server's log")
+                raise ConfigError(f"{server} ended the stream: {chunk['error'].get('message')}; its log says why")
             kept = {key: value for key, value in chunk.items() if key not in _DROPPED}
             events.append((round(1e3 * (time.monotonic() - begin), 1), kept))
     return {"name": name, "body": body, "events": events}
 
 
-def _chunks(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+def _chunks(server: str, lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
     """Yield the bodies of a stream of server-sent events, each of which vLLM sends as one line."""
-    for line in lines:
-        data = line.removeprefix(b"data:").strip()
-        if line.startswith(b"data:") and data != b"[DONE]":
+    data = b""
+    try:
+        for line in filter(bytes.strip, lines):
+            data = line.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                return
             yield json.loads(data)
+    except (OSError, HTTPException, ValueError) as error:
+        raise ConfigError(f"{server} broke off the stream ({error!r} behind {data[:80]!r}); its log says why") from None
+    raise ConfigError(f"{server} broke off the stream behind {data[:80]!r}; its log says why")
 
 
 def _ask(server: str, path: str, body: dict[str, Any] | None, api_key: str | None) -> Any:  # noqa: ANN401 - urllib's
