@@ -10,6 +10,7 @@ from vllm_dllm.cli import bench, graph
 from vllm_dllm.cli.calibrate import calibrate
 from vllm_dllm.cli.console import print_error, print_line
 from vllm_dllm.cli.doctor import doctor
+from vllm_dllm.cli.studio import studio
 from vllm_dllm.errors import ConfigError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(calibrate)
 app.command()(doctor)
+app.command()(studio)
 app.add_typer(graph.app, name="graph")
 app.add_typer(bench.app, name="bench")
 
