@@ -30,7 +30,6 @@ from vllm_dllm.unmask.head import Head
 from vllm_dllm.unmask.logprobs import LogprobHead, TokenLogprobs, Unmasked
 from vllm_dllm.unmask.memory import select
 from vllm_dllm.unmask.policy import asked_ids
-from vllm_dllm.unmask.stats import Candidates
 from vllm_dllm.unmask.unwritten import other_tokens
 from vllm_dllm.unmask.walk import NO_STATE, Kept, Nodes, Trajectory, Walk, walk
 
@@ -40,12 +39,16 @@ POLICY_CANDIDATES = 2
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One decided canvas of some requests, for calibration: what was seen, and what came of it."""
+    """What a forward decided for some requests, before it is known whether the step is void: what recorders see."""
 
     blocks: Blocks
-    canvas: Tensor  # [num_reqs, block_length] int64, before the step
-    next_canvas: Tensor  # [num_reqs, block_length] int64
-    candidates: Candidates  # [num_reqs, block_length, MAX_CANDIDATES]
+    nodes: Nodes  # what was evaluated
+    done: Trajectory  # what came of it; with `MAX_CANDIDATES` candidates
+
+    @property
+    def canvas(self) -> Tensor:
+        """[num_reqs, block_length] int64, the last canvas that was decided, before that."""
+        return self.nodes.canvas[torch.arange(len(self.done.node), device=self.done.node.device), self.done.node]
 
 
 class Denoiser:
@@ -142,9 +145,7 @@ class Denoiser:
             done = scored.taken(nodes, done)
         self._found = self._logprobs(blocks, nodes, done, rows, ids)
         if self.observer is not None:
-            request = torch.arange(len(done.node), device=done.node.device)
-            before = nodes.canvas[request, done.node]
-            self.observer(Observation(blocks, before, done.next_canvas, done.candidates))
+            self.observer(Observation(blocks, nodes, done))
         return done
 
     def _reduced(self, blocks: Blocks, nodes: Nodes, rows: Tensor, ids: RowIds | None) -> PartialStats:

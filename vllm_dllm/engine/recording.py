@@ -128,7 +128,8 @@ class RecordingEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
     def _observe(self, seen: Observation) -> None:
-        columns = (seen.canvas, seen.next_canvas, seen.candidates.token_ids, seen.candidates.log_probs)
+        done = seen.done
+        columns = (seen.canvas, done.next_canvas, done.candidates.token_ids, done.candidates.log_probs)
         starts = seen.blocks.start.tolist()
         for row, steps in enumerate(zip(*(column.cpu().numpy() for column in columns), strict=True)):
             if self._stores_alone and steps[0][0] == self.facts.mask_token_id:

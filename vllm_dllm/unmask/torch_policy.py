@@ -201,6 +201,7 @@ class TorchPolicy:
         unwritten: what it asks besides, of one that comes with us; None: nothing.
         weights: the tensors of the net that it looks at, by the block length; their file is the server's setting
             `<policy>_file`. None: it has no net.
+        file_of: the policy whose file that is; empty: it has one of its own.
     """
 
     decide: Callable[[Seen, PolicyState], Decision]
@@ -213,6 +214,7 @@ class TorchPolicy:
     asks_ends: bool = False
     unwritten: Unwritten | None = None
     weights: Callable[[int], Mapping[str, tuple[int, ...]]] | None = None
+    file_of: str = ""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a declaration that cannot work."""
