@@ -1,4 +1,4 @@
-"""Settings of a server and options of a request: THE place where both are checked.
+"""Settings of a server and options of a request; what a request may ask of a server is in `request_checks`.
 
 A server reads `additional_config={"dllm": {...}}` (`--additional-config '{"dllm": {...}}'`); a request may override
 the unmasking policy through `SamplingParams.extra_args` (`vllm_xargs` over HTTP) with keys like `dllm_policy`, see
@@ -17,13 +17,7 @@ from pydantic.fields import FieldInfo
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
 from vllm_dllm.kv_settings import STRICT, Count, KvSettings
 from vllm_dllm.names import AttentionName, ServedMode
-from vllm_dllm.policy_options import (
-    WithParameters,
-    allowed_policies,
-    known_policy,
-    options_of,
-)
-from vllm_dllm.unmask.registry import file_option, needs_file
+from vllm_dllm.policy_options import WithParameters, allowed_policies, known_policy
 
 REQUEST_PREFIX = "dllm_"
 
@@ -54,6 +48,7 @@ class DllmConfig(KvSettings, WithParameters):
             which slides (`state.sliding`).
         refresh_every: with `dual` and `dkv`, recompute all K/V before every n-th step of a block; None is 8 with
             `dkv`, and only before the first with `dual`, where 1 equals decoding without a cache.
+        horizon: blocks that a sequence has from the one under way on; it grows with each. None: all of the reply's.
         prefix_look, after_look: of `vicinity`, positions before and behind the block that are computed anew with it.
         warmup_steps: of `vicinity`, steps of a request's first block that compute all, before the one that keeps it.
         policy: unmasking policy of requests that name none.
@@ -75,6 +70,7 @@ class DllmConfig(KvSettings, WithParameters):
     model_config = STRICT
     takes_files = True
 
+    horizon: Annotated[Count | None, Field(description="null and whole numbers from 1 on")] = None
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
     factor: _Positive = 1.0
@@ -108,7 +104,7 @@ class DllmConfig(KvSettings, WithParameters):
                 f"steps_per_block is {self.steps_per_block} but block_length is {self.block_length}, and each step "
                 f"unmasks at least one token; choose 1..{self.block_length}"
             )
-        if not _is_even(self.policy, self.steps_per_block, self.block_length):
+        if not is_even(self.policy, self.steps_per_block, self.block_length):
             raise ValueError(
                 f"steps_per_block is {self.steps_per_block}, but policy 'dynamic' needs one that divides block_length "
                 f"{self.block_length}; choose a divisor or another policy"
@@ -135,6 +131,7 @@ class RequestOptions(WithParameters):
     stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
     logits_eos_inf: Annotated[Literal[True] | None, Field(description="null and true")] = None
     speculation: Annotated[Literal[False] | None, Field(description="null and false")] = None
+    horizon: Count | None = None
     budget: Annotated[int | None, Field(ge=0, le=1024, description="null and whole numbers from 0 to 1024")] = None
     canvas: Annotated[str | list[int | None] | None, _Given] = None
     suffix: Annotated[str | list[int] | None, Field(description="null, texts and lists of token ids")] = None
@@ -222,38 +219,6 @@ def plain_number(value: object) -> object:
     return float(value) if isinstance(value, Real) else value
 
 
-def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
-    """Check that a request gives no option that its policy ignores.
-
-    Raises: InvalidOptionError.
-    """
-    if options.cfg_scale is not None and settings.cfg_scale is None:
-        raise InvalidOptionError(
-            f"{REQUEST_PREFIX}cfg_scale is {options.cfg_scale}, but the server has no room for a second sequence of "
-            "each request; remove it or start the server with refresh_every 1 and cfg_scale 0",
-            REQUEST_PREFIX + "cfg_scale",
-            options.cfg_scale,
-        )
-    policy = options.policy or settings.policy
-    if needs_file(policy) and file_option(policy) not in settings.files:
-        raise InvalidOptionError(
-            f"{REQUEST_PREFIX}policy is {policy!r}, but the server has no {file_option(policy)}, the net that it looks "
-            "at; allowed are others; choose one, or give the server that setting",
-            REQUEST_PREFIX + "policy",
-            policy,
-        )
-    given = options.model_dump(exclude={"policy", "cfg_scale", *OWN_OPTIONS} - {"steps"}, exclude_none=True)
-    for name, value in given.items():
-        if name not in options_of(policy):
-            allowed = ", ".join(REQUEST_PREFIX + option for option in options_of(policy)) or "none"
-            raise InvalidOptionError(
-                f"{REQUEST_PREFIX}{name} is {value!r}, but the request's policy {policy!r} does not use it; allowed is "
-                f"{allowed}; remove it or choose another {REQUEST_PREFIX}policy",
-                REQUEST_PREFIX + name,
-                value,
-            )
-
-
 def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> InvalidOptionError:
     """Turn the first finding of the schema library into our three-part message."""
     finding = error.errors()[0]
@@ -291,47 +256,7 @@ def _allowed(field: FieldInfo) -> str:
     return str(found)
 
 
-def request_steps(options: RequestOptions, settings: DllmConfig, max_tokens: int) -> int:
-    """Return the steps of each block of a request, 1..block_length.
-
-    `dllm_steps` are split over the blocks that `max_tokens` fill, as LLaDA's `generate` does. Aligned blocks may be one
-    more, since the first one begins with the prompt's partial block; it gets as many steps as the others, so that
-    what is allowed does not depend on the prompt.
-
-    Args:
-        options: of the request.
-        settings: of the server.
-        max_tokens: what the request generates at most (tokens), no more than `blocks.row_blocks` has room for.
-
-    Raises: InvalidOptionError when they are not a whole number of steps, at most `block_length`, for each block, and
-        when the policy is `dynamic` and a block cannot be split evenly over its steps.
-    """
-    block_length, policy = settings.block_length, options.policy or settings.policy
-    name, value = ("policy", policy) if options.steps is None else ("steps", options.steps)
-    steps = settings.steps_per_block or block_length
-    if options.steps is not None:
-        num_blocks = -(-max_tokens // block_length)
-        most = num_blocks * block_length
-        if options.steps % num_blocks or options.steps > most:
-            raise InvalidOptionError(
-                f"{REQUEST_PREFIX}steps is {options.steps}, but max_tokens {max_tokens} in {num_blocks} blocks of "
-                f"{block_length} need a multiple of {num_blocks} between {num_blocks} and {most}; change "
-                f"{REQUEST_PREFIX}steps or max_tokens",
-                REQUEST_PREFIX + name,
-                value,
-            )
-        steps = options.steps // num_blocks
-    if not _is_even(policy, steps, block_length):
-        raise InvalidOptionError(
-            f"{REQUEST_PREFIX}{name} is {value!r}, which gives {steps} steps to a block of {block_length}, but "
-            f"'dynamic' needs steps that divide it; give another {REQUEST_PREFIX}steps or {REQUEST_PREFIX}policy",
-            REQUEST_PREFIX + name,
-            value,
-        )
-    return steps
-
-
-def _is_even(policy: str, steps_per_block: int, block_length: int) -> bool:
+def is_even(policy: str, steps_per_block: int, block_length: int) -> bool:
     """Tell whether a policy's steps follow from its canvases.
 
     Under `dynamic` a block may have any number of masked positions before a step. So it has to be known without the

@@ -8,14 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.unmask.torch_policies import net, unmasking_net
-from vllm_dllm.config import (
-    InvalidOptionError,
-    RequestOptions,
-    check_policy_options,
-    parse_request_options,
-    parse_server_settings,
-)
+from vllm_dllm.config import InvalidOptionError, RequestOptions, parse_request_options, parse_server_settings
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.request_checks import check_policy_options
 from vllm_dllm.state.policy_weights import load_weights
 
 CPU = torch.device("cpu")

@@ -210,12 +210,6 @@ def refuse_body(body: Mapping[str, Any]) -> None:
             "step, so that they have no log-probabilities; allowed is false; remove it",
             parameter="echo",
         )
-    for path, strict in _strict_tools(body):
-        raise RequestError(
-            f"{path} is {strict} where no tool is forced, but its calls stand in free text, which is not enforced; "
-            "allowed is false and null, or tool_choice 'required' or a named tool; send one of these",
-            parameter=path,
-        )
     for owner in _OWNERS:
         for name, value in body[owner].items() if isinstance(body.get(owner), Mapping) else ():
             _refuse_used(f"{owner}.{name}", value)
@@ -310,8 +304,22 @@ def _forces_tool(choice: Any) -> bool:
     return _part(choice, "mode") != "auto" and _part(choice, "type") not in ("auto", "none")
 
 
+def refuse_strict_tools(body: Mapping[str, Any]) -> None:
+    """Refuse strict tools whose calls nobody's grammar says, as the server's tool parser has none for free text.
+
+    Raises: RequestError.
+    """
+    for path, strict in _strict_tools(body):
+        raise RequestError(
+            f"{path} is {strict} where no tool is forced, but the server's tool parser does not say what calls look "
+            "like in free text, so that they are not enforced; allowed is false and null, or tool_choice 'required' or "
+            "a named tool; send one of these, or serve the model with another --tool-call-parser, as 'hermes'",
+            parameter=path,
+        )
+
+
 def _strict_tools(body: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """Find strict tools where calls stand in free text, which no constraint enforces: forced ones are."""
+    """Find strict tools where calls stand in free text: forced ones are the whole reply."""
     tools, choice = body.get("tools"), body.get("tool_choice")
     is_free = choice != "none" and not _forces_tool(choice)
     for i, tool in enumerate(tools if isinstance(tools, list) and is_free else ()):
