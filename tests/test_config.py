@@ -85,7 +85,11 @@ def test_keys_of_others_are_left_alone() -> None:
             ["additional_config.dllm.attention is 'fast'", "'auto', 'csrc', 'vllm', 'flashinfer', 'xformers'"],
         ),
         ({"horizon": 0}, ["additional_config.dllm.horizon is 0", "null and whole numbers from 1 on"]),
-        ([], ["additional_config.dllm is []", "block_length"]),
+        ([], ["additional_config.dllm is []", "block_length", "local_leap_radius", "learn2pd_file"]),
+        (
+            {"local_leap_radus": 4},
+            ["learn2pd_file", "did you mean 'additional_config.dllm.local_leap_radius'"],
+        ),
     ],
 )
 def test_server_settings_are_refused_by_name(settings: object, parts: list[str]) -> None:

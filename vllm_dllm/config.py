@@ -54,9 +54,10 @@ class DllmConfig(KvSettings, WithParameters):
         policy: unmasking policy of requests that name none.
         threshold: `threshold` and `credit` unmask all positions whose confidence reaches it, `dynamic` those above it.
         factor: `factor`'s f, see `unmask.policy`.
-        entropy_bound: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is below it; a window
-            those whose entropy is, with `position_penalty` for each position behind its first masked one.
-        credit_alpha: of `credit`, as credit_beta and credit_gamma; see `unmask.credit`.
+        entropy_bound, position_penalty: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is
+            below the bound; a window those whose entropy is, with the penalty for each position behind its first
+            masked one.
+        credit_alpha, credit_beta, credit_gamma: of `credit`, see `unmask.credit`.
         alg_temp: above 0, `static`, `margin` and `entropy` draw positions by their scores divided by it (Dream).
         steps_per_block: denoising steps that a block is spread over, by the policies that have a schedule (LLaDA's
             steps divided by its number of blocks); None is as many as the block has positions. A request gives
@@ -113,7 +114,15 @@ class DllmConfig(KvSettings, WithParameters):
 
 
 class RequestOptions(WithParameters):
-    """Unmasking policy of one request, where None means the server's setting, what it shows, and its drafts."""
+    """Unmasking policy of one request, where None means the server's setting, what it shows, and its drafts.
+
+    Attributes:
+        steps: denoising steps of the whole generation, of policies that have a schedule.
+        stream: `denoising` streams the canvas of each step besides.
+        logits_eos_inf: EOS is never taken (LLaDA's flag of the name).
+        speculation, budget: false: no drafts; the most drafts that a step evaluates for this request.
+        canvas, suffix: the answer with holes, which are filled in; what lies behind the reply.
+    """
 
     model_config = STRICT
 
@@ -140,7 +149,10 @@ class RequestOptions(WithParameters):
 OWN_OPTIONS = {"steps", "stream", "logits_eos_inf", "speculation", "budget", "canvas", "suffix"}
 """Those that no setting of a server is the default of."""
 
-REQUEST_KEYS = tuple(REQUEST_PREFIX + name for name in RequestOptions.model_fields)
+
+def request_keys() -> tuple[str, ...]:
+    """Return the keys of `extra_args` that are ours."""
+    return tuple(REQUEST_PREFIX + name for name in RequestOptions.names())
 
 
 class InvalidOptionError(ConfigError):
@@ -167,7 +179,7 @@ def parse_server_settings(
     if not isinstance(settings, Mapping):
         raise InvalidOptionError(
             f"additional_config.dllm is {settings!r}, allowed is an object with the fields "
-            f"{', '.join(DllmConfig.model_fields)}; pass for example {{'dllm': {{'block_length': 32}}}}",
+            f"{', '.join(DllmConfig.names())}; pass for example {{'dllm': {{'block_length': 32}}}}",
             "additional_config.dllm",
             settings,
         )
@@ -187,14 +199,14 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
     if extra_args is not None and not (isinstance(extra_args, Mapping) and all(isinstance(k, str) for k in extra_args)):
         raise InvalidOptionError(
             f"extra_args is {reprlib.repr(extra_args)}, allowed are objects with text keys, of ours "
-            f"{', '.join(REQUEST_KEYS)}; give an object like {{'dllm_policy': 'static'}}",
+            f"{', '.join(request_keys())}; give an object like {{'dllm_policy': 'static'}}",
             "extra_args",
             extra_args,
         )
     for key, value in (extra_args or {}).items():
         if not key.startswith(REQUEST_PREFIX) and (meant := _meant_key(key)):
             raise InvalidOptionError(
-                f"{key} is not known; allowed are {', '.join(REQUEST_KEYS)}; did you mean {meant!r}?", key, value
+                f"{key} is not known; allowed are {', '.join(request_keys())}; did you mean {meant!r}?", key, value
             )
     values = {
         key.removeprefix(REQUEST_PREFIX): plain_number(value)
@@ -208,8 +220,8 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
 
 
 def _meant_key(key: str) -> str | None:
-    is_bare = key in RequestOptions.model_fields
-    return REQUEST_PREFIX + key if is_bare else nearest(key, REQUEST_KEYS, STRICT_LIKENESS)
+    is_bare = key in RequestOptions.names()
+    return REQUEST_PREFIX + key if is_bare else nearest(key, request_keys(), STRICT_LIKENESS)
 
 
 def plain_number(value: object) -> object:
@@ -229,7 +241,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inva
     if not finding["loc"]:  # a rule between fields, whose text is already ours
         message = finding["msg"].removeprefix("Value error, ")
         if prefix == "--":  # fields are named as the options that they are
-            options = r"\b(" + "|".join(model.model_fields) + r")\b"
+            options = r"\b(" + "|".join(_names(model)) + r")\b"
             message = re.sub(options, lambda found: prefix + found[0].replace("_", "-"), message)
         where = prefix.rstrip(".-")
         return InvalidOptionError(f"{where}: {message}" if where else message, where, finding["input"])
@@ -238,13 +250,17 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inva
     if prefix == "--":
         name = name.replace("_", "-")
     if finding["type"] in ("extra_forbidden", "invalid_key"):  # the latter is no text
-        names = [prefix + known for known in model.model_fields]
-        meant = nearest(field, model.model_fields)
+        names = [prefix + known for known in _names(model)]
+        meant = nearest(field, _names(model))
         todo = f"did you mean {prefix + meant!r}?" if meant else "remove or rename it"
         return InvalidOptionError(f"{name} is not known; allowed are {', '.join(names)}; {todo}", name, value)
     allowed = allowed_policies() if field == "policy" else _allowed(model.model_fields[field])
     todo = did_you_mean(value, re.findall(r"'(\w+)'", allowed), "give one of these")
     return InvalidOptionError(f"{name} is {reprlib.repr(value)}, allowed are {allowed}; {todo}", name, value)
+
+
+def _names(model: type[BaseModel]) -> tuple[str, ...]:
+    return model.names() if issubclass(model, WithParameters) else tuple(model.model_fields)
 
 
 def _allowed(field: FieldInfo) -> str:

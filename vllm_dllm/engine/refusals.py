@@ -9,7 +9,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_dllm.config import REQUEST_KEYS, REQUEST_PREFIX, InvalidOptionError, RequestOptions, parse_request_options
+from vllm_dllm.config import REQUEST_PREFIX, InvalidOptionError, RequestOptions, parse_request_options, request_keys
 from vllm_dllm.unmask.logprobs import MAX_LOGPROBS
 
 # Sampling parameters that only left-to-right sampling gives a meaning to, or that are not implemented: the test that
@@ -142,7 +142,7 @@ def refuse_unsupported(params: SamplingParams) -> None:
     for key in params.extra_args or ():
         if str(key).startswith(_FOREIGN_PREFIX):
             raise RequestError(
-                f"{key} is an option of another diffusion model; allowed are {', '.join(REQUEST_KEYS)}; remove it "
+                f"{key} is an option of another diffusion model; allowed are {', '.join(request_keys())}; remove it "
                 "from the request",
                 parameter=key,
                 value=(params.extra_args or {})[key],
