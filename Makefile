@@ -16,7 +16,7 @@ WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=25
 
 .PHONY: FORCE help setup demo test test-all test-torch test-vllm-033 check lint cuda-check cuda-report sanitize bench docs build \
-  clean
+  wheels clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -99,8 +99,15 @@ bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: 
 	.venv/bin/vllm-dllm bench decode $(BENCH_ARGS)
 	$(PY) -m benchmarks kernels --short
 
-docs: setup ## check the links and commands of the documentation
-	$(PY) -m pytest -q tests/test_docs.py
+docs: setup ## build the documents as a site in build/site, and check their links and commands
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	$(PY) -m pytest -q tests/test_docs.py tests/test_site.py
+
+# In an image of manylinux the tag is of an older glibc; here it is of this machine's, where the library needs it.
+wheels: setup ## make a wheel for CPUs of all instruction sets, with a manylinux tag, and the source distribution in dist/
+	rm -rf build/wheels
+	CMAKE_ARGS="-DDLLM_CUDA=OFF -DDLLM_ISAS=all" $(PY) -m build --no-isolation --outdir build/wheels
+	scripts/repair_wheel.sh build/wheels/*.whl dist && mv build/wheels/*.tar.gz dist/
 
 build: setup ## make the wheel and the source distribution in dist/
 	$(PY) -m build --no-isolation

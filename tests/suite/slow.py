@@ -26,6 +26,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "configurations": (
         *("vllm_dllm/engine/**", "vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/attention/**"),
         *("vllm_dllm/denoiser.py", "vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/ops/**"),
+        *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**"),
     ),
     "demo": ("examples/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
     "fields": ("vllm_dllm/models/**", "vllm_dllm/reference/**", "tests/models/*"),

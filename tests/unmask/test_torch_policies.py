@@ -102,6 +102,18 @@ def test_a_void_step_leaves_no_trace() -> None:
     ]
 
 
+@pytest.mark.parametrize("at", [2, LENGTH - 1])
+def test_a_reply_is_cut_where_eos_is_likeliest(at: int) -> None:
+    """Behind it nothing is decided: neither in the block, nor in the next one, where the cut is at the block's end."""
+    model = SyntheticModel(LENGTH, 1, 3.0)
+    model.own[:, EOS] -= 99.0
+    model.own[at, EOS] += 140.0
+    whole, cut = decode(model, [Own("static", steps=LENGTH), Own("eotp", steps=LENGTH)], num_blocks=2)
+    assert (whole.steps, cut.steps) == (2 * LENGTH, at + 2)
+    assert cut.tokens[at:] == [EOS] * (2 * LENGTH - at)
+    assert EOS not in cut.tokens[:at]
+
+
 @pytest.mark.parametrize("top", [None, EOS, EOT, 7])
 def test_confidence_without_end_tokens(top: int | None) -> None:
     """Also where one of them, or both, are all but certain, and nothing else is."""

@@ -81,6 +81,7 @@ class RequestReport:
     stored: int
     wrote: int
     commits: int
+    left: int
     faults: int
     proposed: list[int]
     canvas: list[int] = field(default_factory=list)

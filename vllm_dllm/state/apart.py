@@ -47,9 +47,10 @@ class ApartState:
     def __init__(
         self, max_num_reqs: int, block_length: int, device: torch.device, vocab_size: int, files: Mapping[str, str]
     ) -> None:
-        self._weights = {
-            file_options()[option]: load_weights(option, path, block_length, device) for option, path in files.items()
-        }
+        self._weights: dict[str, dict[str, Tensor]] = {}  # by policy
+        for option, path in files.items():
+            net = load_weights(option, path, block_length, device)
+            self._weights |= dict.fromkeys(file_options()[option], net)
         self._max_num_reqs, self._block_length, self._device = max_num_reqs, block_length, device
         self._vocab_size = vocab_size
         self._names: dict[int, str] = {}

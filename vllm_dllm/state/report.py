@@ -24,8 +24,9 @@ class Column(IntEnum):
     STORED = 5
     WROTE = 6
     COMMITS = 7
-    FAULTS = 8
-    PROPOSED = 9
+    LEFT = 8
+    FAULTS = 9
+    PROPOSED = 10
 
 
 REPORT_LEN = Column.PROPOSED + MAX_DEPTH
@@ -48,6 +49,7 @@ class StepFacts:
             model's have K/V in the cache.
         wrote: positions whose K/V the step stored, as its plan says, apart from look-aheads that did not come true.
         commits: 1 where the K/V of the block before were among them.
+        left: positions of the emitted block that are masked, behind the answer's end.
         depth: of each draft in the draft graph; next roots among them.
         proposed: whether a draft was evaluated.
     """
@@ -60,6 +62,7 @@ class StepFacts:
     stored: Tensor  # [num_reqs]
     wrote: Tensor  # [num_reqs]
     commits: Tensor  # [num_reqs]
+    left: Tensor  # [num_reqs]
     depth: Tensor  # [num_reqs, num_drafts]
     proposed: Tensor  # [num_reqs, num_drafts]
 
@@ -74,6 +77,7 @@ class StepFacts:
         rows[:, Column.STORED] = self.stored
         rows[:, Column.WROTE] = self.wrote
         rows[:, Column.COMMITS] = self.commits
+        rows[:, Column.LEFT] = self.left
         column = Column.PROPOSED - 1 + self.depth.clamp(1, MAX_DEPTH)
         return rows.scatter_add_(1, column, self.proposed.int())
 

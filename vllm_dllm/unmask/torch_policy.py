@@ -185,6 +185,7 @@ class TorchPolicy:
         asks_ends: whether it looks at `Seen.confidence_without`, in place of that.
         weights: the tensors of the net that it looks at, by the block length; their file is the server's setting
             `<policy>_file`. None: it has no net.
+        file_of: the policy whose file that is; empty: it has one of its own.
     """
 
     decide: Callable[[Seen, PolicyState], Decision]
@@ -196,6 +197,7 @@ class TorchPolicy:
     asks_known: bool = False
     asks_ends: bool = False
     weights: Callable[[int], Mapping[str, tuple[int, ...]]] | None = None
+    file_of: str = ""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a declaration that cannot work."""
