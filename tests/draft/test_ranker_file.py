@@ -110,7 +110,13 @@ def test_a_ranker_of_another_server_warns(path: Path) -> None:
     other = DllmConfig(block_length=8, policy="static", kv_policy="dual")
     shape = ModelShape(vocab_size=9, hidden_size=9, num_hidden_layers=9)
     text = "\n".join(check_ranker(file, other, Readiness(), model="m", family="dream", shape=shape))
-    for part in ("block_length 16 but", "policy 'threshold' but", "family 'llada' but", "not calibrated together with"):
+    for part in (
+        "for a ranker of this server run: vllm-dllm calibrate m",
+        "block_length 16 but",
+        "policy 'threshold' but",
+        "family 'llada' but",
+        "not calibrated together with",
+    ):
         assert part in text
 
 

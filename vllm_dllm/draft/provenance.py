@@ -16,15 +16,17 @@ def fit_warnings(
     model: str | None,
     family: str | None,
     shape: ModelShape | None,
+    makes: str = "graph",
 ) -> list[str]:
-    """Tell in what a calibration differed from a server; see `check_fit`."""
+    """Tell in what a calibration differed from a server; see `graph_file.check_fit`. `makes`: what it made."""
     made = _compared(provenance.settings, provenance.model, provenance.family, provenance.shape)
     here = _compared(settings, model, family, shape)
     if "shape" in made and "shape" in here and not (_is_hub_name(provenance.model) and model and _is_hub_name(model)):
         del made["model"]
+    command = calibrate_command(settings, model) + (" --ranker RANKER.safetensors" if makes == "ranker" else "")
     return [
         f"{where} was calibrated with {name} {made[name]!r} but is used with {value!r}, so fewer drafts may be "
-        f"accepted; for a graph of this server run: {calibrate_command(settings, model)}"
+        f"accepted; for a {makes} of this server run: {command}"
         for name, value in here.items()
         if name in made and made[name] != value
     ]

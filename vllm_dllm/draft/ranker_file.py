@@ -128,7 +128,9 @@ def check_ranker(
         graph_readiness: of the server's draft graph.
     """
     where = f"ranker {file.source}"
-    warnings = fit_warnings(file.provenance, settings, where=where, model=model, family=family, shape=shape)
+    warnings = fit_warnings(
+        file.provenance, settings, where=where, model=model, family=family, shape=shape, makes="ranker"
+    )
     if file.readiness != graph_readiness:
         warnings.append(
             f"{where} was not calibrated together with this server's draft graph, whose nodes were chosen by another "
