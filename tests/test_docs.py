@@ -12,7 +12,7 @@ import typer
 from benchmarks.__main__ import app as benchmarks
 from vllm_dllm.cli import main
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.draft.graph_file import calibrate_command
+from vllm_dllm.draft.provenance import calibrate_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

@@ -28,7 +28,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("vllm_dllm/denoiser.py", "vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/ops/**"),
         *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**"),
     ),
-    "demo": ("examples/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
+    "demo": ("examples/**", "vllm_dllm/studio/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
     "examples": (
         *("examples/*.py", "examples/*.sh", "vllm_dllm/cli/**", "vllm_dllm/spiffy_config.py"),
         *("vllm_dllm/engine/front_end.py", "tests/e2e/test_examples.py"),

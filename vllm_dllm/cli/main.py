@@ -11,6 +11,7 @@ from vllm_dllm.cli import bench, graph
 from vllm_dllm.cli.calibrate import calibrate
 from vllm_dllm.cli.console import examples, print_error, print_line
 from vllm_dllm.cli.doctor import doctor
+from vllm_dllm.cli.studio import studio
 from vllm_dllm.errors import ConfigError
 
 app = typer.Typer(
@@ -32,6 +33,12 @@ app.command(
     )
 )(calibrate)
 app.command(epilog=examples("vllm-dllm doctor", "vllm-dllm doctor --self-test"))(doctor)
+app.command(
+    epilog=examples(
+        "vllm-dllm studio --server http://localhost:8000",
+        'vllm-dllm studio --save run.html --prompt "What is 17 * 23?"',
+    )
+)(studio)
 app.add_typer(graph.app, name="graph")
 app.add_typer(bench.app, name="bench")
 
