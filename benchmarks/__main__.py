@@ -1,10 +1,11 @@
 """Measure the parts of the engine on this machine; figures are ratios within one run.
 
-    python -m benchmarks reference|stages|modes|kernels
+    python -m benchmarks reference|stages|modes|accuracy|kernels
 
 `vllm-dllm bench decode`, which is in the package, measures speculation end to end.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,7 @@ from vllm_dllm.cli.bench_options import (
     Prompts,
     SkipPrompts,
 )
-from vllm_dllm.cli.console import print_error
+from vllm_dllm.cli.console import print_error, print_line
 from vllm_dllm.cli.inputs import check_file
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
@@ -45,7 +46,7 @@ from vllm_dllm.errors import ConfigError
 from vllm_dllm.measure.decode import Policy
 from vllm_dllm.measure.report import machine, to_markdown
 from vllm_dllm.measure.workload import UnequalTokensError, Workload
-from vllm_dllm.spiffy_config import DEFAULT_GRAPH
+from vllm_dllm.spiffy_config import DEFAULT_GRAPH, read_speculative_config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -122,6 +123,41 @@ def modes(workload: Workload, policies: tuple[Policy, ...]) -> None:
 
 
 @app.command()
+def accuracy(  # noqa: PLR0913 - the options of a command
+    model: Model,
+    prompts: Annotated[Path, typer.Option(help="JSONL file; each line has question, and answer or task and given.")],
+    skip_prompts: SkipPrompts = 0,
+    num_prompts: NumPrompts = 16,
+    gen_length: GenLength = 128,
+    block_length: BlockLength = None,
+    policy: Annotated[
+        str, typer.Option(metavar="NAME,...|all", help="Unmasking policies, with their defaults.")
+    ] = "all",
+    settings: Annotated[str, typer.Option(metavar="JSON", help="Of the server: nets' files and others.")] = "{}",
+    speculative_config: Annotated[
+        str, typer.Option(metavar="JSON|FILE", help="Spiffy's; '' is without.")
+    ] = '{"method": "spiffy"}',
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+) -> None:
+    """Count right replies beside forwards, under each policy; the exit status is 1 when drafts change a token."""
+    from benchmarks.accuracy import chosen_policies, judge, read_lines, sections
+
+    own = _json_object("--settings", settings)
+    names, out = chosen_policies(policy, own)
+    drafts = read_speculative_config(speculative_config) if speculative_config else None
+    assert drafts is None or isinstance(drafts, dict), "what is no object is refused"
+    of_block = {} if block_length is None else {"block_length": block_length}
+    lines = read_lines(prompts, skip_prompts, num_prompts)
+    workload = bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, of_block, str(concurrency))
+    try:
+        print_sections(sections(judge(workload, lines, names, own, drafts), lines))
+    except UnequalTokensError as error:
+        fail(error)
+    if out:
+        print_line(f"left out, since no file of their nets is given: {', '.join(out)}")
+
+
+@app.command()
 def kernels(
     short: Annotated[bool, typer.Option("--short", help="A few sizes, some seconds.")] = False,
     device: Annotated[str, typer.Option(metavar="cpu|cuda|auto", help="`auto` is a GPU if there is one.")] = "auto",
@@ -150,6 +186,16 @@ def kernels(
         out.write_text(f"machine: {machine()}\n\n{to_markdown(tables)}")
 
 
+def _json_object(option: str, text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{option} is {text!r}, allowed are JSON objects like '{{}}'; correct it")
+    return value
+
+
 def _device(name: str) -> torch.device:
     has_gpu = torch.cuda.is_available()
     allowed = {"cpu": "cpu", "auto": "cuda" if has_gpu else "cpu"} | ({"cuda": "cuda"} if has_gpu else {})
@@ -163,7 +209,7 @@ def main() -> None:
     try:
         app(prog_name="python -m benchmarks")
     except ConfigError as error:
-        print_error(error)
+        print_error(error, "python -m benchmarks")
         sys.exit(2)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fuzz.asked import draw_asked
-from benchmarks.fuzz.requests import Drawn, Shape, draw_request, needed_tokens, whole_ids
+from benchmarks.fuzz.requests import Drawn, Shape, check_pins, draw_request, needed_tokens, whole_ids
 
 FREE_SHARE = 0.12
 REQUESTS_EACH = 8
@@ -193,12 +193,13 @@ def judge(fuzz: Fuzz, number: int, drawn: Drawn, outcomes: dict[str, Any]) -> No
         return
     try:
         check_logprobs(drawn, with_drafts, without)
+        check_pins(drawn.options, with_drafts.token_ids)
         if drawn.asked is not None:
             drawn.asked.check(with_drafts.text)
     except ValueError as error:
         fuzz.fault("violated", drawn, number, f"{error}, tokens {with_drafts.token_ids}")
         return
-    fuzz.outcomes[kind] += 1
+    fuzz.outcomes[kind if "dllm_canvas" not in drawn.options else "pinned"] += 1
     fuzz.outcomes["drafts that came true"] += on.kv_transfer_params["dllm"]["accepted"]
 
 

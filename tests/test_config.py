@@ -10,13 +10,13 @@ from vllm_dllm.config import (
     DllmConfig,
     InvalidOptionError,
     RequestOptions,
-    check_policy_options,
     parse_request_options,
     parse_server_settings,
-    request_steps,
 )
+from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, check_family
 from vllm_dllm.names import PolicyName
 from vllm_dllm.policy_options import POLICY_ALIASES
+from vllm_dllm.request_checks import check_policy_options, request_steps
 
 
 def test_defaults() -> None:
@@ -84,7 +84,12 @@ def test_keys_of_others_are_left_alone() -> None:
             {"attention": "fast"},
             ["additional_config.dllm.attention is 'fast'", "'auto', 'csrc', 'vllm', 'flashinfer', 'xformers'"],
         ),
-        ([], ["additional_config.dllm is []", "block_length"]),
+        ({"horizon": 0}, ["additional_config.dllm.horizon is 0", "null and whole numbers from 1 on"]),
+        ([], ["additional_config.dllm is []", "block_length", "local_leap_radius", "learn2pd_file"]),
+        (
+            {"local_leap_radus": 4},
+            ["learn2pd_file", "did you mean 'additional_config.dllm.local_leap_radius'"],
+        ),
     ],
 )
 def test_server_settings_are_refused_by_name(settings: object, parts: list[str]) -> None:
@@ -122,6 +127,14 @@ def test_request_options_are_refused_by_the_users_name() -> None:
 def test_options_that_the_policy_ignores_are_refused(options: dict[str, object], policy: str) -> None:
     with pytest.raises(InvalidOptionError, match="does not use it; allowed is dllm_"):
         check_policy_options(RequestOptions(**options), DllmConfig(policy=policy))  # type: ignore[arg-type]
+
+
+def test_a_horizon_is_for_models_that_see_masks_behind() -> None:
+    check_policy_options(RequestOptions(horizon=2), DllmConfig())
+    with pytest.raises(InvalidOptionError, match="dllm_horizon is 2, but kv_policy is 'freecache', and sequences"):
+        check_policy_options(RequestOptions(horizon=2), DllmConfig(kv_policy="freecache"))
+    with pytest.raises(InvalidOptionError, match=r"additional_config\.dllm\.horizon is 1, but kv_policy is 'causal'"):
+        check_family(DllmConfig(horizon=1, kv_policy="causal"), FAMILY_BY_ARCHITECTURE["NemotronLabsDiffusionModel"])
 
 
 def test_options_of_the_servers_policy_pass() -> None:

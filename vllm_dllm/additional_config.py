@@ -30,7 +30,7 @@ def settings_in(additional: object) -> object:
             additional,
         )
     for key, value in additional.items():
-        meant = f"{FIELD}.{key}" if key in DllmConfig.model_fields else _meant(str(key))
+        meant = f"{FIELD}.{key}" if key in DllmConfig.names() else _meant(str(key))
         if meant and key != FIELD:
             name = f"additional_config.{key}"
             raise InvalidOptionError(

@@ -1,4 +1,4 @@
-"""Settings of a server and options of a request: THE place where both are checked.
+"""Settings of a server and options of a request; what a request may ask of a server is in `request_checks`.
 
 A server reads `additional_config={"dllm": {...}}` (`--additional-config '{"dllm": {...}}'`); a request may override
 the unmasking policy through `SamplingParams.extra_args` (`vllm_xargs` over HTTP) with keys like `dllm_policy`, see
@@ -17,13 +17,7 @@ from pydantic.fields import FieldInfo
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
 from vllm_dllm.kv_settings import STRICT, Count, KvSettings
 from vllm_dllm.names import AttentionName, ServedMode
-from vllm_dllm.policy_options import (
-    WithParameters,
-    allowed_policies,
-    known_policy,
-    options_of,
-)
-from vllm_dllm.unmask.registry import file_option, needs_file
+from vllm_dllm.policy_options import WithParameters, allowed_policies, known_policy
 
 REQUEST_PREFIX = "dllm_"
 
@@ -54,14 +48,16 @@ class DllmConfig(KvSettings, WithParameters):
             which slides (`state.sliding`).
         refresh_every: with `dual` and `dkv`, recompute all K/V before every n-th step of a block; None is 8 with
             `dkv`, and only before the first with `dual`, where 1 equals decoding without a cache.
+        horizon: blocks that a sequence has from the one under way on; it grows with each. None: all of the reply's.
         prefix_look, after_look: of `vicinity`, positions before and behind the block that are computed anew with it.
         warmup_steps: of `vicinity`, steps of a request's first block that compute all, before the one that keeps it.
         policy: unmasking policy of requests that name none.
         threshold: `threshold` and `credit` unmask all positions whose confidence reaches it, `dynamic` those above it.
         factor: `factor`'s f, see `unmask.policy`.
-        entropy_bound: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is below it; a window
-            those whose entropy is, with `position_penalty` for each position behind its first masked one.
-        credit_alpha: of `credit`, as credit_beta and credit_gamma; see `unmask.credit`.
+        entropy_bound, position_penalty: `entropy_bounded` unmasks positions while the sum of their entropies (nats) is
+            below the bound; a window those whose entropy is, with the penalty for each position behind its first
+            masked one.
+        credit_alpha, credit_beta, credit_gamma: of `credit`, see `unmask.credit`.
         alg_temp: above 0, `static`, `margin` and `entropy` draw positions by their scores divided by it (Dream).
         steps_per_block: denoising steps that a block is spread over, by the policies that have a schedule (LLaDA's
             steps divided by its number of blocks); None is as many as the block has positions. A request gives
@@ -75,6 +71,7 @@ class DllmConfig(KvSettings, WithParameters):
     model_config = STRICT
     takes_files = True
 
+    horizon: Annotated[Count | None, Field(description="null and whole numbers from 1 on")] = None
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
     factor: _Positive = 1.0
@@ -108,7 +105,7 @@ class DllmConfig(KvSettings, WithParameters):
                 f"steps_per_block is {self.steps_per_block} but block_length is {self.block_length}, and each step "
                 f"unmasks at least one token; choose 1..{self.block_length}"
             )
-        if not _is_even(self.policy, self.steps_per_block, self.block_length):
+        if not is_even(self.policy, self.steps_per_block, self.block_length):
             raise ValueError(
                 f"steps_per_block is {self.steps_per_block}, but policy 'dynamic' needs one that divides block_length "
                 f"{self.block_length}; choose a divisor or another policy"
@@ -117,7 +114,15 @@ class DllmConfig(KvSettings, WithParameters):
 
 
 class RequestOptions(WithParameters):
-    """Unmasking policy of one request, where None means the server's setting, what it shows, and its drafts."""
+    """Unmasking policy of one request, where None means the server's setting, what it shows, and its drafts.
+
+    Attributes:
+        steps: denoising steps of the whole generation, of policies that have a schedule.
+        stream: `denoising` streams the canvas of each step besides.
+        logits_eos_inf: EOS is never taken (LLaDA's flag of the name).
+        speculation, budget: false: no drafts; the most drafts that a step evaluates for this request.
+        canvas, suffix: the answer with holes, which are filled in; what lies behind the reply.
+    """
 
     model_config = STRICT
 
@@ -135,6 +140,7 @@ class RequestOptions(WithParameters):
     stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
     logits_eos_inf: Annotated[Literal[True] | None, Field(description="null and true")] = None
     speculation: Annotated[Literal[False] | None, Field(description="null and false")] = None
+    horizon: Count | None = None
     budget: Annotated[int | None, Field(ge=0, le=1024, description="null and whole numbers from 0 to 1024")] = None
     canvas: Annotated[str | list[int | None] | None, _Given] = None
     suffix: Annotated[str | list[int] | None, Field(description="null, texts and lists of token ids")] = None
@@ -143,7 +149,10 @@ class RequestOptions(WithParameters):
 OWN_OPTIONS = {"steps", "stream", "logits_eos_inf", "speculation", "budget", "canvas", "suffix"}
 """Those that no setting of a server is the default of."""
 
-REQUEST_KEYS = tuple(REQUEST_PREFIX + name for name in RequestOptions.model_fields)
+
+def request_keys() -> tuple[str, ...]:
+    """Return the keys of `extra_args` that are ours."""
+    return tuple(REQUEST_PREFIX + name for name in RequestOptions.names())
 
 
 class InvalidOptionError(ConfigError):
@@ -170,7 +179,7 @@ def parse_server_settings(
     if not isinstance(settings, Mapping):
         raise InvalidOptionError(
             f"additional_config.dllm is {settings!r}, allowed is an object with the fields "
-            f"{', '.join(DllmConfig.model_fields)}; pass for example {{'dllm': {{'block_length': 32}}}}",
+            f"{', '.join(DllmConfig.names())}; pass for example {{'dllm': {{'block_length': 32}}}}",
             "additional_config.dllm",
             settings,
         )
@@ -190,14 +199,14 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
     if extra_args is not None and not (isinstance(extra_args, Mapping) and all(isinstance(k, str) for k in extra_args)):
         raise InvalidOptionError(
             f"extra_args is {reprlib.repr(extra_args)}, allowed are objects with text keys, of ours "
-            f"{', '.join(REQUEST_KEYS)}; give an object like {{'dllm_policy': 'static'}}",
+            f"{', '.join(request_keys())}; give an object like {{'dllm_policy': 'static'}}",
             "extra_args",
             extra_args,
         )
     for key, value in (extra_args or {}).items():
         if not key.startswith(REQUEST_PREFIX) and (meant := _meant_key(key)):
             raise InvalidOptionError(
-                f"{key} is not known; allowed are {', '.join(REQUEST_KEYS)}; did you mean {meant!r}?", key, value
+                f"{key} is not known; allowed are {', '.join(request_keys())}; did you mean {meant!r}?", key, value
             )
     values = {
         key.removeprefix(REQUEST_PREFIX): plain_number(value)
@@ -211,8 +220,8 @@ def parse_request_options(extra_args: Mapping[str, Any] | None) -> RequestOption
 
 
 def _meant_key(key: str) -> str | None:
-    is_bare = key in RequestOptions.model_fields
-    return REQUEST_PREFIX + key if is_bare else nearest(key, REQUEST_KEYS, STRICT_LIKENESS)
+    is_bare = key in RequestOptions.names()
+    return REQUEST_PREFIX + key if is_bare else nearest(key, request_keys(), STRICT_LIKENESS)
 
 
 def plain_number(value: object) -> object:
@@ -220,38 +229,6 @@ def plain_number(value: object) -> object:
     if isinstance(value, Integral):
         return value if isinstance(value, int) else int(value)
     return float(value) if isinstance(value, Real) else value
-
-
-def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
-    """Check that a request gives no option that its policy ignores.
-
-    Raises: InvalidOptionError.
-    """
-    if options.cfg_scale is not None and settings.cfg_scale is None:
-        raise InvalidOptionError(
-            f"{REQUEST_PREFIX}cfg_scale is {options.cfg_scale}, but the server has no room for a second sequence of "
-            "each request; remove it or start the server with refresh_every 1 and cfg_scale 0",
-            REQUEST_PREFIX + "cfg_scale",
-            options.cfg_scale,
-        )
-    policy = options.policy or settings.policy
-    if needs_file(policy) and file_option(policy) not in settings.files:
-        raise InvalidOptionError(
-            f"{REQUEST_PREFIX}policy is {policy!r}, but the server has no {file_option(policy)}, the net that it looks "
-            "at; allowed are others; choose one, or give the server that setting",
-            REQUEST_PREFIX + "policy",
-            policy,
-        )
-    given = options.model_dump(exclude={"policy", "cfg_scale", *OWN_OPTIONS} - {"steps"}, exclude_none=True)
-    for name, value in given.items():
-        if name not in options_of(policy):
-            allowed = ", ".join(REQUEST_PREFIX + option for option in options_of(policy)) or "none"
-            raise InvalidOptionError(
-                f"{REQUEST_PREFIX}{name} is {value!r}, but the request's policy {policy!r} does not use it; allowed is "
-                f"{allowed}; remove it or choose another {REQUEST_PREFIX}policy",
-                REQUEST_PREFIX + name,
-                value,
-            )
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> InvalidOptionError:
@@ -264,7 +241,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inva
     if not finding["loc"]:  # a rule between fields, whose text is already ours
         message = finding["msg"].removeprefix("Value error, ")
         if prefix == "--":  # fields are named as the options that they are
-            options = r"\b(" + "|".join(model.model_fields) + r")\b"
+            options = r"\b(" + "|".join(_names(model)) + r")\b"
             message = re.sub(options, lambda found: prefix + found[0].replace("_", "-"), message)
         where = prefix.rstrip(".-")
         return InvalidOptionError(f"{where}: {message}" if where else message, where, finding["input"])
@@ -273,13 +250,17 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> Inva
     if prefix == "--":
         name = name.replace("_", "-")
     if finding["type"] in ("extra_forbidden", "invalid_key"):  # the latter is no text
-        names = [prefix + known for known in model.model_fields]
-        meant = nearest(field, model.model_fields)
+        names = [prefix + known for known in _names(model)]
+        meant = nearest(field, _names(model))
         todo = f"did you mean {prefix + meant!r}?" if meant else "remove or rename it"
         return InvalidOptionError(f"{name} is not known; allowed are {', '.join(names)}; {todo}", name, value)
     allowed = allowed_policies() if field == "policy" else _allowed(model.model_fields[field])
     todo = did_you_mean(value, re.findall(r"'(\w+)'", allowed), "give one of these")
     return InvalidOptionError(f"{name} is {reprlib.repr(value)}, allowed are {allowed}; {todo}", name, value)
+
+
+def _names(model: type[BaseModel]) -> tuple[str, ...]:
+    return model.names() if issubclass(model, WithParameters) else tuple(model.model_fields)
 
 
 def _allowed(field: FieldInfo) -> str:
@@ -291,47 +272,7 @@ def _allowed(field: FieldInfo) -> str:
     return str(found)
 
 
-def request_steps(options: RequestOptions, settings: DllmConfig, max_tokens: int) -> int:
-    """Return the steps of each block of a request, 1..block_length.
-
-    `dllm_steps` are split over the blocks that `max_tokens` fill, as LLaDA's `generate` does. Aligned blocks may be one
-    more, since the first one begins with the prompt's partial block; it gets as many steps as the others, so that
-    what is allowed does not depend on the prompt.
-
-    Args:
-        options: of the request.
-        settings: of the server.
-        max_tokens: what the request generates at most (tokens), no more than `blocks.row_blocks` has room for.
-
-    Raises: InvalidOptionError when they are not a whole number of steps, at most `block_length`, for each block, and
-        when the policy is `dynamic` and a block cannot be split evenly over its steps.
-    """
-    block_length, policy = settings.block_length, options.policy or settings.policy
-    name, value = ("policy", policy) if options.steps is None else ("steps", options.steps)
-    steps = settings.steps_per_block or block_length
-    if options.steps is not None:
-        num_blocks = -(-max_tokens // block_length)
-        most = num_blocks * block_length
-        if options.steps % num_blocks or options.steps > most:
-            raise InvalidOptionError(
-                f"{REQUEST_PREFIX}steps is {options.steps}, but max_tokens {max_tokens} in {num_blocks} blocks of "
-                f"{block_length} need a multiple of {num_blocks} between {num_blocks} and {most}; change "
-                f"{REQUEST_PREFIX}steps or max_tokens",
-                REQUEST_PREFIX + name,
-                value,
-            )
-        steps = options.steps // num_blocks
-    if not _is_even(policy, steps, block_length):
-        raise InvalidOptionError(
-            f"{REQUEST_PREFIX}{name} is {value!r}, which gives {steps} steps to a block of {block_length}, but "
-            f"'dynamic' needs steps that divide it; give another {REQUEST_PREFIX}steps or {REQUEST_PREFIX}policy",
-            REQUEST_PREFIX + name,
-            value,
-        )
-    return steps
-
-
-def _is_even(policy: str, steps_per_block: int, block_length: int) -> bool:
+def is_even(policy: str, steps_per_block: int, block_length: int) -> bool:
     """Tell whether a policy's steps follow from its canvases.
 
     Under `dynamic` a block may have any number of masked positions before a step. So it has to be known without the

@@ -30,7 +30,7 @@ from vllm_dllm.unmask.head import Head
 from vllm_dllm.unmask.logprobs import LogprobHead, TokenLogprobs, Unmasked
 from vllm_dllm.unmask.memory import select
 from vllm_dllm.unmask.policy import asked_ids
-from vllm_dllm.unmask.stats import Candidates
+from vllm_dllm.unmask.unwritten import other_tokens
 from vllm_dllm.unmask.walk import NO_STATE, Kept, Nodes, Trajectory, Walk, walk
 
 POLICY_CANDIDATES = 2
@@ -39,12 +39,16 @@ POLICY_CANDIDATES = 2
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One decided canvas of some requests, for calibration: what was seen, and what came of it."""
+    """What a forward decided for some requests, before it is known whether the step is void: what recorders see."""
 
     blocks: Blocks
-    canvas: Tensor  # [num_reqs, block_length] int64, before the step
-    next_canvas: Tensor  # [num_reqs, block_length] int64
-    candidates: Candidates  # [num_reqs, block_length, MAX_CANDIDATES]
+    nodes: Nodes  # what was evaluated
+    done: Trajectory  # what came of it; with `MAX_CANDIDATES` candidates
+
+    @property
+    def canvas(self) -> Tensor:
+        """[num_reqs, block_length] int64, the last canvas that was decided, before that."""
+        return self.nodes.canvas[torch.arange(len(self.done.node), device=self.done.node.device), self.done.node]
 
 
 class Denoiser:
@@ -125,14 +129,11 @@ class Denoiser:
             hidden, guidance = self.state.guidance.split(blocks.slots, nodes, hidden, twin_of)
         slots = nodes.per_evaluated(blocks.slots[:, None].expand(nodes.depth.shape)) if self.state.keeps_left else None
         rows = hidden if slots is None else self.state.predicting_rows(slots, hidden, fresh)
-        keeps_candidates = self.drafter is not None or self.observer is not None
-        num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
         edits, keep = self.state.row_edits(blocks, nodes)
         asked = _asked(nodes, asked_ids(remembered), self.state.asks(blocks), self.state.rules.end_ids)
         ids = _row_ids(nodes, asked, edits, guidance)
-        sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
-        stats = self.head(rows, sampling, num_candidates, ids)
+        stats = self._reduced(blocks, nodes, rows, ids)
         params = self.state.policy_params(blocks)
         decide = self.walk if keep is None else partial(walk, keep=keep)
         done = decide(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
@@ -144,10 +145,28 @@ class Denoiser:
             done = scored.taken(nodes, done)
         self._found = self._logprobs(blocks, nodes, done, rows, ids)
         if self.observer is not None:
-            request = torch.arange(len(done.node), device=done.node.device)
-            before = nodes.canvas[request, done.node]
-            self.observer(Observation(blocks, before, done.next_canvas, done.candidates))
+            self.observer(Observation(blocks, nodes, done))
         return done
+
+    def _reduced(self, blocks: Blocks, nodes: Nodes, rows: Tensor, ids: RowIds | None) -> PartialStats:
+        """Return statistics of evaluated rows [num_rows, hidden_size], and what a policy asks besides that writes any.
+
+        Args:
+            blocks: of the requests.
+            nodes: their canvases.
+            rows: of the canvases.
+            ids: of the rows.
+        """
+        keeps_candidates = self.drafter is not None or self.observer is not None
+        written = self.state.apart.written(blocks.slots, blocks.slots_np)
+        num_candidates = MAX_CANDIDATES if keeps_candidates or written is not None else POLICY_CANDIDATES
+        sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
+        stats = self.head(rows, sampling, num_candidates, ids)
+        if written is None:
+            return stats
+        of_rows = nodes.per_evaluated(written[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1)
+        others = other_tokens(self.head, rows, of_rows, self.state.mask_token_id, self.state.vocab_size)
+        return replace(stats, others=others)
 
     def void(self, blocks: Blocks, done: Trajectory, is_void: Tensor) -> Trajectory:
         """Undo the step of requests whose block was emitted before it began: their next block is as it was begun.
@@ -169,6 +188,7 @@ class Denoiser:
             done,
             next_canvas=torch.where(is_void[:, None], self.state.canvas[blocks.slots], done.next_canvas),
             is_finished=done.is_finished & ~is_void,
+            num_unmasked=done.num_unmasked * ~is_void,  # so it has not reached an end, either
             state=select(is_void, kept, done.state),
             apart=apart,
         )
@@ -178,13 +198,15 @@ class Denoiser:
         return replace(own, state=select(is_void[own.request], before, own.state))
 
     def settle(self, blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger) -> Emission:
-        """Keep what `advance` came to, emit the blocks that it finished, begin those behind: see `state.settle`."""
+        """Keep what `advance` came to, emit blocks that are finished or that an answer ends in: see `state.settle`."""
         drafts = None if self.drafter is None else self.drafter.memory
         emission = self._settle(self.state, drafts, blocks, nodes, done, ledger)
+        is_emitted = emission.num_sampled[: len(done.node)] > 0
+        begins = is_emitted & ~done.came_over
         for own in done.apart:
-            theirs, begins = blocks.slots[own.request], (done.is_finished & ~done.came_over)[own.request]
-            self.state.apart.keep(own.name, theirs, own.state, begins)
-            self.state.apart.keep_ended(own.name, theirs, own.ended, done.is_finished[own.request])
+            theirs = blocks.slots[own.request]
+            self.state.apart.keep(own.name, theirs, own.state, begins[own.request])
+            self.state.apart.keep_ended(own.name, theirs, own.ended, is_emitted[own.request])
             # A canvas without masks may have taken a forward too.
             took = (done.num_steps[own.request] > 0) & (emission.report[own.request, Column.REFRESHES] == 0)
             emission.report[own.request, Column.FORWARDS] = took.int()
@@ -198,11 +220,12 @@ class Denoiser:
         if drafts is not None and ledger.begun is not None:
             drafts.forget(blocks.slots, ledger.begun.bool())
         if self._found is not None:
-            logprobs = self.state.records.take(*self._found, ledger.num_known - blocks.start, done.is_finished)
+            logprobs = self.state.records.take(*self._found, ledger.num_known - blocks.start, is_emitted)
             emission = replace(emission, logprobs=logprobs)
         if ledger.missing is None:
             return emission
-        fewer = pad((ledger.missing * done.is_finished).int(), (0, ledger.num_batch - len(ledger.missing)))
+        missing = pad(ledger.missing.int(), (0, ledger.num_batch - len(ledger.missing)))
+        fewer = missing * (emission.num_sampled > 0)
         return replace(emission, num_sampled=emission.num_sampled - fewer, num_rejected=emission.num_rejected + fewer)
 
     def _logprobs(

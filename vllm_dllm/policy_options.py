@@ -92,6 +92,11 @@ class WithParameters(BaseModel):
     _parameters: dict[str, float] = PrivateAttr(default_factory=dict)
     _files: dict[str, str] = PrivateAttr(default_factory=dict)
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of all fields, parameters and files."""
+        return (*cls.model_fields, *parameters(), *(file_options() if cls.takes_files else ()))
+
     @property
     def files(self) -> Mapping[str, str]:
         """Paths of the nets' files, by option."""

@@ -12,7 +12,7 @@ import httpx
 
 from benchmarks.fuzz.asked import draw_asked
 from benchmarks.fuzz.bad import CHAT, COMPLETIONS, MODEL, Bad, draw_bad
-from benchmarks.fuzz.requests import Drawn, Shape, draw_request, needed_tokens
+from benchmarks.fuzz.requests import Drawn, Shape, check_pins, draw_request, needed_tokens
 
 CALLS_EACH = 8
 """With one constraint, so that a server keeps what it compiled."""
@@ -143,10 +143,11 @@ def read_answer(call: Call, chunks: Sequence[str]) -> Answer:
         is_finished[choice["index"]] |= bool(choice["finish_reason"])
     if not all(is_finished):
         raise RuntimeError(f"not whole: {chunks[-1][-300:]}")
-    for text in texts if call.check is not None else []:
-        try:
-            assert call.check is not None
-            call.check(text)
-        except ValueError as error:
-            raise RuntimeError(f"violated: {error}") from None
+    try:
+        for text, answer in zip(texts, tokens, strict=True):
+            check_pins(call.body["vllm_xargs"], answer)
+            if call.check is not None:
+                call.check(text)
+    except ValueError as error:
+        raise RuntimeError(f"violated: {error}") from None
     return tokens

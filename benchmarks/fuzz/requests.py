@@ -10,7 +10,7 @@ from benchmarks.fuzz.asked import Asked
 from vllm_dllm.policy_options import options_of
 from vllm_dllm.unmask.registry import BUILT_IN, NATIVE, changes_tokens, parameters
 
-POLICIES = (*NATIVE, *BUILT_IN)
+POLICIES = (*NATIVE, *(name for name in BUILT_IN if name != "indel"))  # which needs tokens of its model
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,21 @@ def draw_request(rng: random.Random, shape: Shape, asked: Asked | None, prompts:
     options = _options(rng, policy, shape.block_length, max_tokens)
     if asked is None and rng.random() < 0.05:
         options["dllm_logits_eos_inf"] = True
+    if asked is None and rng.random() < 0.05:
+        options["dllm_horizon"] = rng.choice([1, 2, 3])
+    if asked is None and rng.random() < 0.15 and "bad_words" not in sampling and not changes_tokens(policy):
+        pinned = rng.choice([0.1, 0.5, 0.9])
+        options["dllm_canvas"] = [
+            rng.choice(shape.prompt_ids) if rng.random() < pinned else _HOLE for _ in range(max_tokens)
+        ]
     return Drawn(prompt, sampling, options, asked)
+
+
+def check_pins(options: dict[str, Any], token_ids: Sequence[int]) -> None:
+    """Check that an answer has the tokens that were given of it, as far as it goes. Raises: ValueError."""
+    for place, (given, token) in enumerate(zip(options.get("dllm_canvas", ()), token_ids, strict=False)):
+        if given not in (_HOLE, token):
+            raise ValueError(f"token {place} is {token}, but {given} was given")
 
 
 def _sampling(rng: random.Random, policy: str) -> dict[str, Any]:
@@ -101,6 +115,9 @@ def _edits(rng: random.Random, vocab_size: int, policy: str) -> dict[str, Any]:
     }
     return {name: value for name, value in edits.items() if rng.random() < 0.5}
 
+
+_HOLE = -1
+"""Of a canvas: a token to be generated."""
 
 _MASK_ID = 3
 """Of the small models: no answer has it, and nobody may ask for it."""

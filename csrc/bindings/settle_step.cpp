@@ -95,6 +95,14 @@ void check_stores(const std::vector<Tensor>& stores, bool has_memory, int64_t nu
                stores, inputs, canvas);
 }
 
+void check_ends(const std::vector<Tensor>& ends, const Tensor& store, const Tensor& canvas) {
+  const int64_t num_ids = !ends.empty() && ends[0].dim() == 2 ? ends[0].size(1) : 0;
+  check_inputs(
+      "ends", "ids and bounds by slot", ends,
+      {{"ends.ids", ScalarType::Long, {store.size(0), num_ids}}, {"ends.bounds", ScalarType::Long, {2, store.size(0)}}},
+      canvas);
+}
+
 template <typename Value>
 const Value* maybe(const std::vector<Tensor>& tensors, size_t index, bool is_there) {
   return is_there ? tensors[index].const_data_ptr<Value>() : nullptr;
@@ -108,8 +116,8 @@ Value* maybe_written(const std::vector<Tensor>& tensors, size_t index, bool is_t
 }  // namespace
 
 std::vector<Tensor> settle_step(std::vector<Tensor> nodes, std::vector<Tensor> done, std::vector<Tensor> requests,
-                                std::vector<Tensor> stores, int64_t num_batch, int64_t report_len,
-                                int64_t mask_token_id) {
+                                std::vector<Tensor> stores, std::vector<Tensor> ends, int64_t num_batch,
+                                int64_t report_len, int64_t mask_token_id) {
   check_nodes(nodes);
   const Tensor& canvas = nodes[0];
   check_done(done, canvas);
@@ -117,6 +125,7 @@ std::vector<Tensor> settle_step(std::vector<Tensor> nodes, std::vector<Tensor> d
   const int64_t num_candidates = done[7].size(2);
   const bool remembers = has_memory(done);
   check_stores(stores, remembers, num_candidates, canvas);
+  check_ends(ends, stores[0], canvas);
   const bool drafts = stores.size() > 4;
   const size_t memory = drafts ? 5 : 1;
   check(num_batch >= canvas.size(0), kOp, "num_batch must be ", canvas.size(0), " or more, got ", num_batch,
@@ -149,6 +158,8 @@ std::vector<Tensor> settle_step(std::vector<Tensor> nodes, std::vector<Tensor> d
       .num_known = requests[2].const_data_ptr<int64_t>(),
       .num_counted = requests[3].const_data_ptr<int64_t>(),
       .planned = maybe<int64_t>(requests, 4, requests.size() > 4),
+      .end_ids = ends[0].const_data_ptr<int64_t>(),
+      .end_bounds = ends[1].const_data_ptr<int64_t>(),
       .slot_canvas = stores[0].mutable_data_ptr<int64_t>(),
       .slot_ids = maybe_written<int64_t>(stores, 1, drafts),
       .slot_log_probs = maybe_written<double>(stores, 2, drafts),
@@ -165,6 +176,8 @@ std::vector<Tensor> settle_step(std::vector<Tensor> nodes, std::vector<Tensor> d
       .num_nodes = canvas.size(1),
       .block_length = canvas.size(2),
       .num_candidates = num_candidates,
+      .num_slots = stores[0].size(0),
+      .num_end_ids = ends[0].size(1),
       .report_len = report_len,
       .mask_token_id = mask_token_id,
   };
@@ -175,5 +188,5 @@ std::vector<Tensor> settle_step(std::vector<Tensor> nodes, std::vector<Tensor> d
 }  // namespace dllm
 
 DLLM_OP(settle_step,
-        "(Tensor[] nodes, Tensor[] done, Tensor[] requests, Tensor(a!)[] stores, int num_batch, int report_len, "
-        "int mask_token_id) -> Tensor[]")
+        "(Tensor[] nodes, Tensor[] done, Tensor[] requests, Tensor(a!)[] stores, Tensor[] ends, int num_batch, "
+        "int report_len, int mask_token_id) -> Tensor[]")

@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_dllm.cli.main import app
-from vllm_dllm.cli.server_settings import given_settings, server_settings
+from vllm_dllm.cli.server_settings import given_parameters, given_settings, server_settings
+from vllm_dllm.config import parse_server_settings
 from vllm_dllm.errors import ConfigError
 
 
@@ -75,3 +76,9 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path) -> None:
         server_settings(str(tmp_path / "missing"), {})
     with pytest.raises(ConfigError, match="--block-length is 0, allowed are whole numbers from 1 to 1024"):
         server_settings(checkpoint(tmp_path, architectures=["DreamModel"]), {"block_length": 0})
+
+
+def test_a_policys_net_is_given_as_its_parameters_are() -> None:
+    given = given_parameters(["learn2pd_file=net.safetensors", "local_leap_radius=3"])
+    assert given == {"learn2pd_file": "net.safetensors", "local_leap_radius": 3.0}
+    assert parse_server_settings(given).files == {"learn2pd_file": "net.safetensors"}

@@ -13,7 +13,7 @@ from vllm_dllm.constraint.json_object import MAX_DEPTH, json_object_automaton
 from vllm_dllm.constraint.keywords import FORMATS
 from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, build_table, parse_table
 from vllm_dllm.constraint.schema import schema_regex
-from vllm_dllm.constraint.tags import tag_regex
+from vllm_dllm.constraint.tags import tag_automaton
 
 
 def automaton(regex: str) -> ByteAutomaton:
@@ -189,13 +189,27 @@ def test_a_forced_call_is_written_as_its_parser_reads_it() -> None:
     content = {"type": "json_schema", "json_schema": {"type": "boolean"}}
     tags = [{"type": "tag", "begin": '<c>{"a": ', "content": content, "end": "}</c>"}]
     part = {"type": "tags_with_separator", "tags": tags, "separator": "", "at_least_one": True}
-    found = automaton(tag_regex({"type": "structural_tag", "format": {**part, "stop_after_first": False}}, ""))
+    found = tag_automaton({"type": "structural_tag", "format": {**part, "stop_after_first": False}}, "")
     assert found.accepts(b'<c>{"a": true}</c><c>{"a": false}</c>')
     assert not found.accepts(b"")
-    once = automaton(tag_regex({"type": "structural_tag", "format": {**part, "stop_after_first": True}}, ""))
+    once = tag_automaton({"type": "structural_tag", "format": {**part, "stop_after_first": True}}, "")
     assert not once.accepts(b'<c>{"a": true}</c><c>{"a": false}</c>')
-    with pytest.raises(ConstraintError, match="a structural tag has a part of type 'triggered_tags', allowed are"):
-        tag_regex({"type": "structural_tag", "format": {"type": "triggered_tags", "tags": tags}}, "")
+    with pytest.raises(ConstraintError, match="a structural tag has a part of type 'star', allowed are"):
+        tag_automaton({"type": "structural_tag", "format": {"type": "star", "content": part}}, "")
+    xml = {**tags[0], "content": {**content, "style": "qwen_xml"}}
+    with pytest.raises(ConstraintError, match="writes parameters in the style 'qwen_xml', allowed is 'json'"):
+        tag_automaton({"type": "structural_tag", "format": xml}, "")
+
+
+def test_free_text_may_have_calls_of_its_tools_alone() -> None:
+    content = {"type": "json_schema", "json_schema": {"type": "boolean"}, "style": "json"}
+    tag = {"type": "tag", "begin": '<c>{"a": ', "content": content, "end": "}</c>"}
+    part = {"type": "triggered_tags", "triggers": ["<c>"], "tags": [tag], "excludes": ["<think>"]}
+    found = tag_automaton({"type": "structural_tag", "format": {**part, "stop_after_first": False}}, "")
+    for text in (b"", b"a < b", b'x<c>{"a": true}</c>, <c>{"a": false}</c>y', b'<c>{"a": true}</c>'):
+        assert found.accepts(text), text
+    for text in (b"<c>", b'<c>{"a": 1}</c>', b'<c>{"b": true}</c>', b'x<c>{"a": true}', b"a <think> b"):
+        assert not found.accepts(text), text
 
 
 def doubling(depth: int, join: Callable[[Json], Json]) -> Json:

@@ -4,16 +4,12 @@ import dataclasses
 import json
 import math
 import random
-import re
-import shutil
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
 from tests.e2e.engines import MAX_MODEL_LEN, NUM_SLOTS
 from tests.e2e.engines import engine as engine
@@ -23,6 +19,8 @@ from tests.e2e.kv import kv_policy
 from tests.e2e.questions import CHECKPOINT as CHECKPOINT
 from tests.e2e.questions import EXAMPLES as EXAMPLES
 from tests.e2e.questions import questions as questions
+from tests.e2e.wild import make_wild_checkpoint as make_wild_checkpoint
+from tests.e2e.wild import write_wild as write_wild
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph, Formula
@@ -33,7 +31,8 @@ from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.reference import spiffy
 from vllm_dllm.reference.decode import Model, generate
 from vllm_dllm.reference.edits import Edits
-from vllm_dllm.reference.model import LLaDA, LLaDAConfig
+from vllm_dllm.reference.ends import NO_ENDS, Ends
+from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import LLADA, Rules, UnmaskPolicy
 from vllm_dllm.reference.sampling import Sampling
 from vllm_dllm.state.edits import NO_EDITS, LogitEdits
@@ -61,11 +60,18 @@ class Case:
     edits: LogitEdits = NO_EDITS
     cfg_scale: float | None = None
     given: tuple[int | None, ...] = ()  # of the answer; what is behind `max_tokens` is a suffix
+    stop_ids: tuple[int, ...] = ()
+    horizon: int | None = None
+
+    @property
+    def ends(self) -> Ends:
+        return Ends(self.stop_ids, self.edits.min_tokens, self.max_tokens)
 
     def sampling_params(self, **changes: Any) -> Any:
         from vllm import SamplingParams
 
-        options = {name: getattr(self, name) for name in ("policy", "cfg_scale", *POLICY_OPTIONS[self.policy])}
+        names = ("policy", "cfg_scale", "horizon", *POLICY_OPTIONS[self.policy])
+        options = {name: getattr(self, name) for name in names}
         extra: dict[str, Any] = {f"dllm_{name}": value for name, value in options.items() if value is not None}
         if self.given:
             suffix = list(self.given[self.max_tokens :])
@@ -77,6 +83,7 @@ class Case:
             "top_p": self.top_p,
             "seed": self.seed,
             "ignore_eos": True,
+            "stop_token_ids": list(self.stop_ids),
             "extra_args": extra,
             "min_p": self.edits.min_p,
             "min_tokens": self.edits.min_tokens,
@@ -88,39 +95,6 @@ class Case:
         if self.edits.bad_words:
             params._bad_words_token_ids = [list(word) for word in self.edits.bad_words]
         return params
-
-
-def make_wild_checkpoint(path: Path, mixing: float = 1.0, **changes: Any) -> None:
-    """Write a random model with the small model's tokenizer: its tokens vary, and depend on everything it sees.
-
-    The trained model answers most of what is not a question with EOS, whatever is wrong with its input. The less
-    `mixing`, the less a position's logits depend on the others, and the more drafts come true.
-    """
-    config = json.loads((CHECKPOINT / "config.json").read_text())
-    config |= {"d_model": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 96}
-    config |= {"max_sequence_length": 1024, "torch_dtype": "float32", **changes}
-    write_wild(path, config, lambda file: LLaDA(LLaDAConfig.from_json(file)), mixing)
-
-
-def write_wild(path: Path, config: dict[str, Any], model_of: Callable[[Path], nn.Module], mixing: float) -> None:
-    """Write a random model of any family.
-
-    Args:
-        path: the new folder.
-        config: what its config.json says.
-        model_of: makes the reference model of a config.json.
-        mixing: see `make_wild_checkpoint`.
-    """
-    shutil.copytree(CHECKPOINT, path, ignore=shutil.ignore_patterns("*.safetensors"))
-    (path / "config.json").write_text(json.dumps(config))
-    model = model_of(path / "config.json")
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():
-        is_scale = weight.dim() == 1 and name.endswith("weight")
-        torch.nn.init.normal_(weight, mean=float(is_scale), std=0.3, generator=generator)
-        if re.search(r"\.\d+\..*(_out|o_proj|down_proj|attention\.dense)\.weight$", name):
-            weight.data *= mixing
-    save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
 
 
 class Oracle:
@@ -156,6 +130,9 @@ class Oracle:
         """Decode without drafts."""
         return self._once(self._generate, case, settings)
 
+    def published(self, case: Case, settings: dict[str, Any]) -> Any:
+        return self.generation(dataclasses.replace(case, stop_ids=()), settings | {"goes_on": True})
+
     def speculative(self, case: Case, settings: dict[str, Any], graph: DraftGraph, budget: int) -> Any:
         """Decode with drafts, which a KV policy that freezes what a block sees allows."""
         return self._once(self._speculate, case, settings, graph, budget)
@@ -174,6 +151,8 @@ class Oracle:
             "gen_length": blocks.end - blocks.begin,
             "block_length": block_length,
             "rules": self.rules,
+            **({} if case.horizon is None else {"horizon": case.horizon}),
+            "ends": NO_ENDS if settings.get("goes_on") else case.ends,
             "policy": UnmaskPolicy(
                 case.policy,
                 steps=case.steps,
@@ -215,8 +194,7 @@ class Oracle:
         return spiffy.generate(self.model, torch.tensor(case.prompt), graph=graph, budget=budget, kv=kv, **plain)
 
     def tokens(self, case: Case, settings: dict[str, Any]) -> list[int]:
-        tokens: list[int] = self.generation(case, settings).tokens.tolist()
-        return tokens[: case.max_tokens]
+        return case.ends.cut(self.generation(case, settings).tokens.tolist())
 
 
 LLADA_POLICIES: tuple[PolicyName, ...] = ("static", "random", "threshold", "factor")
@@ -286,6 +264,12 @@ def step_all(llm: Any, cases: list[Case], before_step: Any = None) -> dict[str, 
             if output.finished:
                 finished[output.request_id] = list(output.outputs[0].token_ids)
     return finished
+
+
+def preempt_at_times(number: int, llm: Any) -> None:
+    """Preempt all who run before some steps: not for ever, since a block begins anew."""
+    if number in (4, 13, 31):
+        assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
 
 
 def random_graph(seed: int, num_nodes: int, block_length: int, tokens_per_step: int | None = None) -> DraftGraph:

@@ -12,6 +12,8 @@ import pytest
 from tests.e2e.ahead import check_canvases, scheduled_ahead, scheduler_of
 from tests.e2e.constrained import beside_edited, check_beside_edited
 from tests.e2e.dream import PUBLISHED, dream_oracle
+from tests.e2e.ended import check_ended, check_forwards
+from tests.e2e.growing import check_growing
 from tests.e2e.logprobs import check_logprobs, run_asking
 from tests.e2e.pinned import with_given
 from tests.e2e.rig import (
@@ -64,9 +66,7 @@ class Served:
         outputs = run_asking(self.llm, cases)
         check_logprobs(outputs, [self.oracle.generation(case, self.settings).log_probs for case in cases])
         assert [list(output.outputs[0].token_ids) for output in outputs] == [self.expected(case) for case in cases]
-        took = [output.kv_transfer_params["dllm"] for output in outputs]
-        expected = [self.oracle.generation(case, self.settings).nfe for case in cases]
-        assert [n["nfe"] + n["accepted"] for n in took] == expected
+        check_forwards(self.oracle, cases, self.settings, [o.kv_transfer_params["dllm"] for o in outputs])
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,16 @@ def test_mixed_batch_equals_reference(served: Served, ahead: list[bool]) -> None
     assert sum(ahead) > len(ahead) / 4, "too few steps ran ahead"
     assert not scheduler_of(served.llm).rows.known
     assert not scheduler_of(served.llm).ahead.known
+
+
+def test_an_answer_ends_before_its_block(served: Served) -> None:
+    cases = mixed_cases(served.block_length, seed=21, policies=served.policies)
+    check_ended(served.llm, served.oracle, cases, served.settings, drafts=scheduler_of(served.llm).rule is not None)
+
+
+def test_a_sequence_may_grow(served: Served) -> None:
+    cases = mixed_cases(served.block_length, seed=22, policies=served.policies)
+    check_growing(served.llm, served.oracle, cases, served.settings)
 
 
 def test_blocks_are_scored_beside_steps_that_run_ahead(served: Served) -> None:

@@ -147,6 +147,7 @@ def test_drafts_change_forwards_and_no_token(
     assert sum(e.num_accepted for e in expected) >= 8, "too few drafts come true for the test to mean much"
 
 
+@pytest.mark.slow("configurations")
 @pytest.mark.xdist_group("both cores")
 def test_two_ranks_with_drafts_equal_reference(
     mild_dream: Path, mild_oracle: Oracle, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.ended import check_ended
+from tests.e2e.growing import check_growing
 from tests.e2e.rig import Case, check_counts_while_running, mixed_cases, run, run_outputs, shared_engine, step_all
 from tests.suite.order import configurations
 from vllm_dllm.unmask.head import WeightHead
@@ -40,6 +42,16 @@ def test_mixed_batch_equals_reference(served: Any, oracle: Any) -> None:
     tokens = run(llm, cases)
     assert tokens == [oracle.tokens(case, settings) for case in cases]
     assert len({token for row in tokens for token in row}) > 50, "the model says too little for equality to mean much"
+
+
+def test_an_answer_ends_before_its_block(served: Any, oracle: Any) -> None:
+    llm, settings = served
+    check_ended(llm, oracle, mixed_cases(settings["block_length"], seed=21), settings)
+
+
+def test_a_sequence_may_grow(served: Any, oracle: Any) -> None:
+    llm, settings = served
+    check_growing(llm, oracle, mixed_cases(settings["block_length"], seed=22), settings)
 
 
 def test_rows_are_reduced_from_the_heads_weight(served: Any) -> None:

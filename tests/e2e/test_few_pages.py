@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.growing import growing, preemptions
 from tests.e2e.rig import Case, Oracle, engine, mixed_cases, model_state, run
 
 pytestmark = pytest.mark.engine
@@ -19,6 +20,10 @@ def test_more_requests_than_pages(oracle: Oracle, wild: Path) -> None:
     assert sum(-(-(len(case.prompt) + case.max_tokens) // 16) for case in cases) > 2 * num_pages
     with engine(wild, SETTINGS, num_gpu_blocks_override=num_pages) as llm:
         assert run(llm, cases) == [oracle.tokens(case, SETTINGS) for case in cases]
+        grown = growing(cases)
+        with preemptions(llm) as preempted:
+            assert run(llm, grown) == [oracle.tokens(case, SETTINGS) for case in grown]
+        assert preempted, "whoever grows is short of pages now and then, and takes them from the youngest"
 
 
 def test_refreshes_of_64_requests_at_once_stay_in_the_budget(oracle: Oracle, wild: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.ended import check_ended
 from tests.e2e.rig import MAX_MODEL_LEN, Case, check_counts_while_running, run, run_outputs, shared_engine
 from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
 from tests.suite.order import configurations
@@ -34,6 +35,11 @@ def test_mixed_batch_equals_reference(served: Any) -> None:
     expected = [oracle.generation(case, settings) for case in cases]
     assert [(n["nfe"], n["nfe_refresh"]) for n in took] == [(e.nfe, 0) for e in expected]
     assert {(n["exactness"], n["proposed"], n["accepted"]) for n in took} == {(None, 0, 0)}
+
+
+def test_an_answer_ends_before_its_block(served: Any) -> None:
+    llm, settings, oracle = served
+    check_ended(llm, oracle, sdar_cases(settings["block_length"], seed=21), settings)
 
 
 def test_order_and_neighbours_do_not_matter(served: Any) -> None:

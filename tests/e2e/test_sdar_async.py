@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.ahead import check_canvases, scheduled_ahead, scheduler_of
 from tests.e2e.constrained import beside_edited, expected
+from tests.e2e.ended import check_ended, check_forwards
 from tests.e2e.pinned import with_given
 from tests.e2e.rig import MAX_MODEL_LEN, Case, engine, random_graph, run_outputs, shared_engine, speculation, step_all
 from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
@@ -51,11 +52,14 @@ def test_mixed_batch_equals_reference(served: Any, oracle: SdarOracle) -> None:
     for _ in range(2):  # the second time prompts are found in the cache
         outputs = run_outputs(llm, cases)
         assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, settings) for case in cases]
-        took = [output.kv_transfer_params["dllm"] for output in outputs]
-        expected = [oracle.generation(case, settings).nfe for case in cases]
-        assert [n["nfe"] + n["accepted"] for n in took] == expected
+        check_forwards(oracle, cases, settings, [output.kv_transfer_params["dllm"] for output in outputs])
     assert any(output.num_cached_tokens for output in outputs)
     assert not scheduler_of(llm).rows.known
+
+
+def test_an_answer_ends_before_its_block(served: Any, oracle: SdarOracle) -> None:
+    llm, settings = served
+    check_ended(llm, oracle, sdar_cases(settings["block_length"], seed=21), settings, drafts=True)
 
 
 def test_given_tokens_of_answers(served: Any, oracle: SdarOracle) -> None:
@@ -63,8 +67,7 @@ def test_given_tokens_of_answers(served: Any, oracle: SdarOracle) -> None:
     cases = with_given(sdar_cases(settings["block_length"], seed=31), settings["block_length"], 31, has_suffixes=False)
     outputs = run_outputs(llm, cases)
     assert [list(o.outputs[0].token_ids) for o in outputs] == [oracle.tokens(case, settings) for case in cases]
-    took = [output.kv_transfer_params["dllm"] for output in outputs]
-    assert [n["nfe"] + n["accepted"] for n in took] == [oracle.generation(case, settings).nfe for case in cases]
+    check_forwards(oracle, cases, settings, [output.kv_transfer_params["dllm"] for output in outputs])
     assert not scheduler_of(llm).rows.known
 
 

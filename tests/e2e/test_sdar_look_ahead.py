@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.e2e.ended import check_ended, ending
 from tests.e2e.logprobs import check_logprobs, run_asking
 from tests.e2e.rig import Case, engine, model_state, random_graph, run_outputs, shared_engine, speculation, step_all
 from tests.e2e.sdar import SdarOracle, make_wild_sdar, sdar_cases
@@ -77,6 +78,16 @@ def test_look_aheads_come_true_in_a_mixed_batch(served: Any, oracle: SdarOracle,
         (e.nfe, e.num_accepted, e.num_proposed) for e in expected
     ]
     assert count(came_over) >= 8, "too few blocks ended as foreseen for the test to mean much"
+
+
+def test_an_answer_ends_before_its_block(served: Any, oracle: SdarOracle) -> None:
+    llm, settings, graph = served
+    cases = sdar_cases(settings["block_length"], seed=21)
+    check_ended(llm, oracle, cases, settings, drafts=True)
+    cases = ending(oracle, cases, settings, seed=3)
+    took = [output.kv_transfer_params["dllm"] for output in run_outputs(llm, cases)]
+    expected = [oracle.speculative(case, settings, graph, BUDGET) for case in cases]
+    assert [(n["nfe"], n["accepted"]) for n in took] == [(e.nfe, e.num_accepted) for e in expected]
 
 
 def test_pages_that_look_aheads_stored_are_found_by_others(

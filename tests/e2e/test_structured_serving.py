@@ -96,6 +96,26 @@ def test_a_forced_tool_is_called_with_its_parameters(client: openai.OpenAI, choi
         jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
 
 
+def test_a_strict_tool_is_called_by_its_parameters_or_not_at_all(client: openai.OpenAI) -> None:
+    """The model is pushed to what begins a call, behind which it would write anything."""
+    (less,) = client._client.post(
+        str(client.base_url).replace("/v1/", "/tokenize"), json={"prompt": "<", "add_special_tokens": False}
+    ).json()["tokens"]
+
+    def ask(seed: int) -> Any:
+        asked = {"tools": [TOOL], "logit_bias": {str(less): 100.0}, "temperature": 1.0, "seed": seed, "max_tokens": 90}
+        return chat(client, **asked).choices[0].message
+
+    with ThreadPoolExecutor(8) as pool:
+        messages = list(pool.map(ask, range(24)))
+    for message in messages:
+        assert "<tool_call>" not in (message.content or "")
+        for call in message.tool_calls or ():
+            assert call.function.name == "order"
+            jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+    assert any("<" in (message.content or "") or message.tool_calls for message in messages)
+
+
 @pytest.mark.parametrize(
     ("asked", "allowed"),
     [({"choice": ["yes", "no"]}, {"yes", "no"}), ({"regex": "[ab]{2}"}, {"aa", "ab", "ba", "bb"})],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.e2e.rig import Case, Oracle, mixed_cases, random_graph, run_outputs, shared_engine, speculation, step_all
-from tests.unmask.torch_policies import Own, drawn, net_file, rule_of
+from tests.unmask.torch_policies import Own, drawn, net_files, rule_of
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.rules import generate
 from vllm_dllm.unmask.registry import BUILT_IN
@@ -17,7 +17,7 @@ from vllm_dllm.unmask.registry import BUILT_IN
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("policies in torch code")]
 
 BLOCK = 8
-SETTINGS = {"block_length": BLOCK, "learn2pd_file": net_file(BLOCK)}
+SETTINGS = {"block_length": BLOCK, **net_files(BLOCK)}
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ class TorchCase(Case):
         options = {name: taken[name] for name in rule_of(self.own.policy).takes}
         options |= {f"{self.own.policy}_{name}": value for name, value in self.own.values}
         extra = {"dllm_policy": self.own.policy, **{f"dllm_{name}": value for name, value in options.items()}}
-        return super().sampling_params(extra_args=extra, **changes)
+        return super().sampling_params(**{"extra_args": extra, "seed": self.own.seed, **changes})
 
     @property
     def num_blocks(self) -> int:
@@ -47,7 +47,7 @@ class TorchCase(Case):
         """Return what the plain statement generates, and in how many steps."""
         eos = oracle.model.config.eos_token_id
         ends = (eos, *(token for token in oracle.end_ids if token != eos))
-        rule = rule_of(self.own.policy).of(self.own, BLOCK, self.num_blocks, ends)
+        rule = rule_of(self.own.policy).of(self.own, BLOCK, self.num_blocks, ends, len(self.prompt))
         length, prompt = self.num_blocks * BLOCK, torch.tensor(self.prompt)
         made = generate(oracle.model, prompt, gen_length=length, block_length=BLOCK, rule=rule, kv=KvPolicy("dual"))
         return made.tokens[: self.max_tokens], made.nfe

@@ -90,6 +90,7 @@ def row(
         stored=stored,
         wrote=0,
         commits=commits,
+        left=0,
         faults=0,
         proposed=[proposed, *[0] * (MAX_DEPTH - 1)],
     )

@@ -12,7 +12,14 @@ from vllm import SamplingParams
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from vllm_dllm.engine.generation_defaults import check_generation_defaults, family_defaults
-from vllm_dllm.engine.refusals import REFUSED, RequestError, refuse_body, refuse_token_body, refuse_unsupported
+from vllm_dllm.engine.refusals import (
+    REFUSED,
+    RequestError,
+    refuse_body,
+    refuse_strict_tools,
+    refuse_token_body,
+    refuse_unsupported,
+)
 from vllm_dllm.errors import ConfigError
 
 MESSAGES = [{"role": "user", "content": "a"}]
@@ -28,13 +35,6 @@ FLAT_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, 
     [
         ({"response_format": {"type": "structural_tag"}}, "response_format", "is {'type': 'structural_tag'}"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format", "'text', 'json_object' or 'json_schema'"),
-        ({"tools": [TOOL, STRICT]}, "tools[1].function.strict", "is True"),
-        ({"tools": [FLAT_TOOL]}, "tools[0].strict", "is True"),
-        (
-            {"tools": [FLAT_TOOL], "tool_choice": "auto"},
-            "tools[0].strict",
-            "is True where no tool is forced, but its calls stand",
-        ),
         ({"use_beam_search": True, "n": 2}, "use_beam_search", "is True"),
         ({"best_of": 3}, "best_of", "is 3"),
         ({"logprobs": 21}, "logprobs", "is 21, allowed are null and whole numbers from 0 to 20"),
@@ -91,6 +91,22 @@ def test_a_body_of_token_ids_is_refused_where_its_client_wrote_it(body: dict[str
 )
 def test_what_asks_for_nothing_special_passes(body: dict[str, Any]) -> None:
     refuse_body(body)
+    refuse_strict_tools(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "parameter"),
+    [
+        ({"tools": [TOOL, STRICT]}, "tools[1].function.strict"),
+        ({"tools": [FLAT_TOOL]}, "tools[0].strict"),
+        ({"tools": [FLAT_TOOL], "tool_choice": "auto"}, "tools[0].strict"),
+    ],
+)
+def test_strict_tools_that_no_parser_writes_down_are_refused(body: dict[str, Any], parameter: str) -> None:
+    refuse_body(body)  # nobody knows the parser yet
+    with pytest.raises(RequestError, match="is True where no tool is forced, but the server's tool parser") as refused:
+        refuse_strict_tools(body)
+    assert refused.value.parameter == parameter
 
 
 @pytest.mark.parametrize(

@@ -313,3 +313,13 @@ def test_without_statistics_none_are_made() -> None:
 @pytest.mark.parametrize(("num_computed_tokens", "num_new_tokens"), [(0, 8), (8, B), (8, B + 3), (12, B + 3)])
 def test_pages_are_those_of_the_row_whatever_is_drafted(num_computed_tokens: int, num_new_tokens: int) -> None:
     assert allocated(make(), request("a", num_computed_tokens), num_new_tokens) == 16
+
+
+@pytest.mark.parametrize(("horizon", "num_tokens", "end"), [(1, 8, 8 + B), (1, 8 + B, 8 + 2 * B), (9, 8, 16)])
+def test_who_has_a_horizon_has_rows_and_pages_up_to_it(horizon: int, num_tokens: int, end: int) -> None:
+    growing = request("a", num_tokens)
+    growing.num_tokens, growing.sampling_params = num_tokens, SimpleNamespace(extra_args={"dllm_horizon": horizon})
+    scheduler = make(running=[growing])
+    assert allocated(scheduler, growing, B) == end
+    assert scheduler.rows.needed([growing])[0] == [end], "the refresh that a block begins with"
+    assert scheduler.rows.first(growing, 0) == end

@@ -24,7 +24,7 @@ def page(number: int, block_hash: object = None, is_null: bool = False) -> Any:
 
 def check_of(is_causal: bool, pages: dict[str, list[Any]] | None = None) -> StateCheck:
     kv = KvSchedule("block_causal" if is_causal else "dual", None, B)
-    rows: Any = SimpleNamespace(is_causal=is_causal, block_length=B, row_end=lambda request: 16, kv=kv)
+    rows: Any = SimpleNamespace(is_causal=is_causal, block_length=B, seq_end=lambda request: 16, kv=kv)
     owned: Any = SimpleNamespace(page_size=8, owners=pages or {})
     made = StateCheck(rows, owned)
     made.admit("a", 8 if is_causal else 0)
@@ -38,7 +38,8 @@ def request(num_tokens: int = 8, name: str = "a") -> Any:
 def report(**changes: Any) -> RequestReport:
     """Report the first step of a block-causal request with 8 tokens, all found in the cache."""
     values: dict[str, Any] = {"forwards": 1, "refreshes": 0, "unmasked": 1, "accepted": 0, "finished": 0, "stored": 8}
-    values |= {"wrote": 0, "commits": 0, "faults": 0, "proposed": [2, *[0] * (MAX_DEPTH - 1)], "pages": [3]}
+    values |= {"wrote": 0, "commits": 0, "left": 0, "faults": 0, "pages": [3]}
+    values["proposed"] = [2, *[0] * (MAX_DEPTH - 1)]
     return RequestReport(**(values | changes))
 
 
@@ -74,6 +75,15 @@ def test_a_request_whose_numbers_add_up_passes() -> None:
 def test_a_disagreement_names_the_request(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(StateError, match=f"request a.*{said}"):
         check_of(True, PAGES).take(request(), report(**changes), 0)
+
+
+def test_a_request_whose_worker_found_its_end_has_to_end() -> None:
+    check = check_of(False)
+    check.take(request(), report(finished=1, unmasked=2, left=2, wrote=16, pages=None), 4)
+    with pytest.raises(StateError, match="request a goes on, but the worker found its end and left the block masked"):
+        check.compare_totals({})
+    check.free("a")
+    check.compare_totals({})
 
 
 @pytest.mark.parametrize(("wrote", "begins"), [(0, True), (8, True), (12, False)])

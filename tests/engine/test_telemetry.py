@@ -28,12 +28,16 @@ SPIFFY = SimpleNamespace(exactness="exact")
 CONFIG = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m", architectures=["LLaDAModelLM"]))
 
 
-def row(forwards: int = 1, refreshes: int = 0, unmasked: int = 1, accepted: int = 0, *proposed: int) -> RequestReport:
+def row(
+    forwards: int = 1, refreshes: int = 0, unmasked: int = 1, accepted: int = 0, *proposed: int, left: int = 0
+) -> RequestReport:
     by_depth = [*proposed, *[0] * (MAX_DEPTH - len(proposed))]
-    return RequestReport(forwards, refreshes, unmasked, accepted, 0, 0, 0, 0, 0, by_depth)
+    return RequestReport(forwards, refreshes, unmasked, accepted, 0, 0, 0, 0, left, 0, by_depth)
 
 
-STEP = StepStats.of_step(3, 2, [row(1, 1, 3, 2, 2, 1), row(1, 0, 2, 1, 2, 1), row(1, 0, 1, 0, 2, 1), row(0, 0, 0)])
+STEP = StepStats.of_step(
+    3, 2, [row(1, 1, 3, 2, 2, 1), row(1, 0, 2, 1, 2, 1), row(1, 0, 1, 0, 2, 1), row(0, 0, 0, left=5)]
+)
 
 
 @pytest.fixture
@@ -116,6 +120,7 @@ def test_metrics_of_speculation(logger_of: Any) -> None:
     assert value("vllm:dllm_forwards_total") == 6
     assert value("vllm:dllm_refreshes_total") == 2
     assert value("vllm:dllm_unmasked_total") == 12
+    assert value("vllm:dllm_left_masked_total") == 10
     assert value("vllm:dllm_tokens_per_forward_sum") == 2 * 6 / 4
     assert value("vllm:dllm_tokens_per_forward_bucket", le="1.0") == 0
     assert value("vllm:dllm_tokens_per_forward_bucket", le="1.5") == 2

@@ -17,6 +17,7 @@ from vllm_dllm import ops
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
+from vllm_dllm.state.ends import NEVER, NO_ENDS, Ends
 from vllm_dllm.state.report import MAX_DEPTH, REPORT_LEN, Column
 from vllm_dllm.state.settle import Emission, Ledger, native_settle, settle
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -54,11 +55,13 @@ def random_step(
 
 
 def new_stores(num_slots: int, block_length: int, where: str = "cpu") -> tuple[CanvasState, DraftState]:
-    """Make stores that hold something else everywhere."""
+    """Make stores that hold something else everywhere; answers have ends of all kinds."""
     state = CanvasState(num_slots, block_length, MASK, torch.device(where))
     for slot in range(num_slots):
         tables = {"counts": (1,) * block_length, "times": (0.0,) * block_length}
-        state.add_request(slot, request_params(policy_id=POLICY_IDS["credit"], **tables))
+        ends = (NO_ENDS, Ends((slot % 16, (3 * slot) % 16), slot), Ends((7,), 0, 5 + slot), Ends(limit=3 * slot))
+        state.add_request(slot, request_params(policy_id=POLICY_IDS["credit"], ends=ends[slot % 4], **tables))
+    state.apply_staged_writes()
     state.canvas.fill_(77)
     state.memory["credit_ids"].fill_(78)
     drafts = DraftState(state)
@@ -126,11 +129,53 @@ def test_the_steps_of_these_tests_end_in_all_ways():
     came_over, finished = (
         torch.cat([getattr(done, name) for _, done in ends]) for name in ("came_over", "is_finished")
     )
+    emitted = torch.cat([emission.report[: len(done.node), Column.FINISHED] for emission, done in ends]).bool()
+    assert (emitted & ~finished).any(), "an answer ends before its block"
     assert came_over.any()
     assert (finished & ~came_over).any()
     assert not finished.all()
-    report = torch.cat([emitted.report for emitted, _ in ends])
+    report = torch.cat([emission.report for emission, _ in ends])
     assert (report.amax(0) > 0).tolist() == [column != Column.FAULTS for column in range(REPORT_LEN)]
+
+
+MASKED = [5, 9, MASK, 6]
+
+
+@pytest.mark.parametrize(
+    ("ends", "canvas", "num_unmasked", "left"),
+    [
+        (Ends((9,), 12), MASKED, 1, 1),
+        (Ends((4, 9), 13), MASKED, 1, 1),
+        (Ends((9,), 14), MASKED, 1, None),  # too early to count
+        (Ends((6,), 12), MASKED, 1, None),  # what is before it is not known yet
+        (Ends((9,), 12), MASKED, 0, None),  # a void step: nothing of this block is its own
+        (Ends((MASK,), 12), MASKED, 1, None),
+        (Ends(limit=14), MASKED, 1, 1),
+        (Ends(limit=13), MASKED, 1, 1),
+        (Ends(limit=15), MASKED, 1, None),
+        (Ends((5,), 0, NEVER), [5, MASK, MASK, MASK], 1, 3),
+        (NO_ENDS, MASKED, 1, None),
+    ],
+)
+def test_a_block_is_emitted_as_soon_as_all_is_known_before_its_answers_end(ends, canvas, num_unmasked, left, where):
+    device = "cuda" if where == "cuda" else "cpu"
+    root = torch.tensor([[[MASK] * 4]], device=device)
+    nodes = to(device, Nodes(root, root == MASK, *ONE_NODE))
+    done = trajectory(canvas)
+    done = replace(done, num_unmasked=torch.tensor([num_unmasked]), is_finished=torch.tensor([False]))
+    done = replace(to(device, done), candidates=to(device, done.candidates))
+    ledger = to(device, Ledger(1, torch.tensor([13]), torch.tensor([9])))
+    blocks = to(device, Blocks(torch.tensor([1]), None, torch.tensor([12])))
+    found = []
+    for each in (settle, native_settle):
+        state, drafts = new_stores(3, 4, device)
+        state.add_request(1, request_params(ends=ends, counts=(1,) * 4, times=(0.0,) * 4))
+        state.apply_staged_writes()
+        emission = each(state, drafts, blocks, nodes, done, ledger)
+        row = emission.report[0].tolist()
+        found.append((int(emission.num_sampled), int(emission.num_rejected), row[Column.FINISHED], row[Column.LEFT]))
+        assert state.canvas[1].tolist() == (canvas if left is None else [MASK] * 4)
+    assert found[0] == found[1] == ((0, 9, 0, 0) if left is None else (3, 6, 1, left))
 
 
 def test_a_partial_block_emits_what_was_unknown_of_it():
@@ -194,8 +239,10 @@ def change(group: int, index: int, new: Any) -> Any:
         (change(3, 0, lambda it: it[:, :3]), "stores.canvas must be [3, 4], got [3, 3]; sizes follow from"),
         (change(3, 1, lambda it: it.mT.contiguous().mT), "stores.token_ids must be contiguous, got strides "),
         (lambda args: args[3].pop(), "stores must be 7 tensors, got 6; give the slots' canvas, "),
-        (lambda args: args.__setitem__(4, 1), "num_batch must be 2 or more, got 1; count the whole batch"),
-        (lambda args: args.__setitem__(5, 9), "report_len must be above 9, got 9; drafts are counted behind"),
+        (change(4, 1, lambda it: it[:1]), "ends.bounds must be [2, 3], got [1, 3]; sizes follow from"),
+        (lambda args: args[4].pop(), "ends must be 2 tensors, got 1; give ids and bounds by slot"),
+        (lambda args: args.__setitem__(5, 1), "num_batch must be 2 or more, got 1; count the whole batch"),
+        (lambda args: args.__setitem__(6, 10), "report_len must be above 10, got 10; drafts are counted behind"),
     ],
 )
 def test_bad_calls_say_what_is_wrong(spoil, message):

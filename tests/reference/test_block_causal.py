@@ -7,6 +7,7 @@ import torch
 
 from vllm_dllm.noise import gumbel, stream_keys
 from vllm_dllm.reference.block_causal import generate
+from vllm_dllm.reference.ends import Ends
 from vllm_dllm.reference.policy import SDAR, Block, UnmaskPolicy, dynamic_count, entropy_bounded_count
 from vllm_dllm.reference.qwen import Qwen, block_causal
 from vllm_dllm.reference.sampling import Sampling
@@ -116,15 +117,17 @@ def test_the_prompts_end_takes_part_in_the_first_block(sdar):
     assert unmasked == [4, 5, 9, 13]
 
 
-def test_stop_ids_end_after_a_block(sdar):
+def test_an_end_token_ends_with_the_step_that_makes_it_certain(sdar):
     prompt, lengths = torch.tensor(PROMPT), {"gen_length": 12, "block_length": 4}
     whole = generate(sdar, prompt, sampling=Sampling(**NO_MASK), **lengths)
     assert len(whole.tokens) == 13  # a partial block of three leaves one position of the first block
     stop = whole.tokens[2].item()
     assert stop not in whole.tokens[:1]
-    stopped = generate(sdar, prompt, sampling=Sampling(**NO_MASK), stop_ids=(stop, 99), **lengths)
-    assert torch.equal(stopped.tokens, whole.tokens[:5])
-    assert (stopped.nfe, stopped.nfe_commit, stopped.history.shape[1]) == (5, 1, 5)
+    stopped = generate(sdar, prompt, sampling=Sampling(**NO_MASK), ends=Ends((stop, 99)), **lengths)
+    assert torch.equal(stopped.tokens[:3], whole.tokens[:3])
+    is_certain = [(region[:3] != MASK).all() for region in whole.history]
+    assert stopped.nfe == 1 + is_certain.index(True)
+    assert (stopped.nfe_commit, stopped.history.shape[1]) == (1, 5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Requests with edits of logits, decoded over several blocks by the denoiser, together, and by the reference."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from tests.draft.test_exact import CPU, MASK, REFERENCE_RULES, SDAR, VOCAB, Request, SyntheticModel, drafter_of
-from vllm_dllm.denoiser import Denoiser
+from vllm_dllm.denoiser import Denoiser, Observation
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.reference import block_causal, decode
 from vllm_dllm.reference.decode import Generation, KvPolicy
@@ -128,10 +129,11 @@ def answers(
     is_native: bool = True,
     rules: UnmaskRules,
     shown: dict[int, list[Shown]] | None = None,
+    observer: Callable[[Observation], None] | None = None,
 ) -> list[list[int]]:
     """Decode requests together; a sequence has `num_blocks` blocks, and the prompt is in the first ones.
 
-    Log-probabilities of those that ask for some are put into `shown`, by request.
+    Log-probabilities of those that ask for some are put into `shown`, by request. The observer sees each step.
     """
     length, num_reqs = model.block_length, len(requests)
     state = CanvasState(num_reqs, length, MASK, CPU, rules)
@@ -145,6 +147,7 @@ def answers(
         state.canvas[slot, : len(tail)] = torch.tensor(tail, dtype=torch.int64)
     state.apply_staged_writes()
     denoiser = denoiser_of(state, drafts, is_native=is_native)
+    denoiser.observer = observer
     while len(slots := torch.nonzero(start < num_blocks * length)[:, 0]):
         begin = start[slots]
         blocks = Blocks(slots, slots.numpy(), begin)

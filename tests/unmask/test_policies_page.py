@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.policy_options import POLICY_OPTIONS, options_of
+from vllm_dllm.policy_options import POLICY_ALIASES, POLICY_OPTIONS, options_of
 from vllm_dllm.unmask.registry import BUILT_IN, NATIVE, parameters_of, torch_policy
 
 PAGE = Path(__file__).parents[2] / "docs/policies.md"
@@ -33,6 +33,14 @@ def test_the_table_of_policies_in_torch_code_is_that_of_the_code() -> None:
         }
         assert ("tokens change" in kind, drafts) == (policy.tokens_change, "exact")
         assert all(its.says for its in policy.parameters.values())
+
+
+def test_the_names_of_the_sources_are_those_of_the_code() -> None:
+    (sentence,) = re.findall(
+        r"^Names of the sources are taken too: (.*?)\. ", PAGE.read_text(), re.MULTILINE | re.DOTALL
+    )
+    clauses = [re.findall(r"`(\w+)`", clause) for clause in re.split(r",\s+and |,\s+(?=`\w+` \(\w+\) is)", sentence)]
+    assert {alias: own for *aliases, own in clauses for alias in aliases} == POLICY_ALIASES
 
 
 def test_the_table_of_native_policies_is_that_of_the_code() -> None:

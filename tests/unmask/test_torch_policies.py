@@ -102,6 +102,18 @@ def test_a_void_step_leaves_no_trace() -> None:
     ]
 
 
+@pytest.mark.parametrize("at", [2, LENGTH - 1])
+def test_a_reply_is_cut_where_eos_is_likeliest(at: int) -> None:
+    """Behind it nothing is decided: neither in the block, nor in the next one, where the cut is at the block's end."""
+    model = SyntheticModel(LENGTH, 1, 3.0)
+    model.own[:, EOS] -= 99.0
+    model.own[at, EOS] += 140.0
+    whole, cut = decode(model, [Own("static", steps=LENGTH), Own("eotp", steps=LENGTH)], num_blocks=2)
+    assert (whole.steps, cut.steps) == (2 * LENGTH, at + 2)
+    assert cut.tokens[at:] == [EOS] * (2 * LENGTH - at)
+    assert EOS not in cut.tokens[:at]
+
+
 @pytest.mark.parametrize("top", [None, EOS, EOT, 7])
 def test_confidence_without_end_tokens(top: int | None) -> None:
     """Also where one of them, or both, are all but certain, and nothing else is."""
@@ -135,8 +147,8 @@ def test_look_aheads_and_a_prompts_end_change_no_token() -> None:
         for request, row, other in zip(requests, plain, ahead, strict=True):
             assert other.tokens == row.tokens
             assert tuple(row.tokens[: len(request.tail)]) == request.tail
-            # Forwards of canvases without masks, which `editing` takes, are not counted there.
-            assert request.policy == "editing" or row.took[0] == other.took[:2].sum()
+            # Forwards of canvases without masks, which these take, are not counted there.
+            assert request.policy in {"editing", "indel"} or row.took[0] == other.took[:2].sum()
             assert (len(row.tokens), MASK in row.tokens) == (3 * block_length, False)
             num_over += other.num_over
     assert num_over > 10

@@ -18,7 +18,10 @@ from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.policy_options import own_values
 from vllm_dllm.reference.coherent_rule import Ccd
 from vllm_dllm.reference.decode import KvPolicy
+from vllm_dllm.reference.dit_rule import DitConfidence, Taken
 from vllm_dllm.reference.editing_rule import Editing
+from vllm_dllm.reference.end_of_text_rule import Eotp, Learn2PdEotp, Reply
+from vllm_dllm.reference.indel_rule import Indel
 from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
 from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, EosLast, Hierarchy, LocalLeap
@@ -30,6 +33,7 @@ from vllm_dllm.state.report import Column
 from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.state.settle import Ledger, native_settle
 from vllm_dllm.unmask.head import LogitsHead
+from vllm_dllm.unmask.policies.dit_confidence import shapes
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.registry import torch_policy
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table, reveal_times
@@ -49,10 +53,23 @@ def net(block_length: int) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def net_file(block_length: int) -> str:
-    path = Path(_FOLDER.name) / f"{block_length}.safetensors"
-    save_file(net(block_length), path)
-    return str(path)
+def unmasking_net() -> dict[str, torch.Tensor]:
+    """A net for `dit_confidence`, whose outputs differ by all that it sees."""
+    generator = torch.Generator().manual_seed(0)
+    made = {name: torch.randn(size, generator=generator) / size[-1] ** 0.5 for name, size in shapes().items()}
+    made["base_policy.transformer_blocks.0.inv_freq"] = 1e4 ** -(torch.arange(0, 64, 2) / 64)
+    made["base_policy.output_proj.weight"] *= 3
+    return made
+
+
+@functools.cache
+def net_files(block_length: int) -> dict[str, str]:
+    """A server's settings with the files of all nets."""
+    nets = {"learn2pd_file": net(block_length), "dit_confidence_file": unmasking_net()}
+    paths = {option: Path(_FOLDER.name) / f"{option}-{block_length}.safetensors" for option in nets}
+    for option, path in paths.items():
+        save_file(nets[option], path)
+    return {option: str(path) for option, path in paths.items()}
 
 
 @dataclass(frozen=True)
@@ -121,9 +138,7 @@ def decode(
     With `void_first` each step is taken twice, void at first.
     """
     length = model.block_length
-    state = CanvasState(
-        len(requests), length, MASK, CPU, rules, vocab_size=VOCAB, files={"learn2pd_file": net_file(length)}
-    )
+    state = CanvasState(len(requests), length, MASK, CPU, rules, vocab_size=VOCAB, files=net_files(length))
     for slot, request in enumerate(requests):
         state.add_request(slot, request.params(rules, length, num_blocks * length))
     state.apply_staged_writes()
@@ -148,7 +163,8 @@ def decode(
         made = denoiser.advance(blocks, nodes, hidden)
         emission = denoiser.settle(blocks, nodes, made, Ledger(len(slots), known, torch.full_like(known, length)))
         for place, slot in enumerate(slots.tolist()):
-            own = done[slot]
+            own, taken = done[slot], made.path[place][made.path[place] >= 0].tolist()
+            assert len(taken) == len(set(taken)), "each draft comes true once"
             own.failed = bool(emission.report[place, Column.FAULTS])
             own.steps += int(made.num_steps[place])
             own.forwards += int(emission.report[place, Column.FORWARDS])
@@ -170,20 +186,26 @@ class PlainRule:
     make: Callable[..., Rule]
     takes: tuple[str, ...]  # options that it shares with other policies
 
-    def of(self, request: Own, block_length: int, num_blocks: int, end_ids: tuple[int, ...]) -> Callable[[], Rule]:
-        """Return what makes a block's rule of a request."""
+    def of(
+        self, request: Own, block_length: int, num_blocks: int, end_ids: tuple[int, ...], prompt_len: int = 0
+    ) -> Callable[[], Rule]:
+        """Return what makes the rule of a request's next block."""
         own: dict[str, Any] = {"threshold": request.threshold, "steps": min(request.steps, block_length)}
         its = dict(request.values)
         if request.policy == "editing":  # whose parameter has the name of the option
             its["editing_threshold"] = its.pop("threshold", 0.9)
         own = {name: own[name] for name in self.takes} | its
-        if request.policy in {"eoser", "eoser_ass"}:
+        if request.policy in {"eoser", "eoser_ass", "eotp", "learn2pd_eotp"}:
             own["eos_id"] = end_ids[0]
+        if request.policy in {"eotp", "learn2pd_eotp"}:
+            own["reply"] = Reply()
         if request.policy == "eoser":
             own["num_blocks"] = num_blocks
-        if request.policy == "adablock":
+        if request.policy in {"adablock", "dit_confidence"}:
             own["gen_length"] = num_blocks * block_length
-        if request.policy == "learn2pd":
+        if request.policy == "dit_confidence":
+            own |= {"net": unmasking_net(), "taken": Taken(prompt_len), "seed": request.seed}
+        if request.policy in {"learn2pd", "learn2pd_eotp"}:
             own |= {
                 name: its.double().tolist() for name, its in zip(NET_NAMES, net(block_length).values(), strict=True)
             }
@@ -201,6 +223,9 @@ RULES: dict[str, Callable[..., Rule]] = {
     "eoser_ass": Ass,
     "confidence_eos_eot_inf": EosLast,
     "learn2pd": Learn2Pd,
+    "eotp": Eotp,
+    "learn2pd_eotp": Learn2PdEotp,
+    "dit_confidence": DitConfidence,
     "saber": Saber,
     "rcr": Rcr,
     "remdm": Remdm,
@@ -209,6 +234,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "adablock": AdaBlock,
     "deferred": Deferred,
     "editing": Editing,
+    "indel": Indel,
 }
 """Policies -> their plain statements."""
 
@@ -242,6 +268,9 @@ def drawn(policy: str, rng: random.Random) -> Own:
         "eoser_ass": {"gamma_max": rng.choice([0.3, 1.0])},
         "confidence_eos_eot_inf": {},
         "learn2pd": {"accept": rng.choice([0.5, 0.96])},
+        "eotp": {},
+        "learn2pd_eotp": {"accept": rng.choice([0.5, 0.96])},
+        "dit_confidence": {"temperature": rng.choice([0.1, 0.5, 1.0, 4.0])},
         "saber": {"least": rng.choice([1, 2, 3, 5])},
         "rcr": {},
         "prophet": {"gap_early": rng.choice([1.0, 3.0, 7.5]), "gap_middle": rng.choice([0.5, 2.0, 5.0])},
@@ -256,6 +285,12 @@ def drawn(policy: str, rng: random.Random) -> Own:
             "threshold": rng.choice([0.0, 0.3, 0.6, 0.9]),
             "post_steps": rng.choice([0, 1, 2, 16]),
             "least": rng.choice([1, 1, 2]),
+        },
+        "indel": {
+            "edit_threshold": rng.choice([0.0, 0.0, 0.3, 0.7]),
+            "post_steps": rng.choice([0, 1, 2, 16]),
+            "delete": 8,
+            "split": 9,
         },
         "ccd": {"ratio": rng.choice([0.5, 2.0, 4.0])},
         "remdm": {"loops": rng.choice([0, 1, 4]), "number": rng.choice([1, 2, 3])},

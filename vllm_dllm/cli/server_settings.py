@@ -11,6 +11,7 @@ from vllm_dllm.cli.inputs import family_for, read_config
 from vllm_dllm.config import DllmConfig, parse_server_settings
 from vllm_dllm.errors import ConfigError, did_you_mean
 from vllm_dllm.policy_options import policy_names
+from vllm_dllm.unmask.registry import file_options
 
 
 def _policy(name: str) -> str:
@@ -18,6 +19,10 @@ def _policy(name: str) -> str:
         todo = did_you_mean(name, policy_names(), "give one of these")
         raise typer.BadParameter(f"{name!r}, allowed are {', '.join(policy_names())}; {todo}")
     return name
+
+
+def _policies_like(begun: str) -> list[str]:
+    return [name for name in policy_names() if name.startswith(begun)]
 
 
 _CREDIT = ("credit_alpha", "credit_beta", "credit_gamma")
@@ -39,6 +44,7 @@ Policy = Annotated[
     typer.Option(
         parser=_policy,
         metavar="POLICY",
+        autocompletion=_policies_like,
         help=f"Of the server; the model's own unless given: {', '.join(policy_names())}.",
     ),
 ]
@@ -58,18 +64,25 @@ def _parameter(text: str) -> str:
     """Check an option that is a parameter of a policy in torch code."""
     name, sign, value = text.partition("=")
     try:
-        float(value)
+        _value(name, value)
     except ValueError:
         sign = ""
     if not (name and sign):
-        raise typer.BadParameter(f"{text!r}, allowed are a name and a number, as 'local_leap_radius=4'")
+        raise typer.BadParameter(
+            f"{text!r}, allowed are a name and a number, as 'local_leap_radius=4', or a policy's net, as "
+            "'learn2pd_file=net.safetensors'"
+        )
     return text
+
+
+def _value(name: str, text: str) -> object:
+    return text if name in file_options() else float(text)
 
 
 Parameters = Annotated[
     list[str] | None,
     typer.Option(
-        "--parameter", parser=_parameter, metavar="NAME=NUMBER", help="Of a policy in torch code (docs/policies.md)."
+        "--parameter", parser=_parameter, metavar="NAME=VALUE", help="Of a policy in torch code (docs/policies.md)."
     ),
 ]
 
@@ -100,7 +113,7 @@ def given_settings(
 
 def given_parameters(parameters: list[str] | None) -> dict[str, object]:
     """Return the parameters of policies in torch code that an option has a value for."""
-    return {name: float(value) for name, _, value in (each.partition("=") for each in parameters or ())}
+    return {name: _value(name, value) for name, _, value in (each.partition("=") for each in parameters or ())}
 
 
 def server_settings(model: str, given: Mapping[str, object]) -> DllmConfig:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_dllm.constraint.automaton import BoolArray, IntArray
+from vllm_dllm.constraint.turns import Turns
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -80,9 +81,14 @@ class ByteAutomaton:
 
 
 def kept(size: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Keep what a function returned last, and the errors that it refused with: to find out took as long."""
+    """Keep what a function returned last, and the errors that it refused with: to find out took as long.
+
+    Threads that ask for the same wait for the first of them.
+    """
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        turns = Turns()
+
         @functools.lru_cache(size)
         def call(*args: P.args, **kwargs: P.kwargs) -> tuple[T] | str:
             try:
@@ -94,7 +100,8 @@ def kept(size: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
         @functools.wraps(function)
         def found(*args: P.args, **kwargs: P.kwargs) -> T:
-            result = call(*args, **kwargs)  # type: ignore[arg-type]  # hashable ones
+            with turns.of((args, *sorted(kwargs.items()))):
+                result = call(*args, **kwargs)  # type: ignore[arg-type]  # hashable ones
             if isinstance(result, str):
                 raise ConstraintError(result)
             return result[0]

@@ -60,7 +60,7 @@ def take_mode(args: EngineArgs, model_config: ModelConfig) -> dict[str, Any] | N
 
 def _check_settings(others: list[str]) -> None:
     """Check that nothing is set that would have no effect with self-speculation, names of settings or no names."""
-    known = [name for name in others if name in DllmConfig.model_fields]
+    known = [name for name in others if name in DllmConfig.names()]
     if known:
         raise ConfigError(
             f"additional_config.dllm has {', '.join(known)} beside mode 'self_speculation', which decodes "

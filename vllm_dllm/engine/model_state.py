@@ -255,7 +255,7 @@ class DllmModelState(ModelState):
         block_start_np = self.kv_schedule.block_start(kv.num_known)
         num_known, start, num_counted = self._to_device(np.stack([kv.num_known, block_start_np, counted_np]))
         blocks = Blocks(slots, slots_np, start)
-        seq_len_np = self.state.seq_len_np[slots_np]
+        seq_len_np = self.state.seq_end_np(slots_np, block_start_np)
         plan = self._plan(batch, kv, block_start_np, seq_len_np, counted_np)
         if kv.is_new.any():
             self._begin_rows(blocks, num_known, self._to_device(np.flatnonzero(kv.is_new)))
@@ -278,7 +278,7 @@ class DllmModelState(ModelState):
         known_np = num_computed_tokens[slots].cpu().numpy() if self._is_async else batch.num_computed_tokens_np
         # A prompt is known, though its step is the one that vLLM counts it in.
         known_np = np.maximum(known_np[:num_reqs], batch.prefill_len_np[:num_reqs]).astype(np.int64)
-        kv = self.kv_schedule.step(slots_np.tolist(), known_np, self.state.seq_len_np[slots_np])
+        kv = self.kv_schedule.step(slots_np.tolist(), known_np, self.state.seq_end_np(slots_np, known_np))
         for slot, start in zip(slots_np.tolist(), self.kv_schedule.block_start(known_np).tolist(), strict=True):
             self.kv_schedule.note(slot, start)
         return kv
@@ -302,7 +302,7 @@ class DllmModelState(ModelState):
     def _cut(self, blocks: Blocks, block_start: IntArray, seq_len: IntArray) -> Tensor:
         """Cut blocks that end with their rows; returns how many positions each has fewer, [num_reqs] int64."""
         missing = self._to_device((block_start + self.block_length - seq_len).clip(0))
-        self.state.cut(blocks, missing)
+        self.state.canvas[blocks.slots] = self.state.filled(self.state.canvas[blocks.slots], missing)
         return missing
 
     def _num_drafts(self, batch: InputBatch, counted: IntArray) -> IntArray:

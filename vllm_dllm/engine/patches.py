@@ -164,6 +164,24 @@ PATCHES = {
             "self request_id engine_input sampling_params",
             "It calls `AsyncLLM.generate` inside of a generator of its own",
         ),
+        _method(
+            f"{_SERVE}.openai.chat_completion.serving:OpenAIServingChat",
+            "render_chat_request",
+            "self request",
+            "A request waits there before it is admitted: what its answer has to meet is compiled meanwhile",
+        ),
+        _method(
+            f"{_SERVE}.openai.completion.serving:OpenAIServingCompletion",
+            "render_completion_request",
+            "self request",
+            "The same of the completions API, for its constraints",
+        ),
+        _method(
+            f"{_SERVE}.openai.responses.serving:OpenAIServingResponses",
+            "_render_resolved_response_inputs",
+            "self request",
+            "The same of the Responses API",
+        ),
         Patch(
             Contract("vllm.triton_utils", "triton", None),
             "On a CPU without Triton: host code of the V2 runner calls `next_power_of_2`, which vLLM's stand-in for "

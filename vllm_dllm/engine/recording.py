@@ -65,7 +65,7 @@ class RecordingEngine:
     def __init__(self, options: EngineOptions, conversations: Sequence[Sequence[Message]]) -> None:
         model_config = EngineArgs(options.model, dtype=options.dtype).create_model_config()
         tokenizer: Any = cached_tokenizer_from_config(model_config)
-        self._gen_length = options.gen_length
+        self._options = options
         self.prompts = [encode(tokenizer, conversation) for conversation in conversations]
         for ids, conversation in zip(self.prompts, conversations, strict=True):
             _check_room(ids, conversation[-1]["content"], options, model_config.max_model_len)
@@ -105,8 +105,10 @@ class RecordingEngine:
         """
         engine = self._llm.llm_engine
         for prompt_idx in indices:
+            # To the end of the last block, behind which nothing would be denoised.
+            max_tokens = self._room(len(self.prompts[prompt_idx]))
             params = SamplingParams(
-                temperature=temperature, max_tokens=self._gen_length, ignore_eos=True, seed=seed + prompt_idx
+                temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=seed + prompt_idx
             )
             engine.add_request(str(prompt_idx), {"prompt_token_ids": self.prompts[prompt_idx]}, params)
         while engine.has_unfinished_requests():
@@ -116,12 +118,18 @@ class RecordingEngine:
                     prompt_idx = int(output.request_id)
                     yield PromptTrace(prompt_idx, seed + prompt_idx, tuple(blocks))
 
+    def _room(self, prompt_len: int) -> int:
+        """Return the positions of a prompt's blocks that are generated."""
+        options, max_model_len = self._options, self._llm.llm_engine.model_config.max_model_len
+        return row_blocks(prompt_len, options.gen_length, options.settings, max_model_len).end - prompt_len
+
     def close(self) -> None:
         """Stop the engine."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def _observe(self, seen: Observation) -> None:
-        columns = (seen.canvas, seen.next_canvas, seen.candidates.token_ids, seen.candidates.log_probs)
+        done = seen.done
+        columns = (seen.canvas, done.next_canvas, done.candidates.token_ids, done.candidates.log_probs)
         starts = seen.blocks.start.tolist()
         for row, steps in enumerate(zip(*(column.cpu().numpy() for column in columns), strict=True)):
             if self._stores_alone and steps[0][0] == self.facts.mask_token_id:

@@ -9,7 +9,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_dllm.config import REQUEST_KEYS, REQUEST_PREFIX, InvalidOptionError, RequestOptions, parse_request_options
+from vllm_dllm.config import REQUEST_PREFIX, InvalidOptionError, RequestOptions, parse_request_options, request_keys
 from vllm_dllm.unmask.logprobs import MAX_LOGPROBS
 
 # Sampling parameters that only left-to-right sampling gives a meaning to, or that are not implemented: the test that
@@ -142,7 +142,7 @@ def refuse_unsupported(params: SamplingParams) -> None:
     for key in params.extra_args or ():
         if str(key).startswith(_FOREIGN_PREFIX):
             raise RequestError(
-                f"{key} is an option of another diffusion model; allowed are {', '.join(REQUEST_KEYS)}; remove it "
+                f"{key} is an option of another diffusion model; allowed are {', '.join(request_keys())}; remove it "
                 "from the request",
                 parameter=key,
                 value=(params.extra_args or {})[key],
@@ -209,12 +209,6 @@ def refuse_body(body: Mapping[str, Any]) -> None:
             f"echo is {body['echo']!r:.80}{' beside logprobs' * is_shown}, but tokens of a prompt are unmasked by no "
             "step, so that they have no log-probabilities; allowed is false; remove it",
             parameter="echo",
-        )
-    for path, strict in _strict_tools(body):
-        raise RequestError(
-            f"{path} is {strict} where no tool is forced, but its calls stand in free text, which is not enforced; "
-            "allowed is false and null, or tool_choice 'required' or a named tool; send one of these",
-            parameter=path,
         )
     for owner in _OWNERS:
         for name, value in body[owner].items() if isinstance(body.get(owner), Mapping) else ():
@@ -310,8 +304,22 @@ def _forces_tool(choice: Any) -> bool:
     return _part(choice, "mode") != "auto" and _part(choice, "type") not in ("auto", "none")
 
 
+def refuse_strict_tools(body: Mapping[str, Any]) -> None:
+    """Refuse strict tools whose calls nobody's grammar says, as the server's tool parser has none for free text.
+
+    Raises: RequestError.
+    """
+    for path, strict in _strict_tools(body):
+        raise RequestError(
+            f"{path} is {strict} where no tool is forced, but the server's tool parser does not say what calls look "
+            "like in free text, so that they are not enforced; allowed is false and null, or tool_choice 'required' or "
+            "a named tool; send one of these, or serve the model with another --tool-call-parser, as 'hermes'",
+            parameter=path,
+        )
+
+
 def _strict_tools(body: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """Find strict tools where calls stand in free text, which no constraint enforces: forced ones are."""
+    """Find strict tools where calls stand in free text: forced ones are the whole reply."""
     tools, choice = body.get("tools"), body.get("tool_choice")
     is_free = choice != "none" and not _forces_tool(choice)
     for i, tool in enumerate(tools if isinstance(tools, list) and is_free else ()):

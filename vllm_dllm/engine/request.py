@@ -13,18 +13,11 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from vllm_dllm.blocks import max_prompt_len
-from vllm_dllm.config import (
-    OWN_OPTIONS,
-    REQUEST_PREFIX,
-    DllmConfig,
-    InvalidOptionError,
-    RequestOptions,
-    check_policy_options,
-    plain_number,
-    request_steps,
-)
+from vllm_dllm.config import OWN_OPTIONS, REQUEST_PREFIX, DllmConfig, InvalidOptionError, RequestOptions, plain_number
 from vllm_dllm.engine.configs import is_ours, rules_of, served_family, settings_of
+from vllm_dllm.engine.edit_tokens import check_request
 from vllm_dllm.engine.edits import check_edits, edits_of
+from vllm_dllm.engine.ends import ends_of
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.pins import check_fits, pins_of, put_pins_in
 from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_of_family, refuse_structure
@@ -33,6 +26,8 @@ from vllm_dllm.engine.sliding_rules import check_options
 from vllm_dllm.engine.structured import put_in
 from vllm_dllm.engine.targets import blocks_of, put_targets_in, targets_of
 from vllm_dllm.policy_options import options_of, own_values
+from vllm_dllm.request_checks import check_policy_options, request_steps
+from vllm_dllm.state.ends import NEVER, NO_ENDS
 from vllm_dllm.state.records import NO_LOGPROBS
 from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -266,6 +261,7 @@ def finish_admission(
     options = request_options(params)
     check_eos(params, options, rules_of(processor.vllm_config).eos_id)
     refuse_of_family(options.policy or settings.policy, served_family(model_config))
+    check_request(params, options, settings, model_config.hf_config)
     if asked is not None:
         refuse_structure(options.policy or settings.policy, options)
         put_in(processor, params, asked)
@@ -328,6 +324,8 @@ def resolve_params(
         top_p=params.top_p,
         seed=_wrap(params.seed) if params.seed is not None else _seed_of(request_id),
         edits=edits_of(params, rules.eos_id if options.logits_eos_inf else None),
+        horizon=NEVER if merged.horizon is None else merged.horizon * settings.block_length,
+        ends=NO_ENDS if targets_of(params) else ends_of(params, prompt_len, merged.policy),
         cfg_scale=merged.cfg_scale or 0.0,
         pins=pins_of(params, prompt_len),
         num_logprobs=NO_LOGPROBS if params.logprobs is None else params.logprobs,

@@ -25,6 +25,13 @@ def most_drafts(request: Request) -> int:
     return sys.maxsize if budget is None else int(budget)
 
 
+def horizon_of(request: Request, settings: DllmConfig) -> int | None:
+    """Return how many blocks a request's sequence has from the one under way on; None: all of its reply's."""
+    args = (request.sampling_params and request.sampling_params.extra_args) or {}
+    own = args.get("dllm_horizon")
+    return settings.horizon if own is None else int(own)
+
+
 class StepRows:
     """What each request has of a step's rows, and what is left of them; what a request needs, without drafts.
 
@@ -101,7 +108,7 @@ class StepRows:
         """Decide what a step of some requests stores."""
         num_known = np.array([request.num_tokens for request in requests], dtype=np.int64)
         has_ends = not self.settings.is_aligned
-        end = np.array([self.row_end(r) for r in requests], dtype=np.int64) if has_ends else num_known
+        end = np.array([self.seq_end(r) for r in requests], dtype=np.int64) if has_ends else num_known
         return self.kv.step([request.request_id for request in requests], num_known, end)
 
     def needed(self, requests: Sequence[Request]) -> tuple[list[int], list[bool], list[int]]:
@@ -133,17 +140,22 @@ class StepRows:
     def first(self, request: Request, num_hit: int) -> int:
         """Return the rows of the step that admits a request: of its prompt, behind a cache hit, and of its block."""
         if not self.is_causal:  # vLLM counts a whole block, where a short one ends with the row
-            end = max(self.row_end(request), request.num_tokens + self.block_length)
+            end = max(self.seq_end(request), request.num_tokens + self.block_length)
             return end * self.num_sequences(request)
-        return (
-            request.num_tokens - num_hit + self.num_first(request)
-        )  # of a partial block vLLM counts the known tokens twice
+        # Of a partial block vLLM counts the known tokens twice.
+        return request.num_tokens - num_hit + self.num_first(request)
 
     def may_be_short(self, request: Request) -> bool:
         """Tell whether a request's next step may have a short block, wherever the steps under way lead it."""
         if self.settings.kv_policy != "causal":
             return False
         return request.num_tokens + 2 * self.block_length > self.row_end(request)
+
+    def seq_end(self, request: Request) -> int:
+        """Return where a request's sequence ends in the steps of its block: with its row, or a horizon before that."""
+        horizon = horizon_of(request, self.settings)
+        end = self.row_end(request)
+        return end if horizon is None else min(end, request.num_tokens + horizon * self.block_length)
 
     def row_end(self, request: Request) -> int:
         """Return where a request's row ends."""

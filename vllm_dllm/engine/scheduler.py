@@ -36,10 +36,9 @@ from vllm_dllm.state.kv import KvStep
 class DllmScheduler(Scheduler):
     """Gives requests the pages that their K/V need, each step its rows, and each request its drafts.
 
-    A bidirectional model stores K/V for the masked positions of the whole generation, so a request takes all its
-    pages when it is admitted and never needs another. A block-causal model stores finished blocks alone, so a request
-    takes pages as its blocks begin, and a page is cached for other requests once all its positions are stored, as the
-    worker reports.
+    A bidirectional model stores K/V for the masked positions of its whole sequence, so a request takes all its pages
+    when it is admitted; with a horizon, and of a block-causal model, which stores finished blocks alone, it takes pages
+    as its blocks begin. The latter's are cached for others once all their positions are stored, as the worker reports.
 
     What vLLM counts is tokens of a request, by position: its prompt and its block in the step that admits it, then its
     block, and one more for each draft, which is how the worker learns their number. What a forward has is rows
@@ -254,9 +253,8 @@ class DllmScheduler(Scheduler):
         budget = max(num_drafts.values())
         self._stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
         self._num_held = 0
-        for req_id, report in reports.items():
-            if req_id in self.requests:  # it may have been aborted meanwhile
-                self._totals[req_id].add(report)
+        for req_id in reports.keys() & self.requests.keys():  # others were aborted meanwhile
+            self._totals[req_id].add(reports[req_id])
         self._note_stored(reports)
         if self.rule is None:
             return
@@ -335,7 +333,7 @@ class DllmScheduler(Scheduler):
         return is_admitted
 
     def _paged_end(self, request: Request) -> int:
-        """Return up to where a request has pages: to the end of its row, or of its block in a block-causal model."""
+        """Return up to where a request has pages: of its sequence, or of its block in a block-causal model."""
         if not self.is_causal:
-            return self.rows.row_end(request)
+            return self.rows.seq_end(request)
         return int(self.rows.kv.block_start(np.array(request.num_tokens))) + self.block_length

@@ -14,6 +14,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils.async_utils import run_in_loop
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_dllm.engine import compile_ahead
 from vllm_dllm.engine.configs import is_ours
 from vllm_dllm.engine.explain import explain_validation
 from vllm_dllm.engine.patches import wrap
@@ -37,6 +38,7 @@ def install() -> None:
     wrap("OpenAIServingChat.chat_completion_stream_generator", with_canvases("chat"))
     wrap("OpenAIServingCompletion.completion_stream_generator", with_canvases("completion"))
     wrap("OpenAIServingResponses._generate_with_builtin_tools", _response_at_once)
+    compile_ahead.install()
     if "vllm.entrypoints.launchers.run_batch" in sys.modules:  # a program of its own
         wrap("run_batch.run_batch", _with_lines_checked)
 

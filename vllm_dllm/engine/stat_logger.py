@@ -24,6 +24,7 @@ COUNTERS = {
     "refreshes": "Refreshes of a request's K/V.",
     "unmasked": "Positions unmasked.",
     "blocks": "Blocks emitted.",
+    "left_masked": "Positions of emitted blocks that stayed masked, behind the end of their answer.",
     "held": "Requests that waited for the next step, since not all rows fitted.",
 }
 DRAFT_COUNTERS = {

@@ -28,6 +28,7 @@ class Account:
         stored: positions whose K/V are stored, those of the prefix cache among them; of a block-causal model.
         unmasked: positions, since the request was given a slot.
         emitted: tokens of finished blocks, since then.
+        is_over: whether the last step reached the answer's end before its block's, so that the request has to end.
         begins: whether its next step is the first one of a block.
         totals: over all its preemptions.
     """
@@ -36,6 +37,7 @@ class Account:
     unmasked: int = 0
     emitted: int = 0
     begins: bool = True
+    is_over: bool = False
     totals: RequestTotals = field(default_factory=RequestTotals)
 
 
@@ -93,10 +95,10 @@ class StateCheck:
         if request.num_stale_output_tokens:
             return
         self._check_positions(request, report, account)
-        account.unmasked += report.unmasked
+        account.unmasked += report.unmasked + report.left
         pins = self._rows.kv.pins.get(request.request_id)
         account.emitted += num_emitted - (pins.count(request.num_tokens, num_emitted) if pins else 0)
-        account.begins = bool(report.finished)
+        account.begins, account.is_over = bool(report.finished), bool(report.left)
         self._check_numbers(request.request_id, report, account, num_emitted)
         if report.pages is not None:
             self._check_pages(request, report, report.pages)
@@ -118,7 +120,7 @@ class StateCheck:
                     f"the prefix cache, but {report.stored} lie before its block"
                 )
             return
-        end = self._rows.row_end(request)
+        end = self._rows.seq_end(request)
         pins = self._rows.kv.pins.get(name)
         is_given = pins is not None and not pins.num_masked(start, self._rows.block_length)
         allowed = self._rows.kv.may_store(start, end, begins_block=account.begins)
@@ -153,7 +155,7 @@ class StateCheck:
         name, own = request.request_id, [page.block_id for page in self._pages.owners.get(request.request_id, ())]
         if list(pages) != own[: len(pages)]:
             raise StateError(f"request {name} has the pages {list(pages)} in the worker, {own} in the scheduler")
-        end = report.stored if self._rows.is_causal else self._rows.row_end(request)
+        end = report.stored if self._rows.is_causal else self._rows.seq_end(request)
         if len(pages) * self._pages.page_size < end:
             raise StateError(
                 f"request {name} has {len(pages)} pages of {self._pages.page_size} in the worker, but K/V of {end} "
@@ -161,8 +163,15 @@ class StateCheck:
             )
 
     def compare_totals(self, totals: Mapping[str, RequestTotals]) -> None:
-        """Compare what requests are told they took. Raises: StateError."""
+        """Compare what requests are told they took, and see that those ended of which an end was found.
+
+        Raises: StateError.
+        """
         for name, account in self._accounts.items():
+            if account.is_over:
+                raise StateError(
+                    f"request {name} goes on, but the worker found its end and left the block masked there"
+                )
             if name in totals and totals[name] != account.totals:
                 raise StateError(f"request {name} is told {totals[name]}, but its reports come to {account.totals}")
 

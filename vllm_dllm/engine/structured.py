@@ -24,7 +24,8 @@ from vllm_dllm.constraint.json_object import json_object_automaton
 from vllm_dllm.constraint.reach import BlockConstraint
 from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_automaton, kept
 from vllm_dllm.constraint.schema import escape, schema_regex
-from vllm_dllm.constraint.tags import tag_regex
+from vllm_dllm.constraint.tags import tag_automaton
+from vllm_dllm.constraint.turns import Turns
 from vllm_dllm.engine.configs import settings_of
 from vllm_dllm.engine.pins import CANVAS, pins_of
 from vllm_dllm.engine.refusals import RequestError
@@ -64,10 +65,8 @@ def put_in(processor: "InputProcessor", params: SamplingParams, asked: Structure
         reply that is too short for any answer.
     """
     _refuse_beside(params, settings_of(processor.vllm_config))
-    ends = _end_ids(processor, params)
     try:
-        kind, value, space = _read(asked)
-        packed, shortest = _compiled(kind, value, space, _vocabulary(processor, ends))
+        packed, shortest = compiled(processor, params, asked)
     except ConstraintError as error:
         raise RequestError(f"{_FIELD} cannot be enforced ({_asked(asked)}): {error}", parameter=_FIELD) from None
     assert params.max_tokens is not None, "finish_admission sets it"
@@ -80,6 +79,18 @@ def put_in(processor: "InputProcessor", params: SamplingParams, asked: Structure
         )
     _check_pins(params, _unpacked(packed))
     params.extra_args = {**(params.extra_args or {}), SENT: packed}
+
+
+def compiled(processor: "InputProcessor", params: SamplingParams, asked: StructuredOutputsParams) -> tuple[bytes, int]:
+    """Return the automaton of what is asked, as sent, and the fewest tokens of an answer; what is kept at once.
+
+    Else it takes some tenths of a second, most of them in another process. For any thread.
+
+    Raises: ConstraintError.
+    """
+    ends = _end_ids(processor, params)
+    kind, value, space = _read(asked)
+    return _compiled(kind, value, space, _vocabulary(processor, ends))
 
 
 def _check_pins(params: SamplingParams, automaton: Automaton) -> None:
@@ -223,7 +234,7 @@ def _over_bytes(kind: str, value: str, space: str) -> ByteAutomaton:
     if kind == "json_object" or (parsed in ({}, {"type": "object"}) and space == _SPACE):
         return json_object_automaton()
     try:
-        return byte_automaton(tag_regex(parsed, space) if kind == "structural_tag" else schema_regex(parsed, space))
+        return tag_automaton(parsed, space) if kind == "structural_tag" else byte_automaton(schema_regex(parsed, space))
     except (AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ConstraintError(f"it is malformed ({type(error).__name__}: {error}); correct it") from None
 
@@ -266,7 +277,11 @@ def _vocabulary(processor: "InputProcessor", ends: tuple[int, ...]) -> TokenByte
         )
     config = processor.model_config
     hidden = frozenset({*_special_ids(processor), config.hf_config.mask_token_id})
-    return _token_bytes(processor.tokenizer, hidden, config.get_vocab_size(), ends)
+    with _TABLES.of(ends):
+        return _token_bytes(processor.tokenizer, hidden, config.get_vocab_size(), ends)
+
+
+_TABLES = Turns()
 
 
 @functools.lru_cache(16)

@@ -9,7 +9,7 @@ from vllm_dllm.state.report import MAX_DEPTH
 if TYPE_CHECKING:
     from vllm_dllm.engine.report import RequestReport
 
-NUM_NUMBERS = 6 + 2 * MAX_DEPTH
+NUM_NUMBERS = 7 + 2 * MAX_DEPTH
 """Of a step."""
 
 
@@ -22,6 +22,7 @@ class StepStats:
         forwards, refreshes: requests that took part.
         unmasked: positions.
         blocks: emitted.
+        left_masked: positions of emitted blocks that stayed masked, behind their answers' ends.
         held: requests that waited for the next step, since not all rows fitted into this one.
         proposed: drafts that were evaluated, by depth 1..MAX_DEPTH in the graph.
         accepted: drafts that came true, by the steps 1..MAX_DEPTH that they were ahead.
@@ -32,6 +33,7 @@ class StepStats:
     refreshes: int = 0
     unmasked: int = 0
     blocks: int = 0
+    left_masked: int = 0
     held: int = 0
     proposed: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
     accepted: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
@@ -50,6 +52,7 @@ class StepStats:
             # A policy may mask positions again; counters of metrics only grow.
             unmasked=sum(max(0, report.unmasked) for report in reports),
             blocks=sum(report.finished for report in reports),
+            left_masked=sum(report.left for report in reports),
             held=held,
             proposed=[sum(column) for column in zip([0] * MAX_DEPTH, *(r.proposed for r in reports), strict=True)],
             accepted=accepted,
@@ -73,6 +76,7 @@ class StepStats:
         self.refreshes += other.refreshes
         self.unmasked += other.unmasked
         self.blocks += other.blocks
+        self.left_masked += other.left_masked
         self.held += other.held
         self.proposed = [a + b for a, b in zip(self.proposed, other.proposed, strict=True)]
         self.accepted = [a + b for a, b in zip(self.accepted, other.accepted, strict=True)]
@@ -80,14 +84,15 @@ class StepStats:
     def numbers(self) -> list[int]:
         """Return the numbers of one step, for `of_numbers`; [NUM_NUMBERS]."""
         (budget,) = self.budgets
-        counts = [self.forwards, self.refreshes, self.unmasked, self.blocks, self.held]
+        counts = [self.forwards, self.refreshes, self.unmasked, self.blocks, self.left_masked, self.held]
         return [budget, *counts, *self.proposed, *self.accepted]
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[int]) -> "StepStats":
         """Read what `numbers` returned."""
-        budget, forwards, refreshes, unmasked, blocks, held, *depths = numbers
-        return cls({budget: 1}, forwards, refreshes, unmasked, blocks, held, depths[:MAX_DEPTH], depths[MAX_DEPTH:])
+        budget, forwards, refreshes, unmasked, blocks, left, held, *depths = numbers
+        counts = forwards, refreshes, unmasked, blocks, left, held
+        return cls({budget: 1}, *counts, depths[:MAX_DEPTH], depths[MAX_DEPTH:])
 
 
 @dataclass(slots=True)
@@ -98,8 +103,8 @@ class RequestTotals:
     refreshes: int = 0
     proposed: int = 0
     accepted: int = 0
-    canvas: tuple[int, list[int | None]] | None = field(default=None, compare=False)
-    """Where the block begins in the answer, and what is known of it behind the last step, where that is shown."""
+    canvas: dict[str, Any] | None = field(default=None, compare=False)
+    """What is known of the block behind the last step, as the output shows it, where that is shown."""
 
     def add(self, report: "RequestReport") -> None:
         """Add a step."""
@@ -115,7 +120,6 @@ class RequestTotals:
         Args:
             exactness: of speculation, None without.
         """
-        shown = {} if self.canvas is None else {"canvas_start": self.canvas[0], "canvas": self.canvas[1]}
         return {
             "dllm": {
                 "exactness": exactness,
@@ -123,6 +127,6 @@ class RequestTotals:
                 "nfe_refresh": self.refreshes,
                 "proposed": self.proposed,
                 "accepted": self.accepted,
-                **shown,
+                **(self.canvas or {}),
             }
         }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from vllm_dllm.config import DllmConfig, InvalidOptionError
 from vllm_dllm.names import BIDIRECTIONAL, KvPolicyName
+from vllm_dllm.request_checks import check_horizon
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +240,11 @@ def config_classes() -> dict[str, str]:
 
 
 def check_family(settings: DllmConfig, family: ModelFamily) -> None:
-    """Check that a server's KV policy is one for the family's attention.
+    """Check that a server's KV policy is one for the family's attention, and its horizon.
 
     Raises: InvalidOptionError.
     """
+    check_horizon("additional_config.dllm.horizon", settings.horizon, settings.kv_policy)
     if settings.kv_policy in family.kv_policies:
         return
     reason = {

@@ -13,6 +13,7 @@ def settle_step(
     done: Sequence[Tensor],
     requests: Sequence[Tensor],
     stores: Sequence[Tensor],
+    ends: Sequence[Tensor],
     num_batch: int,
     report_len: int,
     mask_token_id: int,
@@ -28,6 +29,7 @@ def settle_step(
             `state.settle.Ledger.planned`, [3, num_reqs] int64, if the step stores something.
         stores: written to, [num_slots, ...] each: the canvas; `state.drafts.DraftState.tensors` if something is
             drafted; and the state in `done`, if there is one.
+        ends: `state.ends.EndState.tensors`.
         num_batch: requests of the results, at least num_reqs.
         report_len: columns of a report.
         mask_token_id: what stands for masked in a canvas.
@@ -40,7 +42,7 @@ def settle_step(
     """
     require("settle_step", nodes[0].device.type)
     emission: list[Tensor] = torch.ops.vllm_dllm.settle_step(
-        nodes, done, requests, stores, num_batch, report_len, mask_token_id
+        nodes, done, requests, stores, ends, num_batch, report_len, mask_token_id
     )
     return emission
 
@@ -50,12 +52,13 @@ def fake(
     done: Sequence[Tensor],
     requests: Sequence[Tensor],
     stores: Sequence[Tensor],
+    ends: Sequence[Tensor],
     num_batch: int,
     report_len: int,
     mask_token_id: int,
 ) -> list[Tensor]:
     """Return an empty emission."""
-    check_one_device("settle_step", *nodes, *done, *requests, *stores)
+    check_one_device("settle_step", *nodes, *done, *requests, *stores, *ends)
     canvas = nodes[0]
     shapes = ((num_batch, canvas.shape[2]), (num_batch,), (num_batch,), (num_batch, report_len))
     return [canvas.new_empty(shape, dtype=torch.int32) for shape in shapes]

@@ -20,6 +20,7 @@ from vllm_dllm.noise import stream_keys
 from vllm_dllm.reference.constraint import Constraint
 from vllm_dllm.reference.decode import Generation, History, shift
 from vllm_dllm.reference.edits import Known
+from vllm_dllm.reference.ends import NO_ENDS, Ends
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen, block_causal
@@ -71,9 +72,9 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     block_length: int,
     policy: UnmaskPolicy = _STATIC,
     sampling: Sampling = _GREEDY,
-    stop_ids: tuple[int, ...] = (),
     rules: Rules = SDAR,
     constraint: Constraint | None = None,
+    ends: Ends = NO_ENDS,
     given: Sequence[int | None] = (),
 ) -> Generation:
     """Generate at least `gen_length` tokens after a prompt [prompt_len] int64, up to the end of a block.
@@ -85,11 +86,10 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
 
     Args:
         model, prompt: the model, and the tokens before the generation.
-        gen_length: least number of tokens; of Nemotron exactly as many.
-        block_length: positions per block.
+        gen_length, block_length: least number of tokens, of Nemotron exactly as many; positions per block.
         policy, sampling: its `steps` are of each block; how tokens are chosen, without guidance.
-        stop_ids: a block that generated one of these is the last.
-        rules, constraint, given: of the family; what the answer has to meet; what is given of it, seen by its block.
+        rules, constraint, ends: of the family; what the answer has to meet; where it ends, behind which may be masks.
+        given: of the answer, seen by its block.
 
     Returns: the tokens and the history to the last block's end; `nfe` counts all forwards that unmask something.
     """
@@ -103,8 +103,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     for begin in range(first_begin, seq_len, block_length):
         if num_stored < begin:
             stored, kv = store(model, tokens[:begin], num_stored, kv, block_length, rules)
-            nfe_commit += begin > first_begin
-            num_stored = begin
+            nfe_commit, num_stored = nfe_commit + (begin > first_begin), begin
         end = min(begin + block_length, seq_len)
         num_masked = block_length - int((~is_masked[begin:end]).sum())
         block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
@@ -120,7 +119,9 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
             tokens[begin + chosen] = chosen_tokens
             is_masked[begin + chosen] = False
             history.add(tokens, begin + chosen, its)
-        if torch.isin(tokens[prompt_len:end], torch.tensor(stop_ids, dtype=torch.int64)).any():
+            if ends.reached(tokens[prompt_len:end], is_masked[prompt_len:end]):
+                break
+        if ends.reached(tokens[prompt_len:end], is_masked[prompt_len:end]):
             break
     return history.generation(tokens[:end], nfe_commit=nfe_commit)
 

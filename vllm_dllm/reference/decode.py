@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vllm_dllm.reference.constraint import Constraint
 from vllm_dllm.reference.edits import Known
+from vllm_dllm.reference.ends import NO_ENDS, Ends
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy
@@ -195,7 +196,7 @@ class Predictor:
         logits = self._forward(0, tokens, first, last, keeps)
         if self.cfg_scale == 0:
             return logits
-        masked = tokens.masked_fill(self.is_prompt, self.model.config.mask_token_id)
+        masked = tokens.masked_fill(self.is_prompt[: len(tokens)], self.model.config.mask_token_id)
         unguided = self._forward(1, masked, first, last, keeps)
         return unguided + (self.cfg_scale + 1) * (logits - unguided)
 
@@ -223,7 +224,7 @@ def steps_per_block(gen_length: int, block_length: int, steps: int | None) -> in
 
 
 @torch.no_grad()
-def generate(  # noqa: PLR0913 - the decoders' arguments
+def generate(  # noqa: PLR0913, PLR0914 - the decoders' arguments
     model: Model,
     prompt: Tensor,
     *,
@@ -234,17 +235,21 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     sampling: Sampling = _GREEDY,
     rules: Rules = LLADA,
     constraint: Constraint | None = None,
+    ends: Ends = NO_ENDS,
+    horizon: int | None = None,
     given: Sequence[int | None] = (),
     answer_length: int | None = None,
 ) -> Generation:
     """Generate `gen_length` tokens after a prompt [prompt_len] int64, block by block.
 
-    EOS ends nothing: the tokens after it are decoded too, as published. Prompt positions are never masked, whatever
-    their ids. Raises ValueError for lengths that do not divide.
+    Without `ends` EOS ends nothing: the tokens after it are decoded too, as published. Prompt positions are never
+    masked, whatever their ids. Raises ValueError for lengths that do not divide.
 
-    Ours: tokens that are `given` of the answer stay, and the model sees them from the first forward on; a schedule
-    counts the masked positions of a block alone, as where a prompt ends in it. Penalties count them from the beginning
-    of their block. Blocks behind `answer_length` tokens are context alone, and are not decoded.
+    Ours: with `ends` decoding stops at the step that reaches one, and what is behind may be masked. With a `horizon`
+    the model sees no masks further behind than so many blocks from where the one under way begins. Tokens that are
+    `given` of the answer stay, and the model sees them from the first forward on; a schedule counts the masked
+    positions of a block alone, and penalties count them from the beginning of their block. Blocks behind
+    `answer_length` tokens are context alone, and are not decoded.
     """
     steps = steps_per_block(gen_length, block_length, policy.steps)
     rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.unmasks_first_alone)
@@ -254,28 +259,28 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
     answer_length = gen_length if answer_length is None else answer_length
     for number, begin in enumerate(range(len(prompt), len(prompt) + answer_length, block_length)):
         end = begin + block_length
+        seq_len = len(tokens) if horizon is None else min(len(tokens), begin + horizon * block_length)
         num_masked = int(is_masked[begin:end].sum())
         block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
         block = under(constraint, block, tokens, len(prompt), given)
-        in_block = torch.zeros_like(is_masked)
-        in_block[begin:end] = True
         step, known_before = 0, ~is_masked  # the step before
         # The published loops of LLaDA and Dream go on; but a forward that unmasks nothing changes nothing.
         while is_masked[begin:end].any():
-            first, last, keeps = kv.span(number, step, (begin, end), len(tokens), rules.logit_shift)
+            first, last, keeps = kv.span(number, step, (begin, end), seq_len, rules.logit_shift)
             # A policy may have masked a token again.
             predictor.before = known_before & ~is_masked if kv.delays(step, rules.logit_shift) else None
             known_before = ~is_masked
-            logits = predictor.logits(tokens, first, last, keeps=keeps)
-            chosen, chosen_tokens, its = decide(
-                Known(tokens[:end], is_masked[:end], len(prompt)),
-                logits,
-                (is_masked & in_block)[first:last],
-                first,
-                block,
-            )
+            logits = predictor.logits(tokens[:seq_len], first, last, keeps=keeps)
+            is_open = is_masked.clone()
+            is_open[:begin] = is_open[end:] = False
+            known = Known(tokens[:end], is_masked[:end], len(prompt))
+            chosen, chosen_tokens, its = decide(known, logits, is_open[first:last], first, block)
             tokens[first + chosen] = chosen_tokens
             is_masked[first + chosen] = False
             history.add(tokens, first + chosen, its)
             step += 1
+            if ends.reached(tokens[len(prompt) : end], is_masked[len(prompt) : end]):
+                break
+        if ends.reached(tokens[len(prompt) : end], is_masked[len(prompt) : end]):
+            break
     return history.generation(tokens, nfe=predictor.nfe, nfe_refresh=predictor.nfe_refresh)

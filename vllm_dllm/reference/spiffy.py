@@ -29,9 +29,10 @@ from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph, Formula
 from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.block_causal import decoded_region, store_prompt
+from vllm_dllm.reference.context import Frozen, StoredBlocks
 from vllm_dllm.reference.credit import Credits
 from vllm_dllm.reference.decode import KvPolicy, Model, Predictor, steps_per_block
-from vllm_dllm.reference.layers import LayerKv
+from vllm_dllm.reference.ends import NO_ENDS, Ends
 from vllm_dllm.reference.policy import LLADA, Block, Rules, UnmaskPolicy, unmask
 from vllm_dllm.reference.qwen import Qwen
 from vllm_dllm.reference.sampling import Sampling, kept_tokens, remove_tokens
@@ -61,61 +62,6 @@ class _Calls:
     num_accepted: int = 0
 
 
-class _Frozen:
-    """What a block sees under a KV policy that freezes it: the keys and values that the block began with."""
-
-    def __init__(self, predictor: Predictor, kv: KvPolicy) -> None:
-        self.predictor = predictor
-        self.kv = kv
-
-    def begin_block(self, tokens: Tensor, begin: int, end: int) -> Tensor | None:
-        """Refresh; the refresh sees the block too, all masked, so it predicts it: [end - begin, vocab]."""
-        self.tokens, self.block, self.step = tokens, (begin, end), 0
-        return self.predict(tokens[begin:end], begin)
-
-    def begin_call(self) -> tuple[bool, bool]:
-        """Begin a call; tell whether it may have drafts, as warm-up steps may not, and whether it refreshes."""
-        self.step += 1
-        keeps = self._span()[2]
-        return not keeps or self.kv.refresh_every == 1, keeps
-
-    def predict(self, canvas: Tensor, begin: int) -> Tensor:
-        """Predict a canvas [block_length] int64 at `begin`: [block_length, vocab]."""
-        first, last, keeps = self._span()
-        end = begin + len(canvas)
-        tokens = torch.cat([self.tokens[:begin], canvas, self.tokens[end:]])
-        return self.predictor.logits(tokens, first, last, keeps=keeps)[begin - first : end - first]
-
-    def _span(self) -> tuple[int, int, bool]:
-        begin, end = self.block
-        number = (begin - int(self.predictor.is_prompt.sum())) // (end - begin)
-        return self.kv.span(number, self.step, self.block, len(self.tokens), self.predictor.logit_shift)
-
-
-class _StoredBlocks:
-    """What a block of a block-causal model sees: the blocks before it."""
-
-    def __init__(self, model: Model, kept: list[LayerKv] | None, num_stored: int) -> None:
-        self.model = model
-        self.kept = kept
-        self.num_stored = num_stored  # positions
-
-    def begin_call(self) -> tuple[bool, bool]:
-        """Begin a call; each may have drafts, and none refreshes."""
-        return True, False
-
-    def begin_block(self, tokens: Tensor, begin: int, end: int) -> Tensor | None:
-        """Store the block before, if it is not; that predicts nothing."""
-        if self.num_stored < begin:
-            self.kept = self.model.forward(tokens[self.num_stored : begin], self.num_stored, self.kept)[1]
-            self.num_stored = begin
-        return None
-
-    def predict(self, canvas: Tensor, begin: int) -> Tensor:
-        """Predict a canvas [block_length] int64 at `begin`: [block_length, vocab]."""
-        return self.model.forward(canvas, begin, self.kept)[0]
-
-
 @dataclass(frozen=True, slots=True)
 class _Decoder:
     """One block of one request."""
@@ -124,8 +70,13 @@ class _Decoder:
     num_drafts: int  # most per call
     looks_ahead: bool
     block: Block
-    mask_token_id: int
-    context: _Frozen | _StoredBlocks
+    context: Frozen | StoredBlocks
+    ends: Ends
+    answer: Tensor  # [len] int64, before the block
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.context.model.config.mask_token_id
 
     def is_masked(self, canvas: Canvas) -> Tensor:
         return torch.tensor(canvas) == self.mask_token_id
@@ -144,7 +95,7 @@ class _Decoder:
         if logits is not None:
             before, canvas = canvas, self.next_canvas(canvas, logits)
         end: Canvas | None = None
-        while self.is_masked(canvas).any():
+        while self.is_masked(canvas).any() and not self.is_over(canvas):
             drafts: list[Canvas] = []
             may_draft, is_refresh = self.context.begin_call()
             if may_draft and before is not None and logits is not None:
@@ -163,6 +114,13 @@ class _Decoder:
                 canvas = self.next_canvas(canvas, logits)
                 calls.num_accepted += 1
         return canvas, canvas == end
+
+    def is_over(self, canvas: Canvas) -> bool:
+        """Tell whether the answer's end is in a canvas, and known."""
+        own = torch.tensor(canvas[-self.block.num_masked :])
+        answer = torch.cat([self.answer, own])
+        is_masked = torch.arange(len(answer)) >= len(self.answer)
+        return self.ends.reached(answer, is_masked & (answer == self.mask_token_id))
 
     def knows(self, canvas: Canvas, logits: Tensor, asked: Credits) -> bool:
         """Say whether a call computed the logit of each token that has credit by now.
@@ -290,34 +248,33 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
     policy: UnmaskPolicy,
     sampling: Sampling,
     rules: Rules = LLADA,
+    ends: Ends = NO_ENDS,
+    horizon: int | None = None,
     kv: KvPolicy = _DUAL,
 ) -> SpiffyGeneration:
     """Generate what `decode.generate` does under such a KV policy, or `block_causal.generate`, in fewer calls.
 
     Args:
-        model: the model.
-        prompt: [prompt_len] int64.
+        model, prompt: the model; [prompt_len] int64.
         graph: the draft graph.
         budget: most drafts per call, the look-ahead counted as `NUM_NODES`; 0 is the decoder itself.
-        gen_length: as the decoder's.
-        block_length: positions per block.
-        policy: the unmasking policy.
-        sampling: how tokens are chosen; with guidance a call has two forwards, and counts once.
-        rules: those of the model's family.
+        gen_length, block_length: as the decoder's.
+        policy, sampling: the unmasking policy; how tokens are chosen. A guided call has two forwards, and counts once.
+        rules, ends, horizon: as the decoder's.
         kv: `dual` (with `refresh_every` 1 or none), `freecache` or `vicinity`; of a block-causal model anything.
     """
     prompt_len = len(prompt)
-    context: _Frozen | _StoredBlocks
+    context: Frozen | StoredBlocks
     if rules.attention == "block_causal":
         steps = policy.steps or block_length
         first_begin, seq_len = decoded_region(prompt_len, gen_length, block_length)
-        context = _StoredBlocks(model, store_prompt(cast(Qwen, model), prompt, block_length), first_begin)
+        context = StoredBlocks(model, store_prompt(cast(Qwen, model), prompt, block_length), first_begin)
     else:
         steps = steps_per_block(gen_length, block_length, policy.steps)
         first_begin, seq_len = prompt_len, prompt_len + gen_length
         rules = replace(rules, unmasks_first_alone=rules.unmasks_first_alone and kv.unmasks_first_alone)
         predictor = Predictor(model, torch.arange(seq_len) < prompt_len, sampling.cfg_scale, rules.logit_shift)
-        context = _Frozen(predictor, kv)
+        context = Frozen(predictor, kv, horizon)
     tokens = torch.cat((prompt, prompt.new_full((seq_len - prompt_len,), model.config.mask_token_id)))
     has_look_ahead = rules.attention == "block_causal" and budget >= MIN_BUDGET and block_length <= MAX_BLOCK_LENGTH
     num_drafts = budget - NUM_NODES * has_look_ahead
@@ -329,13 +286,14 @@ def generate(  # noqa: PLR0913 - the decoders' arguments, and how to draft
         block = Block(begin, block_length, num_masked, steps, policy, sampling, rules, model.config.eos_token_id)
         logits = context.begin_block(tokens, begin, end)
         if logits is not None:
-            calls.nfe += 1
-            calls.nfe_refresh += 1
+            calls.nfe, calls.nfe_refresh = calls.nfe + 1, calls.nfe_refresh + 1
         elif is_foreseen:  # the last call computed this
             logits = context.predict(tokens[begin:end], begin)
         looks_ahead = has_look_ahead and end < seq_len
-        decoder = _Decoder(graph, num_drafts, looks_ahead, block, model.config.mask_token_id, context)
+        decoder = _Decoder(graph, num_drafts, looks_ahead, block, context, ends, tokens[prompt_len:begin])
         canvas, is_foreseen = decoder.finish(tuple(tokens[begin:end].tolist()), logits, calls)
         calls.num_accepted += is_foreseen
         tokens[begin:end] = torch.tensor(canvas)
+        if decoder.is_over(canvas):
+            break
     return SpiffyGeneration(tokens[prompt_len:], **asdict(calls))

@@ -120,11 +120,14 @@ class Learn2Pd:
 
     def step(self, canvas: Canvas, looks: Sequence[Look]) -> Canvas:
         """Return the next canvas."""
-        confidence = [look.confidence for look in looks]
-        hidden = [max(0.0, value) for value in _layer(self.weight1, self.bias1, confidence)]
-        final = [1 / (1 + math.exp(-value)) for value in _layer(self.weight2, self.bias2, hidden)]
+        final = self.output(looks)
         chosen = [place for place in masked(canvas) if final[place] > self.accept]
-        return write(canvas, looks, chosen + best(masked(canvas), confidence, 1))
+        return write(canvas, looks, chosen + best(masked(canvas), [look.confidence for look in looks], 1))
+
+    def output(self, looks: Sequence[Look]) -> list[float]:
+        """Return what the net says of all places."""
+        hidden = [max(0.0, value) for value in _layer(self.weight1, self.bias1, [look.confidence for look in looks])]
+        return [1 / (1 + math.exp(-value)) for value in _layer(self.weight2, self.bias2, hidden)]
 
 
 def _layer(weight: list[list[float]], bias: list[float], values: Sequence[float]) -> list[float]:

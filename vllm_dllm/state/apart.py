@@ -47,9 +47,10 @@ class ApartState:
     def __init__(
         self, max_num_reqs: int, block_length: int, device: torch.device, vocab_size: int, files: Mapping[str, str]
     ) -> None:
-        self._weights = {
-            file_options()[option]: load_weights(option, path, block_length, device) for option, path in files.items()
-        }
+        self._weights: dict[str, dict[str, Tensor]] = {}  # by policy
+        for option, path in files.items():
+            net = load_weights(option, path, block_length, device)
+            self._weights |= dict.fromkeys(file_options()[option], net)
         self._max_num_reqs, self._block_length, self._device = max_num_reqs, block_length, device
         self._vocab_size = vocab_size
         self._names: dict[int, str] = {}
@@ -118,6 +119,21 @@ class ApartState:
             return np.zeros((2, len(slots_np)), dtype=bool)
         asking = [torch_policy(self._names[slot]) if slot in self._names else None for slot in slots_np.tolist()]
         return np.array([[its is not None and getattr(its, what) for its in asking] for what in _ASKS], dtype=bool)
+
+    def written(self, slots: Tensor, slots_np: np.ndarray) -> Tensor | None:
+        """Return what positions took of policies that ask for what they did not; [num_reqs, block_length, n] ids.
+
+        -1 for none; None where no policy asks.
+        """
+        found = None
+        for group in self.groups(slots_np):
+            unwritten = torch_policy(group.name).unwritten
+            if unwritten is not None:
+                index = torch.from_numpy(group.request).to(slots.device)
+                its = self._of(group.name)[unwritten.field][slots[index]]
+                assert found is None, "one policy asks"
+                found = its.new_full((len(slots), *its.shape[1:]), -1).index_copy(0, index, its)
+        return found
 
     def may_edit(self, slots_np: np.ndarray) -> np.ndarray:
         """Tell of whom a canvas without masks may be unfinished; [num_reqs] bool."""

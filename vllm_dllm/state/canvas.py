@@ -18,6 +18,7 @@ from vllm_dllm.noise import stream_keys
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.apart import ApartState
 from vllm_dllm.state.edits import EditState, scene_of
+from vllm_dllm.state.ends import EndState
 from vllm_dllm.state.guidance import GuidanceState
 from vllm_dllm.state.pins import PinState
 from vllm_dllm.state.records import LogprobRecords
@@ -44,7 +45,7 @@ class Blocks:
         return Blocks(self.slots[index], self.slots_np[request], self.start[index])
 
 
-_INTS = ("policy_id", "prompt_len", "seq_len", "top_k", "seed")
+_INTS = ("policy_id", "prompt_len", "seq_len", "horizon", "top_k", "seed")
 _CREDIT = ("credit_alpha", "credit_beta", "credit_gamma")
 _FLOATS = ("threshold", "factor", "entropy_bound", "position_penalty", *_CREDIT, "alg_temp", "temperature", "top_p")
 
@@ -79,6 +80,7 @@ class CanvasState:
         self.block_length = block_length
         self.mask_token_id = mask_token_id
         self.device = device
+        self.vocab_size = vocab_size
         self.left = left
         # [max_num_reqs, block_length]: the active block. The mask token is never chosen, so it stands for masked alone.
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)
@@ -93,6 +95,7 @@ class CanvasState:
         self._is_staged = False
         self.guidance = GuidanceState(max_num_reqs, device)
         self.edits = EditState(max_num_reqs, block_length, mask_token_id, device)
+        self.ends = EndState(max_num_reqs, device)
         self.targets = TargetState(block_length, device)
         self.pins = PinState(block_length, device)
         self.records = LogprobRecords(max_num_reqs, block_length, device)
@@ -115,6 +118,7 @@ class CanvasState:
         self._floats_np[:, slot] = [getattr(params, name) for name in _FLOATS] + list(params.times)
         self._has_memory_np[slot] = params.policy_id in MEMORIES
         self.edits.put(slot, params.edits)
+        self.ends.put(slot, params.ends)
         self.guidance.put(slot, params.cfg_scale, params.prompt_len)
         self.pins.put(slot, params.pins)
         self.targets.put(slot, params.targets)
@@ -124,9 +128,8 @@ class CanvasState:
 
     def apply_staged_writes(self) -> None:
         """Copy the parameters staged since the last call to the device."""
-        self.edits.apply_staged_writes()
-        self.guidance.apply_staged_writes()
-        self.apart.apply_staged_writes()
+        for each in (self.edits, self.ends, self.guidance, self.apart):
+            each.apply_staged_writes()
         if self._is_staged:
             # From what nobody writes: the next request may come before a GPU has copied.
             self._ints.copy_(pinned(self._ints_np, self.device), non_blocking=True)
@@ -143,6 +146,12 @@ class CanvasState:
         """[max_num_reqs] int64 on the host."""
         row: np.ndarray = self._ints_np[_INTS.index("seq_len")]
         return row
+
+    def seq_end_np(self, slots_np: np.ndarray, block_start: np.ndarray) -> np.ndarray:
+        """Return where the sequences of requests end while their blocks begin at `block_start`, [num_reqs] each."""
+        horizon = self._ints_np[_INTS.index("horizon"), slots_np]
+        end: np.ndarray = np.minimum(self.seq_len_np[slots_np], block_start + horizon)
+        return end
 
     def policy_params(self, blocks: Blocks) -> PolicyParams:
         """Gather the policies of some requests."""
@@ -312,16 +321,9 @@ class CanvasState:
             self.remember(slots, select(where, anew, {name: its[slots] for name, its in self.memory.items()}))
         self.canvas[slots] = self.canvas[slots].masked_fill(where[:, None], self.mask_token_id)
 
-    def cut(self, blocks: Blocks, missing: Tensor) -> None:
-        """Fill the ends of blocks that have fewer positions than a canvas, so that nothing is masked there.
-
-        Args:
-            blocks: of some requests.
-            missing: [num_reqs] int64, positions that each has fewer.
-        """
-        is_missing = self._offsets >= self.block_length - missing[:, None]
-        filler = int(self.mask_token_id == 0)
-        self.canvas[blocks.slots] = self.canvas[blocks.slots].masked_fill(is_missing, filler)
+    def filled(self, canvas: Tensor, missing: Tensor) -> Tensor:
+        """Fill the ends of blocks that have `missing` [num_reqs] int64 positions fewer than their canvases."""
+        return canvas.masked_fill(self._offsets >= self.block_length - missing[:, None], int(self.mask_token_id == 0))
 
     def _int(self, name: str) -> Tensor:
         return self._ints[_INTS.index(name)]

@@ -23,7 +23,7 @@ def load_weights(option: str, path: str, block_length: int, device: torch.device
     from safetensors import SafetensorError  # here, so that decoding is imported with torch alone
     from safetensors.torch import load_file
 
-    shapes = torch_policy(file_options()[option]).weights
+    shapes = torch_policy(file_options()[option][0]).weights
     assert shapes is not None, "the option is one of a policy with a net"
     wanted = dict(shapes(block_length))
     if not Path(path).is_file():

@@ -24,8 +24,9 @@ class Column(IntEnum):
     STORED = 5
     WROTE = 6
     COMMITS = 7
-    FAULTS = 8
-    PROPOSED = 9
+    LEFT = 8
+    FAULTS = 9
+    PROPOSED = 10
 
 
 REPORT_LEN = Column.PROPOSED + MAX_DEPTH
@@ -48,6 +49,7 @@ class StepFacts:
             model's have K/V in the cache.
         wrote: positions whose K/V the step stored, as its plan says, apart from look-aheads that did not come true.
         commits: 1 where the K/V of the block before were among them.
+        left: positions of the emitted block that are masked, behind the answer's end.
         depth: of each draft in the draft graph; next roots among them.
         proposed: whether a draft was evaluated.
     """
@@ -60,6 +62,7 @@ class StepFacts:
     stored: Tensor  # [num_reqs]
     wrote: Tensor  # [num_reqs]
     commits: Tensor  # [num_reqs]
+    left: Tensor  # [num_reqs]
     depth: Tensor  # [num_reqs, num_drafts]
     proposed: Tensor  # [num_reqs, num_drafts]
 
@@ -74,18 +77,21 @@ class StepFacts:
         rows[:, Column.STORED] = self.stored
         rows[:, Column.WROTE] = self.wrote
         rows[:, Column.COMMITS] = self.commits
+        rows[:, Column.LEFT] = self.left
         column = Column.PROPOSED - 1 + self.depth.clamp(1, MAX_DEPTH)
         return rows.scatter_add_(1, column, self.proposed.int())
 
 
-def with_canvases(report: Tensor, canvas: Tensor, mask_token_id: int) -> Tensor:
-    """Add the canvases behind a step to its report.
+def with_canvases(report: Tensor, canvas: Tensor, mask_token_id: int, log_probs: Tensor) -> Tensor:
+    """Add the canvases behind a step to its report, and log-probabilities of their tokens, as bits.
 
     Args:
         report: [num_reqs, n] int32.
         canvas: [num_reqs, block_length] int64.
         mask_token_id: what stands for masked; -1 does in the report.
+        log_probs: [num_reqs, block_length] float32.
 
-    Returns: [num_reqs, n + block_length] int32.
+    Returns: [num_reqs, n + 2 * block_length] int32.
     """
-    return torch.cat([report, canvas.masked_fill(canvas == mask_token_id, -1).int()], 1)
+    shown = canvas.masked_fill(canvas == mask_token_id, -1).int()
+    return torch.cat([report, shown, log_probs.contiguous().view(torch.int32)], 1)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from vllm_dllm.state.edits import NO_EDITS, LogitEdits
+from vllm_dllm.state.ends import NEVER, NO_ENDS, Ends
 from vllm_dllm.state.pins import Pins
 from vllm_dllm.state.records import NO_LOGPROBS
 
@@ -28,7 +29,9 @@ class RequestParams:
     top_p: float
     seed: int  # any 64-bit signed value
     position_penalty: float = 0.0  # of a window, nats
+    horizon: int = NEVER  # positions that the sequence has from the block under way on, at most
     edits: LogitEdits = NO_EDITS
+    ends: Ends = NO_ENDS
     cfg_scale: float = 0.0  # 0 does not guide
     num_logprobs: int = NO_LOGPROBS  # likeliest tokens of each place that are told
     own_policy: str | None = None  # one without a native twin, in place of that of `policy_id`

@@ -38,7 +38,7 @@ class Emission:
     """What a step comes to for all of its batch; 0 for who did not take it."""
 
     sampled: Tensor  # [num_batch, block_length] int32, the block from what was unknown of it on
-    num_sampled: Tensor  # [num_batch] int32, how many of them are emitted, 0 where the block is not finished
+    num_sampled: Tensor  # [num_batch] int32, how many of them are emitted, 0 where the block goes on
     num_rejected: Tensor  # [num_batch] int32, the rest of the tokens that vLLM counts
     report: Tensor  # [num_batch, REPORT_LEN] int32
     logprobs: EmittedLogprobs | None = field(default=None, kw_only=True)  # None: nobody asks
@@ -52,6 +52,9 @@ def settle(
 ) -> Emission:
     """Settle a step.
 
+    A block is emitted when it is finished, and when a step unmasked the last position before its answer's end: whoever
+    gets the tokens reads none behind it, and the request ends.
+
     Args:
         state: canvases and what policies remember of them; of a block that was emitted and did not go over to the next
             one, the next one is begun.
@@ -61,7 +64,9 @@ def settle(
         done: what came of it.
         ledger: of the step.
     """
-    begins = done.is_finished & ~done.came_over
+    ended = state.ends.reached(blocks.slots, state.positions(blocks), done.canvas, state.mask_token_id)
+    is_emitted = done.is_finished | (ended & (done.num_unmasked > 0))
+    begins = is_emitted & ~done.came_over
     state.canvas[blocks.slots] = done.next_canvas
     state.remember(blocks.slots, done.state)
     state.reset(blocks.slots, begins)
@@ -72,8 +77,10 @@ def settle(
     block_length = state.block_length
     known = (ledger.num_known - blocks.start)[:, None]
     columns = torch.arange(block_length, device=known.device) + known
-    num_sampled = done.is_finished * (block_length - known[:, 0])
-    rows = (num_sampled, ledger.num_counted - num_sampled, _facts(blocks, nodes, done, ledger).rows())
+    num_sampled = is_emitted * (block_length - known[:, 0])
+    left = is_emitted * (done.canvas == state.mask_token_id).sum(1)
+    facts = _facts(blocks, nodes, done, ledger, is_emitted, left)
+    rows = (num_sampled, ledger.num_counted - num_sampled, facts.rows())
     sampled = done.canvas.gather(1, columns.clamp(max=block_length - 1))
     others = ledger.num_batch - len(num_sampled)
     return Emission(*(pad(each.int(), (0, 0) * (each.dim() - 1) + (0, others)) for each in (sampled, *rows)))
@@ -93,6 +100,7 @@ def native_settle(
             [*trajectory, done.came_over, *candidates, *done.state.values()],
             requests if ledger.planned is None else [*requests, ledger.planned],
             [state.canvas, *([] if drafts is None else drafts.tensors), *memory],
+            state.ends.tensors,
             ledger.num_batch,
             REPORT_LEN,
             state.mask_token_id,
@@ -105,7 +113,9 @@ def choose_settle(device: torch.device) -> Settle:
     return ops.native_or_twin("settle_step", device.type, "Steps are settled", native_settle, settle)
 
 
-def _facts(blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger) -> StepFacts:
+def _facts(
+    blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger, is_emitted: Tensor, left: Tensor
+) -> StepFacts:
     """Put together what a step did for each request."""
     is_masked = nodes.is_masked[:, 0].any(1)
     none = torch.zeros_like(done.node)
@@ -116,10 +126,11 @@ def _facts(blocks: Blocks, nodes: Nodes, done: Trajectory, ledger: Ledger) -> St
         refreshes=refreshes,
         unmasked=done.num_unmasked,
         accepted=done.num_accepted,
-        finished=done.is_finished,
+        finished=is_emitted,
         stored=blocks.start + over,
         wrote=num_stored + over,
         commits=commits,
+        left=left,
         depth=nodes.depth[:, 1:],
         proposed=nodes.is_valid[:, 1:] & is_masked[:, None],
     )

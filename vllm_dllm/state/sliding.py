@@ -165,6 +165,7 @@ def slide(before: Tensor, canvas: Tensor, start: Tensor, ledger: Ledger, mask_to
         stored=start,
         wrote=none if ledger.planned is None else ledger.planned[2],
         commits=none,
+        left=none,
         depth=none[:, None][:, :0],
         proposed=none[:, None][:, :0],
     )

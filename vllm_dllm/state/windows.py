@@ -190,6 +190,7 @@ def settle_windows(
         stored=blocks.start + num_sampled,
         wrote=num_stored - (ledger.num_counted * verifies - num_sampled),
         commits=none,
+        left=none,
         depth=offset[1:].expand_as(is_draft),
         proposed=is_draft,
     )

@@ -28,6 +28,9 @@ BUILT_IN = {
     "eoser_ass": "eos_rejection:EOSER_ASS",
     "confidence_eos_eot_inf": "eos_last:EOS_LAST",
     "learn2pd": "learned:LEARN2PD",
+    "eotp": "end_of_text:EOTP",
+    "learn2pd_eotp": "end_of_text:LEARN2PD_EOTP",
+    "dit_confidence": "dit_confidence:DIT_CONFIDENCE",
     "saber": "saber:SABER",
     "rcr": "remasking:RCR",
     "remdm": "remasking:REMDM",
@@ -36,6 +39,7 @@ BUILT_IN = {
     "adablock": "windows:ADABLOCK",
     "deferred": "windows:DEFERRED",
     "editing": "editing:EDITING",
+    "indel": "indel:INDEL",
 }
 """Policies in torch code that come with us -> where each is in `unmask.policies`."""
 
@@ -109,13 +113,16 @@ def needs_file(name: str) -> bool:
 
 def file_option(name: str) -> str:
     """Return the setting with the file of a policy's net."""
-    return f"{name}_file"
+    return f"{torch_policy(name).file_of or name}_file"
 
 
 @functools.cache
-def file_options() -> dict[str, str]:
+def file_options() -> dict[str, list[str]]:
     """Return the settings with files of nets -> the policies; imports all without a native twin."""
-    return {file_option(name): name for name in torch_policies() if needs_file(name)}
+    found: dict[str, list[str]] = {}
+    for name in filter(needs_file, torch_policies()):
+        found.setdefault(file_option(name), []).append(name)
+    return found
 
 
 @functools.cache

@@ -21,6 +21,7 @@ enum ReportColumn : int64_t {
   kStored,
   kWrote,
   kCommits,
+  kLeft,
   kFaults,
   kProposed,
 };
@@ -50,6 +51,9 @@ struct SettleStepArgs {
   const int64_t* num_counted;  // [num_reqs], tokens that vLLM counts as scheduled drafts
   const int64_t* planned;      // [3, num_reqs]: refreshes, commits, positions stored; nullptr: none
 
+  const int64_t* end_ids;     // [num_slots, num_end_ids], -1 for none
+  const int64_t* end_bounds;  // [2, num_slots]: where the first of these counts; behind what may be emitted
+
   int64_t* slot_canvas;      // [num_slots, block_length]
   int64_t* slot_ids;         // [num_slots, block_length, num_candidates]; nullptr: nothing is drafted
   double* slot_log_probs;    // [num_slots, block_length, num_candidates]
@@ -68,6 +72,8 @@ struct SettleStepArgs {
   int64_t num_nodes;
   int64_t block_length;
   int64_t num_candidates;
+  int64_t num_slots;
+  int64_t num_end_ids;
   int64_t report_len;
   int64_t mask_token_id;
 };
@@ -94,7 +100,47 @@ DLLM_HOST_DEVICE inline int64_t count_proposed(const SettleStepArgs& args, int64
   return count;
 }
 
-DLLM_HOST_DEVICE inline int64_t report_column(const SettleStepArgs& args, int64_t request, int64_t column) {
+DLLM_HOST_DEVICE inline bool is_end_id(const SettleStepArgs& args, int64_t slot, int64_t token) {
+  for (int64_t i = 0; i < args.num_end_ids; ++i) {
+    if (args.end_ids[slot * args.num_end_ids + i] == token) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Whether there is an end of the answer in the block that nothing before it is masked of.
+DLLM_HOST_DEVICE inline bool has_reached_end(const SettleStepArgs& args, int64_t request) {
+  const int64_t slot = args.slots[request];
+  const int64_t first = args.end_bounds[slot];
+  const int64_t last = args.end_bounds[args.num_slots + slot] - 1;
+  for (int64_t i = 0; i < args.block_length; ++i) {
+    const int64_t token = args.after[request * args.block_length + i];
+    const int64_t position = args.start[request] + i;
+    if (token == args.mask_token_id) {
+      return false;
+    }
+    if (position == last || (position >= first && is_end_id(args, slot, token))) {
+      return true;
+    }
+  }
+  return false;
+}
+
+DLLM_HOST_DEVICE inline bool is_emitted(const SettleStepArgs& args, int64_t request) {
+  return args.is_finished[request] || (args.num_unmasked[request] > 0 && has_reached_end(args, request));
+}
+
+DLLM_HOST_DEVICE inline int64_t count_masks_after(const SettleStepArgs& args, int64_t request) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < args.block_length; ++i) {
+    count += args.after[request * args.block_length + i] == args.mask_token_id;
+  }
+  return count;
+}
+
+DLLM_HOST_DEVICE inline int64_t report_column(const SettleStepArgs& args, int64_t request, int64_t column,
+                                              bool emitted) {
   const auto planned = [&](int64_t row) {
     return args.planned == nullptr ? 0 : args.planned[row * args.num_reqs + request];
   };
@@ -110,13 +156,15 @@ DLLM_HOST_DEVICE inline int64_t report_column(const SettleStepArgs& args, int64_
     case kAccepted:
       return args.num_steps[request] > 1 ? args.num_steps[request] - 1 : 0;
     case kFinished:
-      return args.is_finished[request];
+      return emitted;
     case kStored:
       return args.start[request] + over;
     case kWrote:
       return planned(2) + over;
     case kCommits:
       return planned(1);
+    case kLeft:
+      return emitted ? count_masks_after(args, request) : 0;
     case kFaults:
       return 0;  // for who checks the state
     default:
@@ -126,10 +174,10 @@ DLLM_HOST_DEVICE inline int64_t report_column(const SettleStepArgs& args, int64_
 
 // Put a request's block, or what it leaves for the next one, where its slot is.
 template <typename Team>
-DLLM_HOST_DEVICE inline void keep_by_slot(const SettleStepArgs& args, int64_t request, const Team& team) {
+DLLM_HOST_DEVICE inline void keep_by_slot(const SettleStepArgs& args, int64_t request, bool emitted, const Team& team) {
   const int64_t slot = args.slots[request];
   const int64_t length = args.block_length;
-  const bool begins = args.is_finished[request] && !args.came_over[request];
+  const bool begins = emitted && !args.came_over[request];
   const int64_t* seen = args.canvas + (request * args.num_nodes + args.node[request]) * length;
   team.each(length, [&](int64_t i) {
     args.slot_canvas[slot * length + i] = begins ? args.mask_token_id : args.next_canvas[request * length + i];
@@ -165,18 +213,20 @@ DLLM_HOST_DEVICE inline void settle(const SettleStepArgs& args, int64_t request,
     team.each(1, [&](int64_t) { args.out_num_sampled[request] = args.out_num_rejected[request] = 0; });
     return;
   }
+  const bool emitted = is_emitted(args, request);
   const int64_t known = args.num_known[request] - args.start[request];
   team.each(length, [&](int64_t i) {
     const int64_t column = i + known < length ? i + known : length - 1;
     sampled[i] = static_cast<int32_t>(args.after[request * length + column]);
   });
   team.each(1, [&](int64_t) {
-    const int64_t num_sampled = args.is_finished[request] ? length - known : 0;
+    const int64_t num_sampled = emitted ? length - known : 0;
     args.out_num_sampled[request] = static_cast<int32_t>(num_sampled);
     args.out_num_rejected[request] = static_cast<int32_t>(args.num_counted[request] - num_sampled);
   });
-  team.each(args.report_len, [&](int64_t i) { report[i] = static_cast<int32_t>(report_column(args, request, i)); });
-  keep_by_slot(args, request, team);
+  team.each(args.report_len,
+            [&](int64_t i) { report[i] = static_cast<int32_t>(report_column(args, request, i, emitted)); });
+  keep_by_slot(args, request, emitted, team);
 }
 
 namespace cpu {
