@@ -22,6 +22,7 @@ from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.engine.cpu.gate import is_needed
+from vllm_dllm.engine.edit_tokens import check_server
 from vllm_dllm.engine.generation_defaults import SAMPLING_NAMES, family_defaults, read_generation_config
 from vllm_dllm.engine.patches import become
 from vllm_dllm.models.interface import ModelFamily, family_of
@@ -54,7 +55,9 @@ def parse(config: VllmConfig) -> Parsed:
     model_config, additional = config.model_config, config.additional_config
     family, hf_config = served_family(model_config), model_config.hf_config
     published = family.settings(getattr(hf_config, "block_size", None))
+    published |= getattr(hf_config, "decoding_defaults", {})
     settings = parse_server_settings(settings_in(additional), defaults=published)
+    check_server(settings, hf_config)
     spiffy = None
     if isinstance(additional, dict) and METHOD in additional:
         shape = ModelShape.of(hf_config.to_dict())
