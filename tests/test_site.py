@@ -13,7 +13,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from tests.tree import ROOT
-from vllm_dllm.config import REQUEST_KEYS, DllmConfig
+from vllm_dllm.config import DllmConfig, request_keys
 from vllm_dllm.spiffy_config import SpiffyConfig
 
 CONTENT = re.compile(r"<article.*?</article>", re.DOTALL)
@@ -96,7 +96,7 @@ def test_a_page_has_what_github_shows(site: Path, name: str) -> None:
 def test_the_reference_has_every_field(site: Path) -> None:
     for page, names in (
         ("server", DllmConfig.model_fields),
-        ("requests", REQUEST_KEYS),
+        ("requests", request_keys()),
         ("speculative-config", SpiffyConfig.model_fields),
         ("commands", ("vllm-dllm calibrate", "vllm-dllm graph merge", "vllm-dllm bench decode", "vllm-dllm doctor")),
         ("python", ("TorchPolicy", "Parameter", "StateField")),

@@ -81,14 +81,14 @@ class StepRecorder:
     def __init__(self, request_of: Callable[[int], str]) -> None:
         self._request_of = request_of
         self._under_way: dict[str, _Block] = {}
-        self._written: dict[str, dict[int, int]] = {}  # steps by position, of finished blocks
+        self._written: dict[str, dict[int, int]] = {}  # steps by position
 
     def observe(self, seen: Observation) -> None:
         """Take a forward; waits for the device."""
         nodes, done = seen.nodes, seen.done
         columns = (nodes.canvas[:, 0], nodes.canvas[:, -1], done.next_canvas, done.step)
         canvases = zip(*(column.cpu().numpy() for column in columns), strict=True)
-        counts = (seen.blocks.start, done.num_steps, done.is_finished, done.came_over)
+        counts = (seen.blocks.start, done.num_steps, done.came_over)
         numbers = zip(*(column.tolist() for column in counts), strict=True)
         for slot, rows, its in zip(seen.blocks.slots_np.tolist(), canvases, numbers, strict=True):
             self._take(self._request_of(slot), _Forward(*rows, *its))
@@ -97,17 +97,14 @@ class StepRecorder:
         written = self._written.setdefault(request, {})
         if its.num_steps == 0:  # of a full canvas, as behind a refresh that unmasked all of it
             return
-        block = self._under_way.pop(request, None)
+        block = self._under_way.get(request)
         if block is None or block.start != its.start or (block.canvas != its.before).any():
-            block = _Block(its.start, its.before, np.full_like(its.before, GIVEN))
-        block.add(its.after, its.step, its.num_steps)
-        if its.is_finished:
-            written.update(enumerate(block.steps.tolist(), start=its.start))
+            block = _Block(its.start, its.before)
+        written |= block.add(its.after, its.step, its.num_steps)
         if its.came_over:  # the last step was the next block's first
-            block = _Block(its.start + len(its.after), its.ahead, np.full_like(its.ahead, GIVEN))
-            block.add(its.after, np.where(its.after != its.ahead, 0, GIVEN), 1)
-        if its.came_over or not its.is_finished:
-            self._under_way[request] = block
+            block = _Block(its.start + len(its.after), its.ahead)
+            written |= block.add(its.after, np.where(its.after != its.ahead, 0, GIVEN), 1)
+        self._under_way[request] = block
 
     def take(self, is_wanted: Callable[[str], bool]) -> dict[int, int]:
         """Return the steps by position of the request that is wanted, which has ended, and forget it.
@@ -131,7 +128,6 @@ class _Forward:
     step: NDArray[np.int64]  # of this forward's, that wrote each position; below 0: none
     start: int  # of the block
     num_steps: int
-    is_finished: bool
     came_over: bool
 
 
@@ -139,10 +135,10 @@ class _Forward:
 class _Block:
     start: int
     canvas: NDArray[np.int64]  # behind its last step
-    steps: NDArray[np.int64]  # by position
     num_steps: int = 0
 
-    def add(self, canvas: NDArray[np.int64], step: NDArray[np.int64], num_steps: int) -> None:
-        """Take steps that left a canvas, and wrote what `step` says."""
-        self.steps = np.where(step >= 0, self.num_steps + step, self.steps)
+    def add(self, canvas: NDArray[np.int64], step: NDArray[np.int64], num_steps: int) -> dict[int, int]:
+        """Take steps that left a canvas, and return those that wrote positions, by position: as `step` counts them."""
+        wrote = {self.start + place: self.num_steps + own for place, own in enumerate(step.tolist()) if own >= 0}
         self.canvas, self.num_steps = canvas, self.num_steps + num_steps
+        return wrote

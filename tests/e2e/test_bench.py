@@ -1,6 +1,7 @@
 """`vllm-dllm bench decode` and the commands of `python -m benchmarks` with engines, on the small model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,18 @@ def test_stages_of_a_step() -> None:
     out = run(benchmarks, "stages")
     stages = {"forward", "row statistics", "runner", "schedule", "host total", "step"}
     assert {stage for stage in stages if f" {stage} " in out} == stages
+
+
+def test_accuracy_beside_forwards() -> None:
+    graph = CHECKPOINT.parent / "spiffy.json"
+    options = {"--block-length": 32, "--policy": "static,threshold,eotp", "--speculative-config": graph}
+    given = {name: value for name, value in GIVEN.items() if name != "--concurrency"}
+    words = [str(word) for option in (given | options).items() for word in option]
+    result = CliRunner().invoke(benchmarks, ["accuracy", *words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = re.findall(r"│ (\w+) +│ +(\d+) % │ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +(\d+) │", result.stdout)
+    assert [row[0] for row in rows] == ["static", "threshold", "eotp"]
+    assert [row[1] for row in rows[:2]] == ["100", "100"]
+    static, threshold, _ = (tuple(map(float, row[3:])) for row in rows)
+    assert static[1] < static[0] > threshold[0], "drafts and the threshold save forwards"
+    assert static[2] > 0

@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.http import complete, server
 from tests.e2e.llada2 import LLaDA2Oracle, make_random
-from tests.e2e.rig import EXAMPLES, Case, Oracle, mixed_cases, questions
+from tests.e2e.rig import EXAMPLES, Case, Oracle, mixed_cases
 from tests.e2e.sdar import sdar_cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server"), pytest.mark.slow("configurations")]
@@ -42,23 +42,20 @@ def streamed(client: openai.OpenAI, case: Case) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def guided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    with server(tmp_path_factory.mktemp("server") / "log", GUIDED, *SPIFFY) as client:
+def guided(tmp_path_factory: pytest.TempPathFactory, mild: Path) -> Iterator[openai.OpenAI]:
+    with server(tmp_path_factory.mktemp("server") / "log", GUIDED, *SPIFFY, checkpoint=mild) as client:
         yield client
 
 
-def test_guidance_of_each_request_equals_the_reference(guided: openai.OpenAI, trained: Oracle) -> None:
+def test_guidance_of_each_request_equals_the_reference(guided: openai.OpenAI, mild_oracle: Oracle) -> None:
     scales = (None, 0.0, 2.5, 0.3)
-    cases = [
-        dataclasses.replace(case, prompt=prompt, cfg_scale=scales[i % 4])
-        for i, (case, prompt) in enumerate(zip(mixed_cases(8, seed=3), questions(16), strict=True))
-    ]
+    cases = [dataclasses.replace(case, cfg_scale=scales[i % 4]) for i, case in enumerate(mixed_cases(8, seed=9))]
     replies = ask_all(guided, cases)
-    expected = [trained.tokens(case, GUIDED) for case in cases]
+    expected = [mild_oracle.tokens(case, GUIDED) for case in cases]
     assert tokens_of(replies) == expected
-    unguided = [trained.tokens(dataclasses.replace(case, cfg_scale=0.0), GUIDED) for case in cases]
-    assert sum(a != b for a, b in zip(expected, unguided, strict=True)) >= 2, "guidance changes too little"
-    assert sum(reply.kv_transfer_params["dllm"]["accepted"] for reply in replies) >= 8
+    unguided = [mild_oracle.tokens(dataclasses.replace(case, cfg_scale=0.0), GUIDED) for case in cases]
+    assert sum(a != b for a, b in zip(expected, unguided, strict=True)) >= 6, "guidance changes too little"
+    assert sum(reply.kv_transfer_params["dllm"]["accepted"] for reply in replies) > 0
     assert streamed(guided, cases[2]) == expected[2]
 
 
@@ -72,9 +69,10 @@ def test_a_scale_that_is_none_is_a_400(guided: openai.OpenAI, scale: Any, messag
 
 
 @pytest.mark.slow("demo")
-def test_hex_takes_the_answer_of_most_replies(guided: openai.OpenAI) -> None:
+def test_hex_takes_the_answer_of_most_replies(tmp_path: Path) -> None:
     script = runpy.run_path(str(EXAMPLES / "hex.py"))
-    texts = script["replies"](guided, "61 + 27 = ?", [8, 4, 2], 3, 8)
+    with server(tmp_path / "log", {"block_length": 8}) as client:
+        texts = script["replies"](client, "61 + 27 = ?", [8, 4, 2], 3, 8)
     assert len(texts) == 9
     answer, votes = script["most_frequent"](texts, r"-?[\d.]*\d(?=\D*$)")
     assert (answer, votes >= 5) == ("88", True), texts
@@ -98,7 +96,8 @@ def test_kv_policies_equal_the_reference(cached: Any, mild_oracle: Oracle) -> No
     took = [reply.kv_transfer_params["dllm"] for reply in replies]
     expected = [mild_oracle.generation(case, settings) for case in cases]
     assert [n["nfe_refresh"] for n in took] == [e.nfe_refresh for e in expected]
-    assert [n["nfe"] + n["accepted"] for n in took] == [e.nfe for e in expected], "a draft that came true saves one"
+    # A draft that came true saves one; those behind an answer's end save nothing.
+    assert all(n["nfe"] <= e.nfe <= n["nfe"] + n["accepted"] for n, e in zip(took, expected, strict=True))
     assert streamed(client, cases[0]) == mild_oracle.tokens(cases[0], settings)
     with pytest.raises(openai.BadRequestError, match="dllm_cfg_scale is 1"):
         complete(client, cases[0], extra_body={"vllm_xargs": {"dllm_cfg_scale": 1}})

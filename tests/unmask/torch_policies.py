@@ -163,7 +163,8 @@ def decode(
         made = denoiser.advance(blocks, nodes, hidden)
         emission = denoiser.settle(blocks, nodes, made, Ledger(len(slots), known, torch.full_like(known, length)))
         for place, slot in enumerate(slots.tolist()):
-            own = done[slot]
+            own, taken = done[slot], made.path[place][made.path[place] >= 0].tolist()
+            assert len(taken) == len(set(taken)), "each draft comes true once"
             own.failed = bool(emission.report[place, Column.FAULTS])
             own.steps += int(made.num_steps[place])
             own.forwards += int(emission.report[place, Column.FORWARDS])

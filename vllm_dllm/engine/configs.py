@@ -146,7 +146,8 @@ class DllmVllmConfig(VllmConfig):
             return text
         # With a fixed budget, max_nodes decides nothing more.
         most = {"budget": "auto", "max_nodes": spiffy.max_nodes} if spiffy.budget is None else {"budget": spiffy.budget}
-        said = {"method": METHOD, "draft_graph": spiffy.source, **most}
+        ranker = {} if spiffy.ranker is None else {"ranker": spiffy.ranker.source}
+        said = {"method": METHOD, "draft_graph": spiffy.source, **ranker, **most}
         return text.replace("speculative_config=None", f"speculative_config={said}", 1)
 
 
@@ -200,4 +201,4 @@ def make_drafter(vllm_config: VllmConfig) -> Drafter | None:
     is_async = bool(vllm_config.scheduler_config.async_scheduling)
     stores_alone = served_family(vllm_config.model_config).stores_alone
     look_ahead_from = smallest_budget(settings_of(vllm_config), is_async=is_async, stores_alone=stores_alone)
-    return GraphDrafter(spiffy.graph, look_ahead_from)
+    return GraphDrafter(spiffy.graph, look_ahead_from, ranker=None if spiffy.ranker is None else spiffy.ranker.weights)
