@@ -102,6 +102,17 @@ def test_a_void_step_leaves_no_trace() -> None:
     ]
 
 
+@pytest.mark.parametrize("policy", ["eotp", "learn2pd_eotp"])
+def test_cuts_are_the_plain_statements_where_a_reply_may_end_in_many_places(policy: str) -> None:
+    rng = random.Random(0)
+    for seed in range(6):
+        model = SyntheticModel(LENGTH, seed, 1.0)
+        model.own[:, EOS] += 1.5
+        requests = [drawn(policy, rng) for _ in range(4)]
+        found = decode(model, requests, num_blocks=2)
+        assert [(its.tokens, its.steps) for its in found] == [plain(model, own, num_blocks=2) for own in requests]
+
+
 @pytest.mark.parametrize("at", [2, LENGTH - 1])
 def test_a_reply_is_cut_where_eos_is_likeliest(at: int) -> None:
     """Behind it nothing is decided: neither in the block, nor in the next one, where the cut is at the block's end."""

@@ -58,7 +58,11 @@ def unmasking_net() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     made = {name: torch.randn(size, generator=generator) / size[-1] ** 0.5 for name, size in shapes().items()}
     made["base_policy.transformer_blocks.0.inv_freq"] = 1e4 ** -(torch.arange(0, 64, 2) / 64)
-    made["base_policy.output_proj.weight"] *= 3
+    for name in made:
+        if "norm" in name and name.endswith("weight"):
+            made[name] += 1.0
+    for name, times in {"confidence_proj.bias": 8, "time_mlp.2.weight": 8, "output_proj.weight": 3}.items():
+        made[f"base_policy.{name}"] *= times
     return made
 
 
