@@ -108,7 +108,7 @@ bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: 
 	$(PY) -m benchmarks kernels --short
 
 docs: setup ## build the documents as a site in build/site, and check their links and commands
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	$(PY) -m pytest -q tests/test_docs.py tests/test_site.py
 
 # In an image of manylinux the tag is of an older glibc; here it is of this machine's, where the library needs it.

@@ -5,7 +5,10 @@ import hashlib
 import http.client
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -225,6 +228,18 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     result = CliRunner().invoke(main.app, ["studio", *words])
     assert isinstance(result.exception, ConfigError)
     return str(result.exception)
+
+
+def test_the_command_serves_the_page() -> None:
+    command = [str(Path(sys.executable).with_name("vllm-dllm")), "studio", "--server", SERVER, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        line = process.stdout.readline()
+        found = re.fullmatch(rf"http://127\.0\.0\.1:(\d+) shows {SERVER}; Ctrl\+C ends it\n", line)
+        assert found, line
+        client = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=10)
+        assert ask(client, "GET", "/") == (200, live_page(SERVER))
+        process.send_signal(signal.SIGINT)
+        assert (process.stdout.read(), process.wait(10)) == ("ended\n", 0)
 
 
 def test_the_command_saves_a_recording(tmp_path: Path) -> None:

@@ -82,12 +82,14 @@ def load_ranker(path: str | Path) -> RankerFile:
         )
     _check_weights(weights, where)
     try:
-        readiness = ReadinessSchema.model_validate_json(metadata["readiness"])
-        provenance = Provenance.model_validate_json(metadata["provenance"])
-    except (KeyError, ValidationError) as error:
+        readiness = ReadinessSchema.model_validate_json(metadata.get("readiness", ""))
+        provenance = Provenance.model_validate_json(metadata.get("provenance", ""))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join([error.title, *map(str, first["loc"])])
         raise ConfigError(
-            f"ranker {where} does not say what it was calibrated for ({error}); train it anew with 'vllm-dllm "
-            "calibrate --ranker'"
+            f"ranker {where} does not say what it was calibrated for ({field}: {first['msg']}); train it anew with "
+            "'vllm-dllm calibrate --ranker'"
         ) from None
     return RankerFile(weights, Readiness(**readiness.model_dump()), provenance, where)
 
