@@ -15,8 +15,8 @@ WORKERS ?= 2
 # Tests of a group share a process; groups begin in the order of collection (tests/suite/order.py).
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=25
 
-.PHONY: FORCE help setup demo test test-all test-torch test-vllm-033 check lint cuda-check cuda-report sanitize bench docs build \
-  wheels clean
+.PHONY: FORCE help setup demo test test-all test-torch test-vllm-033 test-browser check lint cuda-check cuda-report sanitize bench \
+  docs build wheels clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,6 +64,14 @@ test-vllm-033: setup ## the engine tests with the Python files of vLLM 0.33, in 
 	@$(PY) scripts/vllm_overlay.py
 	$(PYTEST:$(PY)%=.venv-033/bin/python%) --slow none $(VLLM_033_TESTS) $(TEST_ARGS)
 
+# Browsers are no Python packages: Chromium is the system's, or the one that CHROMIUM names.
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+test-browser: setup ## the studio's page in headless Chromium; leaves screenshots in build/studio (docs/testing.md)
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps -r requirements/browser.txt
+	@if [ -z "$(CHROMIUM)" ]; then apt-get update -qq && apt-get install -y -qq chromium >/dev/null || \
+	  { echo "test-browser: found no Chromium; install one, or name it: make test-browser CHROMIUM=/path" >&2; exit 1; }; fi
+	CHROMIUM="$(CHROMIUM)" $(PY) -m pytest -q tests/studio/browser.py $(TEST_ARGS)
+
 check: lint cuda-check ## format, lint, types, CUDA compilation, tests without an engine
 	$(PYTEST) -q -m "not engine" $(TEST_ARGS)
 
@@ -100,7 +108,7 @@ bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: 
 	$(PY) -m benchmarks kernels --short
 
 docs: setup ## build the documents as a site in build/site, and check their links and commands
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	$(PY) -m pytest -q tests/test_docs.py tests/test_site.py
 
 # In an image of manylinux the tag is of an older glibc; here it is of this machine's, where the library needs it.

@@ -209,7 +209,7 @@ def main() -> None:
     try:
         app(prog_name="python -m benchmarks")
     except ConfigError as error:
-        print_error(error)
+        print_error(error, "python -m benchmarks")
         sys.exit(2)
 
 

@@ -2,7 +2,7 @@
 
 Prints some answers, then for four settings of each model how many answers are right, the tokens per second, the
 forwards per token and the accepted drafts, whether Spiffy changed any text (the exit status is 1 if it did), and how
-long each stage took. Then it draws how an answer is denoised. `make demo` runs it.
+long each stage took. It leaves a page that shows how an answer was denoised, and draws that. `make demo` runs it.
 """
 
 import argparse
@@ -20,6 +20,9 @@ from pathlib import Path
 from denoising_picture import draw
 from openai import OpenAI
 
+from vllm_dllm.studio.page import recorded_page
+from vllm_dllm.studio.record import Question, record
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "training"))
 from tasks import TASKS, Example  # noqa: E402 - an example's module, not a package
@@ -29,6 +32,7 @@ MODEL = "tiny"
 MAX_TOKENS = 64
 BUILD = HERE.parent / "build"
 PICTURE = BUILD / "denoising.svg"
+PAGE = BUILD / "denoising.html"
 START_TIMEOUT_S = 240
 QUESTIONS_PER_TASK = 3
 SPIFFY = " + Spiffy"
@@ -216,7 +220,18 @@ def run(name: str, stages: Stages, shown: list[Example], asked: list[Example]) -
             # One after another: each has the machine to itself.
             results[f"{name} {policy}"] = measure(plain, asked, values)
             results[f"{name} {policy}{SPIFFY}"] = measure(drafted, asked, values)
+        if name == "LLaDA":
+            recording = record(
+                str(drafted.base_url).removesuffix("/v1/"), Question(question_to_draw(shown), MAX_TOKENS)
+            )
+            PAGE.write_text(recorded_page(recording), "utf-8")
+            print(f"open this page to watch it denoise: {PAGE}")
     return results
+
+
+def question_to_draw(shown: list[Example]) -> str:
+    """Return the one whose denoising is shown."""
+    return next(example.question for example in shown if example.task == "json")
 
 
 def main() -> int:
@@ -232,8 +247,7 @@ def main() -> int:
     for name in MODELS:
         results |= run(name, stages, shown, asked)
     with stages.stage("picture of the denoising"):
-        question = next(example.question for example in shown if example.task == "json")
-        forwards = draw(question, MODELS["LLaDA"][0] / "spiffy.json", PICTURE)
+        forwards = draw(question_to_draw(shown), MODELS["LLaDA"][0] / "spiffy.json", PICTURE)
         print(f"{', '.join(f'{name}: {n}' for name, n in forwards.items())} forwards: {PICTURE}")
     show(results, asked)
     num_different = count_differences(results)

@@ -12,7 +12,7 @@ import typer
 from benchmarks.__main__ import app as benchmarks
 from vllm_dllm.cli import main
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.draft.graph_file import calibrate_command
+from vllm_dllm.draft.provenance import calibrate_command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -156,6 +156,8 @@ def parse(command: str) -> None:
     """
     program = next(name for name in PROGRAMS if command.startswith(f"{name} "))
     found, words = typer.main.get_command(PROGRAMS[program]), shlex.split(command.removeprefix(program))
+    if words and any(words[0] in param.opts for param in found.params):  # an option of the program itself
+        return
     while commands := getattr(found, "commands", None):
         if not words or words[0] not in commands:
             raise UsageError(f"no command in {command}")

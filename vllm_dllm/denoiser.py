@@ -30,6 +30,7 @@ from vllm_dllm.unmask.head import Head
 from vllm_dllm.unmask.logprobs import LogprobHead, TokenLogprobs, Unmasked
 from vllm_dllm.unmask.memory import select
 from vllm_dllm.unmask.policy import asked_ids
+from vllm_dllm.unmask.unwritten import other_tokens
 from vllm_dllm.unmask.walk import NO_STATE, Kept, Nodes, Trajectory, Walk, walk
 
 POLICY_CANDIDATES = 2
@@ -128,14 +129,11 @@ class Denoiser:
             hidden, guidance = self.state.guidance.split(blocks.slots, nodes, hidden, twin_of)
         slots = nodes.per_evaluated(blocks.slots[:, None].expand(nodes.depth.shape)) if self.state.keeps_left else None
         rows = hidden if slots is None else self.state.predicting_rows(slots, hidden, fresh)
-        keeps_candidates = self.drafter is not None or self.observer is not None
-        num_candidates = MAX_CANDIDATES if keeps_candidates else POLICY_CANDIDATES
         remembered = self.state.policy_state(blocks)
         edits, keep = self.state.row_edits(blocks, nodes)
         asked = _asked(nodes, asked_ids(remembered), self.state.asks(blocks), self.state.rules.end_ids)
         ids = _row_ids(nodes, asked, edits, guidance)
-        sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
-        stats = self.head(rows, sampling, num_candidates, ids)
+        stats = self._reduced(blocks, nodes, rows, ids)
         params = self.state.policy_params(blocks)
         decide = self.walk if keep is None else partial(walk, keep=keep)
         done = decide(nodes, stats, params, self.state.mask_token_id, self.state.rules, remembered)
@@ -149,6 +147,26 @@ class Denoiser:
         if self.observer is not None:
             self.observer(Observation(blocks, nodes, done))
         return done
+
+    def _reduced(self, blocks: Blocks, nodes: Nodes, rows: Tensor, ids: RowIds | None) -> PartialStats:
+        """Return statistics of evaluated rows [num_rows, hidden_size], and what a policy asks besides that writes any.
+
+        Args:
+            blocks: of the requests.
+            nodes: their canvases.
+            rows: of the canvases.
+            ids: of the rows.
+        """
+        keeps_candidates = self.drafter is not None or self.observer is not None
+        written = self.state.apart.written(blocks.slots, blocks.slots_np)
+        num_candidates = MAX_CANDIDATES if keeps_candidates or written is not None else POLICY_CANDIDATES
+        sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
+        stats = self.head(rows, sampling, num_candidates, ids)
+        if written is None:
+            return stats
+        of_rows = nodes.per_evaluated(written[:, None].expand(-1, nodes.depth.shape[1], -1, -1)).flatten(0, 1)
+        others = other_tokens(self.head, rows, of_rows, self.state.mask_token_id, self.state.vocab_size)
+        return replace(stats, others=others)
 
     def void(self, blocks: Blocks, done: Trajectory, is_void: Tensor) -> Trajectory:
         """Undo the step of requests whose block was emitted before it began: their next block is as it was begun.

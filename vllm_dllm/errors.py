@@ -13,11 +13,24 @@ STRICT_LIKENESS = 0.85
 
 
 class ConfigError(ValueError):
-    """A setting of the user that cannot work."""
+    """A setting of the user that cannot work.
+
+    Attributes:
+        command: what to run next, said behind the message by `vllm-dllm`; None: the help of the command that was run.
+    """
+
+    command: str | None = None
+
+    def __init__(self, message: str, command: str | None = None) -> None:
+        super().__init__(message)
+        if command is not None:
+            self.command = command
 
 
 class GraphError(ConfigError):
     """A draft graph, in a file or in the settings, that cannot work."""
+
+    command = "vllm-dllm calibrate --help"
 
 
 class KernelUnavailable(RuntimeError):

@@ -8,7 +8,7 @@ import functools
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,7 +17,6 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from vllm_dllm.config import DllmConfig, InvalidOptionError, explain
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
 from vllm_dllm.draft.graph_file import (
-    calibrate_command,
     check_fit,
     default_graph,
     dump_graph,
@@ -26,6 +25,8 @@ from vllm_dllm.draft.graph_file import (
     refuse_repeated_keys,
 )
 from vllm_dllm.draft.graph_schema import ModelShape
+from vllm_dllm.draft.provenance import calibrate_command
+from vllm_dllm.draft.ranker_file import RankerFile, check_ranker, load_ranker
 from vllm_dllm.errors import ConfigError, did_you_mean_file, nearest
 from vllm_dllm.kv_settings import STRICT
 
@@ -45,6 +46,7 @@ class SpiffyConfig(BaseModel):
         method: says that the rest is ours.
         draft_graph: path of a draft graph's file, its content, or `default`: the shipped graph that suits the server's
             policy, model family and block length best.
+        ranker: path of a file of `vllm-dllm calibrate --ranker`, which says which positions come next; null: none does.
         budget: draft nodes that a step evaluates, the likeliest of the graph; `auto` chooses how many at every step.
         max_nodes: the most that `auto` may choose; null is 10. A fixed budget may not be larger.
         exactness: `exact` refuses KV policies under which the tokens could differ from those without speculation.
@@ -57,6 +59,9 @@ class SpiffyConfig(BaseModel):
         str | dict[Any, Any],
         Field(description="'default', the path of a file of `vllm-dllm calibrate`, and the content of such a file"),
     ] = DEFAULT_GRAPH
+    ranker: Annotated[
+        str | None, Field(description="null and the path of a file of `vllm-dllm calibrate --ranker`")
+    ] = None
     budget: Annotated[
         Literal["auto"] | Annotated[int, Field(ge=0, le=MAX_NODES)],
         Field(description=f"'auto' and whole numbers from 0 to max_nodes, at most {MAX_NODES}"),
@@ -93,6 +98,7 @@ class SpiffySettings:
         exactness: what is true of the tokens under the server's KV policy, not what was asked for.
         source: where the graph came from, for messages.
         warnings: sentences on how the graph could suit the server better.
+        ranker: the order ranker, whose readiness is the graph's; None: none.
     """
 
     graph: DraftGraph
@@ -101,12 +107,13 @@ class SpiffySettings:
     exactness: Exactness
     source: str
     warnings: tuple[str, ...]
+    ranker: RankerFile | None = None
 
 
 def read_speculative_config(value: object) -> object:
     """Return what a path or JSON text stands for; anything else is returned as it is.
 
-    The path of a draft graph that stands in a file is relative to this file.
+    The paths of a draft graph and a ranker that stand in a file are relative to this file.
 
     Raises: InvalidOptionError.
     """
@@ -133,10 +140,18 @@ def read_speculative_config(value: object) -> object:
         raise _unreadable(str(value), f"this is not JSON ({error})") from None
     if not isinstance(content, dict):
         raise _unreadable(str(value), "this holds no object")
-    path = content.get("draft_graph")
-    if folder is not None and isinstance(path, str) and path != DEFAULT_GRAPH:
-        content["draft_graph"] = str(folder / path)
-    return content
+    return content if folder is None else content | _from_folder(content, folder)
+
+
+def _from_folder(content: Mapping[str, object], folder: Path) -> dict[str, str]:
+    """Return the fields that are paths, relative to a folder."""
+    found = {name: content.get(name) for name in ("draft_graph", "ranker")}
+    is_word = found["draft_graph"] == DEFAULT_GRAPH
+    return {
+        name: str(folder / path)
+        for name, path in found.items()
+        if isinstance(path, str) and not (name == "draft_graph" and is_word)
+    }
 
 
 def _unreadable(value: str, reason: str, todo: str = "correct it") -> InvalidOptionError:
@@ -191,8 +206,13 @@ def parse_spiffy(given: Mapping[str, Any]) -> SpiffyConfig:
 def to_json_object(config: SpiffyConfig) -> dict[str, Any]:
     """Return what other processes need to make `SpiffySettings`, with the graph instead of its path.
 
-    Raises: GraphError for a graph that cannot be read.
+    A ranker's weights stay in their file, which every machine reads that serves, like the model's.
+
+    Raises: ConfigError for a graph or a ranker that cannot be read.
     """
+    if config.ranker is not None:
+        load_ranker(config.ranker)
+        config = config.model_copy(update={"ranker": str(Path(config.ranker).absolute())})
     given, source = config.draft_graph, f"{_NAME}.draft_graph"
     if given == DEFAULT_GRAPH:
         return {"config": config.model_dump(), "source": DEFAULT_GRAPH}
@@ -242,6 +262,10 @@ def spiffy_settings(
             *warnings,
             f"{_NAME}.budget is {config.budget}, but {source} has {len(graph)} nodes: so many are used",
         ]
+    ranker = None if config.ranker is None else load_ranker(config.ranker)
+    if ranker is not None:
+        said = check_ranker(ranker, server, graph.readiness, model=model, family=family, shape=shape)
+        warnings, graph = [*warnings, *said], replace(graph, readiness=ranker.readiness)
     most = config.max_nodes or DEFAULT_MAX_NODES if config.fixed_budget is None else config.fixed_budget
     return SpiffySettings(
         graph=graph,
@@ -250,6 +274,7 @@ def spiffy_settings(
         exactness=exactness,
         source=source,
         warnings=tuple(warnings),
+        ranker=ranker,
     )
 
 

@@ -41,13 +41,18 @@ void check_values(const ProposeNodesArgs& args, int64_t num_pairs) {
 }
 
 void check_requests(const std::vector<Tensor>& requests, const std::vector<Tensor>& state) {
-  check_count(kOp, "requests", requests, 2, "slots and start");
+  const size_t count = requests.size() == 3 ? 3 : 2;
+  check_count(kOp, "requests", requests, count, "slots and start, and with a ranker terms");
   check(!state.empty() && state[0].dim() == 2, kOp,
         "state must begin with canvas [num_slots, block_length]; give one canvas for each slot");
   check(requests[0].dim() == 1, kOp, "requests.slots must be [num_reqs], got ", shape(requests[0]),
         "; give one slot for each request");
   check_input("requests.slots", requests[0], ScalarType::Long, {requests[0].size(0)}, state[0]);
   check_input("requests.start", requests[1], ScalarType::Long, {requests[0].size(0)}, state[0]);
+  if (count == 3) {
+    check_input("requests.terms", requests[2], ScalarType::Double,
+                {requests[0].size(0), state[0].size(1), 1 + 2 * kReach}, state[0]);
+  }
 }
 
 void check_state(const std::vector<Tensor>& state, int64_t num_vocab_ranks) {
@@ -131,6 +136,7 @@ std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double>
       .is_one_by_one = is_one_by_one,
       .slots = requests[0].const_data_ptr<int64_t>(),
       .start = requests[1].const_data_ptr<int64_t>(),
+      .terms = requests.size() == 3 ? requests[2].const_data_ptr<double>() : nullptr,
       .canvas = canvas.const_data_ptr<int64_t>(),
       .token_ids = state[1].const_data_ptr<int64_t>(),
       .log_probs = state[2].const_data_ptr<double>(),

@@ -31,7 +31,7 @@ def test_what_is_wrong_is_told_at_once(words, part, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as ended:
         main()
     out, err = capsys.readouterr()
-    assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 2), err
     assert part in err
 
 

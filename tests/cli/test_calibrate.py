@@ -1,6 +1,7 @@
 """`vllm-dllm calibrate` without an engine: what it refuses, how it stops and goes on, what it writes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from vllm_dllm.cli import calibrate as command
 from vllm_dllm.cli import server_settings
 from vllm_dllm.draft.graph_file import load_graph
 from vllm_dllm.draft.graph_schema import ModelShape
+from vllm_dllm.draft.ranker_file import load_ranker
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.unmask.schedule import UnmaskRules
 
@@ -80,6 +82,22 @@ def test_writes_a_graph_with_its_provenance(prompts, decoded, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graph.json", "prompts.jsonl"]
 
 
+def test_trains_a_ranker_beside_the_graph(prompts, decoded, tmp_path):
+    output, ranker = tmp_path / "graph.json", tmp_path / "ranker.safetensors"
+    result = run(*options(prompts, output, "--ranker", ranker))
+    assert result.exit_code == 0, result.exception
+    found = re.search(r"comes next at ([\d.]+)% of the held-out steps, ([\d.]+)% with the ranker", result.output)
+    assert found
+    file, graph = load_ranker(ranker), load_graph(output)
+    assert (file.readiness, file.provenance) == (graph.graph.readiness, graph.provenance)
+    assert any(weight.any() for name, weight in file.weights.items() if name == "write.weight"), "it was trained"
+    names = ["graph.json", "prompts.jsonl", "ranker.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    # Without one the same prompts give another graph: the nodes of this one are those of the ranker's order.
+    assert run(*options(prompts, tmp_path / "plain.json")).exit_code == 0
+    assert load_graph(tmp_path / "plain.json").graph.counts != graph.graph.counts
+
+
 def test_stops_and_goes_on(prompts, decoded, tmp_path):
     output = tmp_path / "graph.json"
     decoded.append("stop")
@@ -132,6 +150,9 @@ def test_keeps_traces_and_uses_them_again(prompts, decoded, tmp_path):
         (["--budgets", "3,x"], "--budgets is '3,x'; allowed are whole numbers from 1 to 64"),
         (["--budgets", "0"], "--budgets is '0'; allowed"),
         (["--picture", "graph.jpg"], "--picture is 'graph.jpg'; allowed are paths that end in .svg or .png"),
+        (["--ranker", "ranker.bin"], "--ranker is ranker.bin, allowed are files whose names end in .safetensors"),
+        (["--ranker", "missing/r.safetensors"], "--ranker is 'missing/r.safetensors', but there is no folder"),
+        (["--ranker", "r.safetensors", "--policy", "random"], "--ranker is given with policy 'random', whose order"),
         (["-o", "missing/graph.json"], "--output is 'missing/graph.json', but there is no folder"),
     ],
 )

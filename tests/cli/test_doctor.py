@@ -31,7 +31,7 @@ def forget(monkeypatch: pytest.MonkeyPatch, *distributions: str) -> None:
 
 
 def entry_points(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    entries = [types.SimpleNamespace(name=name) for name in names]
+    entries = [types.SimpleNamespace(name=name, value="vllm_dllm.plugin:register") for name in names]
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
 
 

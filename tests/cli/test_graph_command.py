@@ -144,7 +144,7 @@ def test_check_fails_for_a_malformed_file(path: Path) -> None:
     status, _, err = run("graph", "check", path)
     assert status == 1
     assert err.startswith(f"{path}: nodes[3].formula[0][1] is 9")
-    assert err.count("\n") == 1
+    assert (err.count("\n"), err.count("\nnext: ")) == (2, 1)
 
 
 def test_check_of_a_graph_without_provenance(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_errors_end_as_one_line_and_status_2(tmp_path: Path, monkeypatch, capsys
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (2, "")
     assert err.startswith(f"{missing} is not a file")
-    assert err.count("\n") == 1
+    assert (err.count("\n"), err.count("\nnext: ")) == (2, 1)
 
 
 def test_the_program_starts_without_torch_and_vllm() -> None:

@@ -1,4 +1,4 @@
-"""What an impatient user gives to the commands ends as one line and exit status 2, before anything slow is loaded."""
+"""What an impatient user gives to a command ends as one line, a next command and status 2, before anything slow."""
 
 import json
 import sys
@@ -63,7 +63,7 @@ def test_a_model_that_cannot_be_read(command: str, model: str, part: str, monkey
         "check": ("graph", "check", GRAPH, "--model", model),
     }
     status, out, err = run(monkeypatch, capsys, *words[command])
-    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert (status, out, err.count("\n"), err.count("\nnext: ")) == (2, "", 2, 1), err
     assert part in err
 
 

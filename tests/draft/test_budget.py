@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_dllm.draft.budget import DECIDE_EVERY, EXPLORE_EVERY, EXPLORE_SHARES, BudgetRule, CostCurve
+from vllm_dllm.draft.budget import DECIDE_EVERY, EXPLORE_EVERY, EXPLORE_SHARES, BudgetRule, CostCurve, Factors
 from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.graph import DraftGraph
 
@@ -214,6 +214,31 @@ def test_exploration_stays_in_its_share() -> None:
     assert all(index % EXPLORE_EVERY == 0 for index in tries)
     assert speed > 1 - 2 * EXPLORE_SHARES[1]  # the share is of what it expects to lose
     assert sum(EXPLORE_SHARES) <= 0.02
+
+
+def test_a_step_of_other_requests_is_decided_anew() -> None:
+    """What fills a graph with one request's drafts begins another with two's."""
+    rule = BudgetRule([0.0, 0.5, 0.9, 1.2, 1.4, 1.5], 32)
+    rule.curve = CostCurve(((192, 1.0), (384, 3.0)), num_captured=2)
+    alone = [rule.choose(1, 5, num_without=1) for _ in range(DECIDE_EVERY)][-1]
+    assert [alone, rule.choose(2, 5), rule.choose(1, 5, num_without=1)] == [4, 2, 4]
+
+
+def test_a_budget_that_disappoints_is_left_after_one_step() -> None:
+    rule, budgets = rule_of(chain(8), flat), []
+    for _ in range(DECIDE_EVERY + 1):
+        budgets.append(rule.choose(1, 8))
+        rule.observe(1, budgets[-1], 1.0, linear(B * (1 + budgets[-1])))
+    assert budgets[-2] == 8
+    assert budgets[-1] < 8
+
+
+def test_a_mean_of_many_requests_teaches_as_much_as_they_would_in_turn() -> None:
+    one, many = Factors(rate=0.01, trust=20), Factors(rate=0.01, trust=20)
+    for _ in range(16):
+        one.observe(3, 0.0, is_usual=True)
+    many.observe(3, 0.0, is_usual=True, num=16)
+    assert many.of(3) == pytest.approx(one.of(3)) == pytest.approx(20 / 36)
 
 
 def test_small_gains_do_not_make_it_flip() -> None:

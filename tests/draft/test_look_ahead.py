@@ -106,7 +106,7 @@ def decode(
     is_native: bool,
 ) -> list[Row]:
     """Decode some requests, from slots of one state."""
-    state = CanvasState(len(requests), model.block_length, MASK, CPU, SDAR)
+    state = CanvasState(len(requests), model.block_length, MASK, CPU, SDAR, vocab_size=VOCAB)
     rows = [Row(request, slot, state, num_blocks) for slot, request in enumerate(requests)]
     state.apply_staged_writes()
     drafter = drafter_of(drafts, is_native=is_native)

@@ -85,6 +85,31 @@ def test_the_last_chunk_has_the_numbers_of_the_whole_reply(served: Any) -> None:
         assert not any(chunk.get("kv_transfer_params") for chunk in others)
 
 
+def test_canvases_say_how_sure_their_tokens_are_and_what_was_done_so_far(served: Any) -> None:
+    client, _ = served
+    chunks = chunks_of(client, CASE, SHOWN, logprobs=0)
+    final = [
+        p
+        for chunk in chunks
+        for choice in chunk["choices"]
+        for p in (choice["logprobs"] or {}).get("token_logprobs", ())
+    ]
+    canvases = [chunk["dllm_canvas"] for chunk in chunks if chunk.get("dllm_canvas")]
+    num_known = 0
+    for canvas in canvases:
+        for i, (token, p) in enumerate(zip(canvas["token_ids"], canvas["logprobs"], strict=True)):
+            assert p == (None if token is None else final[canvas["start"] + i])
+            num_known += token is not None
+    assert num_known > 0
+    totals = chunks[-1]["kv_transfer_params"]["dllm"]
+    for name in ("nfe", "nfe_refresh", "proposed", "accepted"):
+        so_far = [canvas[name] for canvas in canvases]
+        assert so_far == sorted(so_far)
+        assert 0 <= so_far[-1] <= totals[name]
+    assert len({canvas["nfe"] for canvas in canvases}) == len(canvases)
+    assert not any("logprobs" in chunk.get("dllm_canvas", {}) for chunk in chunks_of(client, CASE, SHOWN))
+
+
 def test_who_did_not_ask_sees_nothing(served: Any) -> None:
     """Watched and others in one batch, several prompts and completions: all get their own."""
     client, expected = served

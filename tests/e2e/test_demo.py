@@ -8,15 +8,19 @@ from xml.etree import ElementTree
 
 import pytest
 
+from vllm_dllm.studio.page import recording_of
+
 pytestmark = [pytest.mark.engine, pytest.mark.slow("demo"), pytest.mark.xdist_group("server")]
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "build/denoising.svg"
+PAGE = ROOT / "build/denoising.html"
 
 
 @pytest.fixture(scope="module")
 def printed() -> str:
     PICTURE.unlink(missing_ok=True)
+    PAGE.unlink(missing_ok=True)
     command = [sys.executable, str(ROOT / "examples/demo.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -65,3 +69,12 @@ def test_picture_shows_both(printed: str) -> None:
     assert {f"without drafts: {without} forwards", f"Spiffy: {drafted} forwards", "accepted draft"} <= set(texts)
     assert texts.count("emu") > 2  # the answer's last word, in either half
     assert int(root.get("width")) <= 830
+
+
+def test_a_recording_is_left_behind(printed: str) -> None:
+    assert f"watch it denoise: {PAGE}" in printed
+    runs = recording_of(PAGE.read_text())["runs"]
+    taken = [run["events"][-2][1]["kv_transfer_params"]["dllm"] for run in runs]
+    texts = ["".join(c["delta"].get("content") or "" for _, e in run["events"] for c in e["choices"]) for run in runs]
+    assert texts[0] == texts[1] != ""
+    assert (taken[0]["nfe"] < taken[1]["nfe"], taken[0]["accepted"] > 0, taken[1]["proposed"]) == (True, True, 0)

@@ -58,7 +58,12 @@ class Patient:
 def _installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Install the page's package, and one that is broken."""
     site = tmp_path_factory.mktemp("site")
+    example = Path(__file__).parents[2] / "examples/own_policy"
     blocks = dict(re.findall(r"^```(python|toml)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL))
+    assert blocks == {
+        "python": (example / "patient_policy.py").read_text(),
+        "toml": (example / "pyproject.toml").read_text(),
+    }
     project = tomllib.loads(blocks["toml"])["project"]
     offered = project["entry-points"][registry.GROUP] | {"broken": "broken_policy:BROKEN"}
     (site / "patient_policy.py").write_text(blocks["python"])

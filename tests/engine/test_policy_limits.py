@@ -45,7 +45,7 @@ def test_a_policys_parameters_are_the_requests_the_servers_or_published() -> Non
 
 
 def test_a_policy_that_takes_tokens_back_takes_no_draws_words_or_structure() -> None:
-    changing = {"saber", "rcr", "remdm", "editing", "eotp", "learn2pd_eotp"}
+    changing = {"saber", "rcr", "remdm", "editing", "indel", "eotp", "learn2pd_eotp"}
     for policy in changing:
         refuse_beside_policy(SamplingParams(temperature=0), policy, NONE)
         with pytest.raises(
@@ -88,7 +88,7 @@ def test_where_a_blocks_first_position_has_no_row_of_its_own_nobody_looks_at_it_
     refused = {
         family.architecture: {name for name in (*NATIVE, *BUILT_IN) if is_refused(name, family)} for family in FAMILIES
     }
-    changing = {"saber", "rcr", "remdm", "editing", "eotp", "learn2pd_eotp"}
+    changing = {"saber", "rcr", "remdm", "editing", "indel", "eotp", "learn2pd_eotp"}
     looking = {name for name in BUILT_IN if needs_file(name) or torch_policy(name).asks_known}
     stored = {family.architecture: family.logit_shift for family in FAMILIES if family.stores_alone}
     assert sorted(stored.values()) == [False, True]  # Nemotron, Fast-dLLM v2

@@ -98,6 +98,11 @@ LLADA2 = {
     **{"score_function": "sigmoid", "norm_topk_prob": True, "moe_router_enable_expert_bias": True},
     **{"partial_rotary_factor": 0.5, "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True},
 }
+LLADA22 = {
+    **{name: value for name, value in LLADA2.items() if name not in ("n_group", "topk_group")},
+    **{"expert_capacity": 4, "block_size": 4, "moe_shared_expert_intermediate_size": 56},
+    **{"delete_token_id": 6, "split_token_id": 7},
+}
 WEDLM = DREAM | {"architectures": ["WeDLMForCausalLM"], "model_type": "wedlm", "attention_bias": False}
 TINY: dict[str, dict[str, Any]] = {
     "llada": LLADA,
@@ -110,6 +115,7 @@ TINY: dict[str, dict[str, Any]] = {
     "nemotron": NEMOTRON,
     "fast_dllm": FAST_DLLM,
     "llada2": LLADA2,
+    "llada22": LLADA22,
 }
 
 

@@ -84,11 +84,13 @@ OTHER_ARITHMETIC["sdar_moe"] = {
     "shared_expert_intermediate_size": (8,),
 }
 OTHER_ARITHMETIC["llada2"] = {
-    "expert_capacity": (48, 0),
+    "block_size": (0, "4"),
+    "delete_token_id": (5, -1),  # alone
+    "expert_capacity": (48, 2, 0),
     "first_k_dense_replace": (-1, None, True, "1"),
     "image_token_offset": (157184,),
     "moe_router_enable_expert_bias": (False,),
-    "moe_shared_expert_intermediate_size": (8, 0),
+    "moe_shared_expert_intermediate_size": (0,),
     "n_group": (3, 8, 0, None, 2.0),
     "norm_head": (True,),
     "norm_topk_prob": (False,),

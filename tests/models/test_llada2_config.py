@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models.in_process import LLADA2, load, make_model, read_config, reference_of, vllm_alone
+from tests.models.in_process import LLADA2, LLADA22, load, make_model, read_config, reference_of, vllm_alone
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.checkpoint_tensors import needed_tensors
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE
@@ -131,9 +131,41 @@ def test_merged_experts_of_fine_tuning_are_refused(tmp_path: Path) -> None:
         EngineArgs(model=str(tmp_path), skip_tokenizer_init=True).create_engine_config()
 
 
-def test_what_the_fields_of_llada22_ask_for_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"expert_capacity .* is 48, allowed are null, as routing by blocks"):
-        LLaDA2Config(**FLASH | {"expert_capacity": 48})
+FLASH22 = {name: value for name, value in FLASH.items() if name not in ("n_group", "topk_group")}
+FLASH22 |= {"expert_capacity": 48, "max_position_embeddings": 131072, "rope_theta": 3e6}
+
+
+def test_llada22_says_its_blocks_and_its_tokens() -> None:
+    """A file that does not name them has those of the published model, by its vocabulary."""
+    config = LLaDA2Config(**FLASH22)
+    assert (config.block_size, config.expert_capacity) == (32, 48)
+    assert (config.delete_token_id, config.split_token_id) == (156930, 156931)
+    assert config.decoding_defaults == {
+        **{"policy": "indel", "threshold": 0.5},
+        **{"indel_delete": 156930, "indel_split": 156931},
+    }
+    assert LLaDA2Config(**FLASH).decoding_defaults == {}
+    other = LLaDA2Config(**FLASH22 | {"vocab_size": 157000, "mask_token_id": 3})
+    assert (other.delete_token_id, other.decoding_defaults) == (None, {})
+    assert LLaDA2Config(**FLASH22 | {"moe_shared_expert_intermediate_size": 7}).shared_expert_intermediate_size == 7
+    named = {"delete_token_id": 7, "split_token_id": 8, "block_size": 16}
+    config = LLaDA2Config(**FLASH22 | named)
+    assert {name: getattr(config, name) for name in named} == named
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"expert_capacity": 7}, r"^expert_capacity .* is 7, but a token has 8 of 256 experts; allowed are numbers"),
+        ({"expert_capacity": 257}, r"^expert_capacity .* is 257, but a token has 8 of 256 experts"),
+        ({"delete_token_id": 7}, r"^delete_token_id and split_token_id .* are 7 and None, .* three different ids"),
+        ({"delete_token_id": 7, "split_token_id": 7}, r"^delete_token_id and split_token_id .* are 7 and 7"),
+        ({"delete_token_id": 7, "split_token_id": 157184}, r"^split_token_id .* is 157184, but the vocabulary has"),
+    ],
+)
+def test_what_llada22_cannot_do_is_told(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        LLaDA2Config(**FLASH22 | changes)
 
 
 def test_the_family_says_the_published_decoder() -> None:
@@ -175,6 +207,36 @@ def test_vllm_chooses_the_references_experts(groups: tuple[int, int, int], folde
             alone, weight = routed(model, logits[row : row + 1])
             assert torch.equal(alone[0], chosen[row])
             torch.testing.assert_close(weight[0], weights[row], rtol=1e-6, atol=0)  # sums of other lengths round so
+
+
+@pytest.mark.parametrize(("capacity", "per_token", "block_size"), [(4, 3, 4), (3, 3, 5), (8, 2, 7), (5, 1, 1)])
+def test_vllm_chooses_the_experts_of_a_block(capacity: int, per_token: int, block_size: int, folder: Path) -> None:
+    """The reference's, with random scores and with ties; a block is routed alone as among others, whole or cut."""
+    fields = LLADA22 | {"expert_capacity": capacity, "num_experts_per_tok": per_token, "block_size": block_size}
+    model = make_model(read_config(folder, fields).hf_config)
+    gate = Gate(ReferenceConfig.from_json(folder / "config.json"))
+    gate.weight = nn.Parameter(torch.eye(8))
+    load(model, reference_of(fields, folder).state_dict())
+    generator = torch.Generator().manual_seed(5)
+    random = torch.randn(40 * block_size - (block_size > 1), 8, generator=generator)
+    ties = torch.randint(0, 2, (40 * block_size, 8), generator=generator).float()
+    bias = torch.randint(0, 2, (8,), generator=generator) / 4
+    num_sets = set()
+    for logits, own in ((random, random[0]), (ties, bias), (torch.zeros(3, 8), torch.zeros(8))):
+        model.model.layers[1].mlp.gate.expert_bias.data.copy_(own)
+        gate.expert_bias.data = own.clone()
+        chosen, weights = routed(model, logits)
+        expected, expected_weights = gate(logits)
+        order = expected.argsort(1)
+        assert torch.equal(chosen, expected.gather(1, order))
+        torch.testing.assert_close(weights, expected_weights.gather(1, order), rtol=1e-6, atol=0)
+        for block, its, weight in zip(*(x.split(block_size) for x in (logits, chosen, weights)), strict=True):
+            assert len(its.unique()) <= capacity
+            alone, own_weight = routed(model, block)
+            assert torch.equal(alone, its)
+            torch.testing.assert_close(own_weight, weight, rtol=1e-6, atol=0)
+            num_sets.add(tuple(its.unique().tolist()))
+    assert len(num_sets) > 3 or capacity == 8
 
 
 def test_scores_are_of_float32(folder: Path) -> None:

@@ -215,8 +215,7 @@ def arguments(given: Case, num_drafts: int, *, looks_ahead: bool = False, seq_le
     packed = [getattr(graph.packed, field.name) for field in fields(graph.packed)]
     readiness, num_reqs = given.graph.readiness, len(roots.canvas)
     weights = [readiness.slope, *readiness.near, readiness.bias]
-    generator = torch.Generator().manual_seed(num_reqs)
-    slots = torch.randperm(num_reqs + NUM_OTHERS, generator=generator)[:num_reqs]
+    slots = torch.randperm(num_reqs + NUM_OTHERS, generator=torch.Generator().manual_seed(num_reqs))[:num_reqs]
 
     def by_slot(values: Tensor) -> Tensor:
         others = values.new_zeros(num_reqs + NUM_OTHERS, *values.shape[1:])
@@ -232,7 +231,8 @@ def arguments(given: Case, num_drafts: int, *, looks_ahead: bool = False, seq_le
         params = [by_slot(each) for each in (policy, noise.seed, noise.top_k, noise.temperature, noise.top_p)]
     state = [by_slot(each) for each in (roots.canvas, *memory)]
     counts = (graph.is_one_by_one, graph.num_vocab_ranks, num_drafts)
-    return [packed, weights, [slots, start], state, params, *counts, looks_ahead, MASK, given.sub_block_length]
+    requests = [slots, start] if roots.terms is None else [slots, start, roots.terms]
+    return [packed, weights, requests, state, params, *counts, looks_ahead, MASK, given.sub_block_length]
 
 
 @pytest.mark.parametrize("is_noisy", [False, True], ids=["greedy", "noisy"])
@@ -291,7 +291,7 @@ WRONG = {
     "nodes": ((0, 0, lambda t: t[:, :4]), "graph.nodes must be [{n}, 5], got [{n}, 4]; sizes follow from"),
     "pairs": ((0, 1, lambda t: t.long()), "graph.pairs must be Int, got Long; convert it with .to()"),
     "readiness": ((1, slice(3)), "readiness must be 4 numbers, got 3; give slope, near[0], near[1] and bias"),
-    "requests": ((2, slice(1)), "requests must be 2 tensors, got 1; give slots and start"),
+    "requests": ((2, slice(1)), "requests must be 2 tensors, got 1; give slots and start, and with a ranker terms"),
     "slots": ((2, 0, lambda t: t + 99), "allowed are 0..15; give the slots of the requests"),
     "start": ((2, 1, lambda t: t[1:]), "requests.start must be [13], got [12]; sizes follow from requests.slots"),
     "state": ((3, slice(5)), "state must be 6 tensors, got 5; give canvas, token_ids, log_probs, was_masked, is_known"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.draft.test_ranker import make_ranker
 from tests.ops.test_propose_nodes import CPU, MASK, STEPS, arguments, case
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.native import native_nodes, torch_nodes
@@ -14,7 +15,7 @@ from vllm_dllm.unmask.policy import POLICY_IDS
 
 @pytest.mark.parametrize("tokens_per_step", STEPS)
 def test_the_canvases_of_slots_equal_those_of_torch(tokens_per_step):
-    """As the engine keeps them; some slots have no step behind them, some blocks are the last."""
+    """As the engine keeps them; some slots have no step behind them, some blocks are the last, some have a ranker."""
     for seed in range(8):
         given = case(8, tokens_per_step, seed, is_noisy=seed % 2 == 1)
         call = arguments(given, 4, seq_len=24)
@@ -29,7 +30,7 @@ def test_the_canvases_of_slots_equal_those_of_torch(tokens_per_step):
             its.copy_(wanted)
         memory.is_known[slots[::3]] = False
         blocks = Blocks(slots, slots.numpy(), 8 * (slots % 3))
-        graph = compile_graph(given.graph, CPU)
+        graph = compile_graph(given.graph, CPU, make_ranker("small", seed) if seed % 4 > 1 else None)
         for num_drafts, looks_ahead in ((0, False), (4, False), (4, True)):
             expected, nodes = (
                 way(graph, state, memory, blocks, num_drafts, looks_ahead) for way in (torch_nodes, native_nodes)

@@ -155,3 +155,48 @@ def test_ties_are_decided_by_the_token_alone(levels):
 def test_one_expert_is_not_renormalised():
     chosen, weights = gate_of_logits(num_experts_per_tok=1)(torch.tensor([[0.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]))
     assert (chosen.item(), weights.item()) == (1, pytest.approx(2.5 / (1 + math.exp(-3))))
+
+
+def of_block_in_scalars(
+    logits: list[list[float]], bias: list[float], capacity: int, count: int
+) -> list[dict[int, float]]:
+    """Return the weights of each token's experts in a block of LLaDA2.2; the lower of equals first."""
+    scores = [[1 / (1 + math.exp(-logit)) for logit in row] for row in logits]
+    value = [[score + b for score, b in zip(row, bias, strict=True)] for row in scores]
+    experts = sorted(range(len(bias)), key=lambda i: (-max(row[i] for row in value), i))[:capacity]
+    found = []
+    for row, own in zip(value, scores, strict=True):
+        chosen = sorted(experts, key=lambda i: (-row[i], i))[:count]
+        found.append({i: own[i] / sum(own[j] for j in chosen) * 2.5 for i in chosen})
+    return found
+
+
+def test_a_block_chooses_experts_together():
+    """Blocks that stand behind each other choose apart; the last one may be short."""
+    generator = torch.Generator().manual_seed(2)
+    gate = gate_of_logits(expert_capacity=4, block_size=5)
+    differs = 0
+    for _ in range(40):
+        logits, bias = torch.randn(13, 8, generator=generator) * 2, torch.randn(8, generator=generator) * 0.4
+        gate.expert_bias.data = bias
+        chosen, weights = gate(logits)
+        blocks = (block.tolist() for block in logits.split(5))
+        expected = [its for block in blocks for its in of_block_in_scalars(block, bias.tolist(), 4, 3)]
+        for own, weight, its in zip(chosen.tolist(), weights.tolist(), expected, strict=True):
+            assert dict(zip(own, weight, strict=True)) == pytest.approx(its, rel=1e-5)
+            differs += set(own) != set(chosen_in_scalars(logits[0].tolist(), bias.tolist(), 8, 1, 3))
+    assert differs > 100
+
+
+def test_drafts_of_a_block_are_routed_apart():
+    torch.manual_seed(0)
+    model = randomised(LLaDA2(config(expert_capacity=4, block_size=4, moe_shared_expert_intermediate_size=9)))
+    blocks = torch.randint(5, 37, (6, 4))
+    with torch.no_grad():
+        together = model(blocks)[0]
+        alone = torch.stack([model(block)[0] for block in blocks])
+        assert_close(together, alone, **ROUNDING)
+        whole = model(blocks[0].repeat(2), visible=block_causal(8, 4))[0]
+        assert_close(whole[:4], alone[0], **ROUNDING)
+        with pytest.raises(ValueError, match="start is 6, inside a block of 4"):
+            model(blocks[0], 6)

@@ -28,7 +28,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("vllm_dllm/denoiser.py", "vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/ops/**"),
         *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**"),
     ),
-    "demo": ("examples/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
+    "demo": ("examples/**", "vllm_dllm/studio/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
+    "examples": (
+        *("examples/*.py", "examples/*.sh", "vllm_dllm/cli/**", "vllm_dllm/spiffy_config.py"),
+        *("vllm_dllm/engine/front_end.py", "tests/e2e/test_examples.py"),
+    ),
     "fields": ("vllm_dllm/models/**", "vllm_dllm/reference/**", "tests/models/*"),
     "fuzz": (
         *("vllm_dllm/config.py", "vllm_dllm/engine/request.py", "tests/e2e/test_spiffy_config.py"),

@@ -20,7 +20,8 @@ from tests.unmask.torch_policies import Own, decode
 from vllm_dllm.cli.server_settings import given_parameters
 from vllm_dllm.config import InvalidOptionError, parse_request_options, parse_server_settings
 from vllm_dllm.denoiser import Denoiser
-from vllm_dllm.draft.graph_file import GraphFile, calibrate_command, decoding_settings, dump_graph, parse_graph
+from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
+from vllm_dllm.draft.provenance import calibrate_command, decoding_settings
 from vllm_dllm.errors import ConfigError, GraphError
 from vllm_dllm.request_checks import check_policy_options
 from vllm_dllm.state.apart import ApartState
@@ -145,8 +146,7 @@ def test_a_graph_file_keeps_its_parameters(install: Callable[..., None]) -> None
     graph = json.loads(dump_graph(GraphFile(CHAIN, PROVENANCE)))
     graph["provenance"]["settings"] = settings.model_dump()
     read = parse_graph(graph).provenance
-    assert read is not None
-    assert read.settings == settings
+    assert getattr(read, "settings", None) == settings
     graph["provenance"]["settings"]["steady_pace"] = 0
     with pytest.raises(GraphError, match=r"provenance.settings.steady_pace is 0, allowed are whole numbers from 1"):
         parse_graph(graph)

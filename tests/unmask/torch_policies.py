@@ -21,6 +21,7 @@ from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.dit_rule import DitConfidence, Taken
 from vllm_dllm.reference.editing_rule import Editing
 from vllm_dllm.reference.end_of_text_rule import Eotp, Learn2PdEotp, Reply
+from vllm_dllm.reference.indel_rule import Indel
 from vllm_dllm.reference.remasking_rules import Rcr, Remdm, Saber
 from vllm_dllm.reference.rules import Rule, generate
 from vllm_dllm.reference.threshold_rules import Ass, EntropyThreshold, Eoser, EosLast, Hierarchy, LocalLeap
@@ -166,7 +167,8 @@ def decode(
         made = denoiser.advance(blocks, nodes, hidden)
         emission = denoiser.settle(blocks, nodes, made, Ledger(len(slots), known, torch.full_like(known, length)))
         for place, slot in enumerate(slots.tolist()):
-            own = done[slot]
+            own, taken = done[slot], made.path[place][made.path[place] >= 0].tolist()
+            assert len(taken) == len(set(taken)), "each draft comes true once"
             own.failed = bool(emission.report[place, Column.FAULTS])
             own.steps += int(made.num_steps[place])
             own.forwards += int(emission.report[place, Column.FORWARDS])
@@ -236,6 +238,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "adablock": AdaBlock,
     "deferred": Deferred,
     "editing": Editing,
+    "indel": Indel,
 }
 """Policies -> their plain statements."""
 
@@ -286,6 +289,12 @@ def drawn(policy: str, rng: random.Random) -> Own:
             "threshold": rng.choice([0.0, 0.3, 0.6, 0.9]),
             "post_steps": rng.choice([0, 1, 2, 16]),
             "least": rng.choice([1, 1, 2]),
+        },
+        "indel": {
+            "edit_threshold": rng.choice([0.0, 0.0, 0.3, 0.7]),
+            "post_steps": rng.choice([0, 1, 2, 16]),
+            "delete": 8,
+            "split": 9,
         },
         "ccd": {"ratio": rng.choice([0.5, 2.0, 4.0])},
         "remdm": {"loops": rng.choice([0, 1, 4]), "number": rng.choice([1, 2, 3])},

@@ -17,6 +17,7 @@ from vllm_dllm import noise
 from vllm_dllm.calibrate.select import FutureStates
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.draft.graph import MAX_CANDIDATES, Formula, Pair
+from vllm_dllm.draft.ranker import OrderRanker
 from vllm_dllm.draft.readiness import Readiness
 from vllm_dllm.unmask.schedule import UnmaskRules
 
@@ -33,6 +34,11 @@ class Decoding:
     is_random: bool = False  # the policy `random`
     readiness: Readiness = field(default_factory=Readiness)
     rules: UnmaskRules = field(default_factory=UnmaskRules)
+    ranker: OrderRanker | None = None
+
+    def terms(self, log_probs: Tensor, is_masked: Tensor, is_new: Tensor) -> Tensor | None:
+        """Return what the ranker adds, see `OrderRanker.terms`; None without one."""
+        return None if self.ranker is None else self.ranker.terms(log_probs, is_masked, is_new)
 
 
 def anchor_paths(traces: Iterable[PromptTrace], decoding: Decoding) -> list[FutureStates]:
@@ -94,9 +100,10 @@ def _orders(
     """
     ids = torch.from_numpy(block.token_ids[anchor].astype(np.int64))[None, :, :MAX_CANDIDATES]
     log_probs = torch.from_numpy(block.log_probs[anchor])[None, :, :MAX_CANDIDATES]
-    is_new = torch.from_numpy(is_masked[anchor] & ~is_masked[anchor + 1])
+    is_new = torch.from_numpy(is_masked[anchor] & ~is_masked[anchor + 1])[None]
+    terms = decoding.terms(log_probs, torch.from_numpy(is_masked[anchor + 1])[None], is_new)
     if decoding.temperature == 0 and not decoding.is_random:
-        return ids.numpy(), _best_first(decoding.readiness.log_odds(log_probs[..., 0], is_new))
+        return ids.numpy(), _best_first(decoding.readiness.log_odds(log_probs[..., 0], is_new, terms))
     positions = torch.arange(block.start, block.start + ids.shape[1])
     seeds, left = torch.tensor(seed), torch.from_numpy(num_left)[:, None]
     keys = noise.stream_keys(seeds, positions, left)  # [num_draws, block_length]
@@ -106,7 +113,7 @@ def _orders(
     if decoding.is_random:
         return drawn.numpy(), _best_first(noise.uniform(keys, torch.tensor(noise.STREAM)))
     confidence = log_probs.expand_as(scores).gather(-1, order)[..., 0]
-    return drawn.numpy(), _best_first(decoding.readiness.log_odds(confidence, is_new.expand_as(confidence)))
+    return drawn.numpy(), _best_first(decoding.readiness.log_odds(confidence, is_new.expand_as(confidence), terms))
 
 
 def _best_first(scores: Tensor) -> NDArray[np.int64]:

@@ -114,7 +114,9 @@ def _block_drafts(
     canvas = torch.from_numpy(block.canvas.astype(np.int64))
     is_masked = canvas == decoding.mask_token_id
     ids, log_probs = torch.from_numpy(block.token_ids[:-1].astype(np.int64)), torch.from_numpy(block.log_probs[:-1])
-    roots = Roots(canvas[1:-1], is_masked[1:-1], is_masked[:-2] & ~is_masked[1:-1], Candidates(ids, log_probs))
+    is_new = is_masked[:-2] & ~is_masked[1:-1]
+    terms = decoding.terms(log_probs, is_masked[1:-1], is_new)
+    roots = Roots(canvas[1:-1], is_masked[1:-1], is_new, Candidates(ids, log_probs), terms)
     drafts = propose(graph, roots, draft_noise)
     return BlockDrafts(
         num_steps=block.num_steps,

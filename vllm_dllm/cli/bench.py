@@ -22,7 +22,7 @@ from vllm_dllm.cli.bench_options import (
     Prompts,
     SkipPrompts,
 )
-from vllm_dllm.cli.console import print_line
+from vllm_dllm.cli.console import examples, print_line
 from vllm_dllm.cli.inputs import Dtype, check_matplotlib, make_folder
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
@@ -62,7 +62,12 @@ _KvCacheMib = Annotated[
 ]
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "vllm-dllm bench decode --model GSAI-ML/LLaDA-8B-Instruct --prompts prompts.jsonl --graph graph.json",
+        "vllm-dllm bench decode --model MODEL --prompts prompts.jsonl --policy static,threshold --chain ''",
+    )
+)
 def decode(  # noqa: PLR0913 - the options of a command
     model: Model,
     prompts: Prompts,

@@ -17,6 +17,7 @@ from rich.text import Text
 from vllm_dllm import __version__
 from vllm_dllm.calibrate.prompts import Prompts, read_prompts
 from vllm_dllm.calibrate.select import Objective
+from vllm_dllm.cli.calibrate_ranker import check_ranker_file, train
 from vllm_dllm.cli.console import counted, waiting_for
 from vllm_dllm.cli.inputs import Dtype, check_file, check_picture
 from vllm_dllm.cli.server_settings import (
@@ -40,12 +41,14 @@ from vllm_dllm.draft.graph import MAX_NODES, DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, save_graph
 from vllm_dllm.draft.graph_schema import PromptsFile, Provenance, Versions
 from vllm_dllm.draft.picture import draw_graph, title_of
+from vllm_dllm.draft.ranker_file import RankerFile, save_ranker
 from vllm_dllm.errors import ConfigError
 
 if TYPE_CHECKING:  # torch and vLLM are loaded when the command runs
     from vllm_dllm.calibrate.build import Prediction
     from vllm_dllm.calibrate.record import TraceFile
     from vllm_dllm.calibrate.trace import PromptTrace
+    from vllm_dllm.draft.ranker import OrderRanker
     from vllm_dllm.engine.recording import ModelFacts
 
 DEFAULT_GEN_LENGTH = 256
@@ -84,6 +87,9 @@ def calibrate(  # noqa: PLR0913 - the options of a command
     kv_cache_memory_bytes: Annotated[
         int | None, typer.Option(min=1, help="Of the engine; as much as --concurrency needs unless given.")
     ] = None,
+    ranker: Annotated[
+        Path | None, typer.Option(help="Also train an order ranker into this .safetensors file, for the same server.")
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
     keep_traces: Annotated[bool, typer.Option("--keep-traces", help="Keep the traces file when done.")] = False,
 ) -> None:
@@ -91,15 +97,13 @@ def calibrate(  # noqa: PLR0913 - the options of a command
 
     Interrupt it at will: the same command goes on where it was.
     """
-    check_file("--output", output)
-    if picture is not None:
-        check_picture("--picture", picture)
     given = given_settings(policy, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block)
     plan = Plan(
         model=model,
         prompts=read_prompts(prompts, samples),
         output=output,
         picture=picture,
+        ranker=ranker,
         settings=server_settings(model, given | given_parameters(parameter)),
         gen_length=gen_length or DEFAULT_GEN_LENGTH,
         temperature=temperature,
@@ -112,8 +116,7 @@ def calibrate(  # noqa: PLR0913 - the options of a command
         dtype=dtype,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
     )
-    if len(plan.prompts.conversations) < 2:
-        raise ConfigError(f"{plan.prompts.path} has one prompt; give two or more, since some of them are held out")
+    _check(plan)
     _run(_fitted(plan, is_default=gen_length is None), keep_traces)
 
 
@@ -125,6 +128,7 @@ class Plan:
     prompts: Prompts
     output: Path
     picture: Path | None
+    ranker: Path | None
     settings: DllmConfig
     gen_length: int
     temperature: float
@@ -150,6 +154,17 @@ class Plan:
             "dtype": self.dtype,
             **self.settings.model_dump(mode="json", exclude={"attention"}),  # which changes no token
         }
+
+
+def _check(plan: Plan) -> None:
+    """Check what can be checked before an engine starts. Raises: ConfigError."""
+    check_file("--output", plan.output)
+    if plan.picture is not None:
+        check_picture("--picture", plan.picture)
+    if plan.ranker is not None:
+        check_ranker_file(plan.ranker, plan.output, plan.settings)
+    if len(plan.prompts.conversations) < 2:
+        raise ConfigError(f"{plan.prompts.path} has one prompt; give two or more, since some of them are held out")
 
 
 def _budgets(text: str, num_nodes: int) -> tuple[int, ...]:
@@ -185,8 +200,8 @@ def _run(plan: Plan, keep_traces: bool) -> None:
             text = f"stopped after {done} of {all_prompts} prompts; the same command goes on from there"
             Console(stderr=True).print(Text(text, style="yellow"), soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
-        graph, prediction = _build(plan, facts, list(trace_file.traces.values()))
-        _write(plan, facts, graph, prediction)
+        graph, prediction, ranker = _build(plan, facts, list(trace_file.traces.values()))
+        _write(plan, facts, graph, prediction, ranker)
         if not keep_traces:
             trace_file.remove()
 
@@ -222,19 +237,25 @@ def _decode(plan: Plan, trace_file: "TraceFile") -> "ModelFacts":
     return engine.facts
 
 
-def _build(plan: Plan, facts: "ModelFacts", traces: Sequence["PromptTrace"]) -> tuple[DraftGraph, "Prediction"]:
+def _build(
+    plan: Plan, facts: "ModelFacts", traces: Sequence["PromptTrace"]
+) -> tuple[DraftGraph, "Prediction", "OrderRanker | None"]:
     from vllm_dllm.calibrate.build import make_graph, predict, split
     from vllm_dllm.calibrate.count import Decoding
 
     is_random = plan.settings.policy == "random"
     decoding = Decoding(facts.mask_token_id, plan.temperature, is_random, rules=facts.rules)
     by_prompt = sorted(traces, key=lambda trace: trace.prompt_idx)
-    used, held_out = split(len(by_prompt), plan.held_out, plan.seed)
-    graph = make_graph([by_prompt[i] for i in used], decoding, plan.settings, plan.num_nodes, plan.objective)
-    return graph, predict(graph, [by_prompt[i] for i in held_out], decoding, facts.eos_token_id, plan.budgets)
+    used, held_out = ([by_prompt[i] for i in indices] for indices in split(len(by_prompt), plan.held_out, plan.seed))
+    if plan.ranker is not None:
+        decoding = replace(decoding, ranker=train(used, held_out, decoding, plan.settings, plan.seed))
+    graph = make_graph(used, decoding, plan.settings, plan.num_nodes, plan.objective)
+    return graph, predict(graph, held_out, decoding, facts.eos_token_id, plan.budgets), decoding.ranker
 
 
-def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Prediction") -> None:
+def _write(
+    plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Prediction", ranker: "OrderRanker | None"
+) -> None:
     import torch
 
     most = prediction.whole[max(prediction.whole)]
@@ -261,6 +282,8 @@ def _write(plan: Plan, facts: "ModelFacts", graph: DraftGraph, prediction: "Pred
     temporary = plan.output.with_name(plan.output.name + ".new")
     save_graph(GraphFile(graph, provenance), temporary)
     temporary.replace(plan.output)
+    if plan.ranker is not None and ranker is not None:
+        save_ranker(RankerFile(ranker.weights, graph.readiness, provenance), plan.ranker)
     if plan.picture is not None:
         draw_graph(graph, plan.picture, title_of(GraphFile(graph, provenance)))
     console = Console()

@@ -19,9 +19,16 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def print_error(error: ConfigError) -> None:
-    """Write what the user can mend to stderr."""
-    Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+def print_error(error: ConfigError, command: str) -> None:
+    """Write what the user can mend to stderr, and what to run next: what the error says, or the help of the command."""
+    console = Console(stderr=True)
+    console.print(Text(str(error), style="red"), soft_wrap=True)
+    console.print(Text(f"next: {error.command or f'{command} --help'}"), soft_wrap=True)
+
+
+def examples(*commands: str) -> str:
+    """Return the end of a command's help."""
+    return "\n\n".join(("Examples:", *commands))
 
 
 @contextmanager

@@ -4,10 +4,9 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,9 +14,9 @@ from rich.text import Text
 
 from vllm_dllm import __version__
 from vllm_dllm.cli.console import waiting_for
+from vllm_dllm.cli.finding import Finding, Level
+from vllm_dllm.cli.neighbours import model_runner, neighbours
 from vllm_dllm.errors import KernelUnavailable, UnsupportedVllmError
-
-Level = Literal["ok", "missing", "broken"]
 
 STYLES: dict[Level, str] = {"ok": "green", "missing": "yellow", "broken": "red"}
 
@@ -25,21 +24,6 @@ INSTALL_VLLM = "`pip install 'vllm>=0.32,<0.34'`"
 
 LIBRARIES = {"flashinfer": "flashinfer-python", "xformers": "xformers", "flash_attn": "flash-attn"}
 """Optional ones, by module, and how pip calls them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        topic: what.
-        text: what was found; of what is not "ok" also the command that mends it.
-        level: "missing" is slower or less, "broken" means that no model can be served.
-    """
-
-    topic: str
-    text: str
-    level: Level = "ok"
 
 
 def doctor(
@@ -78,6 +62,9 @@ def examine() -> Iterator[Finding]:
         implementations = list(attention())
     yield from implementations
     yield from libraries()
+    yield model_runner()
+    if vllm().level == "ok":
+        yield from neighbours()
 
 
 def vllm() -> Finding:

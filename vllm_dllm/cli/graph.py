@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vllm_dllm.cli.console import counted, print_error, print_line
+from vllm_dllm.cli.console import counted, examples, print_error, print_line
 from vllm_dllm.cli.inputs import check_file, check_picture, family_for, read_config
 from vllm_dllm.cli.server_settings import (
     AlgTemp,
@@ -35,7 +35,7 @@ app = typer.Typer(no_args_is_help=True, help="Look at draft graphs, check them a
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="A draft graph, as `vllm-dllm calibrate` writes it.")]
 
 
-@app.command()
+@app.command(epilog=examples("vllm-dllm graph show graph.json --picture graph.svg"))
 def show(
     file: _File,
     picture: Annotated[Path | None, typer.Option(help="Also draw the graph into this .svg or .png file.")] = None,
@@ -53,7 +53,7 @@ def show(
         print_line(f"picture: {picture}")
 
 
-@app.command()
+@app.command(epilog=examples("vllm-dllm graph check graph.json --model GSAI-ML/LLaDA-8B-Instruct --policy threshold"))
 def check(  # noqa: PLR0913 - the options of a command
     file: _File,
     model: Annotated[str | None, typer.Option(help="Name or path of the model to be served.")] = None,
@@ -91,7 +91,7 @@ def check(  # noqa: PLR0913 - the options of a command
                 graph_file, settings, where=str(file), model=model, family=family.model_type, shape=shape
             )
     except ConfigError as error:
-        print_error(error)
+        print_error(error, "vllm-dllm graph check")
         raise typer.Exit(1) from None
     for warning in warnings:
         print_line(warning, "yellow")
@@ -105,7 +105,7 @@ def _server_settings(graph_file: GraphFile, given: dict[str, object]) -> DllmCon
     return parse_server_settings({"block_length": 1024} | given, prefix="--")
 
 
-@app.command()
+@app.command(epilog=examples("vllm-dllm graph merge gsm8k.json code.json --output both.json --nodes 10"))
 def merge(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Graphs of one model and the same settings.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,7 +57,8 @@ def _download(model: str, name: str) -> Path:
         todo = did_you_mean_file(model, otherwise, is_meant=Path.is_dir)
         raise ConfigError(
             f"the configuration of model {model!r} cannot be read: there is no folder of this name, and the hub does "
-            f"not give it ({reason}); {todo}"
+            f"not give it ({reason}); {todo}",
+            f"hf download {shlex.quote(model)}",
         ) from None
 
 
@@ -83,7 +85,10 @@ def check_file(option: str, path: Path) -> None:
     if path.is_dir():
         raise ConfigError(f"{option} is {str(path)!r}, but this is a folder; give the path of a file")
     if not folder.is_dir():
-        raise ConfigError(f"{option} is {str(path)!r}, but there is no folder {folder}; make it")
+        raise ConfigError(
+            f"{option} is {str(path)!r}, but there is no folder {folder}; make it",
+            f"mkdir -p {shlex.quote(str(folder))}",
+        )
     _check_writable(option, folder)
 
 
@@ -119,7 +124,9 @@ def check_matplotlib() -> None:
     Raises: ConfigError.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("pictures need matplotlib, which is not installed: pip install 'vllm-dllm[tools]'")
+        raise ConfigError(
+            "pictures need matplotlib, which is not installed: install it", "pip install 'vllm-dllm[tools]'"
+        )
 
 
 def _check_writable(option: str, folder: Path) -> None:

@@ -21,6 +21,10 @@ def _policy(name: str) -> str:
     return name
 
 
+def _policies_like(begun: str) -> list[str]:
+    return [name for name in policy_names() if name.startswith(begun)]
+
+
 _CREDIT = ("credit_alpha", "credit_beta", "credit_gamma")
 
 
@@ -40,6 +44,7 @@ Policy = Annotated[
     typer.Option(
         parser=_policy,
         metavar="POLICY",
+        autocompletion=_policies_like,
         help=f"Of the server; the model's own unless given: {', '.join(policy_names())}.",
     ),
 ]

@@ -18,8 +18,8 @@ EXPLORE_EVERY = 8
 EXPLORE_SHARES = (0.005, 0.0025, 0.005, 0.0025)
 """... which in turn is 0, one more, 0, one less; tries of each turn may cost this share of the time."""
 DECIDE_EVERY = 4
-"""Steps from one decision to the next, since deciding takes time. Those before the first have no drafts, so that it is
-known what a step takes without."""
+"""Steps for which a decision holds, since deciding takes time; not for steps of other requests, nor behind the first
+step of a budget. Those before the first decision have no drafts, so that it is known what a step takes without."""
 SETTLED = 8
 """Observations after which a change of a budget's time says that the load changed."""
 
@@ -71,25 +71,31 @@ class Factors:
     most: float = math.inf
     known: dict[int, float] = field(default_factory=dict)
     num_seen: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
+    nearest: dict[int, int] = field(default_factory=dict)  # to those that are not known
 
     def of(self, budget: int) -> float:
         """Return the factor of a budget; one that was never observed has that of its nearest neighbour."""
         if budget in self.known or not self.known:
             return self.known.get(budget, 1.0)
-        return self.known[min(self.known, key=lambda other: (abs(other - budget), other))]
+        if budget not in self.nearest:
+            self.nearest[budget] = min(self.known, key=lambda other: (abs(other - budget), other))
+        return self.known[self.nearest[budget]]
 
-    def observe(self, budget: int, ratio: float, is_usual: bool) -> None:
+    def observe(self, budget: int, ratio: float, is_usual: bool, num: int = 1) -> None:
         """Learn from one step.
 
         Args:
             budget: of the step.
             ratio: what was observed / what was forecast, without factor.
             is_usual: no try. What a usual budget's factor moves by, all move by: the load changed, not the budget.
+            num: observations of which the ratio is the mean.
         """
         old = self.of(budget)
-        self.num_seen[budget] += 1
+        if budget not in self.known:
+            self.nearest.clear()
+        self.num_seen[budget] += num
         is_accident = ratio * self.most < old
-        weight = max(0.5 if is_accident else self.rate, 1 / (self.num_seen[budget] + self.trust))
+        weight = max(0.5 if is_accident else self.rate, num / (self.num_seen[budget] + self.trust))
         expected = min(ratio, self.most * old) if self.known else ratio
         self.known[budget] = max(old + weight * (expected - old), 1e-3)
         if is_usual and self.num_seen[budget] > SETTLED:
@@ -99,10 +105,21 @@ class Factors:
 
 @dataclass
 class _Batch:
-    """What is known of steps of about the same number of requests; they share the bit length of num_reqs - 1."""
+    """What is known of steps of about the same number of requests; they share the bit length of num_reqs - 1.
+
+    Attributes:
+        cost: of their times.
+        budget: of the latest step, but for tries.
+        decided: since the last turn, by what a step had; a step of other requests asks for other budgets.
+        used: budgets that any step had.
+        num_steps: so far.
+        served_ms, spent_ms: what tries are paid from, and what each kind of them has cost.
+    """
 
     cost: Factors = field(default_factory=lambda: Factors(rate=0.2, most=2.0))
     budget: int = 0
+    decided: dict[tuple[int, ...], int] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
     num_steps: int = 0
     served_ms: float = 0.0
     spent_ms: list[float] = field(default_factory=lambda: [0.0] * 4)
@@ -151,8 +168,15 @@ class BudgetRule:
         batch.num_steps += 1
         if limit <= 0 or self.curve is None:
             return 0
-        if batch.num_steps % DECIDE_EVERY:
-            return min(batch.budget, limit)
+        step = (num_reqs, num_begins, num_without, limit, canvas_rows or 0)
+        is_turn = batch.num_steps % DECIDE_EVERY == 0
+        if batch.num_steps < DECIDE_EVERY:
+            return 0
+        if is_turn:
+            batch.decided.clear()
+        elif step in batch.decided:
+            batch.budget = batch.decided[step]
+            return batch.budget
         drafting = num_reqs * self._block_length if canvas_rows is None else canvas_rows
         beside = self._rows(0, 0, num_begins, num_without)
         rows = [drafting * (1 + budget) + beside for budget in range(limit + 1)]
@@ -166,7 +190,8 @@ class BudgetRule:
         if batch.budget > 0:
             extra_ms = ms[batch.budget] - ms[0]
             self.break_even = max(0.0, rates[batch.budget] * extra_ms / (num_reqs * self.expected(batch.budget)))
-        return self._tried(batch, ms, rates)
+        batch.decided[step] = batch.budget
+        return self._tried(batch, ms, rates) if is_turn else batch.budget
 
     def observe(
         self,
@@ -190,8 +215,11 @@ class BudgetRule:
             return
         batch = self._batch(num_reqs + num_begins + num_without)
         is_usual = budget == batch.budget
+        if budget not in batch.used:  # whatever was forecast, it is not kept up to the next turn unseen
+            batch.used.add(budget)
+            batch.decided.clear()
         if budget > 0:
-            self._accepted.observe(budget, mean_accepted / self._prior[budget], is_usual)
+            self._accepted.observe(budget, mean_accepted / self._prior[budget], is_usual, num_reqs)
         if ms is not None and self.curve is not None:
             forecast = self.curve.ms(self._rows(num_reqs, budget, num_begins, num_without))
             batch.cost.observe(budget, ms / forecast, is_usual)

@@ -10,6 +10,8 @@ from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.look_ahead import NUM_NODES
 from vllm_dllm.draft.native import Propose, choose_propose
+from vllm_dllm.draft.ranker import OrderRanker
+from vllm_dllm.draft.ranker_shape import Weights
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.drafts import DraftState
 from vllm_dllm.unmask.walk import Nodes
@@ -31,6 +33,7 @@ class GraphDrafter:
         graph: of the model.
         look_ahead_from: as in `Drafter`.
         choose: how drafts are made on a device.
+        ranker: weights of an order ranker (`draft.ranker_file`), which adds to the graph's readiness; None: none does.
     """
 
     def __init__(
@@ -38,8 +41,10 @@ class GraphDrafter:
         graph: DraftGraph,
         look_ahead_from: int | None = None,
         choose: Callable[[torch.device], Propose] = choose_propose,
+        ranker: Weights | None = None,
     ) -> None:
         self.look_ahead_from = look_ahead_from
+        self._ranker = ranker
         self.memory: DraftState | None = None
         self._graph, self._choose = graph, choose
 
@@ -72,7 +77,8 @@ class GraphDrafter:
     def attach(self, canvases: CanvasState) -> None:
         """Compile the graph and make room for the candidates of every slot."""
         self._canvases = canvases
-        self._compiled = compile_graph(self._graph, canvases.device)
+        ranker = None if self._ranker is None else OrderRanker.of(self._ranker)
+        self._compiled = compile_graph(self._graph, canvases.device, ranker)
         self._propose = self._choose(canvases.device)
         self.memory = DraftState(canvases)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.draft.graph import DraftGraph, Formula
+from vllm_dllm.draft.ranker import OrderRanker
 from vllm_dllm.draft.readiness import Readiness
 
 
@@ -56,10 +57,11 @@ class CompiledGraph:
     is_one_by_one: bool  # every step unmasks one position
     log_correction: Tensor  # [num_nodes] float64
     packed: PackedGraph
+    ranker: OrderRanker | None = None  # adds to the readiness
 
 
-def compile_graph(graph: DraftGraph, device: torch.device) -> CompiledGraph:
-    """Put a graph into tensors on a device."""
+def compile_graph(graph: DraftGraph, device: torch.device, ranker: OrderRanker | None = None) -> CompiledGraph:
+    """Put a graph into tensors on a device, and the ranker that helps to order positions."""
     formulas: list[Formula] = [(), *graph.formulas]
     first_parent = [0, *(parents[0] for parents in graph.parents)]
     sizes = sorted({len(formulas[parent]) for parent in first_parent[1:]} | {0})
@@ -104,6 +106,7 @@ def compile_graph(graph: DraftGraph, device: torch.device) -> CompiledGraph:
         is_one_by_one=graph.tokens_per_step == 1,
         log_correction=torch.tensor(graph.log_corrections, dtype=torch.float64, device=device),
         packed=_pack(graph, device),
+        ranker=None if ranker is None else ranker.to(device),
     )
 
 

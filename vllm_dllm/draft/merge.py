@@ -4,7 +4,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from vllm_dllm.draft.graph import DraftGraph, Formula
-from vllm_dllm.draft.graph_file import GraphFile, decoding_settings
+from vllm_dllm.draft.graph_file import GraphFile
+from vllm_dllm.draft.provenance import decoding_settings
 from vllm_dllm.errors import GraphError
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from vllm_dllm import ops
 from vllm_dllm.draft.compile import CompiledGraph
@@ -39,7 +40,7 @@ def torch_nodes(
     root, is_masked = roots.canvas[:, 0], roots.is_masked[:, 0]
     # Guesses beyond could not come true. Where the first position is masked nothing is known, so it has no rule here.
     is_new, is_open = memory.was_masked[slots] & ~is_masked, canvases.rules.leftmost_part(is_masked)
-    origin = Roots(root, is_open, is_new, memory.candidates(slots))
+    origin = Roots(root, is_open, is_new, memory.candidates(slots), ranked(graph, canvases, memory, slots))
     noise, is_known = canvases.draft_noise(blocks), memory.is_known[slots]
     drafts = propose(graph, origin, noise, num_drafts)
     nodes = roots.with_drafts(drafts.canvas, drafts.is_valid & is_known[:, None], drafts.depth, mask_token_id)
@@ -47,6 +48,16 @@ def torch_nodes(
         return nodes
     has_next = blocks.start + canvases.block_length < canvases.seq_len[slots]
     return nodes.with_look_ahead(likeliest_end(graph, origin, noise), is_known & has_next, mask_token_id)
+
+
+def ranked(graph: CompiledGraph, canvases: CanvasState, memory: DraftState, slots: Tensor) -> Tensor | None:
+    """Return what the graph's ranker adds to the readiness of the canvases of slots; None without one."""
+    if graph.ranker is None:
+        return None
+    is_masked = canvases.canvas[slots] == canvases.mask_token_id
+    is_new = ~is_masked & memory.was_masked[slots]
+    log_probs = memory.candidates(slots).log_probs
+    return graph.ranker.terms(log_probs, canvases.rules.leftmost_part(is_masked), is_new)
 
 
 def native_nodes(
@@ -57,12 +68,14 @@ def native_nodes(
     num_drafts: int,
     looks_ahead: bool = False,
 ) -> Nodes:
-    """Do what `torch_nodes` does, in one launch; all tensors are contiguous."""
+    """Do what `torch_nodes` does, in one launch behind those of a ranker; all tensors are contiguous."""
     readiness, packed = graph.readiness, graph.packed
+    has_drafts = num_drafts > 0 or looks_ahead
+    terms = ranked(graph, canvases, memory, blocks.slots) if has_drafts else None
     canvas, is_masked, is_valid, depth, _node, _log_reach, *end = ops.propose_nodes(
         (packed.nodes, packed.pairs, packed.log_correction),
         (readiness.slope, *readiness.near, readiness.bias),
-        (blocks.slots, blocks.start),
+        (blocks.slots, blocks.start) if terms is None else (blocks.slots, blocks.start, terms),
         (canvases.canvas, *memory.tensors, canvases.seq_len),
         canvases.draft_params(blocks),
         graph.is_one_by_one,

@@ -27,6 +27,12 @@ class Roots:
     is_masked: Tensor  # [num_reqs, block_length] bool
     is_new: Tensor  # [num_reqs, block_length] bool, unmasked by that step
     candidates: Candidates  # [num_reqs, block_length, num_candidates]
+    terms: Tensor | None = None  # [num_reqs, block_length, 1 + 2 * REACH] float64, of a ranker (draft.ranker)
+
+    @property
+    def node_terms(self) -> Tensor | None:
+        """The terms, of which those of a request serve all its nodes."""
+        return None if self.terms is None else self.terms[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,7 @@ def propose(
     for filling in fillings:
         _fill(filling, draws, filled)
     is_random = None if draft_noise is None else draft_noise.is_random
-    ranking = rank_nodes(graph, filled, draws.readiness, is_random)
+    ranking = rank_nodes(graph, filled, draws.readiness, is_random, roots.node_terms)
     node = ranking.best_first[:, :num_drafts]
     return Drafts(
         canvas=filled.canvas.gather(1, node[..., None].expand(-1, -1, block_length)),
@@ -118,7 +124,7 @@ def likeliest_end(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | 
         return torch.where(roots.is_masked, token_ids[..., 0], roots.canvas)
     masked_then = roots.is_masked.sum(1)[:, None, None]
     if graph.is_one_by_one:
-        ready = graph.readiness.log_odds(roots.candidates.log_probs[..., 0], roots.is_new)
+        ready = graph.readiness.log_odds(roots.candidates.log_probs[..., 0], roots.is_new, roots.terms)
         order = ready.masked_fill(~roots.is_masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         masked_then = masked_then - order.argsort(-1)[:, None]
     _, scores = _noisy_scores(roots, draft_noise, masked_then)
@@ -131,7 +137,7 @@ def _greedy_draws(graph: CompiledGraph, roots: Roots) -> _Draws:
     times, num_ranks = len(graph.num_unmasked), graph.num_vocab_ranks
     token_ids = roots.candidates.token_ids[:, None].expand(-1, times, -1, -1)
     log_probs = roots.candidates.log_probs[:, None].expand(-1, times, -1, -1)
-    readiness = graph.readiness.log_odds(log_probs[..., 0], roots.is_new[:, None])
+    readiness = graph.readiness.log_odds(log_probs[..., 0], roots.is_new[:, None], roots.node_terms)
     return _Draws(token_ids[..., :num_ranks], log_probs[..., :num_ranks], readiness, readiness)
 
 
@@ -143,7 +149,7 @@ def _noisy_draws(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise) ->
     best = scores.argsort(dim=-1, descending=True, stable=True)[..., : graph.num_vocab_ranks]
     token_ids = roots.candidates.token_ids[:, None].expand_as(scores).gather(-1, best)
     log_probs = roots.candidates.log_probs[:, None].expand_as(scores).gather(-1, best)
-    readiness = graph.readiness.log_odds(log_probs[..., 0], roots.is_new[:, None])
+    readiness = graph.readiness.log_odds(log_probs[..., 0], roots.is_new[:, None], roots.node_terms)
     uniform = noise.uniform(keys, noise.STREAM)
     order = torch.where(draft_noise.is_random[:, None, None], uniform, readiness)
     return _Draws(token_ids, log_probs, order, readiness)

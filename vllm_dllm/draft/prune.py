@@ -52,7 +52,13 @@ def log_choices(ready: Tensor, is_open: Tensor, *, is_one_by_one: bool) -> Tenso
     return log_any_set + torch.log(-torch.expm1(-log_any_set))
 
 
-def rank_nodes(graph: CompiledGraph, filled: Filled, readiness: Tensor, is_random: Tensor | None) -> Ranking:
+def rank_nodes(
+    graph: CompiledGraph,
+    filled: Filled,
+    readiness: Tensor,
+    is_random: Tensor | None,
+    terms: Tensor | None = None,
+) -> Ranking:
     """Order the nodes of each request by how likely they are reached, each behind its chain of first parents.
 
     Args:
@@ -60,11 +66,12 @@ def rank_nodes(graph: CompiledGraph, filled: Filled, readiness: Tensor, is_rando
         filled: its nodes.
         readiness: [num_reqs, num_draws, block_length] float64, with the root's own new positions.
         is_random: [num_reqs] bool, requests whose positions are known for certain; None: no one's.
+        terms: [num_reqs, 1, block_length, 1 + 2 * REACH] float64, of `Readiness.near_new`.
     """
     is_valid = filled.is_valid[:, 1:] & filled.is_masked[:, 1:].any(2)
     is_open = filled.is_masked[:, graph.first_parent]
     new = filled.is_masked[:, :1] & ~is_open
-    ready = readiness[:, graph.draw] + graph.readiness.near_new(new)
+    ready = readiness[:, graph.draw] + graph.readiness.near_new(new, terms)
     log_z = log_choices(ready, is_open, is_one_by_one=graph.is_one_by_one)
     added = is_open & ~filled.is_masked[:, 1:]
     log_step = ready.masked_fill(~added, 0.0).sum(2) - log_z

@@ -5,6 +5,7 @@ of each that has no tokens, or adds it to one that has: where vLLM lets a schedu
 `kv_transfer_params`. Tokens are emitted in blocks as ever.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vllm_dllm.engine.telemetry import RequestTotals
 
 OPTION = f"{REQUEST_PREFIX}stream"
+_LEAST_LOGPROB = -9999.0
+"""JSON has no -inf; vLLM sends this."""
 
 
 def is_watched(extra_args: Mapping[str, Any] | None) -> bool:
@@ -56,9 +59,18 @@ def show_canvases(
         num_known = request.num_tokens - int(kv.block_start(np.array(request.num_tokens)))
         left = request.max_tokens - request.num_output_tokens
         canvas = reports[req_id].canvas[num_known:][:left]
-        totals[req_id].canvas = (request.num_output_tokens, [None if token < 0 else token for token in canvas])
+        shown = {"canvas_start": request.num_output_tokens, "canvas": [None if i < 0 else i for i in canvas]}
+        if request.sampling_params.logprobs is not None:
+            logprobs = reports[req_id].logprobs[num_known:]
+            shown["canvas_logprobs"] = [_known(*each) for each in zip(canvas, logprobs, strict=False)]
+        totals[req_id].canvas = shown
         its = outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs
         if all(output.request_id != req_id for output in its):
             # vLLM reads what a prefill did from a request's first output alone.
             prefill = request.take_prefill_stats()
             its.append(EngineCoreOutput(req_id, [], events=request.take_events(), prefill_stats=prefill))
+
+
+def _known(token: int, logprob: float) -> float | None:
+    """Return the log-probability of a canvas's token, bounded as vLLM bounds it; None: masked, or no step's."""
+    return None if token < 0 or math.isnan(logprob) else max(logprob, _LEAST_LOGPROB)

@@ -22,6 +22,7 @@ from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.draft.look_ahead import smallest_budget
 from vllm_dllm.engine.cpu.gate import is_needed
+from vllm_dllm.engine.edit_tokens import check_server
 from vllm_dllm.engine.generation_defaults import SAMPLING_NAMES, family_defaults, read_generation_config
 from vllm_dllm.engine.patches import become
 from vllm_dllm.models.interface import ModelFamily, family_of
@@ -54,7 +55,9 @@ def parse(config: VllmConfig) -> Parsed:
     model_config, additional = config.model_config, config.additional_config
     family, hf_config = served_family(model_config), model_config.hf_config
     published = family.settings(getattr(hf_config, "block_size", None))
+    published |= getattr(hf_config, "decoding_defaults", {})
     settings = parse_server_settings(settings_in(additional), defaults=published)
+    check_server(settings, hf_config)
     spiffy = None
     if isinstance(additional, dict) and METHOD in additional:
         shape = ModelShape.of(hf_config.to_dict())
@@ -143,7 +146,8 @@ class DllmVllmConfig(VllmConfig):
             return text
         # With a fixed budget, max_nodes decides nothing more.
         most = {"budget": "auto", "max_nodes": spiffy.max_nodes} if spiffy.budget is None else {"budget": spiffy.budget}
-        said = {"method": METHOD, "draft_graph": spiffy.source, **most}
+        ranker = {} if spiffy.ranker is None else {"ranker": spiffy.ranker.source}
+        said = {"method": METHOD, "draft_graph": spiffy.source, **ranker, **most}
         return text.replace("speculative_config=None", f"speculative_config={said}", 1)
 
 
@@ -197,4 +201,4 @@ def make_drafter(vllm_config: VllmConfig) -> Drafter | None:
     is_async = bool(vllm_config.scheduler_config.async_scheduling)
     stores_alone = served_family(vllm_config.model_config).stores_alone
     look_ahead_from = smallest_budget(settings_of(vllm_config), is_async=is_async, stores_alone=stores_alone)
-    return GraphDrafter(spiffy.graph, look_ahead_from)
+    return GraphDrafter(spiffy.graph, look_ahead_from, ranker=None if spiffy.ranker is None else spiffy.ranker.weights)

@@ -19,6 +19,7 @@ from vllm_dllm.engine.canvas_stream import is_watched
 from vllm_dllm.engine.configs import is_ours
 
 _NUMBERS = "kv_transfer_params"
+_SO_FAR = ("nfe", "nfe_refresh", "proposed", "accepted")
 _PREFIX, _SUFFIX = "data: ", "\n\n"
 _OBJECTS = {"chat": "chat.completion.chunk", "completion": "text_completion"}
 
@@ -36,12 +37,15 @@ class _Reply:
         self._canvas_chunk = canvas_chunk
 
     def take(self, output: Any) -> dict[str, Any] | None:
-        """Take what an output of vLLM's engine has beside its tokens; returns its canvas."""
+        """Take what an output of vLLM's engine has beside its tokens; returns its canvas, with its numbers so far."""
         own = dict((output.kv_transfer_params or {}).get("dllm") or {})
-        start, canvas = own.pop("canvas_start", None), own.pop("canvas", None)
+        start, canvas, logprobs = (own.pop(name, None) for name in ("canvas_start", "canvas", "canvas_logprobs"))
         if own:
             self.numbers = {"dllm": own}
-        return None if canvas is None else {"start": start, "token_ids": canvas}
+        if canvas is None:
+            return None
+        shown = {"start": start, "token_ids": canvas} | ({} if logprobs is None else {"logprobs": logprobs})
+        return shown | {name: own[name] for name in _SO_FAR}
 
     def show(self, canvas: Mapping[str, Any], index: int) -> None:
         """Add a chunk with a canvas, of one of the choices."""

@@ -70,6 +70,7 @@ class RequestReport:
         faults: what is wrong with its canvas (`worker_check.Fault`), where that is checked; a policy that failed.
         proposed: drafts that were evaluated, by depth 1..MAX_DEPTH.
         canvas: [block_length] the one behind the step, -1 for masked, where it is shown; else empty.
+        logprobs: [block_length] of its tokens, NaN where there is none, where it is shown; else empty.
         pages: its pages as the worker has them, where they are checked.
     """
 
@@ -85,17 +86,21 @@ class RequestReport:
     faults: int
     proposed: list[int]
     canvas: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     pages: list[int] | None = None
 
     @classmethod
     def of_row(cls, row: list[int], canvas_length: int = 0) -> "RequestReport":
-        """Read a row of `REPORT_LEN` numbers, behind them the canvas where it is shown, and the number of pages and the
-        pages where they are checked.
+        """Read a row of `REPORT_LEN` numbers, behind them the canvas and the bits of its log-probabilities where it is
+        shown, and the number of pages and the pages where they are checked.
         """
-        end = REPORT_LEN + canvas_length
+        middle = REPORT_LEN + canvas_length
+        end = middle + canvas_length
         pages = row[end + 1 : end + 1 + row[end]] if len(row) > end else None
         counts = {column.name.lower(): row[column] for column in Column if column != Column.PROPOSED}
-        return cls(**counts, proposed=row[Column.PROPOSED : REPORT_LEN], canvas=row[REPORT_LEN:end], pages=pages)
+        logprobs = np.array(row[middle:end], np.int32).view(np.float32).tolist()
+        proposed, canvas = row[Column.PROPOSED : REPORT_LEN], row[REPORT_LEN:middle]
+        return cls(**counts, proposed=proposed, canvas=canvas, logprobs=logprobs, pages=pages)
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOu
 from vllm_dllm.blocks import max_prompt_len
 from vllm_dllm.config import OWN_OPTIONS, REQUEST_PREFIX, DllmConfig, InvalidOptionError, RequestOptions, plain_number
 from vllm_dllm.engine.configs import is_ours, rules_of, served_family, settings_of
+from vllm_dllm.engine.edit_tokens import check_request
 from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.ends import ends_of
 from vllm_dllm.engine.parameter_types import check_sent
@@ -260,6 +261,7 @@ def finish_admission(
     options = request_options(params)
     check_eos(params, options, rules_of(processor.vllm_config).eos_id)
     refuse_of_family(options.policy or settings.policy, served_family(model_config))
+    check_request(params, options, settings, model_config.hf_config)
     if asked is not None:
         refuse_structure(options.policy or settings.policy, options)
         put_in(processor, params, asked)

@@ -69,8 +69,8 @@ class DllmSampler:
         assert report is not None, "the runner samples a batch before it asks for the report"
         state, order = self.model_state.state, self.model_state.order
         if order is not None and order.shows_canvas:
-            canvas = state.canvas[input_batch.idx_mapping[: input_batch.num_reqs]]
-            report = with_canvases(report, canvas, state.mask_token_id)
+            slots = input_batch.idx_mapping[: input_batch.num_reqs]
+            report = with_canvases(report, state.canvas[slots], state.mask_token_id, state.records.kept(slots))
         return self.check.with_state(report, input_batch) if self.check and self.check.reports_state else report
 
     def _profile(self, hidden: Tensor, input_batch: "InputBatch") -> "SamplerOutput":

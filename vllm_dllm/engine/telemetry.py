@@ -103,8 +103,8 @@ class RequestTotals:
     refreshes: int = 0
     proposed: int = 0
     accepted: int = 0
-    canvas: tuple[int, list[int | None]] | None = field(default=None, compare=False)
-    """Where the block begins in the answer, and what is known of it behind the last step, where that is shown."""
+    canvas: dict[str, Any] | None = field(default=None, compare=False)
+    """What is known of the block behind the last step, as the output shows it, where that is shown."""
 
     def add(self, report: "RequestReport") -> None:
         """Add a step."""
@@ -120,7 +120,6 @@ class RequestTotals:
         Args:
             exactness: of speculation, None without.
         """
-        shown = {} if self.canvas is None else {"canvas_start": self.canvas[0], "canvas": self.canvas[1]}
         return {
             "dllm": {
                 "exactness": exactness,
@@ -128,6 +127,6 @@ class RequestTotals:
                 "nfe_refresh": self.refreshes,
                 "proposed": self.proposed,
                 "accepted": self.accepted,
-                **shown,
+                **(self.canvas or {}),
             }
         }

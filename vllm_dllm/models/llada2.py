@@ -1,4 +1,4 @@
-"""LLaDA2.0 and LLaDA2.1 for vLLM: the shared layers with grouped experts, under Bailing's names."""
+"""LLaDA2.0, 2.1 and 2.2 for vLLM: the shared layers with grouped experts, under Bailing's names."""
 
 import re
 
@@ -8,7 +8,7 @@ from vllm_dllm.models.transformer import MaskedDiffusionLM
 
 
 class LLaDA2MoeModelLM(MaskedDiffusionLM):
-    """LLaDA2.0 and LLaDA2.1, mini and flash, and models of the same layers in other sizes."""
+    """LLaDA2.0, 2.1 and 2.2, mini and flash, and models of the same layers in other sizes."""
 
     hf_to_vllm_mapper = MaskedDiffusionLM.hf_to_vllm_mapper | WeightsMapper(
         orig_to_new_regex={

@@ -1,6 +1,7 @@
-"""LLaDA2.0 and 2.1 (inclusionAI): Bailing's layers with experts in groups, seen block by block.
+"""LLaDA2.0, 2.1 and 2.2 (inclusionAI): Bailing's layers with experts in groups, or by blocks, seen block by block.
 
 Nothing in config.json tells 2.0 from 2.1: the layers are the same, and how a checkpoint was trained is not said there.
+2.2 is told by `expert_capacity`.
 """
 
 from collections.abc import Mapping
@@ -10,9 +11,22 @@ from pydantic import Field
 
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.models.checkpoint_config import WHERE
-from vllm_dllm.models.checkpoint_fields import CheckpointFields, MaybeSize, Off, On, Positive, Size, Unset
+from vllm_dllm.models.checkpoint_fields import (
+    CheckpointFields,
+    MaybeId,
+    MaybeSize,
+    Off,
+    On,
+    Positive,
+    Size,
+    Unset,
+    check_token_ids,
+)
 from vllm_dllm.models.experts_config import EXPERTS_BOOKKEEPING
 from vllm_dllm.models.qwen_config import QwenConfig, QwenFields
+
+PUBLISHED_BLOCK = 32
+"""Tokens that choose experts together, where a file with `expert_capacity` does not say."""
 
 _Count = Annotated[int, Field(ge=0, description="whole numbers from 0 on")]
 
@@ -30,9 +44,10 @@ class LLaDA2Fields(QwenFields):
     n_group: Size = 8
     topk_group: Size = 4
     routed_scaling_factor: Positive = 2.5
-    expert_capacity: Annotated[None, Field(description="null, as routing by blocks (LLaDA2.2) is not implemented")] = (
-        None
-    )
+    expert_capacity: MaybeSize = None  # of LLaDA2.2: experts that the tokens of a block choose among, in no groups
+    block_size: MaybeSize = None  # of these blocks
+    delete_token_id: MaybeId = None
+    split_token_id: MaybeId = None
     moe_router_enable_expert_bias: Annotated[
         Literal[True] | None, Field(description="null and true, as the model class always adds the bias")
     ] = None
@@ -56,7 +71,7 @@ class LLaDA2Fields(QwenFields):
 
 
 class LLaDA2Config(QwenConfig):
-    """LLaDA2.0 and LLaDA2.1, mini and flash, CAP, DMax, and models of the same layers in other sizes."""
+    """LLaDA2.0, 2.1 and 2.2, mini and flash, CAP, DMax, and models of the same layers in other sizes."""
 
     model_type = "llada2_moe"
     table: ClassVar[type[CheckpointFields]] = LLaDA2Fields
@@ -64,6 +79,7 @@ class LLaDA2Config(QwenConfig):
     published_mask_token_id: ClassVar[int] = 156895
     published_eot_token_id: ClassVar[int | None] = 156892  # which config.json may name `pad_token_id` alone
     published_vocab_sizes: ClassVar[tuple[int, ...]] = (157184,)
+    published_edit_ids: ClassVar[tuple[int, int]] = (156930, 156931)  # of LLaDA2.2: delete and split
     qk_norm: ClassVar[bool] = True
     has_experts: ClassVar[bool] = True
     has_expert_bias: ClassVar[bool] = True
@@ -81,16 +97,41 @@ class LLaDA2Config(QwenConfig):
 
     def resolve(self, fields: Any) -> dict[str, Any]:
         """Return the numbers that fields of the table stand for, by attribute."""
-        _check_groups(fields)
-        inner = fields.moe_intermediate_size
-        if fields.moe_shared_expert_intermediate_size not in (None, inner):
-            raise ConfigError(
-                f"moe_shared_expert_intermediate_size in {WHERE} is {fields.moe_shared_expert_intermediate_size}, but "
-                f"shared experts have moe_intermediate_size {inner}; allowed are null and {inner}; remove it"
-            )
+        if fields.expert_capacity is None:
+            _check_groups(fields)
+        else:
+            _check_capacity(fields)
         names = ["hidden_act", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts"]
-        names += ["first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor"]
-        return {**super().resolve(fields), **{name: getattr(fields, name) for name in names}}
+        names += ["first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor", "expert_capacity"]
+        names += ["moe_shared_expert_intermediate_size"]
+        own = {name: getattr(fields, name) for name in names}
+        own["block_size"] = fields.block_size or (None if fields.expert_capacity is None else PUBLISHED_BLOCK)
+        return {**super().resolve(fields), **own, **self._edit_ids(fields)}
+
+    def _edit_ids(self, fields: Any) -> dict[str, int | None]:
+        """Return the ids of the tokens that delete and split, both or none, checked."""
+        names = ("delete_token_id", "split_token_id")
+        ids = {name: getattr(fields, name) for name in names}
+        is_published = fields.expert_capacity is not None and fields.vocab_size in self.published_vocab_sizes
+        if is_published and not any(name in fields.model_fields_set for name in names):
+            return dict(zip(names, self.published_edit_ids, strict=True))
+        check_token_ids(ids, fields.vocab_size, WHERE)
+        given = [value for value in ids.values() if value is not None]
+        if len(given) == 1 or len({*given, fields.mask_token_id}) != len(given) + 1:
+            raise ConfigError(
+                f"delete_token_id and split_token_id in {WHERE} are {ids['delete_token_id']} and "
+                f"{ids['split_token_id']}, mask_token_id is {fields.mask_token_id}; allowed are three different ids, "
+                "or null for both; correct them"
+            )
+        return ids
+
+    @property
+    def decoding_defaults(self) -> dict[str, Any]:
+        """Published values of `DllmConfig`'s fields, where they are not those of the family: LLaDA2.2's rule."""
+        if self.expert_capacity is None or self.delete_token_id is None:
+            return {}
+        ids = {"indel_delete": self.delete_token_id, "indel_split": self.split_token_id}
+        return {"policy": "indel", "threshold": 0.5, **ids}
 
     @property
     def num_dense_layers(self) -> int:
@@ -100,7 +141,8 @@ class LLaDA2Config(QwenConfig):
     @property
     def shared_expert_intermediate_size(self) -> int:
         """Elements of the inner layer that all tokens have, besides their experts."""
-        return int(self.moe_intermediate_size * (self.num_shared_experts or 0))
+        inner = self.moe_shared_expert_intermediate_size or self.moe_intermediate_size
+        return int(inner * (self.num_shared_experts or 0))
 
     @classmethod
     def rotated_part(cls, fields: Any, head_dim: int) -> int:
@@ -118,6 +160,16 @@ class LLaDA2Config(QwenConfig):
                 f"a head; allowed are null and {part}; correct one of them"
             )
         return part
+
+
+def _check_capacity(fields: Any) -> None:
+    """Check that a token finds enough experts among those of its block. Raises: ConfigError."""
+    if not fields.num_experts_per_tok <= fields.expert_capacity <= fields.num_experts:
+        raise ConfigError(
+            f"expert_capacity in {WHERE} is {fields.expert_capacity}, but a token has {fields.num_experts_per_tok} of "
+            f"{fields.num_experts} experts; allowed are numbers from num_experts_per_tok to num_experts; correct one "
+            "of them"
+        )
 
 
 def _check_groups(fields: Any) -> None:

@@ -29,7 +29,7 @@ def propose_nodes(  # noqa: PLR0913 - the arguments of the op, once per step
     Args:
         graph: the fields of `draft.compile.PackedGraph`.
         readiness: slope, near[0], near[1], bias of `draft.readiness.Readiness`.
-        requests: slots and start, [num_reqs] int64 each.
+        requests: slots and start, [num_reqs] int64 each, and with a ranker `draft.propose.Roots.terms`.
         state: by slot, canvas [num_slots, block_length] int64; `state.drafts.DraftState.tensors`, of candidates
             token_ids int64 and log_probs float64 [num_slots, block_length, num_candidates], was_masked [num_slots,
             block_length] bool and is_known [num_slots] bool; and seq_len [num_slots] int64.

@@ -62,17 +62,19 @@ class RowIds:
     allowed: Tensor | None = None
     edits: "RowEdits | None" = None  # of logits, before anything else; not the op's (`unmask.head.EditedHead`)
     guidance: "Guidance | None" = None  # of logits, before edits; nor is it
+    takes_mask: bool = False  # whether the ids that a head leaves out count as others do
 
     def rows(self, begin: int, end: int) -> "RowIds":
         """Return those of rows [begin, end)."""
         given, allowed = (None if ids is None else ids[begin:end] for ids in (self.given, self.allowed))
         guidance = self.guidance and self.guidance.of(slice(begin, end))
-        return RowIds(given, allowed, self.edits and self.edits.rows(begin, end), guidance)
+        return RowIds(given, allowed, self.edits and self.edits.rows(begin, end), guidance, self.takes_mask)
 
     def of(self, row: Tensor) -> "RowIds":
         """Return those of some rows, [n] int64."""
         given, allowed = (None if ids is None else ids[row] for ids in (self.given, self.allowed))
-        return RowIds(given, allowed, self.edits and self.edits.take(row), self.guidance and self.guidance.of(row))
+        edits, guidance = self.edits and self.edits.take(row), self.guidance and self.guidance.of(row)
+        return RowIds(given, allowed, edits, guidance, self.takes_mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,8 @@ class PartialStats:
     sampled_weighted: Tensor | None = None  # [num_rows] float64; None: not wanted
     # Of the given ids, in the bits of `top_logits`; -inf: excluded, not allowed, or of other ids than these.
     given_logits: Tensor | None = None  # [num_rows, num_given] float32; None: not wanted
+    # [num_rows, 3] float64, `unwritten.other_tokens`, which no reduction makes; None: not wanted
+    others: Tensor | None = None
 
     @classmethod
     def of(cls, call: Callable[..., Tensor], *parts: "PartialStats") -> "PartialStats":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from vllm_dllm.reference.block_causal import decoded_region, store
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.qwen import Qwen
-from vllm_dllm.reference.rules import Canvas, Look, RuleGeneration, best, masked, write
+from vllm_dllm.reference.rules import Canvas, Look, Rule, RuleGeneration, best, masked, write
 
 
 @dataclass(slots=True)
@@ -57,6 +58,12 @@ class Editing:
         return after
 
 
+class EditingRule(Rule, Protocol):
+    """A rule that says whether a block without masked places goes on."""
+
+    goes_on: bool
+
+
 @torch.no_grad()
 def generate(
     model: Qwen,
@@ -64,7 +71,7 @@ def generate(
     *,
     gen_length: int,
     block_length: int,
-    rule: Callable[[int], Editing],
+    rule: Callable[[int], EditingRule],
     stop_ids: tuple[int, ...] = (),
 ) -> RuleGeneration:
     """Generate at least `gen_length` tokens after a prompt [prompt_len] int64, up to the end of a block.

@@ -1,8 +1,9 @@
-"""LLaDA2.0's and 2.1's transformer in plain torch (inclusionAI, `modeling_llada2_moe.py`), under its names.
+"""LLaDA2's transformer in plain torch (inclusionAI, `modeling_llada2_moe.py`), under its names.
 
 Qwen3's layer with three differences: query, key and value are one matrix; only the first elements of a head are
 rotated; and behind the first layers the feed-forward network is a mixture of experts in groups, beside experts that
-every token has. A position sees what SDAR's sees.
+every token has. A position sees what SDAR's sees. In LLaDA2.2 the tokens of a block choose experts together, in place
+of groups; that is SGLang's statement of it.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ class LLaDA2Config(QwenConfig):
 
     rms_norm_eps: float = 1e-5
     num_shared_experts: int | None = 0
+    moe_shared_expert_intermediate_size: int | None = None  # of a shared expert; None: as of the others
     first_k_dense_replace: int = 0  # layers without experts, at the start
+    expert_capacity: int | None = None  # LLaDA2.2: experts that the tokens of a block of `block_size` choose among
     n_group: int = 8
     topk_group: int = 4
     routed_scaling_factor: float = 2.5
@@ -85,15 +88,34 @@ class Gate(nn.Module):
         """
         config = self.config
         scores = (x.float() @ self.weight.float().T).sigmoid()  # [num_tokens, num_experts]
-        grouped = (scores + self.expert_bias.float()).unflatten(-1, (config.n_group, -1))
-        of_group = grouped.topk(2).values.sum(-1)  # [num_tokens, n_group], of its two best
-        kept = torch.zeros_like(of_group).scatter(-1, of_group.topk(config.topk_group).indices, 1.0).bool()
-        choosable = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
-        chosen = choosable.topk(config.num_experts_per_tok).indices
+        biased = scores + self.expert_bias.float()
+        if config.expert_capacity is not None:
+            parts = biased.split(config.block_size or len(biased))
+            choosable = torch.cat([self.of_block(part, config.expert_capacity) for part in parts])
+            chosen = choosable.sort(dim=-1, descending=True, stable=True).indices[:, : config.num_experts_per_tok]
+        else:
+            chosen = self.of_groups(biased).topk(config.num_experts_per_tok).indices
         weights = scores.gather(-1, chosen)
         if config.num_experts_per_tok > 1:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return chosen, weights * config.routed_scaling_factor
+
+    def of_groups(self, biased: Tensor) -> Tensor:
+        """Return scores [num_tokens, num_experts] with -inf in each token's groups that are not kept."""
+        grouped = biased.unflatten(-1, (self.config.n_group, -1))
+        of_group = grouped.topk(2).values.sum(-1)  # [num_tokens, n_group], of its two best
+        kept = torch.zeros_like(of_group).scatter(-1, of_group.topk(self.config.topk_group).indices, 1.0).bool()
+        choosable: Tensor = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
+        return choosable
+
+    def of_block(self, biased: Tensor, capacity: int) -> Tensor:
+        """Return scores [block_size, num_experts] with -inf for experts that the block does not keep.
+
+        An expert scores as the token of the block that wants it most; the lower of equals is kept.
+        """
+        best = biased.amax(0).tolist()
+        kept = sorted(range(len(best)), key=lambda expert: (-best[expert], expert))[:capacity]
+        return torch.full_like(biased, -torch.inf).index_copy(1, torch.tensor(kept), biased[:, kept])
 
 
 class Experts(nn.Module):
@@ -106,12 +128,13 @@ class Experts(nn.Module):
             MLP(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
         )
         if config.num_shared_experts:
-            self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.num_shared_experts)
+            inner = config.moe_shared_expert_intermediate_size or config.moe_intermediate_size
+            self.shared_experts = MLP(config.hidden_size, inner * config.num_shared_experts)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [*, len, hidden_size] to the same shape."""
         rows = x.flatten(0, -2)
-        chosen, weights = self.gate(rows)
+        chosen, weights = (torch.cat(each) for each in zip(*map(self.gate, rows.split(x.shape[-2])), strict=True))
         output = torch.zeros_like(rows, dtype=torch.float32)
         for number, expert in enumerate(self.experts):
             row, place = (chosen == number).nonzero(as_tuple=True)
@@ -167,6 +190,22 @@ class LLaDA2(Qwen):
     config: LLaDA2Config
     config_class: ClassVar[type[QwenConfig]] = LLaDA2Config
     decoder_class: ClassVar[type[QwenDecoder]] = Decoder
+
+    def forward(
+        self,
+        ids: Tensor,
+        start: int = 0,
+        kv: list[LayerKv] | None = None,
+        visible: Tensor | None = None,
+        positions: Tensor | None = None,
+        *,
+        stays: Tensor | None = None,
+    ) -> tuple[Tensor, list[LayerKv]]:
+        """Forward as `Qwen.forward`. Raises: ValueError for rows that begin inside a block that routes together."""
+        config = self.config
+        if config.expert_capacity is not None and start % (config.block_size or 1):
+            raise ValueError(f"start is {start}, inside a block of {config.block_size}; give a multiple")
+        return super().forward(ids, start, kv, visible, positions, stays=stays)
 
     def rotations(self, positions: Tensor) -> Rotations:
         """Return how the first elements of queries and keys at positions [len] are rotated."""

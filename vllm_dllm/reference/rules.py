@@ -21,22 +21,25 @@ Canvas = list[int | None]
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the model says of a position."""
+    """What the model says of a position; of all tokens but the mask, except for `logits`."""
 
     token: int  # the likeliest
     confidence: float  # its probability
     margin: float  # by how much that is above the second
     entropy: float  # in nats
     probs: Tensor  # [vocab] float64
+    logits: Tensor  # [vocab] float64, with the mask token's
+    mask_token_id: int
 
     @classmethod
     def of(cls, logits: Tensor, mask_token_id: int) -> "Look":
         """Look at a row of logits [vocab]."""
-        logits = logits.double().index_fill(0, torch.tensor([mask_token_id]), -torch.inf)
+        of_all = logits.double()
+        logits = of_all.index_fill(0, torch.tensor([mask_token_id]), -torch.inf)
         probs = logits.softmax(0)
         first, second = probs.topk(2).values.tolist()
         entropy = float(torch.special.entr(probs).sum())
-        return cls(int(logits.argmax()), first, first - second, entropy, probs)
+        return cls(int(logits.argmax()), first, first - second, entropy, probs, of_all, mask_token_id)
 
 
 class Rule(Protocol):

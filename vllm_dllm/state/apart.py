@@ -120,6 +120,21 @@ class ApartState:
         asking = [torch_policy(self._names[slot]) if slot in self._names else None for slot in slots_np.tolist()]
         return np.array([[its is not None and getattr(its, what) for its in asking] for what in _ASKS], dtype=bool)
 
+    def written(self, slots: Tensor, slots_np: np.ndarray) -> Tensor | None:
+        """Return what positions took of policies that ask for what they did not; [num_reqs, block_length, n] ids.
+
+        -1 for none; None where no policy asks.
+        """
+        found = None
+        for group in self.groups(slots_np):
+            unwritten = torch_policy(group.name).unwritten
+            if unwritten is not None:
+                index = torch.from_numpy(group.request).to(slots.device)
+                its = self._of(group.name)[unwritten.field][slots[index]]
+                assert found is None, "one policy asks"
+                found = its.new_full((len(slots), *its.shape[1:]), -1).index_copy(0, index, its)
+        return found
+
     def may_edit(self, slots_np: np.ndarray) -> np.ndarray:
         """Tell of whom a canvas without masks may be unfinished; [num_reqs] bool."""
         return np.array([slot in self._names and changes_tokens(self._names[slot]) for slot in slots_np.tolist()])

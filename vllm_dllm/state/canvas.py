@@ -80,6 +80,7 @@ class CanvasState:
         self.block_length = block_length
         self.mask_token_id = mask_token_id
         self.device = device
+        self.vocab_size = vocab_size
         self.left = left
         # [max_num_reqs, block_length]: the active block. The mask token is never chosen, so it stands for masked alone.
         self.canvas = torch.full((max_num_reqs, block_length), mask_token_id, dtype=torch.int64, device=device)

@@ -69,6 +69,15 @@ class LogprobRecords:
         num_top = int(self._num_top_np[asking_np].max())
         return Asking(place_np, place, is_new.bool(), keeps_mask.bool(), slots[place], num_top)
 
+    def kept(self, slots: Tensor) -> Tensor:
+        """Return those of the tokens that steps unmasked in the blocks under way; [num_reqs, block_length] float32.
+
+        NaN is of a position that no step unmasked. What is said of a slot whose request asks for none means nothing.
+        """
+        if self._tokens is None:
+            return torch.full((len(slots), self._shape[1]), torch.nan, device=self._device)
+        return self._tokens.log_probs[slots, :, 0].masked_fill(self._tokens.ranks[slots] == 0, torch.nan)
+
     def take(
         self, asking: Asking, unmasked: Unmasked, found: TokenLogprobs, first: Tensor, is_finished: Tensor
     ) -> EmittedLogprobs:

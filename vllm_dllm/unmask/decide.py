@@ -75,6 +75,10 @@ def decide_nodes(ground: Ground, node: Tensor, params: PolicyParams, state: Poli
 def is_decidable(ground: Ground, node: Tensor, state: PolicyState) -> Tensor:
     """Tell whether the policies know all of one node of each request that they need; [num_reqs] bool."""
     decidable = torch.ones_like(node, dtype=torch.bool)
+    unwritten = None if ground.params.own is None else torch_policy(ground.params.own.name).unwritten
+    if unwritten is not None:
+        request = torch.arange(len(node), device=node.device)
+        decidable = (node == 0) | unwritten.knows(ground.nodes.canvas[request, node], state)
     for policy_id, memory in MEMORIES.items() if state and ground.params.own is None else ():
         decidable &= memory.knows(_shown(ground, node), state) | (ground.params.policy_id != policy_id)
     return decidable

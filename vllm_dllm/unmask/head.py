@@ -69,8 +69,8 @@ class LogitsHead:
     ) -> None:
         self.head_logits, self.is_native = head_logits, is_native
         self.chunk_rows = NATIVE_ROWS if is_native else max(1, TORCH_BYTES // (8 * num_ids))
-        reduce = partial(vocab_stats, weight=None, first_id=first_id) if is_native else torch_stats
-        self._reduce = partial(reduce, excluded_ids=_excluded(mask_token_id))
+        self._reduce = partial(vocab_stats, weight=None, first_id=first_id) if is_native else torch_stats
+        self._mask_token_id = mask_token_id
 
     def __call__(
         self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
@@ -79,7 +79,10 @@ class LogitsHead:
 
         def reduce(rows: Tensor, sampling: RowSampling | None, ids: RowIds | None) -> PartialStats:
             logits = wanted_logits(self.head_logits, rows, ids)
-            return self._reduce(logits, sampling=sampling, num_candidates=num_candidates, ids=ids)
+            excluded = _excluded(self._mask_token_id, ids)
+            return self._reduce(
+                logits, excluded_ids=excluded, sampling=sampling, num_candidates=num_candidates, ids=ids
+            )
 
         return _in_chunks(hidden, sampling, ids, self.chunk_rows, reduce)
 
@@ -96,7 +99,8 @@ class WeightHead:
     def __init__(self, weight: Tensor, mask_token_id: int | None, first_id: int = 0) -> None:
         self.chunk_rows = NATIVE_ROWS
         self.weight = weight
-        self._reduce = partial(vocab_stats, weight=weight, first_id=first_id, excluded_ids=_excluded(mask_token_id))
+        self._reduce = partial(vocab_stats, weight=weight, first_id=first_id)
+        self._mask_token_id = mask_token_id
 
     def __call__(
         self, hidden: Tensor, sampling: RowSampling | None, num_candidates: int, ids: RowIds | None = None
@@ -104,7 +108,8 @@ class WeightHead:
         """Implement `Head`."""
 
         def reduce(rows: Tensor, sampling: RowSampling | None, ids: RowIds | None) -> PartialStats:
-            return self._reduce(rows, num_candidates=num_candidates, sampling=sampling, ids=ids)
+            excluded = _excluded(self._mask_token_id, ids)
+            return self._reduce(rows, excluded_ids=excluded, num_candidates=num_candidates, sampling=sampling, ids=ids)
 
         return _in_chunks(hidden, sampling, ids, self.chunk_rows, reduce)
 
@@ -194,8 +199,10 @@ class EditedHead:
         return PartialStats.of(partial(_select, changed[0] | changed[-1]), stats, own)
 
 
-def _excluded(mask_token_id: int | None) -> list[int]:
-    return [] if mask_token_id is None else [mask_token_id]
+def _excluded(mask_token_id: int | None, ids: RowIds | None) -> list[int]:
+    if mask_token_id is None or (ids is not None and ids.takes_mask):
+        return []
+    return [mask_token_id]
 
 
 def _in_chunks(

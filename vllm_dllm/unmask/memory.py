@@ -27,7 +27,7 @@ class StateField:
     """One tensor of a memory.
 
     Attributes:
-        width: numbers per position, block or request.
+        width: numbers per position, block or request; or what says so of a block length.
         dtype: of them.
         empty: what each is at first.
         per: what it is kept of. What is kept of positions and blocks is empty when a block begins; what is kept of a
@@ -35,14 +35,15 @@ class StateField:
             its block began.
     """
 
-    width: int
+    width: int | Callable[[int], int]
     dtype: torch.dtype
     empty: float
     per: Literal["position", "block", "request"] = "position"
 
     def new(self, num_canvases: int, block_length: int, device: torch.device) -> Tensor:
         """Return an empty one: [num_canvases, block_length or 1, width]."""
-        shape = (num_canvases, block_length if self.per == "position" else 1, self.width)
+        width = self.width if isinstance(self.width, int) else self.width(block_length)
+        shape = (num_canvases, block_length if self.per == "position" else 1, width)
         return torch.full(shape, self.empty, dtype=self.dtype, device=device)
 
 

@@ -39,6 +39,7 @@ BUILT_IN = {
     "adablock": "windows:ADABLOCK",
     "deferred": "windows:DEFERRED",
     "editing": "editing:EDITING",
+    "indel": "indel:INDEL",
 }
 """Policies in torch code that come with us -> where each is in `unmask.policies`."""
 

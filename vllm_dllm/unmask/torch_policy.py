@@ -168,6 +168,21 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class Unwritten:
+    """What a policy asks that may write any token, also the mask token: `PartialStats.others`. It ends its blocks.
+
+    Attributes:
+        field: of its state, [num_canvases, B, width] ids that each position took, none twice, -1 for none.
+        knows: tells of canvases [num_canvases, B] and the state whether the policy decides them without the likeliest
+            token that was not written, which is known of a step's roots alone; [num_canvases] bool. A draft where it
+            does not is the next step's root.
+    """
+
+    field: str
+    knows: Callable[[Tensor, PolicyState], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class TorchPolicy:
     """A policy that is torch code.
 
@@ -183,6 +198,7 @@ class TorchPolicy:
             Where not, a step unmasks open positions alone, one at least: the surest one if it chooses none.
         asks_known: whether it looks at `Seen.known_probability`.
         asks_ends: whether it looks at `Seen.confidence_without`, in place of that.
+        unwritten: what it asks besides, of one that comes with us; None: nothing.
         weights: the tensors of the net that it looks at, by the block length; their file is the server's setting
             `<policy>_file`. None: it has no net.
         file_of: the policy whose file that is; empty: it has one of its own.
@@ -196,6 +212,7 @@ class TorchPolicy:
     tokens_change: bool = False
     asks_known: bool = False
     asks_ends: bool = False
+    unwritten: Unwritten | None = None
     weights: Callable[[int], Mapping[str, tuple[int, ...]]] | None = None
     file_of: str = ""
 
@@ -272,6 +289,8 @@ def decide(policy: TorchPolicy, seen: Seen, state: PolicyState, vocab_size: int 
     if vocab_size is not None:
         _check(policy, seen, made, state, vocab_size)
     is_free = seen.step < CHANGING_STEPS * seen.canvas.shape[1] if policy.tokens_change else seen.step < 0
+    if policy.unwritten is not None:  # which ends its blocks
+        is_free = torch.ones_like(is_free)
     canvas = _within(seen, made.canvas, is_free)
     is_done = (canvas != seen.mask_token_id).all(1)
     if made.is_done is not None:

@@ -245,6 +245,9 @@ def _walk_in_block(ground: Ground, state: PolicyState) -> Trajectory:
     # A canvas without masks is no block's end where tokens may change yet.
     is_finished, follower = ~nodes.is_masked[:, 0].any(1) & ~_may_edit(ground.params, node), node
     goes_on = ~is_finished
+    # Each draft comes true once: where tokens are taken back, a canvas may come again.
+    is_open = nodes.is_valid.clone()
+    is_open[:, 0] = False
     for place in range(num_in_block):
         if canvas.is_cpu and not goes_on.any():  # elsewhere the host would wait
             break
@@ -257,8 +260,8 @@ def _walk_in_block(ground: Ground, state: PolicyState) -> Trajectory:
         step = torch.where(goes_on[:, None] & (canvas != before), place, step)
         path[:, place] = torch.where(goes_on, node, -1)
         num_steps = num_steps + goes_on
-        came_true = (canvas[:, None] == nodes.canvas).all(-1) & nodes.is_valid
-        came_true[:, 0] = False
+        is_open[request, node] &= ~goes_on
+        came_true = (canvas[:, None] == nodes.canvas).all(-1) & is_open
         follows, follower = came_true[:, :num_in_block].byte().max(1)
         goes_on = goes_on & ~is_finished & (follows > 0)
     return Trajectory(

@@ -166,14 +166,25 @@ struct Proposal {
       sum += position >= distance && is_new(position - distance) ? weight : 0.0;
       sum += position + distance < args.block_length && is_new(position + distance) ? weight : 0.0;
     }
+    for (int32_t distance = 1; args.terms != nullptr && distance <= kReach; ++distance) {
+      const double* middle = term(position);
+      sum += position >= distance && is_new(position - distance) ? middle[-distance] : 0.0;
+      sum += position + distance < args.block_length && is_new(position + distance) ? middle[distance] : 0.0;
+    }
     return sum;
+  }
+
+  // What a ranker adds to the readiness of a position; beside it, to what neighbours add.
+  DLLM_HOST_DEVICE const double* term(int32_t position) const {
+    return args.terms + (request * args.block_length + position) * (1 + 2 * kReach) + kReach;
   }
 
   DLLM_HOST_DEVICE double readiness(int32_t position, double log_confidence) const {
     const double below_zero = log_confidence < -1e-12 ? log_confidence : -1e-12;
     const double logit = below_zero - std::log(-std::expm1(below_zero));
     const double near_new = near(position, [this](int32_t other) { return is_new(other); });
-    return args.readiness.slope * logit + near_new + args.readiness.bias;
+    const double ready = args.readiness.slope * logit + near_new + args.readiness.bias;
+    return args.terms == nullptr ? ready : ready + *term(position);
   }
 
   DLLM_HOST_DEVICE uint64_t noise_key(int32_t position, int64_t num_masked) const {

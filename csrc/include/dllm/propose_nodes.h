@@ -30,6 +30,9 @@ struct Readiness {
   double bias;
 };
 
+// How far apart positions are of which a ranker says what one adds to another.
+constexpr int32_t kReach = 4;
+
 // All arrays are contiguous.
 struct ProposeNodesArgs {
   const GraphNode* nodes;        // [num_nodes]
@@ -40,6 +43,7 @@ struct ProposeNodesArgs {
 
   const int64_t* slots;  // [num_reqs]
   const int64_t* start;  // [num_reqs], absolute position of the block
+  const double* terms;   // [num_reqs, block_length, 1 + 2 * kReach], what a ranker adds to readiness; nullptr: nothing
 
   // By slot: the canvas, and of the step that made it the candidates and what was masked before it.
   const int64_t* canvas;     // [num_slots, block_length]

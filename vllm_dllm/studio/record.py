@@ -1,0 +1,133 @@
+"""Record how a server denoises a prompt, with drafts and without: the streams as they came, for the page to show."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http.client import HTTPException
+from typing import Any
+
+from vllm_dllm.errors import ConfigError
+from vllm_dllm.studio.page import VERSION
+
+NAMES = {True: "With drafts", False: "Without drafts"}
+_DROPPED = {"id", "object", "created", "model", "system_fingerprint"}
+_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to ask.
+
+    Attributes:
+        prompt: of the user.
+        max_tokens: of the reply.
+        temperature: None: the model's own.
+        policy: `dllm_policy`; None: the server's.
+    """
+
+    prompt: str
+    max_tokens: int = 64
+    temperature: float | None = 0.0
+    policy: str | None = None
+
+    def body(self, model: str, *, drafts: bool) -> dict[str, Any]:
+        """Return the request, as the page sends it."""
+        xargs = {"dllm_stream": "denoising"} | ({"dllm_policy": self.policy} if self.policy else {})
+        return {
+            "model": model,
+            "messages": [{"role": "user", "content": self.prompt}],
+            "logprobs": True,
+            "top_logprobs": 3,
+            "max_tokens": self.max_tokens,
+            **({} if self.temperature is None else {"temperature": self.temperature}),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "vllm_xargs": xargs | ({} if drafts else {"dllm_speculation": False}),
+        }
+
+
+def record(server: str, question: Question, api_key: str | None = None) -> dict[str, Any]:
+    """Ask a server twice, the second time without drafts where it has any; returns the recording.
+
+    Args:
+        server: its origin, as `http://127.0.0.1:8000`.
+        question: what to ask its first model.
+        api_key: of the server, where it wants one.
+
+    Raises: ConfigError where it does not answer, refuses, or serves none of our models.
+    """
+    with _ask(server, "/v1/models", None, api_key) as reply:
+        model = _first_model(server, reply.read())
+    runs = [_run(server, question.body(model, drafts=True), NAMES[True], api_key)]
+    if _numbers(server, runs[0])["exactness"] is not None:
+        runs.append(_run(server, question.body(model, drafts=False), NAMES[False], api_key))
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"version": VERSION, "model": model, "prompt": question.prompt, "created": created, "runs": runs}
+
+
+def _first_model(server: str, said: bytes) -> str:
+    try:
+        model: str = json.loads(said)["data"][0]["id"]
+    except (ValueError, LookupError, TypeError):
+        raise ConfigError(
+            f"{server}/v1/models says {said[:80]!r}, which lists no models; name a running `vllm serve` by --server"
+        ) from None
+    return model
+
+
+def _numbers(server: str, run: dict[str, Any]) -> dict[str, Any]:
+    """Return what the server says that the request took."""
+    for _, chunk in reversed(run["events"]):
+        if numbers := (chunk.get("kv_transfer_params") or {}).get("dllm"):
+            return dict(numbers)
+    raise ConfigError(
+        f"{server} does not say how it denoised: its model {run['body']['model']!r} is none that vllm-dllm serves; "
+        "name another server by --server"
+    )
+
+
+def _run(server: str, body: dict[str, Any], name: str, api_key: str | None) -> dict[str, Any]:
+    begin = time.monotonic()
+    events: list[tuple[float, dict[str, Any]]] = []
+    with _ask(server, "/v1/chat/completions", body, api_key) as reply:
+        for chunk in _chunks(server, reply):
+            if "error" in chunk:
+                raise ConfigError(f"{server} ended the stream: {chunk['error'].get('message')}; its log says why")
+            kept = {key: value for key, value in chunk.items() if key not in _DROPPED}
+            events.append((round(1e3 * (time.monotonic() - begin), 1), kept))
+    return {"name": name, "body": body, "events": events}
+
+
+def _chunks(server: str, lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+    """Yield the bodies of a stream of server-sent events, each of which vLLM sends as one line."""
+    data = b""
+    try:
+        for line in filter(bytes.strip, lines):
+            data = line.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                return
+            yield json.loads(data)
+    except (OSError, HTTPException, ValueError) as error:
+        raise ConfigError(f"{server} broke off the stream ({error!r} behind {data[:80]!r}); its log says why") from None
+    raise ConfigError(f"{server} broke off the stream behind {data[:80]!r}; its log says why")
+
+
+def _ask(server: str, path: str, body: dict[str, Any] | None, api_key: str | None) -> Any:  # noqa: ANN401 - urllib's
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server + path, data, headers)
+    try:
+        return urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")
+        raise ConfigError(
+            f"{server}{path} answered {error.code}: {said}; mend the request, or set OPENAI_API_KEY for a 401"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{server} does not answer ({error}); start it with `vllm serve MODEL`, or name another one by --server"
+        ) from None
