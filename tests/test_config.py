@@ -84,7 +84,7 @@ def test_keys_of_others_are_left_alone() -> None:
             {"attention": "fast"},
             ["additional_config.dllm.attention is 'fast'", "'auto', 'csrc', 'vllm', 'flashinfer', 'xformers'"],
         ),
-        ({"horizon": 0}, ["additional_config.dllm.horizon is 0", "null and whole numbers from 1 on"]),
+        ({"horizon": 0}, ["additional_config.dllm.horizon is 0", "null and whole numbers from 1 to 1048576"]),
         ([], ["additional_config.dllm is []", "block_length", "local_leap_radius", "learn2pd_file"]),
         (
             {"local_leap_radus": 4},
@@ -127,6 +127,11 @@ def test_request_options_are_refused_by_the_users_name() -> None:
 def test_options_that_the_policy_ignores_are_refused(options: dict[str, object], policy: str) -> None:
     with pytest.raises(InvalidOptionError, match="does not use it; allowed is dllm_"):
         check_policy_options(RequestOptions(**options), DllmConfig(policy=policy))  # type: ignore[arg-type]
+
+
+def test_a_horizon_fits_positions() -> None:
+    with pytest.raises(InvalidOptionError, match="dllm_horizon is 288230376151711744, allowed are null and"):
+        parse_request_options({"dllm_horizon": 1 << 58})
 
 
 def test_a_horizon_is_for_models_that_see_masks_behind() -> None:

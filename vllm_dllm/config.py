@@ -29,6 +29,7 @@ _AlgTemp = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null
 _Gain = Annotated[float, Field(gt=0.0, le=100.0, description="numbers above 0 and up to 100")]
 _CfgScale = Annotated[float, Field(ge=0.0, le=100.0, description="null and numbers from 0 to 100")]
 _Decay = Annotated[float, Field(ge=0.0, le=1.0, description="numbers from 0 to 1")]
+_Horizon = Annotated[int, Field(ge=1, le=1 << 20, description="null and whole numbers from 1 to 1048576")]
 _Attention = Annotated[AttentionName, Field(description="'auto', 'csrc', 'vllm', 'flashinfer', 'xformers' and 'torch'")]
 _Given = Field(description="null, texts, and lists of token ids with null for what is to be generated")
 _Penalty = Annotated[float, Field(ge=0.0, allow_inf_nan=False, description="null and finite numbers from 0 on")]
@@ -71,7 +72,7 @@ class DllmConfig(KvSettings, WithParameters):
     model_config = STRICT
     takes_files = True
 
-    horizon: Annotated[Count | None, Field(description="null and whole numbers from 1 on")] = None
+    horizon: _Horizon | None = None
     policy: _Policy = "static"
     threshold: _Threshold = 0.9
     factor: _Positive = 1.0
@@ -140,7 +141,7 @@ class RequestOptions(WithParameters):
     stream: Annotated[Literal["denoising"] | None, Field(description="null and 'denoising'")] = None
     logits_eos_inf: Annotated[Literal[True] | None, Field(description="null and true")] = None
     speculation: Annotated[Literal[False] | None, Field(description="null and false")] = None
-    horizon: Count | None = None
+    horizon: _Horizon | None = None
     budget: Annotated[int | None, Field(ge=0, le=1024, description="null and whole numbers from 0 to 1024")] = None
     canvas: Annotated[str | list[int | None] | None, _Given] = None
     suffix: Annotated[str | list[int] | None, Field(description="null, texts and lists of token ids")] = None

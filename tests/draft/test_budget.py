@@ -224,6 +224,15 @@ def test_a_step_of_other_requests_is_decided_anew() -> None:
     assert [alone, rule.choose(2, 5), rule.choose(1, 5, num_without=1)] == [4, 2, 4]
 
 
+def test_where_a_budget_breaks_even_is_that_of_its_step() -> None:
+    rule = BudgetRule([0.0, 0.5, 0.9, 1.2, 1.4, 1.5], 32)
+    rule.curve = CostCurve(((32, 1.0), (384, 2.0)), num_captured=0)
+    alone = [(rule.choose(1, 5, num_without=1), rule.break_even) for _ in range(DECIDE_EVERY)][-1]
+    both = rule.choose(2, 5), rule.break_even
+    assert alone != both
+    assert (rule.choose(1, 5, num_without=1), rule.break_even) == alone
+
+
 def test_a_budget_that_disappoints_is_left_after_one_step() -> None:
     rule, budgets = rule_of(chain(8), flat), []
     for _ in range(DECIDE_EVERY + 1):

@@ -11,7 +11,7 @@ from vllm.v1.core.sched.utils import check_stop
 
 from vllm_dllm.engine import ends
 from vllm_dllm.engine.ends import ends_of
-from vllm_dllm.state.ends import NO_ENDS, EndState
+from vllm_dllm.state.ends import NO_ENDS, Ends, EndState
 
 EOS, EOT, MASK, PROMPT_LEN = 1, 6, 3, 5
 
@@ -68,3 +68,11 @@ def test_a_policy_that_takes_tokens_back_has_no_end(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ends, "changes_tokens", lambda policy: policy == "static")
     assert ends_of(params(), PROMPT_LEN, "static") == NO_ENDS
     assert ends_of(params(), PROMPT_LEN, "random") != NO_ENDS
+
+
+def test_many_stop_tokens_are_left_to_the_scheduler() -> None:
+    """No request makes the table of all slots as wide as it likes."""
+    few = ends_of(params(stop_token_ids=[*range(10, 70)]), PROMPT_LEN, "static")
+    many = ends_of(params(stop_token_ids=[*range(10, 10 + ends.MAX_END_IDS)]), PROMPT_LEN, "static")
+    assert len(few.ids) == 62
+    assert many == Ends((), few.first, few.limit)

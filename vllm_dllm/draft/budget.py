@@ -110,7 +110,8 @@ class _Batch:
     Attributes:
         cost: of their times.
         budget: of the latest step, but for tries.
-        decided: since the last turn, by what a step had; a step of other requests asks for other budgets.
+        decided: budgets and where they break even, since the last turn, by what a step had; a step of other requests
+            asks for other budgets.
         used: budgets that any step had.
         num_steps: so far.
         served_ms, spent_ms: what tries are paid from, and what each kind of them has cost.
@@ -118,7 +119,7 @@ class _Batch:
 
     cost: Factors = field(default_factory=lambda: Factors(rate=0.2, most=2.0))
     budget: int = 0
-    decided: dict[tuple[int, ...], int] = field(default_factory=dict)
+    decided: dict[tuple[int, ...], tuple[int, float]] = field(default_factory=dict)
     used: set[int] = field(default_factory=set)
     num_steps: int = 0
     served_ms: float = 0.0
@@ -175,7 +176,7 @@ class BudgetRule:
         if is_turn:
             batch.decided.clear()
         elif step in batch.decided:
-            batch.budget = batch.decided[step]
+            batch.budget, self.break_even = batch.decided[step]
             return batch.budget
         drafting = num_reqs * self._block_length if canvas_rows is None else canvas_rows
         beside = self._rows(0, 0, num_begins, num_without)
@@ -190,7 +191,7 @@ class BudgetRule:
         if batch.budget > 0:
             extra_ms = ms[batch.budget] - ms[0]
             self.break_even = max(0.0, rates[batch.budget] * extra_ms / (num_reqs * self.expected(batch.budget)))
-        batch.decided[step] = batch.budget
+        batch.decided[step] = batch.budget, self.break_even
         return self._tried(batch, ms, rates) if is_turn else batch.budget
 
     def observe(

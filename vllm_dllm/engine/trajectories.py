@@ -32,6 +32,11 @@ class TrajectoryRecorder:
             )
         if not is_ours(engine.model_config):
             raise ConfigError("the model is no diffusion model; trajectories are recorded of diffusion models")
+        if engine.vllm_config.scheduler_config.async_scheduling:
+            raise ConfigError(
+                "the engine schedules a step ahead, where some steps turn out to be void after they were seen; give "
+                "LLM async_scheduling=False"
+            )
         self._settings = settings_of(engine.vllm_config)
         if self._settings.has_windows or self._settings.mode != "diffusion":
             raise ConfigError(
