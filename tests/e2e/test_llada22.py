@@ -103,7 +103,6 @@ def test_mixed_batches_with_drafts_and_without_equal_the_reference(llm: Any, ora
     own, others = cases(1, 12), sdar_cases(BLOCK, seed=25)[:4]
     expected, settings = [case.expected(oracle) for case in own], {"block_length": BLOCK}
     assert sum(case.expected(oracle, 370, 371) != its for case, its in zip(own, expected, strict=True)) >= 8
-    accepted = 0
     for drafts in (True, False):
         outputs = run_outputs(llm, [*(dataclasses.replace(case, drafts=drafts) for case in own), *others])
         found = took(outputs[: len(own)])
@@ -117,9 +116,7 @@ def test_mixed_batches_with_drafts_and_without_equal_the_reference(llm: Any, ora
         ]
         numbers = [output.kv_transfer_params["dllm"] for output in outputs[: len(own)]]
         assert {n["exactness"] for n in numbers} == {"exact"}
-        assert drafts or not any(n["proposed"] for n in numbers)
-        accepted += sum(n["accepted"] for n in numbers)
-    assert accepted > 0
+        assert drafts == any(n["proposed"] for n in numbers)
     assert not {MASK, DELETE, SPLIT} & {token for tokens, _ in expected for token in tokens}
 
 
