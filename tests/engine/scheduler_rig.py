@@ -1,6 +1,5 @@
 """A scheduler without vLLM's part, which is a stand-in."""
 
-import dataclasses
 import itertools
 from collections import defaultdict
 from types import SimpleNamespace
@@ -25,7 +24,7 @@ from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.scheduler import DllmScheduler
 from vllm_dllm.engine.telemetry import RequestTotals
 from vllm_dllm.names import KvPolicyName
-from vllm_dllm.state.report import MAX_DEPTH
+from vllm_dllm.state.report import MAX_DEPTH, Column
 
 B = 4
 MAX_NODES = 3
@@ -139,8 +138,8 @@ def step(scheduler: DllmScheduler, reports: dict[str, RequestReport], **kwargs: 
 
 
 def as_row(report: RequestReport) -> NDArray[np.int32]:
-    *counts, proposed, _, _ = dataclasses.astuple(report)
-    return np.array([*counts, *proposed], dtype=np.int32)
+    counts = [getattr(report, column.name.lower()) for column in Column if column != Column.PROPOSED]
+    return np.array([*counts, *report.proposed], dtype=np.int32)
 
 
 def observed(monkeypatch: pytest.MonkeyPatch, scheduler: DllmScheduler) -> list[tuple[Any, ...]]:
