@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.e2e.interference import check_interference
 from tests.e2e.llada2 import CONFIG, LLaDA2Oracle
-from tests.e2e.rig import Case, random_graph, run, run_outputs, shared_engine, speculation, write_wild
+from tests.e2e.rig import Case, random_graph, run, run_outputs, shared_engine, speculation
 from tests.e2e.sdar import sdar_cases
+from tests.e2e.wild import write_wild
 from vllm_dllm.reference.editing_rule import generate
 from vllm_dllm.reference.indel_rule import Indel
 from vllm_dllm.reference.llada2 import LLaDA2, LLaDA2Config
