@@ -29,7 +29,7 @@ def loads(name: str, other: str) -> dict[str, list[Phase]]:
         "1 to 12, changing": [Phase(rng.choice((1, 2, 3, 4, 6, 8, 12)), rng.randint(1, 6), (name,)) for _ in range(40)],
         "4, of two policies": [Phase(4, 64, (name, other))],
         "4, half never accept": [Phase(4, 64, (name, "!" + name))],
-        "2, then 2 that never accept": [Phase(2, 8, (name,)), Phase(2, 8, ("!" + name,))] * 3,
+        "8, then 8 that never accept, 2 at once": [Phase(2, 8, (name,)), Phase(2, 8, ("!" + name,))] * 3,
     }
 
 
@@ -41,7 +41,7 @@ def record(each: list[str]) -> None:
 
 
 def main() -> None:
-    """Print a table for each recording."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="append", metavar="NAME=TRACES", help="read these instead of simulating")
     args = parser.parse_args()
@@ -49,15 +49,14 @@ def main() -> None:
         record(args.record)
         return
     known = recordings()
-    for block_length, pairs in PAIRS.items():
-        for name, other in pairs:
-            names = list(loads(name, other))
-            print(f"\n{name}: auto / off, and / the best number\n\n| machine | " + " | ".join(names) + " |")
-            print("|---" * (1 + len(names)) + "|")
-            for machine_name, machine in BY_BLOCK[block_length].items():
+    header = ["machine; recording", *loads("", "")]
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for block_length, machines in BY_BLOCK.items():
+        for machine_name, machine in machines.items():
+            for name, other in PAIRS[block_length]:
                 found = [outcome(machine, known, load) for load in loads(name, other).values()]
-                cells = [f"{each.auto:.2f}, {each.of_best:.2f} ({-each.best[1]})" for each in found]
-                print(f"| {machine_name} | " + " | ".join(cells) + " |", flush=True)
+                cells = [f"{each.auto:.3f}, {each.of_best:.3f} ({-each.best[1]})" for each in found]
+                print(f"| {machine_name}; {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

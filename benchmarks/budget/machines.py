@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_dllm.draft.budget import CostCurve
+from vllm_dllm.engine.step_sizes import captured_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +33,9 @@ class Machine:
         return self.curve.ms(rows) + self.kv_ms * (num_reqs - 1)
 
 
-def measured(*points: tuple[int, float]) -> CostCurve:
-    """Return the line through measured points."""
-    return CostCurve(points)
-
-
 def captured(block_length: int, ms: Callable[[int], float]) -> CostCurve:
     """Return the staircase of the graphs that the engine captures for up to 64 blocks, and a line behind them."""
-    blocks = [*range(1, 17), *range(18, 33, 2), *range(36, 65, 4)]  # as `engine.step_sizes.captured_blocks`
-    rows = [number * block_length for number in blocks]
+    rows = [number * block_length for number in captured_blocks(64)]
     return CostCurve(tuple((number, ms(number)) for number in [*rows, 2 * rows[-1], 8 * rows[-1]]), len(rows))
 
 
@@ -58,19 +53,22 @@ BY_BLOCK: dict[int, dict[str, Machine]] = {
     32: {
         # docs/benchmarks.md, never slower: LLaDA of 8.5 M, two threads.
         "CPU, LLaDA 8.5 M": Machine(
-            measured((32, 11.0), (64, 13.0), (128, 17.0), (256, 30.0), (512, 58.0)), 0.0, 2.2, 230
+            CostCurve(((32, 11.0), (64, 13.0), (128, 17.0), (256, 30.0), (512, 58.0))), 0.0, 2.2, 230
         ),
         # Logged by an engine at its start: examples/tiny_llada, one thread.
         "CPU, tiny_llada": Machine(
-            measured((32, 3.6), (64, 4.8), (96, 6.0), (160, 8.5), (288, 13.2), (352, 15.6), (1408, 80.7)), 0.0, 2.2, 230
-        ),
-        # The same machine when others use it: what was logged then, and what is true later.
-        "CPU, forecast while busy": Machine(
-            measured((32, 3.6), (64, 4.8), (96, 6.0), (160, 8.5), (288, 13.2), (352, 15.6), (1408, 80.7)),
+            CostCurve(((32, 3.6), (64, 4.8), (96, 6.0), (160, 8.5), (288, 13.2), (352, 15.6), (1408, 80.7))),
             0.0,
             2.2,
             230,
-            measured((32, 5.3), (64, 15.1), (96, 12.4), (160, 27.2), (288, 39.9), (352, 42.1), (1408, 74.2)),
+        ),
+        # The same machine when others use it: what was logged then, and what is true later.
+        "CPU, forecast while busy": Machine(
+            CostCurve(((32, 3.6), (64, 4.8), (96, 6.0), (160, 8.5), (288, 13.2), (352, 15.6), (1408, 80.7))),
+            0.0,
+            2.2,
+            230,
+            CostCurve(((32, 5.3), (64, 15.1), (96, 12.4), (160, 27.2), (288, 39.9), (352, 42.1), (1408, 74.2))),
             noise=0.2,
         ),
         "H200, LLaDA-8B, roofline": Machine(captured(32, roofline), 0.12, 1.2, 1024),
@@ -78,14 +76,14 @@ BY_BLOCK: dict[int, dict[str, Machine]] = {
     },
     8: {
         "CPU, tiny_sdar": Machine(
-            measured((8, 1.5), (16, 1.5), (24, 1.5), (40, 1.6), (72, 3.1), (104, 3.1), (416, 7.1), (1664, 66.0)),
+            CostCurve(((8, 1.5), (16, 1.5), (24, 1.5), (40, 1.6), (72, 3.1), (104, 3.1), (416, 7.1), (1664, 66.0))),
             0.0,
             2.2,
             100,
         ),
         # docs/benchmarks.md, never slower: 250 M weights, bf16.
         "CPU, memory-bound": Machine(
-            measured((8, 35.0), (16, 37.7), (24, 43.6), (32, 50.1), (40, 54.5)), 0.0, 2.2, 100
+            CostCurve(((8, 35.0), (16, 37.7), (24, 43.6), (32, 50.1), (40, 54.5))), 0.0, 2.2, 100
         ),
         "H200, SDAR-8B, roofline": Machine(captured(8, roofline), 0.036, 1.2, 1024),
         "H200, SDAR-8B, tiles": Machine(captured(8, tiles), 0.036, 1.2, 1024),

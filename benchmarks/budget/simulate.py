@@ -108,14 +108,7 @@ class _Server:
         self.rule.observe(len(drafting), budget, mean, took_ms, host_ms, len(commits), num_without)
 
 
-def spent_ms(
-    machine: Machine,
-    recordings: dict[str, Recording],
-    load: Sequence[Phase],
-    budget: Budget,
-    prior_scale: float = 1.0,
-    seed: int = 0,
-) -> float:
+def spent_ms(machine: Machine, recordings: dict[str, Recording], load: Sequence[Phase], budget: Budget) -> float:
     """Return how long a load takes.
 
     Args:
@@ -123,14 +116,11 @@ def spent_ms(
         recordings: by name; the graph that is served is that of the load's first one.
         load: what is asked, in turn.
         budget: as the setting.
-        prior_scale: what the drafter expects, as a multiple of what was counted.
-        seed: of what is late.
     """
     served = recordings[load[0].names[0].removeprefix("!")]
-    prior = [value * prior_scale for value in served.prior[: MAX_DRAFTS + 1]]
-    rule = BudgetRule(prior, served.block_length, None if budget == "auto" else budget)
+    rule = BudgetRule(served.prior, served.block_length, None if budget == "auto" else budget)
     rule.curve = machine.forecast or machine.curve
-    server = _Server(machine, served, rule, random.Random(seed))
+    server = _Server(machine, served, rule, random.Random(0))
     asked = _requests(recordings, load)
     for phase in load:
         running: dict[str, _Request] = {}
@@ -175,15 +165,9 @@ class Outcome:
         return self.auto / self.best[0]
 
 
-def outcome(
-    machine: Machine,
-    recordings: dict[str, Recording],
-    load: Sequence[Phase],
-    budgets: Sequence[int] = range(1, MAX_DRAFTS + 1),
-    prior_scale: float = 1.0,
-    seed: int = 0,
-) -> Outcome:
+def outcome(machine: Machine, recordings: dict[str, Recording], load: Sequence[Phase]) -> Outcome:
     """Serve a load with each budget."""
     off = spent_ms(machine, recordings, load, 0)
-    auto = spent_ms(machine, recordings, load, "auto", prior_scale, seed)
-    return Outcome(off / auto, tuple(off / spent_ms(machine, recordings, load, number) for number in budgets))
+    auto = spent_ms(machine, recordings, load, "auto")
+    fixed = (spent_ms(machine, recordings, load, number) for number in range(1, 1 + MAX_DRAFTS))
+    return Outcome(off / auto, tuple(off / ms for ms in fixed))

@@ -25,7 +25,7 @@ GRID = [
 @pytest.mark.parametrize(("block_length", "machine", "name", "load"), GRID)
 def test_never_slower_and_near_the_best_number(block_length: int, machine: str, name: str, load: str) -> None:
     other = next(each for each in KNOWN if each != name and KNOWN[each].block_length == block_length)
-    found = outcome(BY_BLOCK[block_length][machine], KNOWN, loads(name, other)[load], (1, 2, 3, 4, 5, 7))
+    found = outcome(BY_BLOCK[block_length][machine], KNOWN, loads(name, other)[load])
     assert found.auto >= 0.99
     assert found.of_best >= 0.95
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from vllm_dllm.config import DllmConfig
@@ -71,9 +71,9 @@ def load_ranker(path: str | Path) -> RankerFile:
         raise ConfigError(f"ranker {where} is larger than {MAX_FILE_BYTES} bytes, so it is no order ranker; {_TODO}")
     try:
         weights = load(content)
-        # The header: its length in 8 bytes, then JSON.
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        with safe_open(path, "np") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, KeyError, ValueError, OSError) as error:  # of a dtype or a shape that numpy has not, too
         raise ConfigError(f"ranker {where} is not a safetensors file ({error}); {_TODO}") from None
     if metadata.get("format") != FORMAT:
         raise ConfigError(
