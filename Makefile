@@ -107,6 +107,7 @@ bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: 
 	.venv/bin/vllm-dllm bench decode $(BENCH_ARGS)
 	$(PY) -m benchmarks kernels --short
 
+# The variable: at each build the theme's makers advertise its successor, which is no finding of --strict.
 docs: setup ## build the documents as a site in build/site, and check their links and commands
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	$(PY) -m pytest -q tests/test_docs.py tests/test_site.py

@@ -13,7 +13,6 @@ from vllm_dllm.config import (
     parse_request_options,
     parse_server_settings,
 )
-from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE, check_family
 from vllm_dllm.names import PolicyName
 from vllm_dllm.policy_options import POLICY_ALIASES
 from vllm_dllm.request_checks import check_policy_options, request_steps
@@ -138,8 +137,8 @@ def test_a_horizon_is_for_models_that_see_masks_behind() -> None:
     check_policy_options(RequestOptions(horizon=2), DllmConfig())
     with pytest.raises(InvalidOptionError, match="dllm_horizon is 2, but kv_policy is 'freecache', and sequences"):
         check_policy_options(RequestOptions(horizon=2), DllmConfig(kv_policy="freecache"))
-    with pytest.raises(InvalidOptionError, match=r"additional_config\.dllm\.horizon is 1, but kv_policy is 'causal'"):
-        check_family(DllmConfig(horizon=1, kv_policy="causal"), FAMILY_BY_ARCHITECTURE["NemotronLabsDiffusionModel"])
+    with pytest.raises(InvalidOptionError, match=r"^additional_config\.dllm: horizon is 1, but kv_policy is 'causal'"):
+        parse_server_settings({"horizon": 1}, defaults={"kv_policy": "causal"})
 
 
 def test_options_of_the_servers_policy_pass() -> None:

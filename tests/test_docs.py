@@ -22,6 +22,7 @@ PAGES = [
 ]
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TEST_NAME = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 LEFT = re.compile(r"@[A-Z_]+@|\b(?:TODO|FIXME)\b")
@@ -47,6 +48,13 @@ def code_blocks(*languages: str) -> list[tuple[str, str]]:
         for language, code in CODE_BLOCK.findall(page.read_text())
         if language in languages
     ]
+
+
+def test_tables_are_whole():
+    tables = [(page.name, t) for page in PAGES for t in TABLE.findall(without_code(page.read_text()))]
+    assert len(tables) > 100
+    wrong = [(page, t[:80]) for page, t in tables if not re.match(r".*\n\|[ :|-]+\|\n", t)]
+    assert not wrong, "rows without a head, as below an empty line: they are shown as text"
 
 
 def test_links_lead_somewhere():

@@ -1,4 +1,4 @@
-"""Every command in the documents is executed by a test, or it is said what keeps tests from that."""
+"""Every command in the documents has an entry that names a test of it, or says what keeps tests from that."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ from tests.test_docs import ROOT, code_blocks
 from vllm_dllm.draft.graph_file import default_graph, dump_graph
 
 ENTRIES = tomllib.loads((ROOT / "tests/suite/documented_commands.toml").read_text())["commands"]
-NEEDS = ("gpu", "hub", "network", "itself", "hours", "another checkout", "a container builder")
+NEEDS = ("gpu", "nvcc", "hub", "network", "itself", "minutes", "hours", "another", "a container builder", "a shell")
 SERVE = re.compile(r"(?:\w+=\S+ )*vllm serve ")
 
 
@@ -51,7 +51,7 @@ def names_of(file: Path) -> set[str]:
     }
 
 
-def test_every_command_is_run_by_a_test_or_says_what_it_needs() -> None:
+def test_every_command_has_an_entry() -> None:
     assert len(COMMANDS) > 90
     assert [command for command in COMMANDS if entry_of(command) is None] == []
 

@@ -13,7 +13,7 @@ from vllm_dllm.ops.load import OPS
 
 PACKAGE = ROOT / "vllm_dllm"
 
-MAX_FILE = {".py": 350, ".cpp": 400, ".h": 400, ".cu": 400, ".cuh": 400}
+MAX_FILE = {".py": 350, ".html": 350, ".js": 400, ".cpp": 400, ".h": 400, ".cu": 400, ".cuh": 400}
 MAX_FUNCTION = 60
 P90_FUNCTION = 35
 MAX_NESTING = 3

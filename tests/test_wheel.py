@@ -53,7 +53,7 @@ def test_the_wheel_holds_the_package_and_its_library(dist):
     with zipfile.ZipFile(only(dist, "*.whl")) as wheel:
         files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     package = ROOT / "vllm_dllm"
-    expected = {path for suffix in ("py", "json", "html") for path in package.glob(f"**/*.{suffix}")}
+    expected = {path for suffix in ("py", "json", "html", "js") for path in package.glob(f"**/*.{suffix}")}
     expected |= {package / "py.typed", package / "_C.so"}
     assert files == {path.relative_to(ROOT).as_posix() for path in expected}
 

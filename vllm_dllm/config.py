@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from vllm_dllm.errors import STRICT_LIKENESS, ConfigError, did_you_mean, nearest
 from vllm_dllm.kv_settings import STRICT, Count, KvSettings
-from vllm_dllm.names import AttentionName, ServedMode
+from vllm_dllm.names import AttentionName, KvPolicyName, ServedMode
 from vllm_dllm.policy_options import WithParameters, allowed_policies, known_policy
 
 REQUEST_PREFIX = "dllm_"
@@ -95,6 +95,12 @@ class DllmConfig(KvSettings, WithParameters):
                 f"{self.refresh_every}, which keeps K/V from step to step, and none of the sequence without its prompt"
                 "; set refresh_every to 1 (of a bidirectional model) or leave cfg_scale out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_can_grow(self) -> Self:
+        if problem := no_growth("horizon", self.horizon, self.kv_policy):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -271,6 +277,16 @@ def _allowed(field: FieldInfo) -> str:
     found = field.description or next(described, None)
     assert found, "every type above is described"
     return str(found)
+
+
+def no_growth(name: str, horizon: int | None, kv_policy: KvPolicyName) -> str | None:
+    """Tell why sequences do not grow under a KV policy by an option `name`; None: they do, or are not to."""
+    if horizon is None or kv_policy in ("dual", "prefix"):
+        return None
+    return (
+        f"{name} is {horizon}, but kv_policy is {kv_policy!r}, and sequences grow with 'dual' and 'prefix' alone "
+        "(where blocks see nothing behind them, they do by themselves); allowed is null; remove it"
+    )
 
 
 def is_even(policy: str, steps_per_block: int, block_length: int) -> bool:

@@ -7,21 +7,17 @@ from vllm_dllm.config import (
     InvalidOptionError,
     RequestOptions,
     is_even,
+    no_growth,
 )
-from vllm_dllm.names import KvPolicyName
 from vllm_dllm.policy_options import options_of
 from vllm_dllm.unmask.registry import file_option, needs_file
 
 
-def check_horizon(name: str, horizon: int | None, kv_policy: KvPolicyName) -> None:
-    """Check that a sequence may grow under a KV policy. Raises: InvalidOptionError with the option's name."""
-    if horizon is not None and kv_policy not in ("dual", "prefix"):
-        raise InvalidOptionError(
-            f"{name} is {horizon}, but kv_policy is {kv_policy!r}, and sequences grow with 'dual' and 'prefix' alone "
-            "(where blocks see nothing behind them, they do by themselves); allowed is null; remove it",
-            name,
-            horizon,
-        )
+def check_horizon(options: RequestOptions, settings: DllmConfig) -> None:
+    """Check that a request's sequence may grow under the server's KV policy. Raises: InvalidOptionError."""
+    name = f"{REQUEST_PREFIX}horizon"
+    if problem := no_growth(name, options.horizon, settings.kv_policy):
+        raise InvalidOptionError(problem, name, options.horizon)
 
 
 def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
@@ -37,7 +33,7 @@ def check_policy_options(options: RequestOptions, settings: DllmConfig) -> None:
             options.cfg_scale,
         )
     policy = options.policy or settings.policy
-    check_horizon(f"{REQUEST_PREFIX}horizon", options.horizon, settings.kv_policy)
+    check_horizon(options, settings)
     if needs_file(policy) and file_option(policy) not in settings.files:
         raise InvalidOptionError(
             f"{REQUEST_PREFIX}policy is {policy!r}, but the server has no {file_option(policy)}, the net that it looks "

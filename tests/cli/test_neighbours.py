@@ -17,6 +17,10 @@ PLUGINS = {
         "def register():\n    ModelRegistry.register_model('DreamModel', 'taker:Dream')\n"
     ),
     "broken": "raise ImportError('no such luck')\n",
+    "halfway": (
+        "from vllm.model_executor.models import ModelRegistry\n"
+        "def register():\n    ModelRegistry.register_model('SDARForCausalLM', 'halfway:SDAR')\n    raise OSError\n"
+    ),
     "platform": "def register():\n    return 'vllm.platforms.cpu.CpuPlatform'\n",
 }
 
@@ -45,14 +49,16 @@ def test_plugins_that_force_another_runner_are_named(site: Path) -> None:
         "harmless": "ok",
         "hook": "broken",
         "taker": "broken",
-        "broken": "ok",
+        "broken": "missing",
+        "halfway": "broken",
         "platform": "broken",
     }
     assert "'hook' of hook-plugin 1.2 changes VLLM_USE_V2_MODEL_RUNNER from unset to 0" in found["hook"].text
     assert "the model of DreamModel from" in found["taker"].text
     assert "does not load (ImportError: no such luck)" in found["broken"].text
     assert "the platform to vllm.platforms.cpu.CpuPlatform" in found["platform"].text
-    for name in ("hook", "taker", "platform", "broken"):
+    assert "the model of SDARForCausalLM from" in found["halfway"].text
+    for name in ("hook", "taker", "platform", "broken", "halfway"):
         assert found[name].text.endswith("leave it out: `export VLLM_PLUGINS=dllm`")
 
 

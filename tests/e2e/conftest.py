@@ -8,8 +8,9 @@ import pytest
 
 from tests.e2e.dream import make_wild_dream
 from tests.e2e.engines import settle_shared_engine
-from tests.e2e.rig import CHECKPOINT, Oracle, make_wild_checkpoint, stop_shared_engine
+from tests.e2e.rig import CHECKPOINT, Oracle, stop_shared_engine
 from tests.e2e.sdar import SdarOracle, make_wild_sdar
+from tests.e2e.wild import make_wild_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)

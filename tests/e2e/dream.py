@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from tests.e2e.rig import Oracle, write_wild
+from tests.e2e.rig import Oracle
+from tests.e2e.wild import write_wild
 from vllm_dllm.names import PolicyName
 from vllm_dllm.reference.policy import DREAM
 from vllm_dllm.reference.qwen import Qwen, QwenConfig
@@ -40,7 +41,7 @@ OTHERS: tuple[PolicyName, ...] = ("random", "factor", "sequential", "dynamic", "
 
 
 def make_wild_dream(path: Path, mixing: float = 1.0) -> None:
-    """Write a random Dream model, see `rig.make_wild_checkpoint`."""
+    """Write a random Dream model, see `wild.make_wild_checkpoint`."""
     write_wild(path, CONFIG, lambda config: Qwen(QwenConfig.from_json(config)), mixing)
     # Dream's own names no temperature either.
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 1}))

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from tests.e2e import sdar
-from tests.e2e.rig import Oracle, write_wild
+from tests.e2e.rig import Oracle
 from tests.e2e.sdar import SdarOracle
+from tests.e2e.wild import write_wild
 from vllm_dllm.reference.policy import LLADA, SDAR, STABLE_DIFFCODER
 from vllm_dllm.reference.qwen import Qwen, QwenConfig
 
@@ -56,7 +57,7 @@ STABLE_DIFFCODER_8B: dict[str, Any] = {
 
 
 def make_random(path: Path, config: dict[str, Any], mixing: float) -> Path:
-    """Write a random model, see `rig.make_wild_checkpoint`."""
+    """Write a random model, see `wild.make_wild_checkpoint`."""
     write_wild(path, config, lambda file: Qwen(QwenConfig.from_json(file)), mixing)
     return path
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases, write_wild
+from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases
 from tests.e2e.sdar import POLICIES
+from tests.e2e.wild import write_wild
 from vllm_dllm.blocks import RowBlocks, row_blocks
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.models.interface import FAMILY_BY_ARCHITECTURE
@@ -69,7 +70,7 @@ _RULES = {"nemotron": NEMOTRON, "fast_dllm": FAST_DLLM}
 
 
 def make_wild(family: str, path: Path, mixing: float = 1.0) -> None:
-    """Write a random model, see `rig.make_wild_checkpoint`."""
+    """Write a random model, see `wild.make_wild_checkpoint`."""
     model = {"nemotron": Nemotron, "fast_dllm": Qwen}[family]
     write_wild(path, CONFIGS[family], lambda config: model(QwenConfig.from_json(config)), mixing)
 

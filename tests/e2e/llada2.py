@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from tests.e2e import sdar
-from tests.e2e.rig import MAX_MODEL_LEN, write_wild
+from tests.e2e.rig import MAX_MODEL_LEN
 from tests.e2e.sdar import SdarOracle
+from tests.e2e.wild import write_wild
 from vllm_dllm.reference.llada2 import LLaDA2, LLaDA2Config
 from vllm_dllm.reference.policy import LLADA2
 
@@ -21,7 +22,7 @@ CONFIG: dict[str, Any] = {
 
 
 def make_random(path: Path, mixing: float = 1.0) -> Path:
-    """Write a random model, see `rig.make_wild_checkpoint`."""
+    """Write a random model, see `wild.make_wild_checkpoint`."""
     write_wild(path, CONFIG, lambda file: LLaDA2(LLaDA2Config.from_json(file)), mixing)
     return path
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from tests.e2e import first_token
 from tests.e2e.dream import make_wild_dream
-from tests.e2e.rig import make_wild_checkpoint
 from tests.e2e.sdar import make_wild_sdar
+from tests.e2e.wild import make_wild_checkpoint
 
 MIXING = 0.1
-"""See `rig.make_wild_checkpoint`: of drafts some come true, and others do not."""
+"""See `wild.make_wild_checkpoint`: of drafts some come true, and others do not."""
 
 
 def make_all(folder: Path) -> None:

@@ -19,8 +19,6 @@ from tests.e2e.kv import kv_policy
 from tests.e2e.questions import CHECKPOINT as CHECKPOINT
 from tests.e2e.questions import EXAMPLES as EXAMPLES
 from tests.e2e.questions import questions as questions
-from tests.e2e.wild import make_wild_checkpoint as make_wild_checkpoint
-from tests.e2e.wild import write_wild as write_wild
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph, Formula

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from tests.e2e.interference import check_interference
-from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases, write_wild
+from tests.e2e.rig import MAX_MODEL_LEN, Case, Oracle, mixed_cases
+from tests.e2e.wild import write_wild
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.names import PolicyName
@@ -46,7 +47,7 @@ POLICIES: tuple[PolicyName, ...] = (
 
 
 def make_wild_sdar(path: Path, mixing: float = 1.0) -> None:
-    """Write a random SDAR model, see `rig.make_wild_checkpoint`."""
+    """Write a random SDAR model, see `wild.make_wild_checkpoint`."""
     write_wild(path, CONFIG, lambda config: Qwen(QwenConfig.from_json(config)), mixing)
 
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from vllm_dllm.studio.page import recording_of
+from tests.studio.streams import recording_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("demo"), pytest.mark.xdist_group("server")]
 

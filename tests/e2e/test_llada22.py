@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.e2e.interference import check_interference
 from tests.e2e.llada2 import CONFIG, LLaDA2Oracle
-from tests.e2e.rig import Case, random_graph, run, run_outputs, shared_engine, speculation, write_wild
+from tests.e2e.rig import Case, random_graph, run, run_outputs, shared_engine, speculation
 from tests.e2e.sdar import sdar_cases
+from tests.e2e.wild import write_wild
 from vllm_dllm.reference.editing_rule import generate
 from vllm_dllm.reference.indel_rule import Indel
 from vllm_dllm.reference.llada2 import LLaDA2, LLaDA2Config
@@ -103,7 +104,6 @@ def test_mixed_batches_with_drafts_and_without_equal_the_reference(llm: Any, ora
     own, others = cases(1, 12), sdar_cases(BLOCK, seed=25)[:4]
     expected, settings = [case.expected(oracle) for case in own], {"block_length": BLOCK}
     assert sum(case.expected(oracle, 370, 371) != its for case, its in zip(own, expected, strict=True)) >= 8
-    accepted = 0
     for drafts in (True, False):
         outputs = run_outputs(llm, [*(dataclasses.replace(case, drafts=drafts) for case in own), *others])
         found = took(outputs[: len(own)])
@@ -117,9 +117,7 @@ def test_mixed_batches_with_drafts_and_without_equal_the_reference(llm: Any, ora
         ]
         numbers = [output.kv_transfer_params["dllm"] for output in outputs[: len(own)]]
         assert {n["exactness"] for n in numbers} == {"exact"}
-        assert drafts or not any(n["proposed"] for n in numbers)
-        accepted += sum(n["accepted"] for n in numbers)
-    assert accepted > 0
+        assert drafts == any(n["proposed"] for n in numbers)
     assert not {MASK, DELETE, SPLIT} & {token for tokens, _ in expected for token in tokens}
 
 

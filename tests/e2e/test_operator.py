@@ -16,7 +16,8 @@ import pytest
 
 from tests.e2e import last_words
 from tests.e2e.http import DEADLINE_S, MODEL, complete, server, wait_until
-from tests.e2e.rig import CHECKPOINT, Case, Oracle, make_wild_checkpoint
+from tests.e2e.rig import CHECKPOINT, Case, Oracle
+from tests.e2e.wild import make_wild_checkpoint
 from tests.test_dashboard import shown
 from vllm_dllm.engine.stat_logger import DRAFT_COUNTERS
 

@@ -59,7 +59,7 @@ def test_mixed_batch_equals_reference(served: Any, oracle: SdarOracle) -> None:
 
 def test_an_answer_ends_before_its_block(served: Any, oracle: SdarOracle) -> None:
     llm, settings = served
-    check_ended(llm, oracle, sdar_cases(settings["block_length"], seed=21), settings, drafts=True)
+    check_ended(llm, oracle, sdar_cases(settings["block_length"], seed=21), settings)
 
 
 def test_given_tokens_of_answers(served: Any, oracle: SdarOracle) -> None:

@@ -83,7 +83,7 @@ def test_look_aheads_come_true_in_a_mixed_batch(served: Any, oracle: SdarOracle,
 def test_an_answer_ends_before_its_block(served: Any, oracle: SdarOracle) -> None:
     llm, settings, graph = served
     cases = sdar_cases(settings["block_length"], seed=21)
-    check_ended(llm, oracle, cases, settings, drafts=True)
+    check_ended(llm, oracle, cases, settings)
     cases = ending(oracle, cases, settings, seed=3)
     took = [output.kv_transfer_params["dllm"] for output in run_outputs(llm, cases)]
     expected = [oracle.speculative(case, settings, graph, BUDGET) for case in cases]

@@ -80,7 +80,7 @@ def test_mixed_batch_equals_reference(served: Any, mild_oracle: Oracle) -> None:
 def test_an_answer_ends_before_its_block(served: Any, mild_oracle: Oracle) -> None:
     llm, settings, graph, budget = served
     cases = mixed_cases(settings["block_length"], seed=21)
-    check_ended(llm, mild_oracle, cases, settings, drafts=True)
+    check_ended(llm, mild_oracle, cases, settings)
     if budget == "auto":
         return
     cases = ending(mild_oracle, cases, settings, seed=3)

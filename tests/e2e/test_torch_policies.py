@@ -12,7 +12,7 @@ from tests.e2e.rig import Case, Oracle, mixed_cases, random_graph, run_outputs, 
 from tests.unmask.torch_policies import Own, drawn, net_files, rule_of
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.reference.rules import generate
-from vllm_dllm.unmask.registry import BUILT_IN
+from vllm_dllm.unmask.registry import BUILT_IN, changes_tokens
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("policies in torch code")]
 
@@ -73,7 +73,11 @@ def test_all_in_one_batch_beside_native_ones(llm: Any, mild_oracle: Oracle) -> N
     accepted = 0
     for case, found, output in zip(own, tokens, outputs, strict=False):
         took = output.kv_transfer_params["dllm"]
-        assert (case.own, found, took["nfe"] + took["accepted"]) == (case.own, *case.expected(mild_oracle))
+        (expected, whole), steps = case.expected(mild_oracle), took["nfe"] + took["accepted"]
+        assert (case.own, found) == (case.own, expected)
+        # An answer may end within its last block, where no token changes; the plain statement decides all of it.
+        may_end = case.max_tokens % BLOCK > 0 and not changes_tokens(case.own.policy)
+        assert steps <= whole if may_end else steps == whole, case.own
         accepted += took["accepted"]
     assert accepted > 0
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from tests.e2e.first_token import CONFIGS
-from tests.e2e.rig import MAX_MODEL_LEN, NUM_SLOTS, Case, write_wild
+from tests.e2e.rig import MAX_MODEL_LEN, NUM_SLOTS, Case
+from tests.e2e.wild import write_wild
 from vllm_dllm.reference.edits import Edits
 from vllm_dllm.reference.qwen import Qwen, QwenConfig
 from vllm_dllm.reference.sampling import Sampling
@@ -39,7 +40,7 @@ class WindowCase(Case):
 
 
 def make_wild(path: Path, *, has_biases: bool) -> None:
-    """Write a random model, see `rig.make_wild_checkpoint`."""
+    """Write a random model, see `wild.make_wild_checkpoint`."""
     config = CONFIG | {"attention_bias": has_biases}
     write_wild(path, config, lambda file: Qwen(QwenConfig.from_json(file)), 1.0)
 

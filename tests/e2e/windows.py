@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.first_token import CONFIGS
-from tests.e2e.rig import MAX_MODEL_LEN, NUM_SLOTS, Case, write_wild
+from tests.e2e.rig import MAX_MODEL_LEN, NUM_SLOTS, Case
+from tests.e2e.wild import write_wild
 from tests.reference.test_self_speculation import write_adapter
 from vllm_dllm.reference.block_causal import generate_causally, store
 from vllm_dllm.reference.nemotron import Nemotron, draft_model

@@ -140,13 +140,13 @@ def test_llada22_says_its_blocks_and_its_tokens() -> None:
     config = LLaDA2Config(**FLASH22)
     assert (config.block_size, config.expert_capacity) == (32, 48)
     assert (config.delete_token_id, config.split_token_id) == (156930, 156931)
-    assert config.decoding_defaults == {
-        **{"policy": "indel", "threshold": 0.5},
+    assert FAMILY_BY_ARCHITECTURE["LLaDA2MoeModelLM"].settings(config.block_size, config.edit_ids) == {
+        **{"block_length": 32, "kv_policy": "block_causal", "policy": "indel", "threshold": 0.5},
         **{"indel_delete": 156930, "indel_split": 156931},
     }
-    assert LLaDA2Config(**FLASH).decoding_defaults == {}
+    assert LLaDA2Config(**FLASH).edit_ids is None
     other = LLaDA2Config(**FLASH22 | {"vocab_size": 157000, "mask_token_id": 3})
-    assert (other.delete_token_id, other.decoding_defaults) == (None, {})
+    assert (other.delete_token_id, other.edit_ids) == (None, None)
     assert LLaDA2Config(**FLASH22 | {"moe_shared_expert_intermediate_size": 7}).shared_expert_intermediate_size == 7
     named = {"delete_token_id": 7, "split_token_id": 8, "block_size": 16}
     config = LLaDA2Config(**FLASH22 | named)

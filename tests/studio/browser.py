@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.studio.streams import TOKENS, playing
-from vllm_dllm.studio.page import recording_of
+from tests.studio.streams import TOKENS, playing, recording_of
+from vllm_dllm.policy_options import policy_names
 from vllm_dllm.studio.serve import page_server
 
 SHOTS = Path(__file__).parents[2] / "build/studio"
@@ -92,6 +92,10 @@ def test_a_prompt_is_denoised_with_drafts_and_without(opened: Open) -> None:
         assert ("dllm_speculation" not in body["vllm_xargs"]) == drafts
         assert page.locator("pre.curl").nth(place).inner_text().startswith("curl -N 'http://127.0.0.1:")
     assert page.locator("#stage b").count() == 0, "what a server says is text"
+
+
+def test_policies_are_proposed(opened: Open) -> None:
+    assert opened().locator("#policies option").all_inner_texts() == list(policy_names())
 
 
 def test_it_is_shown_while_it_comes(opened: Open) -> None:

@@ -1,12 +1,15 @@
 """Streams as our server sends them, made up by hand, and a server that plays them."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from vllm_dllm.studio.page import VERSION
 
 TOKENS = ["{", '"room"', ": ", "13", ",\n", '"name"', ": ", "<b>emu</b>", "}", "<|endoftext|>"]
 """Of the reply, in blocks of 4; two of the last block are never shown."""
@@ -83,6 +86,14 @@ def plain() -> list[dict[str, Any]]:
 def events_of(chunks: list[dict[str, Any]], ms: float = 10.0) -> list[list[Any]]:
     """As a recording has them."""
     return [[ms * i, chunk] for i, chunk in enumerate(chunks)]
+
+
+def recording_of(page: str) -> dict[str, Any]:
+    """The recording of a page that was saved."""
+    given = re.search(r'<script type="application/json" id="given">([^<]*)</script>', page)
+    recording = json.loads(given[1])["recording"]
+    assert recording["version"] == VERSION
+    return recording
 
 
 @contextmanager

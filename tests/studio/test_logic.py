@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import quickjs
 
-from tests.studio.streams import LOGPROBS, TOKENS, drafted, events_of, plain, tokens
-from vllm_dllm.studio.page import VERSION, live_page, recorded_page, recording_of
+from tests.studio.streams import LOGPROBS, TOKENS, drafted, events_of, plain, recording_of, tokens
+from vllm_dllm.studio.page import VERSION, live_page, recorded_page
 from vllm_dllm.studio.record import NAMES, Question
 
 PAGE = live_page("http://127.0.0.1:8000")
@@ -46,18 +46,21 @@ def test_a_stream_is_read_however_it_is_cut(call: Any) -> None:
     for cut in range(len(text)):
         assert call(read, pieces=[text[:cut], text[cut:]]) == bodies
     assert call(read, pieces=list(text)) == bodies
+    endless = "(() => { const parse = studio.eventParser(); for (;;) parse('a'.repeat(1 << 20)); })()"
+    with pytest.raises(quickjs.JSException, match="an event of more than 4194304 characters"):
+        call(endless)
 
 
 def test_a_request_is_the_one_that_python_sends(call: Any) -> None:
-    for question in (Question("it's <a>"), Question("a", 9, None, "threshold")):
-        options = {"model": "m", "api": "chat", "prompt": question.prompt, "maxTokens": question.max_tokens}
-        options |= {"temperature": question.temperature, "policy": question.policy or "", "more": {}}
-        for drafts in (True, False):
-            body = call("studio.requestBody(options, drafts)", options=options, drafts=drafts)
-            assert body == question.body("m", drafts=drafts)
+    options = {"model": "m", "api": "chat", "prompt": "it's <a>", "maxTokens": 9, "temperature": 0, "policy": ""}
+    for drafts in (True, False):
+        body = call("studio.requestBody(options, drafts)", options=options, drafts=drafts)
+        assert body == Question("it's <a>", 9).body("m", drafts=drafts)
     more = {"seed": 3, "vllm_xargs": {"dllm_threshold": 0.8}}
-    body = call("studio.requestBody({...options, more, api: 'completion'}, false)", options=options, more=more)
-    assert (body["seed"], body["prompt"], body["logprobs"], "messages" in body) == (3, "a", 3, False)
+    options |= {"api": "completion", "temperature": None, "policy": "threshold", "more": more}
+    body = call("studio.requestBody(options, false)", options=options)
+    assert (body["seed"], body["prompt"], body["logprobs"]) == (3, "it's <a>", 3)
+    assert not {"messages", "temperature"} & body.keys()
     own = {"dllm_stream": "denoising", "dllm_policy": "threshold", "dllm_speculation": False, "dllm_threshold": 0.8}
     assert body["vllm_xargs"] == own
 

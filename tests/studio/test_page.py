@@ -17,10 +17,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.studio.streams import drafted, plain, playing
+from tests.studio.streams import drafted, plain, playing, recording_of
 from vllm_dllm.cli import main
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.studio.page import live_page, policy, recorded_page, recording_of
+from vllm_dllm.policy_options import policy_names
+from vllm_dllm.studio import record as recorder
+from vllm_dllm.studio import serve
+from vllm_dllm.studio.page import live_page, policy, recorded_page
 from vllm_dllm.studio.record import Question, _chunks, _first_model, record
 from vllm_dllm.studio.serve import origin_of, page_server
 
@@ -29,8 +32,8 @@ HOSTILE = "</script><script>alert(1)</script><!-- \u2028 $& é \\u003c"
 
 
 @contextmanager
-def served(origin: str = SERVER) -> Iterator[http.client.HTTPConnection]:
-    page = page_server(origin, "127.0.0.1", 0)
+def served(origin: str = SERVER, host: str = "127.0.0.1") -> Iterator[http.client.HTTPConnection]:
+    page = page_server(origin, host, 0)
     thread = threading.Thread(target=page.serve_forever)
     thread.start()
     try:
@@ -90,19 +93,61 @@ def test_nothing_else_is_handed_on() -> None:
             assert ask(client, method, path)[0] == 404
         status, text = ask(client, "POST", "/v1/completions", Origin="http://elsewhere.example")
         assert (status, "a page of http://elsewhere.example; only" in text) == (403, True)
-        status, text = ask(client, "POST", "/v1/completions", **{"Content-Length": "99999999999"})
-        assert (status, "Content-Length is '99999999999'; allowed" in text) == (413, True)
+        for length, said in (("1048577", "1048577"), ("9" * 5000, "9" * 20), ("-1", "-1")):
+            status, text = ask(client, "POST", "/v1/completions", **{"Content-Length": length})
+            assert (status, f"Content-Length is '{said}'; allowed" in text) == (413, True)
         assert bodies == []
     with served(f"http://127.0.0.1:{free_port()}") as client:
         status, text = ask(client, "GET", "/v1/models")
         assert (status, "does not answer" in text, "--server" in text) == (502, True, True)
 
 
+@pytest.mark.parametrize("bound", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_other_names_are_refused(bound: str) -> None:
+    """By DNS rebinding a page of another name has our address, and so `Host` and `Origin` that are alike."""
+    asked = [("GET", "/"), ("HEAD", "/"), ("GET", "/v1/models"), ("POST", "/v1/chat/completions")]
+    with playing() as (server, bodies), served(server, bound) as client:
+        for name in ("elsewhere.example", "localhost.elsewhere.example", "127.0.0.1.elsewhere.example", "", "[::1"):
+            host = f"{name}:{client.port}"
+            for method, path in asked:
+                status, text = ask(client, method, path, Host=host, Origin=f"http://{host}")
+                assert status == 403
+                assert method == "HEAD" or f"Host is '{host}'; allowed are IP addresses, localhost" in text
+        assert bodies == []
+        for name in ("127.0.0.1", "192.0.2.1", "localhost", "LOCALHOST", "[::1]"):
+            for host in (name, f"{name}:9000"):  # a tunnel has a port of its own
+                assert [ask(client, *each, Host=host, Origin=f"http://{host}")[0] for each in asked] == [200] * 4
+
+
+def test_the_name_that_it_is_bound_to_is_allowed() -> None:
+    assert serve._is_address("Box.example:80", "box.Example")
+    assert not serve._is_address("other.example", "box.example")
+
+
+def test_who_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(serve._Handler, "timeout", 0.5)
+    monkeypatch.setitem(recorder.TIMEOUT_S, "GET", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent, served(f"http://127.0.0.1:{port_of(silent)}") as client:
+        status, text = ask(client, "GET", "/v1/models")
+        assert (status, "does not answer (timed out)" in text) == (502, True)
+        for begun in (b"", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"):
+            with socket.create_connection(("127.0.0.1", client.port), timeout=10) as half:
+                half.sendall(begun)
+                assert half.recv(1) == b""
+        with pytest.raises(ConfigError, match=r"does not answer \(.*timed out.*\); start it"):
+            record(f"http://127.0.0.1:{port_of(silent)}", Question("a"))
+    assert capsys.readouterr() == ("", "")
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        return port_of(free)
+
+
+def port_of(bound: socket.socket) -> int:
+    return bound.getsockname()[1]
 
 
 def test_the_policy_allows_the_page_and_its_server_alone() -> None:
@@ -130,6 +175,11 @@ def test_the_page_loads_nothing_and_puts_text_in_as_text() -> None:
     assert re.findall(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|outerHTML *=|srcdoc", page) == []
 
 
+def test_the_page_proposes_the_policies_that_there_are() -> None:
+    given = json.loads(re.search(r'id="given">([^<]*)<', live_page(SERVER))[1])
+    assert given == {"server": SERVER, "policies": list(policy_names())}
+
+
 def test_a_recording_comes_back_as_it_was() -> None:
     runs = [{"name": HOSTILE, "body": {"prompt": HOSTILE}, "events": [[0.1, drafted()[1]]]}]
     recording = {"version": 1, "model": "m", "prompt": HOSTILE, "runs": runs}
@@ -140,15 +190,9 @@ def test_a_recording_comes_back_as_it_was() -> None:
     assert "connect-src" not in policy(is_live=False)
 
 
-@pytest.mark.parametrize("page", ["", live_page(SERVER), recorded_page({"version": 2})])
-def test_a_page_without_a_recording_is_told(page: str) -> None:
-    with pytest.raises(ConfigError, match="the page has no recording of version 1; allowed are pages that"):
-        recording_of(page)
-
-
 def test_a_server_is_recorded_with_drafts_and_without() -> None:
     with playing() as (server, bodies):
-        recording = record(server, Question("a", max_tokens=10, policy="static"))
+        recording = record(server, Question("a", max_tokens=10))
     assert bodies == [run["body"] for run in recording["runs"]]
     assert [body["vllm_xargs"].get("dllm_speculation") for body in bodies] == [None, False]
     dropped = {"id", "object", "created", "model"}
@@ -168,6 +212,25 @@ def test_what_a_server_refuses_is_said() -> None:
         record(server, Question("a"))
     server = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ConfigError, match=f"{server} does not answer .*; start it with `vllm serve MODEL`"):
+        record(server, Question("a"))
+
+
+def test_what_speaks_no_http_is_told() -> None:
+    def greet() -> None:
+        with listening.accept()[0] as peer:
+            peer.sendall(b"SSH-2.0-a\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises(ConfigError, match=r"does not answer .*SSH-2\.0-a"):
+            record(f"http://127.0.0.1:{port_of(listening)}", Question("a"))
+        thread.join()
+
+
+def test_an_answer_that_is_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "_MOST_BYTES", 1000)
+    with playing() as (server, _), pytest.raises(ConfigError, match=r"more than 1000 bytes.* fewer tokens by --max"):
         record(server, Question("a"))
 
 
@@ -257,5 +320,5 @@ def test_wrong_options_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
+        port = port_of(taken)
         assert f"--host 127.0.0.1 --port {port} (Address already in use)" in run(monkeypatch, "--port", str(port))

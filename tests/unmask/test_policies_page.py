@@ -7,14 +7,15 @@ from vllm_dllm.config import DllmConfig
 from vllm_dllm.policy_options import POLICY_ALIASES, POLICY_OPTIONS, options_of
 from vllm_dllm.unmask.registry import BUILT_IN, NATIVE, parameters_of, torch_policy
 
-PAGE = Path(__file__).parents[2] / "docs/policies.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/policies.md"
 
 
 def rows(heading: str) -> list[list[str]]:
     """The cells of the table under a heading, without its head."""
     text = PAGE.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    lines = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)
-    return [[cell.strip() for cell in line.split("|")] for line in lines[2:]]
+    (table,) = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)  # one, which no empty line cuts into two
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
 def options(cell: str) -> dict[str, str | None]:
@@ -41,6 +42,13 @@ def test_the_names_of_the_sources_are_those_of_the_code() -> None:
     )
     clauses = [re.findall(r"`(\w+)`", clause) for clause in re.split(r",\s+and |,\s+(?=`\w+` \(\w+\) is)", sentence)]
     assert {alias: own for *aliases, own in clauses for alias in aliases} == POLICY_ALIASES
+
+
+def test_pages_count_the_policies_that_there_are() -> None:
+    native, torch = len(NATIVE), len(BUILT_IN)
+    assert f"[{native + torch} unmasking policies](docs/policies.md)" in (ROOT / "README.md").read_text()
+    row = f"| unmasking policies | {native + torch} ({native} native, {torch} in torch code), "
+    assert row in (ROOT / "docs/comparison.md").read_text()
 
 
 def test_the_table_of_native_policies_is_that_of_the_code() -> None:

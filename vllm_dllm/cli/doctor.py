@@ -47,7 +47,7 @@ def doctor(
 def examine() -> Iterator[Finding]:
     """Look at everything."""
     yield Finding("vllm-dllm", f"{__version__}, Python {platform.python_version()}")
-    yield vllm()
+    yield (found_vllm := vllm())
     yield plugin()
     if find_spec("torch") is None:
         yield Finding("torch", f"is not installed; vLLM brings it: {INSTALL_VLLM}", "broken")
@@ -63,7 +63,7 @@ def examine() -> Iterator[Finding]:
     yield from implementations
     yield from libraries()
     yield model_runner()
-    if vllm().level == "ok":
+    if found_vllm.level == "ok":
         yield from neighbours()
 
 

@@ -36,7 +36,7 @@ app.command(epilog=examples("vllm-dllm doctor", "vllm-dllm doctor --self-test"))
 app.command(
     epilog=examples(
         "vllm-dllm studio --server http://localhost:8000",
-        'vllm-dllm studio --save run.html --prompt "What is 17 * 23?"',
+        'vllm-dllm studio --server http://localhost:8000 --prompt "What is 17 * 23?" --save run.html',
     )
 )(studio)
 app.add_typer(graph.app, name="graph")

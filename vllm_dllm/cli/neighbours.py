@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_dllm.cli.console import waiting_for
 from vllm_dllm.cli.finding import Finding
-from vllm_dllm.engine.neighbours import FAILED, GENERAL, MARK, PLATFORMS, VARIABLE, others
+from vllm_dllm.engine.neighbours import GENERAL, MARK, PLATFORMS, VARIABLE, others
 
 TIMEOUT_S = 120
 
@@ -48,9 +48,10 @@ def neighbours() -> Iterator[Finding]:
 
 def _finding(found: dict[str, Any]) -> Finding:
     where, changes = f"{found['name']!r} of {found['distribution']}", "; ".join(found["changes"])
-    if not changes:
-        return Finding("other plugin", f"{where} changes nothing that our models need")
-    if changes.startswith(FAILED):
-        return Finding("other plugin", f"{where}: {changes}, and vLLM goes on without it; leave it out: `{WITHOUT}`")
-    text = f"{where} changes {changes}; our models cannot be served beside it; leave it out: `{WITHOUT}`"
-    return Finding("other plugin", text, "broken")
+    if changes:
+        text = f"{where} changes {changes}; our models cannot be served beside it; leave it out: `{WITHOUT}`"
+        return Finding("other plugin", text, "broken")
+    if found["error"] is not None:
+        text = f"{where} does not load ({found['error']}), and vLLM goes on without it; leave it out: `{WITHOUT}`"
+        return Finding("other plugin", text, "missing")
+    return Finding("other plugin", f"{where} changes nothing that our models need")

@@ -18,7 +18,9 @@ def studio(
     server: Annotated[str, typer.Option(metavar="URL", help="A running `vllm serve` of one of our models.")] = (
         "http://127.0.0.1:8000"
     ),
-    host: Annotated[str, typer.Option(help="Address of the page; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address or name of the page; 0.0.0.0: all addresses, no names.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0 takes a free one.")] = 8808,
     save: Annotated[Path | None, typer.Option(metavar="FILE", help="Serve nothing; write a recording as HTML.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Of the recording.")] = None,

@@ -54,8 +54,7 @@ def parse(config: VllmConfig) -> Parsed:
     load_user_policies()  # a request that is the first to name an option of one must not find that it is broken
     model_config, additional = config.model_config, config.additional_config
     family, hf_config = served_family(model_config), model_config.hf_config
-    published = family.settings(getattr(hf_config, "block_size", None))
-    published |= getattr(hf_config, "decoding_defaults", {})
+    published = family.settings(getattr(hf_config, "block_size", None), getattr(hf_config, "edit_ids", None))
     settings = parse_server_settings(settings_in(additional), defaults=published)
     check_server(settings, hf_config)
     spiffy = None

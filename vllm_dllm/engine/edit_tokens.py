@@ -10,9 +10,12 @@ from vllm.sampling_params import SamplingParams
 from vllm_dllm.config import REQUEST_PREFIX, DllmConfig, InvalidOptionError, RequestOptions
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.policy_options import own_values
-from vllm_dllm.unmask.registry import NATIVE, torch_policy
+from vllm_dllm.unmask.registry import BUILT_IN, torch_policy
 
 _SERVER_PREFIX = "additional_config.dllm."
+
+_TOKENS = ("delete", "split")
+"""Parameters of the policies that delete and insert: of those that come with us, a user's may mean others by them."""
 
 
 def check_server(settings: DllmConfig, hf_config: PretrainedConfig) -> None:
@@ -74,7 +77,7 @@ def check_request(
 
 
 def _edits(policy: str) -> bool:
-    return policy not in NATIVE and torch_policy(policy).unwritten is not None
+    return policy in BUILT_IN and torch_policy(policy).parameters.keys() >= {*_TOKENS}
 
 
 def _problem(policy: str, given: Mapping[str, float], otherwise: Mapping[str, float], hf_config: Any) -> str | None:
@@ -83,7 +86,7 @@ def _problem(policy: str, given: Mapping[str, float], otherwise: Mapping[str, fl
         return None
     names = list(torch_policy(policy).parameters)
     values = dict(zip(names, own_values(policy, given, otherwise), strict=True))
-    ids, mask = {name: int(values[name]) for name in ("delete", "split")}, int(hf_config.mask_token_id)
+    ids, mask = {name: int(values[name]) for name in _TOKENS}, int(hf_config.mask_token_id)
     if max(ids.values()) < hf_config.vocab_size and len({*ids.values(), mask}) == 3:
         return None
     shown = " and ".join(f"{policy}_{name} {value}" for name, value in ids.items())

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from vllm_dllm.models.interface import FAMILIES
 
 VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
-FAILED = "it does not load"
 MARK = "neighbour: "
 GENERAL, PLATFORMS = "vllm.general_plugins", "vllm.platform_plugins"
 
@@ -27,11 +26,13 @@ class Neighbour:
         name: of its entry point, as `VLLM_PLUGINS` has it.
         distribution: name and version of the package that brings it.
         changes: what it changes that our models need; none where it is harmless.
+        error: why it does not load, though vLLM goes on; None where it does.
     """
 
     name: str
     distribution: str
     changes: tuple[str, ...]
+    error: str | None
 
 
 def others(group: str) -> list[importlib.metadata.EntryPoint]:
@@ -72,31 +73,32 @@ def examine() -> Iterator[Neighbour]:
     register()
     before = state()
     for entry in others(GENERAL):
-        try:
-            entry.load()()
-        except Exception as error:  # noqa: BLE001 - as vLLM, which logs it and goes on
-            yield _neighbour(entry, f"{FAILED} ({type(error).__name__}: {error})")
-            continue
+        _, error = _load(entry)
         after = state()
         changes = (f"{what} from {before[what]} to {after[what]}" for what in after if after[what] != before[what])
-        yield _neighbour(entry, *changes)
+        yield _neighbour(entry, tuple(changes), error)
         before = after
 
 
 def _platform(entry: importlib.metadata.EntryPoint) -> Neighbour:
     """Ask a platform plugin, as vLLM does, whether it takes the machine: its workers have runners of their own."""
+    taken, error = _load(entry)
+    changes = (f"the platform to {taken}, which has workers and model runners of its own",) if taken else ()
+    return _neighbour(entry, changes, error)
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> tuple[object, str | None]:
+    """Load and call a plugin; returns what it returned, and the error that vLLM would log before it goes on."""
     try:
-        taken = entry.load()()
-    except Exception as error:  # noqa: BLE001 - as above
-        return _neighbour(entry, f"{FAILED} ({type(error).__name__}: {error})")
-    return _neighbour(
-        entry, *([f"the platform to {taken}, which has workers and model runners of its own"] * bool(taken))
-    )
+        return entry.load()(), None
+    except Exception as error:  # noqa: BLE001 - as vLLM
+        return None, f"{type(error).__name__}: {error}"
 
 
-def _neighbour(entry: importlib.metadata.EntryPoint, *changes: str) -> Neighbour:
+def _neighbour(entry: importlib.metadata.EntryPoint, changes: tuple[str, ...], error: str | None) -> Neighbour:
     brings = entry.dist
-    return Neighbour(entry.name, f"{brings.name} {brings.version}" if brings else "a package without a name", changes)
+    where = f"{brings.name} {brings.version}" if brings else "a package without a name"
+    return Neighbour(entry.name, where, changes, error)
 
 
 if __name__ == "__main__":  # whatever plugins print stands between these lines

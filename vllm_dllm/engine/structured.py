@@ -268,6 +268,10 @@ def _special_ids(processor: "InputProcessor") -> set[int]:
     return {*tokenizer.all_special_ids, *(token for token, each in added.items() if getattr(each, "special", False))}
 
 
+_TABLES = Turns()
+"""Of `_token_bytes`, by its ends: requests that come while a table is made wait for it, and make none themselves."""
+
+
 def _vocabulary(processor: "InputProcessor", ends: tuple[int, ...]) -> TokenBytes:
     """Return the bytes of the tokenizer's tokens, those left out that are no text. Raises: ConstraintError."""
     if processor.tokenizer is None:
@@ -279,9 +283,6 @@ def _vocabulary(processor: "InputProcessor", ends: tuple[int, ...]) -> TokenByte
     hidden = frozenset({*_special_ids(processor), config.hf_config.mask_token_id})
     with _TABLES.of(ends):
         return _token_bytes(processor.tokenizer, hidden, config.get_vocab_size(), ends)
-
-
-_TABLES = Turns()
 
 
 @functools.lru_cache(16)

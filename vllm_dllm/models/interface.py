@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from vllm_dllm.config import DllmConfig, InvalidOptionError
 from vllm_dllm.names import BIDIRECTIONAL, KvPolicyName
-from vllm_dllm.request_checks import check_horizon
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,8 @@ class ModelFamily:
             them. A bidirectional model has a length: else a request that names none would fill all of `max_model_len`
             with masks.
         decoding_defaults: published values of `DllmConfig`'s fields; a checkpoint's `block_size` comes before them.
+        edit_defaults: such values of checkpoints with tokens that delete and split (`edit_ids` of the configuration),
+            which come before both.
         attention: `bidirectional`: every position sees the whole sequence, blocks begin behind the prompt.
             `block_causal`: a position sees its block and the blocks before it, blocks begin at multiples of their
             length, so that the first one may hold the prompt's end. `causal`: a final position sees those before it
@@ -54,6 +55,7 @@ class ModelFamily:
     config_class: str
     generation_defaults: Mapping[str, Any]
     decoding_defaults: Mapping[str, Any] = field(default_factory=dict)
+    edit_defaults: Mapping[str, Any] = field(default_factory=dict)
     attention: Literal["bidirectional", "block_causal", "causal", "window"] = "bidirectional"
     logit_shift: bool = False
     schedule: Literal["even", "timesteps"] = "even"
@@ -86,9 +88,15 @@ class ModelFamily:
         """The KV policies that its attention allows."""
         return BIDIRECTIONAL if self.attention == "bidirectional" else (self.attention,)
 
-    def settings(self, block_size: int | None) -> dict[str, Any]:
-        """Return the published values of `DllmConfig`'s fields for a checkpoint that says `block_size`."""
-        return {**self.decoding_defaults, **({} if block_size is None else {"block_length": block_size})}
+    def settings(self, block_size: int | None, edit_ids: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Return the published values of `DllmConfig`'s fields for a checkpoint that says `block_size`, and `edit_ids`.
+
+        These are the tokens that delete and split; None: it has none.
+        """
+        said: dict[str, Any] = {} if block_size is None else {"block_length": block_size}
+        if edit_ids is not None:
+            said |= {**self.edit_defaults, "indel_delete": edit_ids[0], "indel_split": edit_ids[1]}
+        return {**self.decoding_defaults, **said}
 
 
 FAMILIES = (
@@ -193,6 +201,7 @@ FAMILIES = (
         config_class="vllm_dllm.models.llada2_config:LLaDA2Config",
         generation_defaults={"temperature": 0.0, "max_new_tokens": 2048},
         decoding_defaults={"block_length": 32, "kv_policy": "block_causal", "policy": "dynamic", "threshold": 0.95},
+        edit_defaults={"policy": "indel", "threshold": 0.5},  # of LLaDA2.2
         attention="block_causal",
         confidence="sampled",
         other_files={
@@ -240,11 +249,7 @@ def config_classes() -> dict[str, str]:
 
 
 def check_family(settings: DllmConfig, family: ModelFamily) -> None:
-    """Check that a server's KV policy is one for the family's attention, and its horizon.
-
-    Raises: InvalidOptionError.
-    """
-    check_horizon("additional_config.dllm.horizon", settings.horizon, settings.kv_policy)
+    """Check that a server's KV policy is one for the family's attention. Raises: InvalidOptionError."""
     if settings.kv_policy in family.kv_policies:
         return
     reason = {

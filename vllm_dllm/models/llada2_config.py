@@ -126,12 +126,11 @@ class LLaDA2Config(QwenConfig):
         return ids
 
     @property
-    def decoding_defaults(self) -> dict[str, Any]:
-        """Published values of `DllmConfig`'s fields, where they are not those of the family: LLaDA2.2's rule."""
+    def edit_ids(self) -> tuple[int, int] | None:
+        """The tokens that delete and split of LLaDA2.2, by which it is decoded; None: it has none."""
         if self.expert_capacity is None or self.delete_token_id is None:
-            return {}
-        ids = {"indel_delete": self.delete_token_id, "indel_split": self.split_token_id}
-        return {"policy": "indel", "threshold": 0.5, **ids}
+            return None
+        return self.delete_token_id, self.split_token_id
 
     @property
     def num_dense_layers(self) -> int:

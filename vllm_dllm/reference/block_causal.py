@@ -18,14 +18,13 @@ from torch import Tensor
 
 from vllm_dllm.noise import stream_keys
 from vllm_dllm.reference.constraint import Constraint
-from vllm_dllm.reference.decode import Generation, History, shift
-from vllm_dllm.reference.edits import Known
+from vllm_dllm.reference.decode import Generation, History, shift, take_step
 from vllm_dllm.reference.ends import NO_ENDS, Ends
 from vllm_dllm.reference.layers import LayerKv
 from vllm_dllm.reference.policy import SDAR, Block, Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen, block_causal
 from vllm_dllm.reference.sampling import Sampling, choose_tokens
-from vllm_dllm.reference.step import decide, sequence_of, under
+from vllm_dllm.reference.step import sequence_of, under
 
 _STATIC, _GREEDY = UnmaskPolicy(), Sampling()
 
@@ -114,11 +113,7 @@ def generate(  # noqa: PLR0913 - the decoders' arguments
             else:
                 logits, _ = model.forward(tokens[begin:end], begin, kv)
                 logits = shift(logits, logits[:1]) if rules.logit_shift else logits
-            known = Known(tokens[:end], is_masked[:end], prompt_len)
-            chosen, chosen_tokens, its = decide(known, logits, is_masked[begin:end], begin, block)
-            tokens[begin + chosen] = chosen_tokens
-            is_masked[begin + chosen] = False
-            history.add(tokens, begin + chosen, its)
+            take_step(tokens, is_masked, logits, begin, block, history)
             if ends.reached(tokens[prompt_len:end], is_masked[prompt_len:end]):
                 break
         if ends.reached(tokens[prompt_len:end], is_masked[prompt_len:end]):

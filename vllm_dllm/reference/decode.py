@@ -223,8 +223,29 @@ def steps_per_block(gen_length: int, block_length: int, steps: int | None) -> in
     return steps // num_blocks
 
 
+def take_step(tokens: Tensor, is_masked: Tensor, logits: Tensor, first: int, block: Block, history: History) -> None:
+    """Unmask what a step of a block decides, in place.
+
+    Args:
+        tokens: [seq_len] int64.
+        is_masked: [seq_len] bool.
+        logits: [len, vocab], of positions from `first` on that have the block among them.
+        first: of them.
+        block: of the sequence, whose end may cut it.
+        history: of the generation; takes the step.
+    """
+    end = min(block.begin + block.length, len(tokens))
+    is_open = is_masked.clone()
+    is_open[: block.begin] = is_open[end:] = False
+    known = Known(tokens[:end], is_masked[:end], history.prompt_len)
+    chosen, chosen_tokens, log_probs = decide(known, logits, is_open[first : first + len(logits)], first, block)
+    tokens[first + chosen] = chosen_tokens
+    is_masked[first + chosen] = False
+    history.add(tokens, first + chosen, log_probs)
+
+
 @torch.no_grad()
-def generate(  # noqa: PLR0913, PLR0914 - the decoders' arguments
+def generate(  # noqa: PLR0913 - the decoders' arguments
     model: Model,
     prompt: Tensor,
     *,
@@ -271,13 +292,7 @@ def generate(  # noqa: PLR0913, PLR0914 - the decoders' arguments
             predictor.before = known_before & ~is_masked if kv.delays(step, rules.logit_shift) else None
             known_before = ~is_masked
             logits = predictor.logits(tokens[:seq_len], first, last, keeps=keeps)
-            is_open = is_masked.clone()
-            is_open[:begin] = is_open[end:] = False
-            known = Known(tokens[:end], is_masked[:end], len(prompt))
-            chosen, chosen_tokens, its = decide(known, logits, is_open[first:last], first, block)
-            tokens[first + chosen] = chosen_tokens
-            is_masked[first + chosen] = False
-            history.add(tokens, first + chosen, its)
+            take_step(tokens, is_masked, logits, first, block, history)
             step += 1
             if ends.reached(tokens[len(prompt) : end], is_masked[len(prompt) : end]):
                 break

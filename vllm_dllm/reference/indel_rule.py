@@ -59,7 +59,7 @@ class Indel:
         is_original_mask = [canvas[place] is None and self.is_original[place] for place in places]
         tokens, confidence = map(list, zip(*map(_prediction, looks, is_original_mask), strict=True))
         chosen = self._masks(canvas, is_original_mask, confidence)
-        is_last = self._counts(canvas, is_original_mask, chosen)
+        is_last = self._is_last(canvas, is_original_mask, chosen)
         if is_last:
             chosen, barred = masked(canvas), {mask, self.delete, self.split}
             tokens = [
@@ -93,8 +93,8 @@ class Indel:
         sure = [place for place in masks if confidence[place] > self.threshold]
         return sure if len(sure) >= least else best(masks, confidence, least)
 
-    def _counts(self, canvas: Canvas, is_original_mask: list[bool], chosen: list[int]) -> bool:
-        """Count a step; tell whether it is the last."""
+    def _is_last(self, canvas: Canvas, is_original_mask: list[bool], chosen: list[int]) -> bool:
+        """Tell whether a step, which is counted, is the last."""
         has_original = any(is_original_mask)
         self.num_updates += 1
         self.num_post += not has_original

@@ -1,4 +1,4 @@
-"""`page.html` with what it is to show: a server's address, or a recording, which makes it a file of its own.
+"""`page.html` with its scripts and what it is to show: a server's address, or a recording, which makes it a file.
 
 The page loads nothing: its styles and scripts are in it, and its content-security policy allows these by their hashes,
 and of connections those to who served it.
@@ -12,13 +12,14 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from vllm_dllm.errors import ConfigError
+from vllm_dllm.policy_options import policy_names
 
 VERSION = 1
-"""Of a recording, as `page.html` has it."""
+"""Of a recording, as `logic.js` has it."""
 
 _META = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'">'
 _GIVEN = re.compile(r'(<script type="application/json" id="given">)([^<]*)(</script>)')
+_SCRIPT = re.compile(r'(<script id="(\w+)">)(</script>)')
 _SOURCES = {
     "script-src": re.compile(r'<script id="\w+">(.*?)</script>', re.S),
     "style-src": re.compile(r"<style>(.*?)</style>", re.S),
@@ -27,7 +28,9 @@ _SOURCES = {
 
 @cache
 def _template() -> str:
-    return (files("vllm_dllm.studio") / "page.html").read_text("utf-8")
+    folder = files("vllm_dllm.studio")
+    page = (folder / "page.html").read_text("utf-8")
+    return _SCRIPT.sub(lambda found: found[1] + (folder / f"{found[2]}.js").read_text("utf-8") + found[3], page)
 
 
 def policy(*, is_live: bool) -> str:
@@ -41,12 +44,12 @@ def policy(*, is_live: bool) -> str:
 
 
 def live_page(server: str) -> str:
-    """Return the page for a server.
+    """Return the page for a server; it proposes the policies that are installed here.
 
     Args:
         server: its origin, as `http://127.0.0.1:8000`, which it names; it asks who served it.
     """
-    return _page({"server": server}, policy(is_live=True))
+    return _page({"server": server, "policies": policy_names()}, policy(is_live=True))
 
 
 def recorded_page(recording: dict[str, Any]) -> str:
@@ -58,16 +61,3 @@ def _page(given: dict[str, Any], allowed: str) -> str:
     text = json.dumps(given, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = _template().replace(_META, _META.replace("default-src 'none'", allowed))
     return _GIVEN.sub(lambda found: found[1] + text + found[3], page, count=1)
-
-
-def recording_of(page: str) -> dict[str, Any]:
-    """Return the recording of a page that was saved. Raises: ConfigError where there is none that we know."""
-    found = _GIVEN.search(page)
-    given = None if found is None else json.loads(found[2])
-    recording = given.get("recording") if isinstance(given, dict) else None
-    if not isinstance(recording, dict) or recording.get("version") != VERSION:
-        raise ConfigError(
-            f"the page has no recording of version {VERSION}; allowed are pages that `vllm-dllm studio` saved: "
-            "save one by its button, or by --save"
-        )
-    return recording

@@ -5,9 +5,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from typing import Any
 
 from vllm_dllm.errors import ConfigError
@@ -15,7 +16,12 @@ from vllm_dllm.studio.page import VERSION
 
 NAMES = {True: "With drafts", False: "Without drafts"}
 _DROPPED = {"id", "object", "created", "model", "system_fingerprint"}
-_TIMEOUT_S = 600
+TIMEOUT_S = {"GET": 30, "POST": 600}
+"""Without a byte of a server; models are listed at once, a reply may wait for others."""
+_MOST_BYTES = 1 << 26
+"""Of an answer: some hundred times what a reply of a thousand tokens takes."""
+_MOST_SAID = 1 << 16
+"""Of a refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,28 +31,23 @@ class Question:
     Attributes:
         prompt: of the user.
         max_tokens: of the reply.
-        temperature: None: the model's own.
-        policy: `dllm_policy`; None: the server's.
     """
 
     prompt: str
     max_tokens: int = 64
-    temperature: float | None = 0.0
-    policy: str | None = None
 
     def body(self, model: str, *, drafts: bool) -> dict[str, Any]:
-        """Return the request, as the page sends it."""
-        xargs = {"dllm_stream": "denoising"} | ({"dllm_policy": self.policy} if self.policy else {})
+        """Return the request, as the page sends it: greedy, by the server's policy."""
         return {
             "model": model,
             "messages": [{"role": "user", "content": self.prompt}],
             "logprobs": True,
             "top_logprobs": 3,
             "max_tokens": self.max_tokens,
-            **({} if self.temperature is None else {"temperature": self.temperature}),
+            "temperature": 0.0,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "vllm_xargs": xargs | ({} if drafts else {"dllm_speculation": False}),
+            "vllm_xargs": {"dllm_stream": "denoising"} | ({} if drafts else {"dllm_speculation": False}),
         }
 
 
@@ -61,7 +62,7 @@ def record(server: str, question: Question, api_key: str | None = None) -> dict[
     Raises: ConfigError where it does not answer, refuses, or serves none of our models.
     """
     with _ask(server, "/v1/models", None, api_key) as reply:
-        model = _first_model(server, reply.read())
+        model = _first_model(server, reply.read(_MOST_BYTES))
     runs = [_run(server, question.body(model, drafts=True), NAMES[True], api_key)]
     if _numbers(server, runs[0])["exactness"] is not None:
         runs.append(_run(server, question.body(model, drafts=False), NAMES[False], api_key))
@@ -94,12 +95,24 @@ def _run(server: str, body: dict[str, Any], name: str, api_key: str | None) -> d
     begin = time.monotonic()
     events: list[tuple[float, dict[str, Any]]] = []
     with _ask(server, "/v1/chat/completions", body, api_key) as reply:
-        for chunk in _chunks(server, reply):
+        for chunk in _chunks(server, _lines(server, reply)):
             if "error" in chunk:
                 raise ConfigError(f"{server} ended the stream: {chunk['error'].get('message')}; its log says why")
             kept = {key: value for key, value in chunk.items() if key not in _DROPPED}
             events.append((round(1e3 * (time.monotonic() - begin), 1), kept))
     return {"name": name, "body": body, "events": events}
+
+
+def _lines(server: str, reply: HTTPResponse) -> Iterator[bytes]:
+    left = _MOST_BYTES
+    while line := reply.readline(left):
+        left -= len(line)
+        if left == 0:
+            raise ConfigError(
+                f"{server} answers with more than {_MOST_BYTES} bytes, allowed is so much for a recording; ask for "
+                "fewer tokens by --max-tokens, or name another server by --server"
+            )
+        yield line
 
 
 def _chunks(server: str, lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
@@ -111,23 +124,25 @@ def _chunks(server: str, lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
             if data == b"[DONE]":
                 return
             yield json.loads(data)
-    except (OSError, HTTPException, ValueError) as error:
+    except (OSError, HTTPException, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{server} broke off the stream ({error!r} behind {data[:80]!r}); its log says why") from None
     raise ConfigError(f"{server} broke off the stream behind {data[:80]!r}; its log says why")
 
 
-def _ask(server: str, path: str, body: dict[str, Any] | None, api_key: str | None) -> Any:  # noqa: ANN401 - urllib's
+@contextmanager
+def _ask(server: str, path: str, body: dict[str, Any] | None, api_key: str | None) -> Iterator[HTTPResponse]:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(server + path, data, headers)
     try:
-        return urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S[request.get_method()]) as reply:
+            yield reply
     except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace")
+        said = error.read(_MOST_SAID).decode(errors="replace")
         raise ConfigError(
             f"{server}{path} answered {error.code}: {said}; mend the request, or set OPENAI_API_KEY for a 401"
         ) from None
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise ConfigError(
             f"{server} does not answer ({error}); start it with `vllm serve MODEL`, or name another one by --server"
         ) from None

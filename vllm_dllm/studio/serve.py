@@ -8,16 +8,17 @@ import json
 from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.studio.page import live_page, policy
+from vllm_dllm.studio.record import TIMEOUT_S
 
 _ASKED = {("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions")}
 _HANDED_ON = ("Content-Type", "Authorization")
-_TIMEOUT_S = 600
 _PIECE = 1 << 16
-_MOST_BYTES = 1 << 24
+_MOST_BYTES = 1 << 20
 """Of a request's body."""
 
 
@@ -41,15 +42,27 @@ def page_server(origin: str, host: str, port: int) -> ThreadingHTTPServer:
 
     Args:
         origin: of the server that it shows.
-        host, port: of the page. Raises: OSError where they are taken.
+        host, port: of the page, which answers to this name, to localhost and to addresses.
+
+    Raises: OSError where they are taken.
     """
     page = live_page(origin).encode()
 
     class Handler(_Handler):
         shown = origin
         body = page
+        bound = host
 
     return ThreadingHTTPServer((host, port), Handler)
+
+
+def _is_address(host: str, bound: str) -> bool:
+    """Tell whether a Host header is an IP address, localhost or the name that the page is bound to."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name in {"localhost", bound.lower()} or bool(ip_address(name))
+    except ValueError:
+        return False
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -57,9 +70,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     shown: str  # origin of the server
     body: bytes  # the page
+    bound: str  # host of the page
+    timeout = 60  # seconds without a byte taken from, or by, who asks
+
+    def handle(self) -> None:
+        """Answer one request; who asks may go away, or fall silent, at any time."""
+        with suppress(OSError):
+            super().handle()
 
     def do_GET(self) -> None:
         """Send the page, or what the server says."""
+        if not self._may_ask():
+            return
         if self._path == "/":
             self._send(200, "text/html; charset=utf-8", self.body)
         else:
@@ -68,21 +90,37 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        """Hand a request on, if the page sent it.
-
-        A page of another origin could send one that it may not read the answer of: browsers say where it came from.
-        """
-        came_from, length = self.headers.get("Origin"), self.headers.get("Content-Length", "")
-        if came_from is not None and urlsplit(came_from).netloc != self.headers.get("Host"):
-            self._fail(403, f"the request comes from a page of {came_from}; only the studio's own page may ask")
-        elif not length.isdecimal() or int(length) > _MOST_BYTES:
+        """Hand a request on."""
+        if not self._may_ask():
+            return
+        length = self.headers.get("Content-Length", "")[:20]
+        if not length.isdecimal() or int(length) > _MOST_BYTES:
             self._fail(413, f"the request's Content-Length is {length!r}; allowed are whole numbers to {_MOST_BYTES}")
         else:
             self._hand_on(self.rfile.read(int(length)))
 
+    def _may_ask(self) -> bool:
+        """Tell whether the page itself asks, and refuse others.
+
+        A page of another origin could send a request that it may not read the answer of: browsers say where it came
+        from. One whose name was made to point here meanwhile has our origin by that name (DNS rebinding).
+        """
+        host, came_from = self.headers.get("Host", ""), self.headers.get("Origin")
+        if not _is_address(host, self.bound):
+            self._fail(
+                403,
+                f"the request's Host is {host!r}; allowed are IP addresses, localhost and the name given as --host; "
+                "open the page by one of these",
+            )
+        elif came_from is not None and came_from.partition("://")[2] != host:
+            self._fail(403, f"the request comes from a page of {came_from}; only the studio's own page may ask")
+        else:
+            return True
+        return False
+
     @property
     def _path(self) -> str:
-        return urlsplit(self.path).path
+        return self.path.partition("?")[0]
 
     def _hand_on(self, body: bytes | None) -> None:
         if (self.command, self._path) not in _ASKED:
@@ -92,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name: self.headers[name] for name in _HANDED_ON if name in self.headers}
         parts = urlsplit(self.shown)
         connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        with closing(connect(parts.netloc, timeout=_TIMEOUT_S)) as server:
+        with closing(connect(parts.netloc, timeout=TIMEOUT_S[self.command])) as server:
             try:
                 server.request(self.command, self._path, body, headers)
                 reply = server.getresponse()

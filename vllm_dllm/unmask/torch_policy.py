@@ -169,7 +169,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Unwritten:
-    """What a policy asks that may write any token, also the mask token: `PartialStats.others`. It ends its blocks.
+    """What a policy asks that may write any token, also the mask token: `PartialStats.others`.
 
     Attributes:
         field: of its state, [num_canvases, B, width] ids that each position took, none twice, -1 for none.
@@ -196,6 +196,7 @@ class TorchPolicy:
         state: what it keeps, by name.
         tokens_change: whether it may write other tokens than `Seen.token_ids`, change known ones or mask them again.
             Where not, a step unmasks open positions alone, one at least: the surest one if it chooses none.
+        ends_itself: whether its blocks end by its rule, so that nothing has to bound them; of one that comes with us.
         asks_known: whether it looks at `Seen.known_probability`.
         asks_ends: whether it looks at `Seen.confidence_without`, in place of that.
         unwritten: what it asks besides, of one that comes with us; None: nothing.
@@ -210,6 +211,7 @@ class TorchPolicy:
     takes: tuple[str, ...] = ()
     state: Mapping[str, StateField] = field(default_factory=dict)
     tokens_change: bool = False
+    ends_itself: bool = False
     asks_known: bool = False
     asks_ends: bool = False
     unwritten: Unwritten | None = None
@@ -289,7 +291,7 @@ def decide(policy: TorchPolicy, seen: Seen, state: PolicyState, vocab_size: int 
     if vocab_size is not None:
         _check(policy, seen, made, state, vocab_size)
     is_free = seen.step < CHANGING_STEPS * seen.canvas.shape[1] if policy.tokens_change else seen.step < 0
-    if policy.unwritten is not None:  # which ends its blocks
+    if policy.ends_itself:
         is_free = torch.ones_like(is_free)
     canvas = _within(seen, made.canvas, is_free)
     is_done = (canvas != seen.mask_token_id).all(1)

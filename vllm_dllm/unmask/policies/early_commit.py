@@ -9,6 +9,8 @@ from vllm_dllm.unmask.torch_policy import Decision, Seen, TorchPolicy
 EARLY, LATE = 0.33, 0.67
 """Shares of the steps before which the gap has to be large, or middling."""
 
+_MAX_LENGTH = 2**31  # of any reply
+
 
 def _decide(seen: Seen, _state: PolicyState) -> Decision:
     """Unmask as `static`, or all, where the likeliest token leads the second by enough on the average of the answer."""
@@ -16,7 +18,7 @@ def _decide(seen: Seen, _state: PolicyState) -> Decision:
     gap = (top[:, 0] - top[:, 1]).view_as(seen.canvas)
     assert seen.params.own is not None, "these canvases have such a policy"
     offset = seen.params.position - (seen.params.own.prompt_len + values["begin"].long())[:, None]
-    length = torch.where(values["length"] > 0, values["length"].long(), 2**31)
+    length = torch.where(values["length"] > 0, values["length"].long(), _MAX_LENGTH)
     is_answer = (offset >= 0) & (offset < length[:, None])
     mean = torch.where(is_answer, gap, 0.0).sum(1) / is_answer.sum(1).clamp(min=1)
     progress = seen.step.double() / seen.num_steps.double()
@@ -39,7 +41,7 @@ PROPHET = TorchPolicy(
         "gap_early": _gap(7.5, "first third"),
         "gap_middle": _gap(5.0, "second third"),
         "gap_late": _gap(2.5, "last third"),
-        "begin": Parameter(0, "where the answer begins in the reply", high=2**31, is_whole=True),
-        "length": Parameter(0, "positions of the answer; 0: all behind", high=2**31, is_whole=True),
+        "begin": Parameter(0, "where the answer begins in the reply", high=_MAX_LENGTH, is_whole=True),
+        "length": Parameter(0, "positions of the answer; 0: all behind", high=_MAX_LENGTH, is_whole=True),
     },
 )

@@ -8,8 +8,9 @@ from vllm_dllm.unmask.parameter import Parameter
 from vllm_dllm.unmask.policies.learned import LEARN2PD, surest, taken_for_final
 from vllm_dllm.unmask.torch_policy import Decision, Seen, TorchPolicy, highest
 
+_NO_END = 2**31  # behind every place of a block
 _STATE = {
-    "end": StateField(1, torch.int64, 2**31, "block"),  # places of the block that are left
+    "end": StateField(1, torch.int64, _NO_END, "block"),  # places of the block that are left
     "is_over": StateField(1, torch.bool, False, "request"),  # whether the reply was cut
 }
 
@@ -34,7 +35,7 @@ def _cut(seen: Seen, state: PolicyState, chosen: Tensor, accepted: Tensor) -> De
     believed = is_end & accepted
     likeliest = highest(seen.confidence, torch.ones_like(seen.step), is_end)
     at = torch.where(believed.any(1, keepdim=True), believed, likeliest)
-    end = torch.where(at, place + 1, 2**31).amin(1).minimum(state["end"][:, 0, 0])
+    end = torch.where(at, place + 1, _NO_END).amin(1).minimum(state["end"][:, 0, 0])
     was_over = state["is_over"][:, 0, 0]
     end = torch.where(was_over & (seen.step == 0), 0, end)
     canvas = torch.where(place >= end[:, None], eos_id, seen.unmask(chosen))

@@ -149,5 +149,6 @@ INDEL = TorchPolicy(
         "written": StateField(_num_updates, torch.int32, -1),  # each token that a position took, once
     },
     tokens_change=True,
+    ends_itself=True,
     unwritten=Unwritten("written", _is_new),
 )
