@@ -95,7 +95,7 @@ def test_a_prompt_is_denoised_with_drafts_and_without(opened: Open) -> None:
 
 
 def test_policies_are_proposed(opened: Open) -> None:
-    assert opened().locator("#policies option").all_inner_texts() == list(policy_names())
+    assert opened().locator("#policies option").all_text_contents() == list(policy_names())
 
 
 def test_it_is_shown_while_it_comes(opened: Open) -> None:
