@@ -2,11 +2,14 @@
 
 import random
 import re
+import subprocess
 
 import pytest
 
+from vllm_dllm.constraint import calls_in_text as module
 from vllm_dllm.constraint.calls_in_text import calls_in_text
-from vllm_dllm.constraint.regex import ByteAutomaton, build_table, parse_table
+from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, build_table, parse_table
+from vllm_dllm.constraint.tags import tag_automaton
 
 
 def automaton(regex: str) -> ByteAutomaton:
@@ -72,3 +75,22 @@ def test_what_no_text_is_has_no_state() -> None:
     found = calls_in_text(automaton("<c>1"), [b"<c>"])
     assert not found.is_accepting[found.dead]
     assert (found.step[found.dead] == found.dead).all()
+
+
+def of_tag(argument: str, trigger: str = "<c>") -> ByteAutomaton:
+    call = {"type": "tag", "begin": "<c>", "content": {"type": "const_string", "value": argument}, "end": "é"}
+    return tag_automaton(
+        {"type": "structural_tag", "format": {"type": "triggered_tags", "triggers": [trigger], "tags": [call]}}, ""
+    )
+
+
+def test_a_process_of_its_own_builds_it_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "calls_in_text", None)
+    found = of_tag("1")
+    assert found.accepts("a<c>1é<c".encode())
+    assert not found.accepts(b"a<c>2")
+    with pytest.raises(ConstraintError, match="has more than 20000 states; use fewer tools"):
+        of_tag("x" * 17_500, "y" * 3_000)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -24, b"", b""))
+    with pytest.raises(ConstraintError, match=r"takes more than 5 s to build: .* or use fewer tools"):
+        of_tag("1")

@@ -1,19 +1,22 @@
 """A server's constraints are compiled in threads, once, and admission finds them: the event loop is never held up."""
 
 import asyncio
+import subprocess
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import QueueOverflowError
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.test_structured import processor
 from vllm_dllm.constraint.regex import ConstraintError, UnfinishedError, kept
 from vllm_dllm.engine import compile_ahead, structured
-from vllm_dllm.engine.compile_ahead import _compiling
+from vllm_dllm.engine.compile_ahead import _compiling, _compiling_each
 from vllm_dllm.engine.refusals import RequestError
 
 EOS, STOP = 1, 105
@@ -28,20 +31,30 @@ class Chat:
         own = processor()
         own.generation_config_fields = {"eos_token_id": [STOP]}
         own.renderer = SimpleNamespace(get_eos_token_id=lambda: EOS)
+        own.vllm_config.scheduler_config = self.limits = SimpleNamespace(max_num_queued_reqs=None)
         self.engine_client, self.model_config = SimpleNamespace(input_processor=own), own.model_config
 
     @_compiling
     async def render(self, request: Any) -> str:
+        request.structured_outputs = request.written or request.structured_outputs  # as its tool parser does
         return f"rendered {request.name}"
 
+    @_compiling_each
+    async def render_batch(self, request: Any) -> Any:
+        return request.each, "rendered"
 
-def asking(regex: str | None, name: str = "a") -> Any:
-    asked = None if regex is None else StructuredOutputsParams(regex=regex)
 
+def asking(regex: str | None, name: str = "a", **fields: Any) -> Any:
     def to_sampling_params(max_tokens: int, defaults: Any) -> SamplingParams:
-        return SamplingParams(max_tokens=max_tokens, structured_outputs=asked)
+        return SamplingParams(max_tokens=max_tokens, structured_outputs=request.structured_outputs)
 
-    return SimpleNamespace(name=name, structured_outputs=asked, to_sampling_params=to_sampling_params)
+    def dumped(include: set[str]) -> dict[str, Any]:
+        return {each: getattr(request, each, None) for each in include}
+
+    asked = None if regex is None else StructuredOutputsParams(regex=regex)
+    request = SimpleNamespace(name=name, structured_outputs=asked, written=None, model_dump=dumped, **fields)
+    request.to_sampling_params = to_sampling_params
+    return request
 
 
 def admit(own: Any, regex: str) -> SamplingParams:
@@ -66,31 +79,105 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_the_loop_runs_on_while_a_constraint_is_compiled(monkeypatch: pytest.MonkeyPatch, compiled: list[str]) -> None:
-    begun, may_go_on, over_bytes = threading.Event(), threading.Event(), structured._over_bytes
+class Held:
+    """Expressions that begin with a "b" are not compiled before they may be."""
 
-    def slow(*args: Any) -> Any:
-        begun.set()
-        assert may_go_on.wait(60)
-        return over_bytes(*args)
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.may_go_on = threading.Event()
+        self._over_bytes: Callable[..., Any] = structured._over_bytes
 
-    monkeypatch.setattr(structured, "_over_bytes", slow)
+    def over_bytes(self, kind: str, value: str, space: str) -> Any:
+        self.begun.append(value)
+        assert not value.startswith("b") or self.may_go_on.wait(60)
+        return self._over_bytes(kind, value, space)
+
+    async def until(self, num_begun: int) -> None:
+        while len(self.begun) < num_begun:
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """What is compiled."""
+    held = Held()
+    monkeypatch.setattr(structured, "_over_bytes", held.over_bytes)
+    return held
+
+
+def test_the_loop_runs_on_while_a_constraint_is_compiled(held: Held, compiled: list[str]) -> None:
     chat = Chat()
 
     async def main() -> list[str]:
-        same = [asyncio.create_task(chat.render(asking("a{3}b", str(i)))) for i in range(5)]
-        while not begun.is_set():
-            await asyncio.sleep(0.001)
+        same = [asyncio.create_task(chat.render(asking("ba{3}", str(i)))) for i in range(5)]
+        await held.until(1)
         other = await chat.render(asking(None))  # while all of them wait
+        await chat.render(asking("a{3}b"))  # in the other thread
         assert not any(task.done() for task in same)
-        may_go_on.set()
+        held.may_go_on.set()
         return [other, *await asyncio.gather(*same)]
 
     assert asyncio.run(main()) == ["rendered a", *(f"rendered {i}" for i in range(5))]
-    assert len(compiled) == 1
-    assert compiled[0].startswith("compile-constraint")
-    assert structured.SENT in (admit(chat.engine_client.input_processor, "a{3}b").extra_args or {})
-    assert len(compiled) == 1, "admission compiled it again"
+    assert len(compiled) == 2
+    assert all(name.startswith("compile-constraint") for name in compiled)
+    for regex in ("a{3}b", "ba{3}"):
+        assert structured.SENT in (admit(chat.engine_client.input_processor, regex).extra_args or {})
+    assert len(compiled) == 2, "admission compiled it again"
+
+
+def test_each_request_of_a_batch_is_compiled_ahead(compiled: list[str]) -> None:
+    chat = Chat()
+    each = [asking("a{4}"), asking("a{4}"), asking("a{5}"), asking(None)]
+    assert asyncio.run(chat.render_batch(SimpleNamespace(each=each))) == (each, "rendered")
+    for regex in ("a{4}", "a{5}"):
+        admit(chat.engine_client.input_processor, regex)
+    assert len(compiled) == 2
+    assert all(name.startswith("compile-constraint") for name in compiled)
+
+
+def test_what_is_kept_waits_for_nobody_and_what_nobody_waits_for_is_left(held: Held) -> None:
+    chat = Chat()
+    chat.limits.max_num_queued_reqs = 4
+
+    async def main() -> None:
+        await chat.render(asking("a{6}"))
+        tasks = [asyncio.create_task(chat.render(asking(f"b{{{n}}}"))) for n in (1, 2, 3, 3)]
+        await held.until(3)  # both threads have one
+        assert await chat.render(asking("a{6}", "kept")) == "rendered kept"
+        with pytest.raises(QueueOverflowError):
+            await chat.render(asking("a{7}"))
+        tasks[2].cancel()  # the other one waits for it, too
+        gone = asyncio.create_task(chat.render(asking("b{4}")))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        await asyncio.gather(gone, tasks[2], return_exceptions=True)
+        held.may_go_on.set()
+        await asyncio.gather(*tasks[:2], tasks[3])
+        await chat.render(asking("a{7}"))
+
+    asyncio.run(main())
+    assert held.begun[0] == "a{6}"
+    assert sorted(held.begun) == ["a{6}", "a{7}", "b{1}", "b{2}", "b{3}"]
+    assert not compile_ahead._jobs
+
+
+def test_what_a_busy_machine_did_not_compile_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def busy(*args: Any, **_options: Any) -> None:
+        runs.append(args)
+        raise subprocess.TimeoutExpired("build", 60)
+
+    chat = Chat()
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", busy)
+        with pytest.raises(
+            RequestError, match=r"cannot be enforced \(regex\): it was not built within 60 s"
+        ) as refused:
+            asyncio.run(chat.render(asking("a{8}")))
+    assert refused.value.parameter == "structured_outputs"
+    assert len(runs) == 1
+    assert asyncio.run(chat.render(asking("a{8}", "later"))) == "rendered later"
 
 
 def test_what_is_wrong_is_told_by_admission() -> None:
@@ -104,14 +191,23 @@ def test_what_is_wrong_is_told_by_admission() -> None:
 
 
 def test_strict_tools_have_to_be_asked_for_by_the_parser() -> None:
-    tool = {"type": "function", "function": {"name": "f", "strict": True}}
-    free = asking(None, "strict")
-    free.tools, free.model_dump = [tool], lambda include: {"tools": [tool], "tool_choice": "auto"}
-    with pytest.raises(RequestError, match=r"^tools\[0\]\.function\.strict is True where no tool is forced"):
-        asyncio.run(Chat().render(free))
-    enforced = asking("a+", "strict")
-    enforced.tools = [tool]
-    assert asyncio.run(Chat().render(enforced)) == "rendered strict"
+    tools = [{"type": "function", "function": {"name": "f", "strict": True}}]
+    tag = StructuredOutputsParams(structural_tag='{"type": "structural_tag", "format": {"type": "any_text"}}')
+    for other in (None, "a+"):  # what else is asked for is not what calls look like
+        free = asking(other, tools=tools, tool_choice="auto")
+        with pytest.raises(RequestError, match=r"^tools\[0\]\.function\.strict is True where no tool is forced"):
+            asyncio.run(Chat().render(free))
+        forced = asking(other, tools=tools, tool_choice="required")
+        with pytest.raises(RequestError, match=r"^tools\[0\]\.function\.strict is True where a tool is forced"):
+            asyncio.run(Chat().render(forced))
+    own = asking(None, tools=tools, tool_choice="auto")
+    own.structured_outputs = tag  # the client's
+    with pytest.raises(RequestError, match="where no tool is forced"):
+        asyncio.run(Chat().render(own))
+    for choice, written in (("auto", tag), ("required", tag), ("required", StructuredOutputsParams(json={}))):
+        enforced = asking("a+", "strict", tools=tools, tool_choice=choice)
+        enforced.written = written
+        assert asyncio.run(Chat().render(enforced)) == "rendered strict"
 
 
 def test_another_models_requests_pass(monkeypatch: pytest.MonkeyPatch) -> None:

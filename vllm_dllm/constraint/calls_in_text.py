@@ -1,8 +1,11 @@
 """Free text with calls in it, as an automaton over bytes: what begins like a call is one.
 
 An expression for text in which some words do not occur is long; automata for it are small (Aho and Corasick, 1975).
+They are built as those of expressions are: in a process of its own, within bounds of time and memory.
 """
 
+import json
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +13,33 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_dllm.constraint.automaton import BoolArray, IntArray
-from vllm_dllm.constraint.regex import MAX_BYTE_STATES, ByteAutomaton, ConstraintError, smallest
+from vllm_dllm.constraint.regex import (
+    MAX_BYTE_STATES,
+    ByteAutomaton,
+    ConstraintError,
+    bounded_input,
+    build_table,
+    built_apart,
+    parse_table,
+    smallest,
+    write_table,
+)
 
 _NUM_BYTES = 256
 _BEFORE, _CALL, _BETWEEN, _BEHIND = range(4)
 """Where a text is: before its first call, in one, between two, and behind the last one that it may have."""
 
 _Place = tuple[int, int]
+
+
+def text_with_calls(calls: str, words: Sequence[bytes], *, needs_one: bool, has_one: bool) -> ByteAutomaton:
+    """Return what `calls_in_text` does, for calls that an expression describes. Raises: ConstraintError."""
+    flags = {"needs_one": needs_one, "has_one": has_one}
+    return built_apart(__name__, calls, json.dumps([calls, [word.decode() for word in words], flags]))
+
+
+def _given(calls: str, words: list[str], flags: dict[str, bool]) -> ByteAutomaton:
+    return calls_in_text(parse_table(build_table(calls)), [word.encode() for word in words], **flags)
 
 
 def calls_in_text(
@@ -32,14 +55,14 @@ def calls_in_text(
 
     Raises: ConstraintError for one with too many states.
     """
-    machine = _Machine(_without(words), calls.step[:, calls.class_of], calls, has_one)
-    alike = np.concatenate([machine.text, machine.call])
-    _, some, class_of = np.unique(alike, axis=1, return_index=True, return_inverse=True)
+    text, call = _without(words), calls.step[:, calls.class_of]
+    _, some, class_of = np.unique(np.concatenate([text, call]), axis=1, return_index=True, return_inverse=True)
+    machine = _Machine(text[:, some].tolist(), call[:, some].tolist(), calls, has_one)
     number = {machine.closed({(_BEFORE, 0)}): 0}
     rows, left = [], deque(number)
     while left:
         places = left.popleft()
-        row = [machine.after(places, byte) for byte in some.tolist()]
+        row = [machine.after(places, kind) for kind in range(len(some))]
         for there in row:
             if there not in number:
                 number[there] = len(number)
@@ -55,10 +78,10 @@ def calls_in_text(
 
 @dataclass(frozen=True, slots=True)
 class _Machine:
-    """Goes on byte by byte, in all places that a text may be at."""
+    """Goes on byte by byte, in all places that a text may be at; bytes that are alike to it are of one kind."""
 
-    text: IntArray  # [num_states, 256], around calls; -1: a word is complete
-    call: IntArray  # [num_states, 256], of `calls`
+    text: list[list[int]]  # [num_states][num_kinds], around calls; -1: a word is complete
+    call: list[list[int]]  # [num_states][num_kinds], of `calls`
     calls: ByteAutomaton
     has_one: bool
 
@@ -71,10 +94,10 @@ class _Machine:
             found.add((_CALL, 0))
         return frozenset(found)
 
-    def after(self, places: frozenset[_Place], byte: int) -> frozenset[_Place]:
+    def after(self, places: frozenset[_Place], kind: int) -> frozenset[_Place]:
         """Return where a text is behind one more byte."""
         there = {
-            (where, int((self.call if where == _CALL else self.text)[state, byte]))
+            (where, (self.call if where == _CALL else self.text)[state][kind])
             for where, state in places
             if where != _BEHIND
         }
@@ -119,3 +142,8 @@ def _without(words: Sequence[bytes]) -> IntArray:
                 fail[child] = other
                 order.append(child)
     return np.array([[-1 if is_word[each] else each for each in row] for row in step], dtype=np.int32)
+
+
+if __name__ == "__main__":
+    given = json.loads(bounded_input())
+    sys.stdout.buffer.write(write_table(lambda: _given(*given)))

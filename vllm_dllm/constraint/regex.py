@@ -8,13 +8,14 @@ own builds them, within bounds of time and memory.
 """
 
 import array
-import functools
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ _WALL_SECONDS = 60  # where the machine is busy
 _MAX_ROUNDS = 256
 _END = 256  # an id that is no byte
 _CLOSING = "\U0010ffff"  # no character, by Unicode
-_TABLE, _TOO_MANY, _INVALID = b"table", b"many", b"regex"
+_TABLE, _TOO_MANY, _INVALID, _REFUSED = b"table", b"many", b"regex", b"refused"
 
 
 class ConstraintError(ValueError):
@@ -80,40 +81,77 @@ class ByteAutomaton:
         return False
 
 
-def kept(size: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Keep what a function returned last, and the errors that it refused with: to find out took as long.
+class Kept(Generic[P, T]):
+    """A function, what it returned last, and the errors that it refused with: to find out took as long.
 
     Threads that ask for the same wait for the first of them.
     """
 
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        turns = Turns()
+    def __init__(self, function: Callable[P, T], size: int) -> None:
+        self._function, self._size = function, size
+        self._results: OrderedDict[Hashable, tuple[T] | str] = OrderedDict()
+        self._lock, self._turns = threading.Lock(), Turns()
 
-        @functools.lru_cache(size)
-        def call(*args: P.args, **kwargs: P.kwargs) -> tuple[T] | str:
-            try:
-                return (function(*args, **kwargs),)
-            except UnfinishedError:
-                raise
-            except ConstraintError as error:
-                return str(error)
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call the function, if nothing is kept of it."""
+        key = _key(args, kwargs)
+        with self._turns.of(key):
+            with self._lock:
+                result = self._results.get(key)
+            if result is None:
+                result = self._called(*args, **kwargs)
+            with self._lock:
+                self._results[key] = result
+                self._results.move_to_end(key)
+                while len(self._results) > self._size:
+                    self._results.popitem(last=False)
+        if isinstance(result, str):
+            raise ConstraintError(result)
+        return result[0]
 
-        @functools.wraps(function)
-        def found(*args: P.args, **kwargs: P.kwargs) -> T:
-            with turns.of((args, *sorted(kwargs.items()))):
-                result = call(*args, **kwargs)  # type: ignore[arg-type]  # hashable ones
-            if isinstance(result, str):
-                raise ConstraintError(result)
-            return result[0]
+    def __len__(self) -> int:
+        """How many results are kept."""
+        return len(self._results)
 
-        return found
+    def has(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Tell whether a call is answered at once."""
+        with self._lock:
+            return _key(args, kwargs) in self._results
 
-    return decorate
+    def _called(self, *args: P.args, **kwargs: P.kwargs) -> tuple[T] | str:
+        try:
+            return (self._function(*args, **kwargs),)
+        except UnfinishedError:
+            raise
+        except ConstraintError as error:
+            return str(error)
+
+
+def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    return args, tuple(sorted(kwargs.items()))
+
+
+def kept(size: int) -> Callable[[Callable[P, T]], Kept[P, T]]:
+    """Keep what a function returned or refused last, for so many calls."""
+    return lambda function: Kept(function, size)
 
 
 @kept(64)
 def byte_automaton(regex: str) -> ByteAutomaton:
     """Build the automaton of a regular expression, which is to match the whole text.
+
+    Raises: ConstraintError.
+    """
+    return built_apart(__name__, regex, regex)
+
+
+def built_apart(module: str, regex: str, given: str) -> ByteAutomaton:
+    """Build an automaton in a process of its own, within bounds of time and memory.
+
+    Args:
+        module: which is run, and writes a table.
+        regex: that it is built of.
+        given: to the process.
 
     Raises: ConstraintError.
     """
@@ -123,8 +161,8 @@ def byte_automaton(regex: str) -> ByteAutomaton:
         )
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "vllm_dllm.constraint.regex"],
-            input=regex.encode("utf-8", "surrogatepass"),
+            [sys.executable, "-m", module],
+            input=given.encode("utf-8", "surrogatepass"),
             capture_output=True,
             timeout=_WALL_SECONDS,
             check=False,
@@ -141,6 +179,8 @@ def parse_table(output: bytes) -> ByteAutomaton:
     kind, _, rest = output.partition(b"\n")
     if kind == _INVALID:
         raise ConstraintError(f"it is no regular expression that can be built: {rest.decode()}")
+    if kind == _REFUSED:
+        raise ConstraintError(rest.decode())
     if kind != _TABLE:  # too many states, or the process was ended by a bound
         raise ConstraintError(_too_many())
     table = np.frombuffer(rest, dtype=np.int32).reshape(-1, _END + 1)
@@ -150,7 +190,7 @@ def parse_table(output: bytes) -> ByteAutomaton:
 def _too_many() -> str:
     return (
         f"its automaton has more than {MAX_BYTE_STATES} states, or takes more than {CPU_SECONDS} s to build: shorten "
-        "repetitions of bounded length"
+        "repetitions of bounded length, or use fewer tools"
     )
 
 
@@ -227,6 +267,17 @@ def build_table(regex: str) -> bytes:
     return _TABLE + b"\n" + rows.tobytes()
 
 
+def write_table(build: Callable[[], ByteAutomaton]) -> bytes:
+    """Write the table of an automaton that is built, or why it is refused."""
+    try:
+        automaton = build()
+    except ConstraintError as error:
+        return _REFUSED + b"\n" + str(error).encode()
+    columns = automaton.step[:, automaton.class_of], automaton.is_accepting[:, None]
+    whole: IntArray = np.concatenate(columns, axis=1).astype(np.int32)
+    return _TABLE + b"\n" + whole.tobytes()
+
+
 def _run(transitions: dict[int, dict[int, int]], state: int | None, text: bytes) -> int | None:
     for byte in text:
         state = None if state is None else transitions.get(state, {}).get(byte)
@@ -242,14 +293,15 @@ def _check_parentheses(regex: str) -> None:
             raise ValueError(str(error)) from None
 
 
-def _bounded() -> None:
+def bounded_input() -> str:
+    """Set the bounds of this process, and read what it is given."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
 
 
 if __name__ == "__main__":
-    _bounded()
-    sys.stdout.buffer.write(build_table(sys.stdin.buffer.read().decode("utf-8", "surrogatepass")))
+    sys.stdout.buffer.write(build_table(bounded_input()))

@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_dllm.constraint.apart import Json, is_apart
 from vllm_dllm.constraint.keywords import ANNOTATIONS, FORMATS, OF_TYPE, TYPES, VALUES, is_number
-from vllm_dllm.constraint.regex import MAX_LENGTH, ConstraintError, byte_automaton
+from vllm_dllm.constraint.regex import MAX_LENGTH, ConstraintError, UnfinishedError, byte_automaton
 
 FREE_DEPTH = 1
 """How deep objects and arrays are nested in what a schema leaves open."""
@@ -260,6 +260,8 @@ class _Writer:
             body = body[:-1]
         try:
             escapes = byte_automaton(body).escapes(byte_automaton(_PLAIN))
+        except UnfinishedError:  # another time it may be served
+            raise
         except ConstraintError as error:
             raise self.error(f"stands a pattern that cannot be served: {error}") from None
         if escapes:

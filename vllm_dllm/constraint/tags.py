@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_dllm.constraint.apart import Json
-from vllm_dllm.constraint.calls_in_text import calls_in_text
+from vllm_dllm.constraint.calls_in_text import text_with_calls
 from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_automaton
 from vllm_dllm.constraint.schema import escape, schema_regex
 
@@ -28,9 +28,9 @@ def tag_automaton(tag: Json, space: str) -> ByteAutomaton:
     if part.get("type") != "triggered_tags":
         return byte_automaton(_written(part, space))
     words = [word.encode() for word in (*part["triggers"], *part.get("excludes", ()))]
-    calls = byte_automaton("|".join(_written(each, space) for each in part["tags"]))
-    flags = (bool(part.get(name)) for name in ("at_least_one", "stop_after_first"))
-    return calls_in_text(calls, words, **dict(zip(("needs_one", "has_one"), flags, strict=True)))
+    calls = "|".join(_written(each, space) for each in part["tags"])
+    needs_one, has_one = (bool(part.get(name)) for name in ("at_least_one", "stop_after_first"))
+    return text_with_calls(calls, words, needs_one=needs_one, has_one=has_one)
 
 
 def _written(part: Mapping[str, Any], space: str) -> str:

@@ -77,7 +77,7 @@ CONTRACTS = (
     *_fields(f"{_V1}.engine:EngineCoreOutput", "kv_transfer_params"),
     # What our subclasses override or call.
     *_fields("vllm.config.parallel:ParallelConfig", "worker_cls"),
-    *_fields("vllm.config.scheduler:SchedulerConfig", "scheduler_cls"),
+    *_fields("vllm.config.scheduler:SchedulerConfig", "scheduler_cls max_num_queued_reqs"),
     *_fields("vllm.config.vllm:VllmConfig", "use_v2_model_runner additional_config"),
     *_methods(
         "vllm.config.vllm:VllmConfig",

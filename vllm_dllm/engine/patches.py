@@ -171,6 +171,12 @@ PATCHES = {
             "A request waits there before it is admitted: what its answer has to meet is compiled meanwhile",
         ),
         _method(
+            f"{_SERVE}.openai.chat_completion.batch_serving:OpenAIServingChatBatch",
+            "render_batch_chat_request",
+            "self request",
+            "The same of its batches, each request of one",
+        ),
+        _method(
             f"{_SERVE}.openai.completion.serving:OpenAIServingCompletion",
             "render_completion_request",
             "self request",

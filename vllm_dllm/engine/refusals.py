@@ -304,25 +304,37 @@ def _forces_tool(choice: Any) -> bool:
     return _part(choice, "mode") != "auto" and _part(choice, "type") not in ("auto", "none")
 
 
-def refuse_strict_tools(body: Mapping[str, Any]) -> None:
-    """Refuse strict tools whose calls nobody's grammar says, as the server's tool parser has none for free text.
+def refuse_strict_tools(body: Mapping[str, Any], *, in_text: bool, if_forced: bool) -> None:
+    """Refuse strict tools whose calls nobody's grammar says, as the server's tool parser has none.
+
+    Args:
+        body: a request's tools and its choice of them.
+        in_text: whether the parser said what calls look like in free text.
+        if_forced: whether it said what a reply is like that is a call.
 
     Raises: RequestError.
     """
-    for path, strict in _strict_tools(body):
+    is_forced = _forces_tool(body.get("tool_choice"))
+    if if_forced if is_forced else in_text:
+        return
+    where, what, others = (
+        ("where a tool is forced", "", "")
+        if is_forced
+        else ("where no tool is forced", " in free text", ", or tool_choice 'required' or a named tool")
+    )
+    for path in _strict_tools(body):
         raise RequestError(
-            f"{path} is {strict} where no tool is forced, but the server's tool parser does not say what calls look "
-            "like in free text, so that they are not enforced; allowed is false and null, or tool_choice 'required' or "
-            "a named tool; send one of these, or serve the model with another --tool-call-parser, as 'hermes'",
+            f"{path} is True {where}, but the server's tool parser does not say what calls look like{what} beside what "
+            f"else the request asks for, so that they are not enforced; allowed is false and null{others}; send one of "
+            "these, or serve the model with another --tool-call-parser, as 'hermes'",
             parameter=path,
         )
 
 
-def _strict_tools(body: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """Find strict tools where calls stand in free text: forced ones are the whole reply."""
-    tools, choice = body.get("tools"), body.get("tool_choice")
-    is_free = choice != "none" and not _forces_tool(choice)
-    for i, tool in enumerate(tools if isinstance(tools, list) and is_free else ()):
+def _strict_tools(body: Mapping[str, Any]) -> Iterator[str]:
+    """Find strict tools that may be called."""
+    tools, may_call = body.get("tools"), body.get("tool_choice") != "none"
+    for i, tool in enumerate(tools if isinstance(tools, list) and may_call else ()):
         for owner, path in ((tool, "strict"), (_part(tool, "function"), "function.strict")):
             if _part(owner, "strict"):
-                yield f"tools[{i}].{path}", True
+                yield f"tools[{i}].{path}"

@@ -25,7 +25,6 @@ from vllm_dllm.constraint.reach import BlockConstraint
 from vllm_dllm.constraint.regex import ByteAutomaton, ConstraintError, byte_automaton, kept
 from vllm_dllm.constraint.schema import escape, schema_regex
 from vllm_dllm.constraint.tags import tag_automaton
-from vllm_dllm.constraint.turns import Turns
 from vllm_dllm.engine.configs import settings_of
 from vllm_dllm.engine.pins import CANVAS, pins_of
 from vllm_dllm.engine.refusals import RequestError
@@ -43,6 +42,10 @@ _FIELD = "structured_outputs"
 _SPACE = " ?"
 _ANY_SPACE = r"[ \t\r\n]*"
 _KINDS = ("json", "json_object", "regex", "choice", "structural_tag", "grammar")
+
+Source = tuple[tuple[str, str, str | None], tuple[Any, frozenset[int], int, tuple[int, ...]]]
+"""What a constraint is compiled from: its kind, its value, the white space of JSON; and the arguments of
+`_token_bytes`."""
 
 
 def take_out(params: SamplingParams) -> tuple[SamplingParams, StructuredOutputsParams | None]:
@@ -66,9 +69,9 @@ def put_in(processor: "InputProcessor", params: SamplingParams, asked: Structure
     """
     _refuse_beside(params, settings_of(processor.vllm_config))
     try:
-        packed, shortest = compiled(processor, params, asked)
+        packed, shortest = compiled(source_of(processor, params, asked))
     except ConstraintError as error:
-        raise RequestError(f"{_FIELD} cannot be enforced ({_asked(asked)}): {error}", parameter=_FIELD) from None
+        raise refusal(asked, error) from None
     assert params.max_tokens is not None, "finish_admission sets it"
     if params.max_tokens < shortest:
         raise RequestError(
@@ -81,16 +84,31 @@ def put_in(processor: "InputProcessor", params: SamplingParams, asked: Structure
     params.extra_args = {**(params.extra_args or {}), SENT: packed}
 
 
-def compiled(processor: "InputProcessor", params: SamplingParams, asked: StructuredOutputsParams) -> tuple[bytes, int]:
+def refusal(asked: StructuredOutputsParams, error: ConstraintError) -> RequestError:
+    """Return the error of a request whose constraint cannot be served."""
+    return RequestError(f"{_FIELD} cannot be enforced ({_asked(asked)}): {error}", parameter=_FIELD)
+
+
+def source_of(processor: "InputProcessor", params: SamplingParams, asked: StructuredOutputsParams) -> Source:
+    """Return what is compiled, with nothing of it compiled yet. Raises: ConstraintError."""
+    return _read(asked), _vocabulary(processor, _end_ids(processor, params))
+
+
+def is_kept(source: Source) -> bool:
+    """Tell whether `compiled` returns, or raises, at once."""
+    asked, vocabulary = source
+    return _token_bytes.has(*vocabulary) and _compiled.has(*asked, _token_bytes(*vocabulary))
+
+
+def compiled(source: Source) -> tuple[bytes, int]:
     """Return the automaton of what is asked, as sent, and the fewest tokens of an answer; what is kept at once.
 
     Else it takes some tenths of a second, most of them in another process. For any thread.
 
     Raises: ConstraintError.
     """
-    ends = _end_ids(processor, params)
-    kind, value, space = _read(asked)
-    return _compiled(kind, value, space, _vocabulary(processor, ends))
+    asked, vocabulary = source
+    return _compiled(*asked, _token_bytes(*vocabulary))
 
 
 def _check_pins(params: SamplingParams, automaton: Automaton) -> None:
@@ -158,8 +176,11 @@ def answer_of(
     return Answer(automaton, begin, limit, end, block_start, block_length, automaton.run(tokens[begin:]), pins)
 
 
-def _read(asked: StructuredOutputsParams) -> tuple[str, str, str]:
-    """Return what kind of constraint is asked for, of what, and the white space of JSON. Raises: ConstraintError."""
+def _read(asked: StructuredOutputsParams) -> tuple[str, str, str | None]:
+    """Return what kind of constraint is asked for, of what, and the expression of white space that is given.
+
+    Raises: ConstraintError.
+    """
     if asked.disable_additional_properties:
         raise ConstraintError("disable_additional_properties is true, allowed is false: say additionalProperties false")
     kind = next((kind for kind in _KINDS if getattr(asked, kind) not in (None, False)), None)
@@ -175,7 +196,7 @@ def _read(asked: StructuredOutputsParams) -> tuple[str, str, str]:
         value = _parsed(value)
     if kind == "choice" and not value:
         raise ConstraintError("choice is [], allowed are lists of one text and more; give one")
-    space = _space(asked)
+    space = "" if asked.disable_any_whitespace else asked.whitespace_pattern
     if kind == "regex":
         return kind, str(value), space
     try:
@@ -198,16 +219,13 @@ def _parsed(value: Any) -> Any:
         ) from None
 
 
-def _space(asked: StructuredOutputsParams) -> str:
-    if asked.disable_any_whitespace:
-        return ""
-    pattern = asked.whitespace_pattern
-    if pattern is None:
-        return _SPACE
+def _space(pattern: str | None) -> str:
+    if not pattern:
+        return _SPACE if pattern is None else ""
     try:
         escapes = byte_automaton(pattern).escapes(byte_automaton(_ANY_SPACE))
     except ConstraintError as error:
-        raise ConstraintError(f"whitespace_pattern is {pattern!r:.80}, and {error}") from None
+        raise type(error)(f"whitespace_pattern is {pattern!r:.80}, and {error}") from None
     if escapes:
         raise ConstraintError(
             f"whitespace_pattern is {pattern!r:.80}, which matches more than white space of JSON; allowed are "
@@ -217,9 +235,9 @@ def _space(asked: StructuredOutputsParams) -> str:
 
 
 @kept(128)
-def _compiled(kind: str, value: str, space: str, vocabulary: TokenBytes) -> tuple[bytes, int]:
+def _compiled(kind: str, value: str, pattern: str | None, vocabulary: TokenBytes) -> tuple[bytes, int]:
     """Compile a constraint; returns the automaton as sent, and the fewest tokens of an answer."""
-    automaton = compile_tokens(_over_bytes(kind, value, space), vocabulary)
+    automaton = compile_tokens(_over_bytes(kind, value, _space(pattern)), vocabulary)
     shortest = int(automaton.distance[0])
     assert shortest != NEVER, "compile_tokens refuses what no text meets"
     return automaton.to_bytes(), shortest
@@ -268,12 +286,8 @@ def _special_ids(processor: "InputProcessor") -> set[int]:
     return {*tokenizer.all_special_ids, *(token for token, each in added.items() if getattr(each, "special", False))}
 
 
-_TABLES = Turns()
-"""Of `_token_bytes`, by its ends: requests that come while a table is made wait for it, and make none themselves."""
-
-
-def _vocabulary(processor: "InputProcessor", ends: tuple[int, ...]) -> TokenBytes:
-    """Return the bytes of the tokenizer's tokens, those left out that are no text. Raises: ConstraintError."""
+def _vocabulary(processor: "InputProcessor", ends: tuple[int, ...]) -> tuple[Any, frozenset[int], int, tuple[int, ...]]:
+    """Return the arguments of `_token_bytes`. Raises: ConstraintError."""
     if processor.tokenizer is None:
         raise ConstraintError(
             "the server has no tokenizer to compile it for, allowed is nothing of the kind; remove it, or start the "
@@ -281,12 +295,12 @@ def _vocabulary(processor: "InputProcessor", ends: tuple[int, ...]) -> TokenByte
         )
     config = processor.model_config
     hidden = frozenset({*_special_ids(processor), config.hf_config.mask_token_id})
-    with _TABLES.of(ends):
-        return _token_bytes(processor.tokenizer, hidden, config.get_vocab_size(), ends)
+    return processor.tokenizer, hidden, config.get_vocab_size(), ends
 
 
-@functools.lru_cache(16)
+@kept(16)
 def _token_bytes(tokenizer: Any, hidden: frozenset[int], vocab_size: int, ends: tuple[int, ...]) -> TokenBytes:
+    """Return the bytes of a tokenizer's tokens, those left out that are no text. Raises: ConstraintError."""
     tokens = {token: text for token, text in _texts(tokenizer).items() if token not in hidden}
     logger.info("Structured output: %d of %d tokens are text.", len(tokens), len(tokenizer))
     return TokenBytes.of(tokens, vocab_size, ends)
