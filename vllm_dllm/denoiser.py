@@ -201,6 +201,26 @@ class Denoiser:
         """Keep what `advance` came to, emit blocks that are finished or that an answer ends in: see `state.settle`."""
         drafts = None if self.drafter is None else self.drafter.memory
         emission = self._settle(self.state, drafts, blocks, nodes, done, ledger)
+        if done.apart:
+            self._keep_apart(blocks, nodes, done, emission)
+        if done.failed:
+            emission.report[list(done.failed), Column.FAULTS] = POLICY_FAILED
+        if nodes.constrained is not None:
+            nodes.constrained.take(done.canvas, done.is_finished)
+        if drafts is not None and ledger.begun is not None:
+            drafts.forget(blocks.slots, ledger.begun.bool())
+        if self._found is not None:
+            is_emitted = emission.num_sampled[: len(done.node)] > 0
+            logprobs = self.state.records.take(*self._found, ledger.num_known - blocks.start, is_emitted)
+            emission = replace(emission, logprobs=logprobs)
+        if ledger.missing is None:
+            return emission
+        missing = pad(ledger.missing.int(), (0, ledger.num_batch - len(ledger.missing)))
+        fewer = missing * (emission.num_sampled > 0)
+        return replace(emission, num_sampled=emission.num_sampled - fewer, num_rejected=emission.num_rejected + fewer)
+
+    def _keep_apart(self, blocks: Blocks, nodes: Nodes, done: Trajectory, emission: Emission) -> None:
+        """Keep what policies in torch code know behind a step, and report what the op does not count of theirs."""
         is_emitted = emission.num_sampled[: len(done.node)] > 0
         begins = is_emitted & ~done.came_over
         for own in done.apart:
@@ -213,20 +233,6 @@ class Denoiser:
             # A look-ahead behind such a canvas has the depth 0, which the op does not count among the drafts.
             ahead = nodes.is_valid[own.request, 1:] & (nodes.depth[own.request, 1:] == 0)
             emission.report[own.request, Column.PROPOSED] += ahead.sum(1).int()
-        if done.failed:
-            emission.report[list(done.failed), Column.FAULTS] = POLICY_FAILED
-        if nodes.constrained is not None:
-            nodes.constrained.take(done.canvas, done.is_finished)
-        if drafts is not None and ledger.begun is not None:
-            drafts.forget(blocks.slots, ledger.begun.bool())
-        if self._found is not None:
-            logprobs = self.state.records.take(*self._found, ledger.num_known - blocks.start, is_emitted)
-            emission = replace(emission, logprobs=logprobs)
-        if ledger.missing is None:
-            return emission
-        missing = pad(ledger.missing.int(), (0, ledger.num_batch - len(ledger.missing)))
-        fewer = missing * (emission.num_sampled > 0)
-        return replace(emission, num_sampled=emission.num_sampled - fewer, num_rejected=emission.num_rejected + fewer)
 
     def _logprobs(
         self, blocks: Blocks, nodes: Nodes, done: Trajectory, hidden: Tensor, ids: RowIds | None
