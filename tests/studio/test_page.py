@@ -294,7 +294,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
 
 
 def test_the_command_serves_the_page() -> None:
-    command = [str(Path(sys.executable).with_name("vllm-dllm")), "studio", "--server", SERVER, "--port", "0"]
+    # What a shell starts in the background ignores the signal, and so do its children.
+    command = ["env", "--default-signal=INT", str(Path(sys.executable).with_name("vllm-dllm"))]
+    command += ["studio", "--server", SERVER, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         line = process.stdout.readline()
         found = re.fullmatch(rf"http://127\.0\.0\.1:(\d+) shows {SERVER}; Ctrl\+C ends it\n", line)
@@ -302,7 +304,7 @@ def test_the_command_serves_the_page() -> None:
         client = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=10)
         assert ask(client, "GET", "/") == (200, live_page(SERVER))
         process.send_signal(signal.SIGINT)
-        assert (process.stdout.read(), process.wait(10)) == ("ended\n", 0)
+        assert (process.communicate(timeout=60)[0], process.returncode) == ("ended\n", 0)
 
 
 def test_the_command_saves_a_recording(tmp_path: Path) -> None:
