@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.draft.rankers import make_ranker
 from tests.draft.test_exact import DREAM, LLADA, REFERENCE_RULES, SDAR, SyntheticModel, denoise, graphs, requests_of
 from tests.ops.test_propose_nodes import MASK, case
 from vllm_dllm.draft.calibrated import GraphDrafter
@@ -14,25 +15,13 @@ from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.native import native_nodes, torch_nodes
 from vllm_dllm.draft.propose import propose
 from vllm_dllm.draft.ranker import OrderRanker
-from vllm_dllm.draft.ranker_shape import REACH, weight_shapes
+from vllm_dllm.draft.ranker_shape import REACH
 from vllm_dllm.reference import block_causal
 from vllm_dllm.reference import decode as bidirectional
 from vllm_dllm.reference.decode import KvPolicy
 from vllm_dllm.unmask.schedule import UnmaskRules
 
 WEIGHTS = ["small", "huge", "constant", "nan"]
-
-
-def make_ranker(weights: str, seed: int = 0, width: int = 4) -> OrderRanker:
-    """Return a ranker that nobody trained."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def fill(shape: tuple[int, ...]) -> torch.Tensor:
-        if weights in {"constant", "nan"}:
-            return torch.full(shape, 0.5 if weights == "constant" else torch.nan)
-        return torch.randn(shape, generator=generator) * (1e20 if weights == "huge" else 0.5)
-
-    return OrderRanker.of({name: fill(shape).numpy() for name, shape in weight_shapes(width).items()})
 
 
 @settings(max_examples=80, deadline=None)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.draft.example_graph import PROVENANCE
-from tests.draft.test_ranker import make_ranker
+from tests.draft.rankers import make_ranker
 from tests.e2e.ended import check_forwards
 from tests.e2e.rig import Oracle, mixed_cases, random_graph, run_outputs, shared_engine, speculation
 from vllm_dllm.draft.ranker_file import RankerFile, save_ranker

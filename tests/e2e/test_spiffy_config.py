@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.rig import NUM_SLOTS, Case, Oracle, engine, run
-from vllm_dllm.config import request_keys
+from vllm_dllm.config import REQUEST_PREFIX, RequestOptions
 from vllm_dllm.draft.graph_file import default_graph, dump_graph
 
 pytestmark = pytest.mark.engine
@@ -52,7 +52,15 @@ FIELDS: dict[str, list[Any]] = dict.fromkeys(
 )
 # What vLLM itself does not look at before it uses it: values of the right type.
 FIELDS |= {"logit_bias": [{}, {1: 5.0}, {-1: 1.0}, {10**30: 1.0}], "allowed_token_ids": [[], [0], [-1], [10**30]]}
-KEYS = [*request_keys(), "dllm_", "dllm_drafts", "diffusion_x", "x", "", 3]
+KEYS = [
+    *(REQUEST_PREFIX + name for name in RequestOptions.model_fields),
+    "dllm_",
+    "dllm_drafts",
+    "diffusion_x",
+    "x",
+    "",
+    3,
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from typing import Any
 from tests.models.in_process import TINY
 from tests.models.rope_changes import ABSENT, NOT_POSITIVE, NOT_SIZES, Change, query_scales, ropes
 
-EXPERTS = ("llada_moe", "sdar_moe", "llada2")
+LLADA2 = ("llada2", "llada22")
+EXPERTS = ("llada_moe", "sdar_moe", *LLADA2)
 ROLES = {
     "llada": {
         "width": "d_model",
@@ -31,7 +32,7 @@ ROLES = {
 }
 ROLES["llada_moe"] = ROLES["qwen"] | {"inner": "expert_intermediate_size"}
 ROLES["sdar_moe"] = ROLES["qwen"] | {"inner": "moe_intermediate_size"}
-ROLES["llada2"] = ROLES["sdar_moe"]
+ROLES |= dict.fromkeys(LLADA2, ROLES["sdar_moe"])
 OTHER_ARITHMETIC: dict[str, dict[str, Sequence[Any]]] = {
     "llada": {
         "activation_type": ("gelu", "swiglu", None, 1),
@@ -106,6 +107,12 @@ OTHER_ARITHMETIC["llada2"] = {
     "use_qkv_bias": (True,),
     "use_rmsnorm": (False,),
 }
+OTHER_ARITHMETIC["llada22"] = OTHER_ARITHMETIC["llada2"] | {
+    "delete_token_id": (7, -1),
+    "expert_capacity": (9, 2, 0),
+    "n_group": (0, None, 2.0),  # its experts are in no groups
+    "topk_group": (0, None),
+}
 OTHER_ARITHMETIC["nemotron"] = {"dlm_paradigm": ("other", 1), "vision_config": ({"hidden_size": 8},)}
 UNKNOWN = {
     "num_experts": 8,
@@ -159,12 +166,15 @@ def changes_of(family: str) -> list[Change]:
     role = ROLES.get(family, ROLES[kind])
     part = TINY[family].get("partial_rotary_factor", 1.0)
     found = [*_shapes(kind, family), *_numbers(kind, role), *_token_ids(), *ropes(role["positions"], part)]
-    return found + _others(family, kind) + (_experts(family) if family in EXPERTS else [])
+    found += _others(family, kind) + (_experts(family) if family in EXPERTS else [])
+    return found + (_of_llada2(family) if family in LLADA2 else [])
 
 
 def _experts(family: str) -> list[Change]:
     """Return changes of numbers of experts."""
-    numbers = ((8, 1), (4, 2), (12, 6)) if family == "llada2" else ((1, 1), (3, 3), (17, 2))  # two groups in llada2
+    # Two groups in llada2, blocks that have four in llada22.
+    of_groups = {"llada2": ((8, 1), (4, 2), (12, 6)), "llada22": ((8, 1), (4, 2), (12, 4))}
+    numbers = of_groups.get(family, ((1, 1), (3, 3), (17, 2)))
     found = [Change("experts", {"num_experts": n, "num_experts_per_tok": k}) for n, k in numbers]
     found += [Change("experts", {"num_experts_per_tok": 7}, ("num_experts_per_tok",))]
     return found + [
@@ -187,7 +197,7 @@ def _shapes(kind: str, family: str) -> list[Change]:
         Change("shape", {heads: 8, kv: 8} if kind == "llada" else {"head_dim": 7}, (heads, "head_dim")),
     ]
     if kind == "qwen":
-        found += [Change("shape", {"head_dim": d}) for d in ((8, 16) if family == "llada2" else (4, 10, None, ABSENT))]
+        found += [Change("shape", {"head_dim": d}) for d in ((8, 16) if family in LLADA2 else (4, 10, None, ABSENT))]
         found.append(Change("shape", {"head_dim": None, heads: 5, kv: 5}, (heads,)))
     else:
         found += [Change("shape", {"hidden_size": 32, "d_model": 24}, ("hidden_size",), only="file")]
@@ -259,7 +269,7 @@ def _others(family: str, kind: str) -> list[Change]:
         found += [Change("block", {"block_size": value}) for value in (8, None, ABSENT)]
         found += [Change("block", {"block_size": value}, ("block_size",)) for value in NOT_SIZES]
     else:
-        found += [Change("block", {"block_size": 8}, ("block_size",))]
+        found += [Change("block", {"block_size": 8}, () if family in LLADA2 else ("block_size",))]
     if kind == "qwen":
         found += [Change("window", {"sliding_window": 8, "max_window_layers": 1})]
         found += [Change("layers", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3})]
@@ -275,18 +285,24 @@ def _others(family: str, kind: str) -> list[Change]:
         found += [Change("bias", {"attention_bias": value}, ("attention_bias",)) for value in (None, 1, "yes")]
     if family == "llada_moe":  # the published code reads no answer here
         found += [Change("norm", {"norm_topk_prob": value}) for value in (True, False, None)]
+    if family == "sdar_moe":
+        found += [Change("norm", {"norm_topk_prob": value}) for value in (True, False, ABSENT)]
+    return found
+
+
+def _of_llada2(family: str) -> list[Change]:
+    """Return changes of fields that LLaDA2 alone has."""
+    found: list[Change] = []
     if family == "llada2":
         groups = ((8, 2, 2), (8, 4, 3), (8, 1, 1), (4, 2, 2))
         names = ("num_experts", "n_group", "topk_group")
         found += [Change("experts", dict(zip(names, numbers, strict=True))) for numbers in groups]
-        found += [Change("scale", {"routed_scaling_factor": value}) for value in (1, 0.5, 4.0)]
-        found += [Change("shared", {"num_shared_experts": value}) for value in (0, 2, None, ABSENT)]
-        found += [Change("dense", {"first_k_dense_replace": value}) for value in (0, 2, 9, ABSENT)]
-        found += [Change("part", {"partial_rotary_factor": value}) for value in (1, 1 / 3, ABSENT)]
-        found += [Change("part", {"rotary_dim": value}) for value in (6, None)]
-        found += [Change("same", {"moe_shared_expert_intermediate_size": value}) for value in (40, None)]
-    if family == "sdar_moe":
-        found += [Change("norm", {"norm_topk_prob": value}) for value in (True, False, ABSENT)]
+    found += [Change("scale", {"routed_scaling_factor": value}) for value in (1, 0.5, 4.0)]
+    found += [Change("shared", {"num_shared_experts": value}) for value in (0, 2, None, ABSENT)]
+    found += [Change("dense", {"first_k_dense_replace": value}) for value in (0, 2, 9, ABSENT)]
+    found += [Change("part", {"partial_rotary_factor": value}) for value in (1, 1 / 3, ABSENT)]
+    found += [Change("part", {"rotary_dim": value}) for value in (6, None)]
+    found += [Change("same", {"moe_shared_expert_intermediate_size": value}) for value in (40, None)]
     return found
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.draft.test_ranker import make_ranker
+from tests.draft.rankers import make_ranker
 from tests.ops.test_propose_nodes import CPU, MASK, STEPS, arguments, case
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.native import native_nodes, torch_nodes
