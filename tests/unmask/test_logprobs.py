@@ -1,6 +1,5 @@
 """Log-probabilities of tokens: those of the reference, whatever is drafted, and of whoever asks alone."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -94,7 +93,16 @@ def test_what_no_step_unmasked_is_certain_and_nobody_elses() -> None:
     own = take([False, True, True], [4, 6, 8], is_finished=True)  # its next block
     assert own.ranks.tolist() == [[1, 2, 2]]
     assert own.token_ids[0].tolist() == [[4, 4, 4], [9, 9, 9], [9, 9, 9]]
-    assert own.log_probs[0, 0].tolist() == [0.0, -math.inf, -math.inf]
+    assert own.log_probs[0, 0].tolist() == [0.0, 0.0, 0.0]
     take([True, True, True], [5, 6, 8], is_finished=False)
     records.put(1, 2)
     assert take([True, False, False], [5, 7, 7], is_finished=True).log_probs[0, :, 0].tolist() == [-7.0, 0.0, 0.0]
+
+
+def test_a_token_that_no_step_unmasked_is_certain_however_it_is_read() -> None:
+    """Replies name the places of a token by it, so that the last one counts."""
+    made = TokenLogprobs.empty(1, 2, 1 + 5, device=torch.device("cpu")).given(torch.tensor([[7, 8]]))
+    by_token = [
+        dict(zip(*row, strict=True)) for row in zip(made.token_ids[0].tolist(), made.log_probs[0].tolist(), strict=True)
+    ]
+    assert by_token == [{7: 0.0}, {8: 0.0}]

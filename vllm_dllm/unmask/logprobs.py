@@ -65,8 +65,8 @@ class TokenLogprobs:
     def given(self, tokens: Tensor) -> "TokenLogprobs":
         """Return these, and where there are none, tokens [...] int64 that are certain."""
         ids = tokens[..., None].int().expand_as(self.token_ids)
-        certain = TokenLogprobs(ids, torch.full_like(self.log_probs, -torch.inf), torch.ones_like(self.ranks))
-        certain.log_probs[..., 0] = 0
+        # All places of such a token have it, and who reads them by token finds the last one.
+        certain = TokenLogprobs(ids, torch.zeros_like(self.log_probs), torch.ones_like(self.ranks))
         return certain.where(self.ranks == 0, self)
 
     def view(self, *shape: int) -> "TokenLogprobs":
