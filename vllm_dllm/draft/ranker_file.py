@@ -23,7 +23,7 @@ MAX_WIDTH = 256
 MAX_FILE_BYTES = 4 << 20
 FORMAT = "vllm-dllm order ranker 1"
 
-_TODO = "give the path of a file that 'vllm-dllm calibrate --ranker' wrote"
+_ADVICE = "give the path of a file that 'vllm-dllm calibrate --ranker' wrote"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +62,19 @@ def load_ranker(path: str | Path) -> RankerFile:
     """
     where = str(path) or "''"
     if not str(path) or not Path(path).is_file():
-        raise ConfigError(f"ranker {where} is not a file; {did_you_mean_file(path, _TODO)}")
+        raise ConfigError(f"ranker {where} is not a file; {did_you_mean_file(path, _ADVICE)}")
     try:
         content = Path(path).read_bytes() if Path(path).stat().st_size <= MAX_FILE_BYTES else None
     except OSError as error:
         raise ConfigError(f"ranker {where} cannot be read ({error.strerror}); check its permissions") from None
     if content is None:
-        raise ConfigError(f"ranker {where} is larger than {MAX_FILE_BYTES} bytes, so it is no order ranker; {_TODO}")
+        raise ConfigError(f"ranker {where} is larger than {MAX_FILE_BYTES} bytes, so it is no order ranker; {_ADVICE}")
     try:
         weights = load(content)
         with safe_open(path, "np") as opened:
             metadata = opened.metadata() or {}
     except (SafetensorError, KeyError, ValueError, OSError) as error:  # of a dtype or a shape that numpy has not, too
-        raise ConfigError(f"ranker {where} is not a safetensors file ({error}); {_TODO}") from None
+        raise ConfigError(f"ranker {where} is not a safetensors file ({error}); {_ADVICE}") from None
     if metadata.get("format") != FORMAT:
         raise ConfigError(
             f"ranker {where} has the format {metadata.get('format')!r}, allowed is {FORMAT!r}; train it anew with "
@@ -101,11 +101,11 @@ def _check_weights(weights: Weights, where: str) -> None:
     if not 1 <= width <= MAX_WIDTH or found != weight_shapes(width):
         raise ConfigError(
             f"ranker {where} has the tensors {found}, allowed are {weight_shapes(width or MAX_WIDTH)} of a width of 1 "
-            f"to {MAX_WIDTH}; {_TODO}"
+            f"to {MAX_WIDTH}; {_ADVICE}"
         )
     for name, array in weights.items():
         if array.dtype != np.float32:
-            raise ConfigError(f"ranker {where}: {name} is {array.dtype}, allowed is float32; {_TODO}")
+            raise ConfigError(f"ranker {where}: {name} is {array.dtype}, allowed is float32; {_ADVICE}")
         if not np.isfinite(array).all():
             raise ConfigError(
                 f"ranker {where}: {name} has values that are no finite numbers, which no training leaves; train it "
