@@ -1,6 +1,7 @@
 """`vllm-dllm graph`: what it prints, writes and returns, and that it loads nothing heavy."""
 
 import importlib
+import json
 import subprocess
 import sys
 import tomllib
@@ -10,9 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.draft.example_graph import FILE, GRAPH
+from tests.models.in_process import LLADA22
 from vllm_dllm.cli import main
+from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, load_graph, save_graph
+from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.draft.merge import merge_graphs
 from vllm_dllm.draft.picture import draw_graph, title_of
 from vllm_dllm.errors import ConfigError
@@ -116,6 +120,23 @@ def test_check_with_a_model_warns_as_its_server_does(tmp_path: Path) -> None:
         assert (status, out.splitlines()[:-1]) == (0, list(found.warnings))
         assert bool(found.warnings) == (path is small)
     assert run("graph", "check", graph, "--model", EXAMPLES / "tiny_sdar/checkpoint")[0] == 1  # longer than its blocks
+
+
+def test_check_takes_a_models_editing_policy_and_its_tokens(tmp_path: Path) -> None:
+    """Of LLaDA2.2, which config.json says by fields that are no settings."""
+    (tmp_path / "config.json").write_text(json.dumps(LLADA22))
+    save_graph(GraphFile(GRAPH), tmp_path / "graph.json")
+    given = ("graph", "check", tmp_path / "graph.json", "--model", tmp_path, "--block-length", 8)
+    assert run(*given)[1].endswith("4 nodes, 0 warnings\n")
+    settings = {"policy": "indel", "block_length": 8, "threshold": 0.5, "indel_delete": 6, "indel_split": 7}
+    assert FILE.provenance is not None
+    shape = ModelShape.of(LLADA22)
+    for change, warned in [({}, 0), ({"indel_delete": 5}, 1), ({"policy": "dynamic"}, 1)]:
+        its = DllmConfig.model_validate(settings | {"kv_policy": "block_causal"} | change)
+        provenance = FILE.provenance.model_copy(update={"family": "llada2_moe", "shape": shape, "settings": its})
+        save_graph(GraphFile(GRAPH, provenance), tmp_path / "graph.json")
+        status, out, _ = run(*given)
+        assert (status, out.count("\n")) == (0, 1 + warned), out
 
 
 def test_check_warns_of_another_server(path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.models.in_process import LLADA22
 from vllm_dllm.cli.main import app
 from vllm_dllm.cli.server_settings import given_parameters, given_settings, server_settings
 from vllm_dllm.config import parse_server_settings
@@ -37,6 +38,16 @@ def test_the_model_decides_what_is_not_given(
 ) -> None:
     found = server_settings(checkpoint(tmp_path, **config), {})
     assert (found.block_length, found.policy, found.kv_policy, found.threshold) == expected
+
+
+def test_llada22_says_its_policy_and_its_tokens(tmp_path: Path) -> None:
+    found = server_settings(checkpoint(tmp_path, **LLADA22), {})
+    assert (found.block_length, found.policy, found.threshold) == (4, "indel", 0.5)
+    assert found.parameters == {"indel_delete": 6, "indel_split": 7}
+    plain = {name: value for name, value in LLADA22.items() if name not in ("delete_token_id", "split_token_id")}
+    assert server_settings(checkpoint(tmp_path, **plain), {}).policy == "dynamic"
+    with pytest.raises(ConfigError, match=r"delete_token_id and split_token_id .* are 6 and 6"):
+        server_settings(checkpoint(tmp_path, **LLADA22 | {"split_token_id": 6}), {})
 
 
 def test_an_option_wins(tmp_path: Path) -> None:

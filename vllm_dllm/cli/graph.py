@@ -21,6 +21,7 @@ from vllm_dllm.cli.server_settings import (
     Threshold,
     given_parameters,
     given_settings,
+    settings_of,
 )
 from vllm_dllm.config import DllmConfig, parse_server_settings
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph, formula_text
@@ -83,9 +84,7 @@ def check(  # noqa: PLR0913 - the options of a command
         if config is None or family is None:
             warnings = check_fit(graph_file, _server_settings(graph_file, given), where=str(file))
         else:
-            settings = parse_server_settings(
-                given, prefix="--", defaults=family.settings(config.get(family.block_size_name))
-            )
+            settings = settings_of(config, family, given)
             shape = ModelShape.of(config)
             warnings = check_fit(
                 graph_file, settings, where=str(file), model=model, family=family.model_type, shape=shape

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pkgutil import resolve_name
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +10,7 @@ from vllm_dllm.blocks import row_blocks
 from vllm_dllm.cli.inputs import family_for, read_config
 from vllm_dllm.config import DllmConfig, parse_server_settings
 from vllm_dllm.errors import ConfigError, did_you_mean
+from vllm_dllm.models.interface import ModelFamily
 from vllm_dllm.policy_options import policy_names
 from vllm_dllm.unmask.registry import file_options
 
@@ -126,8 +127,19 @@ def server_settings(model: str, given: Mapping[str, object]) -> DllmConfig:
     Raises: ConfigError for a model that cannot be read or is none of ours, and for values that are not allowed.
     """
     config = read_config(model)
-    family = family_for(model, config)
-    return parse_server_settings(given, prefix="--", defaults=family.settings(config.get(family.block_size_name)))
+    return settings_of(config, family_for(model, config), given)
+
+
+def settings_of(config: Mapping[str, Any], family: ModelFamily, given: Mapping[str, object]) -> DllmConfig:
+    """Return the same as `server_settings` for a model whose config.json was read.
+
+    Raises: ConfigError for values that are not allowed, and for a config.json that its tokens that edit cannot be
+        read from.
+    """
+    # Whether there are any, and which, the configuration class knows: a file of a published vocabulary names none.
+    edit_ids = resolve_name(family.config_class).from_dict(dict(config)).edit_ids if family.edit_defaults else None
+    published = family.settings(config.get(family.block_size_name), edit_ids)
+    return parse_server_settings(given, prefix="--", defaults=published)
 
 
 def num_positions(model: str) -> int:
