@@ -41,6 +41,7 @@ from vllm_dllm.cli.server_settings import (
     StepsPerBlock,
     Threshold,
     given_settings,
+    server_settings,
 )
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.measure.decode import Policy
@@ -143,7 +144,7 @@ def accuracy(  # noqa: PLR0913 - the options of a command
     from benchmarks.accuracy import chosen_policies, judge, read_lines, sections
 
     own = _json_object("--settings", settings)
-    names, out = chosen_policies(policy, own)
+    names, out = chosen_policies(policy, {**server_settings(model, own).parameters, **own})
     drafts = read_speculative_config(speculative_config) if speculative_config else None
     assert drafts is None or isinstance(drafts, dict), "what is no object is refused"
     of_block = {} if block_length is None else {"block_length": block_length}
@@ -154,7 +155,7 @@ def accuracy(  # noqa: PLR0913 - the options of a command
     except UnequalTokensError as error:
         fail(error)
     if out:
-        print_line(f"left out, since no file of their nets is given: {', '.join(out)}")
+        print_line(f"left out, since their nets are not given, or the model has not their tokens: {', '.join(out)}")
 
 
 @app.command()

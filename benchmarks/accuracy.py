@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -46,14 +47,36 @@ def is_right(line: Line, reply: str) -> bool:
     return bool(found) and float(found[-1]) == float(number.strip().replace(",", ""))
 
 
+def likeness(line: Line, reply: str) -> float | None:
+    """Return how like its answer's text a reply is, from 0 to 1 (difflib's ratio); None where there is no such text.
+
+    It tells replies of a model apart that is hardly ever right.
+    """
+    answer = line.get("answer")
+    if answer is None:
+        return None
+    return SequenceMatcher(None, str(answer).strip(), reply.strip(), autojunk=False).ratio()
+
+
 def chosen_policies(names: str, settings: Mapping[str, object]) -> tuple[list[str], list[str]]:
-    """Return the policies of a list like `static,threshold`, and those that `all` leaves out, whose net is not given.
+    """Return the policies of a list like `static,threshold`, and those that `all` leaves out.
+
+    These are the ones whose net is not given, or whose tokens that delete and insert the model does not have.
+
+    Args:
+        names: the list, or `all`.
+        settings: of the server, with what its model publishes.
 
     Raises: ConfigError for a name of none.
     """
     if names == ALL:
         known = [name for name in policy_names() if name not in POLICY_ALIASES]
-        out = [name for name in known if needs_file(name) and file_option(name) not in settings]
+        out = [
+            name
+            for name in known
+            if (needs_file(name) and file_option(name) not in settings)
+            or (name == "indel" and "indel_delete" not in settings)
+        ]
         return [name for name in known if name not in out], out
     for name in names.split(","):
         if name not in policy_names():
@@ -67,6 +90,7 @@ class Judged:
     """What a policy did with all questions."""
 
     right: list[bool]  # of each question
+    alike: float | None  # `likeness`, mean; None: no line has an answer's text
     nfe: float  # forwards of a reply, mean
     drafted: float | None  # the same with drafts; None: without them
     accepted: int
@@ -100,8 +124,11 @@ def judge(
         drafted = _answers(llm, workload, {"dllm_policy": policy}) if speculative_config else None
         if drafted is not None and _tokens(drafted) != _tokens(plain):
             raise UnequalTokensError(f"policy {policy}: tokens with drafts differ from those without")
+        replies = [(line, output.outputs[0].text) for line, output in zip(lines, plain, strict=True)]
+        alike = [its for its in (likeness(*reply) for reply in replies) if its is not None]
         found[policy] = Judged(
-            [is_right(line, output.outputs[0].text) for line, output in zip(lines, plain, strict=True)],
+            [is_right(*reply) for reply in replies],
+            mean(alike) if alike else None,
             mean(_took(plain, "nfe")),
             None if drafted is None else mean(_took(drafted, "nfe")),
             sum(_took(drafted or plain, "accepted")),
@@ -134,6 +161,7 @@ def sections(found: Mapping[str, Judged], lines: Sequence[Line]) -> list[Section
         {
             "policy": policy,
             "right": f"{100 * mean(its.right):.0f} %",
+            **({} if its.alike is None else {"alike": f"{100 * its.alike:.0f} %"}),
             "tokens": its.num_tokens,
             "forwards": its.nfe,
             "with Spiffy": "" if its.drafted is None else its.drafted,
@@ -141,7 +169,10 @@ def sections(found: Mapping[str, Judged], lines: Sequence[Line]) -> list[Section
         }
         for policy, its in found.items()
     ]
-    tables = [Section(f"{len(lines)} questions: right replies; tokens and forwards of a reply, mean", summary)]
+    title = (
+        f"{len(lines)} questions: right replies, their likeness to the answers; tokens and forwards of a reply, mean"
+    )
+    tables = [Section(title, summary)]
     tasks = list(dict.fromkeys(str(line["task"]) for line in lines if "task" in line))
     if len(tasks) > 1:
         by_task: list[Row] = [

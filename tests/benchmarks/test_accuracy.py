@@ -1,10 +1,11 @@
 """What `python -m benchmarks accuracy` judges, and of whom."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy import ALL, Judged, chosen_policies, is_right, read_lines, sections
+from benchmarks.accuracy import ALL, Judged, chosen_policies, is_right, likeness, read_lines, sections
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.unmask.registry import BUILT_IN, NATIVE
 
@@ -19,6 +20,14 @@ def test_replies_are_judged_by_what_their_line_has() -> None:
     assert is_right({"task": "reverse", "given": ["Ann", "Bob"]}, "Bob, Ann")
 
 
+def test_likeness_is_that_to_the_answers_text() -> None:
+    wrong = likeness({"answer": "3*7 = 21\n#### 21"}, "3*7 = 24\n#### 24")
+    assert wrong is not None
+    assert 0.8 < wrong < likeness({"answer": "3*7 = 21\n#### 21"}, " 3*7 = 21\n#### 21\n") == 1.0  # type: ignore[operator]
+    assert likeness({"answer": "21"}, "Ann") == 0.0
+    assert likeness({"task": "reverse", "given": ["Ann", "Bob"]}, "Bob, Ann") is None
+
+
 def test_a_file_that_nothing_judges_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"question": "a", "answer": "1"}\n\n{"question": "b", "answer": "2"}\n{"question": "c"}\n')
@@ -27,10 +36,11 @@ def test_a_file_that_nothing_judges_is_refused(tmp_path: Path) -> None:
         read_lines(path, 1, 9)
 
 
-def test_all_policies_are_those_whose_nets_are_there() -> None:
+def test_all_policies_are_those_whose_nets_and_tokens_are_there() -> None:
     names, out = chosen_policies(ALL, {"learn2pd_file": "net.safetensors"})
     assert {*names, *out} == {*NATIVE, *BUILT_IN}
-    assert out == ["dit_confidence"]
+    assert out == ["dit_confidence", "indel"]
+    assert chosen_policies(ALL, {"learn2pd_file": "net.safetensors", "indel_delete": 6})[1] == ["dit_confidence"]
     assert chosen_policies("static,saber", {}) == (["static", "saber"], [])
     with pytest.raises(ConfigError, match="--policy has 'sabre'; did you mean 'saber'"):
         chosen_policies("static,sabre", {})
@@ -38,11 +48,17 @@ def test_all_policies_are_those_whose_nets_are_there() -> None:
 
 def test_the_tables_have_a_row_of_each_policy() -> None:
     lines = [{"task": "copy"}, {"task": "copy"}, {"task": "sort"}, {"task": "sort"}]
-    found = {"static": Judged([True] * 4, 8.0, None, 0, 8.0), "ass": Judged([True, False, False, False], 3, 2.5, 9, 8)}
+    found = {
+        "static": Judged([True] * 4, None, 8.0, None, 0, 8.0),
+        "ass": Judged([True, False, False, False], None, 3, 2.5, 9, 8),
+    }
     summary, by_task = sections(found, lines)
     assert [(row["right"], row["forwards"], row["with Spiffy"]) for row in summary.rows] == [
         ("100 %", 8.0, ""),
         ("25 %", 3, 2.5),
     ]
     assert by_task.rows[1] == {"policy": "ass", "copy": "50 %", "sort": "0 %"}
-    assert len(sections(found, [{"answer": "1"}] * 4)) == 1
+    assert "alike" not in summary.rows[0]
+    found["ass"] = replace(found["ass"], alike=0.5)
+    (alone,) = sections(found, [{"answer": "1"}] * 4)
+    assert alone.rows[1]["alike"] == "50 %"

@@ -67,7 +67,7 @@ def test_accuracy_beside_forwards() -> None:
     words = [str(word) for option in (given | options).items() for word in option]
     result = CliRunner().invoke(benchmarks, ["accuracy", *words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    rows = re.findall(r"│ (\w+) +│ +(\d+) % +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +(\d+) │", result.stdout)
+    rows = re.findall(r"│ (\w+) +│ +(\d+) % +│ +\d+ % +│ +([\d.]+) │ +([\d.]+) │ +([\d.]+) │ +(\d+) │", result.stdout)
     assert [row[0] for row in rows] == ["static", "threshold", "eotp"]
     assert [row[1] for row in rows[:2]] == ["100", "100"]
     static, threshold, _ = (tuple(map(float, row[3:5])) for row in rows)  # without drafts, and with as many as pay
