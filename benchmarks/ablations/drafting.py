@@ -38,6 +38,7 @@ class Material:
     held_out: list[PromptTrace]
     settings: DllmConfig
     decoding: Decoding
+    model: str = ""
 
     def graph(self, num_nodes: int, objective: Objective = "gain") -> DraftGraph:
         """Calibrate on the used traces."""
@@ -91,7 +92,7 @@ def load(path: Path, held_out: float) -> Material:
     assert family is not None, "calibrate records models of ours only"
     rules = unmask_rules(family, settings)
     decoding = Decoding(mask_token_id, head["temperature"], settings.policy == "random", rules=rules)
-    return Material([traces[i] for i in used], [traces[i] for i in rest], settings, decoding)
+    return Material([traces[i] for i in used], [traces[i] for i in rest], settings, decoding, head["model"])
 
 
 def _orders(path: Sequence[Formula]) -> tuple[Hashable, ...]:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from benchmarks.ablations.drafting import BUDGETS, Material
-from benchmarks.ablations.ranker import forwards, interval, last_held_out, report
+from benchmarks.ablations.ranker import Drafters, forwards, interval, last_held_out, report
 from tests.calibrate.traces import MASK, random_trace
 from vllm_dllm.calibrate.build import make_graph
 from vllm_dllm.calibrate.count import Decoding
 from vllm_dllm.calibrate.simulate import count_forwards, draft_blocks
 from vllm_dllm.config import DllmConfig
+from vllm_dllm.draft.ranker import OrderRanker
 from vllm_dllm.errors import ConfigError
 
 
@@ -34,7 +35,7 @@ def test_the_last_prompts_are_held_out(material: Material) -> None:
 def test_forwards_of_prompts_add_up_to_those_of_all(material: Material) -> None:
     graph = make_graph(material.used, material.decoding, material.settings, 32)
     blocks = draft_blocks(graph, material.held_out, material.decoding)
-    for budget, counts in zip(BUDGETS, forwards(material, material.decoding), strict=True):
+    for budget, counts in zip(BUDGETS, forwards(graph, material.held_out, material.decoding), strict=True):
         assert counts.shape == (2, 2)
         ratio, low, high = interval(counts)
         assert ratio == pytest.approx(count_forwards(blocks, budget).ratio_of_steps)
@@ -51,3 +52,24 @@ def test_the_report(material: Material) -> None:
     assert lines[6].startswith("The readiest position comes next: 0.")
     with pytest.raises(ConfigError, match="policy 'random', whose order is known"):
         list(report(replace(material, decoding=Decoding(MASK, is_random=True))))
+
+
+def test_other_traces_are_measured_with_the_same_drafters(material: Material) -> None:
+    hot = Decoding(MASK, temperature=0.7)
+    same = Material(material.held_out[:1], material.held_out[1:], material.settings, material.decoding)
+    lines = list(report(material, [("same", same), ("hot", replace(same, decoding=hot))]))
+    first, second = lines.index("same: 2 prompts, temperature 0"), lines.index("hot: 2 prompts, temperature 0.7")
+    assert lines[first + 2 : first + 7] == lines[:5], "the prompts that are held out, once more"
+    assert lines[second + 2 : second + 4] == lines[:2]
+    plain = make_graph(material.used, material.decoding, material.settings, 32)
+    drafters = Drafters(plain, plain, OrderRanker().eval())
+    assert next(drafters.rows(material.held_out, material.decoding)) == lines[2]
+    assert next(drafters.rows(material.held_out, hot)) == lines[second + 4]
+
+
+def test_others_under_other_settings_are_refused(material: Material) -> None:
+    other = replace(material, settings=DllmConfig(block_length=8, policy="threshold"))
+    with pytest.raises(ConfigError, match=r"^code has traces of .*threshold.*, allowed are those of"):
+        list(report(material, [("code", other)]))
+    with pytest.raises(ConfigError, match="code has traces of another under"):
+        list(report(material, [("code", replace(material, model="another"))]))

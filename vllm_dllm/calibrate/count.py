@@ -5,7 +5,7 @@ a later canvas is built step by step, as `draft.propose` fills a node step by st
 tokens by their ranks at that step. Without noise the ranks are the same at every step.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,10 @@ from vllm_dllm.unmask.schedule import UnmaskRules
 
 MAX_PAIRS = 16
 """Longer formulas are not counted: no graph of 64 nodes has use for them."""
+
+
+OrderTokens = Callable[[int, int, int], NDArray[np.int64]]
+"""Of an anchor, a later step and a position: the candidates that a draft may put there in that step, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +50,29 @@ def anchor_paths(traces: Iterable[PromptTrace], decoding: Decoding) -> list[Futu
     return [path for trace in traces for block in trace.blocks for path in block_paths(block, trace.seed, decoding)]
 
 
-def block_paths(block: BlockTrace, seed: int, decoding: Decoding) -> list[FutureStates]:
-    """Return the paths of a block's anchors, one for each step but the last."""
+def block_paths(
+    block: BlockTrace, seed: int, decoding: Decoding, order_tokens: OrderTokens | None = None
+) -> list[FutureStates]:
+    """Return the paths of a block's anchors, one for each step but the last.
+
+    Args:
+        block: as recorded.
+        seed: of its request.
+        decoding: how it was decoded.
+        order_tokens: in place of the order by which drafts are made; for measurements.
+    """
     is_masked = block.canvas == decoding.mask_token_id  # [num_steps + 1, block_length]
-    return [tuple(_formulas(block, is_masked, anchor, seed, decoding)) for anchor in range(block.num_steps - 1)]
+    anchors = range(block.num_steps - 1)
+    return [tuple(_formulas(block, is_masked, anchor, seed, decoding, order_tokens)) for anchor in anchors]
 
 
 def _formulas(
-    block: BlockTrace, is_masked: NDArray[np.bool_], anchor: int, seed: int, decoding: Decoding
+    block: BlockTrace,
+    is_masked: NDArray[np.bool_],
+    anchor: int,
+    seed: int,
+    decoding: Decoding,
+    order_tokens: OrderTokens | None,
 ) -> Iterator[Formula]:
     """Yield the formulas of the canvases behind an anchor's root, until one has none or is finished."""
     num_left = is_masked.sum(1)
@@ -70,7 +89,10 @@ def _formulas(
         free = _free_ranks([rank for rank, _ in formula], len(open_positions))
         for rank in np.flatnonzero(~is_masked[step + 1][open_positions]):
             position = open_positions[rank]
-            found = np.flatnonzero(token_order[draw, position] == block.canvas[step + 1, position])
+            tokens = (
+                token_order[draw, position] if order_tokens is None else order_tokens(anchor, int(step), int(position))
+            )
+            found = np.flatnonzero(tokens == block.canvas[step + 1, position])
             if not len(found):
                 return
             formula.append((free[rank], int(found[0])))

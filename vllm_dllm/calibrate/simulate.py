@@ -111,18 +111,26 @@ def _noise(block: BlockTrace, seed: int, decoding: Decoding) -> DraftNoise | Non
 def _block_drafts(
     graph: CompiledGraph, block: BlockTrace, draft_noise: DraftNoise | None, decoding: Decoding
 ) -> BlockDrafts:
+    return found_drafts(block, propose(graph, block_roots(block, decoding), draft_noise))
+
+
+def block_roots(block: BlockTrace, decoding: Decoding) -> Roots:
+    """Return what the drafts of a block's anchors start from."""
     canvas = torch.from_numpy(block.canvas.astype(np.int64))
     is_masked = canvas == decoding.mask_token_id
     ids, log_probs = torch.from_numpy(block.token_ids[:-1].astype(np.int64)), torch.from_numpy(block.log_probs[:-1])
     is_new = is_masked[:-2] & ~is_masked[1:-1]
     terms = decoding.terms(log_probs, is_masked[1:-1], is_new)
-    roots = Roots(canvas[1:-1], is_masked[1:-1], is_new, Candidates(ids, log_probs), terms)
-    drafts = propose(graph, roots, draft_noise)
+    return Roots(canvas[1:-1], is_masked[1:-1], is_new, Candidates(ids, log_probs), terms)
+
+
+def found_drafts(block: BlockTrace, drafts: Drafts) -> BlockDrafts:
+    """Say of the drafts of a block's anchors which came true."""
     return BlockDrafts(
         num_steps=block.num_steps,
         is_valid=drafts.is_valid.numpy(),
         depth=drafts.depth.numpy(),
-        ahead=_steps_ahead(drafts, canvas),
+        ahead=_steps_ahead(drafts, torch.from_numpy(block.canvas.astype(np.int64))),
         node=drafts.node.numpy(),
         log_reach=drafts.log_reach.numpy(),
     )

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from vllm_dllm import noise
 from vllm_dllm.draft.compile import CompiledGraph, Filling
-from vllm_dllm.draft.prune import Filled, rank_nodes
+from vllm_dllm.draft.prune import Filled, Ranking, rank_nodes
 from vllm_dllm.unmask.stats import Candidates
 
 
@@ -86,21 +86,30 @@ def propose(
         draws, fillings = _greedy_draws(graph, roots), graph.at_once
     else:
         draws, fillings = _noisy_draws(graph, roots, draft_noise), graph.by_steps
-    num_reqs, block_length = roots.canvas.shape
-    shape = (num_reqs, 1 + graph.num_nodes)
-    filled = Filled(
+    filled = unfilled(roots, graph.num_nodes)
+    for filling in fillings:
+        _fill(filling, draws, filled)
+    is_random = None if draft_noise is None else draft_noise.is_random
+    ranking = rank_nodes(graph, filled, draws.readiness, is_random, roots.node_terms)
+    return best_drafts(graph, filled, ranking, num_drafts)
+
+
+def unfilled(roots: Roots, num_nodes: int) -> Filled:
+    """Return the root, and nodes 1..num_nodes that add nothing to it yet."""
+    shape = (len(roots.canvas), 1 + num_nodes)
+    return Filled(
         canvas=roots.canvas[:, None].repeat(1, shape[1], 1),
         is_masked=roots.is_masked[:, None].repeat(1, shape[1], 1),
         is_valid=roots.canvas.new_ones(shape, dtype=torch.bool),
         log_prob=roots.canvas.new_zeros(shape, dtype=torch.float64),
     )
-    for filling in fillings:
-        _fill(filling, draws, filled)
-    is_random = None if draft_noise is None else draft_noise.is_random
-    ranking = rank_nodes(graph, filled, draws.readiness, is_random, roots.node_terms)
+
+
+def best_drafts(graph: CompiledGraph, filled: Filled, ranking: Ranking, num_drafts: int | None = None) -> Drafts:
+    """Return the nodes that are likeliest reached; `num_drafts` of them, None: all."""
     node = ranking.best_first[:, :num_drafts]
     return Drafts(
-        canvas=filled.canvas.gather(1, node[..., None].expand(-1, -1, block_length)),
+        canvas=filled.canvas.gather(1, node[..., None].expand(-1, -1, filled.canvas.shape[2])),
         is_valid=ranking.is_valid.gather(1, node - 1),
         node=node,
         depth=graph.depth[node],
