@@ -63,7 +63,7 @@ def test_a_server_has_the_published_values(checkpoint: Path) -> None:
         ({"kv_policy": "causal"}, {}, "kv_policy is 'causal', but WeDLMForCausalLM decides a window that slides"),
         ({"position_penalty": -0.1}, {}, "position_penalty is -0.1, allowed are null and finite numbers from 0 on"),
         ({}, {"async_scheduling": True}, "async_scheduling is on, but the host must know how many tokens of a window"),
-        ({}, {"speculative_config": {"method": "spiffy"}}, "speculative_config.method is 'spiffy', but what is known"),
+        ({}, {"speculative_config": {"method": "spiffy"}}, "'spiffy', but a window that slides has no drafts here"),
     ],
 )
 def test_what_windows_cannot_be_with(

@@ -44,8 +44,9 @@ def check_windows(config: VllmConfig, settings: DllmConfig) -> None:
         )
     if isinstance(config.additional_config, dict) and METHOD in config.additional_config:
         raise ConfigError(
-            f"speculative_config.method is {METHOD!r}, but what is known at a window's front moves it, which drafts do "
-            "not foresee; allowed is none; remove --speculative-config"
+            f"speculative_config.method is {METHOD!r}, but a window that slides has no drafts here: one that is known "
+            f"at its front needs rows behind the window of {settings.block_length}, which a step of this server has "
+            "not; allowed is none; remove --speculative-config"
         )
 
 

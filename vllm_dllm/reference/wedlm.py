@@ -43,12 +43,17 @@ class WindowRule:
 
         Returns: [num_masked] bool.
         """
-        entropy = torch.special.entr(logits.double().softmax(-1)).sum(-1)
-        penalised = entropy + self.position_penalty * (positions - positions[0])
+        penalised = self.penalised(logits, positions)
         is_below: Tensor = penalised < self.entropy_bound
         is_lowest = torch.arange(len(positions)) == penalised.argmin()
         unmasked: Tensor = is_below if is_below.any() else is_lowest
         return unmasked
+
+    def penalised(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Return entropies with the penalty, [num_masked] float64; arguments as of `unmasks`."""
+        entropy = torch.special.entr(logits.double().softmax(-1)).sum(-1)
+        penalised: Tensor = entropy + self.position_penalty * (positions - positions[0])
+        return penalised
 
 
 _PUBLISHED, _GREEDY = WindowRule(), Sampling()
@@ -100,8 +105,9 @@ def generate(
     steps: list[tuple[int, int]] = []
     while start < last:
         end = min(start + window, seq_len)
-        logits, kv = _predict(model, tokens[:end], is_masked[:end], (stored, start), kv)
-        chosen, chosen_tokens = _decide(Known(tokens, is_masked, prompt_len), logits, start, rule, sampling)
+        logits, kv = predict(model, tokens[:end], is_masked[:end], (stored, start), kv)
+        known = Known(tokens, is_masked, prompt_len)
+        chosen, chosen_tokens = decide(known, Masked.of(known, logits, start, sampling), rule, sampling)
         tokens[chosen] = chosen_tokens
         is_masked[chosen] = False
         stored = start
@@ -114,7 +120,7 @@ def generate(
     return Sliding(tokens[prompt_len:last], steps)
 
 
-def _predict(
+def predict(
     model: Qwen, tokens: Tensor, is_masked: Tensor, begins: tuple[int, int], kv: list[LayerKv]
 ) -> tuple[Tensor, list[LayerKv]]:
     """Forward what is final and not stored, and the window.
@@ -136,21 +142,42 @@ def _predict(
     return rows, [(key[..., :start, :], value[..., :start, :]) for key, value in updated]
 
 
-def _decide(known: Known, logits: Tensor, start: int, rule: WindowRule, sampling: Sampling) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """The masked positions of a window, as a step sees them."""
+
+    positions: Tensor  # [num_masked] int64, ascending
+    logits: Tensor  # [num_masked, vocab], as the request wants them
+
+    @classmethod
+    def of(cls, known: Known, logits: Tensor, start: int, sampling: Sampling) -> "Masked":
+        """Take those of a window.
+
+        Args:
+            known: of the sequence.
+            logits: [len, vocab], of the window's positions.
+            start: the first of these.
+            sampling: as of `generate`.
+        """
+        in_window = known.is_masked[start : start + len(logits)]
+        rows = in_window.nonzero().squeeze(-1)
+        edited = known.edited(logits, in_window, start, sampling.edits)[rows]
+        return cls(start + rows, remove_tokens(edited, sampling.forbidden_ids))
+
+    def tokens(self, sampling: Sampling, num_masked: int | None = None) -> Tensor:
+        """Choose a token for each, [num_masked] int64, in a step that finds so many masked; None: in this one."""
+        count = torch.full_like(self.positions, len(self.positions) if num_masked is None else num_masked)
+        keys = stream_keys(torch.full_like(self.positions, sampling.seed), self.positions, count)
+        return choose_tokens(self.logits, keys, sampling)
+
+
+def decide(known: Known, masked: Masked, rule: WindowRule, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Choose the positions that a step unmasks, and their tokens; two [count] int64.
 
     Args:
         known: of the sequence.
-        logits: [len, vocab], of the window's positions.
-        start: the first of these.
+        masked: of the window.
         rule, sampling: as of `generate`.
     """
-    in_window = known.is_masked[start : start + len(logits)]
-    rows = in_window.nonzero().squeeze(-1)
-    logits = known.edited(logits, in_window, start, sampling.edits)[rows]
-    logits = remove_tokens(logits, sampling.forbidden_ids)
-    positions = start + rows
-    keys = stream_keys(*(torch.full_like(rows, sampling.seed), positions, torch.full_like(rows, len(rows))))
-    chosen = rule.unmasks(logits, positions)
-    tokens = choose_tokens(logits, keys, sampling)[chosen]
-    return known.goes(positions[chosen], tokens, 0, sampling.edits)
+    chosen = rule.unmasks(masked.logits, masked.positions)
+    return known.goes(masked.positions[chosen], masked.tokens(sampling)[chosen], 0, sampling.edits)
