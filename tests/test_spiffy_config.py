@@ -213,7 +213,9 @@ def test_a_graph_of_another_server_is_told() -> None:
     assert settings({"draft_graph": calibrated(policy="threshold")}).warnings
 
 
-@pytest.mark.parametrize("server", [{"kv_policy": "prefix"}, {"kv_policy": "dkv"}, {"refresh_every": 4}])
+@pytest.mark.parametrize(
+    "server", [{"kv_policy": "prefix"}, {"kv_policy": "dkv"}, {"kv_policy": "dkv_pd"}, {"refresh_every": 4}]
+)
 def test_kv_policies_that_are_not_exact_are_refused_unless_near_will_do(server: dict[str, Any]) -> None:
     name, value = next(iter(server.items()))
     with pytest.raises(ConfigError) as refused:

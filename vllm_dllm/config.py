@@ -43,12 +43,13 @@ class DllmConfig(KvSettings, WithParameters):
         kv_policy: `dual` freezes the K/V of everything but the block, `prefix` of what precedes it
             (Fast-dLLM, arXiv:2505.22618), `freecache` the same, for good (FlashDLM, arXiv:2505.21467), `vicinity` of
             everything but the block and its neighbours (dInfer, arXiv:2510.08666), `dkv` of tokens from the step on
-            that follows the one which unmasked them (dKV-Cache, arXiv:2505.15781); `block_causal`, for models that see
-            nothing behind a block, never computes K/V again, nor do `causal`, for models whose final positions see
-            those before them alone, and `window`, for those of them that decide a window of `block_length` positions,
-            which slides (`state.sliding`).
-        refresh_every: with `dual` and `dkv`, recompute all K/V before every n-th step of a block; None is 8 with
-            `dkv`, and only before the first with `dual`, where 1 equals decoding without a cache.
+            that follows the one which unmasked them (dKV-Cache, arXiv:2505.15781), `dkv_pd` of these and of the prompt,
+            for good; `block_causal`, for models that see nothing behind a block, never computes K/V again, nor do
+            `causal`, for models whose final positions see those before them alone, and `window`, for those of them that
+            decide a window of `block_length` positions, which slides (`state.sliding`).
+        refresh_every: with `dual`, `dkv` and `dkv_pd`, recompute all K/V (with `dkv_pd` all but the prompt's) before
+            every n-th step of a block; None is 8 with `dkv` and `dkv_pd`, and only before the first with `dual`, where
+            1 equals decoding without a cache.
         horizon: blocks that a sequence has from the one under way on; it grows with each. None: all of the reply's.
         prefix_look, after_look: of `vicinity`, positions before and behind the block that are computed anew with it.
         warmup_steps: of `vicinity`, steps of a request's first block that compute all, before the one that keeps it.

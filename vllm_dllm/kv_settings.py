@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vllm_dllm.names import KvPolicyName
+from vllm_dllm.names import DELAYED, KvPolicyName
 
 # Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -14,7 +14,9 @@ Count = Annotated[int, Field(ge=1, description="whole numbers from 1 on")]
 _Look = Annotated[int, Field(ge=0, description="null and whole numbers from 0 on")]
 _KvPolicy = Annotated[
     KvPolicyName,
-    Field(description="'dual', 'prefix', 'freecache', 'vicinity', 'dkv', 'block_causal', 'causal' and 'window'"),
+    Field(
+        description="'dual', 'prefix', 'freecache', 'vicinity', 'dkv', 'dkv_pd', 'block_causal', 'causal' and 'window'"
+    ),
 ]
 
 PREFIX_LOOK, AFTER_LOOK, WARMUP_STEPS = 16, 16, 4
@@ -60,8 +62,8 @@ class KvSettings(BaseModel):
 
     @property
     def interval(self) -> int | None:
-        """`refresh_every`, with the published value of `dkv` where it is not given."""
-        return RELOAD_EVERY if self.kv_policy == "dkv" and self.refresh_every is None else self.refresh_every
+        """`refresh_every`, with the published value of `dkv` and `dkv_pd` where it is not given."""
+        return RELOAD_EVERY if self.kv_policy in DELAYED and self.refresh_every is None else self.refresh_every
 
     @property
     def vicinity(self) -> tuple[int, int, int]:
@@ -72,7 +74,7 @@ class KvSettings(BaseModel):
 
     @model_validator(mode="after")
     def _refresh_needs_dual(self) -> Self:
-        if self.refresh_every is not None and self.kv_policy not in ("dual", "dkv"):
+        if self.refresh_every is not None and self.kv_policy not in ("dual", *DELAYED):
             reason = {
                 "prefix": "recomputes what follows the block at every step",
                 "freecache": "keeps what precedes the block, and recomputes the rest at every step",
@@ -80,7 +82,7 @@ class KvSettings(BaseModel):
             }.get(self.kv_policy, "never computes K/V again")
             raise ValueError(
                 f"refresh_every is {self.refresh_every} but kv_policy is {self.kv_policy!r}, which {reason}; leave "
-                "refresh_every out or set kv_policy to 'dual' or 'dkv'"
+                "refresh_every out or set kv_policy to 'dual', 'dkv' or 'dkv_pd'"
             )
         if self.refresh_every is not None and self.refresh_every > self.block_length:
             raise ValueError(

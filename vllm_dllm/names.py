@@ -10,11 +10,14 @@ PolicyName = Literal[
 # fmt: on
 """Unmasking policies, see `unmask.policy`."""
 
-KvPolicyName = Literal["dual", "prefix", "freecache", "vicinity", "dkv", "block_causal", "causal", "window"]
+KvPolicyName = Literal["dual", "prefix", "freecache", "vicinity", "dkv", "dkv_pd", "block_causal", "causal", "window"]
 """Which K/V a step recomputes, see `state.kv`."""
 
-BIDIRECTIONAL: tuple[KvPolicyName, ...] = ("dual", "prefix", "freecache", "vicinity", "dkv")
+BIDIRECTIONAL: tuple[KvPolicyName, ...] = ("dual", "prefix", "freecache", "vicinity", "dkv", "dkv_pd")
 """Those of models whose positions see all others."""
+
+DELAYED: tuple[KvPolicyName, ...] = ("dkv", "dkv_pd")
+"""Those of them that keep a token's K/V from the step on that follows the one which unmasked it."""
 
 AttentionName = Literal["auto", "csrc", "vllm", "flashinfer", "xformers", "torch"]
 """Implementations of attention, see `attention.choose`."""

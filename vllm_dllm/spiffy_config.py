@@ -29,6 +29,7 @@ from vllm_dllm.draft.provenance import calibrate_command
 from vllm_dllm.draft.ranker_file import RankerFile, check_ranker, load_ranker
 from vllm_dllm.errors import ConfigError, did_you_mean_file, nearest
 from vllm_dllm.kv_settings import STRICT
+from vllm_dllm.names import DELAYED
 
 METHOD = "spiffy"
 DEFAULT_GRAPH = "default"
@@ -282,9 +283,10 @@ def _exactness(config: SpiffyConfig, server: DllmConfig) -> Exactness:
     """Return whether a node's forward is what the decoder would compute: the context must not depend on the block."""
     if server.kv_policy == "prefix":
         reason = "kv_policy is 'prefix', which computes the K/V behind the block from the block's tokens at every step"
-    elif server.kv_policy == "dkv":
+    elif server.kv_policy in DELAYED:
         reason = (
-            "kv_policy is 'dkv', under which K/V depend on the step in which a token was unmasked, so on the drafts"
+            f"kv_policy is {server.kv_policy!r}, under which K/V depend on the step in which a token was unmasked, so "
+            "on the drafts"
         )
     elif server.refresh_every not in (None, 1):
         reason = f"refresh_every is {server.refresh_every}, which computes all K/V anew within a block, from its tokens"

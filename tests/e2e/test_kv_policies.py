@@ -26,6 +26,7 @@ FREECACHE = {"block_length": 8, "kv_policy": "freecache"}
 VICINITY = {"block_length": 8, "kv_policy": "vicinity", "prefix_look": 5, "after_look": 11, "warmup_steps": 2}
 DKV = {"block_length": 8, "kv_policy": "dkv", "refresh_every": 5}
 USUAL = [("llada", FREECACHE), ("llada", VICINITY), ("dream", FREECACHE)]
+DKV_PD = DKV | {"kv_policy": "dkv_pd"}
 DELAYED = [("llada", DKV), ("dream", DKV)]
 SLOW = [("dream", VICINITY), ("llada", {"block_length": 32, "kv_policy": "vicinity"})]
 BUDGET = 3
@@ -57,6 +58,12 @@ def graph(settings: dict[str, Any]) -> Any:
 def cases_of(family: str, settings: dict[str, Any], seed: int) -> list[Case]:
     policies = {"llada": LLADA_POLICIES, "dream": PUBLISHED}[family]
     return mixed_cases(settings["block_length"], seed=seed, policies=policies)
+
+
+def steady(cases: list[Case]) -> list[Case]:
+    """Return those, twice, whose first block takes as many steps as it has positions."""
+    policies = {"static", "random", "margin", "entropy"}
+    return [case for case in cases if case.policy in policies and case.steps is None] * 2
 
 
 def check(outputs: list[Any], cases: list[Case], oracle: Oracle, settings: dict[str, Any]) -> None:
@@ -96,9 +103,7 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle_of: Or
     llm, family, settings = served
     cases, every = cases_of(family, settings, seed=6)[:8], settings["block_length"] + 3
     if settings["kv_policy"] == "freecache":
-        steady = {"static", "random", "margin", "entropy"}  # their first block takes as many steps as it has positions
-        cases = [case for case in cases if case.policy in steady and case.steps is None] * 2
-        every = 1000
+        cases, every = steady(cases), 1000
     check_interference(llm, cases, lambda case: oracle_of.tokens(case, settings), lambda n: n % every in {1, 2})
 
 
@@ -107,7 +112,11 @@ def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     check_counts_while_running(llm, cases_of(family, settings, seed=5))
 
 
-@pytest.fixture(params=configurations("dkv", DELAYED, [("llada", {"block_length": 32, "kv_policy": "dkv"})]))
+@pytest.fixture(
+    params=configurations(
+        "dkv", DELAYED, [("llada", {"block_length": 32, "kv_policy": "dkv"}), ("llada", DKV_PD), ("dream", DKV_PD)]
+    )
+)
 def delayed(
     request: pytest.FixtureRequest, wild: Path, mild_dream: Path, oracle: Oracle, dreams: Oracle
 ) -> tuple[Any, Oracle, str, dict[str, Any]]:
@@ -131,5 +140,8 @@ def test_what_is_delayed_equals_the_reference(delayed: Any) -> None:
 def test_preemption_and_aborts_leave_what_is_delayed_alone(delayed: Any) -> None:
     llm, its, family, settings = delayed
     cases, every = cases_of(family, settings, seed=6)[:8], settings["block_length"] + 5
-    check_interference(llm, cases, lambda case: its.tokens(case, settings), lambda number: number % every == 4)
+    times = {number for number in range(200) if number % every == 4}
+    if settings["kv_policy"] == "dkv_pd":  # as of FreeCache
+        cases, times = steady(cases), {1, 2, 5}
+    check_interference(llm, cases, lambda case: its.tokens(case, settings), lambda number: number in times)
     check_counts_while_running(llm, cases)

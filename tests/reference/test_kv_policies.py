@@ -75,8 +75,11 @@ def vicinity(model: Model, prompt: Tensor, shift: int, before: int, behind: int,
     return tokens[len(prompt) :].tolist()
 
 
-def dkv(model: Model, prompt: Tensor, shift: int, every: int) -> list[int]:
-    """All at some steps; else what was not known one step before, or with a shift what predicts that."""
+def dkv(model: Model, prompt: Tensor, shift: int, every: int, *, keeps_prompt: bool = False) -> list[int]:
+    """All at some steps; else what was not known one step before, or with a shift what predicts that.
+
+    All but the prompt, from the second step on, if that is kept: of it what predicts the prompt.
+    """
     tokens = torch.cat([prompt, torch.full((B * NUM_BLOCKS,), MASK)])
     cache, end = Cache(model, shift), len(tokens)
     for number in range(NUM_BLOCKS):
@@ -88,7 +91,8 @@ def dkv(model: Model, prompt: Tensor, shift: int, every: int) -> list[int]:
             stays = (
                 frozenset() if takes_all else frozenset(p for p in range(end) if (p + shift) % end in known[step - 1])
             )
-            rows = cache.rows(tokens, 0 if takes_all else begin - shift, end, stores=True, stays=stays)
+            first = len(prompt) - shift if keeps_prompt and (number, step) != (0, 0) else 0
+            rows = cache.rows(tokens, first if takes_all else begin - shift, end, stores=True, stays=stays)
             unmask_best(tokens, rows, range(begin, begin + B))
     return tokens[len(prompt) :].tolist()
 
@@ -132,6 +136,8 @@ def test_each_forward_is_what_the_description_says(request, family, rules, seed,
         assert plain(model, prompt, rules, KvPolicy("freecache")) == freecache(model, prompt, shift)
         for every in (2, 3, 8):
             assert plain(model, prompt, rules, KvPolicy("dkv", refresh_every=every)) == dkv(model, prompt, shift, every)
+            pd, expected = KvPolicy("dkv_pd", refresh_every=every), dkv(model, prompt, shift, every, keeps_prompt=True)
+            assert plain(model, prompt, rules, pd) == expected
         for look in ((5, 3, 2), (2, 0, 0), (7, 16, 9)):
             names = ("prefix_look", "after_look", "warmup_steps")
             kv = KvPolicy("vicinity", **dict(zip(names, look, strict=True)))
@@ -140,7 +146,7 @@ def test_each_forward_is_what_the_description_says(request, family, rules, seed,
 
 def test_the_policies_differ(model):
     """Else the cases above would say nothing of what is kept."""
-    policies = ["none", "prefix", "dual", "freecache", "dkv", "vicinity"]
+    policies = ["none", "prefix", "dual", "freecache", "dkv", "dkv_pd", "vicinity"]
     looks = {"prefix_look": 2, "after_look": 2, "warmup_steps": 0}
     found = [plain(model, PROMPT, LLADA, KvPolicy(name, **looks if name == "vicinity" else {})) for name in policies]
     assert all(a != b for a, b in pairwise(found))

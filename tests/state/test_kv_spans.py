@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from vllm_dllm.config import DllmConfig
+from vllm_dllm.names import DELAYED
 from vllm_dllm.state.kv import KvSchedule, KvStep
 from vllm_dllm.state.windows import make_schedule
 
@@ -81,11 +82,11 @@ def test_a_servers_settings_reach_the_schedule() -> None:
 
 def test_a_step_may_store_what_the_policy_computes_anew() -> None:
     free = KvSchedule("freecache", None, B, logit_shift=True)
-    assert free.may_store(13, END, begins_block=True) == (END, END - 8)
-    assert free.may_store(13, END, begins_block=False) == (0,)
+    assert free.may_store(13, END, PROMPT, begins_block=True) == (END, END - 8)
+    assert free.may_store(13, END, PROMPT, begins_block=False) == (0,)
     dual = KvSchedule("dual", None, B)
-    assert dual.may_store(13, END, begins_block=True) == (END,)
-    assert dual.may_store(13, END, begins_block=False) == (0, END, END - 13)
+    assert dual.may_store(13, END, PROMPT, begins_block=True) == (END,)
+    assert dual.may_store(13, END, PROMPT, begins_block=False) == (0, END, END - 13)
 
 
 @pytest.mark.parametrize(("shift", "whole"), [(False, [0, 1, 3, 6, 7, 8]), (True, [0, 3, 6, 7])])
@@ -98,11 +99,25 @@ def test_dkv_takes_all_at_every_nth_step_and_else_the_block_and_what_follows(shi
         start = (9 if n < 7 else 13) - shift
         assert stored([m]) == [(0, END) if n in whole else (start, END)]
         assert bool(m.is_long[0])
-    assert kv.may_store(9, END, begins_block=True) == (END,)
-    assert kv.may_store(9, END, begins_block=False) == (END, END - 9 + shift)
+    assert {*kv.may_store(9, END, PROMPT, begins_block=True)} == {END}
+    assert kv.may_store(9, END, PROMPT, begins_block=False) == (END, END - 9 + shift)
+
+
+@pytest.mark.parametrize(("shift", "whole"), [(False, [0, 1, 3, 6, 7, 8]), (True, [0, 3, 6, 7])])
+def test_dkv_pd_takes_the_prompt_once(shift: bool, whole: list[int]) -> None:
+    """With a shift the prompt's last row predicts the reply's first position, and is taken again."""
+    kv = KvSchedule("dkv_pd", 3, B, logit_shift=shift)
+    made = steps(kv, [9] * 7 + [13] * 3)
+    assert [n for n, m in enumerate(made) if not m.is_delayed[0]] == whole
+    for n, m in enumerate(made):
+        refreshed = (PROMPT - shift if n else 0, END)
+        assert stored([m]) == [refreshed if n in whole else ((9 if n < 7 else 13) - shift, END)]
+    assert kv.may_store(13, END, PROMPT, begins_block=True) == (END, END - PROMPT + shift)
+    assert kv.may_store(13, END, PROMPT, begins_block=False) == (END - PROMPT + shift, END - 13 + shift)
 
 
 def test_the_published_interval_of_dkv_is_the_default() -> None:
-    assert [DllmConfig(kv_policy="dkv", refresh_every=n).interval for n in (None, 3)] == [8, 3]
+    for name in DELAYED:
+        assert [DllmConfig(kv_policy=name, refresh_every=n).interval for n in (None, 3)] == [8, 3]
     assert make_schedule(DllmConfig(kv_policy="dkv"), stores_alone=False).refresh_every == 8
     assert DllmConfig().interval is None

@@ -97,11 +97,12 @@ class StepRows:
         """Begin a request, or begin it anew after a preemption; it finds so many positions in the prefix cache."""
         pins = pins_of(request.sampling_params, request.num_prompt_tokens)
         self.kv.add(request.request_id, num_hit, request.num_prompt_tokens, pins)
-        if self.settings.kv_policy == "freecache" and request.num_tokens > request.num_prompt_tokens:
+        if self.settings.kv_policy in ("freecache", "dkv_pd") and request.num_tokens > request.num_prompt_tokens:
             logger.warning(
-                "Request %s was preempted behind its first block: kv_policy 'freecache' keeps what earlier steps "
+                "Request %s was preempted behind its first block: kv_policy %r keeps what earlier steps "
                 "computed, which is lost, so its further tokens may be others than without",
                 request.request_id,
+                self.settings.kv_policy,
             )
 
     def step(self, requests: Sequence[Request]) -> KvStep:

@@ -123,7 +123,7 @@ class StateCheck:
         end = self._rows.seq_end(request)
         pins = self._rows.kv.pins.get(name)
         is_given = pins is not None and not pins.num_masked(start, self._rows.block_length)
-        allowed = self._rows.kv.may_store(start, end, begins_block=account.begins)
+        allowed = self._rows.kv.may_store(start, end, request.num_prompt_tokens, begins_block=account.begins)
         if is_given and account.begins:
             allowed = (0,)
         if report.wrote not in allowed:

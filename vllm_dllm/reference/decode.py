@@ -8,7 +8,7 @@ One loop covers these decoders, which differ in values:
                `prefix` and `dual`
     FlashDLM   FreeCache, arXiv:2505.21467: KV policy `freecache`
     dKV-Cache  `generate` with `enable_cache` for LLaDA and `_sample` with cache type "decoded" and shift type "un" for
-               Dream, arXiv:2505.15781: KV policy `dkv`
+               Dream, arXiv:2505.15781: KV policy `dkv`; with cache type "pd" KV policy `dkv_pd`
     dInfer     `VicinityCacheDiffusionLLM`, arXiv:2510.08666: KV policy `vicinity`
     Fast-dLLM  on Dream (`generation_utils_block.py`): the same with rules `DREAM`, policy `entropy` or `threshold`
 
@@ -52,11 +52,14 @@ class KvPolicy:
     without a logit shift at the one behind the first. With one, a row counts for the position that it predicts, the
     last one for known.
 
+    `dkv_pd`: the same, but where `dkv` computes all, the prompt's keys and values are kept from the request's first
+    step. With a logit shift its last row, which predicts the reply's first position, is no part of them.
+
     `vicinity`: those of the block and of some positions before and behind it, kept as under `dual`. In the request's
     first block `warmup_steps` forwards over the whole sequence come first.
     """
 
-    name: Literal["none", "prefix", "dual", "freecache", "vicinity", "dkv"] = "none"
+    name: Literal["none", "prefix", "dual", "freecache", "vicinity", "dkv", "dkv_pd"] = "none"
     refresh_every: int | None = None
     prefix_look: int = 16
     after_look: int = 16
@@ -75,7 +78,7 @@ class KvPolicy:
 
     def delays(self, step: int, shift: int) -> bool:
         """Tell whether step `step` of a block, from 0, leaves keys and values of known tokens as they are."""
-        return self.name == "dkv" and step % (self.refresh_every or 8) > 0 and (step > 1 or bool(shift))
+        return self.name in ("dkv", "dkv_pd") and step % (self.refresh_every or 8) > 0 and (step > 1 or bool(shift))
 
     def span(self, number: int, step: int, block: tuple[int, int], seq_len: int, shift: int) -> tuple[int, int, bool]:
         """Return which positions [first, last) a step forwards, and whether their keys and values are kept.
@@ -92,8 +95,10 @@ class KvPolicy:
             return begin - (end - begin) - shift, seq_len, True
         if self.name == "freecache" and step > 0:
             return begin - shift, seq_len, False
-        if self.name == "dkv":
-            return begin - shift if self.delays(step, shift) else 0, seq_len, True
+        if self.name in ("dkv", "dkv_pd"):
+            keeps_prompt = self.name == "dkv_pd" and (number, step) != (0, 0)
+            refreshed = begin - number * (end - begin) - shift if keeps_prompt else 0
+            return begin - shift if self.delays(step, shift) else refreshed, seq_len, True
         num_whole = 1 + self.warmup_steps if self.name == "vicinity" and number == 0 else 1
         is_refresh = step < num_whole if self.refresh_every is None else step % self.refresh_every == 0
         if self.name == "none" or is_refresh:

@@ -1,4 +1,4 @@
-"""Which K/V a delayed refresh leaves as they are (dKV-Cache, arXiv:2505.15781, variant Decode).
+"""Which K/V a delayed refresh leaves as they are (dKV-Cache, arXiv:2505.15781, variants Decode and PD).
 
 A token's K/V are computed once more in the step behind the one that unmasked it, and stay then, until all are computed
 anew. So a step computes what was masked before the step before. Where a row predicts the next position, it stays from
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.attention.layout import PagedIndex
+from vllm_dllm.names import DELAYED
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.step_rows import FillRows, RowInputs, RowPlan, Sequences
 from vllm_dllm.unmask.walk import Nodes
@@ -39,7 +40,7 @@ class DelayedRows:
     @classmethod
     def around(cls, fill: FillRows, state: CanvasState, kv_policy: str) -> FillRows:
         """Return what fills the rows of a server's steps."""
-        if kv_policy != "dkv":
+        if kv_policy not in DELAYED:
             return fill
         return cls(fill, state, torch.zeros_like(state.canvas, dtype=torch.bool))
 

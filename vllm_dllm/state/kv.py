@@ -14,6 +14,7 @@ stores before it attends. What must be stored is one more part of the step, over
     computed again (FlashDLM);
   - `dkv` refreshes the whole row at every n-th step of a block, too, and recomputes the block and what follows at the
     others, but for tokens that were known before the step before, whose K/V stay (dKV-Cache; `state.delayed`);
+  - `dkv_pd` does the same, but refreshes the prompt once, and then from the prompt's end on (its variant PD);
   - `vicinity` refreshes the whole row when a block begins, and in the warm-up steps of a request's first one (dInfer);
 - under `block_causal` the *prefill* of a new request: the whole blocks of its prompt behind the prefix-cache hit; under
   `causal` all of its prompt. A block that ended is stored by its *commit*, one more node in the first step of the next
@@ -35,7 +36,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_dllm.names import KvPolicyName
+from vllm_dllm.names import DELAYED, KvPolicyName
 from vllm_dllm.state.pins import Pins
 
 IntArray = NDArray[np.int64]
@@ -83,7 +84,7 @@ class KvSchedule:
 
     Args:
         name: the policy.
-        refresh_every: of `dual` and `dkv`.
+        refresh_every: of `dual`, `dkv` and `dkv_pd`.
         block_length: positions of a block.
         stores_alone: whether what is stored predicts a block's first position.
         vicinity: of `vicinity`: positions before and behind the block that are in flight with it, warm-up steps.
@@ -129,12 +130,13 @@ class KvSchedule:
         """Return how many positions may lie before a request's block behind a step, of one that began at `start`."""
         return start, start + self.block_length
 
-    def may_store(self, start: int, end: int, *, begins_block: bool) -> tuple[int, ...]:
+    def may_store(self, start: int, end: int, prompt_len: int, *, begins_block: bool) -> tuple[int, ...]:
         """Return how many positions a bidirectional request's step may store, of a block at `start`, a row to `end`."""
         if self.name == "freecache":
             return (end, end - start + self.block_length + self.logit_shift) if begins_block else (0,)
-        if self.name == "dkv":
-            return (end,) if begins_block else (end, end - start + self.logit_shift)
+        if self.name in DELAYED:
+            refreshed = end - prompt_len + self.logit_shift if self.name == "dkv_pd" else end
+            return (end, refreshed) if begins_block else (refreshed, end - start + self.logit_shift)
         return (end,) if begins_block else (0, end, end - start)
 
     def add(self, request: Hashable, num_hit: int, prompt_len: int = 0, pins: Pins | None = None) -> None:
@@ -179,12 +181,12 @@ class KvSchedule:
         if self.name == "vicinity":
             is_warming = begins_block | ((block_start == prompt_len) & (step <= self.vicinity[2]))
         is_delayed = np.zeros_like(is_new)
-        if self.name == "dkv":  # the published loop of LLaDA takes two whole steps, that of Dream one
+        if self.name in DELAYED:  # the published loop of LLaDA takes two whole steps, that of Dream one
             is_delayed = ~is_warming & (step % (self.refresh_every or 1) > 0) & ((step > 1) | self.logit_shift)
         if self.is_causal:
             begin, end = np.where(is_new, num_hit, block_start), block_start
         else:
-            begin, end = self._refreshed(is_new, is_warming, step, block_start, seq_len)
+            begin, end = self._refreshed(is_new, is_warming, step, block_start, prompt_len, seq_len)
             begin = np.where(is_delayed, block_start - self.logit_shift, begin)
             end = np.where(is_delayed, seq_len, end)
             end = np.where(self._is_given(requests, block_start), begin, end)
@@ -226,7 +228,13 @@ class KvSchedule:
         return stored + self.block_length * (step.commits.astype(np.int64) + ~step.stores_alone)
 
     def _refreshed(
-        self, is_new: BoolArray, is_warming: BoolArray, step: IntArray, block_start: IntArray, seq_len: IntArray
+        self,
+        is_new: BoolArray,
+        is_warming: BoolArray,
+        step: IntArray,
+        block_start: IntArray,
+        prompt_len: IntArray,
+        seq_len: IntArray,
     ) -> tuple[IntArray, IntArray]:
         """Return which positions [begin, end) of bidirectional requests a step refreshes; empty ones for none.
 
@@ -234,7 +242,7 @@ class KvSchedule:
             is_new: [num_reqs], who has no decided step yet.
             is_warming: [num_reqs], whose block has none, or is in its warm-up steps.
             step: [num_reqs], decided steps of the block.
-            block_start, seq_len: [num_reqs].
+            block_start, prompt_len, seq_len: [num_reqs].
         """
         if self.name == "prefix":
             # Nothing follows the last block, and nobody reads its own K/V: its steps are no refreshes.
@@ -244,8 +252,10 @@ class KvSchedule:
             begin = np.where(is_new, 0, block_start - self.block_length - self.logit_shift)
             return begin, np.where(is_warming, np.maximum(seq_len, begin), begin)
         is_due = is_warming if self.refresh_every is None else step % self.refresh_every == 0
-        is_due |= (step == 1) & (self.name == "dkv")
-        return np.zeros_like(seq_len), np.where(is_due, seq_len, 0)
+        is_due |= (step == 1) & (self.name in DELAYED)
+        keeps_prompt = ~is_new & (self.name == "dkv_pd")
+        begin = np.where(keeps_prompt, prompt_len - self.logit_shift, 0)
+        return begin, np.where(is_due, seq_len, begin)
 
     def _span(self, block_start: IntArray, seq_len: IntArray) -> tuple[IntArray, IntArray]:
         """Return the positions [begin, end) that a canvas is evaluated with; arguments as of `_refreshed`.
