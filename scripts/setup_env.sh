@@ -26,12 +26,21 @@ find_python() {
     "install one, or name it: make setup PYTHON=/path/to/python3.11"
 }
 
+# What `pip` installs loads it, and nothing that is needed to build brings it: without, vLLM's server ends minutes later.
+check_libnuma() {
+  "$1" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+    fail "found no libnuma.so.1, without which vLLM cannot compute on a CPU;" \
+      "install it (Debian: apt install libnuma1; Fedora: dnf install numactl-libs)"
+}
+
 make_venv() {
   if .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    check_libnuma .venv/bin/python
     return
   fi
   local python
   python=$(find_python)
+  check_libnuma "$python"
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$python has no venv or no ensurepip, which a virtual environment needs;" \
       "install them (Debian: apt install python3-venv), or name another Python: make setup PYTHON=..."

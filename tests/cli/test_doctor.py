@@ -51,6 +51,24 @@ def test_the_exit_status_is_1_where_none_can(monkeypatch):
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
 
 
+def test_a_library_of_the_system_that_vllm_needs_is_named(monkeypatch, tmp_path):
+    """vLLM's kernels for CPUs name it; other builds of vLLM do not ask for it."""
+    folder = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(doctor_module, "find_spec", lambda name: folder if name == "vllm" else None)
+    monkeypatch.setattr(doctor_module, "LIBNUMA", "libnuma-none.so.1")
+    (tmp_path / "_C_empty.so").touch()
+    (tmp_path / "_C.abi3.so").write_bytes(b"\x7fELF libcudart.so.12\0")
+    assert list(doctor_module.system_libraries()) == []
+    (tmp_path / "_C_AVX2.abi3.so").write_bytes(b"\x7fELF\0libnuma-none.so.1\0")
+    (found,) = doctor_module.system_libraries()
+    assert (found.topic, found.level) == ("libnuma", "broken")
+    assert "libnuma-none.so.1: cannot open shared object file" in found.text
+    assert "`apt install libnuma1`" in found.text
+    monkeypatch.setattr(doctor_module, "LIBNUMA", "libc.so.6")
+    (tmp_path / "_C_AVX2.abi3.so").write_bytes(b"\x7fELF\0libc.so.6\0")
+    assert list(doctor_module.system_libraries()) == []
+
+
 def test_this_environment(monkeypatch):
     pytest.importorskip("vllm")
     entry_points(monkeypatch, "dllm")

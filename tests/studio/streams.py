@@ -2,11 +2,13 @@
 
 import json
 import re
+import ssl
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from vllm_dllm.studio.page import VERSION
@@ -96,6 +98,40 @@ def recording_of(page: str) -> dict[str, Any]:
     return recording
 
 
+class _Handler(BaseHTTPRequestHandler):
+    """Refuses those without its key, as vLLM does."""
+
+    key: str | None
+
+    def parse_request(self) -> bool:
+        if not super().parse_request():
+            return False
+        if self.key is None or self.headers["Authorization"] == f"Bearer {self.key}":
+            return True
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.begin(401, "application/json")
+        self.wfile.write(b'{"error": "Unauthorized"}')
+        return False
+
+    def begin(self, status: int, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def _scheme(server: ThreadingHTTPServer, certificate: Path | None) -> str:
+    """Let it speak TLS where there is a certificate."""
+    if certificate is None:
+        return "http"
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    return "https"
+
+
 @contextmanager
 def playing(
     pause_s: float = 0.0,
@@ -103,6 +139,8 @@ def playing(
     error: str | None = None,
     is_ours: bool = True,
     most: int = 99,
+    api_key: str | None = None,
+    certificate: Path | None = None,
 ) -> Iterator[tuple[str, list]]:
     """Yield the address of a server that plays these streams, and the bodies that it was sent.
 
@@ -112,14 +150,13 @@ def playing(
         error: what it refuses requests with.
         is_ours: whether its model is one of ours.
         most: chunks, behind which it breaks off.
+        api_key: that it asks for.
+        certificate: a file of its key and certificate, with which it speaks TLS.
     """
     bodies: list[dict[str, Any]] = []
 
-    class Server(BaseHTTPRequestHandler):
-        def begin(self, status: int, kind: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.end_headers()
+    class Server(_Handler):
+        key = api_key
 
         def do_GET(self) -> None:
             self.begin(200, "application/json")
@@ -145,14 +182,12 @@ def playing(
             if len(chunks) <= most:
                 self.wfile.write(b"data: [DONE]\n\n")
 
-        def log_message(self, *_: object) -> None:
-            pass
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    scheme = _scheme(server, certificate)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", bodies
+        yield f"{scheme}://127.0.0.1:{server.server_port}", bodies
     finally:
         server.shutdown()
         thread.join()

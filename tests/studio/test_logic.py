@@ -91,8 +91,25 @@ def test_frames_are_the_reply_under_way(call: Any) -> None:
     assert [texts(frame) for frame in frames[:3]] == [[], ["{", None, ": ", None], [*TOKENS[:4], *[None] * 4]]
 
 
+def test_a_film_that_grows_is_the_one_of_the_whole_run_and_reads_each_event_once(call: Any) -> None:
+    grow = """(() => {
+      const run = { events: [] }, shown = studio.film(run), reads = events.map(() => 0);
+      events.forEach((event, i) => {
+        const get = (own, name) => { if (name === "1") reads[i] += 1; return Reflect.get(own, name); };
+        run.events.push(new Proxy(event, { get }));
+        shown.update();
+        shown.update();
+      });
+      return { shown, reads };
+    })()"""
+    for chunks in (drafted(), plain(), drafted()[:4]):
+        grown = call(grow, events=events_of(chunks))
+        assert grown["shown"] == film(call, chunks)
+        assert set(grown["reads"]) == {1}
+
+
 def test_steps_add_up_to_the_numbers_of_the_reply(call: Any) -> None:
-    steps = call("studio.steps(studio.film({events}))", events=events_of(drafted()))
+    steps = call("studio.film({events}).steps", events=events_of(drafted()))
     assert [step["unmasked"] for step in steps] == [2, 2, 1, 2, 1, 2]
     assert [step["accepted"] for step in steps] == [1, 1, 0, 1, 0, 1]
     assert [step["wasted"] for step in steps] == [2, 2, 0, 2, 3, 1]
@@ -139,7 +156,7 @@ def test_a_request_that_was_preempted_or_takes_tokens_back_is_shown_so(call: Any
     frames = film(call, [begun, nothing, changed])["frames"]
     assert [texts(frame) for frame in frames[1:]] == [["{", None, ": ", None], [None] * 4, ["[", None, ": ", None]]
     assert frames[-1]["cells"][0]["nfe"] == 3
-    assert call("studio.steps(studio.film({events}))", events=events_of([begun, nothing]))[1]["unmasked"] == 0
+    assert film(call, [begun, nothing])["steps"][1]["unmasked"] == 0
 
 
 def test_completions_and_replies_without_logprobs_are_shown(call: Any) -> None:

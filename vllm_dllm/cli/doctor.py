@@ -1,11 +1,14 @@
 """`vllm-dllm doctor`: what of this installation works, and the command that mends what does not."""
 
+import ctypes
 import importlib.metadata
+import mmap
 import os
 import platform
 from collections.abc import Collection, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +24,8 @@ from vllm_dllm.errors import KernelUnavailable, UnsupportedVllmError
 STYLES: dict[Level, str] = {"ok": "green", "missing": "yellow", "broken": "red"}
 
 INSTALL_VLLM = "`pip install 'vllm>=0.32,<0.34'`"
+
+LIBNUMA = "libnuma.so.1"
 
 LIBRARIES = {"flashinfer": "flashinfer-python", "xformers": "xformers", "flash_attn": "flash-attn"}
 """Optional ones, by module, and how pip calls them."""
@@ -48,6 +53,7 @@ def examine() -> Iterator[Finding]:
     """Look at everything."""
     yield Finding("vllm-dllm", f"{__version__}, Python {platform.python_version()}")
     yield (found_vllm := vllm())
+    yield from system_libraries()
     yield plugin()
     if find_spec("torch") is None:
         yield Finding("torch", f"is not installed; vLLM brings it: {INSTALL_VLLM}", "broken")
@@ -78,6 +84,32 @@ def vllm() -> Finding:
     except UnsupportedVllmError as error:
         return Finding("vLLM", f"{error}: {INSTALL_VLLM}", "broken")
     return Finding("vLLM", importlib.metadata.version("vllm"))
+
+
+def system_libraries() -> Iterator[Finding]:
+    """Look for what vLLM's kernels for CPUs load and pip does not install.
+
+    Without it vLLM's server starts, warns, and ends half a minute later with an operator that is not there.
+    """
+    spec = find_spec("vllm")
+    folders = (spec and spec.submodule_search_locations) or ()
+    files = [file for folder in folders for file in Path(folder).glob("_C*.so") if file.stat().st_size]
+    if not any(_contains(file, LIBNUMA.encode() + b"\0") for file in files):
+        return
+    try:
+        ctypes.CDLL(LIBNUMA)
+    except OSError as error:
+        yield Finding(
+            "libnuma",
+            f"vLLM's kernels for CPUs do not load without it ({error}); install it: `apt install libnuma1`, on Fedora "
+            "`dnf install numactl-libs`",
+            "broken",
+        )
+
+
+def _contains(path: Path, text: bytes) -> bool:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(text) >= 0
 
 
 def plugin() -> Finding:

@@ -59,12 +59,15 @@ const studio = (() => {
 
   // What a run shows. A frame is what is known behind a step: `cells`, by position in the reply, each null where masked,
   // else { text, nfe: forwards when it was unmasked, logprob }; and the numbers so far. It comes of a canvas, or of the
-  // tokens of a finished block and the canvas behind it.
+  // tokens of a finished block and the canvas behind it. `steps` has what each frame's step did: positions unmasked, drafts
+  // accepted, drafts wasted. `update` takes the events that the run got meanwhile, and none twice.
   function film(run) {
     const first = { ms: 0, nfe: 0, proposed: 0, accepted: 0, cells: [] };
-    const all = { frames: [first], starts: [], emitted: [], text: "", finish: null, usage: null, numbers: null, ms: 0 };
+    const all = { frames: [first], steps: [], starts: [], emitted: [], text: "", finish: null, usage: null, numbers: null, ms: 0, isOpen: true };
     let open = null;  // a frame that has no numbers yet
+    let taken = 0;
 
+    const countKnown = (frame) => frame.cells.filter((cell) => cell !== null).length;
     const begin = (ms) => {
       const last = all.frames[all.frames.length - 1];
       open = open || { ms, nfe: null, proposed: last.proposed, accepted: last.accepted, cells: last.cells.slice() };
@@ -74,6 +77,10 @@ const studio = (() => {
       if (!open) return;
       const { nfe = last.nfe + 1, proposed = last.proposed, accepted = last.accepted } = numbers || {};
       open.cells = open.cells.map((cell) => cell && cell.nfe === null ? { ...cell, nfe } : cell);
+      all.steps.push({
+        nfe, forwards: Math.max(1, nfe - last.nfe), unmasked: Math.max(0, countKnown(open) - countKnown(last)),
+        accepted: accepted - last.accepted, wasted: proposed - last.proposed - (accepted - last.accepted),
+      });
       all.frames.push({ ...open, nfe, proposed, accepted });
       open = null;
     };
@@ -83,7 +90,7 @@ const studio = (() => {
       open.cells[place] = text === null ? null : old && old.text === text ? { ...old, logprob: logprob === undefined ? old.logprob : logprob } : { text, nfe: null, logprob };
     };
 
-    for (const [ms, chunk] of run.events) {
+    const take = ([ms, chunk]) => {
       if (chunk.usage) all.usage = chunk.usage;
       const canvas = chunk.dllm_canvas;
       if (canvas) {
@@ -114,8 +121,12 @@ const studio = (() => {
           else close(all.numbers);
         }
       }
-    }
-    all.isOpen = all.finish === null;
+    };
+    all.update = () => {
+      while (taken < run.events.length) take(run.events[taken++]);
+      all.isOpen = all.finish === null;
+    };
+    all.update();
     return all;
   }
 
@@ -142,18 +153,6 @@ const studio = (() => {
     let found = shown.frames[0];
     for (const frame of shown.frames) if (frame[axis] <= place) found = frame;
     return found;
-  }
-
-  // What each step did: positions unmasked, drafts accepted, drafts wasted.
-  function steps(shown) {
-    const count = (frame) => frame.cells.filter((cell) => cell !== null).length;
-    return shown.frames.slice(1).map((frame, i) => {
-      const before = shown.frames[i], accepted = frame.accepted - before.accepted;
-      return {
-        nfe: frame.nfe, forwards: Math.max(1, frame.nfe - before.nfe), unmasked: Math.max(0, count(frame) - count(before)), accepted,
-        wasted: frame.proposed - before.proposed - accepted,
-      };
-    });
   }
 
   // The numbers of a run behind a frame; of the whole run where it is its last one.
@@ -190,6 +189,6 @@ const studio = (() => {
     return recording;
   }
 
-  return { eventParser, kept, requestBody, pathOf, curlOf, film, confidence, bin, LABELS, percent, shownText, frameAt, steps, numbersAt,
+  return { eventParser, kept, requestBody, pathOf, curlOf, film, confidence, bin, LABELS, percent, shownText, frameAt, numbersAt,
     compared, embedded, recordingOf, checked };
 })();

@@ -1,6 +1,7 @@
 """Record how a server denoises a prompt, with drafts and without: the streams as they came, for the page to show."""
 
 import json
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -143,6 +144,18 @@ def _ask(server: str, path: str, body: dict[str, Any] | None, api_key: str | Non
             f"{server}{path} answered {error.code}: {said}; mend the request, or set OPENAI_API_KEY for a 401"
         ) from None
     except (OSError, HTTPException) as error:
-        raise ConfigError(
-            f"{server} does not answer ({error}); start it with `vllm serve MODEL`, or name another one by --server"
-        ) from None
+        raise ConfigError(no_answer(server, error)) from None
+
+
+def no_answer(server: str, error: Exception) -> str:
+    """Return why a server cannot be asked, and what to do."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return (
+            f"{server} has a certificate that is not trusted here ({cause.verify_message}); set SSL_CERT_FILE to the "
+            "file of the authority's certificate, or of the server's own where it signed itself, and run this again"
+        )
+    if isinstance(cause, ssl.SSLError):
+        return f"{server} does not speak TLS ({cause.reason}); name it by --server with http://, as it was started"
+    tls = "" if server.startswith("https") else ", with https:// where it has TLS"
+    return f"{server} does not answer ({error}); start it with `vllm serve MODEL`, or name another one by --server{tls}"

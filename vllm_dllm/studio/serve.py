@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.studio.page import live_page, policy
-from vllm_dllm.studio.record import TIMEOUT_S
+from vllm_dllm.studio.record import TIMEOUT_S, no_answer
 
 _ASKED = {("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions")}
 _HANDED_ON = ("Content-Type", "Authorization")
@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
                 server.request(self.command, self._path, body, headers)
                 reply = server.getresponse()
             except (OSError, HTTPException) as error:
-                self._fail(502, f"{self.shown} does not answer ({error}); start it, or name another one by --server")
+                self._fail(502, no_answer(self.shown, error))
                 return
             self._relay(reply)
 

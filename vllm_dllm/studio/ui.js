@@ -97,28 +97,34 @@
     panel.root.querySelector(".head span").textContent = `${number(n.seconds, 2)} s`;
   }
 
-  // Upwards what a step unmasked, the part that accepted drafts stand for below it; downwards what was wasted.
+  function shape(kind, attributes) {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", kind);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    return element;
+  }
+
+  // Upwards what a step unmasked, the part that accepted drafts stand for below it; downwards what was wasted. A bar is drawn once, in
+  // forwards and positions, and its group is scaled as steps come. Of several forwards, where a client was slow, it is as wide as these.
   function drawSteps(panel, length) {
-    const svg = panel.root.querySelector("svg"), steps = studio.steps(panel.shown), width = 100 / Math.max(length, 1);
-    const most = (count) => Math.max(1, ...steps.map((step) => count(step) / step.forwards));
-    const up = most((step) => step.unmasked), down = most((step) => step.wasted);
-    const bars = steps.flatMap((step) => {  // of several forwards, where a client was slow, it is as wide as these
-      const x = (step.nfe - step.forwards + 0.1) * width, wide = (step.forwards - 0.2) * width;
-      const bar = (kind, y, height) => {
-        const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-        for (const [name, value] of Object.entries({ class: kind, x, y, width: wide, height })) rect.setAttribute(name, value);
-        return rect;
-      };
-      const all = (42 * step.unmasked) / step.forwards / up, drafted = (42 * Math.min(step.accepted, step.unmasked)) / step.forwards / up;
-      return [bar("model", 44 - all, all - drafted), bar("draft", 44 - drafted, drafted), bar("waste", 46, (20 * step.wasted) / step.forwards / down)]
-        .filter((each) => Number(each.getAttribute("height")) > 0);
-    });
-    const lines = [["axis", 0, 45, 100, 45], ["now", panel.frame.nfe * width, 0, panel.frame.nfe * width, 66]].map(([kind, x1, y1, x2, y2]) => {
-      const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
-      for (const [name, value] of Object.entries({ class: kind, x1, y1, x2, y2, "vector-effect": "non-scaling-stroke" })) line.setAttribute(name, value);
-      return line;
-    });
-    svg.replaceChildren(...bars, ...lines);
+    const svg = panel.root.querySelector("svg"), steps = panel.shown.steps, width = 100 / Math.max(length, 1);
+    if (!panel.bars) {
+      panel.bars = { drawn: 0, up: 1, down: 1, above: shape("g", {}), below: shape("g", {}), now: shape("line", { class: "now", y1: 0, y2: 66, "vector-effect": "non-scaling-stroke" }) };
+      svg.replaceChildren(panel.bars.above, panel.bars.below, shape("line", { class: "axis", x1: 0, y1: 45, x2: 100, y2: 45, "vector-effect": "non-scaling-stroke" }), panel.bars.now);
+    }
+    const bars = panel.bars;
+    for (; bars.drawn < steps.length; bars.drawn += 1) {
+      const { nfe, forwards, unmasked, accepted, wasted } = steps[bars.drawn];
+      const bar = (group, kind, y, height) => { if (height > 0) group.append(shape("rect", { class: kind, x: nfe - forwards + 0.1, y, width: forwards - 0.2, height })); };
+      const all = unmasked / forwards, drafted = Math.min(accepted, unmasked) / forwards;
+      bar(bars.above, "model", drafted, all - drafted);
+      bar(bars.above, "draft", 0, drafted);
+      bar(bars.below, "waste", 0, wasted / forwards);
+      bars.up = Math.max(bars.up, all);
+      bars.down = Math.max(bars.down, wasted / forwards);
+    }
+    bars.above.setAttribute("transform", `translate(0 44) scale(${width} ${-42 / bars.up})`);
+    bars.below.setAttribute("transform", `translate(0 46) scale(${width} ${20 / bars.down})`);
+    for (const end of ["x1", "x2"]) bars.now.setAttribute(end, panel.frame.nfe * width);
     const last = studio.numbersAt(panel.shown, panel.shown.frames[panel.shown.frames.length - 1]);
     svg.setAttribute("aria-label", `By forward: ${last.tokens} tokens in ${last.nfe} forwards; of ${last.proposed} drafts ${last.accepted} accepted and ${last.wasted} wasted`);
   }
@@ -280,9 +286,9 @@
         await stream(next, () => {
           if (isDue) return;
           isDue = true;
-          requestAnimationFrame(() => { isDue = false; const panel = runs[all.indexOf(next)]; if (panel) { panel.shown = studio.film(next); draw(); } });
+          requestAnimationFrame(() => { isDue = false; const panel = runs[all.indexOf(next)]; if (panel) { panel.shown.update(); draw(); } });
         });
-        runs[all.indexOf(next)].shown = studio.film(next);
+        runs[all.indexOf(next)].shown.update();
         draw();
         const { numbers, isOpen } = runs[all.indexOf(next)].shown;
         if (isOpen) throw new Error("The stream broke off; the server's log says why.");
