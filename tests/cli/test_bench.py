@@ -43,8 +43,8 @@ def test_decode_prints_and_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert {path.name for path in (tmp_path / "deep/out").iterdir()} == {"decode.md", "decode.json", "decode.svg"}
     content = json.loads((tmp_path / "deep/out/decode.json").read_text())
     assert content["comparison"]["policies"] == [
-        {"settings": {"policy": "static"}, "draft_graph": graphs[0]},
-        {"settings": {"policy": "threshold", "threshold": 0.8}, "draft_graph": graphs[1]},
+        {"settings": {"policy": "static"}, "draft_graph": graphs[0], "ranker": None},
+        {"settings": {"policy": "threshold", "threshold": 0.8}, "draft_graph": graphs[1], "ranker": None},
     ]
     assert len(content["runs"]) == 2 * 2 * 5 * 3
     assert content["runs"][0]["variant"] == "off"

@@ -25,11 +25,13 @@ class FakeEngine:
         self.kind = "off" if config is None else f"{config['budget']}"
         self.is_open = True
 
-    def measure(self, concurrency: int, budget: int | None = None, num_prompts: int | None = None) -> Measurement:
+    def measure(
+        self, concurrency: int, budget: int | None = None, num_prompts: int | None = None, first: int = 0
+    ) -> Measurement:
         assert self.is_open
         self.calls.append((self.kind, concurrency, budget, num_prompts))
         is_wrong = budget is not None and budget == self.wrong_budget
-        tokens = [[1, 2, 3, 4], [1, 2, 3, 9 if is_wrong else 4]]
+        tokens = [[1, 2, 3, 4], [1, 2, 3, 9 if is_wrong else 4]][first:][:num_prompts]
         num_steps, accepted = (8, 0) if self.kind == "off" else (4, 4)
         drafts = 0 if self.kind == "off" else budget or 2
         stats = StepStats(
@@ -40,7 +42,8 @@ class FakeEngine:
             accepted=[accepted, *[0] * (MAX_DEPTH - 1)],
         )
         steps = defaultdict(list, {(concurrency, drafts): [2.0] * 10})
-        return Measurement(tokens, 1.0 if self.kind == "off" else 0.5, stats, steps)
+        seconds = 1.0 if self.kind == "off" else 0.5
+        return Measurement(tokens, seconds, 2 * seconds, stats, steps)
 
     def __enter__(self) -> Self:
         return self

@@ -54,6 +54,17 @@ _Budgets = Annotated[str, typer.Option(metavar="N,...", help="Fixed budgets besi
 _Chain = Annotated[
     str, typer.Option(metavar="N,...", help="Fixed budgets of a chain graph (FreeDave, SSD); '' is none.")
 ]
+_Rankers = Annotated[
+    str,
+    typer.Option(metavar="FILE,...", help="Order ranker of all policies, or of each: `auto` with it is measured too."),
+]
+_Starts = Annotated[
+    int, typer.Option(min=1, help="Starts of all engines, each with --repeats rounds: two of one kind differ a little.")
+]
+_Waves = Annotated[
+    int | None,
+    typer.Option(min=1, help="Prompts of a round for each request in flight, others in the next; all unless given."),
+]
 _Dtype = Annotated[
     Dtype, typer.Option(help="With bfloat16 near ties may round differently with drafts, which is exit status 1.")
 ]
@@ -87,7 +98,10 @@ def decode(  # noqa: PLR0913 - the options of a command
     graph: _Graphs = "default",
     budgets: _Budgets = "1,3,5",
     chain: _Chain = "3",
+    ranker: _Rankers = "",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
+    starts: _Starts = 1,
+    waves: _Waves = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of all requests.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the first prompt; the next has one more.")] = 0,
     stop_at_eos: Annotated[bool, typer.Option(help="End at EOS, not after --gen-length tokens.")] = False,
@@ -107,10 +121,12 @@ def decode(  # noqa: PLR0913 - the options of a command
     given = given_settings(None, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block)
     given |= given_parameters(parameter)
     comparison = Comparison(
-        policies=bench_options.policies(model, policy, graph, given),
+        policies=bench_options.policies(model, policy, graph, given, ranker),
         budgets=bench_options.whole_numbers("--budgets", budgets, MAX_NODES),
         chain=bench_options.whole_numbers("--chain", chain, MAX_NODES),
         repeats=repeats,
+        starts=starts,
+        waves=waves,
         dtype=dtype,
         workload=replace(  # last, since it reads the tokenizer
             bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),
@@ -121,9 +137,8 @@ def decode(  # noqa: PLR0913 - the options of a command
         ),
     )
     runs = _compare(comparison)
-    tables = sections(runs, comparison.workload.block_length)
-    print_sections(tables)
-    _write(out, comparison, runs, tables)
+    tables = sections(runs, comparison.workload.block_length, starts)
+    _report(out, comparison, runs, tables)
 
 
 def _compare(comparison: "Comparison") -> "Runs":
@@ -167,11 +182,12 @@ def print_sections(tables: "Sequence[Section]") -> None:
         console.print(table)
 
 
-def _write(out: Path, comparison: "Comparison", runs: "Runs", tables: "Sequence[Section]") -> None:
-    """Write the tables, everything that was measured, and the picture."""
+def _report(out: Path, comparison: "Comparison", runs: "Runs", tables: "Sequence[Section]") -> None:
+    """Print the tables, and write them, everything that was measured, and the picture."""
     from vllm_dllm.measure.plot import draw
     from vllm_dllm.measure.report import machine, to_markdown
 
+    print_sections(tables)
     content = {
         "machine": machine(),
         "comparison": asdict(comparison),

@@ -9,6 +9,7 @@ import typer
 from vllm_dllm.cli.console import waiting_for
 from vllm_dllm.cli.server_settings import check_gen_length, num_positions, server_settings
 from vllm_dllm.draft.graph_file import check_fit, load_graph
+from vllm_dllm.draft.ranker_file import load_ranker
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.policy_options import policy_settings
 from vllm_dllm.spiffy_config import DEFAULT_GRAPH
@@ -84,24 +85,31 @@ def whole_numbers(option: str, text: str, most: int) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-def policies(model: str, policy: str, graph: str, settings: Mapping[str, object]) -> "tuple[Policy, ...]":
-    """Pair each policy with its graph, and with those of the settings that it reads.
+def policies(
+    model: str, policy: str, graph: str, settings: Mapping[str, object], ranker: str = ""
+) -> "tuple[Policy, ...]":
+    """Pair each policy with its graph and ranker, and with those of the settings that it reads.
 
     Args:
         model: name or path.
         policy: names, with commas between them.
         graph: one for all of them, or one for each.
         settings: fields of `DllmConfig`.
+        ranker: as `graph`; an empty text is none.
 
     Raises: ConfigError for what is not allowed.
     """
     from vllm_dllm.measure.decode import Policy
 
-    names, graphs = policy.split(","), graph.split(",")
-    if len(graphs) not in {1, len(names)}:
-        raise ConfigError(
-            f"--graph has {len(graphs)} graphs and --policy {len(names)} policies; give one for all or one for each"
-        )
+    names, graphs, rankers = policy.split(","), graph.split(","), ranker.split(",")
+    for option, given in (("graph", graphs), ("ranker", rankers)):
+        if len(given) not in {1, len(names)} or (len(given) > 1 and not all(given)):
+            raise ConfigError(
+                f"--{option} has {len(given)} {option}s and --policy {len(names)} policies; give one for all or one "
+                "for each"
+            )
+    for path in filter(None, rankers):
+        load_ranker(path)  # refused here, before engines start
     paired = []
     for index, name in enumerate(names):
         server = server_settings(model, {**settings, "policy": name})
@@ -109,5 +117,5 @@ def policies(model: str, policy: str, graph: str, settings: Mapping[str, object]
         path = graphs[index % len(graphs)]
         if path != DEFAULT_GRAPH:
             check_fit(load_graph(path, [DEFAULT_GRAPH]), server, where=path)  # refused here, before engines start
-        paired.append(Policy(values, path))
+        paired.append(Policy(values, path, rankers[index % len(rankers)] or None))
     return tuple(paired)

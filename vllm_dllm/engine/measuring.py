@@ -82,7 +82,7 @@ def measure(llm: LLM, notes: StepNotes, workload: Workload, concurrency: int) ->
     engine = llm.llm_engine
     result = Measurement([[] for _ in workload.prompts])
     num_added = num_finished = 0
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     while num_finished < len(workload.prompts):
         while num_added < min(len(workload.prompts), num_finished + concurrency):
             prompt = {"prompt_token_ids": list(workload.prompts[num_added])}
@@ -94,7 +94,7 @@ def measure(llm: LLM, notes: StepNotes, workload: Workload, concurrency: int) ->
         for output in outputs:
             result.tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
         num_finished += len(outputs)
-    result.seconds = time.perf_counter() - begin
+    result.seconds, result.cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
     return result
 
 

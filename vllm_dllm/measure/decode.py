@@ -11,11 +11,11 @@ from typing import Any
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, dump_graph
 from vllm_dllm.measure.process import EngineProcess
-from vllm_dllm.measure.report import Row, Section, Spread
+from vllm_dllm.measure.report import Interval, Row, Section, Spread
 from vllm_dllm.measure.workload import EngineSpec, Measurement, UnequalTokensError, Workload
 from vllm_dllm.spiffy_config import DEFAULT_GRAPH, DEFAULT_MAX_NODES, METHOD
 
-OFF, AUTO = "off", "auto"
+OFF, AUTO, RANKER = "off", "auto", "ranker"
 MIN_STEPS = 10
 """Fewer steps of a kind are no measurement."""
 
@@ -27,10 +27,12 @@ class Policy:
     Attributes:
         settings: of the server.
         draft_graph: as in `speculative_config`; `default` is the one of this policy.
+        ranker: of a way more, `auto` with this order ranker; None: there is none.
     """
 
     settings: dict[str, Any]
     draft_graph: str = DEFAULT_GRAPH
+    ranker: str | None = None
 
     @property
     def name(self) -> str:
@@ -42,8 +44,8 @@ class Policy:
 class Variant:
     """A way to decode: the engine that does it, and the budget that this engine is given for it.
 
-    Engines are `off`, `auto`, `budget` and `chain`, all alive at once; the latter two evaluate any budget up to their
-    largest.
+    Engines are `off`, `auto`, `ranker` (auto with one), `budget` and `chain`, all alive at once; the latter two
+    evaluate any budget up to their largest.
     """
 
     engine: str
@@ -64,8 +66,11 @@ class Comparison:
         policies: each is measured by itself.
         budgets: fixed budgets of the draft graph.
         chain: fixed budgets of a chain graph, as FreeDave (arXiv:2510.00294) and SSD (arXiv:2510.04147) draft.
-        repeats: rounds in which everyone decodes the workload once.
+        repeats: rounds in which everyone decodes the workload once, behind each start.
         dtype: of the engines.
+        starts: of all engines. Two engines of the same settings differ by some percent as long as they live, since
+            their memory lies elsewhere, so rounds of one start say less than their number.
+        waves: prompts of a round for each request in flight, other ones in the next round; None: all prompts.
     """
 
     workload: Workload
@@ -74,12 +79,22 @@ class Comparison:
     chain: tuple[int, ...] = (3,)
     repeats: int = 3
     dtype: str = "float32"
+    starts: int = 1
+    waves: int | None = None
+
+    def prompts(self, concurrency: int, number: int) -> tuple[int, int]:
+        """Return the first prompt of a round, and how many it has."""
+        total = len(self.workload.prompts)
+        size = total if self.waves is None else min(total, self.waves * concurrency)
+        return number % (total // size) * size, size
 
     @property
     def variants(self) -> list[Variant]:
         """All ways to decode; the first is what the others are compared with."""
         fixed = [Variant("budget", budget) for budget in self.budgets]
-        return [Variant(OFF), *fixed, Variant(AUTO), *(Variant("chain", budget) for budget in self.chain)]
+        ranked = [Variant(RANKER)] if any(policy.ranker for policy in self.policies) else []
+        chains = [Variant("chain", budget) for budget in self.chain]
+        return [Variant(OFF), *fixed, Variant(AUTO), *ranked, *chains]
 
     def specs(self, policy: Policy) -> dict[str, EngineSpec]:
         """Return the engines that a policy's variants need."""
@@ -87,6 +102,8 @@ class Comparison:
             OFF: None,
             AUTO: {"draft_graph": policy.draft_graph, "budget": AUTO},
         }
+        if policy.ranker is not None:
+            speculation[RANKER] = {"draft_graph": policy.draft_graph, "budget": AUTO, "ranker": policy.ranker}
         if self.budgets:
             speculation["budget"] = {"draft_graph": policy.draft_graph, "budget": max(self.budgets)}
         if self.chain:
@@ -120,10 +137,10 @@ def chain_graph(num_nodes: int) -> DraftGraph:
     return DraftGraph(tuple(tuple((rank, 0) for rank in range(depth)) for depth in range(1, num_nodes + 1)))
 
 
-def in_turns(variants: Sequence[Variant], repeats: int) -> Iterator[Variant]:
+def in_turns(variants: Sequence[Variant], repeats: int) -> Iterator[tuple[int, Variant]]:
     """Yield all variants in each round, forth and back by turns, so that none is always the one behind another."""
     for number in range(repeats):
-        yield from variants if number % 2 == 0 else reversed(variants)
+        yield from ((number, variant) for variant in (variants if number % 2 == 0 else reversed(variants)))
 
 
 def compare(comparison: Comparison, advance: Callable[[str], None]) -> Runs:
@@ -137,58 +154,64 @@ def compare(comparison: Comparison, advance: Callable[[str], None]) -> Runs:
     """
     runs: defaultdict[Key, list[Measurement]] = defaultdict(list)
     for policy in comparison.policies:
-        with ExitStack() as stack:
-            engines: dict[str, EngineProcess] = {}
-            for name, spec in comparison.specs(policy).items():
-                advance(f"{policy.name}: start of {name}")
-                engines[name] = stack.enter_context(EngineProcess(spec))
-            for key, measurement in _measure(comparison, policy, engines, advance):
+        first: dict[int, tuple[Key, list[int]]] = {}
+        for start in range(comparison.starts):
+            for key, index, measurement in _measure(comparison, policy, start, advance):
                 runs[key].append(measurement)
-                check_tokens(runs, key)
+                check_tokens(first, key, index, measurement.tokens)
     return dict(runs)
 
 
 def _measure(
-    comparison: Comparison, policy: Policy, engines: dict[str, EngineProcess], advance: Callable[[str], None]
-) -> Iterator[tuple[Key, Measurement]]:
-    """Measure a policy, at each number of requests at once after a warm-up."""
-    for concurrency in comparison.workload.concurrency:
-        for name, engine in engines.items():
-            advance(f"{policy.name}: warm-up of {name}, {concurrency} at once")
-            engine.measure(concurrency, num_prompts=concurrency)
-        for variant in in_turns(comparison.variants, comparison.repeats):
-            advance(f"{policy.name}: {variant.name}, {concurrency} at once")
-            measurement = engines[variant.engine].measure(concurrency, variant.budget)
-            yield Key(policy.name, concurrency, variant.name), measurement
+    comparison: Comparison, policy: Policy, start: int, advance: Callable[[str], None]
+) -> Iterator[tuple[Key, int, Measurement]]:
+    """Start all engines; measure a policy at each number of requests at once after a warm-up, with the first prompt."""
+    with ExitStack() as stack:
+        engines: dict[str, EngineProcess] = {}
+        for name, spec in comparison.specs(policy).items():
+            advance(f"{policy.name}: start of {name}")
+            engines[name] = stack.enter_context(EngineProcess(spec))
+        for concurrency in comparison.workload.concurrency:
+            for name, engine in engines.items():
+                advance(f"{policy.name}: warm-up of {name}, {concurrency} at once")
+                engine.measure(concurrency, num_prompts=concurrency)
+            for number, variant in in_turns(comparison.variants, comparison.repeats):
+                advance(f"{policy.name}: {variant.name}, {concurrency} at once")
+                first, size = comparison.prompts(concurrency, start * comparison.repeats + number)
+                measurement = engines[variant.engine].measure(concurrency, variant.budget, size, first)
+                yield Key(policy.name, concurrency, variant.name), first, measurement
 
 
 def num_measurements(comparison: Comparison) -> int:
     """Return how often `compare` calls `advance`."""
     num_engines = len(comparison.specs(comparison.policies[0]))
     per_concurrency = num_engines + len(comparison.variants) * comparison.repeats
-    return len(comparison.policies) * (num_engines + len(comparison.workload.concurrency) * per_concurrency)
+    per_start = num_engines + len(comparison.workload.concurrency) * per_concurrency
+    return len(comparison.policies) * comparison.starts * per_start
 
 
-def check_tokens(runs: Runs, key: Key) -> None:
-    """Compare the newest measurement of a kind with the policy's very first one, which is without speculation.
+def check_tokens(first: dict[int, tuple[Key, list[int]]], key: Key, index: int, tokens: list[list[int]]) -> None:
+    """Compare the tokens of prompts from `index` on with those of whoever of a policy decoded each of them first.
 
     Raises: UnequalTokensError.
     """
-    first = next(measurements[0] for other, measurements in runs.items() if other.policy == key.policy)
-    for index, (expected, found) in enumerate(zip(first.tokens, runs[key][-1].tokens, strict=True)):
+    for number, found in enumerate(tokens, index):
+        by, expected = first.setdefault(number, (key, found))
         if expected != found:
             raise UnequalTokensError(
-                f"policy {key.policy}, {key.variant}, {key.concurrency} at once: the tokens of prompt {index} (from 0) "
-                f"differ from those without speculation; expected {expected}, found {found}"
+                f"policy {key.policy}, {key.variant}, {key.concurrency} at once: the tokens of prompt {number} "
+                f"(from 0) differ from those of {by.variant}, {by.concurrency} at once; expected {expected}, "
+                f"found {found}"
             )
 
 
-def sections(runs: Runs, block_length: int) -> list[Section]:
-    """Make the tables of the measurements."""
+def sections(runs: Runs, block_length: int, starts: int = 1) -> list[Section]:
+    """Make the tables of the measurements, of which an equal part is behind each start."""
     return [
         Section("speed: median of the rounds (least to most); ratios are to off of the same round", _speeds(runs)),
         Section("share of forwards whose drafts were accepted to this depth", _depths(runs)),
         Section("milliseconds of a step that only denoises, median", _step_times(runs, block_length)),
+        Section("ratio to off of the same round: median [95 % of its bootstrap]", _intervals(runs, starts)),
     ]
 
 
@@ -196,6 +219,26 @@ def ratios(runs: Runs, key: Key) -> list[float]:
     """Return, for each round, the tokens per second as a multiple of those without speculation."""
     off = runs[Key(key.policy, key.concurrency, OFF)]
     return [a.tokens_per_s / b.tokens_per_s for a, b in zip(runs[key], off, strict=True)]
+
+
+def cpu_ratios(runs: Runs, key: Key) -> list[float]:
+    """Return, for each round, the CPU seconds without speculation as a multiple of those with it."""
+    off = runs[Key(key.policy, key.concurrency, OFF)]
+    return [b.cpu_seconds / a.cpu_seconds for a, b in zip(runs[key], off, strict=True)]
+
+
+def _intervals(runs: Runs, starts: int) -> list[Row]:
+    return [
+        {
+            "policy": key.policy,
+            "at once": key.concurrency,
+            "drafts": key.variant,
+            "tokens/s": str(Interval.of(ratios(runs, key), starts)),
+            "tokens per CPU second": str(Interval.of(cpu_ratios(runs, key), starts)),
+        }
+        for key in runs
+        if key.variant != OFF
+    ]
 
 
 def _speeds(runs: Runs) -> list[Row]:

@@ -17,12 +17,12 @@ def draw(sections: Sequence[Section], path: Path) -> None:
     """Draw the sections of `measure.decode.sections`: a row of panels per policy, and the time of steps below.
 
     Args:
-        sections: speed, acceptance, times of steps.
+        sections: speed, acceptance, times of steps; further ones are not drawn.
         path: its suffix, `.svg` or `.png`, chooses the format.
     """
     from matplotlib.figure import Figure
 
-    speed, depths, steps = (section.rows for section in sections)
+    speed, depths, steps = (section.rows for section in sections[:3])
     policies = list(dict.fromkeys(row["policy"] for row in speed))
     width, height = _PANEL_INCHES
     figure = Figure(figsize=(2 * width, (1 + len(policies)) * height), layout="constrained")

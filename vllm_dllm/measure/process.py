@@ -28,17 +28,20 @@ class EngineProcess:
         theirs.close()
         self._receive()
 
-    def measure(self, concurrency: int, budget: int | None = None, num_prompts: int | None = None) -> Measurement:
-        """Decode the prompts of the workload once.
+    def measure(
+        self, concurrency: int, budget: int | None = None, num_prompts: int | None = None, first: int = 0
+    ) -> Measurement:
+        """Decode prompts of the workload once.
 
         Args:
             concurrency: requests in flight.
             budget: drafts of each step; None leaves the engine as it is.
-            num_prompts: of the workload, from the first on; None is all.
+            num_prompts: of the workload; None is all.
+            first: the first of them.
 
         Raises: EngineEndedError.
         """
-        self._connection.send((concurrency, budget, num_prompts))
+        self._connection.send((concurrency, budget, num_prompts, first))
         measurement = self._receive()
         assert isinstance(measurement, Measurement), "what _serve sends"
         return measurement
@@ -73,11 +76,13 @@ def _serve(connection: "Connection[Any, Any]", spec: EngineSpec) -> None:
     connection.send("ready")
     while True:
         try:
-            concurrency, budget, num_prompts = connection.recv()
+            concurrency, budget, num_prompts, first = connection.recv()
         except EOFError:
             break
         if budget is not None:
             set_budget(llm, budget)
-        workload = replace(spec.workload, prompts=spec.workload.prompts[:num_prompts])
+        whole = spec.workload
+        chosen = whole.prompts[first:][:num_prompts]
+        workload = replace(whole, prompts=chosen, seed=whole.seed + first)
         connection.send(measure(llm, notes, workload, concurrency))
     llm.llm_engine.engine_core.shutdown()

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,34 @@ class Spread:
     def __str__(self) -> str:
         digits = 0 if self.median >= 100 else 2
         return f"{self.median:.{digits}f} ({self.least:.{digits}f} to {self.most:.{digits}f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A median, and where 95 % of those of resampled measurements lie: `0.985 [0.971, 1.002]`."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], groups: int = 1) -> "Interval":
+        """Bootstrap the median of at least one value; deterministic.
+
+        Args:
+            values: one group behind the other, all of the same size.
+            groups: of what is more alike than others are; groups are drawn, and values within them.
+        """
+        rng, size = random.Random(0), len(values) // groups
+        parts = [values[i * size : (i + 1) * size] for i in range(groups)]
+        medians = sorted(
+            statistics.median([value for part in rng.choices(parts, k=groups) for value in rng.choices(part, k=size)])
+            for _ in range(2000)
+        )
+        return cls(statistics.median(values), medians[50], medians[-51])
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 Cell = str | int | float | Spread

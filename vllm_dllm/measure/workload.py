@@ -70,12 +70,14 @@ class Measurement:
     Attributes:
         tokens: of each prompt.
         seconds: from the first request to the last token.
+        cpu_seconds: what the engine's process computed meanwhile, on all its threads.
         stats: sums over the steps.
         step_ms: milliseconds of each step that only denoised, by (requests, drafts of each).
     """
 
     tokens: list[list[int]]
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     stats: StepStats = field(default_factory=StepStats)
     step_ms: defaultdict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(list))
 
@@ -98,6 +100,7 @@ class Measurement:
         """Return all that was measured but the tokens, for a JSON file."""
         return {
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "num_tokens": self.num_tokens,
             "stats": asdict(self.stats),
             "steps": [
