@@ -32,7 +32,7 @@ def check_of(is_causal: bool, pages: dict[str, list[Any]] | None = None) -> Stat
 
 
 def request(num_tokens: int = 8, name: str = "a") -> Any:
-    return SimpleNamespace(request_id=name, num_tokens=num_tokens, num_stale_output_tokens=0)
+    return SimpleNamespace(request_id=name, num_tokens=num_tokens, num_prompt_tokens=8, num_stale_output_tokens=0)
 
 
 def report(**changes: Any) -> RequestReport:
