@@ -35,7 +35,9 @@ class Phase:
 
 
 @dataclass(slots=True)
-class _Request:
+class RecordedRequest:
+    """Where a request is in its recorded blocks."""
+
     blocks: Sequence[Sequence[Sequence[int]]]
     is_never: bool
     block: int = 0
@@ -43,6 +45,7 @@ class _Request:
 
     @property
     def is_done(self) -> bool:
+        """Whether its last block has ended."""
         return self.block == len(self.blocks)
 
     def saved(self, budget: int) -> int:
@@ -52,6 +55,7 @@ class _Request:
         return sum(need <= budget for need in self.blocks[self.block][self.anchor])
 
     def go_on(self, num_steps: int) -> None:
+        """Make so many transitions, or those that are left of the block."""
         self.anchor += num_steps
         if self.anchor >= len(self.blocks[self.block]):
             self.block, self.anchor = self.block + 1, -1
@@ -66,7 +70,7 @@ class _Server:
     acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
     spent_ms: float = 0.0
 
-    def step(self, running: dict[str, _Request]) -> None:
+    def step(self, running: dict[str, RecordedRequest]) -> None:
         """Let each running request take a step."""
         begin = [name for name, request in running.items() if request.anchor < 0]
         drafting = [name for name, request in running.items() if request.anchor >= 0]
@@ -123,7 +127,7 @@ def spent_ms(machine: Machine, recordings: dict[str, Recording], load: Sequence[
     server = _Server(machine, served, rule, random.Random(0))
     asked = _requests(recordings, load)
     for phase in load:
-        running: dict[str, _Request] = {}
+        running: dict[str, RecordedRequest] = {}
         left = phase.num_requests
         while left or running:
             while left and len(running) < phase.at_once:
@@ -137,13 +141,13 @@ def spent_ms(machine: Machine, recordings: dict[str, Recording], load: Sequence[
     return server.spent_ms
 
 
-def _requests(recordings: dict[str, Recording], load: Sequence[Phase]) -> Iterator[tuple[str, _Request]]:
+def _requests(recordings: dict[str, Recording], load: Sequence[Phase]) -> Iterator[tuple[str, RecordedRequest]]:
     number = 0
     for phase in load:
         for place in range(phase.num_requests):
             name = phase.names[place % len(phase.names)]
             prompts = recordings[name.removeprefix("!")].prompts
-            yield f"{number}", _Request(prompts[number % len(prompts)], name.startswith("!"))
+            yield f"{number}", RecordedRequest(prompts[number % len(prompts)], name.startswith("!"))
             number += 1
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.draft.nonsense import KINDS, NonsenseDrafter
 from tests.draft.test_exact import (
     DREAM,
     LLADA,
@@ -150,3 +151,16 @@ def test_a_drafter_that_knows_saves_what_can_be_saved(is_native: bool) -> None:
     (row,) = decode(model, [request], drafter, 5, 5, is_native=is_native)
     assert row.tokens == plain.tokens.tolist()
     assert (plain.nfe, row.took.tolist()[:2], row.num_over) == (20, [5, 15], 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), is_native=st.booleans(), rules=st.sampled_from([LLADA, DREAM, SDAR]))
+def test_nonsense_changes_no_token(data: st.DataObject, is_native: bool, rules: UnmaskRules) -> None:
+    model = SyntheticModel(4, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([0.0, 3.0, 12.0])))
+    requests = data.draw(st.lists(requests_of(4, rules), min_size=1, max_size=4))
+    plain, plain_forwards, _ = denoise(model, requests, None, 0, is_native=is_native, rules=rules)
+    kinds = data.draw(st.sampled_from([KINDS, *((kind,) for kind in KINDS)]))
+    drafter: Drafter = NonsenseDrafter(VOCAB, kinds, data.draw(st.integers(0, 99)))
+    tokens, forwards, accepted = denoise(model, requests, drafter, 6, is_native=is_native, rules=rules)
+    assert tokens == plain
+    assert [a + b for a, b in zip(forwards, accepted, strict=True)] == plain_forwards

@@ -134,3 +134,13 @@ def test_requests_do_not_see_each_other(num_nodes: int) -> None:
         alone = propose(graph, alone_from, own)
         assert torch.equal(alone.canvas[0], together.canvas[i])
         assert torch.equal(alone.is_valid[0], together.is_valid[i])
+
+
+def test_greedy_nodes_are_different_canvases() -> None:
+    """Formulas are different sets of ranks of one distribution, so no canvas of a step is evaluated twice."""
+    pairs = [(position, token) for position in range(3) for token in range(2)]
+    formulas: list[Formula] = [(pair,) for pair in pairs]
+    formulas += [(a, b) for a in pairs for b in pairs if a[0] < b[0]]
+    found = drafts_of(formulas, [MASK] * 4)
+    assert found.is_valid.all()
+    assert len(canvases(found)) == len(formulas)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.launches import BEFORE, BEHIND, counted
+from tests.draft.nonsense import NonsenseDrafter
 from tests.e2e.ended import check_ended, ending
 from tests.e2e.growing import growing
 from tests.e2e.interference import check_interference
@@ -75,6 +76,22 @@ def test_mixed_batch_equals_reference(served: Any, mild_oracle: Oracle) -> None:
         (e.nfe, e.nfe_refresh, e.num_accepted, e.num_proposed) for e in expected
     ]
     assert sum(e.num_accepted for e in expected) >= 8, "too few drafts come true for the test to mean much"
+
+
+def test_nonsense_changes_no_token(served: Any, mild_oracle: Oracle) -> None:
+    """Random, equal and finished canvases, all said to be valid, in the place of the drafter's."""
+    llm, settings, _, _ = served
+    denoiser = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state.denoiser
+    vocab_size = llm.llm_engine.model_config.get_vocab_size()
+    own, nonsense = denoiser.drafter, NonsenseDrafter(vocab_size)
+    nonsense.attach(denoiser.state)
+    cases = mixed_cases(settings["block_length"], seed=11)
+    denoiser.drafter = nonsense
+    try:
+        outputs = run_outputs(llm, cases)
+    finally:
+        denoiser.drafter = own
+    assert [list(o.outputs[0].token_ids) for o in outputs] == [mild_oracle.tokens(case, settings) for case in cases]
 
 
 def test_an_answer_ends_before_its_block(served: Any, mild_oracle: Oracle) -> None:

@@ -61,6 +61,7 @@ class DllmStatLogger(AggregateStatLoggerBase):
             for index, values in labels.items()
         }
         self._draft_counters: dict[str, Counter] = {}
+        self._draft_children: dict[tuple[str, int, int], Counter] = {}  # those with labels, whose making takes time
         if self._drafting:
             exactness = spiffy.exactness if spiffy else "exact"
             self._draft_counters = {
@@ -93,7 +94,11 @@ class DllmStatLogger(AggregateStatLoggerBase):
     def _count_by(self, name: str, engine_idx: int, counts: dict[int, int]) -> None:
         for value, count in counts.items():
             if count:
-                self._draft_counters[name].labels(*self._draft_labels[engine_idx], str(value)).inc(count)
+                key = name, engine_idx, value
+                if key not in self._draft_children:
+                    labels = *self._draft_labels[engine_idx], str(value)
+                    self._draft_children[key] = self._draft_counters[name].labels(*labels)
+                self._draft_children[key].inc(count)
 
     def log(self) -> None:
         """Log what happened since the last call, if something did."""
