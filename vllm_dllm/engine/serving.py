@@ -4,6 +4,7 @@ a request in flight its error when the server ends.
 
 import re
 import sys
+import weakref
 from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
 from typing import Any
@@ -26,6 +27,9 @@ _SENT_AS = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
 
 _APPS: list[Any] = []
 """Of the servers with one of our models in this process, at most one."""
+
+_STOPPED: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Engine clients that have been shut down. vLLM's server does so twice, and the engine that it stopped is then dead."""
 
 
 def install() -> None:
@@ -135,7 +139,8 @@ def _with_errors_sent(original: Callable[..., None]) -> Callable[..., None]:
 
     def wrapper(self: Any, timeout: float | None = None) -> None:
         handler = getattr(self, "output_handler", None)  # None where no request came, or `__init__` failed
-        was_dead = handler is not None and self.engine_core.resources.engine_dead
+        was_dead = handler is not None and self not in _STOPPED and self.engine_core.resources.engine_dead
+        _STOPPED.add(self)
         original(self, timeout)
         if handler is not None and is_ours(self.model_config):
             run_in_loop(handler.get_loop(), self.output_processor.propagate_error, EngineDeadError())
