@@ -16,7 +16,7 @@ KINDS = ("random", "equal", "finished", "roots", "masked", "strangers")
 class NonsenseDrafter:
     """Proposes, of one kind or of all by turns: random tokens in random places, also in known ones; the same canvas
     again and again; finished canvases; the root itself; nothing but masks; the roots of other requests. Its depths are
-    as wrong, and so are its look-aheads.
+    as wrong. It looks ahead nowhere.
 
     Attributes:
         num_tokens: ids are below it.
@@ -41,18 +41,14 @@ class NonsenseDrafter:
     def propose(self, blocks: Blocks, num_drafts: int, *, looks_ahead: bool) -> Nodes:
         mask = self._canvases.mask_token_id
         roots = Nodes.of_roots(self._canvases.canvas[blocks.slots], mask)
-        if num_drafts == 0 and not looks_ahead:
+        if num_drafts == 0:
             return roots
         root = roots.canvas[:, 0]
         drafts = [self._guess(self.rng.choice(self.kinds), root) for _ in range(num_drafts)]
-        canvas = torch.stack(drafts, 1) if drafts else roots.canvas[:, :0]
+        canvas = torch.stack(drafts, 1)
         is_valid = torch.ones(canvas.shape[:2], dtype=torch.bool)
         depth = torch.tensor([[self.rng.randint(1, 9) for _ in drafts] for _ in root]).view(canvas.shape[:2])
-        nodes = roots.with_drafts(canvas, is_valid, depth, mask)
-        if not looks_ahead:
-            return nodes
-        has_next = blocks.start + self._canvases.block_length < self._canvases.seq_len[blocks.slots]
-        return nodes.with_look_ahead(self._guess("finished", root), has_next, mask)
+        return roots.with_drafts(canvas, is_valid, depth, mask)
 
     def _guess(self, kind: str, root: Tensor) -> Tensor:
         mask = self._canvases.mask_token_id
