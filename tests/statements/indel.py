@@ -27,13 +27,15 @@ def indel(step: Step) -> tuple[list[int], bool]:
     memory["updates"] = memory.get("updates", 0) + 1
     memory["post"] = memory.get("post", 0) + (not old)
     posts = step.options["indel_post_steps"]
-    is_cleanup = memory["post"] > posts or memory["updates"] > step.block.length + posts
-    tokens, confidence = {}, {}
-    for p in range(step.block.length):
-        barred = {mask, delete, split} if is_cleanup else {mask} if p in old else set()
-        tokens[p] = argmax(without(step.logits[p], barred))
-        confidence[p] = max(softmax(step.logits[p], set()))
-    written = masked if is_cleanup or not old else masks_to_write(step, old, confidence)
+    tokens = {p: argmax(without(step.logits[p], {mask} if p in old else set())) for p in range(step.block.length)}
+    confidence = {p: softmax(step.logits[p], set())[tokens[p]] for p in tokens}
+    written = masks_to_write(step, old, confidence) if old else masked
+    is_cleanup = memory["updates"] > step.block.length + posts or (
+        set(old) <= set(written) if not posts else not old and memory["post"] >= posts
+    )
+    if is_cleanup:
+        written = masked
+        tokens = {p: argmax(without(step.logits[p], {mask, delete, split})) for p in tokens}
     edits = [
         p
         for p in range(step.block.length)
@@ -45,7 +47,9 @@ def indel(step: Step) -> tuple[list[int], bool]:
     changed = sorted(written + edits)
     if not changed:
         return list(step.canvas), True
-    turn_away(step, tokens, confidence, changed, is_cleanup)
+    if not is_cleanup:
+        turn_away(step, tokens, confidence, [p for p in changed if tokens[p] != step.canvas[p]], old)
+    memory.setdefault("seen", set()).add(tuple(step.canvas))
     for p in changed:
         memory.setdefault("taken", {}).setdefault(p, set()).add(tokens[p])
     places = moved(step, {p: tokens[p] for p in changed}, original, delete, split)
@@ -63,17 +67,15 @@ def masks_to_write(step: Step, old: list[int], confidence: dict[int, float]) -> 
 
 
 def turn_away(
-    step: Step, tokens: dict[int, int], confidence: dict[int, float], changed: list[int], is_cleanup: bool
+    step: Step, tokens: dict[int, int], confidence: dict[int, float], changing: list[int], old: list[int]
 ) -> None:
     """A canvas that was written in before: the least sure change takes the likeliest token that its position
-    never took.
+    never took, and no old mask stays one.
     """
-    seen = step.memory.setdefault("seen", set())
-    changing = [p for p in changed if tokens[p] != step.canvas[p]]
-    if tuple(step.canvas) in seen and not is_cleanup and changing:
+    if changing and tuple(step.canvas) in step.memory.get("seen", set()):
         least = best(changing, {p: -confidence[p] for p in changing}, 1)[0]
-        tokens[least] = argmax(without(step.logits[least], step.memory.get("taken", {}).get(least, set())))
-    seen.add(tuple(step.canvas))
+        barred = step.memory["taken"].get(least, set()) | ({step.block.mask} if least in old else set())
+        tokens[least] = argmax(without(step.logits[least], barred))
 
 
 def moved(step: Step, writes: dict[int, int], original: list[bool], delete: int, split: int) -> list[Place]:

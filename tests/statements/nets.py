@@ -10,10 +10,7 @@ Matrix = list[list[float]]
 
 
 def linear(net: dict, name: str, vector: list[float]) -> list[float]:
-    return [
-        math.fsum(w * x for w, x in zip(row, vector, strict=True)) + bias
-        for row, bias in zip(net[f"{name}.weight"], net[f"{name}.bias"], strict=True)
-    ]
+    return (net[f"{name}.weight"] @ torch.tensor(vector, dtype=torch.float64) + net[f"{name}.bias"]).tolist()
 
 
 def sigmoid(x: float) -> float:
@@ -29,10 +26,10 @@ def learn2pd(step: Step, accept: str = "learn2pd_accept") -> list[int]:
 def accepted(step: Step, bound: float) -> list[int]:
     """Masked positions of which the filter, Linear, ReLU, Linear, says more than the bound.
 
-    It sees the probability of the likeliest token at each position of the block, known ones too.
+    It sees the probability of the likeliest token at each position of the block, known ones too; 0 behind a cut.
     """
-    net = step.options["net"]
-    seen = [step.confidence(p) for p in range(step.block.length)]
+    net, end = step.options["net"], step.memory.get("end", step.block.length)
+    seen = [step.confidence(p) if p < end else 0.0 for p in range(step.block.length)]
     says = linear(net, "linear2", [max(x, 0.0) for x in linear(net, "linear1", seen)])
     return [p for p in step.masked if sigmoid(says[p]) > bound]
 
@@ -56,7 +53,7 @@ def dit(step: Step) -> list[float]:
     time = dit_time(net, (step.block.decided + step.number) / step.block.reply)
     x = [linear(net, "confidence_proj", [step.confidence(p)]) for p in range(step.block.length)]
     condition = [
-        [a + b for a, b in zip(net["mask_embedding.weight"][int(step.is_masked(p))], time, strict=True)]
+        [a + b for a, b in zip(net["mask_embedding.weight"][int(step.is_masked(p))].tolist(), time, strict=True)]
         for p in range(step.block.length)
     ]
     block = "transformer_blocks.0"
@@ -79,7 +76,7 @@ def dit(step: Step) -> list[float]:
 
 def dit_time(net: dict, time: float) -> list[float]:
     """The time's cosine and sine, each as often as half the embedding is wide (a period of 1), rounded to bfloat16."""
-    half = len(net["time_mlp.0.weight"][0]) // 2
+    half = net["time_mlp.0.weight"].shape[1] // 2
     waves = [float(torch.tensor(wave(time)).to(torch.bfloat16)) for wave in (math.cos, math.sin)]
     hidden = linear(net, "time_mlp.0", [waves[0]] * half + [waves[1]] * half)
     return linear(net, "time_mlp.2", [h * sigmoid(h) for h in hidden])
@@ -93,13 +90,11 @@ def attention(net: dict, block: str, rows: Matrix, heads: int) -> Matrix:
         part = slice(head * size, (head + 1) * size)
         queries, keys = ([turned(row[part], position) for position, row in enumerate(side)] for side in (q, k))
         for position, query in enumerate(queries):
-            scores = [math.fsum(a * b for a, b in zip(query, key, strict=True)) / math.sqrt(size) for key in keys]
+            scores = [sum(a * b for a, b in zip(query, key, strict=True)) / math.sqrt(size) for key in keys]
             weights = [math.exp(score - max(scores)) for score in scores]
             total = math.fsum(weights)
             values = zip(*(row[part] for row in v), strict=True)
-            outputs[position] += [
-                math.fsum(w * x for w, x in zip(weights, column, strict=True)) / total for column in values
-            ]
+            outputs[position] += [sum(w * x for w, x in zip(weights, column, strict=True)) / total for column in values]
     return [linear(net, f"{block}.out_proj", row) for row in outputs]
 
 
@@ -116,7 +111,8 @@ def normed(net: dict, name: str, row: list[float]) -> list[float]:
     mean = math.fsum(row) / len(row)
     deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in row) / len(row) + 1e-5)
     return [
-        (x - mean) / deviation * w + b for x, w, b in zip(row, net[f"{name}.weight"], net[f"{name}.bias"], strict=True)
+        (x - mean) / deviation * w + b
+        for x, w, b in zip(row, net[f"{name}.weight"].tolist(), net[f"{name}.bias"].tolist(), strict=True)
     ]
 
 

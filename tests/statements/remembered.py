@@ -9,9 +9,9 @@ WARM_UP = 5
 
 def ccd(step: Step) -> list[int]:
     """CCD with `seek_mode`: positions of the buffer of the step before whose likeliest token has stayed, or the
-    share of a step.
+    share of a step, one at least.
     """
-    share = step.block.length // step.block.steps
+    share = max(step.block.own // step.block.steps, 1)
     order = best(step.masked, {p: -step.entropy(p) for p in step.masked}, len(step.masked))
     likeliest = {p: step.likeliest(p) for p in step.masked}
     size = ccd_size(step, share)
@@ -31,7 +31,7 @@ def ccd_size(step: Step, share: int) -> int:
     block's end.
     """
     size = step.memory.get("size", 1)
-    if len(step.masked) <= 0.1 * step.block.length:
+    if len(step.masked) <= 0.1 * step.block.own:
         size = 1
     size = 1 if step.number < WARM_UP - 1 else min(size + 1, share + int(share * step.options["ccd_ratio"]))
     step.memory["size"] = size
@@ -74,7 +74,7 @@ def adablock(step: Step) -> list[int]:
 
 def part_length(step: Step, start: int) -> int:
     remaining = step.block.length - start
-    ahead = min(int(step.options["adablock_ahead"] * step.block.length), remaining)
+    ahead = min(int(step.options["adablock_ahead"] * step.block.reply), remaining)
     delimiters = [p for p in range(start, start + ahead) if step.token(p) == step.options["adablock_delimiter"]]
     for surest in best(delimiters, {p: step.confidence(p) for p in delimiters}, 1):
         if step.confidence(surest) >= step.options["adablock_sure"]:
@@ -83,11 +83,11 @@ def part_length(step: Step, start: int) -> int:
 
 
 def deferred(step: Step) -> list[int]:
-    """As `threshold`, in a window: its left end passes what is known, its right end moves on by as much as is
-    filled.
+    """As `threshold`, in a window, at first so wide from the first masked position: its left end passes what is known,
+    its right end moves on by as much as is filled.
     """
     width, most = int(step.options["deferred_width"]), int(step.options["deferred_most"])
-    right = step.memory.get("right", min(width, step.block.length))
+    right = step.memory.get("right", min(step.masked[0] + width, step.block.length))
     window = [p for p in step.masked if p < right]
     if not window:
         raise AssertionError("a window holds a masked position")

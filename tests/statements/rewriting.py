@@ -2,8 +2,10 @@
 block is done.
 """
 
+import math
+
 from tests.statements.bounded import above_or_some
-from tests.statements.step import Step, best, even
+from tests.statements.step import Step, best
 
 
 def own(step: Step) -> list[int]:
@@ -37,35 +39,35 @@ def saber(step: Step) -> tuple[list[int], bool]:
 
 
 def rcr(step: Step) -> tuple[list[int], bool]:
-    """Writes all, and masks as many again as the schedule leaves: those that were written with the least confidence."""
+    """Writes all, and masks again what a line from the block's own positions to none leaves, rounded down: those that
+    were written with the least confidence.
+    """
     written = step.memory.setdefault("written", {})
     written.update({p: step.confidence(p) for p in step.masked})
     canvas = step.unmask(step.masked)
-    for position in best(list(written), {p: -written[p] for p in written}, len(step.masked) - step.share()):
+    left = math.floor(step.block.own * max(1 - (step.number + 1) / step.block.steps, 1e-6))
+    for position in best(list(written), {p: -written[p] for p in written}, left):
         canvas[position] = step.block.mask
     return canvas, step.block.mask not in canvas
 
 
 def remdm(step: Step) -> tuple[list[int], bool]:
     """As `static`, with steps that mask the least sure tokens, and write as many, behind as many steps as seven
-    eighths of a block.
+    eighths of a block. A block that is full before them, since it began partly known, has none.
     """
     number, loops = int(step.options["remdm_number"]), int(step.options["remdm_loops"])
-    length = step.block.length
-    behind = max(min(int(length * 7 / 8), length - 1), 1)
-    plan: list[int | None] = list(even(length, step.block.steps))
-    plan[behind:behind] = [None] * loops
+    behind = min(step.block.steps, max(min(int(step.block.length * 7 / 8), step.block.length - 1), 1))
+    rewriting = range(behind, behind + loops)
     written = step.memory.setdefault("written", {})
-    count = plan[step.number]
-    chosen = best(step.masked, {p: step.confidence(p) for p in step.masked}, number if count is None else count)
+    count = number if step.number in rewriting else step.share()
+    chosen = best(step.masked, {p: step.confidence(p) for p in step.masked}, count)
     written.update({p: step.confidence(p) for p in chosen})
     canvas = step.unmask(chosen)
-    is_last = step.number + 1 == len(plan)
-    if not is_last and plan[step.number + 1] is None:
+    if step.number + 1 in rewriting:
         for position in best(list(written), {p: -written[p] for p in written}, number):
             canvas[position] = step.block.mask
             del written[position]
-    return canvas, is_last
+    return canvas, step.block.mask not in canvas
 
 
 def editing(step: Step) -> tuple[list[int], bool]:

@@ -41,6 +41,11 @@ class Block:
     def length(self) -> int:
         return len(self.given)
 
+    @property
+    def own(self) -> int:
+        """How many positions are to be decided: all but those given."""
+        return self.length - sum(self.given)
+
 
 @dataclass
 class Step:
@@ -106,8 +111,8 @@ class Step:
         return canvas
 
     def share(self) -> int:
-        """How many positions the schedule gives this step, by what is unmasked of the whole block."""
-        unmasked = self.block.length - len(self.masked)
+        """How many positions the schedule gives this step, by what was unmasked since the block began."""
+        unmasked = self.block.own - len(self.masked)
         counts = even(self.block.length, self.block.steps)
         reached = 0
         for count in counts:
