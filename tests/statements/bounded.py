@@ -76,13 +76,14 @@ def local_leap(step: Step) -> list[int]:
 
 
 def hierarchy(step: Step) -> list[int]:
-    """What exceeds the threshold; of each run of masked positions the surest, if it exceeds the lower one; the
-    surest of all.
+    """What exceeds the threshold; of each run of masked positions the surest, all that are so sure, if they exceed the
+    lower one; the surest of all.
     """
     confidence = {p: step.confidence(p) for p in step.masked}
     chosen = {p for p in step.masked if confidence[p] > step.options["threshold"]}
     for run in runs(step.masked):
-        chosen |= {p for p in best(run, confidence, 1) if confidence[p] > step.options["hierarchy_low"]}
+        most = max(confidence[p] for p in run)
+        chosen |= {p for p in run if confidence[p] == most > step.options["hierarchy_low"]}
     return step.unmask(sorted(chosen | set(best(step.masked, confidence, 1))))
 
 

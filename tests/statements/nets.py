@@ -14,7 +14,7 @@ def linear(net: dict, name: str, vector: list[float]) -> list[float]:
 
 
 def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def learn2pd(step: Step, accept: str = "learn2pd_accept") -> list[int]:
@@ -89,12 +89,12 @@ def attention(net: dict, block: str, rows: Matrix, heads: int) -> Matrix:
     for head in range(heads):
         part = slice(head * size, (head + 1) * size)
         queries, keys = ([turned(row[part], position) for position, row in enumerate(side)] for side in (q, k))
+        keys, values = (torch.tensor(side, dtype=torch.float64) for side in (keys, [row[part] for row in v]))
         for position, query in enumerate(queries):
-            scores = [sum(a * b for a, b in zip(query, key, strict=True)) / math.sqrt(size) for key in keys]
+            scores = (keys @ torch.tensor(query, dtype=torch.float64) / math.sqrt(size)).tolist()
             weights = [math.exp(score - max(scores)) for score in scores]
             total = math.fsum(weights)
-            values = zip(*(row[part] for row in v), strict=True)
-            outputs[position] += [sum(w * x for w, x in zip(weights, column, strict=True)) / total for column in values]
+            outputs[position] += (torch.tensor([w / total for w in weights], dtype=torch.float64) @ values).tolist()
     return [linear(net, f"{block}.out_proj", row) for row in outputs]
 
 

@@ -41,12 +41,8 @@ def ccd_size(step: Step, share: int) -> int:
 def prophet(step: Step) -> list[int]:
     """As `static`; all, once the two likeliest tokens' logits are far enough apart on the average of the answer."""
     begin = int(step.options["prophet_begin"]) - step.block.begin
-    length = int(step.options["prophet_length"])
-    span = (
-        [p for p in range(step.block.length) if begin <= p < begin + length]
-        if length
-        else list(range(step.block.length))
-    )
+    end = begin + int(step.options["prophet_length"]) if step.options["prophet_length"] else step.block.length
+    span = range(max(begin, 0), min(end, step.block.length))
     gone = step.number / step.block.steps
     name = "early" if gone < 0.33 else "middle" if gone < 0.67 else "late"
     if span and sum(gap(step, p) for p in span) / len(span) >= step.options[f"prophet_gap_{name}"]:

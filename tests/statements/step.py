@@ -59,6 +59,8 @@ class Step:
     options: dict[str, float]
     memory: dict = field(default_factory=dict)
     """What the rule keeps of the block; empty when it begins. Of the request: `memory["request"]`."""
+    found: dict[int, list[float]] = field(default_factory=dict)
+    """Probabilities that were asked for."""
 
     def is_masked(self, position: int) -> bool:
         return self.canvas[position] == self.block.mask
@@ -68,7 +70,9 @@ class Step:
         return [position for position in range(self.block.length) if self.is_masked(position)]
 
     def probabilities(self, position: int) -> list[float]:
-        return softmax(self.logits[position], {self.block.mask})
+        if position not in self.found:
+            self.found[position] = softmax(self.logits[position], {self.block.mask})
+        return self.found[position]
 
     def likeliest(self, position: int) -> int:
         return argmax(without(self.logits[position], {self.block.mask}))
