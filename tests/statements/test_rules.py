@@ -54,14 +54,18 @@ class EdgeModel(SyntheticModel):
         super().__init__(block_length, seed, sharpness)
         generator = torch.Generator().manual_seed(seed)
         self.kind = kind
+        # What a batch's float32 sums differ by from one canvas's would change what is rounded.
+        self.own, self.context = self.own.double(), self.context.double()
         self.noise = torch.randn(block_length, VOCAB, generator=generator)
         self.never = self.noise > self.noise.topk(6, dim=-1, largest=False).values[:, -1:]
         self.never[:, MASK] = False
 
     def block_logits(self, canvas: torch.Tensor) -> torch.Tensor:
-        logits = super().block_logits(canvas)
+        return self._edged(super().block_logits(canvas)).float()
+
+    def _edged(self, logits: torch.Tensor) -> torch.Tensor:
         if self.kind == "equal tokens":
-            return (logits * 2).round() / 2 + 0.01 * torch.arange(self.block_length)[:, None]
+            return (logits * 2).round() * (0.5 + 0.01 * torch.arange(self.block_length)[:, None])
         if self.kind == "impossible tokens":
             return logits.masked_fill(self.never, NEVER)
         if self.kind in {"equal rows", "near rows"}:
