@@ -3,7 +3,8 @@
 A transformer of one block sees each place's probability of the likeliest token, whether it is masked, and which share
 of the generation's steps is taken. It says for each place how likely it is to be unmasked; what is drawn is unmasked,
 or the likeliest masked place where nothing is. The published policy sees the whole generation ("full context") or the
-block; ours the block, in float64, and draws from noise that is a function of seed, position and step.
+block; ours the block, in float64 but for the embedding of time, which is bfloat16 as published, and draws from noise
+that is a function of seed, position and step.
 """
 
 import math
@@ -56,7 +57,7 @@ class DitConfidence:
     def _logits(self, is_masked: Tensor, probability: Tensor) -> Tensor:
         """Return a number of each place, of whether it is masked and its probability; all [length]."""
         time = self.taken.steps / self.gen_length
-        waves = torch.tensor([math.cos(time)] * 64 + [math.sin(time)] * 64, dtype=torch.float64)
+        waves = torch.tensor([math.cos(time)] * 64 + [math.sin(time)] * 64).bfloat16().double()
         about_time = self._linear("time_mlp.2", functional.silu(self._linear("time_mlp.0", waves)))
         about = functional.embedding(is_masked.long(), self._of("mask_embedding.weight")) + about_time
         modulation = self._linear("transformer_blocks.0.ada_conditioning", about).view(len(is_masked), 6, 128)

@@ -32,9 +32,9 @@ def torch_stats(
     sampling: RowSampling | None,
     ids: RowIds | None = None,
 ) -> PartialStats:
-    """Reduce rows of logits as `ops.vocab_stats` does; the order of equal candidates is open.
+    """Reduce rows of logits as `ops.vocab_stats` does; which of equal ones are the last candidates is open.
 
-    A row with a NaN draws it.
+    Of equal candidates the lowest id comes first. A row with a NaN draws it.
 
     Args:
         logits: [num_rows, vocab_size] any float dtype; overwritten.
@@ -49,9 +49,7 @@ def torch_stats(
         logits.masked_fill_(~unpacked(ids.allowed, logits.shape[1]), -torch.inf)
     given_logits = None if ids is None or ids.given is None else _gather(logits, ids.given)
     largest, argmax = logits.max(dim=1)
-    top_logits, top_ids = logits.topk(min(num_candidates, logits.shape[1]), dim=1)
-    missing = (0, num_candidates - top_ids.shape[1])
-    top_logits, top_ids = pad(top_logits, missing, value=-torch.inf), pad(top_ids, missing)
+    top_logits, top_ids = _largest(logits, num_candidates)
     scores, token_ids = largest.double(), argmax
     kept = None
     if sampling is not None:
@@ -69,6 +67,15 @@ def torch_stats(
         sampled = (torch.where(is_drawn, rest, sums[0]), torch.where(is_drawn, weighted, sums[1]))
     top_ids.masked_fill_(top_logits == -torch.inf, -1)
     return PartialStats(top_ids, top_logits, *sums, token_ids, token_logits, scores, *sampled, given_logits)
+
+
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest logits of each row and their ids, of equal ones the lowest id first; -inf and 0 if missing."""
+    # `topk` leaves the order of equal ones open.
+    ids = logits.topk(min(count, logits.shape[1]), dim=1).indices.sort(dim=1).values
+    values, order = logits.gather(1, ids).sort(dim=1, descending=True, stable=True)
+    missing = (0, count - ids.shape[1])
+    return pad(values, missing, value=-torch.inf), pad(ids.gather(1, order), missing)
 
 
 def _gather(logits: Tensor, ids: Tensor) -> Tensor:

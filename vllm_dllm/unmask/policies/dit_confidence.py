@@ -53,8 +53,8 @@ class _Net:
             probability: [num_canvases, length] float64, of the likeliest token of each position.
             time: [num_canvases] float64, 0 to 1.
         """
-        # All frequencies of the embedding of time are 1, as published.
-        embedded = torch.stack([time.cos(), time.sin()], 1).repeat_interleave(WIDTH // 2, 1)
+        # All frequencies of the embedding of time are 1, and it is rounded to bfloat16, as published.
+        embedded = torch.stack([time.cos(), time.sin()], 1).bfloat16().double().repeat_interleave(WIDTH // 2, 1)
         about_time = self._layer("time_mlp.2", silu(self._layer("time_mlp.0", embedded)))
         about = self._of("mask_embedding.weight")[is_masked.long()] + about_time[:, None]
         scale1, shift1, gate1, scale2, shift2, gate2 = self._layer(f"{_BLOCK}ada_conditioning", about).chunk(6, -1)
