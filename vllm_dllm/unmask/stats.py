@@ -32,9 +32,9 @@ def torch_stats(
     sampling: RowSampling | None,
     ids: RowIds | None = None,
 ) -> PartialStats:
-    """Reduce rows of logits as `ops.vocab_stats` does; which of equal ones are the last candidates is open.
+    """Reduce rows of logits as `ops.vocab_stats` does; of equal candidates the lowest id comes first.
 
-    Of equal candidates the lowest id comes first. A row with a NaN draws it.
+    A row with a NaN draws it.
 
     Args:
         logits: [num_rows, vocab_size] any float dtype; overwritten.
@@ -71,11 +71,14 @@ def torch_stats(
 
 def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest logits of each row and their ids, of equal ones the lowest id first; -inf and 0 if missing."""
-    # `topk` leaves the order of equal ones open.
-    ids = logits.topk(min(count, logits.shape[1]), dim=1).indices.sort(dim=1).values
-    values, order = logits.gather(1, ids).sort(dim=1, descending=True, stable=True)
+    # `topk` leaves open which of equal ones it takes, and in which order.
+    values = logits.topk(min(count, logits.shape[1]), dim=1).values
+    left, ids = logits.clone(), torch.zeros_like(values, dtype=torch.int64)
+    for place in range(ids.shape[1]):
+        ids[:, place] = left.argmax(dim=1)
+        left.scatter_(1, ids[:, place, None], -torch.inf)
     missing = (0, count - ids.shape[1])
-    return pad(values, missing, value=-torch.inf), pad(ids.gather(1, order), missing)
+    return pad(values, missing, value=-torch.inf), pad(ids, missing)
 
 
 def _gather(logits: Tensor, ids: Tensor) -> Tensor:
