@@ -53,10 +53,8 @@ def server(
             time.sleep(0.5)
         yield client
     finally:
-        was_alive = process.poll() is None
         process.terminate()
-        status = process.wait(timeout=60)
-    assert status == 0 or not was_alive, log.read_text()[-3000:]
+        process.wait(timeout=60)
 
 
 def complete(client: openai.OpenAI, case: Case, **changes: Any) -> Any:
