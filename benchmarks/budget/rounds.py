@@ -2,8 +2,7 @@
 
     python -m benchmarks.budget.rounds MODEL... --prompts GSM8K.jsonl --out build/rounds
 
-About 20 minutes for two models of 8.5 M parameters on an otherwise idle machine; all that was measured is in
-`rounds.json`.
+About 26 minutes for a model of 8.5 M parameters on an otherwise idle machine; `rounds.json` has all that was measured.
 """
 
 import json
