@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -14,6 +14,7 @@ from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, default_graph, dump_graph
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.names import KvPolicyName
 from vllm_dllm.spiffy_config import (
     SpiffySettings,
     field_names,
@@ -213,9 +214,21 @@ def test_a_graph_of_another_server_is_told() -> None:
     assert settings({"draft_graph": calibrated(policy="threshold")}).warnings
 
 
-@pytest.mark.parametrize(
-    "server", [{"kv_policy": "prefix"}, {"kv_policy": "dkv"}, {"kv_policy": "dkv_pd"}, {"refresh_every": 4}]
-)
+NEAR: list[dict[str, Any]] = [{"kv_policy": name} for name in ("prefix", "dkv", "dkv_pd")] + [{"refresh_every": 4}]
+EXACT: list[dict[str, Any]] = [
+    *({"kv_policy": name} for name in ("dual", "freecache", "vicinity", "block_causal", "causal")),
+    {"refresh_every": 1},
+]
+
+
+def test_each_kv_policy_is_exact_or_near_or_takes_no_drafts() -> None:
+    named = {server["kv_policy"] for server in (*NEAR, *EXACT) if "kv_policy" in server}
+    assert named == set(get_args(KvPolicyName)) - {"window"}  # which refuses drafts: tests/engine/test_sliding_rules.py
+    for server in EXACT:
+        assert settings({}, **server).exactness == settings({"exactness": "near"}, **server).exactness == "exact"
+
+
+@pytest.mark.parametrize("server", NEAR)
 def test_kv_policies_that_are_not_exact_are_refused_unless_near_will_do(server: dict[str, Any]) -> None:
     name, value = next(iter(server.items()))
     with pytest.raises(ConfigError) as refused:

@@ -55,7 +55,7 @@ REFERENCE_RULES = {  # the synthetic model shifts nothing
 class SyntheticModel:
     """Logits of each position as a random function of the block's tokens; `sharpness` makes it predictable."""
 
-    config = SimpleNamespace(mask_token_id=MASK, eos_token_id=EOS)
+    config = SimpleNamespace(mask_token_id=MASK, eos_token_id=EOS, vocab_size=VOCAB)
 
     def __init__(self, block_length: int, seed: int, sharpness: float) -> None:
         generator = torch.Generator().manual_seed(seed)

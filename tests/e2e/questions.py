@@ -11,9 +11,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT = EXAMPLES / "tiny_llada/checkpoint"
 
 
-def questions(count: int) -> list[tuple[int, ...]]:
-    """Return prompts that the trained model was made for."""
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+def questions(count: int, checkpoint: Path = CHECKPOINT) -> list[tuple[int, ...]]:
+    """Return prompts that the trained model was made for, in the tokens of a checkpoint."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tasks = runpy.run_path(str(EXAMPLES / "training/tasks.py"))
     rng = random.Random(0)
     kinds = itertools.islice(itertools.cycle(tasks["TASKS"]), count)

@@ -1,4 +1,4 @@
-"""All policies in torch code in one batch, with drafts, and after a preemption: engine == plain statements, in fp32."""
+"""All policies in one batch, with drafts, and after preemptions: engine == plain statements, in fp32."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.rig import Oracle, mixed_cases, random_graph, run_outputs, shared_engine, speculation, step_all
+from tests.e2e.stated import stated_cases
 from tests.e2e.torch_cases import BLOCK, SETTINGS, cases, check_own
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("policies in torch code")]
@@ -26,11 +27,15 @@ def test_all_in_one_batch_beside_native_ones(llm: Any, mild_oracle: Oracle) -> N
     assert check_own(mild_oracle, own, list(zip(tokens, took, strict=False))) > 0
 
 
-def test_a_preempted_one_ends_in_the_same_tokens(llm: Any, mild_oracle: Oracle) -> None:
-    own = cases(2)
+def test_preempted_ones_end_in_the_tokens_of_their_statements(llm: Any, mild_oracle: Oracle) -> None:
+    """All policies, sixteen at once, some at a temperature."""
+    own = stated_cases(2)
+    preempted = []
 
     def preempt(number: int, llm: Any) -> None:
-        if number in (4, 9):
+        if number in (4, 9, 20, 31):
+            preempted.append(len(llm.llm_engine.engine_core.engine_core.scheduler.running))
             assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
 
     assert step_all(llm, own, preempt) == {str(i): case.expected(mild_oracle)[0] for i, case in enumerate(own)}
+    assert sum(preempted) > 16, preempted

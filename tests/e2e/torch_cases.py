@@ -34,11 +34,15 @@ class TorchCase(Case):
 
     own: Own = dataclasses.field(default_factory=lambda: Own("local_leap"))
 
-    def sampling_params(self, **changes: Any) -> Any:
+    def options(self) -> dict[str, Any]:
+        """What the request says to its policy."""
         taken = {"threshold": self.own.threshold, "steps": self.own.steps * self.num_blocks}
         options = {name: taken[name] for name in rule_of(self.own.policy).takes}
-        options |= {f"{self.own.policy}_{name}": value for name, value in self.own.values}
-        extra = {"dllm_policy": self.own.policy, **{f"dllm_{name}": value for name, value in options.items()}}
+        return options | {f"{self.own.policy}_{name}": value for name, value in self.own.values}
+
+    def sampling_params(self, **changes: Any) -> Any:
+        options = {"policy": self.own.policy, **self.options()}
+        extra = {f"dllm_{name}": value for name, value in options.items()}
         return super().sampling_params(**{"extra_args": extra, **changes})
 
     @property

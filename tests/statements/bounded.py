@@ -122,7 +122,8 @@ def credit(step: Step) -> list[int]:
             for token, logit in enumerate(step.logits[position])
         ]
     mask = {step.block.mask}
-    tokens = {p: argmax(without(raised[p], mask)) for p in step.masked}
+    is_drawn = step.block.temperature > 0
+    tokens = {p: step.drawn(p, raised[p]) if is_drawn else argmax(without(raised[p], mask)) for p in step.masked}
     confidence = {p: softmax(raised[p], mask)[tokens[p]] for p in step.masked}
     canvas = list(step.canvas)
     for position in at_least(step, step.masked, confidence, step.options["threshold"]):

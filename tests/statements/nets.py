@@ -29,7 +29,7 @@ def accepted(step: Step, bound: float) -> list[int]:
     It sees the probability of the likeliest token at each position of the block, known ones too; 0 behind a cut.
     """
     net, end = step.options["net"], step.memory.get("end", step.block.length)
-    seen = [step.confidence(p) if p < end else 0.0 for p in range(step.block.length)]
+    seen = [step.sureness(p) if p < end else 0.0 for p in range(step.block.length)]
     says = linear(net, "linear2", [max(x, 0.0) for x in linear(net, "linear1", seen)])
     return [p for p in step.masked if sigmoid(says[p]) > bound]
 
@@ -51,7 +51,7 @@ def dit(step: Step) -> list[float]:
     net = step.options["net"]
     width = len(net["final_norm.weight"])
     time = dit_time(net, (step.block.decided + step.number) / step.block.reply)
-    x = [linear(net, "confidence_proj", [step.confidence(p)]) for p in range(step.block.length)]
+    x = [linear(net, "confidence_proj", [step.sureness(p)]) for p in range(step.block.length)]
     condition = [
         [a + b for a, b in zip(net["mask_embedding.weight"][int(step.is_masked(p))].tolist(), time, strict=True)]
         for p in range(step.block.length)

@@ -61,6 +61,8 @@ class Step:
     """What the rule keeps of the block; empty when it begins. Of the request: `memory["request"]`."""
     found: dict[int, list[float]] = field(default_factory=dict)
     """Probabilities that were asked for."""
+    tokens: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Tokens that were asked for."""
 
     def is_masked(self, position: int) -> bool:
         return self.canvas[position] == self.block.mask
@@ -75,19 +77,30 @@ class Step:
         return self.found[position]
 
     def likeliest(self, position: int) -> int:
-        return argmax(without(self.logits[position], {self.block.mask}))
+        key = ("likeliest", position)
+        if key not in self.tokens:
+            self.tokens[key] = argmax(without(self.logits[position], {self.block.mask}))
+        return self.tokens[key]
+
+    def sureness(self, position: int) -> float:
+        """The probability of the likeliest token, whichever the position would take."""
+        return self.probabilities(position)[self.likeliest(position)]
 
     def token(self, position: int) -> int:
-        """The token that the position would take: the likeliest, or at a temperature the one with the largest
-        noisy logit.
-        """
+        """The token that the position would take: the likeliest, or at a temperature a drawn one."""
         if not self.block.temperature:
             return self.likeliest(position)
+        key = ("drawn", position)
+        if key not in self.tokens:
+            self.tokens[key] = self.drawn(position, self.logits[position])
+        return self.tokens[key]
+
+    def drawn(self, position: int, logits: list[float]) -> int:
+        """The token with the largest noisy logit."""
         key = self.key(position, len(self.masked))
-        logits = without(self.logits[position], {self.block.mask})
-        return argmax(
-            [logit + self.block.temperature * float(gumbel(key, token)) for token, logit in enumerate(logits)]
-        )
+        noise = gumbel(key, torch.arange(len(logits))).tolist()
+        kept = without(logits, {self.block.mask})
+        return argmax([its + self.block.temperature * noisy for its, noisy in zip(kept, noise, strict=True)])
 
     def confidence(self, position: int) -> float:
         """The probability of the token that the position would take, neither tempered nor filtered."""

@@ -12,39 +12,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.draft.test_exact import EOS, MASK, VOCAB, SyntheticModel
-from tests.statements.decode import RULES, decode_block
-from tests.statements.step import NEVER, Block
-from tests.unmask.torch_policies import EOT, Own, decode, drawn, net, unmasking_net
-from vllm_dllm.state.request_params import RequestParams
-from vllm_dllm.unmask.registry import BUILT_IN
-from vllm_dllm.unmask.schedule import UnmaskRules
+from tests.draft.test_exact import MASK, VOCAB, SyntheticModel
+from tests.statements.decode import RULES
+from tests.statements.requests import request, stated, with_tail
+from tests.statements.step import NEVER
+from tests.unmask.torch_policies import Own, decode
+from vllm_dllm.unmask.registry import BUILT_IN, NATIVE
 
 BLOCKS = 2
 CASES = int(os.environ.get("STATEMENT_CASES", "60"))
 BATCH = 6
 LENGTHS = (4, 8, 16, 5, 24, 8, 12, 32, 16, 64)
 KINDS = ("plain", "equal tokens", "equal rows", "near rows", "impossible tokens")
-DEFAULTS = {
-    "factor": 1.0, "entropy_bound": 0.35, "credit_alpha": 0.7, "credit_beta": 0.8, "credit_gamma": 0.2,
-    "local_leap_relaxed": 0.75, "local_leap_radius": 4, "entropy_threshold_bound": 0.5, "hierarchy_low": 0.4,
-    "eoser_gamma_min": 0.4, "eoser_gamma_max": 1.0, "eoser_ass_gamma_min": 0.01, "eoser_ass_gamma_max": 1.0,
-    "learn2pd_accept": 0.96, "learn2pd_eotp_accept": 0.96, "dit_confidence_temperature": 1.0, "saber_least": 2,
-    "remdm_loops": 4, "remdm_number": 1, "ccd_ratio": 4.0, "prophet_gap_early": 7.5, "prophet_gap_middle": 5.0,
-    "prophet_gap_late": 2.5, "prophet_begin": 0, "prophet_length": 0, "adablock_delimiter": 198,
-    "adablock_sure": 0.3, "adablock_length": 32, "adablock_ahead": 0.25, "deferred_width": 16, "deferred_most": 128,
-    "editing_threshold": 0.9, "editing_post_steps": 16, "editing_least": 1, "indel_edit_threshold": 0.0,
-    "indel_post_steps": 16, "indel_delete": 156930, "indel_split": 156931,
-}  # fmt: skip
-"""Options and defaults as docs/policies.md has them."""
-
-
-class Native(Own):
-    """A request with a native policy, whose `values` are options by their full names."""
-
-    def params(self, rules: UnmaskRules, block_length: int, seq_len: int) -> RequestParams:
-        changes: dict = dict(self.values)
-        return replace(super().params(rules, block_length, seq_len), **changes)
 
 
 class EdgeModel(SyntheticModel):
@@ -74,63 +53,17 @@ class EdgeModel(SyntheticModel):
         return logits + 1e-3 * self.noise if self.kind == "near rows" else logits
 
 
-def request(policy: str, rng: random.Random) -> Own:
-    if policy not in BUILT_IN:
-        values = {
-            "factor": {"factor": rng.choice([0.3, 1.0, 2.5])},
-            "entropy_bounded": {"entropy_bound": rng.choice([0.05, 0.35, 2.0, 6.0])},
-            "credit": {
-                "credit_alpha": rng.choice([0.0, 0.7, 3.0]),
-                "credit_beta": rng.choice([0.0, 0.8, 1.0]),
-                "credit_gamma": rng.choice([0.2, 1.0]),
-            },
-        }.get(policy, {})
-        steps = rng.choice([1, 2, 4]) if policy == "dynamic" else rng.choice([1, 2, 3, 4, 5, 8, 64])
-        return Native(policy, tuple(values.items()), rng.choice([0.3, 0.6, 0.9]), steps, rng.randrange(-99, 99))
-    own = drawn(policy, rng)
-    if policy == "prophet" and rng.random() < 0.5:
-        span = (("begin", rng.randrange(12)), ("length", rng.choice([0, 1, 3, 20])))
-        own = replace(own, values=own.values + span)
-    return own
+def by_statement(model: EdgeModel, own: Own) -> tuple[list[int], int]:
+    def forward(ids: list[int]) -> list[list[float]]:
+        return model.block_logits(torch.tensor([ids]))[0].tolist()
 
-
-def with_tail(own: Own, rng: random.Random, length: int) -> Own:
-    """Let a request's prompt end in its first block, as every second one does."""
-    tokens = [token for token in range(VOCAB) if token != MASK]
-    return replace(own, tail=tuple(rng.choices(tokens, k=rng.choice([0, rng.randrange(length)]))))
-
-
-def stated(model: SyntheticModel, own: Own) -> tuple[list[int], int]:
-    """Decode a request by the plain statement; its tokens, and the steps it took."""
-    length = model.block_length
-    prefix = f"{own.policy}_" if own.policy in BUILT_IN else ""
-    options: dict = DEFAULTS | {prefix + name: value for name, value in own.values}
-    options["threshold"] = own.threshold
-    if own.policy.startswith("learn2pd"):
-        options["net"] = {name: its.double() for name, its in net(length).items()}
-    if own.policy == "dit_confidence":
-        options["net"] = {name.split(".", 1)[1]: its.double() for name, its in unmasking_net().items()}
-        options["heads"] = 2
-    tokens: list[int] = []
-    taken, known, memory = 0, list(own.tail), {}
-    for number in range(BLOCKS):
-        canvas = known + [MASK] * (length - len(known))
-        block = Block(
-            mask=MASK, given=[token != MASK for token in canvas], steps=min(own.steps, length),
-            all_steps=min(own.steps, length) * BLOCKS, begin=number * length - len(own.tail), start=number * length,
-            decided=taken, reply=BLOCKS * length - len(own.tail), seed=own.seed, eos=EOS, end_of_turn=EOT,
-        )  # fmt: skip
-        done, steps = decode_block(
-            own.policy, block, canvas, lambda ids: model.block_logits(torch.tensor([ids]))[0].tolist(), options, memory
-        )
-        tokens, taken, known = tokens + done, taken + steps, []
-    return tokens, taken
+    return stated(own, model.block_length, BLOCKS, lambda *_: forward)
 
 
 def differences(model: EdgeModel, requests: list[Own], *, is_native: bool) -> list:
     """Decode requests side by side; returns those that the statements decode to other tokens, or in other steps."""
     made = decode(model, requests, num_blocks=BLOCKS, is_native=is_native)
-    pairs = [(own, (its.tokens, its.steps), stated(model, own)) for own, its in zip(requests, made, strict=True)]
+    pairs = [(own, (its.tokens, its.steps), by_statement(model, own)) for own, its in zip(requests, made, strict=True)]
     return [(model.kind, model.block_length, is_native, *pair) for pair in pairs if pair[1] != pair[2]]
 
 
@@ -139,6 +72,10 @@ def models(number: int, rng: random.Random) -> list[EdgeModel]:
         EdgeModel(LENGTHS[i % len(LENGTHS)], i, rng.choice([0.5, 3.0, 8.0]), KINDS[(i + i // len(KINDS)) % len(KINDS)])
         for i in range(number)
     ]
+
+
+def test_each_policy_of_the_registry_has_a_statement() -> None:
+    assert sorted(RULES) == sorted((*NATIVE, *BUILT_IN))
 
 
 @pytest.mark.parametrize("policy", sorted(RULES))
@@ -158,3 +95,32 @@ def test_sixteen_policies_in_one_batch_decode_as_their_statements() -> None:
         ]
         wrong += differences(model, requests, is_native=number % 2 == 0)
     assert not wrong, f"{len(wrong)}: {wrong[:2]}"
+
+
+class TurningModel(EdgeModel):
+    """One that is sure of another token wherever one is written, and so never content with what it wrote."""
+
+    def block_logits(self, canvas: torch.Tensor) -> torch.Tensor:
+        logits = super().block_logits(canvas)
+        next_one = torch.where(canvas + 1 == MASK, canvas + 2, canvas + 1) % VOCAB
+        return logits + 30.0 * torch.nn.functional.one_hot(next_one, VOCAB) * (canvas != MASK)[..., None]
+
+
+@pytest.mark.parametrize(
+    ("policy", "values"),
+    [
+        ("editing", (("threshold", 0.0), ("post_steps", 128), ("least", 1))),
+        ("remdm", (("loops", 16), ("number", 1))),
+        ("indel", (("edit_threshold", 0.0), ("post_steps", 32), ("delete", 8), ("split", 9))),
+    ],
+)
+def test_a_block_that_goes_round_in_circles_ends_as_stated(policy: str, values: tuple) -> None:
+    """Behind 8 steps per position what is written stands; LLaDA2.2's rule ends by itself."""
+    rng, wrong, longest = random.Random(0), [], 0.0
+    for number, length in enumerate((1, 2, 4, 5, 8, 2)):
+        model = TurningModel(length, number, 1.0, "plain")
+        requests = [with_tail(Own(policy, values, threshold, 64), rng, length) for threshold in (0.3, 0.97)]
+        wrong += differences(model, [replace(requests[0], tail=()), *requests], is_native=number % 2 == 0)
+        longest = max(longest, by_statement(model, replace(requests[0], tail=()))[1] / (BLOCKS * length))
+    assert not wrong, f"{len(wrong)}: {wrong[:2]}"
+    assert longest > 8, "no block came so far"

@@ -51,6 +51,22 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("vllm_dllm/engine/**", "vllm_dllm/plugin.py", "docs/operate.md"),
         *("tests/e2e/http.py", "tests/e2e/test_operator.py"),
     ),
+    "statements": (
+        *(
+            "vllm_dllm/unmask/**",
+            "vllm_dllm/draft/**",
+            "vllm_dllm/denoiser.py",
+            "vllm_dllm/apart.py",
+            "vllm_dllm/noise.py",
+        ),
+        *(
+            "csrc/bindings/**",
+            "csrc/cpu/**",
+            "csrc/include/**",
+            "tests/statements/*.py",
+            "examples/tiny_*/checkpoint/*",
+        ),
+    ),
     "readme": ("README.md", "tests/e2e/test_readme.py"),
 }
 """What each group tests that no other test does: files, as globs in the repository."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.draft.test_exact import CPU, EOS, MASK, VOCAB, SyntheticModel, drafter_of
+from tests.draft.test_exact import CPU, EOS, MASK, SyntheticModel, drafter_of
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.policy_options import own_values
@@ -87,6 +87,7 @@ class Own:
     seed: int = 0
     tail: tuple[int, ...] = ()  # of the prompt, known from the start
     edits: LogitEdits = NO_EDITS
+    temperature: float = 0.0
 
     def params(self, rules: UnmaskRules, block_length: int, seq_len: int) -> RequestParams:
         is_native = self.policy in POLICY_IDS
@@ -107,7 +108,7 @@ class Own:
             times=reveal_times(block_length, min(self.steps, block_length)),
             prompt_len=len(self.tail),
             seq_len=seq_len,
-            temperature=0.0,
+            temperature=self.temperature,
             top_k=0,
             top_p=1.0,
             seed=self.seed,
@@ -141,12 +142,12 @@ def decode(
 
     With `void_first` each step is taken twice, void at first.
     """
-    length = model.block_length
-    state = CanvasState(len(requests), length, MASK, CPU, rules, vocab_size=VOCAB, files=net_files(length))
+    length, vocab_size = model.block_length, model.config.vocab_size
+    state = CanvasState(len(requests), length, MASK, CPU, rules, vocab_size=vocab_size, files=net_files(length))
     for slot, request in enumerate(requests):
         state.add_request(slot, request.params(rules, length, num_blocks * length))
     state.apply_staged_writes()
-    head = LogitsHead(lambda hidden: hidden.clone(), VOCAB, MASK, is_native=is_native)
+    head = LogitsHead(lambda hidden: hidden.clone(), vocab_size, MASK, is_native=is_native)
     drafter = drafter_of(drafts, is_native=is_native)
     denoiser = Denoiser(state, drafter, head, *((native_walk, native_settle, native_draws) if is_native else ()))
     done = [Done([]) for _ in requests]

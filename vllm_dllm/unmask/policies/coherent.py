@@ -20,14 +20,15 @@ def _decide(seen: Seen, state: PolicyState) -> Decision:
     size = torch.where(seen.is_masked.sum(1) <= LATE_SHARE * seen.num_own, 1, state["size"][:, 0, 0])
     size = torch.where(step < WARM_UP - 1, 1, (size + 1).minimum(most))
     surest, buffer = seen.highest(score, share), state["buffer"][..., 0]
-    has_stayed = seen.token_ids == state["last"][..., 0]
+    likeliest = seen.rows.top_ids[:, 0].view_as(seen.canvas)  # also where another one is drawn
+    has_stayed = likeliest == state["last"][..., 0]
     coherent = seen.highest(score, size) & buffer & has_stayed
     may = (step >= WARM_UP) & (step < seen.num_steps - 1) & (surest & buffer).any(1) & (coherent.sum(1) >= share)
     chosen = torch.where(may[:, None], coherent, surest)
     kept = {
         "size": size[:, None, None],
         "buffer": highest(score, size, seen.is_open & ~chosen)[..., None],
-        "last": seen.token_ids[..., None],
+        "last": likeliest[..., None],
     }
     return Decision(seen.unmask(chosen), kept)
 
