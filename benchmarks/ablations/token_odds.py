@@ -2,26 +2,20 @@
 
 A draft's tokens come from a distribution that is some steps old. What a position gets, once it is unmasked, depends on
 what its neighbours got meanwhile. Each rule here gives the candidates of a position new log-probabilities; `features`
-has what they are made of.
+has what they are made of: those of token weights (`draft.token_weights`), and pairs of tokens that the text has.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
 
 from vllm_dllm.calibrate.fit import STEPS_AHEAD
-from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
-from vllm_dllm.draft.graph import MAX_CANDIDATES
-
-OFFSETS = (-1, 1, -2, 2)
-"""Where a position's neighbours are."""
-
-NONE = -1
-"""In place of a neighbour's token: it was known when the distribution was made, is masked, or outside the block."""
+from vllm_dllm.calibrate.tokens import features as features_of_weights
+from vllm_dllm.calibrate.tokens import fit_choice, unmasked
+from vllm_dllm.calibrate.trace import PromptTrace
+from vllm_dllm.draft.token_weights import NONE
 
 FEATURES = {
     "probability": (0,),
@@ -76,19 +70,17 @@ def texts_of(
 def features(token_ids: Tensor, log_probs: Tensor, beside: Tensor, text: Tensor) -> Tensor:
     """Describe candidates; [..., num_candidates, 8] float64. Arguments: as of `Odds`."""
     is_new = beside != NONE
-    probability = log_probs.clamp(min=-20.0)
-    is_beside_new = is_new[..., :2].any(-1, keepdim=True)
-    same = [token_ids == beside[..., i, None] for i in range(len(OFFSETS))]
     left, right = beside[..., 0, None], beside[..., 1, None]
     seen = (
         torch.isin(pair(left, token_ids), text) & is_new[..., 0, None],
         torch.isin(pair(token_ids, right), text) & is_new[..., 1, None],
     )
-    return torch.stack([probability, probability * is_beside_new, *(each.double() for each in (*same, *seen))], -1)
+    weighed = features_of_weights(token_ids, log_probs, beside)
+    return torch.cat([weighed, torch.stack([each.double() for each in seen], -1)], -1)
 
 
 def plain(token_ids: Tensor, log_probs: Tensor, beside: Tensor, text: Tensor) -> Tensor:
-    """Take the probabilities as they are, as drafts do in the engine."""
+    """Take the probabilities as they are, as drafts without token weights do."""
     return log_probs
 
 
@@ -147,10 +139,9 @@ class Examples:
 
 def make_examples(traces: Sequence[PromptTrace], texts: Texts, mask_token_id: int) -> Examples:
     """Read examples from traces."""
-    blocks = [(block, texts[trace.prompt_idx, block.start]) for trace in traces for block in trace.blocks]
     parts = []
-    for (block, text), anchor in ((its, anchor) for its in blocks for anchor in range(its[0].num_steps - 1)):
-        found = unmasked(block, anchor, min(anchor + 1 + STEPS_AHEAD, block.num_steps), mask_token_id)
+    for block, text in ((block, texts[trace.prompt_idx, block.start]) for trace in traces for block in trace.blocks):
+        found = unmasked(block, mask_token_id, STEPS_AHEAD)
         is_it = found.token_ids == found.came[:, None]
         described = features(found.token_ids, found.log_probs, found.beside, text)
         rows = (found.log_probs, found.beside, described, is_it.byte().argmax(1))
@@ -158,72 +149,12 @@ def make_examples(traces: Sequence[PromptTrace], texts: Texts, mask_token_id: in
     return Examples(*map(torch.cat, zip(*parts, strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
-class Unmasked:
-    """What the steps behind an anchor's root unmask, as the anchor's statistics see it; a row for each position."""
-
-    step: Tensor  # [num_rows] int64
-    position: Tensor  # [num_rows] int64
-    came: Tensor  # [num_rows] int64, the token
-    token_ids: Tensor  # [num_rows, num_candidates] int64
-    log_probs: Tensor  # [num_rows, num_candidates] float64
-    beside: Tensor  # [num_rows, len(OFFSETS)] int64, new when the step begins
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Iterate over steps and positions."""
-        return iter(zip(self.step.tolist(), self.position.tolist(), strict=True))
-
-
-def unmasked(block: BlockTrace, anchor: int, last: int, mask_token_id: int) -> Unmasked:
-    """Describe what steps anchor + 1 .. last - 1 of a block unmask."""
-    is_masked = block.canvas == mask_token_id
-    step, position = np.nonzero(is_masked[anchor + 1 : last] & ~is_masked[anchor + 2 : last + 1])
-    step += anchor + 1
-    new = np.where(is_masked[anchor] & ~is_masked[step], block.canvas[step], NONE)
-    at = torch.from_numpy(position)
-    return Unmasked(
-        step=torch.from_numpy(step),
-        position=at,
-        came=torch.from_numpy(block.canvas[step + 1, position].astype(np.int64)),
-        token_ids=torch.from_numpy(block.token_ids[anchor, position, :MAX_CANDIDATES].astype(np.int64)),
-        log_probs=torch.from_numpy(block.log_probs[anchor, position, :MAX_CANDIDATES]),
-        beside=neighbours(torch.from_numpy(new.astype(np.int64)), at[:, None])[:, 0],
-    )
-
-
-def neighbours(new: Tensor, position: Tensor) -> Tensor:
-    """Return the new tokens beside positions.
-
-    Args:
-        new: [..., block_length] int64, tokens that are new, and NONE.
-        position: [..., num_positions] int64.
-
-    Returns: [..., num_positions, len(OFFSETS)] int64.
-    """
-    widest = max(OFFSETS)
-    padded = pad(new, (widest, widest), value=NONE)
-    return torch.stack([padded.gather(-1, position + widest + offset) for offset in OFFSETS], -1)
-
-
 def fit_weights(examples: Examples, names: Sequence[str]) -> Weighed:
     """Return the weights of the named features that make what came likeliest; those of the others are 0."""
     columns = [column for name in names for column in FEATURES[name]]
-    described = examples.features[..., columns]
-    weights = torch.zeros(len(columns), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = cross_entropy(described @ weights, examples.truth) + 1e-4 * weights.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return Weighed(
-        torch.zeros(examples.features.shape[-1], dtype=torch.float64).index_put(
-            (torch.tensor(columns),), weights.detach()
-        )
-    )
+    found = fit_choice(examples.features[..., columns], examples.truth)
+    weights = torch.zeros(examples.features.shape[-1], dtype=torch.float64)
+    return Weighed(weights.index_put((torch.tensor(columns),), found))
 
 
 def fit_by_margin(examples: Examples) -> ByMargin:

@@ -26,19 +26,16 @@ from benchmarks.ablations.drafting import BUDGETS, Material, load, traces_file
 from benchmarks.ablations.ranker import interval, last_held_out
 from benchmarks.ablations.token_odds import (
     FEATURES,
-    NONE,
     Odds,
     Texts,
     fit_by_margin,
     fit_weights,
     make_examples,
-    neighbours,
     plain,
     texts_of,
-    unmasked,
 )
 from vllm_dllm.calibrate.build import make_graph, tokens_per_step
-from vllm_dllm.calibrate.count import MAX_PAIRS, Decoding, OrderTokens, block_paths
+from vllm_dllm.calibrate.count import Decoding, block_paths
 from vllm_dllm.calibrate.fit import fit_readiness
 from vllm_dllm.calibrate.prompts import encode, read_prompts
 from vllm_dllm.calibrate.select import FutureStates, count_formulas, select
@@ -50,11 +47,13 @@ from vllm_dllm.calibrate.simulate import (
     expected_counts,
     found_drafts,
 )
+from vllm_dllm.calibrate.tokens import OrderTokens, ordered
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.draft.compile import CompiledGraph, Filling, compile_graph
 from vllm_dllm.draft.graph import MAX_NODES, DraftGraph, Formula
-from vllm_dllm.draft.propose import Roots, best_drafts, unfilled
+from vllm_dllm.draft.propose import Roots, best_drafts, neighbours, unfilled
 from vllm_dllm.draft.prune import Filled, rank_nodes
+from vllm_dllm.draft.token_weights import NONE
 from vllm_dllm.errors import ConfigError
 
 GRAPH_NODES = 32
@@ -124,21 +123,13 @@ class Guesser:
         ]
 
     def _order(self, trace: PromptTrace, block: BlockTrace) -> OrderTokens:
-        """Order candidates by the odds; of an anchor all at once, when the first is asked for."""
-        known: dict[int, dict[tuple[int, int], NDArray[np.int64]]] = {}
+        """Order candidates by the odds."""
+        text = self._texts[trace.prompt_idx, block.start]
 
-        def order(anchor: int, step: int, position: int) -> NDArray[np.int64]:
-            if anchor not in known:
-                known.clear()
-                last = min(anchor + 1 + MAX_PAIRS, block.num_steps)
-                rows = unmasked(block, anchor, last, self._decoding.mask_token_id)
-                text = self._texts[trace.prompt_idx, block.start]
-                odds = self._odds(rows.token_ids, rows.log_probs, rows.beside, text)
-                best = rows.token_ids.gather(-1, odds.argsort(dim=-1, descending=True, stable=True))
-                known[anchor] = dict(zip(rows, best.numpy(), strict=True))
-            return known[anchor][step, position]
+        def odds(token_ids: Tensor, log_probs: Tensor, beside: Tensor) -> Tensor:
+            return self._odds(token_ids, log_probs, beside, text)
 
-        return order
+        return ordered(block, self._decoding.mask_token_id, odds)
 
     def drafts(self, graph: DraftGraph, traces: Sequence[PromptTrace]) -> list[BlockDrafts]:
         """Make the drafts of every anchor of the traces, as `calibrate.simulate.draft_blocks` does."""
@@ -212,7 +203,7 @@ def _counts(prompts: Sequence[Sequence[BlockDrafts]]) -> Counts:
 
 
 def ablations(material: Material, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[str, Counts]]:
-    """Yield what is varied and its forwards; the first one is what serves.
+    """Yield what is varied and its forwards; the others are compared with the first one.
 
     Args:
         material: the traces.
@@ -229,7 +220,7 @@ def ablations(material: Material, prompts: Sequence[Sequence[int]]) -> Iterator[
     traces = [*material.used, *material.held_out]
     texts = texts_of(traces, prompts)
     served = Guesser(material, texts, plain)
-    yield "as served", served.forwards(served.graph())
+    yield "by probability", served.forwards(served.graph())
     yield "with second candidates", served.forwards(served.graph(has_seconds=True))
     examples = make_examples(material.used, texts, material.decoding.mask_token_id)
     by_margin = Guesser(material, texts, fit_by_margin(examples))
@@ -247,7 +238,7 @@ def right_shares(material: Material, texts: Texts) -> Iterator[tuple[str, float]
     """Yield how often the first guess of a position is what it gets, of those that are unmasked soon."""
     mask_token_id = material.decoding.mask_token_id
     used, held_out = (make_examples(traces, texts, mask_token_id) for traces in (material.used, material.held_out))
-    yield "as served", held_out.num_first / len(held_out.truth)
+    yield "by probability", held_out.num_first / len(held_out.truth)
     for name, of in _WEIGHED.items():
         guess = (held_out.features @ fit_weights(used, of).weights).argmax(-1)
         yield name, float((guess == held_out.truth).double().mean())

@@ -99,18 +99,19 @@ const T* data_or_null(const std::vector<Tensor>& tensors, size_t index) {
 
 }  // namespace
 
-std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double> readiness,
-                                  std::vector<Tensor> requests, std::vector<Tensor> state, std::vector<Tensor> params,
-                                  bool is_one_by_one, int64_t num_vocab_ranks, int64_t num_drafts, bool looks_ahead,
-                                  int64_t mask_token_id, int64_t sub_block_length) {
+std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double> weights, std::vector<Tensor> requests,
+                                  std::vector<Tensor> state, std::vector<Tensor> params, bool is_one_by_one,
+                                  int64_t num_vocab_ranks, int64_t num_drafts, bool looks_ahead, int64_t mask_token_id,
+                                  int64_t sub_block_length) {
   check_requests(requests, state);
   check_state(state, num_vocab_ranks);
   const Tensor& canvas = state[0];
   check_graph(graph, canvas);
   check_params(params, canvas);
   check(sub_block_length >= 0, kOp, "sub_block_length must be 0 or more, got ", sub_block_length, "; 0 is none");
-  check(readiness.size() == 4, kOp, "readiness must be 4 numbers, got ", readiness.size(),
-        "; give slope, near[0], near[1] and bias");
+  const bool has_token_weights = weights.size() == 10;
+  check(weights.size() == 4 || has_token_weights, kOp, "weights must be 4 or 10 numbers, got ", weights.size(),
+        "; give slope, near[0], near[1] and bias, and with token weights slope, slope_beside_new and same[0..3]");
   const int64_t num_nodes = graph[0].size(0);
   check(num_drafts >= 0 && num_drafts <= num_nodes, kOp, "num_drafts is ", num_drafts, ", the graph has ", num_nodes,
         " nodes; choose 0..", num_nodes);
@@ -128,11 +129,17 @@ std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double>
   if (looks_ahead) {
     out.push_back(torch::stable::new_empty(canvas, {num_reqs, canvas.size(1)}, ScalarType::Long));
   }
+  TokenWeights token_weights = {};
+  if (has_token_weights) {
+    token_weights = {weights[4], weights[5], {weights[6], weights[7], weights[8], weights[9]}};
+  }
   const ProposeNodesArgs args = {
       .nodes = reinterpret_cast<const GraphNode*>(graph[0].const_data_ptr<int32_t>()),
       .pairs = reinterpret_cast<const GraphPair*>(graph[1].const_data_ptr<int32_t>()),
       .log_correction = graph[2].const_data_ptr<double>(),
-      .readiness = {readiness[0], {readiness[1], readiness[2]}, readiness[3]},
+      .readiness = {weights[0], {weights[1], weights[2]}, weights[3]},
+      .token_weights = token_weights,
+      .has_token_weights = has_token_weights,
       .is_one_by_one = is_one_by_one,
       .slots = requests[0].const_data_ptr<int64_t>(),
       .start = requests[1].const_data_ptr<int64_t>(),
@@ -176,6 +183,6 @@ std::vector<Tensor> propose_nodes(std::vector<Tensor> graph, std::vector<double>
 }  // namespace dllm
 
 DLLM_OP(propose_nodes,
-        "(Tensor[] graph, float[] readiness, Tensor[] requests, Tensor[] state, Tensor[] params, bool is_one_by_one, "
+        "(Tensor[] graph, float[] weights, Tensor[] requests, Tensor[] state, Tensor[] params, bool is_one_by_one, "
         "int num_vocab_ranks, int num_drafts, bool looks_ahead, int mask_token_id, int sub_block_length) "
         "-> Tensor[]")

@@ -16,16 +16,14 @@ from benchmarks.ablations.ranker import forwards, last_held_out
 from benchmarks.ablations.token_odds import (
     FEATURES,
     MARGINS,
-    NONE,
+    Weighed,
     fit_by_margin,
     fit_weights,
     make_examples,
-    neighbours,
     pair,
     pairs,
     plain,
     texts_of,
-    unmasked,
 )
 from benchmarks.ablations.tokens import Guesser, ablations, prompt_tokens, report, right_shares, with_seconds
 from tests.calibrate.traces import MASK, make_block, make_trace, random_trace
@@ -33,8 +31,10 @@ from vllm_dllm.calibrate.build import make_graph
 from vllm_dllm.calibrate.count import Decoding, anchor_paths
 from vllm_dllm.calibrate.fit import fit_readiness
 from vllm_dllm.calibrate.prompts import read_prompts
+from vllm_dllm.calibrate.tokens import fit_token_weights
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph
+from vllm_dllm.draft.token_weights import NONE
 from vllm_dllm.errors import ConfigError
 
 COLUMN = {name: columns[0] for name, columns in FEATURES.items()}
@@ -78,6 +78,19 @@ class TestWithTheProbabilitiesAsTheyAre:
         assert paths == anchor_paths(material.used, replace(decoding, readiness=readiness))
         assert any(len(path) > 2 for path in paths)
 
+    def test_graph_and_forwards_by_token_weights_are_those_that_serve(self, material):
+        tokens = fit_token_weights(material.used, MASK)
+        assert tokens is not None
+        weights = torch.tensor([tokens.slope, tokens.slope_beside_new, *tokens.same, 0, 0], dtype=torch.float64)
+        guesser = Guesser(material, texts(material), Weighed(weights))
+        graph = make_graph(material.used, replace(material.decoding, tokens=tokens), material.settings, 32)
+        measured = guesser.graph()
+        assert (measured.formulas, measured.counts) == (graph.formulas, graph.counts)
+        assert graph.tokens == tokens
+        expected = forwards(graph, material.held_out, material.decoding)
+        for found, served in zip(guesser.forwards(measured), expected, strict=True):
+            assert (found == served).all()
+
 
 def test_odds_decide_which_token_a_draft_has():
     """The second candidate is always right; who knows it needs the fewest forwards."""
@@ -113,11 +126,6 @@ class TestFeatures:
         block = make_block([6, 51], [[0], [1]], [0.9, 0.8], start=1)
         assert texts_of([make_trace(block)], [[5, 6]])[0, 1].tolist() == []
 
-    def test_neighbours_end_with_the_block(self):
-        new = torch.tensor([[10, NONE, 12, 13]])
-        found = neighbours(new, torch.tensor([[0, 1, 3]]))
-        assert found.tolist() == [[[NONE, NONE, NONE, 12], [10, 12, NONE, 13], [12, NONE, NONE, NONE]]]
-
     def test_what_they_say(self):
         token_ids, log_probs = torch.tensor([[10, 11, 12]]), torch.tensor([[-1.0, -2.0, -30.0]], dtype=torch.float64)
         text = pairs([10, 11, 10, 20])
@@ -136,16 +144,6 @@ class TestFeatures:
         text = torch.cat([pair(torch.tensor([NONE]), token_ids[0]), pair(token_ids[0], torch.tensor([NONE]))])
         found = token_odds.features(token_ids, torch.zeros(1, 2), torch.full((1, 4), NONE), text)
         assert found[..., 6:].sum() == 0
-
-    def test_unmasked_positions_see_who_is_new(self):
-        block = make_block([50, 51, 52, 53], [[0], [1], [2, 3]], [0.9, 0.8, 0.7, 0.6])
-        rows = unmasked(block, 0, 3, MASK)
-        assert list(rows) == [(1, 1), (2, 2), (2, 3)]
-        assert rows.came.tolist() == [51, 52, 53]
-        # Step 0 made the root, so what it unmasked is new too.
-        assert rows.beside.tolist() == [[50, NONE, NONE, NONE], [51, NONE, 50, NONE], [NONE, NONE, 51, NONE]]
-        later = unmasked(block, 1, 3, MASK)
-        assert later.beside.tolist() == [[51, NONE, NONE, NONE], [NONE, NONE, 51, NONE]]
 
 
 class TestFits:
@@ -204,14 +202,14 @@ def test_second_candidates_stand_behind_what_serves():
 def test_the_report(material):
     lines = list(report(material, PROMPTS))
     names = [line.split("|")[1].strip() for line in lines[2:] if line.startswith("|")]
-    assert names[:3] == ["as served", "with second candidates", "fewer"]
+    assert names[:3] == ["by probability", "with second candidates", "fewer"]
     assert names.count("fewer") == len(names) // 2
     shares = [line for line in lines if re.match(r"[01]\.\d{3} ", line)]
     assert len(shares) == 6
     _, counts = next(ablations(material, PROMPTS))
     assert [each.shape for each in counts] == [(3, 2)] * len(BUDGETS)
     examples = make_examples(material.held_out, texts(material), MASK)
-    assert dict(right_shares(material, texts(material)))["as served"] == examples.num_first / len(examples.truth)
+    assert dict(right_shares(material, texts(material)))["by probability"] == examples.num_first / len(examples.truth)
 
 
 def test_noise_is_what_is_varied_at_a_temperature(material):

@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from tests.calibrate.traces import MASK, random_trace
+from vllm_dllm.calibrate.build import WeightsTrial
 from vllm_dllm.cli import calibrate as command
 from vllm_dllm.cli import server_settings
 from vllm_dllm.draft.graph_file import load_graph
@@ -71,6 +72,8 @@ def test_writes_a_graph_with_its_provenance(prompts, decoded, tmp_path):
     assert file.provenance is not None
     assert len(file.graph) == 6
     assert file.graph.expected is not None
+    [said] = re.findall(r"token weights: ([\d.]+) forwards .* ([\d.]+) without: (kept|left out)", result.output)
+    assert (said[2] == "kept") == (float(said[0]) < float(said[1])) == (file.graph.tokens is not None)
     assert (file.provenance.model, file.provenance.family) == ("some/model", "llada")
     assert file.provenance.shape == FakeFacts.shape
     assert file.provenance.prompts[0].num_prompts == 8
@@ -169,3 +172,21 @@ def test_refuses_a_single_prompt(tmp_path, decoded):
     result = run(*options(path, tmp_path / "graph.json"))
     assert isinstance(result.exception, ConfigError)
     assert "has one prompt; give two or more" in str(result.exception)
+
+
+@pytest.mark.parametrize(("helps", "word"), [(True, "kept"), (False, "left out")])
+def test_token_weights_are_written_where_they_help(prompts, decoded, tmp_path, monkeypatch, helps, word):
+    monkeypatch.setattr(WeightsTrial, "helps", helps)
+    output = tmp_path / "graph.json"
+    result = run(*options(prompts, output))
+    assert result.exit_code == 0, result.exception
+    assert (load_graph(output).graph.tokens is not None) == helps
+    assert f"without: {word}" in result.output
+
+
+def test_at_a_temperature_token_weights_are_not_tried(prompts, decoded, tmp_path):
+    output = tmp_path / "graph.json"
+    result = run(*options(prompts, output, "--temperature", 0.7))
+    assert result.exit_code == 0, result.exception
+    assert load_graph(output).graph.tokens is None
+    assert "token weights" not in result.output

@@ -23,6 +23,7 @@ from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
 from vllm_dllm.draft.native import native_nodes, torch_nodes
 from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.draft.token_weights import TokenWeights
 from vllm_dllm.names import PolicyName
 from vllm_dllm.policy_options import POLICY_OPTIONS
 from vllm_dllm.reference import block_causal, decode, policy, spiffy
@@ -201,7 +202,9 @@ def graphs(draw: st.DrawFn, block_length: int) -> DraftGraph:
     expected = None if counts is None else tuple(draw(st.lists(st.floats(0, 90), **each)))
     weight = st.floats(-2, 2)
     readiness = draw(st.just(Readiness()) | st.builds(Readiness, weight, st.tuples(weight, weight), weight))
-    return DraftGraph(tuple(formulas), tokens_per_step, counts, 100, readiness, expected)
+    quarter = st.integers(-12, 12).map(lambda n: n / 4)  # so that scores are equal exactly or not nearly
+    tokens = draw(st.none() | st.builds(TokenWeights, quarter, quarter, st.tuples(*[quarter] * 4)))
+    return DraftGraph(tuple(formulas), tokens_per_step, counts, 100, readiness, expected, tokens)
 
 
 @st.composite

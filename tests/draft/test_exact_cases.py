@@ -25,6 +25,7 @@ from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.native import native_nodes
 from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.draft.token_weights import TokenWeights
 from vllm_dllm.names import PolicyName
 from vllm_dllm.reference import policy, spiffy
 from vllm_dllm.state.canvas import Blocks, CanvasState
@@ -48,6 +49,8 @@ ALTERNATIVES = DraftGraph(
     readiness=Readiness(0.5, (0.4, -0.3), 0.2),
     expected=(80.0, 35.0, 42.0, 25.0, 55.0, 12.0, 15.0, 10.0, 12.0, 45.0, 9.0, 35.0),
 )
+WEIGHED = replace(ALTERNATIVES, tokens=TokenWeights(1.75, -0.5, (-3.0, 1.5, 0.75, -0.25)))
+ABSURD = replace(ALTERNATIVES, tokens=TokenWeights(-100.0, 50.0, (100.0, -100.0, 100.0, 0.0)))
 
 
 def request(name: PolicyName, idx: int, rules: UnmaskRules) -> Request:
@@ -68,7 +71,11 @@ def request(name: PolicyName, idx: int, rules: UnmaskRules) -> Request:
 
 
 @pytest.mark.parametrize("is_native", [False, True], ids=["torch", "ops"])
-@pytest.mark.parametrize(("graph", "budget"), [(CHAIN, 7), (ALTERNATIVES, 5)], ids=["chain", "alternatives"])
+@pytest.mark.parametrize(
+    ("graph", "budget"),
+    [(CHAIN, 7), (ALTERNATIVES, 5), (WEIGHED, 5), (ABSURD, 12)],
+    ids=["chain", "alternatives", "weighed", "absurd"],
+)
 @pytest.mark.parametrize("rules", [LLADA, DREAM, SDAR], ids=["llada", "dream", "sdar"])
 def test_drafts_are_accepted_as_often_as_in_the_reference(
     rules: UnmaskRules, graph: DraftGraph, budget: int, is_native: bool
@@ -93,7 +100,11 @@ def test_drafts_are_accepted_as_often_as_in_the_reference(
 
 
 @pytest.mark.parametrize("is_native", [False, True], ids=["torch", "ops"])
-@pytest.mark.parametrize(("graph", "budget"), [(CHAIN, 7), (ALTERNATIVES, 6)], ids=["chain", "alternatives"])
+@pytest.mark.parametrize(
+    ("graph", "budget"),
+    [(CHAIN, 7), (ALTERNATIVES, 6), (WEIGHED, 6)],
+    ids=["chain", "alternatives", "weighed"],
+)
 def test_look_aheads_are_accepted_as_often_as_in_the_reference(graph: DraftGraph, budget: int, is_native: bool) -> None:
     requests, num_over = [request(name, idx, SDAR) for idx, name in enumerate(get_args(PolicyName))], 0
     for block_length, seed in ((2, 0), (4, 1), (8, 2)):

@@ -22,6 +22,7 @@ from vllm_dllm.draft.graph_file import (
     save_graph,
 )
 from vllm_dllm.draft.graph_schema import Provenance
+from vllm_dllm.draft.token_weights import TokenWeights
 from vllm_dllm.errors import GraphError
 
 Change = Callable[[dict], object]
@@ -52,9 +53,10 @@ def graph_files(draw) -> GraphFile:
     num_anchors = draw(st.integers(0, 2**53 - 1))
     same_length = {"min_size": len(nodes), "max_size": len(nodes)}
     counts = draw(st.none() | st.lists(st.integers(0, num_anchors), **same_length).map(tuple))
-    return GraphFile(
-        DraftGraph(nodes, None, counts, num_anchors).parents_first(), draw(st.sampled_from([None, PROVENANCE]))
-    )
+    weight = st.floats(-100, 100)
+    tokens = draw(st.none() | st.builds(TokenWeights, weight, weight, st.tuples(*[weight] * 4)))
+    graph = DraftGraph(nodes, None, counts, num_anchors, tokens=tokens)
+    return GraphFile(graph.parents_first(), draw(st.sampled_from([None, PROVENANCE])))
 
 
 @given(graph_files())
@@ -74,6 +76,23 @@ def test_the_example_of_the_documentation_loads() -> None:
     [example] = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     file = parse_graph(json.loads(example))
     assert dump_graph(file) == example
+
+
+def test_a_file_without_token_weights_has_none_and_is_written_as_before() -> None:
+    assert parse_graph(content()).graph.tokens is None
+    assert parse_graph(content() | {"tokens": None}) == FILE
+    assert '"tokens":' not in dump_graph(FILE)
+    for path in (Path(__file__).parents[2] / "vllm_dllm/draft/graphs").glob("*.json"):
+        file = load_graph(path)
+        assert file.graph.tokens is None
+        written, old = json.loads(dump_graph(file)), json.loads(path.read_text())
+        assert [*written.items()][:-1] == [*old.items()][:-1], "provenance gets the settings of later versions"
+
+
+def test_token_weights_may_leave_out_what_is_zero() -> None:
+    file = parse_graph(content() | {"tokens": {"slope": 2}})
+    assert file.graph.tokens == TokenWeights(2.0)
+    assert json.loads(dump_graph(file))["tokens"] == {"slope": 2.0, "slope_beside_new": 0.0, "same": [0.0] * 4}
 
 
 def test_a_node_is_a_line() -> None:
@@ -167,9 +186,16 @@ MALFORMED: list[tuple[Change, list[str]]] = [
     (at("readiness")({"slope": 1.0}), ["readiness.near is missing"]),
     (at("readiness")({"slope": 101.0, "near": [0.0, 0.0]}), ["readiness.slope is 101.0", "from -100 to 100"]),
     (at("readiness")({"slope": 1.0, "near": [0.0, float("nan")]}), ["readiness.near[1] is nan"]),
+    (at("tokens")([1.0]), ["tokens is [1.0]", "null and objects"]),
+    (at("tokens")({"same": [0, 0, 0, 0]}), ["tokens.slope is missing", "numbers from -100 to 100"]),
+    (at("tokens")({"slope": "2"}), ["tokens.slope is '2'", "numbers from -100 to 100"]),
+    (at("tokens")({"slope": 1, "slope_beside_new": 101}), ["tokens.slope_beside_new is 101", "from -100 to 100"]),
+    (at("tokens")({"slope": 1, "same": [0, 0, 0]}), ["tokens.same[3] is missing", "lists of four numbers"]),
+    (at("tokens")({"slope": 1, "same": [0, float("nan"), 0, 0]}), ["tokens.same[1] is nan", "lists of four numbers"]),
+    (at("tokens")({"slope": 1, "slopes": 1}), ["tokens.slopes is not known", "slope, slope_beside_new, same"]),
     (at("nodes", 3, "expected")(1.5), ["nodes[0].expected is missing", "all of them or none"]),
     (at("nodes", 0, "expected")(-0.5), ["nodes[0].expected is -0.5", "finite numbers from 0 on"]),
-    (at("weird key")(2), ["['weird key'] is not known", "num_anchors, readiness, nodes"]),
+    (at("weird key")(2), ["['weird key'] is not known", "num_anchors, readiness, tokens, nodes"]),
     (at("provenance", "settings", "policy")("best"), ["provenance.settings.policy is 'best'", "'static', 'random'"]),
     (at("provenance", "settings", "steps_per_block")(99), ["provenance.settings: steps_per_block is 99"]),
     (at("provenance", "settings", "speed")(9), ["provenance.settings.speed is not known", "block_length"]),

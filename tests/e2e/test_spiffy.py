@@ -28,6 +28,7 @@ from tests.e2e.rig import (
 )
 from tests.e2e.triton_arguments import check_arguments
 from tests.suite.order import configurations
+from vllm_dllm.draft.token_weights import TokenWeights
 
 pytestmark = pytest.mark.engine
 
@@ -40,9 +41,15 @@ def hot(cases: list[Case]) -> list[Case]:
     ]
 
 
-USUAL = [(8, 12, 5, None, "csrc"), (32, 24, 3, 1, "torch"), (8, 12, "auto", 2, "csrc")]
-SLOW = [(8, 12, 12, 1, "csrc"), (32, 10, 10, None, "csrc"), (32, 24, 3, 1, "csrc"), (8, 12, 5, None, "torch")]
-"""Block length, nodes, budget, tokens per step, attention."""
+WEIGHTS = TokenWeights(1.8, -0.4, (-3.0, 1.0, -0.5, 0.5))
+USUAL = [(8, 12, 5, None, "csrc", WEIGHTS), (32, 24, 3, 1, "torch", None), (8, 12, "auto", 2, "csrc", None)]
+SLOW = [
+    (8, 12, 12, 1, "csrc", None),
+    (32, 10, 10, None, "csrc", WEIGHTS),
+    (32, 24, 3, 1, "csrc", None),
+    (8, 12, 5, None, "torch", None),
+]
+"""Block length, nodes, budget, tokens per step, attention, token weights."""
 MAX_MODEL_LEN = 1024
 """Rows behind it are cut, and with them drafts: it leaves room for most of the rows of these cases."""
 MAX_ROWS = 8192
@@ -51,8 +58,9 @@ MAX_ROWS = 8192
 
 @pytest.fixture(params=configurations("spiffy", USUAL, SLOW))
 def served(request: pytest.FixtureRequest, mild: Path) -> Any:
-    block_length, num_nodes, budget, tokens_per_step, attention = request.param
+    block_length, num_nodes, budget, tokens_per_step, attention, weights = request.param
     graph = random_graph(num_nodes, num_nodes, block_length, tokens_per_step)
+    graph = dataclasses.replace(graph, tokens=weights)
     settings = {"block_length": block_length, "attention": attention}
     config = speculation(graph, budget)
     options = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": MAX_ROWS}

@@ -201,8 +201,7 @@ def test_probabilities_that_are_none_give_drafts_that_can_be_evaluated(log_prob,
 def test_no_requests():
     given = case(7, None, 1, is_noisy=True, num_reqs=0)
     drafts = drafts_of(given, 3, "cpu")
-    assert drafts.canvas.shape == (0, 3, 7)
-    assert drafts.log_reach.shape == (0, 3)
+    assert (drafts.canvas.shape, drafts.log_reach.shape) == ((0, 3, 7), (0, 3))
 
 
 NUM_OTHERS = 3
@@ -214,7 +213,8 @@ def arguments(given: Case, num_drafts: int, *, looks_ahead: bool = False, seq_le
     graph, roots, noise = compile_graph(given.graph, CPU), given.roots, given.noise
     packed = [getattr(graph.packed, field.name) for field in fields(graph.packed)]
     readiness, num_reqs = given.graph.readiness, len(roots.canvas)
-    weights = [readiness.slope, *readiness.near, readiness.bias]
+    tokens = () if graph.tokens is None else (graph.tokens.slope, graph.tokens.slope_beside_new, *graph.tokens.same)
+    weights = [readiness.slope, *readiness.near, readiness.bias, *tokens]
     slots = torch.randperm(num_reqs + NUM_OTHERS, generator=torch.Generator().manual_seed(num_reqs))[:num_reqs]
 
     def by_slot(values: Tensor) -> Tensor:
@@ -290,7 +290,7 @@ WRONG = {
     "graph": ((0, slice(2)), "graph must be 3 tensors, got 2; give the fields of draft.compile.PackedGraph"),
     "nodes": ((0, 0, lambda t: t[:, :4]), "graph.nodes must be [{n}, 5], got [{n}, 4]; sizes follow from"),
     "pairs": ((0, 1, lambda t: t.long()), "graph.pairs must be Int, got Long; convert it with .to()"),
-    "readiness": ((1, slice(3)), "readiness must be 4 numbers, got 3; give slope, near[0], near[1] and bias"),
+    "weights": ((1, slice(3)), "weights must be 4 or 10 numbers, got 3; give slope, near[0], near[1] and bias, and"),
     "requests": ((2, slice(1)), "requests must be 2 tensors, got 1; give slots and start, and with a ranker terms"),
     "slots": ((2, 0, lambda t: t + 99), "allowed are 0..15; give the slots of the requests"),
     "start": ((2, 1, lambda t: t[1:]), "requests.start must be [13], got [12]; sizes follow from requests.slots"),

@@ -8,6 +8,7 @@ from vllm_dllm.calibrate.count import Decoding, anchor_paths
 from vllm_dllm.calibrate.fit import fit_readiness
 from vllm_dllm.calibrate.select import Objective, count_formulas, select
 from vllm_dllm.calibrate.simulate import Forwards, count_forwards, draft_blocks, expected_counts, until_eos
+from vllm_dllm.calibrate.tokens import fit_token_weights
 from vllm_dllm.calibrate.trace import PromptTrace
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph
@@ -77,8 +78,61 @@ def make_graph(
         counts=tuple(counts[formula] for formula in formulas),
         num_anchors=len(paths),
         readiness=decoding.readiness,
+        tokens=decoding.tokens,
     ).parents_first()  # where the tokens of a step vary, a node may have been chosen before its largest subset
     return replace(graph, expected=expected_counts(graph, draft_blocks(graph, traces, decoding)))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsTrial:
+    """What token weights are worth: forwards per generation on prompts held out, mean of some budgets.
+
+    Attributes:
+        graph: chosen for the weights.
+        without: of the graph that was chosen without.
+        with_weights: of `graph`.
+    """
+
+    graph: DraftGraph
+    without: float
+    with_weights: float
+
+    @property
+    def helps(self) -> bool:
+        """Whether the weights save forwards."""
+        return self.with_weights < self.without
+
+
+def try_token_weights(
+    graph: DraftGraph,
+    traces: Sequence[PromptTrace],
+    held_out: Sequence[PromptTrace],
+    decoding: Decoding,
+    settings: DllmConfig,
+    budgets: Sequence[int],
+    num_nodes: int,
+    objective: Objective = "gain",
+) -> WeightsTrial | None:
+    """Fit token weights, make the graph that goes with them, and compare.
+
+    Args:
+        graph: made without weights, of the arguments that have the names of `make_graph`'s.
+        held_out: other traces than those to calibrate with.
+        budgets: to compare at.
+
+    Returns: None where no draft would use the weights: at a temperature, and where no token could have been foreseen.
+    """
+    tokens = fit_token_weights(traces, decoding.mask_token_id) if decoding.temperature == 0 else None
+    if tokens is None:
+        return None
+    weighed = make_graph(traces, replace(decoding, tokens=tokens), settings, num_nodes, objective)
+
+    def forwards(of: DraftGraph) -> float:
+        blocks = draft_blocks(of, held_out, decoding)
+        counts = [count_forwards(blocks, budget).with_drafts for budget in budgets]
+        return sum(counts) / len(counts) / len(held_out)
+
+    return WeightsTrial(weighed, forwards(graph), forwards(weighed))
 
 
 def predict(

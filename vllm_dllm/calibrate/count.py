@@ -2,10 +2,10 @@
 
 Anchor t of a block: step t made the root, canvas t + 1, and drafts are made from step t's distribution. The formula of
 a later canvas is built step by step, as `draft.propose` fills a node step by step: each step adds its positions and
-tokens by their ranks at that step. Without noise the ranks are the same at every step.
+tokens by their ranks at that step. Without noise and token weights the ranks are the same at every step.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,18 +15,16 @@ from torch import Tensor
 
 from vllm_dllm import noise
 from vllm_dllm.calibrate.select import FutureStates
+from vllm_dllm.calibrate.tokens import OrderTokens, ordered
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.draft.graph import MAX_CANDIDATES, Formula, Pair
 from vllm_dllm.draft.ranker import OrderRanker
 from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.draft.token_weights import TokenWeights
 from vllm_dllm.unmask.schedule import UnmaskRules
 
 MAX_PAIRS = 16
 """Longer formulas are not counted: no graph of 64 nodes has use for them."""
-
-
-OrderTokens = Callable[[int, int, int], NDArray[np.int64]]
-"""Of an anchor, a later step and a position: the candidates that a draft may put there in that step, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +37,7 @@ class Decoding:
     readiness: Readiness = field(default_factory=Readiness)
     rules: UnmaskRules = field(default_factory=UnmaskRules)
     ranker: OrderRanker | None = None
+    tokens: TokenWeights | None = None
 
     def terms(self, log_probs: Tensor, is_masked: Tensor, is_new: Tensor) -> Tensor | None:
         """Return what the ranker adds, see `OrderRanker.terms`; None without one."""
@@ -62,6 +61,8 @@ def block_paths(
         order_tokens: in place of the order by which drafts are made; for measurements.
     """
     is_masked = block.canvas == decoding.mask_token_id  # [num_steps + 1, block_length]
+    if order_tokens is None and decoding.tokens is not None and decoding.temperature == 0:
+        order_tokens = ordered(block, decoding.mask_token_id, decoding.tokens.scores)
     anchors = range(block.num_steps - 1)
     return [tuple(_formulas(block, is_masked, anchor, seed, decoding, order_tokens)) for anchor in anchors]
 

@@ -240,7 +240,7 @@ def _decode(plan: Plan, trace_file: "TraceFile") -> "ModelFacts":
 def _build(
     plan: Plan, facts: "ModelFacts", traces: Sequence["PromptTrace"]
 ) -> tuple[DraftGraph, "Prediction", "OrderRanker | None"]:
-    from vllm_dllm.calibrate.build import make_graph, predict, split
+    from vllm_dllm.calibrate.build import make_graph, predict, split, try_token_weights
     from vllm_dllm.calibrate.count import Decoding
 
     is_random = plan.settings.policy == "random"
@@ -250,6 +250,16 @@ def _build(
     if plan.ranker is not None:
         decoding = replace(decoding, ranker=train(used, held_out, decoding, plan.settings, plan.seed))
     graph = make_graph(used, decoding, plan.settings, plan.num_nodes, plan.objective)
+    trial = try_token_weights(
+        graph, used, held_out, decoding, plan.settings, plan.budgets, plan.num_nodes, plan.objective
+    )
+    if trial is not None:
+        graph = trial.graph if trial.helps else graph
+        text = (
+            f"token weights: {trial.with_weights:.2f} forwards per generation held out, mean of the budgets, "
+            f"{trial.without:.2f} without: {'kept' if trial.helps else 'left out'}"
+        )
+        Console().print(Text(text), soft_wrap=True)
     return graph, predict(graph, held_out, decoding, facts.eos_token_id, plan.budgets), decoding.ranker
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.ranker import OrderRanker
 from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.draft.token_weights import TokenWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class CompiledGraph:
     log_correction: Tensor  # [num_nodes] float64
     packed: PackedGraph
     ranker: OrderRanker | None = None  # adds to the readiness
+    tokens: TokenWeights | None = None  # order a position's tokens at temperature 0
 
 
 def compile_graph(graph: DraftGraph, device: torch.device, ranker: OrderRanker | None = None) -> CompiledGraph:
@@ -107,6 +109,7 @@ def compile_graph(graph: DraftGraph, device: torch.device, ranker: OrderRanker |
         log_correction=torch.tensor(graph.log_corrections, dtype=torch.float64, device=device),
         packed=_pack(graph, device),
         ranker=None if ranker is None else ranker.to(device),
+        tokens=graph.tokens,
     )
 
 

@@ -3,8 +3,8 @@
 Spiffy (arXiv:2509.18085v4) sec. 4.1-4.2. A node stands for the root's canvas with some more positions unmasked. Which
 ones, and with which tokens, its *formula* says in ranks: a set of (position rank, vocab rank) pairs, both from 0. The
 position rank orders the positions that are masked in the root by readiness (in the paper: by confidence), the vocab
-rank orders the tokens of such a position by probability; both in the distribution that made the root. So one graph
-serves every state of every text.
+rank orders the tokens of such a position by probability, or by token weights (ours); both in the distribution that made
+the root. So one graph serves every state of every text.
 
 A node's parents are the nodes whose formula is a subset of its own: with `tokens_per_step` those that have exactly so
 many pairs fewer, else the largest subsets. The root, node 0, has the empty formula.
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from vllm_dllm.draft.readiness import BY_CONFIDENCE, Readiness
+from vllm_dllm.draft.token_weights import TokenWeights
 
 Pair = tuple[int, int]
 """(position rank, vocab rank)"""
@@ -60,6 +61,7 @@ class DraftGraph:
         readiness: what orders the positions.
         expected: how often each node should have been a true future state by its readiness and probability alone;
             counts that differ correct the forecast. None when nobody counted.
+        tokens: what orders the tokens of a position in place of their probability; None: nothing does.
     """
 
     formulas: tuple[Formula, ...]
@@ -68,6 +70,7 @@ class DraftGraph:
     num_anchors: int = 0
     readiness: Readiness = BY_CONFIDENCE
     expected: tuple[float, ...] | None = None
+    tokens: TokenWeights | None = None
 
     def __len__(self) -> int:
         """Return the number of nodes, the root not counted."""

@@ -29,6 +29,7 @@ from vllm_dllm.draft.graph_schema import (
 )
 from vllm_dllm.draft.provenance import fit_warnings
 from vllm_dllm.draft.readiness import BY_CONFIDENCE, Readiness
+from vllm_dllm.draft.token_weights import TokenWeights
 from vllm_dllm.errors import GraphError, did_you_mean_file
 from vllm_dllm.unmask.registry import NATIVE
 
@@ -147,6 +148,7 @@ def dump_graph(file: GraphFile) -> str:
         "tokens_per_step": graph.tokens_per_step,
         "num_anchors": graph.num_anchors,
         "readiness": dataclasses.asdict(graph.readiness),
+        **({} if graph.tokens is None else {"tokens": dataclasses.asdict(graph.tokens)}),
         "nodes": [],
     }
     if file.provenance is not None:
@@ -194,6 +196,7 @@ def _parse_text(text: str, where: str) -> GraphFile:
         num_anchors=schema.num_anchors,
         readiness=BY_CONFIDENCE if schema.readiness is None else Readiness(**schema.readiness.model_dump()),
         expected=_all_or_none([node.expected for node in schema.nodes], "expected", where),
+        tokens=None if schema.tokens is None else TokenWeights(**schema.tokens.model_dump()),
     )
     _check_formulas(graph, where)
     if schema.provenance is not None:

@@ -135,6 +135,18 @@ class ReadinessSchema(BaseModel):
     bias: _Weight = Field(default=0.0, description=_WEIGHTS)
 
 
+class TokensSchema(BaseModel):
+    """What orders the tokens of a position, see `token_weights.TokenWeights`."""
+
+    model_config = STRICT
+
+    slope: _Weight = Field(description=_WEIGHTS)
+    slope_beside_new: _Weight = Field(default=0.0, description=_WEIGHTS)
+    same: tuple[_Weight, _Weight, _Weight, _Weight] = Field(
+        default=(0.0, 0.0, 0.0, 0.0), description=f"lists of four {_WEIGHTS}"
+    )
+
+
 class NodeSchema(BaseModel):
     """A node of a graph file."""
 
@@ -160,6 +172,7 @@ class GraphSchema(BaseModel):
     )
     num_anchors: _Count = Field(default=0, description="whole numbers from 0 on")
     readiness: ReadinessSchema | None = Field(default=None, description="null and objects")
+    tokens: TokensSchema | None = Field(default=None, description="null and objects")
     nodes: tuple[NodeSchema, ...] = Field(
         min_length=1,
         max_length=MAX_NODES,
@@ -171,6 +184,7 @@ class GraphSchema(BaseModel):
 _NESTED: dict[str, type[BaseModel]] = {
     "nodes": NodeSchema,
     "readiness": ReadinessSchema,
+    "tokens": TokensSchema,
     "provenance": Provenance,
     "settings": DllmConfig,
     "prompts": PromptsFile,

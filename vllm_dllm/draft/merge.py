@@ -13,7 +13,7 @@ def merge_graphs(named: Sequence[tuple[str, GraphFile]], num_nodes: int) -> Grap
     """Add up counts and anchors, and keep the most frequent nodes that hang together.
 
     A node that one of the files lacks counts 0 there, although its calibration may have seen it. What was measured on
-    held-out prompts does not carry over; date, seed, versions and readiness are those of the first file.
+    held-out prompts does not carry over; date, seed, versions, readiness and token weights are those of the first file.
 
     Args:
         named: at least one graph with its name for messages.
@@ -41,6 +41,7 @@ def merge_graphs(named: Sequence[tuple[str, GraphFile]], num_nodes: int) -> Grap
         num_anchors=sum(graph.num_anchors for graph in graphs),
         readiness=graphs[0].readiness,
         expected=tuple(expected[f] for f in kept) if all(graph.expected for graph in graphs) else None,
+        tokens=graphs[0].tokens,
     )
     made = [file.provenance for _, file in named if file.provenance is not None]
     prompts = tuple(prompts for provenance in made for prompts in provenance.prompts)

@@ -69,12 +69,15 @@ def native_nodes(
     looks_ahead: bool = False,
 ) -> Nodes:
     """Do what `torch_nodes` does, in one launch behind those of a ranker; all tensors are contiguous."""
-    readiness, packed = graph.readiness, graph.packed
+    readiness, tokens, packed = graph.readiness, graph.tokens, graph.packed
     has_drafts = num_drafts > 0 or looks_ahead
     terms = ranked(graph, canvases, memory, blocks.slots) if has_drafts else None
     canvas, is_masked, is_valid, depth, _node, _log_reach, *end = ops.propose_nodes(
         (packed.nodes, packed.pairs, packed.log_correction),
-        (readiness.slope, *readiness.near, readiness.bias),
+        (
+            *(readiness.slope, *readiness.near, readiness.bias),
+            *(() if tokens is None else (tokens.slope, tokens.slope_beside_new, *tokens.same)),
+        ),
         (blocks.slots, blocks.start) if terms is None else (blocks.slots, blocks.start, terms),
         (canvases.canvas, *memory.tensors, canvases.seq_len),
         canvases.draft_params(blocks),

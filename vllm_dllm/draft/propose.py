@@ -5,6 +5,10 @@ forward said of the positions that are masked still. At a temperature, a node is
 parent: each step draws with the noise that the decoder will use when as many positions are masked, which is known
 before (`vllm_dllm.noise`); so is the order of the policy `random`. The order of `sequential`, `origin` and `alg_temp`
 could be known too; there as elsewhere readiness orders the positions, so that fewer drafts come true.
+
+A graph with token weights (ours) fills all nodes step by step, as what a position probably gets then depends on what
+the node's first parent has beside it. At a temperature the noise chooses the tokens, whatever the weights are; a
+look-ahead's end has the likeliest tokens by probability.
 """
 
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ from torch.nn.functional import pad
 from vllm_dllm import noise
 from vllm_dllm.draft.compile import CompiledGraph, Filling
 from vllm_dllm.draft.prune import Filled, Ranking, rank_nodes
+from vllm_dllm.draft.token_weights import NONE, OFFSETS, TokenWeights
 from vllm_dllm.unmask.stats import Candidates
 
 
@@ -82,13 +87,12 @@ def propose(
         draft_noise: None when all requests are greedy and none has the policy `random`.
         num_drafts: how many to keep; None keeps all.
     """
-    if draft_noise is None:
-        draws, fillings = _greedy_draws(graph, roots), graph.at_once
-    else:
-        draws, fillings = _noisy_draws(graph, roots, draft_noise), graph.by_steps
+    draws = _greedy_draws(graph, roots) if draft_noise is None else _noisy_draws(graph, roots, draft_noise)
+    is_greedy = None if draft_noise is None else draft_noise.temperature == 0
+    weighing = None if graph.tokens is None else _Weighing(graph.tokens, roots, is_greedy)
     filled = unfilled(roots, graph.num_nodes)
-    for filling in fillings:
-        _fill(filling, draws, filled)
+    for filling in graph.at_once if draft_noise is None and weighing is None else graph.by_steps:
+        _fill(filling, draws, filled, weighing)
     is_random = None if draft_noise is None else draft_noise.is_random
     ranking = rank_nodes(graph, filled, draws.readiness, is_random, roots.node_terms)
     return best_drafts(graph, filled, ranking, num_drafts)
@@ -188,7 +192,57 @@ def _noisy_scores(roots: Roots, draft_noise: DraftNoise, masked_then: Tensor) ->
     return keys, scores.masked_fill(is_out & (rank > 0) & (temperature > 0), -torch.inf)
 
 
-def _fill(filling: Filling, draws: _Draws, filled: Filled) -> None:
+def neighbours(new: Tensor, position: Tensor) -> Tensor:
+    """Return the new tokens beside positions.
+
+    Args:
+        new: [..., block_length] int64, tokens that are new, and NONE.
+        position: [..., num_positions] int64.
+
+    Returns: [..., num_positions, len(OFFSETS)] int64.
+    """
+    widest = max(OFFSETS)
+    padded = pad(new, (widest, widest), value=NONE)
+    return torch.stack([padded.gather(-1, position + widest + offset) for offset in OFFSETS], -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Weighing:
+    """Chooses tokens by token weights."""
+
+    weights: TokenWeights
+    roots: Roots
+    is_greedy: Tensor | None  # [num_reqs] bool, whose tokens; None: all requests'
+
+    def choose(
+        self, filling: Filling, filled: Filled, position: Tensor, drawn: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens that nodes put at positions, and their log-probabilities among the candidates.
+
+        Args:
+            filling: the nodes.
+            filled: their origins.
+            position: [num_reqs, num_filled, max_pairs] int64.
+            drawn: tokens int64 and log-probabilities float64 of the other requests, shaped as `position`.
+        """
+        roots, canvas = self.roots, filled.canvas[:, filling.origin]
+        is_new = roots.is_new[:, None] | (roots.is_masked[:, None] & ~filled.is_masked[:, filling.origin])
+        beside = neighbours(canvas.masked_fill(~is_new, NONE), position)
+        request = torch.arange(len(canvas), device=canvas.device)[:, None, None]
+        token_ids, log_probs = (
+            each[request, position] for each in (roots.candidates.token_ids, roots.candidates.log_probs)
+        )
+        scores = self.weights.scores(token_ids, log_probs, beside)
+        best = scores.argsort(dim=-1, descending=True, stable=True)
+        chosen = best.gather(-1, filling.vocab_rank.expand_as(position)[..., None])
+        tokens, chances = (each.gather(-1, chosen)[..., 0] for each in (token_ids, scores.log_softmax(-1)))
+        if self.is_greedy is None:
+            return tokens, chances
+        is_mine = self.is_greedy[:, None, None]
+        return torch.where(is_mine, tokens, drawn[0]), torch.where(is_mine, chances, drawn[1])
+
+
+def _fill(filling: Filling, draws: _Draws, filled: Filled, weighing: _Weighing | None) -> None:
     """Fill some nodes from their origins, in place."""
     is_open = filled.is_masked[:, filling.origin]
     ordered = draws.order[:, filling.draw].masked_fill(~is_open, -torch.inf)
@@ -198,7 +252,9 @@ def _fill(filling: Filling, draws: _Draws, filled: Filled) -> None:
     request = torch.arange(len(order), device=order.device)[:, None, None]
     draw, vocab_rank = filling.draw[:, None], filling.vocab_rank
     token_ids = draws.token_ids[request, draw, position, vocab_rank]
-    log_probs = draws.log_probs[request, draw, position, vocab_rank].masked_fill(~filling.is_pair, 0.0)
+    log_probs = draws.log_probs[request, draw, position, vocab_rank]
+    if weighing is not None:
+        token_ids, log_probs = weighing.choose(filling, filled, position, (token_ids, log_probs))
     fits = (filling.position_rank < is_open.sum(-1, keepdim=True)) | ~filling.is_pair
     # A place that stands for no pair writes to a column that is cut off.
     column = position.masked_fill(~filling.is_pair, order.shape[-1])
@@ -206,4 +262,5 @@ def _fill(filling: Filling, draws: _Draws, filled: Filled) -> None:
     filled.canvas[:, filling.node] = padded.scatter(-1, column, token_ids)[..., :-1]
     filled.is_masked[:, filling.node] = pad(is_open, (0, 1)).scatter(-1, column, value=False)[..., :-1]
     filled.is_valid[:, filling.node] = filled.is_valid[:, filling.origin] & fits.all(-1)
-    filled.log_prob[:, filling.node] = filled.log_prob[:, filling.origin] + log_probs.sum(-1)
+    added = log_probs.masked_fill(~filling.is_pair, 0.0).sum(-1)
+    filled.log_prob[:, filling.node] = filled.log_prob[:, filling.origin] + added

@@ -10,7 +10,7 @@ from vllm_dllm.ops.load import check_one_device, require
 
 def propose_nodes(  # noqa: PLR0913 - the arguments of the op, once per step
     graph: Sequence[Tensor],
-    readiness: Sequence[float],
+    weights: Sequence[float],
     requests: Sequence[Tensor],
     state: Sequence[Tensor],
     params: Sequence[Tensor],
@@ -28,7 +28,8 @@ def propose_nodes(  # noqa: PLR0913 - the arguments of the op, once per step
 
     Args:
         graph: the fields of `draft.compile.PackedGraph`.
-        readiness: slope, near[0], near[1], bias of `draft.readiness.Readiness`.
+        weights: slope, near[0], near[1], bias of `draft.readiness.Readiness`, and with token weights slope,
+            slope_beside_new and the four of same of `draft.token_weights.TokenWeights`.
         requests: slots and start, [num_reqs] int64 each, and with a ranker `draft.propose.Roots.terms`.
         state: by slot, canvas [num_slots, block_length] int64; `state.drafts.DraftState.tensors`, of candidates
             token_ids int64 and log_probs float64 [num_slots, block_length, num_candidates], was_masked [num_slots,
@@ -52,7 +53,7 @@ def propose_nodes(  # noqa: PLR0913 - the arguments of the op, once per step
     require("propose_nodes", requests[0].device.type)
     nodes: list[Tensor] = torch.ops.vllm_dllm.propose_nodes(
         graph,
-        readiness,
+        weights,
         requests,
         state,
         params,
@@ -68,7 +69,7 @@ def propose_nodes(  # noqa: PLR0913 - the arguments of the op, once per step
 
 def fake(  # noqa: PLR0913 - as above
     graph: Sequence[Tensor],
-    readiness: Sequence[float],
+    weights: Sequence[float],
     requests: Sequence[Tensor],
     state: Sequence[Tensor],
     params: Sequence[Tensor],

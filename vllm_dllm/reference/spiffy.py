@@ -14,7 +14,8 @@ Where the paper leaves open: drafts extend the canvas that the last distribution
 distribution; a draft is accepted when it *is* the next canvas, whatever edge led to it; at a temperature each step of
 a draft draws with the noise that the decoder will use then; `credit` decides a draft only where each token with credit
 by then had some when the call began, or is among the draft's `MAX_CANDIDATES` likeliest. Other than in the paper,
-position ranks and pruning go by calibrated readiness (`draft.prune`).
+position ranks and pruning go by calibrated readiness (`draft.prune`), and at temperature 0 vocab ranks go by token
+weights, where a graph has some (`draft.token_weights`): then, too, a node is filled step by step.
 """
 
 import math
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from vllm_dllm.draft.graph import MAX_CANDIDATES, DraftGraph, Formula
 from vllm_dllm.draft.look_ahead import MAX_BLOCK_LENGTH, MIN_BUDGET, NUM_NODES
+from vllm_dllm.draft.token_weights import LEAST_LOG_PROB, OFFSETS
 from vllm_dllm.noise import STREAM, gumbel, stream_keys, uniform
 from vllm_dllm.reference.block_causal import decoded_region, store_prompt
 from vllm_dllm.reference.context import Frozen, StoredBlocks
@@ -77,6 +79,11 @@ class _Decoder:
     @property
     def mask_token_id(self) -> int:
         return self.context.model.config.mask_token_id
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether token weights rank the tokens; at a temperature the noise does."""
+        return self.graph.tokens is not None and self.block.sampling.temperature == 0
 
     def is_masked(self, canvas: Canvas) -> Tensor:
         return torch.tensor(canvas) == self.mask_token_id
@@ -159,14 +166,16 @@ class _Decoder:
         """Guess canvases that follow the root, likeliest first, from the logits that led to it from `before`."""
         log_probs = remove_tokens(logits.double(), self.block.sampling.forbidden_ids).log_softmax(-1)
         is_new = self.is_masked(before) & ~self.is_masked(root)
-        is_step_by_step = self.block.sampling.temperature > 0 or self.block.policy.name == "random"
+        is_step_by_step = (
+            self.block.sampling.temperature > 0 or self.block.policy.name == "random" or self.weighs_tokens
+        )
         formulas: list[Formula] = [(), *self.graph.formulas]
         canvases: list[Canvas | None] = [root]
         # Of each node: log probability of being reached; least score on the way to it, on which the root is not.
         scores, worst = [0.0], [math.inf]
         for number, parents in enumerate(self.graph.parents, start=1):
             origin = parents[0] if is_step_by_step else 0
-            node = self._extend(canvases[origin], formulas[origin], formulas[number], log_probs, is_new)
+            node = self._extend(canvases[origin], root, formulas[origin], formulas[number], log_probs, is_new)
             canvases.append(node if node is not None and self.is_masked(node).any() else None)
             parent = canvases[parents[0]]
             if node is None or parent is None:
@@ -180,13 +189,15 @@ class _Decoder:
         ]
 
     def _extend(
-        self, origin: Canvas | None, old: Formula, new: Formula, log_probs: Tensor, is_new: Tensor
+        self, origin: Canvas | None, root: Canvas, old: Formula, new: Formula, log_probs: Tensor, is_new: Tensor
     ) -> Canvas | None:
         """Add to a node's canvas, of formula `old`, what `new` has more; None where positions do not suffice."""
         if origin is None:
             return None
         is_masked = self.is_masked(origin)
         ranked, log_confidence, keys = self._draw(log_probs, int(is_masked.sum()))
+        if self.weighs_tokens:
+            ranked, _ = self._weigh(origin, root, log_probs, is_new)
         order = self.graph.readiness.log_odds(log_confidence, is_new)
         if self.block.policy.name == "random":
             order = uniform(keys, STREAM)
@@ -207,6 +218,9 @@ class _Decoder:
         is_open = self.is_masked(parent)
         added = (is_open & ~self.is_masked(node)).nonzero().squeeze(-1)
         log_tokens = sum(float(log_probs[x, node[x]]) for x in added.tolist())
+        if self.weighs_tokens:
+            ids, chances = self._weigh(parent, root, log_probs, is_new)
+            log_tokens = sum(float(chances[x][ids[x] == node[x]]) for x in added.tolist())
         if self.block.policy.name == "random":  # the positions are known for certain
             return log_tokens
         _, log_confidence, _ = self._draw(log_probs, int(is_open.sum()))
@@ -217,6 +231,29 @@ class _Decoder:
         else:
             log_z = torch.log(torch.expm1(torch.nn.functional.softplus(ready[is_open]).sum()))
         return log_tokens + float(ready[added].sum() - log_z)
+
+    def _weigh(self, canvas: Canvas, root: Canvas, log_probs: Tensor, is_new: Tensor) -> tuple[Tensor, Tensor]:
+        """Rank the tokens of each position by token weights, for a step from a canvas that follows the root.
+
+        Returns: token ids best first, and the logarithm of their probabilities, [block_length, MAX_CANDIDATES] each.
+        """
+        weights = self.graph.tokens
+        assert weights is not None, "weighs_tokens says so"
+        is_newer = is_new | (self.is_masked(root) & ~self.is_masked(canvas))
+        top, ids = log_probs.topk(min(MAX_CANDIDATES, log_probs.shape[-1]))
+        scores = []
+        for x in range(len(canvas)):
+            places = [x + offset for offset in OFFSETS]
+            beside = [canvas[y] if 0 <= y < len(canvas) and is_newer[y] else None for y in places]
+            slope = weights.slope + (0.0 if beside[:2] == [None, None] else weights.slope_beside_new)
+            same = [
+                sum(weight for weight, other in zip(weights.same, beside, strict=True) if other == token)
+                for token in ids[x].tolist()
+            ]
+            found = [slope * max(p, LEAST_LOG_PROB) + more for p, more in zip(top[x].tolist(), same, strict=True)]
+            scores.append(torch.tensor(found, dtype=torch.float64))
+        order = torch.stack(scores).argsort(dim=-1, descending=True, stable=True)
+        return ids.gather(-1, order), torch.stack(scores).log_softmax(-1).gather(-1, order)
 
     def _draw(self, log_probs: Tensor, num_masked: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rank the tokens of each position for the step that finds `num_masked` positions masked.

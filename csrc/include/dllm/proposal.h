@@ -260,6 +260,29 @@ struct Proposal {
     return -1;
   }
 
+  // The token that a canvas has new at a position; -1 where there is none, and outside the block.
+  DLLM_HOST_DEVICE int64_t new_token(const uint8_t* canvas, int32_t position) const {
+    if (position < 0 || position >= args.block_length) {
+      return -1;
+    }
+    if (canvas[position] < kKnown) {
+      return args.token_ids[at(position) * args.num_candidates + canvas[position]];
+    }
+    return is_new(position) ? args.canvas[at(position)] : -1;
+  }
+
+  // What a step from a canvas puts at a position.
+  DLLM_HOST_DEVICE Guess guess(const uint8_t* canvas, int32_t position, int32_t vocab_rank) const {
+    if (args.has_token_weights && !(temperature() > 0.0)) {
+      const int64_t beside[kNumBeside] = {new_token(canvas, position - 1), new_token(canvas, position + 1),
+                                          new_token(canvas, position - 2), new_token(canvas, position + 2)};
+      return weighed_guess(args.token_weights, args.token_ids + at(position) * args.num_candidates, log_probs(position),
+                           args.num_candidates, beside, vocab_rank);
+    }
+    const uint8_t candidate = scratch.pick[position * kMaxCandidates + vocab_rank];
+    return {candidate, log_probs(position)[candidate]};
+  }
+
   // Fill node `index` + 1 from its parent. `log_z`: log_choices of the parent's canvas, not used where the order is
   // random.
   DLLM_HOST_DEVICE void fill_node(int32_t index, double log_z) const {
@@ -277,8 +300,9 @@ struct Proposal {
         num_open = 0;
         break;
       }
-      canvas[position] = scratch.pick[position * kMaxCandidates + args.pairs[i].vocab_rank];
-      log_step += log_probs(position)[canvas[position]] + (is_random() ? 0.0 : ready_in(from, position));
+      const Guess found = guess(from, position, args.pairs[i].vocab_rank);
+      canvas[position] = found.candidate;
+      log_step += found.log_prob + (is_random() ? 0.0 : ready_in(from, position));
       --num_open;
     }
     const bool is_valid = scratch.num_open[node.parent] > 0 && num_open > 0;

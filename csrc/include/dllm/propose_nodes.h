@@ -5,6 +5,7 @@
 // proposal.h.
 #pragma once
 
+#include "dllm/token_weights.h"
 #include "dllm/types.h"
 
 namespace dllm {
@@ -39,7 +40,9 @@ struct ProposeNodesArgs {
   const GraphPair* pairs;        // [num_pairs]
   const double* log_correction;  // [num_nodes], of nodes as they lie
   Readiness readiness;
-  bool is_one_by_one;  // every step unmasks one position
+  TokenWeights token_weights;  // read if has_token_weights
+  bool has_token_weights;      // which choose the tokens of requests of temperature 0
+  bool is_one_by_one;          // every step unmasks one position
 
   const int64_t* slots;  // [num_reqs]
   const int64_t* start;  // [num_reqs], absolute position of the block
