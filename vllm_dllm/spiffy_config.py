@@ -248,6 +248,8 @@ def spiffy_settings(
         )
     config, source = parse_spiffy(content["config"]), content["source"]
     exactness = _exactness(config, server)
+    if server.has_windows:
+        return _chain_settings(config, server.block_length)
     if source == DEFAULT_GRAPH:
         graph = default_graph(server.policy, server.block_length, family).graph
         warnings = [
@@ -276,6 +278,32 @@ def spiffy_settings(
         source=source,
         warnings=tuple(warnings),
         ranker=ranker,
+    )
+
+
+def _chain_settings(config: SpiffyConfig, window: int) -> SpiffySettings:
+    """Return the settings of drafts of a window, which are a chain: each step unmasks a position of it at least."""
+    for name, given in (("draft_graph", config.draft_graph), ("ranker", config.ranker)):
+        if given not in (DEFAULT_GRAPH, None):
+            raise ConfigError(
+                f"{_NAME}.{name} is {reprlib.repr(given)}, but the drafts of this model are a chain that follows the "
+                "entropies of its window, which no file describes; allowed is none; remove it, and give "
+                f"{_NAME}.budget or {_NAME}.max_nodes for the number of drafts"
+            )
+    longest = min(window - 1, MAX_NODES)
+    formulas = [tuple((rank, 0) for rank in range(length)) for length in range(1, 1 + longest)]
+    source = f"the chain of a window of {window}"
+    most = config.max_nodes or DEFAULT_MAX_NODES if config.fixed_budget is None else config.fixed_budget
+    warnings = []
+    if (config.fixed_budget or 0) > longest:
+        warnings = [f"{_NAME}.budget is {config.budget}, but {source} has {longest} drafts: so many are used"]
+    return SpiffySettings(
+        graph=DraftGraph(tuple(formulas)),
+        budget=None if config.fixed_budget is None else min(config.fixed_budget, longest),
+        max_nodes=min(most, longest),
+        exactness="exact",
+        source=source,
+        warnings=tuple(warnings),
     )
 
 

@@ -139,3 +139,9 @@ def test_a_server_takes_a_ranker(path: Path, tmp_path: Path) -> None:
         parse_spiffy({"method": "spiffy", "ranker": 5})
     with pytest.raises(ConfigError, match="is not a file"):
         to_json_object(parse_spiffy({"method": "spiffy", "ranker": str(tmp_path / "rankr.safetensors")}))
+
+
+def test_windows_have_no_ranker(path: Path) -> None:
+    text = json.dumps(to_json_object(parse_spiffy({"method": "spiffy", "ranker": str(path)})))
+    with pytest.raises(ConfigError, match=r"speculative_config.ranker is .* but the drafts of this model are a chain"):
+        spiffy_settings(text, DllmConfig(kv_policy="window", block_length=16), "models/ours", "wedlm")

@@ -10,10 +10,12 @@ import torch
 from tests.e2e.first_token import CONFIGS
 from tests.e2e.rig import MAX_MODEL_LEN, NUM_SLOTS, Case
 from tests.e2e.wild import write_wild
+from vllm_dllm.reference import wedlm_spiffy
 from vllm_dllm.reference.edits import Edits
 from vllm_dllm.reference.qwen import Qwen, QwenConfig
 from vllm_dllm.reference.sampling import Sampling
 from vllm_dllm.reference.wedlm import Sliding, WindowRule, generate
+from vllm_dllm.reference.wedlm_spiffy import SpiffySliding
 from vllm_dllm.state.edits import LogitEdits
 
 WINDOW = 16
@@ -56,17 +58,24 @@ class SlidingOracle:
     def made(self, case: Case) -> Sliding:
         """Decode a case, once."""
         if case not in self._made:
-            assert isinstance(case, WindowCase)
-            self._made[case] = generate(
-                self.model,
-                torch.tensor(case.prompt),
-                gen_length=min(case.max_tokens, MAX_MODEL_LEN - len(case.prompt)),
-                window=WINDOW,
-                rule=WindowRule(case.entropy_bound, case.position_penalty),
-                sampling=self._sampling(case),
-                limit=MAX_MODEL_LEN,
-            )
+            self._made[case] = generate(self.model, torch.tensor(case.prompt), **self._arguments(case))
         return self._made[case]
+
+    def drafted(self, case: Case, num_drafts: int, stop_ids: tuple[int, ...] = ()) -> SpiffySliding:
+        """Decode a case with drafts."""
+        own = self._arguments(case)
+        prompt = torch.tensor(case.prompt)
+        return wedlm_spiffy.generate(self.model, prompt, num_drafts=num_drafts, stop_ids=stop_ids, **own)
+
+    def _arguments(self, case: Case) -> dict[str, Any]:
+        assert isinstance(case, WindowCase)
+        return {
+            "gen_length": min(case.max_tokens, MAX_MODEL_LEN - len(case.prompt)),
+            "window": WINDOW,
+            "rule": WindowRule(case.entropy_bound, case.position_penalty),
+            "sampling": self._sampling(case),
+            "limit": MAX_MODEL_LEN,
+        }
 
     def tokens(self, case: Case) -> list[int]:
         tokens: list[int] = self.made(case).tokens.tolist()
@@ -86,7 +95,7 @@ class SlidingOracle:
         )
 
 
-def mixed(seed: int, num: int = NUM_SLOTS) -> list[Case]:
+def mixed(seed: int, num: int = NUM_SLOTS) -> list[WindowCase]:
     """Requests of odd lengths, greedy and sampled, cautious and bold; some ask for other logits."""
     rng = random.Random(seed)
     edited = [

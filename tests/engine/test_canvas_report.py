@@ -13,15 +13,14 @@ from vllm_dllm.engine.telemetry import RequestTotals
 from vllm_dllm.state.records import LogprobRecords
 from vllm_dllm.state.report import REPORT_LEN, Column, with_canvases
 
-MASK = 3
-CANVAS = torch.tensor([[7, MASK, 8, 9]])
+CANVAS = torch.tensor([[7, -1, 8, 9]])
 LOG_PROBS = torch.tensor([[-0.25, -5.0, torch.nan, -torch.inf]])
 
 
 def arrived(num_pages: int | None = None) -> RequestReport:
     """The report of a request whose step did what `CANVAS` says, behind it its pages where there are any."""
     counts = torch.arange(REPORT_LEN, dtype=torch.int32)[None]
-    row = with_canvases(counts, CANVAS, MASK, LOG_PROBS)[0].tolist()
+    row = with_canvases(counts, CANVAS, LOG_PROBS)[0].tolist()
     return RequestReport.of_row(row if num_pages is None else [*row, num_pages, *range(num_pages), 0, 0], 4)
 
 

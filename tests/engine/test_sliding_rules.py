@@ -14,10 +14,14 @@ from tests.engine.scheduler_rig import request
 from vllm_dllm import plugin
 from vllm_dllm.blocks import max_prompt_len, row_blocks
 from vllm_dllm.config import DllmConfig, parse_request_options
-from vllm_dllm.engine.configs import settings_of
+from vllm_dllm.draft.acceptance import RequestAcceptance
+from vllm_dllm.draft.budget import BudgetRule
+from vllm_dllm.draft.windows import WindowDrafter
+from vllm_dllm.engine.configs import settings_of, spiffy_of
 from vllm_dllm.engine.plan import Role
 from vllm_dllm.engine.plan_windows import plan_windows
 from vllm_dllm.engine.refusals import RequestError
+from vllm_dllm.engine.report import StepOrder
 from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.sliding_rules import check_options
 from vllm_dllm.engine.step_sizes import SLIDING_SCHEDULER
@@ -27,6 +31,7 @@ from vllm_dllm.errors import ConfigError
 W = 16
 SETTINGS = DllmConfig(kv_policy="window", block_length=W)
 LLADA = Path(__file__).parents[2] / "examples/tiny_llada/checkpoint"
+GRAPH = str(LLADA.parent / "graph.json")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,16 @@ def test_a_server_has_the_published_values(checkpoint: Path) -> None:
         ({"kv_policy": "causal"}, {}, "kv_policy is 'causal', but WeDLMForCausalLM decides a window that slides"),
         ({"position_penalty": -0.1}, {}, "position_penalty is -0.1, allowed are null and finite numbers from 0 on"),
         ({}, {"async_scheduling": True}, "async_scheduling is on, but the host must know how many tokens of a window"),
-        ({}, {"speculative_config": {"method": "spiffy"}}, "'spiffy', but a window that slides has no drafts here"),
+        (
+            {},
+            {"speculative_config": {"method": "spiffy", "draft_graph": GRAPH}},
+            "speculative_config.draft_graph is ",
+        ),
+        (
+            {},
+            {"speculative_config": {"method": "spiffy", "num_speculative_tokens": 4}},
+            "num_speculative_tokens is 4, but drafts",
+        ),
     ],
 )
 def test_what_windows_cannot_be_with(
@@ -118,7 +132,7 @@ def test_a_step_has_the_window_and_what_it_stores() -> None:
         rows.kv.note(each.request_id, stored)
     scheduler = object.__new__(SlidingScheduler)
     scheduler.rows, scheduler.running, scheduler._placeholders, scheduler.current_step = rows, running, [-1] * W, 7
-    scheduler._num_held = 0
+    scheduler._num_held, scheduler.rule = 0, None
     scheduler._choose_rows()
     assert rows.given == {"a": 16 + 3, "b": 8}, "three tokens are final and not stored; another row ends"
     assert [len(each.spec_token_ids) for each in running] == [16, 8]
@@ -132,20 +146,77 @@ def test_a_step_has_the_window_and_what_it_stores() -> None:
 
 
 def test_a_resumed_request_brings_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_dllm.engine.report import StepOrder
     from vllm_dllm.engine.scheduler import DllmScheduler
 
     scheduler = object.__new__(SlidingScheduler)
     scheduler._check, scheduler._canvases = None, {"a": [-1, 7], "b": [-1, -1]}
-    order = StepOrder(("a", "c"), None)
+    scheduler._drafts, scheduler._budget = {"a": (17, 18), "b": (16,), "d": (19,)}, 2
+    order = StepOrder(("a", "b", "c"), None)
     monkeypatch.setattr(DllmScheduler, "_update_after_schedule", lambda _self, _output: None)
     output = SimpleNamespace(
         scheduled_new_reqs=[SimpleNamespace(req_id="a"), SimpleNamespace(req_id="c")],
+        num_scheduled_tokens={"a": 16, "b": 32, "c": 20},
         aux_output_connector_metadata=order,
     )
     scheduler._update_after_schedule(output)
-    assert output.aux_output_connector_metadata.canvases == {"a": [-1, 7]}
-    assert output.aux_output_connector_metadata.shows_canvas
+    told = output.aux_output_connector_metadata
+    assert (told.canvases, told.shows_canvas) == ({"a": [-1, 7]}, True)
+    assert (told.drafts, told.budget) == ({"b": (16,)}, 2), "of those that take the step and keep their slots"
+
+
+def drafting(rows: StepRows, windows: dict[str, list[int]], budget: int) -> tuple[Any, list[Any]]:
+    """Return a scheduler of requests with 20 tokens, behind a step that left these windows, and the requests."""
+    running = [request(name, 20) for name in windows]
+    for each in running:
+        each.max_tokens, each.num_output_tokens = 50, 12
+        rows.kv.add(each.request_id, 0)
+        rows.kv.note(each.request_id, 20)
+    scheduler = object.__new__(SlidingScheduler)
+    scheduler.rows, scheduler.running, scheduler.waiting = rows, running, []
+    scheduler._placeholders, scheduler.current_step, scheduler._num_held = [-1] * 2 * W, 7, 0
+    scheduler.block_length, scheduler.acceptance, scheduler._canvases = W, RequestAcceptance(), windows
+    scheduler.rule = BudgetRule(WindowDrafter(W - 1).prior(), W, budget)
+    return scheduler, running
+
+
+def test_drafts_have_the_rows_that_the_reports_tell() -> None:
+    """Of the second request, the first draft knows position 0 and so has two at its front; a third has no draft."""
+    windows = {"a": [-2, 7, -3, *[-1] * 13], "b": [-3, 7, -2, *[-1] * 13], "c": [-1] * 16}
+    scheduler, running = drafting(StepRows(SETTINGS, 128, 1000), windows, budget=4)
+    scheduler._choose_rows()
+    assert scheduler._drafts == {"a": (18, 19), "b": (16, 19)}
+    assert scheduler.rows.given == {"a": 16 + 37, "b": 16 + 35, "c": 16}
+    assert [len(each.spec_token_ids) for each in running] == [32, 32, 16]
+    order = StepOrder(("a", "b", "c"), None, drafts=scheduler._drafts, budget=scheduler._budget)
+    step = SimpleNamespace(aux_output_connector_metadata=order)
+    assert scheduler._num_drafts(step, dict.fromkeys("abc")) == {"a": 4, "b": 4, "c": 0}
+    running[0].max_tokens = 14  # its reply is over with what the first draft knows
+    running[1].sampling_params = SimpleNamespace(extra_args={"dllm_budget": 1})
+    scheduler._choose_rows()
+    assert scheduler._drafts == {"b": (16,)}
+
+
+def test_drafts_are_cut_to_the_rows_of_a_step_and_to_the_request() -> None:
+    window = [-2, -3, -4, *[-1] * 13]
+    scheduler, running = drafting(StepRows(SETTINGS, 38, 16 + 17 + 18), {"a": window}, budget=3)
+    scheduler._choose_rows()
+    assert scheduler._drafts == {"a": (17, 18)}, "the row ends behind 18 positions, and the step's rows are 51"
+    assert len(running[0].spec_token_ids) == 18
+
+
+def test_a_chain_is_as_long_as_the_window_allows(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for given, expected in (({}, (None, 10)), ({"max_nodes": 40}, (None, 15)), ({"budget": 40}, (15, 15))):
+        config = engine_config(checkpoint, {}, speculative_config={"method": "spiffy", **given})
+        found = spiffy_of(config)
+        assert found is not None
+        assert (found.budget, found.max_nodes) == expected
+        assert found.exactness == "exact"
+        assert config.diffusion_config.canvas_length == 2 * W
+    assert len(found.warnings) == 1
+    assert "budget is 40, but the chain of a window of 16 has 15 drafts" in found.warnings[0]
+    assert engine_config(checkpoint, {}).diffusion_config.canvas_length == W
+    none = engine_config(checkpoint, {}, speculative_config={"method": "spiffy", "budget": 0})
+    assert none.diffusion_config.canvas_length == W
 
 
 def test_the_segments_of_a_step() -> None:
@@ -160,3 +231,23 @@ def test_the_segments_of_a_step() -> None:
     assert (plan.begin.tolist(), plan.end.tolist()) == ([17, 20, 120], [20, 36, 128])
     assert plan.context.tolist() == [[0, 17, 20, 20], [0, 20, 36, 36], [0, 120, 128, 128]]
     assert plan.num_stored.tolist() == [3, 0]
+
+
+def test_the_segments_of_a_step_with_drafts() -> None:
+    """Each draft sees what is stored before the root, as the root does, and itself."""
+    rows = StepRows(SETTINGS, 128, 1000)
+    for name, stored in (("a", 17), ("b", 30)):
+        rows.kv.add(name, 0)
+        rows.kv.note(name, stored)
+    known = np.array([20, 30])
+    kv = rows.kv.step(["a", "b"], known, np.array([128, 128]))
+    drafts = [(18, 19), ()]
+    plan = plan_windows(kv, start=known, length=np.array([16, 16]), block_length=2 * W, drafts=drafts)
+    assert plan.role.tolist() == [Role.PREFILL, Role.ROOT, Role.DRAFT, Role.DRAFT, Role.ROOT]
+    assert (plan.begin.tolist(), plan.end.tolist()) == ([17, 20, 20, 20, 30], [20, 36, 38, 39, 46])
+    assert plan.context[2:, :2].tolist() == [[0, 20], [0, 20], [0, 30]]
+    assert (plan.max_drafts, plan.num_stored.tolist()) == (2, [3, 0])
+    made = plan.rows()
+    assert made.node.tolist() == [[0, 1, 2], [3, -1, -1]]
+    assert made.head.shape == (4, 2 * W)
+    assert made.source[3 + 16 : 3 + 16 + 18].tolist() == [*range(2 * W, 2 * W + 18)], "of the first draft's canvas"

@@ -10,9 +10,18 @@ from vllm_dllm.config import DllmConfig
 from vllm_dllm.reference.wedlm import WindowRule
 from vllm_dllm.state.report import Column
 from vllm_dllm.state.settle import Ledger
-from vllm_dllm.state.sliding import SlidingSchedule, physical_order, reorder, slide, unmasked_in_windows
+from vllm_dllm.state.sliding import (
+    SlidingSchedule,
+    penalised_entropy,
+    physical_order,
+    reorder,
+    slide,
+    unmasked_in_windows,
+)
 from vllm_dllm.state.step_rows import RowPlan
 from vllm_dllm.state.windows import make_schedule
+from vllm_dllm.unmask.walk import Nodes
+from vllm_dllm.unmask.windows import WalkedWindows
 
 M, W = 3, 8
 
@@ -62,13 +71,29 @@ def test_rows_and_what_predicts_a_position_are_put_in_order() -> None:
         is_stored=torch.tensor([1, 1, *[0] * 13]),
     )
     head = torch.tensor([[*range(2, 10)], [10, 11, 12, 13, 14, 14, 14, 14]])
-    rows, own = reorder(plan, head, order)
+    rows, own = reorder(plan, head, order, torch.tensor([[0], [1]]))
     assert rows.position.tolist() == [18, 19, 21, 23, 24, 20, 22, 25, 26, 27, 42, 40, 41, 43, 44]
     assert rows.source.tolist() == [-1, -1, 1, 3, 4, 0, 2, 5, 6, 7, 10, 8, 9, 11, 12]
     positions = rows.position[own]
     assert positions[0].tolist() == [*range(20, 28)], "the row of each position"
     assert positions[1, :5].tolist() == [*range(40, 45)]
     assert own[1, 5:].tolist() == [14] * 3, "of no position, but a row of the request"
+
+
+def test_rows_of_drafts_are_those_of_their_states() -> None:
+    """Of two requests the first has a draft; each evaluated canvas has an order of its own."""
+    plan = RowPlan(
+        request=torch.tensor([0] * 5 + [1] * 2),
+        source=torch.tensor([0, 1, 4, 5, 6, 8, 9]),
+        position=torch.tensor([20, 21, 20, 21, 22, 50, 51]),
+        is_stored=torch.zeros(7, dtype=torch.int64),
+    )
+    head = torch.tensor([[0, 1, 1, 1], [2, 3, 4, 4], [5, 6, 6, 6]])
+    order = torch.tensor([[0, 1, 2, 3], [0, 2, 1, 3], [1, 0, 2, 3]])
+    rows, own = reorder(plan, head, order, torch.tensor([[0, 1], [2, -1]]))
+    assert rows.position.tolist() == [20, 21, 20, 22, 21, 51, 50]
+    assert rows.source.tolist() == [0, 1, 4, 6, 5, 9, 8]
+    assert own[:, :2].tolist() == [[0, 1], [2, 4], [6, 5]]
 
 
 @given(data=st.data())
@@ -79,8 +104,8 @@ def test_what_is_unmasked_is_the_references(data: st.DataObject) -> None:
     logits = torch.stack([probs, 1 - probs], 1).double().log()
     bound, penalty = data.draw(st.sampled_from([1e-9, 0.3, 0.4, 0.6])), data.draw(st.sampled_from([0.0, 0.02, 0.3]))
     entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-    rule = torch.tensor([bound]).double(), torch.tensor([penalty]).double()
-    found = unmasked_in_windows(entropy[None], is_masked[None], *rule)[0]
+    penalised = penalised_entropy(entropy[None], is_masked[None], torch.tensor([penalty]).double())
+    found = unmasked_in_windows(penalised, torch.tensor([bound]).double())[0]
     positions = 30 + is_masked.nonzero().squeeze(-1)
     expected = positions[WindowRule(bound, penalty).unmasks(logits[is_masked], positions)]
     assert (30 + found.nonzero().squeeze(-1)).tolist() == expected.tolist()
@@ -92,7 +117,7 @@ def test_what_is_unmasked_is_the_references(data: st.DataObject) -> None:
         ([10, 11, M, 13, M, M, M, M], 8, 2, [M, 13, M, M, M, M, M, M]),
         ([M, 11, M, M, M, M, M, M], 8, 0, [M, 11, M, M, M, M, M, M]),
         ([10, 11, 12, 13, 14, 15, 16, 17], 8, 8, [M] * 8),
-        ([10, 11, 12, 0, 0, 0, 0, 0], 3, 3, [0, 0, 0, 0, 0, M, M, M]),  # what is behind the row's end is no token
+        ([10, 11, 12, 0, 0, 0, 0, 0], 3, 3, [M] * 8),  # what is behind the row's end is no token
     ],
 )
 def test_what_is_known_at_the_front_is_emitted(canvas: list[int], length: int, num: int, behind: list[int]) -> None:
@@ -100,7 +125,8 @@ def test_what_is_known_at_the_front_is_emitted(canvas: list[int], length: int, n
     before[0, length:] = torch.tensor(canvas[length:])
     one = torch.tensor([20])
     ledger = Ledger(2, one, torch.tensor([length]), torch.tensor([[0], [0], [4]]))
-    window, emitted = slide(before, torch.tensor([canvas]), one, ledger, M)
+    walked = WalkedWindows(torch.tensor([canvas]), torch.tensor([0]), torch.tensor([0]))
+    window, emitted = slide(Nodes.of_roots(before, M), walked, one, ledger, M)
     assert window.tolist() == [behind]
     assert emitted.sampled[0, :num].tolist() == canvas[:num]
     assert (emitted.num_sampled.tolist(), emitted.num_rejected.tolist()) == ([num, 0], [length - num, 0])
@@ -109,3 +135,20 @@ def test_what_is_known_at_the_front_is_emitted(canvas: list[int], length: int, n
     columns = (Column.STORED, Column.WROTE, Column.UNMASKED, Column.FINISHED, Column.FORWARDS)
     assert [int(report[column]) for column in columns] == [20, 4, unmasked, int(num > 0), 1]
     assert emitted.report[1].eq(0).all()
+
+
+def test_a_step_with_drafts_emits_up_to_two_windows() -> None:
+    """What came true beyond the first window is emitted, too; the report tells drafts by their depth."""
+    root = torch.tensor([[M, 11, M, M, M, M], [M, M, M, M, M, M]])
+    after = torch.tensor([[10, 11, 12, 13, M, 15], [M, M, 22, M, M, M]])
+    nodes = Nodes.of_roots(root, M).with_drafts(
+        torch.stack([after] * 2, 1), torch.tensor([[True, True], [True, False]]), torch.tensor([[1, 2]] * 2), M
+    )
+    start, counted = torch.tensor([20, 40]), torch.tensor([6, 3])
+    walked = WalkedWindows(after, torch.tensor([2, 0]), torch.tensor([2, 0]))
+    behind, emitted = slide(nodes, walked, start, Ledger(2, start, counted), M)
+    assert behind[:, :3].tolist() == [[M, 15, M], [M, M, 22]]
+    assert (emitted.num_sampled.tolist(), emitted.num_rejected.tolist()) == ([4, 0], [2, 3])
+    assert emitted.report[:, Column.ACCEPTED].tolist() == [2, 0]
+    assert emitted.report[:, Column.PROPOSED : Column.PROPOSED + 3].tolist() == [[1, 1, 0], [1, 0, 0]]
+    assert emitted.report[:, Column.UNMASKED].tolist() == [4, 1]

@@ -140,9 +140,20 @@ def likeliest_end(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise | 
         ready = graph.readiness.log_odds(roots.candidates.log_probs[..., 0], roots.is_new, roots.terms)
         order = ready.masked_fill(~roots.is_masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
         masked_then = masked_then - order.argsort(-1)[:, None]
-    _, scores = _noisy_scores(roots, draft_noise, masked_then)
+    drawn = drawn_tokens(roots.candidates, draft_noise, masked_then[:, 0])
+    return torch.where(roots.is_masked, drawn, roots.canvas)
+
+
+def drawn_tokens(candidates: Candidates, draft_noise: DraftNoise, masked_then: Tensor) -> Tensor:
+    """Return the token of each position that its draw will give, of the candidates; [num_reqs, block_length] int64.
+
+    Args:
+        candidates, draft_noise: of the requests.
+        masked_then: [num_reqs, block_length or 1] int64, how many positions are masked when it is drawn.
+    """
+    _, scores = _noisy_scores(candidates, draft_noise, masked_then[:, None])
     best = scores[:, 0].argsort(dim=-1, descending=True, stable=True)[..., :1]
-    return torch.where(roots.is_masked, token_ids.gather(-1, best).squeeze(-1), roots.canvas)
+    return candidates.token_ids.gather(-1, best).squeeze(-1)
 
 
 def _greedy_draws(graph: CompiledGraph, roots: Roots) -> _Draws:
@@ -158,7 +169,7 @@ def _noisy_draws(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise) ->
     """Order the candidates by their scores when so many positions are masked."""
     num_masked = roots.is_masked.sum(1)
     masked_then = num_masked[:, None, None] - graph.num_unmasked[:, None]  # [num_reqs, num_draws, 1]
-    keys, scores = _noisy_scores(roots, draft_noise, masked_then)
+    keys, scores = _noisy_scores(roots.candidates, draft_noise, masked_then)
     best = scores.argsort(dim=-1, descending=True, stable=True)[..., : graph.num_vocab_ranks]
     token_ids = roots.candidates.token_ids[:, None].expand_as(scores).gather(-1, best)
     log_probs = roots.candidates.log_probs[:, None].expand_as(scores).gather(-1, best)
@@ -168,20 +179,20 @@ def _noisy_draws(graph: CompiledGraph, roots: Roots, draft_noise: DraftNoise) ->
     return _Draws(token_ids, log_probs, order, readiness)
 
 
-def _noisy_scores(roots: Roots, draft_noise: DraftNoise, masked_then: Tensor) -> tuple[Tensor, Tensor]:
+def _noisy_scores(candidates: Candidates, draft_noise: DraftNoise, masked_then: Tensor) -> tuple[Tensor, Tensor]:
     """Score the candidates by Gumbel-max as `ops.vocab_stats` will when so many positions are masked.
 
     top_p sees the candidates alone, so it may keep one that the decoder drops.
 
     Args:
-        roots, draft_noise: of the requests.
+        candidates, draft_noise: of the requests.
         masked_then: [num_reqs, num_draws, block_length or 1] int64, positions.
 
     Returns: the noise streams [num_reqs, num_draws, block_length] int64, and the scores [num_reqs, num_draws,
         block_length, num_candidates] float64.
     """
     keys = noise.stream_keys(draft_noise.seed[:, None, None], draft_noise.position[:, None], masked_then)
-    ids, log_probs = roots.candidates.token_ids[:, None], roots.candidates.log_probs[:, None]
+    ids, log_probs = candidates.token_ids[:, None], candidates.log_probs[:, None]
     temperature = draft_noise.temperature[:, None, None, None]
     rank = torch.arange(ids.shape[-1], device=ids.device)
     top_k = draft_noise.top_k[:, None, None, None]

@@ -21,6 +21,7 @@ from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph_schema import ModelShape
 from vllm_dllm.draft.look_ahead import smallest_budget
+from vllm_dllm.draft.windows import WindowDrafter
 from vllm_dllm.engine.cpu.gate import is_needed
 from vllm_dllm.engine.edit_tokens import check_server
 from vllm_dllm.engine.generation_defaults import SAMPLING_NAMES, family_defaults, read_generation_config
@@ -197,6 +198,8 @@ def make_drafter(vllm_config: VllmConfig) -> Drafter | None:
     spiffy = spiffy_of(vllm_config)
     if spiffy is None:
         return None
+    if settings_of(vllm_config).has_windows:
+        return WindowDrafter(spiffy.max_nodes)
     is_async = bool(vllm_config.scheduler_config.async_scheduling)
     stores_alone = served_family(vllm_config.model_config).stores_alone
     look_ahead_from = smallest_budget(settings_of(vllm_config), is_async=is_async, stores_alone=stores_alone)

@@ -107,6 +107,11 @@ class DllmModelState(ModelState):
             done = self.denoiser.void(step.blocks, done, self.is_void(step))
         return self.denoiser.settle(step.blocks, step.nodes, done, step.ledger)
 
+    def shown(self, slots: Tensor) -> Tensor:
+        """Return the canvases of slots as they are reported, [num_slots, block_length] int64: -1 for masked."""
+        canvas = self.state.canvas[slots]
+        return canvas.masked_fill(canvas == self.state.mask_token_id, -1)
+
     def get_supported_generation_tasks(self) -> tuple[GenerationTask, ...]:
         """Return the tasks the model serves."""
         return ("generate",)

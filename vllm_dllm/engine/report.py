@@ -43,7 +43,10 @@ class StepOrder:
         roster: who should be in the workers' slots, where that is checked.
         may_be_void: whether the block of a request may have ended, of whom the scheduler did not know so.
         shows_canvas: whether the report is to have the canvases that the step leaves behind.
-        canvases: with which requests begin that come back after a preemption, where canvases are kept; -1 for masked.
+        canvases: with which requests begin that come back after a preemption, where canvases are kept; negative for
+            masked.
+        drafts: rows of the drafts of requests whose windows have any (`draft.windows`).
+        budget: drafts that each of these was offered.
     """
 
     requests: tuple[str, ...]
@@ -53,6 +56,8 @@ class StepOrder:
     may_be_void: bool = False
     shows_canvas: bool = False
     canvases: Mapping[str, list[int]] = field(default_factory=dict)
+    drafts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    budget: int = 0
 
     def kv_of(self, requests: Sequence[str]) -> KvStep | None:
         """Return what it stores of its requests, in another order."""
@@ -69,7 +74,8 @@ class RequestReport:
     Attributes:
         faults: what is wrong with its canvas (`worker_check.Fault`), where that is checked; a policy that failed.
         proposed: drafts that were evaluated, by depth 1..MAX_DEPTH.
-        canvas: [block_length] the one behind the step, -1 for masked, where it is shown; else empty.
+        canvas: [block_length] the one behind the step, negative for masked (`draft.windows.with_order`), where it is
+            shown; else empty.
         logprobs: [block_length] of its tokens, NaN where there is none, where it is shown; else empty.
         pages: its pages as the worker has them, where they are checked.
     """

@@ -70,7 +70,7 @@ class DllmSampler:
         state, order = self.model_state.state, self.model_state.order
         if order is not None and order.shows_canvas:
             slots = input_batch.idx_mapping[: input_batch.num_reqs]
-            report = with_canvases(report, state.canvas[slots], state.mask_token_id, state.records.kept(slots))
+            report = with_canvases(report, self.model_state.shown(slots), state.records.kept(slots))
         return self.check.with_state(report, input_batch) if self.check and self.check.reports_state else report
 
     def _profile(self, hidden: Tensor, input_batch: "InputBatch") -> "SamplerOutput":

@@ -245,11 +245,7 @@ class DllmScheduler(Scheduler):
         A step's time counts only if it did nothing but denoise: no refresh, prefill or short block, nobody new, resumed
         or preempted.
         """
-        counted = output.scheduled_spec_decode_tokens
-        undrafted = self._undrafted(reports)
-        num_drafts = {
-            name: max(0, len(counted[name]) - self.block_length) * (name not in undrafted) for name in reports
-        }
+        num_drafts = self._num_drafts(output, reports)
         budget = max(num_drafts.values())
         self._stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
         self._num_held = 0
@@ -278,6 +274,11 @@ class DllmScheduler(Scheduler):
         num_without = len(reports) - num_begins - len(drafting)
         accepted = sum(report.accepted for report in drafting) / forwards
         self.rule.observe(len(drafting), budget, accepted, ms, host_ms, num_begins, num_without)
+
+    def _num_drafts(self, output: SchedulerOutput, reports: dict[str, RequestReport]) -> dict[str, int]:
+        """Return how many drafts the requests of a step had."""
+        counted, undrafted = output.scheduled_spec_decode_tokens, self._undrafted(reports)
+        return {name: max(0, len(counted[name]) - self.block_length) * (name not in undrafted) for name in reports}
 
     def _undrafted(self, reports: dict[str, RequestReport]) -> set[str]:
         """Return those of reported requests whose step had no drafts, whatever it was given: blocks begin with it."""

@@ -9,7 +9,6 @@ from vllm_dllm.additional_config import settings_in
 from vllm_dllm.config import REQUEST_PREFIX, DllmConfig, RequestOptions
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.spiffy_config import METHOD
 
 SETTINGS = ("block_length", "kv_policy", "entropy_bound", "position_penalty", "attention", "mode")
 """Those that decide something."""
@@ -18,7 +17,7 @@ RULE = ("entropy_bound", "position_penalty")
 """What decides a window."""
 
 _HARMLESS = ("stream", "speculation", "budget")
-"""Options of requests besides: the first shows the window, the others have no drafts to bound."""
+"""Options of requests besides: the first shows the window, the others bound its drafts."""
 
 
 def check_windows(config: VllmConfig, settings: DllmConfig) -> None:
@@ -41,12 +40,6 @@ def check_windows(config: VllmConfig, settings: DllmConfig) -> None:
         raise ConfigError(
             "async_scheduling is on, but the host must know how many tokens of a window are final before it schedules "
             "the next step; allowed is off; remove --async-scheduling"
-        )
-    if isinstance(config.additional_config, dict) and METHOD in config.additional_config:
-        raise ConfigError(
-            f"speculative_config.method is {METHOD!r}, but a window that slides has no drafts here: one that is known "
-            f"at its front needs rows behind the window of {settings.block_length}, which a step of this server has "
-            "not; allowed is none; remove --speculative-config"
         )
 
 

@@ -8,16 +8,21 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_dllm.draft.graph import MAX_CANDIDATES
+from vllm_dllm.draft.windows import WindowDrafter, with_order
 from vllm_dllm.engine.model_state import DllmModelState
 from vllm_dllm.engine.plan import StepPlan
 from vllm_dllm.engine.plan_windows import plan_windows
 from vllm_dllm.engine.step import Step
-from vllm_dllm.ops.vocab_stats import RowIds
+from vllm_dllm.ops.vocab_stats import PartialStats, RowIds
 from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.draws import choose_draws
 from vllm_dllm.state.kv import IntArray, KvStep
 from vllm_dllm.state.settle import Emission
-from vllm_dllm.state.sliding import physical_order, reorder, slide, unmasked_in_windows
+from vllm_dllm.state.sliding import penalised_entropy, physical_order, reorder, slide, unmasked_in_windows
+from vllm_dllm.unmask.stats import Candidates, candidates_of
+from vllm_dllm.unmask.walk import Nodes
+from vllm_dllm.unmask.windows import OwnWindows, walk_windows
 
 
 class SlidingModelState(DllmModelState):
@@ -28,34 +33,78 @@ class SlidingModelState(DllmModelState):
         self._draw = choose_draws(self.device)
         self._resumed: dict[int, list[int]] = {}  # windows of requests that come back, by slot
 
+    @property
+    def drafter(self) -> WindowDrafter | None:
+        """Who drafts windows; None without speculation."""
+        drafter = self.denoiser.drafter
+        assert drafter is None or isinstance(drafter, WindowDrafter), "made by the same settings"
+        return drafter
+
     def decide(self, step: Step, hidden: Tensor) -> Emission:
-        """Unmask some of each window, and slide it."""
-        state, blocks, nodes, slots = self.state, step.blocks, step.nodes, step.blocks.slots
-        edits, keep = state.row_edits(blocks, nodes)
-        sampling = self._draw(state, blocks, nodes) if state.is_sampled(blocks.slots_np) else None
-        ids = None if edits is None else RowIds(edits=edits)
-        stats = self.denoiser.head(hidden, sampling, 1, ids)
-        before, is_masked = nodes.canvas[:, 0], nodes.is_masked[:, 0]
-        entropy = stats.distribution(torch.ones_like(stats.rest)).entropy.view_as(before)
-        chosen = unmasked_in_windows(entropy, is_masked, *state.window_rule(slots))
-        token_ids = stats.token_ids.view_as(before)
-        if keep is not None:
-            chosen = keep(torch.zeros_like(slots), chosen, -entropy, token_ids)
-        canvas = torch.where(chosen, token_ids, before)
-        state.canvas[slots], emission = slide(before, canvas, blocks.start, step.ledger, state.mask_token_id)
+        """Unmask some of each window, as far as drafts came true of the next ones too, and slide them."""
+        nodes, slots = step.nodes, step.blocks.slots
+        own = self._own(step.blocks, nodes)
+        stats, penalised, chosen = self._choose(step, own, hidden)
+        walked = walk_windows(nodes, own, chosen, stats.token_ids.view_as(own.canvas))
+        canvas, emission = slide(nodes, walked, step.blocks.start, step.ledger, self.state.mask_token_id)
+        self.state.canvas[slots] = canvas[:, : self.block_length]
+        if self.drafter is not None:
+            last, found = own.index(nodes, walked.node), candidates_of(stats)
+            of_tokens = (*own.canvas.shape, MAX_CANDIDATES)
+            its = Candidates(found.token_ids.view(of_tokens)[last], found.log_probs.view(of_tokens)[last])
+            left = penalised.masked_fill(chosen, torch.inf)[last]
+            self.drafter.observe(slots, left, its, emission.num_sampled[: len(slots)] - own.front[last])
         return emission
 
+    def _choose(self, step: Step, own: OwnWindows, hidden: Tensor) -> tuple[PartialStats, Tensor, Tensor]:
+        """Decide which positions a step of each window unmasks.
+
+        Args:
+            step: of them.
+            own: the windows.
+            hidden: [num_evaluated * window, hidden_size].
+
+        Returns: statistics of the rows, the entropies with their penalties [num_evaluated, window] float64, infinite
+            where nothing is masked, and what is unmasked, [num_evaluated, window] bool.
+        """
+        state, begin = self.state, step.blocks.start[own.request]
+        slots_np = step.blocks.slots_np[step.plan.request[step.plan.decides]]
+        blocks, windows = Blocks(step.blocks.slots[own.request], slots_np, begin + own.front), own.nodes()
+        edits, keep = state.row_edits(blocks, windows, (begin, own.state))
+        sampling = self._draw(state, blocks, windows) if state.is_sampled(slots_np) else None
+        ids = None if edits is None else RowIds(edits=edits)
+        stats = self.denoiser.head(hidden, sampling, 1 if self.drafter is None else MAX_CANDIDATES, ids)
+        entropy = stats.distribution(torch.ones_like(stats.rest)).entropy.view_as(own.canvas)
+        bound, penalty = state.window_rule(blocks.slots)
+        penalised = penalised_entropy(entropy, own.is_masked, penalty)
+        chosen = unmasked_in_windows(penalised, bound)
+        if keep is not None:
+            chosen = keep(torch.zeros_like(own.request), chosen, -entropy, stats.token_ids.view_as(own.canvas))
+        return stats, penalised, chosen
+
+    def shown(self, slots: Tensor) -> Tensor:
+        """Return the windows of slots; a masked position says whose draft is the first to know it."""
+        if self.drafter is None:
+            return super().shown(slots)
+        return with_order(self.state.canvas[slots], self.drafter.turns(slots), self.state.mask_token_id)
+
+    def _own(self, blocks: Blocks, nodes: Nodes) -> OwnWindows:
+        room = self.state.seq_len[blocks.slots] - blocks.start
+        return OwnWindows.of(nodes, room, self.block_length, self.state.mask_token_id)
+
     def _begin_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> Step:
-        """Plan the step, and put the rows of windows into their order."""
+        """Plan the step, put the rows of its states into their order, and take those of their windows to the head."""
         resumed = {} if self.order is None else self.order.canvases
         slot_of = dict(zip(batch.req_ids, batch.idx_mapping_np.tolist(), strict=False))
         self._resumed = {slot_of[request]: canvas for request, canvas in resumed.items()}
         step = super()._begin_step(batch, num_computed_tokens)
-        if step.special is None:  # nobody takes it
+        if step.special is None or step.nodes.evaluated is None:  # nobody takes it
             return step
-        order = physical_order(step.nodes.canvas[:, 0], step.ledger.num_counted, self.state.mask_token_id)
-        rows, head = reorder(step.special.rows, step.special.head, order)
-        return replace(step, special=replace(step.special, rows=rows, head=head))
+        plan, own = step.plan, self._own(step.blocks, step.nodes)
+        length = self._to_device((plan.end - plan.begin)[plan.decides])
+        order = physical_order(own.state, length, self.state.mask_token_id)
+        rows, head = reorder(step.special.rows, step.special.head, order, step.nodes.evaluated)
+        return replace(step, special=replace(step.special, rows=rows, head=head.gather(1, own.place)))
 
     def _begin_rows(self, blocks: Blocks, num_known: Tensor, index: Tensor) -> None:
         """Begin the first windows of requests; those of requests that were preempted are what they were."""
@@ -68,7 +117,16 @@ class SlidingModelState(DllmModelState):
     def _plan(
         self, batch: InputBatch, kv: KvStep, block_start: IntArray, seq_len: IntArray, counted: IntArray
     ) -> StepPlan:
-        if (counted != np.minimum(self.block_length, seq_len - block_start)).any():
+        given = {} if self.order is None else self.order.drafts
+        drafts = [given.get(request, ()) for request in batch.req_ids[: len(counted)]]
+        num_windows = 1 + np.array([bool(rows) for rows in drafts], dtype=np.int64)
+        if (counted != np.minimum(num_windows * self.block_length, seq_len - block_start)).any():
             raise RuntimeError(f"vLLM scheduled {counted.tolist()} tokens of {batch.req_ids}, which are no windows")
-        plan = plan_windows(kv, start=block_start, length=counted, block_length=self.block_length)
+        plan = plan_windows(
+            kv,
+            start=block_start,
+            length=np.minimum(counted, self.block_length),
+            block_length=int(num_windows.max(initial=1)) * self.block_length,
+            drafts=drafts,
+        )
         return replace(plan, is_causal=np.ones(len(plan.role), dtype=bool))

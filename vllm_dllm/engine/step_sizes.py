@@ -36,13 +36,14 @@ def set_step_sizes(vllm_config: VllmConfig, settings: DllmConfig, spiffy: Spiffy
     check_windows(vllm_config, settings)
     block_length = settings.block_length
     is_causal = settings.is_block_causal
-    # vLLM counts the positions of a request's block; how many drafts it may have is told by one more for each.
-    canvas_length = block_length + (spiffy.max_nodes if spiffy else 0)
+    canvas_length = _canvas_length(settings, spiffy)
     vllm_config.model_config.hf_config.canvas_length = canvas_length
     vllm_config.diffusion_config = DiffusionConfig(canvas_length=canvas_length)
-    num_rows = _step_rows(block_length, vllm_config.scheduler_config.max_num_seqs, spiffy)
-    if is_causal:
-        num_rows = max(num_rows, 2 * block_length * vllm_config.scheduler_config.max_num_seqs)
+    has_long_drafts = settings.has_windows and spiffy is not None
+    num_rows = _step_rows(block_length, vllm_config.scheduler_config.max_num_seqs, spiffy, 1 + has_long_drafts)
+    if is_causal:  # a request may store as much as a step emits
+        num_stored = canvas_length if settings.has_windows else block_length
+        num_rows = max(num_rows, (num_stored + block_length) * vllm_config.scheduler_config.max_num_seqs)
     num_sequences = 1 + (settings.cfg_scale is not None)
     _set_scheduler(vllm_config, num_rows, num_sequences, is_causal=is_causal)
     if settings.mode == "self_speculation" or settings.has_windows:
@@ -52,6 +53,17 @@ def set_step_sizes(vllm_config: VllmConfig, settings: DllmConfig, spiffy: Spiffy
         logger.info("%s, so that steps run without CUDA graphs", what)
         return
     _set_cuda_graphs(vllm_config, block_length, num_rows, is_uniform=spiffy is None and not is_causal)
+
+
+def _canvas_length(settings: DllmConfig, spiffy: SpiffySettings | None) -> int:
+    """Return what vLLM counts of a request at most: the positions of its block, and one more for each draft.
+
+    That is how the worker learns how many drafts it may have. Of a window that slides it is as many as a step may emit,
+    with drafts two windows.
+    """
+    if settings.has_windows:
+        return settings.block_length * (1 + (spiffy is not None and spiffy.max_nodes > 0))
+    return settings.block_length + (spiffy.max_nodes if spiffy else 0)
 
 
 def set_page_size(vllm_config: VllmConfig, block_length: int) -> None:
@@ -71,8 +83,8 @@ def set_page_size(vllm_config: VllmConfig, block_length: int) -> None:
     cache.user_specified_block_size = True
 
 
-def _step_rows(block_length: int, max_num_seqs: int, spiffy: SpiffySettings | None) -> int:
-    """Return how many rows a step has at most, of blocks that are denoised.
+def _step_rows(block_length: int, max_num_seqs: int, spiffy: SpiffySettings | None, blocks_of_draft: int) -> int:
+    """Return how many rows a step has at most, of blocks that are denoised, with drafts of so many blocks each.
 
     The scheduler trims the budget, fixed or not, to what fits, so that more than `MAX_DRAFT_ROWS` are there only for
     requests without drafts, or for all drafts of a single one.
@@ -80,7 +92,7 @@ def _step_rows(block_length: int, max_num_seqs: int, spiffy: SpiffySettings | No
     roots = max_num_seqs * block_length
     if spiffy is None:
         return roots
-    most = block_length * (1 + spiffy.max_nodes)
+    most = block_length * (1 + blocks_of_draft * spiffy.max_nodes)
     num_rows = max(roots, min(max_num_seqs * most, max(most, MAX_DRAFT_ROWS)))
     if spiffy.budget is not None and num_rows < max_num_seqs * most:
         logger.info(

@@ -1,16 +1,19 @@
 """Scheduling of windows: each running request has one, which it drafts and verifies in turn, or which slides."""
 
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
+from vllm_dllm.draft.windows import draft_fronts
 from vllm_dllm.engine.report import RequestReport
-from vllm_dllm.engine.rows import leave_out
+from vllm_dllm.engine.rows import leave_out, most_drafts
 from vllm_dllm.engine.scheduler import DllmScheduler
 from vllm_dllm.engine.telemetry import RequestTotals
+from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.sliding import SlidingSchedule
 from vllm_dllm.state.windows import WindowSchedule
 
@@ -56,27 +59,79 @@ class WindowScheduler(DllmScheduler):
 
 
 class SlidingScheduler(WindowScheduler):
-    """Schedules windows that slide (`state.sliding`).
+    """Schedules windows that slide (`state.sliding`), and their drafts (`draft.windows`).
 
     Reports bring the windows, so that a request that was preempted goes on with its own: another one would have other
-    tokens.
+    tokens. They say in which order drafts know the masked positions, too, and so what rows drafts need.
+
+    What vLLM counts of a request with drafts is two windows, as many tokens as its step may emit.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._canvases: dict[str, list[int]] = {}  # of requests, behind their last step; -1 for masked
+        self._canvases: dict[str, list[int]] = {}  # of requests, behind their last step; negative for masked
+        self._drafts: dict[str, tuple[int, ...]] = {}  # rows of each draft of the requests of the next step
+        self._budget = 0  # drafts that these were offered
+
+    def _choose_rows(self) -> None:
+        """Give running requests the rows of their windows; what is left, but for the longest prompt, is for drafts."""
+        super()._choose_rows()
+        self._drafts, self._budget = {}, 0
+        if self.rule is None:
+            return
+        given = [request for request in self._denoising() if request.request_id in self.rows.given]
+        rows_of = {request.request_id: self._rows_of_drafts(request) for request in given}
+        drafting = [request for request in given if rows_of[request.request_id]]
+        if not drafting:
+            return
+        pays = self.acceptance.pay([request.request_id for request in drafting], self.rule.break_even)
+        worth = list(compress(drafting, pays))
+        num_rows = sum(len(request.spec_token_ids) for request in worth)
+        limit = (self.rows.free - (self.rows.longest if self.waiting else 0)) // num_rows
+        self._budget = self.rule.choose(len(worth), max(0, limit), 0, len(given) - len(worth), num_rows)
+        for request in worth:
+            rows = rows_of[request.request_id][: self._budget]
+            while rows and not self.rows.give(request, sum(rows)):  # drafts have more rows than the window
+                rows.pop()
+            if rows:
+                self._drafts[request.request_id] = tuple(rows)
+                request.spec_token_ids = self._placeholders[: min(2 * self.block_length, self._room(request))]
+
+    def _room(self, request: Request) -> int:
+        return self.rows.row_end(request) - request.num_tokens
+
+    def _rows_of_drafts(self, request: Request) -> list[int]:
+        """Return the rows of each draft that a request may have: of what it knows at its front, and of its window."""
+        window = self._canvases.get(request.request_id)
+        if window is None:
+            return []
+        room = self._room(request)
+        fronts = draft_fronts(window, min(room, request.max_tokens - request.num_output_tokens))
+        return [min(front + self.block_length, room) for front in fronts[: most_drafts(request)]]
+
+    def _decide_kv(self, output: SchedulerOutput) -> tuple[KvStep | None, bool]:
+        """Take a step for a long one where it begins a request; all others store what was emitted, and no more."""
+        kv, _ = super()._decide_kv(output)
+        return kv, kv is not None and bool(kv.is_new.any())
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        """Say what the step's forward really has, and what windows begin with."""
+        """Say what the step's forward really has, what windows begin with, and what drafts they have."""
         super()._update_after_schedule(scheduler_output)
         admitted = [request.req_id for request in scheduler_output.scheduled_new_reqs]
         resumed = {req_id: self._canvases[req_id] for req_id in admitted if req_id in self._canvases}
         if self._check:
             for req_id, canvas in resumed.items():
                 self._check.resume(req_id, sum(token >= 0 for token in canvas))
+        taking = scheduler_output.num_scheduled_tokens.keys() - set(admitted)
+        drafts = {req_id: rows for req_id, rows in self._drafts.items() if req_id in taking}
         order = scheduler_output.aux_output_connector_metadata
-        order = replace(order, shows_canvas=True, canvases=resumed)
+        order = replace(order, shows_canvas=True, canvases=resumed, drafts=drafts, budget=self._budget)
         scheduler_output.aux_output_connector_metadata = order
+
+    def _num_drafts(self, output: SchedulerOutput, reports: dict[str, RequestReport]) -> dict[str, int]:
+        """Return how many drafts the requests of a step were offered, 0 of whom there was none to make."""
+        order = output.aux_output_connector_metadata
+        return {req_id: order.budget * (req_id in order.drafts) for req_id in reports}
 
     def _note_stored(self, reports: dict[str, RequestReport]) -> None:
         super()._note_stored(reports)
@@ -87,7 +142,7 @@ class SlidingScheduler(WindowScheduler):
         return super()._free_request(request, *args, **kwargs)
 
     def _as_output(self, totals: RequestTotals) -> dict[str, Any]:
-        return totals.as_output(None)
+        return totals.as_output(self._spiffy.exactness if self._spiffy else None)
 
     def _paged_end(self, request: Request) -> int:
         """Return up to where a request has pages: windows are in flight alone."""

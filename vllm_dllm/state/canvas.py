@@ -206,13 +206,25 @@ class CanvasState:
         for name, field in state.items():
             self.memory[name][slots] = field
 
-    def row_edits(self, blocks: Blocks, nodes: Nodes) -> tuple[RowEdits | None, Keep | None]:
-        """Return what requests ask of the logits of their evaluated canvases' rows, and which positions wait."""
+    def row_edits(
+        self, blocks: Blocks, nodes: Nodes, fronts: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[RowEdits | None, Keep | None]:
+        """Return what requests ask of the logits of their evaluated canvases' rows, and which positions wait.
+
+        Args:
+            blocks: of the requests.
+            nodes: their canvases.
+            fronts: where the known tokens of requests end, [num_reqs] int64, and what the canvases' drafts know from
+                there on, as in `state.edits.Scene`; None: nothing.
+        """
         slots, slots_np = blocks.slots, blocks.slots_np
         if not self.edits.is_edited_np[slots_np].any():
             return None, None
         lengths = self._int("prompt_len")[slots], self._int("seq_len")[slots], int(self.seq_len_np[slots_np].max())
-        return self.edits.rows(slots, slots_np, scene_of(nodes, slots, blocks.start, *lengths, self.mask_token_id))
+        scene = scene_of(nodes, slots, blocks.start, *lengths, self.mask_token_id)
+        if fronts is not None:
+            scene = replace(scene, begin=fronts[0], front=fronts[1])
+        return self.edits.rows(slots, slots_np, scene)
 
     def is_sampled(self, slots_np: np.ndarray) -> bool:
         """Tell whether any of some requests has a temperature above 0."""

@@ -192,7 +192,9 @@ class Scene:
     slots: Tensor  # [num_canvases] int64
     canvas: Tensor  # [num_canvases, block_length] int64
     begin: Tensor  # [num_canvases] int64, absolute position of the request's block
-    start: Tensor  # [num_canvases] int64, that of the canvas: a block behind for a next root
+    start: Tensor  # [num_canvases] int64, that of the canvas: a block behind for a next root, behind a draft's front
+    # [num_canvases, n] int64, what the canvas's draft knows from `begin` on up to it, the mask token for all else
+    front: Tensor | None
     prompt_len: Tensor  # [num_canvases] int64
     seq_len: Tensor  # [num_canvases] int64
     longest: int  # at least the longest `seq_len`
@@ -216,10 +218,8 @@ class Scene:
             num_kept = min(len(index), history.shape[1])
             line[:, :num_kept] = history[self.slots, :num_kept].long()
             line.masked_fill_(index >= self.begin[:, None], self.mask_token_id)
-        if self.nodes.end is not None:
-            is_next = (self.start > self.begin)[:, None]
-            end = torch.where(is_next, self.nodes.end[self.request], self.mask_token_id)
-            line.scatter_(1, self.begin[:, None] + index[:block_length], end)
+        if self.front is not None:
+            line.scatter_(1, self.begin[:, None] + index[: self.front.shape[1]], self.front)
         line.scatter_(1, self.position, self.canvas)
         return line.masked_fill_(index >= self.seq_len[:, None], self.mask_token_id)
 
@@ -256,4 +256,8 @@ def scene_of(
     if nodes.end is not None:
         begin[:, -1] += block_length
     of, own, canvas = (nodes.per_evaluated(each.contiguous()) for each in (request, begin, nodes.canvas))
-    return Scene(nodes, of, slots[of], canvas, start[of], own, prompt_len[of], seq_len[of], longest, mask_token_id)
+    first, front = start[of], None
+    if nodes.end is not None:
+        front = torch.where((own > first)[:, None], nodes.end[of], mask_token_id)
+    lengths = prompt_len[of], seq_len[of]
+    return Scene(nodes, of, slots[of], canvas, first, own, front, *lengths, longest, mask_token_id)

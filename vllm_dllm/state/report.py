@@ -82,16 +82,14 @@ class StepFacts:
         return rows.scatter_add_(1, column, self.proposed.int())
 
 
-def with_canvases(report: Tensor, canvas: Tensor, mask_token_id: int, log_probs: Tensor) -> Tensor:
+def with_canvases(report: Tensor, shown: Tensor, log_probs: Tensor) -> Tensor:
     """Add the canvases behind a step to its report, and log-probabilities of their tokens, as bits.
 
     Args:
         report: [num_reqs, n] int32.
-        canvas: [num_reqs, block_length] int64.
-        mask_token_id: what stands for masked; -1 does in the report.
+        shown: [num_reqs, block_length] int64, the canvases; what is negative is masked.
         log_probs: [num_reqs, block_length] float32.
 
     Returns: [num_reqs, n + 2 * block_length] int32.
     """
-    shown = canvas.masked_fill(canvas == mask_token_id, -1).int()
-    return torch.cat([report, shown, log_probs.contiguous().view(torch.int32)], 1)
+    return torch.cat([report, shown.int(), log_probs.contiguous().view(torch.int32)], 1)

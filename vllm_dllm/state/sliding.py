@@ -6,6 +6,10 @@ causal in a *physical* order of the window's rows: known tokens first, then mask
 of the request's row, each in the order of their positions. The rows of a window are in flight alone. Final tokens are
 stored by the next step, in the segment before the window's, where they see what they would in an autoregressive model:
 a prompt's in the first step, in each one what the step before emitted.
+
+A step may evaluate drafts of a window beside it (`draft.windows`), which are windows further on. They and their root
+are then canvases of twice the window's positions from the root's begin on, `unmask.windows` decides them, and a
+step emits up to two windows.
 """
 
 from collections.abc import Collection, Hashable, Sequence, Set
@@ -21,6 +25,8 @@ from vllm_dllm.state.pins import Pins
 from vllm_dllm.state.report import StepFacts
 from vllm_dllm.state.settle import Emission, Ledger
 from vllm_dllm.state.step_rows import RowPlan
+from vllm_dllm.unmask.walk import Nodes
+from vllm_dllm.unmask.windows import WalkedWindows
 
 
 class SlidingSchedule(KvSchedule):
@@ -88,89 +94,107 @@ class SlidingSchedule(KvSchedule):
 
 
 def physical_order(canvas: Tensor, length: Tensor, mask_token_id: int) -> Tensor:
-    """Return the positions of windows in the order of their rows.
+    """Return the positions of canvases in the order of their rows.
 
     Args:
-        canvas: [num_windows, window] int64.
-        length: [num_windows] int64, positions within the row.
+        canvas: [num_canvases, width] int64.
+        length: [num_canvases] int64, rows of each.
         mask_token_id: what stands for masked.
 
-    Returns: [num_windows, window] int64.
+    Returns: [num_canvases, width] int64.
     """
     is_behind = torch.arange(canvas.shape[1], device=canvas.device) >= length[:, None]
     kind = torch.where(is_behind, 2, (canvas == mask_token_id).long())
     return kind.argsort(dim=1, stable=True)
 
 
-def reorder(rows: RowPlan, head: Tensor, order: Tensor) -> tuple[RowPlan, Tensor]:
-    """Put the rows of windows into their order.
+def reorder(rows: RowPlan, head: Tensor, order: Tensor, evaluated: Tensor) -> tuple[RowPlan, Tensor]:
+    """Put the rows of evaluated canvases into their order.
 
     Args:
-        rows: of the step, those of a window in the order of their positions.
-        head: [num_windows, window] int64, the rows of each one's positions.
-        order: [num_windows, window] int64, positions in a window.
+        rows: of the step, those of a canvas in the order of their positions.
+        head: [num_evaluated, width] int64, the rows of each one's positions.
+        order: [num_evaluated, width] int64, positions in a canvas.
+        evaluated: as in `unmask.walk.Nodes`.
 
     Returns: the rows, and those of each one's positions.
     """
-    window = order.shape[1]
-    place = rows.source.clamp(min=0)  # among the positions of all windows
-    moved = torch.where(rows.source < 0, 0, order.flatten()[place] - place % window)
-    own = torch.empty_like(order).scatter_(1, order, torch.arange(window, device=order.device).expand_as(order))
+    width = order.shape[1]
+    place = rows.source.clamp(min=0)  # among the positions of all canvases
+    own = evaluated.flatten()[place // width].clamp(min=0)
+    moved = torch.where(rows.source < 0, 0, order[own, place % width] - place % width)
+    row = torch.empty_like(order).scatter_(1, order, torch.arange(width, device=order.device).expand_as(order))
     ordered = replace(rows, source=rows.source + moved, position=rows.position + moved)
-    return ordered, torch.minimum(head[:, :1] + own, head[:, -1:])
+    return ordered, torch.minimum(head[:, :1] + row, head[:, -1:])
 
 
-def unmasked_in_windows(entropy: Tensor, is_masked: Tensor, bound: Tensor, penalty: Tensor) -> Tensor:
-    """Say which positions of windows a step unmasks, see `reference.wedlm.WindowRule`.
+def penalised_entropy(entropy: Tensor, is_masked: Tensor, penalty: Tensor) -> Tensor:
+    """Return entropies of masked positions with the penalty, see `reference.wedlm.WindowRule`; infinite for the others.
 
     Args:
         entropy: [num_windows, window] float64, nats.
-        is_masked: [num_windows, window] bool, at least one of each.
-        bound: [num_windows] float64, nats.
+        is_masked: [num_windows, window] bool.
         penalty: [num_windows] float64, nats for each position behind the first masked one.
+
+    Returns: [num_windows, window] float64.
+    """
+    place = torch.arange(entropy.shape[1], device=entropy.device)
+    first = torch.where(is_masked, place, len(place)).amin(1, keepdim=True)
+    return (entropy + penalty[:, None] * (place - first)).masked_fill(~is_masked, torch.inf)
+
+
+def unmasked_in_windows(penalised: Tensor, bound: Tensor) -> Tensor:
+    """Say which positions of windows a step unmasks, see `reference.wedlm.WindowRule`.
+
+    Args:
+        penalised: [num_windows, window] float64, as of `penalised_entropy`; finite somewhere in each.
+        bound: [num_windows] float64, nats.
 
     Returns: [num_windows, window] bool.
     """
-    place = torch.arange(entropy.shape[1], device=entropy.device)
-    window = len(place)
-    first = torch.where(is_masked, place, window).amin(1, keepdim=True)
-    penalised = (entropy + penalty[:, None] * (place - first)).masked_fill(~is_masked, torch.inf)
+    place = torch.arange(penalised.shape[1], device=penalised.device)
     is_below = penalised < bound[:, None]
-    is_lowest = place == torch.where(penalised == penalised.amin(1, keepdim=True), place, window).amin(1, keepdim=True)
+    is_least = penalised == penalised.amin(1, keepdim=True)
+    is_lowest = place == torch.where(is_least, place, len(place)).amin(1, keepdim=True)
     return torch.where(is_below.any(1, keepdim=True), is_below, is_lowest)
 
 
-def slide(before: Tensor, canvas: Tensor, start: Tensor, ledger: Ledger, mask_token_id: int) -> tuple[Tensor, Emission]:
+def slide(
+    nodes: Nodes, walked: WalkedWindows, start: Tensor, ledger: Ledger, mask_token_id: int
+) -> tuple[Tensor, Emission]:
     """Settle a step: emit what is known at the windows' fronts, and slide them behind it.
 
     Args:
-        before, canvas: [num_reqs, window] int64, the windows before and behind the step.
-        start: [num_reqs] int64, where they begin.
-        ledger: of the step. vLLM counts the positions of a window that lie within the row.
+        nodes: what was evaluated; canvases [num_reqs, num_nodes, width] int64.
+        walked: what came of it; canvases [num_reqs, width] int64.
+        start: [num_reqs] int64, where the roots begin.
+        ledger: of the step. vLLM counts the positions of a canvas that lie within the row.
         mask_token_id: what stands for masked.
 
-    Returns: the next windows [num_reqs, window] int64, and what the step comes to.
+    Returns: what lies behind what is emitted [num_reqs, width] int64, first the next window, and what the step comes
+        to.
     """
-    window = canvas.shape[1]
-    offset = torch.arange(window, device=canvas.device)
-    is_known = (canvas != mask_token_id) & (offset < ledger.num_counted[:, None])
-    num_final = is_known.long().cumprod(1).sum(1)
+    before, canvas, counted = nodes.canvas[:, 0], walked.canvas, ledger.num_counted
+    offset = torch.arange(canvas.shape[1], device=canvas.device)
+    is_within = offset < counted[:, None]
+    num_final = ((canvas != mask_token_id) & is_within).long().cumprod(1).sum(1)
     none = torch.zeros_like(num_final)
     facts = StepFacts(
         forwards=torch.ones_like(num_final),
         refreshes=none,
         unmasked=(canvas != before).sum(1),
-        accepted=none,
+        accepted=walked.num_accepted,
         finished=num_final > 0,
         stored=start,
         wrote=none if ledger.planned is None else ledger.planned[2],
         commits=none,
         left=none,
-        depth=none[:, None][:, :0],
-        proposed=none[:, None][:, :0],
+        depth=nodes.depth[:, 1:],
+        proposed=nodes.is_valid[:, 1:],
     )
-    rows = (canvas, num_final, ledger.num_counted - num_final, facts.rows())
+    rows = (canvas, num_final, counted - num_final, facts.rows())
     others = ledger.num_batch - len(canvas)
     emission = Emission(*(pad(each.int(), (0, 0) * (each.dim() - 1) + (0, others)) for each in rows))
-    longer = torch.cat([canvas, torch.full_like(canvas, mask_token_id)], 1)
+    known = canvas.masked_fill(~is_within, mask_token_id)  # what is behind the row's end is no token
+    longer = torch.cat([known, torch.full_like(canvas, mask_token_id)], 1)
     return longer.gather(1, num_final[:, None] + offset), emission

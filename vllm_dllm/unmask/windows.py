@@ -1,0 +1,101 @@
+"""Windows that slide, decided together with their drafts: each state's own window, and the states that came true.
+
+A *state* of a request is what a step evaluates: the root, its present window, or a draft (`draft.windows`). With drafts
+they are canvases of two windows from the root's begin on. What is known at a state's front is final in it, so its
+*own window* begins behind that, where it would if the state were a request's present one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_dllm.unmask.walk import Nodes
+
+
+def num_at_front(canvas: Tensor, room: Tensor, mask_token_id: int) -> Tensor:
+    """Return how many positions are known at the fronts of canvases, [...] int64.
+
+    Args:
+        canvas: [..., width] int64.
+        room: [...] int64, positions up to the row's end.
+        mask_token_id: what stands for masked.
+    """
+    is_within = torch.arange(canvas.shape[-1], device=canvas.device) < room[..., None]
+    return ((canvas != mask_token_id) & is_within).long().cumprod(-1).sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnWindows:
+    """The own windows of evaluated states."""
+
+    request: Tensor  # [num_evaluated] int64
+    state: Tensor  # [num_evaluated, width] int64, the canvases
+    front: Tensor  # [num_evaluated] int64, positions before the window
+    canvas: Tensor  # [num_evaluated, window] int64
+    is_masked: Tensor  # [num_evaluated, window] bool
+
+    @classmethod
+    def of(cls, nodes: Nodes, room: Tensor, window: int, mask_token_id: int) -> "OwnWindows":
+        """Take those of a step.
+
+        Args:
+            nodes: the states.
+            room: [num_reqs] int64, positions from the roots on up to the row's end.
+            window: positions of a window.
+            mask_token_id: what stands for masked.
+        """
+        request = torch.arange(len(nodes.canvas), device=nodes.canvas.device)
+        request = nodes.per_evaluated(request[:, None].expand(nodes.depth.shape))
+        state = nodes.per_evaluated(nodes.canvas)
+        front = num_at_front(state, room[request], mask_token_id)
+        canvas = state.gather(1, front[:, None] + torch.arange(window, device=state.device))
+        return cls(request, state, front, canvas, canvas == mask_token_id)
+
+    @property
+    def place(self) -> Tensor:
+        """[num_evaluated, window] int64, positions of the windows in their states' canvases."""
+        return self.front[:, None] + torch.arange(self.canvas.shape[1], device=self.front.device)
+
+    @staticmethod
+    def index(nodes: Nodes, node: Tensor) -> Tensor:
+        """Return which of the evaluated states a node [num_reqs] int64 of each request is."""
+        return node if nodes.evaluated is None else nodes.evaluated.gather(1, node[:, None]).squeeze(1)
+
+    def nodes(self) -> Nodes:
+        """Return the windows as the roots of requests, in the order of the evaluated states."""
+        one = torch.ones_like(self.canvas[:, :1])
+        return Nodes(self.canvas[:, None], self.is_masked[:, None], one.bool(), one - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class WalkedWindows:
+    """What a step came to."""
+
+    canvas: Tensor  # [num_reqs, width] int64, the last state that was made
+    node: Tensor  # [num_reqs] int64, from which
+    num_accepted: Tensor  # [num_reqs] int64, drafts that came true
+
+
+def walk_windows(nodes: Nodes, own: OwnWindows, chosen: Tensor, token_ids: Tensor) -> WalkedWindows:
+    """Unmask some of each window, and go from the roots on as long as the next state is one that was evaluated, too.
+
+    Args:
+        nodes: the states; drafts know more than what they follow.
+        own: their windows.
+        chosen: [num_evaluated, window] bool, which positions a step of each unmasks.
+        token_ids: [num_evaluated, window] int64, the tokens of these.
+    """
+    num_reqs, num_nodes, width = nodes.canvas.shape
+    after = own.state.scatter(1, own.place, torch.where(chosen, token_ids, own.canvas))
+    made = nodes.canvas.flatten(0, 1)
+    made = (after if nodes.place is None else made.index_copy(0, nodes.place, after)).view(num_reqs, num_nodes, width)
+    num_masked = nodes.is_masked.sum(2)
+    is_later = num_masked[:, None] < num_masked[:, :, None]
+    follows = (made[:, :, None] == nodes.canvas[:, None]).all(-1) & nodes.is_valid[:, None] & is_later
+    request = torch.arange(num_reqs, device=made.device)
+    node, num_accepted = torch.zeros_like(request), torch.zeros_like(request)
+    for _ in range(num_nodes - 1):
+        found, follower = follows[request, node].byte().max(1)
+        node, num_accepted = torch.where(found > 0, follower, node), num_accepted + found
+    return WalkedWindows(made[request, node], node, num_accepted)
