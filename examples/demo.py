@@ -8,9 +8,11 @@ long each stage took. It leaves a page that shows how an answer was denoised, an
 import argparse
 import contextlib
 import random
+import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -79,6 +81,29 @@ class Stages:
             print(f"  {name:44} {seconds:5.0f}")
 
 
+_BEFORE = r"^(?:\(\w+ pid=\d+\) )?(?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^]]*\] ?)?"
+"""What vLLM writes in front of a line: the process, and level, time and place."""
+_CAUSES = (
+    rf"{_BEFORE}((?:\w+\.)*\w*(?:Error|Exception|Unavailable|Exit)(?:: .*)?)$",
+    rf"{_BEFORE}((?:vllm\S*|usage|\S*python\S*).*: error: .*)$",
+)
+"""An exception as a traceback ends, and a wrong option."""
+
+
+def first_cause(log: str) -> str | None:
+    """Return the line of a server's log that names why it did not start; None where no line does.
+
+    An exception is reported by the process that it ends, and then by those that waited for it: the first is the cause.
+    """
+    found = [match for cause in _CAUSES if (match := re.search(cause, log, re.MULTILINE))]
+    if not found:
+        return None
+    first = min(found, key=re.Match.start)
+    _, following, *_ = [*log[first.end() :].split("\n", 2), ""]
+    is_pydantic = re.search(r"\d validation errors? for \S+$", first[1])  # says on the next line what is wrong
+    return f"{first[1]}: {re.sub(_BEFORE, '', following).strip()}" if is_pydantic else first[1]
+
+
 @dataclass(frozen=True)
 class Server:
     """A running `vllm serve`."""
@@ -88,14 +113,18 @@ class Server:
     address: str
 
     def wait_until_ready(self) -> OpenAI:
-        """Return a client as soon as the server answers; exit with the end of its log when it does not."""
+        """Return a client as soon as the server answers; exit with what its log says when it does not."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while self.process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{self.address}/health", timeout=2)
                 return OpenAI(base_url=f"{self.address}/v1", api_key="none")
             time.sleep(0.2)
-        sys.exit(f"the server did not start; the end of {self.log}:\n" + self.log.read_text()[-4000:])
+        why = f"within {START_TIMEOUT_S} s" if self.process.poll() is None else f"(status {self.process.returncode})"
+        log = self.log.read_text(errors="replace")
+        cause = first_cause(log)
+        said = f"the end of {self.log}:\n{log[-4000:]}" if cause is None else f"{cause}\nall that it says: {self.log}"
+        sys.exit(f"the server did not start {why}; {said}")
 
     def stop(self) -> None:
         """End the process; after SIGTERM a server without requests ends within seconds."""
@@ -103,6 +132,18 @@ class Server:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self.process.kill()
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder of logs and pictures; exit where nothing can be written into it, before anything starts."""
+    try:
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        sys.exit(
+            f"the demo's logs and pictures go to {folder}, which cannot be written ({error}); use a writable checkout"
+        )
 
 
 def free_ports(count: int) -> list[int]:
@@ -136,7 +177,6 @@ def servers(name: str, stages: Stages) -> Iterator[list[OpenAI]]:
     """
     folder, _ = MODELS[name]
     settings = {"": (), "-spiffy": ("--speculative-config", str(folder / "spiffy.json"))}
-    BUILD.mkdir(exist_ok=True)
     running: list[Server] = []
     try:
         with stages.stage(f"{name}: start of both servers"):
@@ -239,6 +279,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--setup-seconds", type=float, default=0, help="what `make demo` took to set up")
     setup_s = parser.parse_args().setup_seconds
+    check_folder(BUILD)
     stages = Stages(time.monotonic() - setup_s, {"set-up": setup_s})
     rng = random.Random(0)
     shown = [draw_example(task, rng, held_out=True) for task in TASKS]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +66,14 @@ def test_what_a_pinned_package_requires_is_pinned(python):
     ]
     assert len(requirements) > 300
     assert [f"{package}: {requirement}" for package, requirement in requirements if not is_met(requirement)] == []
+
+
+@pytest.mark.parametrize("python", ["3.11.0", "3.12.0", "3.13.0"])
+def test_each_pin_takes_the_first_release_of_each_python(python):
+    """A distribution's own Python is seldom its last one: Debian 12 has 3.11.2."""
+    pytest.importorskip("vllm")
+    required = {name: importlib.metadata.metadata(name).get("Requires-Python") or "" for name in all_pins()}
+    assert {name: wanted for name, wanted in required.items() if not SpecifierSet(wanted).contains(python)} == {}
 
 
 def test_the_environment_has_the_pinned_versions():

@@ -153,6 +153,13 @@ def test_fewer_ids_than_candidates(temperature: float) -> None:
     assert [found.confidence.item(), found.margin.item(), found.entropy.item()] == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("first", [2.0, -torch.inf])
+def test_impossible_candidates_have_no_id_whether_id_0_is_possible_or_not(first: float) -> None:
+    logits = torch.tensor([[first, 1.0, *[-torch.inf] * 5]])
+    stats = torch_stats(logits, excluded_ids=[6], num_candidates=4, sampling=sampling(1))
+    assert stats.top_ids.tolist() == [[0, 1, -1, -1] if first == 2.0 else [1, -1, -1, -1]]
+
+
 def test_missing_candidates_have_a_valid_id_and_no_probability() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
     candidates = candidates_of(row_stats(logits, sampling(1), forbidden_id=2))

@@ -99,13 +99,13 @@ def edits_of(params: SamplingParams, never: int | None = None) -> LogitEdits:
     """Return what a request asks of its logits; `never` is a token that it does not want at all."""
     barred = () if never is None else ((never, -math.inf),)
     return LogitEdits(
-        allowed_ids=tuple(params.allowed_token_ids or ()),
+        allowed_ids=tuple(dict.fromkeys(params.allowed_token_ids or ())),
         bias=(*(params.logit_bias or {}).items(), *barred),
         end_ids=tuple(sorted(params.all_stop_token_ids)) if params.min_tokens else (),
         min_tokens=params.min_tokens,
         repetition=params.repetition_penalty,
         frequency=params.frequency_penalty,
         presence=params.presence_penalty,
-        bad_words=tuple(map(tuple, params.bad_words_token_ids or ())),
+        bad_words=tuple(dict.fromkeys(map(tuple, params.bad_words_token_ids or ()))),
         min_p=params.min_p if params.temperature > 0 else 0.0,
     )

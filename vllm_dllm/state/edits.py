@@ -35,7 +35,7 @@ NO_EDITS = LogitEdits()
 
 
 class SlotTable:
-    """Arrays by slot, padded to the largest.
+    """Arrays by slot, padded to the largest of those that slots have; a slot has its own until the next request's.
 
     Args:
         num_slots: how many.
@@ -55,14 +55,23 @@ class SlotTable:
         """Replace a slot's array."""
         array = np.asarray(values, dtype=self._host.dtype)
         self._shapes[slot] = array.shape if array.size else 0
-        more = [(0, 0), *((0, max(0, new - old)) for new, old in zip(array.shape, self._host.shape[1:], strict=True))]
-        self._host = np.pad(self._host, more, constant_values=self._padding)
+        largest = self._shapes.max(0)
+        if (largest != self._host.shape[1:]).any():
+            kept = self._host[(slice(None), *map(slice, largest))]
+            more = [(0, 0), *((0, new - old) for new, old in zip(largest, kept.shape[1:], strict=True))]
+            self._host = np.pad(kept, more, constant_values=self._padding)  # a copy, so what was larger is freed
         self._host[slot] = self._padding
-        self._host[slot][tuple(map(slice, array.shape))] = array
+        if array.size:
+            self._host[slot][tuple(map(slice, array.shape))] = array
 
     def copy(self) -> None:
         """Bring all arrays to the device."""
         self._tensor = pinned(self._host, self._device).to(self._device, non_blocking=True, copy=True)
+
+    @property
+    def num_bytes(self) -> int:
+        """What all arrays take on the device."""
+        return self._tensor.nbytes
 
     def of(self, slots: Tensor, slots_np: np.ndarray) -> Tensor | None:
         """Return the arrays of some slots, [num_reqs, *shape]; None where all are empty."""

@@ -65,20 +65,21 @@ def torch_stats(
         tempered = _filtered(below.double().div_(sampling.divisor[:, None]), kept)
         rest, weighted = _sums(tempered, argmax)
         sampled = (torch.where(is_drawn, rest, sums[0]), torch.where(is_drawn, weighted, sums[1]))
-    top_ids.masked_fill_(top_logits == -torch.inf, -1)
     return PartialStats(top_ids, top_logits, *sums, token_ids, token_logits, scores, *sampled, given_logits)
 
 
 def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest logits of each row and their ids, of equal ones the lowest id first; -inf and 0 if missing."""
+    """Return the largest logits of each row and their ids, of equal ones the lowest first; -inf and -1 if missing."""
     # `topk` leaves open which of equal ones it takes, and in which order.
     values = logits.topk(min(count, logits.shape[1]), dim=1).values
     left, ids = logits.clone(), torch.zeros_like(values, dtype=torch.int64)
     for place in range(ids.shape[1]):
         ids[:, place] = left.argmax(dim=1)
         left.scatter_(1, ids[:, place, None], -torch.inf)
+    # Where all that is left counts as -inf, `argmax` named the same id again.
+    ids.masked_fill_(values == -torch.inf, -1)
     missing = (0, count - ids.shape[1])
-    return pad(values, missing, value=-torch.inf), pad(ids, missing)
+    return pad(values, missing, value=-torch.inf), pad(ids, missing, value=-1)
 
 
 def _gather(logits: Tensor, ids: Tensor) -> Tensor:
