@@ -8,9 +8,11 @@ import torch
 from vllm_dllm import noise
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.edits import LogitEdits
 from vllm_dllm.state.request_params import RequestParams
 from vllm_dllm.unmask.policy import POLICY_IDS
 from vllm_dllm.unmask.schedule import UnmaskRules
+from vllm_dllm.unmask.walk import Nodes
 
 MASK = 3
 
@@ -152,3 +154,21 @@ def test_the_row_left_of_a_block_is_kept_from_its_refresh() -> None:
     own = state.predicting_rows(torch.tensor([1, 1, 2]), torch.arange(12.0)[:, None], torch.tensor([0, 1]))
     assert own.flatten().tolist() == [*range(8), -3, 9, 10, 11], "each canvas has a row of its own"
     assert not state_of(request()).keeps_left
+
+
+def test_edits_see_what_a_drafts_front_knows() -> None:
+    """Of a window behind a draft's front: tokens up to the root, the draft's own, and none that once stood there."""
+    edits = LogitEdits(repetition=1.5, bad_words=((7, 8),))
+    state = state_of(request(edits=edits))
+    state.edits.history = torch.full((1, 40), 5, dtype=torch.int32)  # positions behind the root, too
+    root, front = 12, torch.tensor([[6, 7, MASK, 9, MASK, MASK, MASK, MASK]])
+    nodes = Nodes.of_roots(torch.tensor([[MASK, 9, MASK, MASK]]), MASK)
+    found, _ = state.row_edits(blocks(0, start=root + 2), nodes, (torch.tensor([root]), front))
+    assert found is not None
+    assert found.penalties is not None
+    line = found.penalties.ids[0].tolist()
+    assert line[:20] == [5] * 12 + [6, 7, MASK, 9] + [MASK] * 4
+    assert found.penalties.num_generated[0, [0, 10, 12, 13, 15]].tolist() == [2, 2, 1, 1, 1]
+    assert found.barred is not None
+    assert 8 in found.barred[0], "it would complete the word that the front begins"
+    assert 8 not in found.barred[2]

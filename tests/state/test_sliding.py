@@ -81,19 +81,19 @@ def test_rows_and_what_predicts_a_position_are_put_in_order() -> None:
 
 
 def test_rows_of_drafts_are_those_of_their_states() -> None:
-    """Of two requests the first has a draft; each evaluated canvas has an order of its own."""
+    """Of two requests the second has a draft; each evaluated canvas has an order of its own."""
     plan = RowPlan(
-        request=torch.tensor([0] * 5 + [1] * 2),
-        source=torch.tensor([0, 1, 4, 5, 6, 8, 9]),
-        position=torch.tensor([20, 21, 20, 21, 22, 50, 51]),
+        request=torch.tensor([0] * 2 + [1] * 5),
+        source=torch.tensor([0, 1, 8, 9, 12, 13, 14]),
+        position=torch.tensor([50, 51, 20, 21, 20, 21, 22]),
         is_stored=torch.zeros(7, dtype=torch.int64),
     )
-    head = torch.tensor([[0, 1, 1, 1], [2, 3, 4, 4], [5, 6, 6, 6]])
-    order = torch.tensor([[0, 1, 2, 3], [0, 2, 1, 3], [1, 0, 2, 3]])
-    rows, own = reorder(plan, head, order, torch.tensor([[0, 1], [2, -1]]))
-    assert rows.position.tolist() == [20, 21, 20, 22, 21, 51, 50]
-    assert rows.source.tolist() == [0, 1, 4, 6, 5, 9, 8]
-    assert own[:, :2].tolist() == [[0, 1], [2, 4], [6, 5]]
+    head = torch.tensor([[0, 1, 1, 1], [2, 3, 3, 3], [4, 5, 6, 6]])
+    order = torch.tensor([[1, 0, 2, 3], [0, 1, 2, 3], [0, 2, 1, 3]])
+    rows, own = reorder(plan, head, order, torch.tensor([[0, -1], [1, 2]]))
+    assert rows.position.tolist() == [51, 50, 20, 21, 20, 22, 21]
+    assert rows.source.tolist() == [1, 0, 8, 9, 12, 14, 13]
+    assert own[:, :2].tolist() == [[1, 0], [2, 3], [4, 6]]
 
 
 @given(data=st.data())
