@@ -41,8 +41,8 @@ def hot(cases: list[Case]) -> list[Case]:
     ]
 
 
-WEIGHTS = TokenWeights(1.8, -0.4, (-3.0, 1.0, -0.5, 0.5))
-USUAL = [(8, 12, 5, None, "csrc", WEIGHTS), (32, 24, 3, 1, "torch", None), (8, 12, "auto", 2, "csrc", None)]
+WEIGHTS = TokenWeights(-1.0, -0.5, (-3.0, 1.0, -0.5, 0.5))
+USUAL = [(8, 12, 5, None, "csrc", None), (32, 24, 3, 1, "torch", WEIGHTS), (8, 12, "auto", 2, "csrc", None)]
 SLOW = [
     (8, 12, 12, 1, "csrc", None),
     (32, 10, 10, None, "csrc", WEIGHTS),
@@ -84,6 +84,10 @@ def test_mixed_batch_equals_reference(served: Any, mild_oracle: Oracle) -> None:
         (e.nfe, e.nfe_refresh, e.num_accepted, e.num_proposed) for e in expected
     ]
     assert sum(e.num_accepted for e in expected) >= 8, "too few drafts come true for the test to mean much"
+    if graph.tokens is not None:
+        plain = dataclasses.replace(graph, tokens=None)
+        without = [mild_oracle.speculative(case, settings, plain, budget) for case in cases]
+        assert [e.num_accepted for e in expected] != [e.num_accepted for e in without], "the weights decide nothing"
 
 
 def test_nonsense_changes_no_token(served: Any, mild_oracle: Oracle) -> None:
