@@ -20,7 +20,7 @@ CASE = Case(prompt=(5, 6, 7), max_tokens=21)
 
 
 @pytest.fixture(
-    scope="module", params=["bidirectional", pytest.param("block-causal", marks=pytest.mark.slow("configurations"))]
+    scope="module", params=["bidirectional", pytest.param("block-causal", marks=pytest.mark.slow("servers"))]
 )
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wild: Path, wild_sdar: Path

@@ -16,7 +16,7 @@ SETTINGS = {"block_length": 8}
 DEADLINE_S = 120
 
 
-@pytest.mark.slow("configurations")
+@pytest.mark.slow("servers")
 def test_requests_to_one_rank_alone_are_answered(tmp_path: Path, trained: Oracle) -> None:
     cases = short(mixed_cases(8, seed=2))
     ranks = ("--data-parallel-size", "2", "--api-server-count", "1")

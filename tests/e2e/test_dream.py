@@ -28,8 +28,8 @@ from vllm_dllm.reference.decode import KvPolicy, generate
 
 pytestmark = pytest.mark.engine
 
-USUAL: list[dict[str, Any]] = [{}, {"block_length": 8, "refresh_every": 4}, {"block_length": 8, "kv_policy": "prefix"}]
-SLOW: list[dict[str, Any]] = [{"block_length": 8}, {"block_length": 8, "refresh_every": 1}]
+USUAL: list[dict[str, Any]] = [{}, {"block_length": 8, "kv_policy": "prefix"}]
+SLOW: list[dict[str, Any]] = [{"block_length": 8}, *({"block_length": 8, "refresh_every": n} for n in (1, 4))]
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +147,7 @@ def test_drafts_change_forwards_and_no_token(
     assert sum(e.num_accepted for e in expected) >= 8, "too few drafts come true for the test to mean much"
 
 
-@pytest.mark.slow("configurations")
+@pytest.mark.slow("ranks")
 @pytest.mark.xdist_group("both cores")
 def test_two_ranks_with_drafts_equal_reference(
     mild_dream: Path, mild_oracle: Oracle, monkeypatch: pytest.MonkeyPatch

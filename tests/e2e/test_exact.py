@@ -19,15 +19,15 @@ pytestmark = pytest.mark.engine
 USUAL: list[dict[str, Any]] = [
     {"block_length": 8},
     {"block_length": 32, "refresh_every": 4},
-    {"block_length": 32, "refresh_every": 1, "attention": "torch"},  # elsewhere it is csrc
-    {"block_length": 8, "kv_policy": "prefix"},
+    {"block_length": 8, "kv_policy": "prefix", "attention": "torch"},  # elsewhere it is csrc
 ]
 SLOW: list[dict[str, Any]] = [
     {"block_length": 32},
     {"block_length": 8, "refresh_every": 1},
+    {"block_length": 32, "refresh_every": 1, "attention": "torch"},
     {"block_length": 8, "refresh_every": 4},
     {"block_length": 32, "kv_policy": "prefix"},
-    {"block_length": 8, "kv_policy": "prefix", "attention": "torch"},
+    {"block_length": 8, "kv_policy": "prefix"},
 ]
 
 

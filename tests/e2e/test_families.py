@@ -106,7 +106,7 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any) -> None:
     check_preemption_and_aborts(llm, oracle, {"block_length": BLOCK}, every=6)
 
 
-@pytest.mark.slow("configurations")
+@pytest.mark.slow("ranks")
 @pytest.mark.xdist_group("both cores")
 def test_two_ranks_with_half_of_the_experts_each_equal_reference(
     checkpoints: dict[str, Path], oracles: dict[str, Oracle], monkeypatch: pytest.MonkeyPatch

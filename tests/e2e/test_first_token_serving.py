@@ -20,7 +20,7 @@ PAGE, BUDGET = 16, 4
 Served = tuple[openai.OpenAI, FirstTokenOracle]
 
 
-FAMILIES = ["nemotron", pytest.param("fast_dllm", marks=pytest.mark.slow("configurations"))]
+FAMILIES = ["nemotron", pytest.param("fast_dllm", marks=pytest.mark.slow("servers"))]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -84,7 +84,10 @@ class EagerGraphs:
             return self.runner.model(input_ids=ids, positions=positions)
 
 
-@pytest.mark.parametrize(("kv_policy", "num_replays"), [("dual", 17), ("prefix", 1)])
+SLOW = pytest.param("prefix", 1, marks=pytest.mark.slow("configurations"))
+
+
+@pytest.mark.parametrize(("kv_policy", "num_replays"), [("dual", 17), SLOW])
 def test_replayed_steps_equal_reference(oracle: Oracle, wild: Path, kv_policy: str, num_replays: int) -> None:
     cases, settings = mixed_cases(BLOCK_LENGTH, seed=11), {**SETTINGS, "kv_policy": kv_policy}
     with engine(wild, settings) as llm:

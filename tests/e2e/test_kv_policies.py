@@ -25,10 +25,16 @@ pytestmark = pytest.mark.engine
 FREECACHE = {"block_length": 8, "kv_policy": "freecache"}
 VICINITY = {"block_length": 8, "kv_policy": "vicinity", "prefix_look": 5, "after_look": 11, "warmup_steps": 2}
 DKV = {"block_length": 8, "kv_policy": "dkv", "refresh_every": 5}
-USUAL = [("llada", FREECACHE), ("llada", VICINITY), ("dream", FREECACHE)]
+USUAL = [("llada", VICINITY), ("dream", FREECACHE)]
 DKV_PD = DKV | {"kv_policy": "dkv_pd"}
-DELAYED = [("llada", DKV), ("dream", DKV)]
-SLOW = [("dream", VICINITY), ("llada", {"block_length": 32, "kv_policy": "vicinity"})]
+DELAYED = [("dream", DKV)]
+SLOW_DELAYED = [
+    ("llada", DKV),
+    ("llada", {"block_length": 32, "kv_policy": "dkv"}),
+    ("llada", DKV_PD),
+    ("dream", DKV_PD),
+]
+SLOW = [("llada", FREECACHE), ("dream", VICINITY), ("llada", {"block_length": 32, "kv_policy": "vicinity"})]
 BUDGET = 3
 
 
@@ -112,11 +118,7 @@ def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     check_counts_while_running(llm, cases_of(family, settings, seed=5))
 
 
-@pytest.fixture(
-    params=configurations(
-        "dkv", DELAYED, [("llada", {"block_length": 32, "kv_policy": "dkv"}), ("llada", DKV_PD), ("dream", DKV_PD)]
-    )
-)
+@pytest.fixture(params=configurations("dkv", DELAYED, SLOW_DELAYED))
 def delayed(
     request: pytest.FixtureRequest, wild: Path, mild_dream: Path, oracle: Oracle, dreams: Oracle
 ) -> tuple[Any, Oracle, str, dict[str, Any]]:

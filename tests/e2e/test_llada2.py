@@ -150,7 +150,7 @@ def test_edits_equal_reference_with_drafts_and_without(llm: Any, oracle: LLaDA2O
     assert accepted > 0
 
 
-@pytest.mark.slow("configurations")
+@pytest.mark.slow("ranks")
 @pytest.mark.xdist_group("both cores")
 def test_two_ranks_with_half_of_the_experts_each_equal_reference(
     checkpoint: Path, oracle: LLaDA2Oracle, monkeypatch: pytest.MonkeyPatch

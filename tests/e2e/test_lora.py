@@ -58,9 +58,12 @@ def generate(llm: Any, cases: list[Case], adapters: list[Any]) -> list[Any]:
     return llm.generate(prompts, [case.sampling_params() for case in cases], lora_request=adapters, use_tqdm=False)
 
 
+SLOW = [pytest.param(family, 0, marks=pytest.mark.slow("configurations")) for family in ("llada", "sdar")]
+
+
 @pytest.mark.parametrize(
     ("adapted", "budget"),
-    [("llada", 0), ("llada", 4), ("dream", "auto"), ("sdar", 0), ("sdar", 4)],
+    [SLOW[0], ("llada", 4), ("dream", "auto"), SLOW[1], ("sdar", 4)],
     indirect=["adapted"],
 )
 def test_adapters_equal_merged_weights(adapted: Any, budget: int | str) -> None:

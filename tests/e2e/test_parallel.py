@@ -12,7 +12,7 @@ from tests.e2e.rig import Oracle, engine, mixed_cases, random_graph, run, short,
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("both cores")]
 
 
-@pytest.mark.slow("configurations")
+@pytest.mark.slow("ranks")
 def test_two_ranks_equal_reference(oracle: Oracle, wild: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"block_length": 8}
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")

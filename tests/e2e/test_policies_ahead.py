@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow("configurations")]
 
 WAYS = [
     pytest.param("async", marks=pytest.mark.xdist_group("policies ahead")),
-    pytest.param("two ranks", marks=pytest.mark.xdist_group("both cores")),
+    pytest.param("two ranks", marks=[pytest.mark.xdist_group("both cores"), pytest.mark.slow("ranks")]),
 ]
 FEW_PAGES = pytest.param("few pages", marks=pytest.mark.xdist_group("policies ahead"))
 

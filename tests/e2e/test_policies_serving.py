@@ -20,7 +20,7 @@ from tests.e2e.sdar import sdar_cases
 from tests.e2e.torch_cases import SETTINGS, check_own, handful, write_package
 from vllm_dllm.names import DELAYED
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server"), pytest.mark.slow("configurations")]
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server"), pytest.mark.slow("servers")]
 
 SPIFFY = ("--speculative-config", json.dumps({"method": "spiffy", "budget": 3}))
 PUBLISHED: dict[str, Any] = {"threshold": 0.5, "edit_threshold": 0.0, "post_steps": 16}

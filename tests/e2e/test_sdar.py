@@ -14,8 +14,8 @@ from tests.suite.order import configurations
 pytestmark = pytest.mark.engine
 
 
-USUAL: list[dict[str, Any]] = [{"block_length": 4}, {"block_length": 32, "attention": "torch"}]
-SLOW: list[dict[str, Any]] = [{"block_length": 8}, {"block_length": 32}]
+USUAL: list[dict[str, Any]] = [{"block_length": 4}]
+SLOW: list[dict[str, Any]] = [{"block_length": 8}, {"block_length": 32}, {"block_length": 32, "attention": "torch"}]
 
 
 @pytest.fixture(params=configurations("sdar", USUAL, SLOW))

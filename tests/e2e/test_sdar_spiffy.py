@@ -97,7 +97,7 @@ def test_near_the_end_of_max_model_len_drafts_are_left_out(served: Any, oracle: 
     ]
 
 
-@pytest.mark.slow("configurations")
+@pytest.mark.slow("ranks")
 @pytest.mark.xdist_group("both cores")
 def test_two_ranks_equal_reference(mild_sdar: Path, oracle: SdarOracle, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, graph = {"block_length": 4}, random_graph(4, 6, 4)

@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.http import complete, server, wait_until
 from tests.e2e.windows import MODE, Plain, WindowOracle, make_checkpoint, mixed
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server"), pytest.mark.slow("configurations")]
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server"), pytest.mark.slow("servers")]
 
 Served = tuple[openai.OpenAI, WindowOracle]
 

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.http import assert_all_end, wait_until
 from tests.e2e.rig import CHECKPOINT
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow("configurations"), pytest.mark.xdist_group("both cores")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("ranks"), pytest.mark.xdist_group("both cores")]
 
 SCRIPT = """
 import sys

@@ -224,7 +224,7 @@ def test_two_hundred_answers_of_the_trained_model(policy: str, trained: Oracle) 
     "settings",
     [
         {"kv_policy": "prefix"},
-        {"refresh_every": 3},
+        pytest.param({"refresh_every": 3}, marks=pytest.mark.slow("configurations")),
     ],
     ids=str,
 )

@@ -70,7 +70,9 @@ def keep_a_slot(llm: Any) -> str:
     return "request lost is in slot"
 
 
-BROKEN = [forget_a_store, break_a_canvas, swap_a_page, share_a_page, count_a_draft_twice, keep_a_slot]
+USUAL = [break_a_canvas, swap_a_page, count_a_draft_twice]
+SLOW = [forget_a_store, share_a_page, keep_a_slot]  # tests/engine/test_state_check.py has what is said of them
+BROKEN = [*USUAL, *(pytest.param(corrupt, marks=pytest.mark.slow("configurations")) for corrupt in SLOW)]
 
 
 @pytest.mark.parametrize("corrupt", BROKEN, ids=lambda corrupt: corrupt.__name__)

@@ -83,6 +83,7 @@ def test_preempted_answers_go_on_where_they_were(served: Any) -> None:
     assert tokens == {str(i): expected(oracle, case, settings, asked) for i, (case, asked) in enumerate(pairs)}
 
 
+@pytest.mark.xdist_group(f"structured {USUAL[0]}")
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

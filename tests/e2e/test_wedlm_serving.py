@@ -14,7 +14,7 @@ from tests.e2e.http import complete, server
 from tests.e2e.wedlm import SlidingOracle, WindowCase, make_wild, mixed
 from vllm_dllm.state.edits import NO_EDITS
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server"), pytest.mark.slow("configurations")]
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server"), pytest.mark.slow("servers")]
 
 Served = tuple[openai.OpenAI, SlidingOracle]
 SPIFFY: dict[str, Any] = {"method": "spiffy", "budget": 4}

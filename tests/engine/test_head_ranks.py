@@ -11,7 +11,7 @@ import torch
 from tests.engine import head_ranks
 from vllm_dllm.unmask.stats import torch_stats
 
-pytestmark = pytest.mark.xdist_group("both cores")
+pytestmark = [pytest.mark.slow("ranks"), pytest.mark.xdist_group("both cores")]
 
 
 def test_merged_parts_equal_the_whole_vocabulary(tmp_path: Path) -> None:

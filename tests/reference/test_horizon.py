@@ -20,7 +20,8 @@ def family(request: pytest.FixtureRequest, make_model: Any, make_qwen: Any) -> A
     return make_qwen(architecture="DreamModel"), DREAM
 
 
-KV = [KvPolicy(), KvPolicy("dual"), KvPolicy("prefix"), KvPolicy("dual", refresh_every=2)]
+USUAL = [KvPolicy("prefix"), KvPolicy("dual", refresh_every=2)]
+KV = [*USUAL, *(pytest.param(kv, marks=pytest.mark.slow("cases")) for kv in (KvPolicy(), KvPolicy("dual")))]
 
 
 @pytest.mark.parametrize("kv", KV, ids=str)

@@ -86,7 +86,7 @@ def blocks(count: int) -> list[TrainedBlock]:
     return made
 
 
-@pytest.mark.parametrize("num_blocks", [SOME, pytest.param(ALL, marks=pytest.mark.slow("statements"))])
+@pytest.mark.parametrize("num_blocks", [SOME, pytest.param(ALL, marks=pytest.mark.slow("cases"))])
 @pytest.mark.parametrize("policy", sorted((*NATIVE, *BUILT_IN)))
 def test_decodes_of_trained_models_are_the_statements(policy: str, num_blocks: int) -> None:
     """So many blocks, each with requests side by side; of all of them with drafts the same tokens and steps."""

@@ -8,6 +8,14 @@ import pytest
 FIRST = ("server", "both cores")
 """Groups that begin a run; each runs in one process, and those that follow fill the other one meanwhile."""
 
+DEAR = (
+    *("tests/test_wheel.py", "tests/ops/test_decide_walk.py", "tests/unmask/test_torch_policies.py"),
+    *("tests/reference/test_ends.py", "tests/self_test/test_self_test.py", "tests/statements/test_rules.py"),
+    *("tests/ops/test_library.py", "tests/reference/test_horizon.py", "tests/engine/cpu/test_gate.py"),
+    *("tests/draft/test_exact_cases.py", "tests/unmask/test_edits.py", "tests/reference/test_kv_policies.py"),
+)
+"""Groups without an engine that take 15 s and more, the longest first; a last one would leave a process idle."""
+
 
 def group_of(item: pytest.Item) -> str:
     """Return the group that a test names by `xdist_group`, else its file; several names are one, as in xdist."""
@@ -16,7 +24,7 @@ def group_of(item: pytest.Item) -> str:
 
 
 def group_items(items: list[pytest.Item]) -> None:
-    """Put the tests of a group side by side: those of servers first, then those of engines, the longest groups first.
+    """Put the tests of a group side by side: servers first, then engines, then the others, of these the dear first.
 
     The worker that is free takes the next group, so what is long must not come last.
     """
@@ -27,8 +35,9 @@ def group_items(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(name))
 
-    def rank(name: str) -> tuple[bool, bool]:
-        return name not in FIRST, not any("engine" in item.keywords for item in groups[name])
+    def rank(name: str) -> tuple[bool, bool, int]:
+        has_engine = any("engine" in item.keywords for item in groups[name])
+        return name not in FIRST, not has_engine, DEAR.index(name) if name in DEAR else len(DEAR)
 
     items[:] = [item for name in sorted(groups, key=rank) for item in groups[name]]
 

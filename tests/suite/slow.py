@@ -1,11 +1,13 @@
 """The tests marked `slow(group)`, and when a run may leave them out.
 
-`slow.json` holds for each group a hash of its sources, written where all slow tests passed on them (`make test-all`).
+`slow.json` holds for each group a hash of its sources, written where a whole run passed (`make test`, `make test-all`).
 With `--slow changed`, as in CI, a group runs unless its sources are still the same; the header of the run says which.
 """
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROVEN = Path(__file__).with_name("slow.json")
 CHOICES = ("none", "changed", "only", "all")
+
+OF_SERVERS = ("bodies", "compile_ahead", "explain", "malformed", "reply_stream", "score_route")
+OF_MEASUREMENTS = ("measuring", "neighbours", "recording", "trajectories")
+IN_ENGINES = ("vllm_dllm/engine/**", *(f"!vllm_dllm/engine/{name}.py" for name in (*OF_SERVERS, *OF_MEASUREMENTS)))
+"""What runs in an engine of a test's own process: not what reads requests over HTTP, nor what is asked for by name."""
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "answers": (
@@ -23,8 +30,20 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("vllm_dllm/measure/**", "vllm_dllm/engine/measuring.py", "vllm_dllm/cli/*bench*.py", "benchmarks/*.py"),
         *("tests/measure/**", "tests/e2e/test_bench.py"),
     ),
+    "cases": (
+        *(
+            "vllm_dllm/draft/**",
+            "vllm_dllm/unmask/**",
+            "vllm_dllm/state/**",
+            "vllm_dllm/reference/**",
+            "vllm_dllm/ops/**",
+        ),
+        *("vllm_dllm/denoiser.py", "vllm_dllm/apart.py", "vllm_dllm/noise.py", "examples/tiny_*/checkpoint/*"),
+        *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**"),
+        *("tests/statements/*", "tests/draft/*", "tests/unmask/*", "tests/reference/*"),
+    ),
     "configurations": (
-        *("vllm_dllm/engine/**", "vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/attention/**"),
+        *(*IN_ENGINES, "vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/attention/**"),
         *("vllm_dllm/denoiser.py", "vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/ops/**"),
         *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**"),
     ),
@@ -51,25 +70,21 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("vllm_dllm/engine/**", "vllm_dllm/plugin.py", "docs/operate.md"),
         *("tests/e2e/http.py", "tests/e2e/test_operator.py"),
     ),
-    "statements": (
-        *(
-            "vllm_dllm/unmask/**",
-            "vllm_dllm/draft/**",
-            "vllm_dllm/denoiser.py",
-            "vllm_dllm/apart.py",
-            "vllm_dllm/noise.py",
-        ),
-        *(
-            "csrc/bindings/**",
-            "csrc/cpu/**",
-            "csrc/include/**",
-            "tests/statements/*.py",
-            "examples/tiny_*/checkpoint/*",
-        ),
+    "ranks": (
+        *(*IN_ENGINES, "vllm_dllm/models/**", "vllm_dllm/denoiser.py"),
+        *("vllm_dllm/unmask/head.py", "vllm_dllm/unmask/stats.py", "vllm_dllm/ops/**", "tests/engine/head_ranks.py"),
+        *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**"),
     ),
     "readme": ("README.md", "tests/e2e/test_readme.py"),
+    "servers": ("vllm_dllm/engine/**", "vllm_dllm/models/**", "vllm_dllm/config.py", "vllm_dllm/plugin.py"),
 }
-"""What each group tests that no other test does: files, as globs in the repository."""
+"""What each group tests that no test of every run does: files, as globs in the repository, without those behind "!".
+
+Tests with an engine reach all files of the package, so what a group adds to the tests of every run is for us to say
+(docs/testing.md says why). The file that a slow test is in is one of its sources, too.
+"""
+
+MARKS = re.compile(r"mark\.slow\(|configurations\(")
 
 BUILT = {".so", ".pyc"}
 
@@ -81,20 +96,35 @@ def files_of(group: str) -> list[Path]:
     """
     files: set[Path] = set()
     for pattern in SOURCES[group]:
-        # "**" matches folders alone before Python 3.13.
-        found = {path for path in ROOT.glob(pattern + "/*" if pattern.endswith("**") else pattern) if path.is_file()}
+        glob = pattern.removeprefix("!")  # "**" matches folders alone before Python 3.13
+        found = {path for path in ROOT.glob(glob + "/*" if glob.endswith("**") else glob) if path.is_file()}
         if not found:
             raise ValueError(f"the slow group {group!r} has the sources {pattern!r}, which match no file")
-        files |= {path for path in found if path.suffix not in BUILT}
-    return sorted(files)
+        files = files - found if pattern.startswith("!") else files | found
+    return sorted(path for path in files if path.suffix not in BUILT)
 
 
-def hash_of(group: str) -> str:
-    """Hash the names and contents of a group's sources."""
+def marked_files() -> list[Path]:
+    """Return the files with tests that are marked slow."""
+    return [path for path in sorted(ROOT.glob("tests/**/test_*.py")) if MARKS.search(path.read_text())]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def hashes() -> dict[str, str]:
+    """Hash the sources of each group, and each file with tests that are marked slow."""
+    groups = {group: _hash(files_of(group)) for group in SOURCES}
+    return groups | {name_of(path): _hash([path]) for path in marked_files()}
+
+
+def _hash(files: Iterable[Path]) -> str:
+    """Hash names and contents."""
     digest = hashlib.sha256()
-    for path in files_of(group):
+    for path in files:
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(ROOT).as_posix()}\0{len(content)}\0".encode() + content)
+        digest.update(f"{name_of(path)}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:32]
 
 
@@ -107,15 +137,15 @@ def proven() -> dict[str, str]:
     return found
 
 
-def chosen(option: str, hashes: dict[str, str]) -> dict[str, str]:
-    """Return each group that runs, and why."""
+def chosen(option: str, now: dict[str, str]) -> dict[str, str]:
+    """Return each group, and each file with tests marked slow, that runs, and why."""
     if option in {"all", "only"}:
-        return dict.fromkeys(hashes, "asked for")
+        return dict.fromkeys(now, "asked for")
     before = proven()
     return {
-        group: "its sources changed" if group in before else "it has not passed before"
-        for group, value in hashes.items()
-        if before.get(group) != value
+        name: "its sources changed" if name in before else "it has not passed before"
+        for name, value in now.items()
+        if before.get(name) != value
     }
 
 
@@ -126,7 +156,7 @@ CHOSEN = pytest.StashKey[dict[str, str]]()
 def configure(config: pytest.Config) -> None:
     """Hash the sources as they are when the run begins."""
     option = config.getoption("--slow")
-    config.stash[HASHES] = {} if option == "none" else {group: hash_of(group) for group in SOURCES}
+    config.stash[HASHES] = {} if option == "none" else hashes()
     config.stash[CHOSEN] = chosen(option, config.stash[HASHES])
 
 
@@ -135,7 +165,8 @@ def header(config: pytest.Config) -> list[str]:
     runs = config.stash[CHOSEN]
     unchanged = "it passed on these sources (tests/suite/slow.json)"
     left_out = "--slow is none" if config.getoption("--slow") == "none" else unchanged
-    reasons = {group: f"run, {runs[group]}" if group in runs else f"left out, {left_out}" for group in SOURCES}
+    names = dict.fromkeys((*SOURCES, *runs))
+    reasons = {name: f"run, {runs[name]}" if name in runs else f"left out, {left_out}" for name in names}
     return [f"slow tests, {group}: {reason}" for group, reason in reasons.items()]
 
 
@@ -153,17 +184,18 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
             continue
         if len(marker.args) != 1 or marker.args[0] not in SOURCES:
             raise pytest.UsageError(f"{item.nodeid}: slow needs a group, one of {', '.join(SOURCES)}")
-        (kept if marker.args[0] in runs else out).append(item)
+        (kept if marker.args[0] in runs or name_of(item.path) in runs else out).append(item)
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = kept
 
 
 def record(config: pytest.Config, exitstatus: int) -> None:
-    """Write the hashes where all slow tests passed: a whole run, chosen by no name, mark or file, without a failure."""
+    """Write the hashes where all slow tests have passed on these sources, now or (`changed`) before: at the end of a
+    whole run, chosen by no name, mark or file, without a failure."""
     is_worker = hasattr(config, "workerinput")
     is_whole = config.args == config.getini("testpaths") and not config.option.keyword and not config.option.markexpr
     if is_worker or not is_whole or exitstatus != 0 or config.option.collectonly:
         return
-    if config.getoption("--slow") in {"all", "only"} and HASHES in config.stash:
+    if config.getoption("--slow") != "none":
         PROVEN.write_text(json.dumps(config.stash[HASHES], indent=2, sort_keys=True) + "\n")
