@@ -83,7 +83,7 @@ lint: setup
 
 cuda-check: setup
 	@if command -v nvcc >/dev/null; then \
-	  $(CMAKE) -S . -B build/cuda_check -GNinja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DDLLM_CUDA=OFF \
+	  $(CMAKE) -S . -B build/cuda_check -GNinja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/.venv/bin/ninja" -DDLLM_CUDA=OFF \
 	    -DTORCH_DIR="$$($(PY) -c 'import torch; print(torch.__path__[0])')" >/dev/null && \
 	  $(CMAKE) --build build/cuda_check --target cuda_check; \
 	else \
@@ -95,11 +95,11 @@ cuda-report: ## print registers, shared memory and spills of each CUDA kernel (n
 
 # The sanitizers' runtime comes first, as python is built without it; what torch and python never free is no error.
 sanitize: setup ## run the tests of the ops with AddressSanitizer and UBSan
-	$(CMAKE) -S . -B build/sanitize -GNinja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DDLLM_CUDA=OFF \
+	$(CMAKE) -S . -B build/sanitize -GNinja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/.venv/bin/ninja" -DDLLM_CUDA=OFF \
 	  -DDLLM_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release -DTORCH_DIR="$$($(PY) -c 'import torch; print(torch.__path__[0])')"
 	$(CMAKE) --build build/sanitize --target _C
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 VLLM_DLLM_LIBRARY=$(CURDIR)/build/sanitize/_C.so $(PY) -m pytest -q tests/ops $(TEST_ARGS)
+	  ASAN_OPTIONS=detect_leaks=0 VLLM_DLLM_LIBRARY="$(CURDIR)/build/sanitize/_C.so" $(PY) -m pytest -q tests/ops $(TEST_ARGS)
 
 bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: BENCH_ARGS)
 	$(PY) -m benchmarks reference $(BENCH_ARGS)

@@ -15,14 +15,17 @@ fail() {
 }
 
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+  local candidate candidates=(python3.11 python3.12 python3.13 python3)
+  if [[ -n ${PYTHON:-} ]]; then
+    candidates=("$PYTHON")  # one, whose path may have blanks
+  fi
+  for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  fail "found no Python 3.11, 3.12 or 3.13 (tried: ${PYTHON:-python3.11 python3.12 python3.13 python3});" \
+  fail "found no Python 3.11, 3.12 or 3.13 (tried: ${candidates[*]});" \
     "install one, or name it: make setup PYTHON=/path/to/python3.11"
 }
 

@@ -11,20 +11,20 @@ from tests.tree import ROOT
 
 FAKE = """#!/bin/sh
 case "$2" in *{missing}*) exit 1;; esac
-exec {python} "$@"
+exec "{python}" "$@"
 """
 """A Python in which what names a word fails."""
 
 
 def set_up(folder: Path, missing: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run it in a folder of its own, with a Python that lacks something."""
-    (folder / "scripts").mkdir()
+    folder /= "a föreign folder"
+    (folder / "scripts").mkdir(parents=True)
     script = shutil.copy(ROOT / "scripts/setup_env.sh", folder / "scripts")
     python = folder / "a python"
     python.write_text(FAKE.format(missing=missing, python=sys.executable))
     python.chmod(0o755)
-    (folder / "python").symlink_to(python)
-    variables = {"PATH": "/usr/bin:/bin", "PYTHON": str(folder / "python"), "CXX": "true"} | environment
+    variables = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "CXX": "true"} | environment
     return subprocess.run([script, "venv"], capture_output=True, text=True, check=False, env=variables)
 
 
@@ -42,10 +42,11 @@ def test_what_is_missing_is_named(missing: str, environment: dict[str, str], sai
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith("setup: ")
     assert said in done.stderr
-    assert not (tmp_path / ".venv").exists()
+    assert not (tmp_path / "a föreign folder/.venv").exists()
 
 
 def test_nothing_is_missing(tmp_path: Path) -> None:
     done = set_up(tmp_path, "nothing")
     assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / ".venv/bin/pip").exists()
+    pip = subprocess.run([tmp_path / "a föreign folder/.venv/bin/pip", "--version"], capture_output=True, check=False)
+    assert pip.returncode == 0, pip.stderr

@@ -114,7 +114,9 @@ def by_oracle(drafting: Sequence[Served], total: int) -> list[int]:
 DEALS: dict[str, Deal] = {"even": evenly, "as now": as_now, "by averages": by_averages, "oracle": by_oracle}
 
 
-def transitions(names: Sequence[str], known: dict[str, Recording], at_once: int, budget: int, deal: Deal) -> float:
+def transitions(
+    names: Sequence[str], known: dict[str, Recording], at_once: int, budget: int, deal: Deal, num_steps: int = NUM_STEPS
+) -> float:
     """Return the transitions of a request and step, on the average.
 
     Args:
@@ -123,17 +125,18 @@ def transitions(names: Sequence[str], known: dict[str, Recording], at_once: int,
         at_once: requests.
         budget: drafts of a step for each request that may have any.
         deal: how they are dealt out.
+        num_steps: as many are simulated.
     """
     rng, number = random.Random(0), iter(range(10**9))
     turns = (names[i % len(names)] for i in number)
     batch = [Served(turns, known, rng) for _ in range(at_once)]
     saved = 0
-    for _ in range(NUM_STEPS):
+    for _ in range(num_steps):
         drafting = [served for served in batch if served.request.anchor >= 0]
         dealt = deal(drafting, budget * len(drafting)) if drafting else []
         own = dict(zip(map(id, drafting), dealt, strict=True))
         saved += sum(served.step(own.get(id(served), 0)) for served in batch)
-    return 1 + saved / (NUM_STEPS * at_once)
+    return 1 + saved / (num_steps * at_once)
 
 
 def main() -> None:

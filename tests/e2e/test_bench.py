@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,14 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app as benchmarks
+from tests.draft.example_graph import PROVENANCE
+from tests.draft.rankers import make_ranker
 from tests.e2e.rig import CHECKPOINT
 from vllm_dllm.cli import main
+from vllm_dllm.draft.ranker_file import RankerFile, save_ranker
+from vllm_dllm.draft.readiness import Readiness
+from vllm_dllm.measure.decode import RANKER, Comparison, Policy
+from vllm_dllm.measure.workload import EngineSpec
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("bench")]
 
@@ -30,11 +37,22 @@ def run(program: typer.Typer, *command: str, **options: object) -> str:
     return result.stdout
 
 
-def test_decode_measures_fewer_forwards_and_equal_tokens(tmp_path: Path) -> None:
-    run(main.app, "bench", "decode", **{"--budgets": "3", "--chain": "", "--repeats": 1, "--out": tmp_path})
+def test_decode_measures_fewer_forwards_and_equal_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranker, specs = tmp_path / "ranker.safetensors", Comparison.specs
+    save_ranker(RankerFile(make_ranker("small").weights, Readiness(), PROVENANCE), ranker)
+
+    def with_three(self: Comparison, policy: Policy) -> dict[str, EngineSpec]:
+        """Have the ranker's engine make three drafts in each step: `auto` may find that none pays here."""
+        found = specs(self, policy)
+        own = {**(found[RANKER].speculative_config or {}), "budget": 3}
+        return {**found, RANKER: replace(found[RANKER], speculative_config=own)}
+
+    monkeypatch.setattr(Comparison, "specs", with_three)
+    options = {"--budgets": "3", "--chain": "", "--ranker": ranker, "--repeats": 1, "--out": tmp_path}
+    run(main.app, "bench", "decode", **options)
     content = json.loads((tmp_path / "decode.json").read_text())
     runs = {taken["variant"]: taken for taken in content["runs"]}
-    assert runs.keys() == {"off", "budget 3", "auto"}
+    assert runs.keys() == {"off", "budget 3", "auto", "ranker"}
     assert {taken["num_tokens"] for taken in runs.values()} == {3 * 64}
     # One per token, the refresh of each block among them.
     assert (runs["off"]["stats"]["forwards"], runs["off"]["stats"]["refreshes"]) == (3 * 62, 3 * 2)
@@ -44,6 +62,10 @@ def test_decode_measures_fewer_forwards_and_equal_tokens(tmp_path: Path) -> None
     assert drafted["forwards"] < 0.8 * 3 * 62
     assert sum(drafted["proposed"]) <= 3 * drafted["forwards"]
     assert {step["budget"] for step in runs["budget 3"]["steps"]} == {3}
+    ranked = runs["ranker"]["stats"]
+    assert ranked["forwards"] + sum(ranked["accepted"]) == 3 * 62
+    assert ranked["forwards"] < 3 * 62
+    assert ranked["accepted"] != drafted["accepted"], "nobody trained it, so it makes other drafts"
     assert (tmp_path / "decode.svg").read_text().lstrip().startswith("<?xml")
 
 
