@@ -54,7 +54,10 @@ def server(
         yield client
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()  # one that hangs fails the test and stays no longer
 
 
 def complete(client: openai.OpenAI, case: Case, **changes: Any) -> Any:

@@ -1,6 +1,6 @@
 """Whole decodes of random models are those of the plain statements, for each policy, alone and beside others.
 
-Every run has 18 requests of each policy; the slow test has `STATEMENT_CASES`, an environment variable, 60 without it.
+Every run has 18 requests of each policy; the slow test has 60, or more by `STATEMENT_CASES` in the environment.
 Rows that are nearly equal differ by a thousandth of a logit: the reduction is exact to a relative 1e-7
 (docs/exactness.md), so closer ones tell nothing.
 """
@@ -20,7 +20,7 @@ from tests.unmask.torch_policies import Own, decode
 from vllm_dllm.unmask.registry import BUILT_IN, NATIVE
 
 BLOCKS = 2
-CASES = int(os.environ.get("STATEMENT_CASES", "60"))
+CASES = max(60, int(os.environ.get("STATEMENT_CASES", "60")))
 BATCH = 6
 LENGTHS = (4, 8, 16, 5, 24, 8, 12, 32, 16, 64)
 KINDS = ("plain", "equal tokens", "equal rows", "near rows", "impossible tokens")

@@ -18,7 +18,17 @@ CHOICES = ("none", "changed", "only", "all")
 
 OF_SERVERS = ("bodies", "compile_ahead", "explain", "malformed", "reply_stream", "score_route")
 OF_MEASUREMENTS = ("measuring", "neighbours", "recording", "trajectories")
-IN_ENGINES = ("vllm_dllm/engine/**", *(f"!vllm_dllm/engine/{name}.py" for name in (*OF_SERVERS, *OF_MEASUREMENTS)))
+PINS = ("requirements/build.txt", "requirements/vllm.txt", "requirements/serve.txt")
+KERNELS = ("vllm_dllm/ops/**", "csrc/bindings/**", "csrc/cpu/**", "csrc/include/**")
+BELOW_ENGINES = (
+    *("vllm_dllm/*.py", "vllm_dllm/attention/**", "vllm_dllm/constraint/**", "vllm_dllm/draft/**"),
+    *("vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/unmask/**", *KERNELS, *PINS),
+    *("tests/e2e/*.py", "!tests/e2e/test_*.py"),
+)
+IN_ENGINES = (
+    *BELOW_ENGINES,
+    *("vllm_dllm/engine/**", *(f"!vllm_dllm/engine/{name}.py" for name in (*OF_SERVERS, *OF_MEASUREMENTS))),
+)
 """What runs in an engine of a test's own process: not what reads requests over HTTP, nor what is asked for by name."""
 
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -31,22 +41,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("tests/measure/**", "tests/e2e/test_bench.py"),
     ),
     "cases": (
-        *(
-            "vllm_dllm/draft/**",
-            "vllm_dllm/unmask/**",
-            "vllm_dllm/state/**",
-            "vllm_dllm/reference/**",
-            "vllm_dllm/ops/**",
-        ),
+        *("vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/state/**", "vllm_dllm/reference/**", *KERNELS),
         *("vllm_dllm/denoiser.py", "vllm_dllm/apart.py", "vllm_dllm/noise.py", "examples/tiny_*/checkpoint/*"),
-        *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**"),
         *("tests/statements/*", "tests/draft/*", "tests/unmask/*", "tests/reference/*"),
     ),
-    "configurations": (
-        *(*IN_ENGINES, "vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/attention/**"),
-        *("vllm_dllm/denoiser.py", "vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/ops/**"),
-        *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**"),
-    ),
+    "configurations": IN_ENGINES,
     "demo": ("examples/**", "vllm_dllm/studio/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
     "examples": (
         *("examples/*.py", "examples/*.sh", "vllm_dllm/cli/**", "vllm_dllm/spiffy_config.py"),
@@ -59,24 +58,20 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("benchmarks/fuzz/**", "tests/e2e/test_structured.py"),
     ),
     "isas": (
-        *("CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "setup.py", "vllm_dllm/ops/**"),
-        *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**", "tests/ops/*", "tests/test_wheel.py"),
+        *("CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "setup.py", *KERNELS),
+        *("tests/ops/*", "tests/test_wheel.py"),
     ),
     "load": (
-        *("vllm_dllm/engine/**", "vllm_dllm/state/**", "vllm_dllm/constraint/**", "vllm_dllm/unmask/**"),
+        *("vllm_dllm/engine/**", "vllm_dllm/state/**", "vllm_dllm/constraint/**", "vllm_dllm/unmask/**", *PINS),
         *("benchmarks/soak.py", "benchmarks/fuzz/**", "tests/e2e/test_soak.py"),
     ),
     "operator": (
-        *("vllm_dllm/engine/**", "vllm_dllm/plugin.py", "docs/operate.md"),
+        *("vllm_dllm/engine/**", "vllm_dllm/plugin.py", "docs/operate.md", *PINS),
         *("tests/e2e/http.py", "tests/e2e/test_operator.py"),
     ),
-    "ranks": (
-        *(*IN_ENGINES, "vllm_dllm/models/**", "vllm_dllm/denoiser.py"),
-        *("vllm_dllm/unmask/head.py", "vllm_dllm/unmask/stats.py", "vllm_dllm/ops/**", "tests/engine/head_ranks.py"),
-        *("csrc/bindings/**", "csrc/cpu/**", "csrc/include/**"),
-    ),
+    "ranks": (*IN_ENGINES, "tests/engine/head_ranks.py"),
     "readme": ("README.md", "tests/e2e/test_readme.py"),
-    "servers": ("vllm_dllm/engine/**", "vllm_dllm/models/**", "vllm_dllm/config.py", "vllm_dllm/plugin.py"),
+    "servers": (*BELOW_ENGINES, "vllm_dllm/engine/**"),
 }
 """What each group tests that no test of every run does: files, as globs in the repository, without those behind "!".
 
@@ -190,12 +185,17 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
         items[:] = kept
 
 
+PARTIAL = (
+    *("keyword", "markexpr", "collectonly", "lf", "stepwise", "deselect", "ignore", "ignore_glob"),
+    *("setuponly", "setupplan", "override_ini"),
+)
+"""Options of pytest by which a run leaves out tests, or all of them."""
+
+
 def record(config: pytest.Config, exitstatus: int) -> None:
     """Write the hashes where all slow tests have passed on these sources, now or (`changed`) before: at the end of a
-    whole run, chosen by no name, mark or file, without a failure."""
+    whole run without a failure."""
     is_worker = hasattr(config, "workerinput")
-    is_whole = config.args == config.getini("testpaths") and not config.option.keyword and not config.option.markexpr
-    if is_worker or not is_whole or exitstatus != 0 or config.option.collectonly:
-        return
-    if config.getoption("--slow") != "none":
+    is_whole = config.args == config.getini("testpaths") and not any(config.getoption(name) for name in PARTIAL)
+    if not is_worker and is_whole and exitstatus == 0 and config.getoption("--slow") != "none":
         PROVEN.write_text(json.dumps(config.stash[HASHES], indent=2, sort_keys=True) + "\n")

@@ -21,17 +21,20 @@ def test_each_group_has_sources_without_what_it_leaves_out() -> None:
 
 def run(option: str, *args: str, worker: bool = False, **options: Any) -> Any:
     """What `record` looks at of a run; `HASHES` as `configure` puts them there."""
-    values = {"keyword": "", "markexpr": "", "collectonly": False} | options
+    values = dict.fromkeys(slow.PARTIAL) | options
     config = SimpleNamespace(
         args=list(args) or ["tests"],
-        option=SimpleNamespace(**values),
         stash={slow.HASHES: {"bench": "new"}},
         getini={"testpaths": ["tests"]}.get,
-        getoption={"--slow": option}.get,
+        getoption=({"--slow": option} | values).__getitem__,
     )
     if worker:
         config.workerinput = {}
     return config
+
+
+def test_what_makes_a_run_partial_are_options_of_pytest(pytestconfig: pytest.Config) -> None:
+    assert all(hasattr(pytestconfig.option, name) for name in slow.PARTIAL)
 
 
 @pytest.mark.parametrize("option", ["changed", "all", "only"])
@@ -40,9 +43,7 @@ def test_a_whole_run_that_passes_is_written_down(option: str, tmp_path: Path, mo
     proofs = [
         run("none"),
         run(option, "tests/ops"),
-        run(option, keyword="a"),
-        run(option, markexpr="not engine"),
-        run(option, collectonly=True),
+        *(run(option, **{name: ["a"]}) for name in slow.PARTIAL),
         run(option, worker=True),
     ]
     for config in proofs:

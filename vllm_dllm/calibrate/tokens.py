@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 from vllm_dllm.calibrate.fit import STEPS_AHEAD
 from vllm_dllm.calibrate.trace import BlockTrace, PromptTrace
 from vllm_dllm.draft.graph import MAX_CANDIDATES
-from vllm_dllm.draft.propose import neighbours
 from vllm_dllm.draft.token_weights import NONE, OFFSETS, TokenWeights
 
 OrderTokens = Callable[[int, int, int], NDArray[np.int64]]
@@ -57,16 +56,19 @@ def unmasked(block: BlockTrace, mask_token_id: int, steps_ahead: int | None = No
     first = step - (block.num_steps if steps_ahead is None else steps_ahead)
     row, anchor = np.nonzero((anchors >= first[:, None]) & (anchors < step[:, None]))
     step, position = step[row], position[row]
-    new = np.where(is_masked[anchor] & ~is_masked[step], block.canvas[step], NONE)
-    at = torch.from_numpy(position)
+    of_anchor, of_step = anchor[:, None], step[:, None]
+    place = position[:, None] + np.array(OFFSETS)
+    inside = place.clip(0, block.canvas.shape[1] - 1)
+    is_new = (place == inside) & is_masked[of_anchor, inside] & ~is_masked[of_step, inside]
+    beside = np.where(is_new, block.canvas[of_step, inside], NONE)
     return Unmasked(
         anchor=torch.from_numpy(anchor),
         step=torch.from_numpy(step),
-        position=at,
+        position=torch.from_numpy(position),
         came=torch.from_numpy(block.canvas[step + 1, position].astype(np.int64)),
         token_ids=torch.from_numpy(block.token_ids[anchor, position, :MAX_CANDIDATES].astype(np.int64)),
         log_probs=torch.from_numpy(block.log_probs[anchor, position, :MAX_CANDIDATES]),
-        beside=neighbours(torch.from_numpy(new.astype(np.int64)), at[:, None])[:, 0],
+        beside=torch.from_numpy(beside.astype(np.int64)),
     )
 
 
@@ -125,8 +127,8 @@ def fit_token_weights(traces: Sequence[PromptTrace], mask_token_id: int) -> Toke
         is_it = rows.token_ids == rows.came[:, None]
         described = features(rows.token_ids, rows.log_probs, rows.beside)
         parts.append((described[is_it.any(1)], is_it.byte().argmax(1)[is_it.any(1)]))
-    described, truth = (torch.cat(column) for column in zip(*parts, strict=True))
-    if not len(truth):
+    if not any(len(truth) for _, truth in parts):
         return None
+    described, truth = (torch.cat(column) for column in zip(*parts, strict=True))
     slope, beside_new, *same = (round(weight, 4) for weight in fit_choice(described, truth).tolist())
     return TokenWeights(slope, beside_new, (same[0], same[1], same[2], same[3]))
