@@ -150,7 +150,7 @@ def test_a_resumed_request_brings_its_window(monkeypatch: pytest.MonkeyPatch) ->
 
     scheduler = object.__new__(SlidingScheduler)
     scheduler._check, scheduler._canvases = None, {"a": [-1, 7], "b": [-1, -1]}
-    scheduler._drafts, scheduler._budget = {"a": (17, 18), "b": (16,), "d": (19,)}, 2
+    scheduler._drafts = {"a": (17, 18), "b": (16,), "d": (19,)}
     order = StepOrder(("a", "b", "c"), None)
     monkeypatch.setattr(DllmScheduler, "_update_after_schedule", lambda _self, _output: None)
     output = SimpleNamespace(
@@ -161,7 +161,7 @@ def test_a_resumed_request_brings_its_window(monkeypatch: pytest.MonkeyPatch) ->
     scheduler._update_after_schedule(output)
     told = output.aux_output_connector_metadata
     assert (told.canvases, told.shows_canvas) == ({"a": [-1, 7]}, True)
-    assert (told.drafts, told.budget) == ({"b": (16,)}, 2), "of those that take the step and keep their slots"
+    assert told.drafts == {"b": (16,)}, "of those that take the step and keep their slots"
 
 
 def drafting(rows: StepRows, windows: dict[str, list[int]], budget: int) -> tuple[Any, list[Any]]:
@@ -187,13 +187,15 @@ def test_drafts_have_the_rows_that_the_reports_tell() -> None:
     assert scheduler._drafts == {"a": (18, 19), "b": (16, 19)}
     assert scheduler.rows.given == {"a": 16 + 37, "b": 16 + 35, "c": 16}
     assert [len(each.spec_token_ids) for each in running] == [32, 32, 16]
-    order = StepOrder(("a", "b", "c"), None, drafts=scheduler._drafts, budget=scheduler._budget)
-    step = SimpleNamespace(aux_output_connector_metadata=order)
-    assert scheduler._num_drafts(step, dict.fromkeys("abc")) == {"a": 4, "b": 4, "c": 0}
+    assert scheduler._num_drafts(None, dict.fromkeys("abc")) == {"a": 4, "b": 4, "c": 0}, (
+        "as the budget expects of them"
+    )
+    assert [scheduler._counted(len(each.spec_token_ids), 20) for each in running] == [(1, 16)] * 3
     running[0].max_tokens = 14  # its reply is over with what the first draft knows
     running[1].sampling_params = SimpleNamespace(extra_args={"dllm_budget": 1})
     scheduler._choose_rows()
     assert scheduler._drafts == {"b": (16,)}
+    assert scheduler._num_drafts(None, dict.fromkeys("abc")) == {"a": 0, "b": 1, "c": 0}, "it asked for no more"
 
 
 def test_drafts_are_cut_to_the_rows_of_a_step_and_to_the_request() -> None:
@@ -202,6 +204,20 @@ def test_drafts_are_cut_to_the_rows_of_a_step_and_to_the_request() -> None:
     scheduler._choose_rows()
     assert scheduler._drafts == {"a": (17, 18)}, "the row ends behind 18 positions, and the step's rows are 51"
     assert len(running[0].spec_token_ids) == 18
+    assert scheduler._num_drafts(None, {"a": None}) == {"a": 2}, "for which there is room"
+
+
+def test_drafts_leave_the_rows_of_the_longest_prompt_that_may_wait() -> None:
+    """A draft has 17 rows and more where a window has 16: of two drafts that windows leave room for, one is left."""
+    window = [-2, -3, -4, *[-1] * 13]
+    scheduler, _ = drafting(StepRows(SETTINGS, 128, 128 + 3 * 16), {"a": window}, budget=2)
+    scheduler.waiting = ["b"]
+    scheduler._choose_rows()
+    assert (scheduler._drafts, scheduler.rows.free) == ({"a": (17,)}, 128 + 15)
+    assert scheduler._num_drafts(None, {"a": None}) == {"a": 1}, "it could have no more"
+    scheduler.waiting = []
+    scheduler._choose_rows()
+    assert scheduler._drafts == {"a": (17, 18)}
 
 
 def test_a_chain_is_as_long_as_the_window_allows(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -46,7 +46,6 @@ class StepOrder:
         canvases: with which requests begin that come back after a preemption, where canvases are kept; negative for
             masked.
         drafts: rows of the drafts of requests whose windows have any (`draft.windows`).
-        budget: drafts that each of these was offered.
     """
 
     requests: tuple[str, ...]
@@ -57,7 +56,6 @@ class StepOrder:
     shows_canvas: bool = False
     canvases: Mapping[str, list[int]] = field(default_factory=dict)
     drafts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    budget: int = 0
 
     def kv_of(self, requests: Sequence[str]) -> KvStep | None:
         """Return what it stores of its requests, in another order."""

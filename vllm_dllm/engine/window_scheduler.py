@@ -71,43 +71,52 @@ class SlidingScheduler(WindowScheduler):
         super().__init__(*args, **kwargs)
         self._canvases: dict[str, list[int]] = {}  # of requests, behind their last step; negative for masked
         self._drafts: dict[str, tuple[int, ...]] = {}  # rows of each draft of the requests of the next step
-        self._budget = 0  # drafts that these were offered
+        self._offered: dict[str, int] = {}  # how many of the budget each of these may have
 
     def _choose_rows(self) -> None:
         """Give running requests the rows of their windows; what is left, but for the longest prompt, is for drafts."""
         super()._choose_rows()
-        self._drafts, self._budget = {}, 0
+        self._drafts, self._offered = {}, {}
         if self.rule is None:
             return
         given = [request for request in self._denoising() if request.request_id in self.rows.given]
-        rows_of = {request.request_id: self._rows_of_drafts(request) for request in given}
-        drafting = [request for request in given if rows_of[request.request_id]]
+        drafting = [request for request in given if self._may_draft(request)]
         if not drafting:
             return
         pays = self.acceptance.pay([request.request_id for request in drafting], self.rule.break_even)
         worth = list(compress(drafting, pays))
+        reserved = self.rows.longest if self.waiting else 0
         num_rows = sum(len(request.spec_token_ids) for request in worth)
-        limit = (self.rows.free - (self.rows.longest if self.waiting else 0)) // num_rows
-        self._budget = self.rule.choose(len(worth), max(0, limit), 0, len(given) - len(worth), num_rows)
-        for request in worth:
-            rows = rows_of[request.request_id][: self._budget]
-            while rows and not self.rows.give(request, sum(rows)):  # drafts have more rows than the window
+        limit = (self.rows.free - reserved) // num_rows
+        budget = self.rule.choose(len(worth), max(0, limit), 0, len(given) - len(worth), num_rows)
+        for request in worth if budget else ():
+            offered = min(budget, most_drafts(request))
+            rows = self._rows_of_drafts(request)[:offered]
+            while rows and sum(rows) > self.rows.free - reserved:  # drafts have more rows than the window
                 rows.pop()
-            if rows:
-                self._drafts[request.request_id] = tuple(rows)
+                offered = len(rows)
+            if rows and self.rows.give(request, sum(rows)):
+                self._drafts[request.request_id], self._offered[request.request_id] = tuple(rows), offered
                 request.spec_token_ids = self._placeholders[: min(2 * self.block_length, self._room(request))]
+
+    def _counted(self, num_draft_tokens: int, num_accepted_tokens: int) -> tuple[int, int]:
+        """Count a step with its root's window, also where it may emit two."""
+        return 1, min(num_draft_tokens, self.block_length)
+
+    def _may_draft(self, request: Request) -> bool:
+        """Tell whether a request lets drafts be made, and a masked position of its window has a turn in them."""
+        return most_drafts(request) > 0 and min(self._canvases.get(request.request_id, ()), default=0) < -1
 
     def _room(self, request: Request) -> int:
         return self.rows.row_end(request) - request.num_tokens
 
     def _rows_of_drafts(self, request: Request) -> list[int]:
-        """Return the rows of each draft that a request may have: of what it knows at its front, and of its window."""
-        window = self._canvases.get(request.request_id)
-        if window is None:
-            return []
+        """Return the rows of each draft that means something: of what it knows at its front, and of its window."""
         room = self._room(request)
-        fronts = draft_fronts(window, min(room, request.max_tokens - request.num_output_tokens))
-        return [min(front + self.block_length, room) for front in fronts[: most_drafts(request)]]
+        fronts = draft_fronts(
+            self._canvases[request.request_id], min(room, request.max_tokens - request.num_output_tokens)
+        )
+        return [min(front + self.block_length, room) for front in fronts]
 
     def _decide_kv(self, output: SchedulerOutput) -> tuple[KvStep | None, bool]:
         """Take a step for a long one where it begins a request; all others store what was emitted, and no more."""
@@ -125,13 +134,12 @@ class SlidingScheduler(WindowScheduler):
         taking = scheduler_output.num_scheduled_tokens.keys() - set(admitted)
         drafts = {req_id: rows for req_id, rows in self._drafts.items() if req_id in taking}
         order = scheduler_output.aux_output_connector_metadata
-        order = replace(order, shows_canvas=True, canvases=resumed, drafts=drafts, budget=self._budget)
+        order = replace(order, shows_canvas=True, canvases=resumed, drafts=drafts)
         scheduler_output.aux_output_connector_metadata = order
 
     def _num_drafts(self, output: SchedulerOutput, reports: dict[str, RequestReport]) -> dict[str, int]:
         """Return how many drafts the requests of a step were offered, 0 of whom there was none to make."""
-        order = output.aux_output_connector_metadata
-        return {req_id: order.budget * (req_id in order.drafts) for req_id in reports}
+        return {req_id: self._offered.get(req_id, 0) for req_id in reports}
 
     def _note_stored(self, reports: dict[str, RequestReport]) -> None:
         super()._note_stored(reports)
