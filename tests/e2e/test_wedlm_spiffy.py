@@ -44,8 +44,12 @@ def check_forwards(llm: Any, oracle: SlidingOracle, cases: list[WindowCase]) -> 
     made = [oracle.drafted(case, NUM_DRAFTS) for case in cases]
     assert [list(output.outputs[0].token_ids) for output in outputs] == [oracle.tokens(case) for case in cases]
     assert [each.tokens.tolist() for each in made] == [oracle.tokens(case) for case in cases]
-    assert told(outputs, "nfe") == [each.nfe for each in made]
+    assert [told(outputs, name) for name in ("nfe", "accepted")] == counts(made)
     return made
+
+
+def counts(made: list[SpiffySliding]) -> list[list[int]]:
+    return [[each.nfe for each in made], [each.num_accepted for each in made]]
 
 
 def test_a_mixed_batch_takes_the_forwards_of_the_reference(served: Served) -> None:
@@ -109,7 +113,7 @@ def test_a_stop_token_ends_the_reply(served: Served) -> None:
     found = [list(output.outputs[0].token_ids) for output in outputs]
     assert found == [reply[: reply.index(stop) + 1] for reply, stop in zip(replies, stops, strict=True)]
     made = [oracle.drafted(case, NUM_DRAFTS, (stop,)) for case, stop in zip(cases, stops, strict=True)]
-    assert told(outputs, "nfe") == [each.nfe for each in made]
+    assert [told(outputs, name) for name in ("nfe", "accepted")] == counts(made)
 
 
 def test_preemption_and_aborts_leave_the_others_alone(served: Served) -> None:

@@ -42,8 +42,12 @@ def test_a_walk_goes_on_as_long_as_states_came_true() -> None:
     chosen[3, 2], chosen[4:, 2] = True, True  # the second root's step unmasks another position than its draft has
     nodes = make(torch.ones(2, 2, dtype=torch.bool))
     own = OwnWindows.of(nodes, ROOM, W, M)
-    walked = walk_windows(nodes, own, chosen, token_ids)
+    after, is_over = own.unmasked(chosen, token_ids), torch.zeros(6, dtype=torch.bool)
+    walked = walk_windows(nodes, after, is_over)
     assert walked.canvas.tolist() == [[7, 8, 9, M, 9, M], [M, M, 9, M, 1, 1]]
     assert (walked.node.tolist(), walked.num_accepted.tolist()) == ([2, 0], [1, 0])
-    invalid = walk_windows(make(torch.zeros(2, 2, dtype=torch.bool)), own, chosen, token_ids)
-    assert (invalid.canvas[0].tolist(), invalid.num_accepted.tolist()) == ([7, 8, 9, M, M, M], [0, 0])
+    invalid = walk_windows(make(torch.zeros(2, 2, dtype=torch.bool)), after, is_over)
+    is_over[0] = True
+    ended = walk_windows(nodes, after, is_over)
+    for stays in (invalid, ended):
+        assert (stays.canvas[0].tolist(), stays.num_accepted.tolist()) == ([7, 8, 9, M, M, M], [0, 0])

@@ -45,7 +45,10 @@ class SlidingModelState(DllmModelState):
         nodes, slots = step.nodes, step.blocks.slots
         own = self._own(step.blocks, nodes)
         stats, penalised, chosen = self._choose(step, own, hidden)
-        walked = walk_windows(nodes, own, chosen, stats.token_ids.view_as(own.canvas))
+        after = own.unmasked(chosen, stats.token_ids.view_as(own.canvas))
+        position = step.blocks.start[own.request, None] + torch.arange(after.shape[1], device=after.device)
+        is_over = self.state.ends.reached(slots[own.request], position, after, self.state.mask_token_id)
+        walked = walk_windows(nodes, after, is_over)
         canvas, emission = slide(nodes, walked, step.blocks.start, step.ledger, self.state.mask_token_id)
         self.state.canvas[slots] = canvas[:, : self.block_length]
         if self.drafter is not None:

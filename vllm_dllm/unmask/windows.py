@@ -57,6 +57,15 @@ class OwnWindows:
         """[num_evaluated, window] int64, positions of the windows in their states' canvases."""
         return self.front[:, None] + torch.arange(self.canvas.shape[1], device=self.front.device)
 
+    def unmasked(self, chosen: Tensor, token_ids: Tensor) -> Tensor:
+        """Return the states that a step makes of these, [num_evaluated, width] int64.
+
+        Args:
+            chosen: [num_evaluated, window] bool, which positions it unmasks.
+            token_ids: [num_evaluated, window] int64, with what.
+        """
+        return self.state.scatter(1, self.place, torch.where(chosen, token_ids, self.canvas))
+
     @staticmethod
     def index(nodes: Nodes, node: Tensor) -> Tensor:
         """Return which of the evaluated states a node [num_reqs] int64 of each request is."""
@@ -77,22 +86,23 @@ class WalkedWindows:
     num_accepted: Tensor  # [num_reqs] int64, drafts that came true
 
 
-def walk_windows(nodes: Nodes, own: OwnWindows, chosen: Tensor, token_ids: Tensor) -> WalkedWindows:
-    """Unmask some of each window, and go from the roots on as long as the next state is one that was evaluated, too.
+def walk_windows(nodes: Nodes, after: Tensor, is_over: Tensor) -> WalkedWindows:
+    """Go from the roots on as long as the next state is one that was evaluated, too, and does not end the reply.
 
     Args:
         nodes: the states; drafts know more than what they follow.
-        own: their windows.
-        chosen: [num_evaluated, window] bool, which positions a step of each unmasks.
-        token_ids: [num_evaluated, window] int64, the tokens of these.
+        after: [num_evaluated, width] int64, the states that a step makes of the evaluated ones.
+        is_over: [num_evaluated] bool, which of these end their replies.
     """
     num_reqs, num_nodes, width = nodes.canvas.shape
-    after = own.state.scatter(1, own.place, torch.where(chosen, token_ids, own.canvas))
-    made = nodes.canvas.flatten(0, 1)
-    made = (after if nodes.place is None else made.index_copy(0, nodes.place, after)).view(num_reqs, num_nodes, width)
+    made, goes_on = after, ~is_over
+    if nodes.place is not None:
+        made = nodes.canvas.flatten(0, 1).index_copy(0, nodes.place, after)
+        goes_on = nodes.is_valid.flatten().index_copy(0, nodes.place, goes_on)
+    made, goes_on = made.view(num_reqs, num_nodes, width), goes_on.view(num_reqs, num_nodes, 1)
     num_masked = nodes.is_masked.sum(2)
     is_later = num_masked[:, None] < num_masked[:, :, None]
-    follows = (made[:, :, None] == nodes.canvas[:, None]).all(-1) & nodes.is_valid[:, None] & is_later
+    follows = (made[:, :, None] == nodes.canvas[:, None]).all(-1) & goes_on & nodes.is_valid[:, None] & is_later
     request = torch.arange(num_reqs, device=made.device)
     node, num_accepted = torch.zeros_like(request), torch.zeros_like(request)
     for _ in range(num_nodes - 1):
