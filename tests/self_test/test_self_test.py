@@ -212,6 +212,16 @@ def test_a_result_that_is_wrong_is_its_ops(op: str, index: int, monkeypatch: pyt
     assert {check.kernel for check in checks if not check.agrees} == {op}
 
 
+def test_token_weights_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.propose_nodes
+
+    def unweighed(graph: Any, weights: Any, *rest: Any) -> Any:
+        return right(graph, weights[:4], *rest)
+
+    monkeypatch.setattr(ops, "propose_nodes", unweighed)
+    assert [c.kernel for c in check_decoding(DECODING, CPU) if not c.agrees] == ["propose_nodes"]
+
+
 def test_what_a_step_keeps_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.settle_step
 

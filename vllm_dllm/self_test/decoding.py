@@ -16,6 +16,7 @@ from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.compile import CompiledGraph
 from vllm_dllm.draft.graph import DraftGraph, Formula
 from vllm_dllm.draft.native import native_nodes, torch_nodes
+from vllm_dllm.draft.token_weights import TokenWeights
 from vllm_dllm.errors import KernelUnavailable
 from vllm_dllm.ops.vocab_stats import PartialStats, RowSampling, vocab_stats
 from vllm_dllm.self_test.check import Check, relative_error, share_unequal
@@ -43,6 +44,8 @@ VOCAB, MASK = 256, 255
 """Of the steps; rows of logits have a check of their own."""
 NUM_STEPS, NUM_DRAFTS = 8, 5
 MAX_LEN = 512
+_LIKELIEST_LAST = TokenWeights(-1.0, -0.5, (-3.0, 1.0, -0.5, 0.5))
+"""Token weights that turn the order around, so that each of them decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +162,13 @@ class _Compared:
         looks_ahead: bool,
     ) -> Nodes:
         """Stand where a drafter asks for the canvases of a step."""
-        call = (graph, canvases, memory, blocks, num_drafts, looks_ahead)
-        expected = torch_nodes(*call)
-        if "propose_nodes" in self._built:
-            found = native_nodes(*call)
+        call = (canvases, memory, blocks, num_drafts, looks_ahead)
+        for tokens in (_LIKELIEST_LAST, None):
+            made_for = replace(graph, tokens=tokens)
+            expected = torch_nodes(made_for, *call)
+            if "propose_nodes" not in self._built:
+                continue
+            found = native_nodes(made_for, *call)
             valid = expected.is_valid
             pairs = [(found.is_valid, valid), (found.depth, expected.depth)]
             # What others hold is open.
