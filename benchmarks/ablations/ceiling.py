@@ -9,7 +9,6 @@ probabilities. Calibrates on a part of the prompts and measures on the others; r
 them.
 """
 
-import argparse
 import heapq
 import itertools
 import math
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.ablations.drafting import BUDGETS, Material, load, traces_file
+from benchmarks.ablations.drafting import BUDGETS, Material, print_report
 from vllm_dllm.calibrate.build import tokens_per_step
 from vllm_dllm.calibrate.trace import BlockTrace
 from vllm_dllm.draft.graph import MAX_CANDIDATES
@@ -281,15 +280,5 @@ def _row(name: str, values: Sequence[float]) -> str:
     return f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |"
 
 
-def main() -> None:
-    """Print the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("traces", type=traces_file)
-    parser.add_argument("--held-out", type=float, default=0.4)
-    args = parser.parse_args()
-    for line in report(load(args.traces, args.held_out)):
-        print(line, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_report(report, __doc__)

@@ -8,7 +8,7 @@ refreshes, which no draft saves, are left out of both.
 
 import argparse
 import json
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,17 +129,28 @@ def ablations(material: Material) -> Iterator[tuple[str, list[float]]]:
         yield "best of 32, without the decoder's noise", material.pruned(material.graph(32), is_coupled=False)
 
 
-def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def report(material: Material) -> Iterator[str]:
+    """Yield the lines of a table."""
+    yield "| drafts | " + " | ".join(f"budget {budget}" for budget in BUDGETS) + " |"
+    yield "|---" * (1 + len(BUDGETS)) + "|"
+    for name, ratios in ablations(material):
+        yield f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |"
+
+
+def print_report(make: Callable[[Material], Iterator[str]], description: str | None) -> None:
+    """Print the report of the traces that the command line names, line by line as it is made.
+
+    Args:
+        make: yields its lines.
+        description: of the command.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("traces", type=traces_file)
     parser.add_argument("--held-out", type=float, default=0.4)
     args = parser.parse_args()
-    print("| drafts | " + " | ".join(f"budget {budget}" for budget in BUDGETS) + " |")
-    print("|---" * (1 + len(BUDGETS)) + "|")
-    for name, ratios in ablations(load(args.traces, args.held_out)):
-        print(f"| {name} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |", flush=True)
+    for line in make(load(args.traces, args.held_out)):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    print_report(report, __doc__)

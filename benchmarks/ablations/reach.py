@@ -7,7 +7,6 @@ that they were chosen by (`draft.prune`, with the graph's correction), whether a
 ones, and what it would gain to deal out a batch's drafts by it.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, pairwise
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.ablations.drafting import BUDGETS, Material, load, traces_file
+from benchmarks.ablations.drafting import BUDGETS, Material, print_report
 from benchmarks.budget.recorded import MAX_DRAFTS, Recording, needed
 from benchmarks.budget.uneven import DEALS, Deal, Served, greedy, transitions
 from vllm_dllm.calibrate.simulate import BlockDrafts, count_forwards, draft_blocks
@@ -200,15 +199,5 @@ def _forwards(graph: DraftGraph, blocks: Sequence[BlockDrafts], power: float) ->
     return [forwards.with_drafts - forwards.refreshes for forwards in found]
 
 
-def main() -> None:
-    """Print the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("traces", type=traces_file)
-    parser.add_argument("--held-out", type=float, default=0.4)
-    args = parser.parse_args()
-    for line in report(load(args.traces, args.held_out)):
-        print(line, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_report(report, __doc__)

@@ -41,7 +41,7 @@ def test_a_model_of_one_mode_has_none_to_compare():
         compare_modes(Workload(str(llada), ((5,),)), ())
 
 
-@pytest.mark.parametrize("name", ["across", "drafting", "reach", "tokens"])
+@pytest.mark.parametrize("name", ["across", "ceiling", "drafting", "reach", "tokens"])
 @pytest.mark.parametrize("content", [None, b"", b"\xff", b"[]", b"{}"])
 def test_what_is_no_traces_file_is_told_at_once(name, content, tmp_path, monkeypatch, capsys):
     path = tmp_path / "graph.json.traces"
