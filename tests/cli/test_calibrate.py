@@ -166,6 +166,14 @@ def test_refuses_before_it_decodes(prompts, decoded, tmp_path, more, text):
     assert decoded == []
 
 
+def test_a_model_of_windows_has_nothing_to_calibrate(prompts, decoded, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_settings, "read_config", lambda model: {"architectures": ["WeDLMForCausalLM"]})
+    result = run("some/model", "--prompts", prompts, "-o", tmp_path / "graph.json")
+    assert isinstance(result.exception, ConfigError)
+    assert "nothing to calibrate; serve it with" in str(result.exception)
+    assert not decoded
+
+
 def test_refuses_a_single_prompt(tmp_path, decoded):
     path = tmp_path / "one.jsonl"
     path.write_text('{"text": "alone"}\n')

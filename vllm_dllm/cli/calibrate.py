@@ -158,6 +158,11 @@ class Plan:
 
 def _check(plan: Plan) -> None:
     """Check what can be checked before an engine starts. Raises: ConfigError."""
+    if plan.settings.has_windows:
+        raise ConfigError(
+            f"{plan.model} decodes windows that slide, whose drafts are a chain that no file describes, so there is "
+            """nothing to calibrate; serve it with --speculative-config '{"method": "spiffy"}'"""
+        )
     check_file("--output", plan.output)
     if plan.picture is not None:
         check_picture("--picture", plan.picture)
