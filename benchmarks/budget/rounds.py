@@ -2,7 +2,7 @@
 
     python -m benchmarks.budget.rounds MODEL... --prompts GSM8K.jsonl --out build/rounds
 
-About 26 minutes for a model of 8.5 M parameters on an otherwise idle machine; `rounds.json` has all that was measured.
+14 (SDAR) to 26 (LLaDA) minutes for 8.5 M parameters on an idle machine; `rounds.json` has all that was measured.
 """
 
 import json
