@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.kv import IntArray, KvSchedule, KvStep
@@ -194,7 +193,4 @@ def settle_windows(
         depth=offset[1:].expand_as(is_draft),
         proposed=is_draft,
     )
-    rows = (token_ids, num_sampled, ledger.num_counted - num_sampled, facts.rows())
-    others = ledger.num_batch - len(canvas)
-    emission = Emission(*(pad(each.int(), (0, 0) * (each.dim() - 1) + (0, others)) for each in rows))
-    return torch.where((verifies > 0)[:, None], begun, drafted), emission
+    return torch.where((verifies > 0)[:, None], begun, drafted), ledger.emission(token_ids, num_sampled, facts)
