@@ -41,11 +41,10 @@ STEP = StepStats.of_step(
 
 
 @pytest.fixture
-def logger_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+def logger_of() -> Any:
     def make(spiffy: Any, **kwargs: Any) -> DllmStatLogger:
-        monkeypatch.setattr(stat_logger, "spiffy_of", lambda config: spiffy)
-        monkeypatch.setattr(stat_logger, "settings_of", lambda config: DllmConfig())
-        return DllmStatLogger(CONFIG, [0, 1], **kwargs)
+        config = SimpleNamespace(**vars(CONFIG), dllm=SimpleNamespace(settings=DllmConfig(), spiffy=spiffy))
+        return DllmStatLogger(config, [0, 1], **kwargs)
 
     unregister_vllm_metrics()
     yield make

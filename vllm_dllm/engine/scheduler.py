@@ -19,7 +19,7 @@ from vllm_dllm.draft.acceptance import RequestAcceptance
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.engine import stats_way
 from vllm_dllm.engine.canvas_stream import show_canvases, watched
-from vllm_dllm.engine.configs import make_drafter, served_family, settings_of, spiffy_of
+from vllm_dllm.engine.configs import exactness_of, make_drafter, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.failed import end_failed
 from vllm_dllm.engine.kv_memory import fit_max_model_len
 from vllm_dllm.engine.pages import DllmPages
@@ -61,12 +61,12 @@ class DllmScheduler(Scheduler):
         has_graphs = compilation.cudagraph_mode != CUDAGraphMode.NONE
         self._largest_graph = (compilation.max_cudagraph_capture_size or 0) if has_graphs else 0
         self.pages = DllmPages.take_over(self.kv_cache_manager, self._paged_end, self._admits)
-        self._spiffy = spiffy_of(self.vllm_config)
+        self._exactness = exactness_of(self.vllm_config)
         self._level = check_level()
         self._check = StateCheck(self.rows, self.pages) if self._level else None
         stats_way.check_way()
-        drafter, fixed = make_drafter(self.vllm_config), self._spiffy.budget if self._spiffy else None
-        self.rule = BudgetRule(drafter.prior(), self.block_length, fixed) if drafter else None
+        drafter, spiffy = make_drafter(self.vllm_config), spiffy_of(self.vllm_config)
+        self.rule = BudgetRule(drafter.prior(), self.block_length, spiffy.budget) if drafter and spiffy else None
         self.acceptance = RequestAcceptance()
         self._totals: defaultdict[str, RequestTotals] = defaultdict(RequestTotals)
         self._stats: StepStats | None = None
@@ -100,7 +100,7 @@ class DllmScheduler(Scheduler):
         for of_client in outputs.values():
             for output in of_client.outputs:
                 if output.request_id in self._totals:  # else it finished, see _free_request
-                    output.kv_transfer_params = self._as_output(self._totals[output.request_id])
+                    output.kv_transfer_params = self._totals[output.request_id].as_output(self._exactness)
         self._updated_at_s = updated_at_s if self.running else None
         self._host_ms = None
         if self._check:
@@ -318,11 +318,8 @@ class DllmScheduler(Scheduler):
             self._check.free(request.request_id)
         totals = self._totals.pop(request.request_id, None)
         if totals is not None:
-            kv_transfer_params = self._as_output(totals)
+            kv_transfer_params = totals.as_output(self._exactness)
         return kv_transfer_params, ec_transfer_params
-
-    def _as_output(self, totals: RequestTotals) -> dict[str, Any]:
-        return totals.as_output(self._spiffy.exactness if self._spiffy else None)
 
     def _admits(self, request: Request, num_hit: int) -> bool:
         """Tell whether a request may take the step: a running one has its rows, a new one needs those of its first."""

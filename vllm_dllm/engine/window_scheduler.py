@@ -12,7 +12,6 @@ from vllm_dllm.draft.windows import draft_fronts
 from vllm_dllm.engine.report import RequestReport
 from vllm_dllm.engine.rows import leave_out, most_drafts
 from vllm_dllm.engine.scheduler import DllmScheduler
-from vllm_dllm.engine.telemetry import RequestTotals
 from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.sliding import SlidingSchedule
 from vllm_dllm.state.windows import WindowSchedule
@@ -49,9 +48,6 @@ class WindowScheduler(DllmScheduler):
             if not self.rows.give(request, needed):
                 leave_out(request, self.current_step)
                 self._num_held += 1
-
-    def _as_output(self, totals: RequestTotals) -> dict[str, Any]:
-        return totals.as_output("exact")
 
     def _paged_end(self, request: Request) -> int:
         """Return up to where a request has pages: to the end of the longest window that it may have."""
@@ -148,9 +144,6 @@ class SlidingScheduler(WindowScheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._canvases.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
-
-    def _as_output(self, totals: RequestTotals) -> dict[str, Any]:
-        return totals.as_output(self._spiffy.exactness if self._spiffy else None)
 
     def _paged_end(self, request: Request) -> int:
         """Return up to where a request has pages: windows are in flight alone."""
