@@ -132,7 +132,7 @@ def test_a_step_has_the_window_and_what_it_stores() -> None:
         rows.kv.note(each.request_id, stored)
     scheduler = object.__new__(SlidingScheduler)
     scheduler.rows, scheduler.running, scheduler._placeholders, scheduler.current_step = rows, running, [-1] * W, 7
-    scheduler._num_held, scheduler.rule = 0, None
+    scheduler._num_held, scheduler.rule, scheduler._canvases = 0, None, {}
     scheduler._choose_rows()
     assert rows.given == {"a": 16 + 3, "b": 8}, "three tokens are final and not stored; another row ends"
     assert [len(each.spec_token_ids) for each in running] == [16, 8]

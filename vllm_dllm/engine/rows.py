@@ -132,6 +132,10 @@ class StepRows:
         """Rows that the first step of a request may need."""
         return self.max_model_len * (1 + (self.settings.cfg_scale is not None))
 
+    def for_drafts(self, *, is_waiting: bool) -> int:
+        """Return how many rows are left, beside the longest prompt if any waits; below 0 where that has no room."""
+        return self.free - self.longest * is_waiting
+
     def num_first(self, request: Request) -> int:
         """Positions of a request's first block; with self-speculation that is a window of one, its last token."""
         if self.settings.has_windows:

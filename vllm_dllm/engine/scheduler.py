@@ -172,7 +172,8 @@ class DllmScheduler(Scheduler):
         denoising = self._denoising()
         needed = zip(denoising, *self._needed_rows(denoising), strict=True)
         longest = self.block_length * (1 + self.is_causal)  # with its commit; beside all blocks any refresh has room
-        drafting, canvas_rows, num_begins, num_single = [], {}, 0, 0
+        drafting: list[tuple[Request, int]] = []  # with the rows of a canvas
+        num_begins = num_others = 0
         for request, num_rows, is_undrafted, num_span_rows in sorted(needed, key=lambda each: each[1] > longest):
             request.spec_token_ids = self._placeholders[: self.block_length]
             if not self.rows.give(request, num_rows):
@@ -180,24 +181,35 @@ class DllmScheduler(Scheduler):
                 self._num_held += 1
             elif is_undrafted:
                 num_begins += self.is_causal and num_rows > self.block_length
-                num_single += self.is_causal and num_rows == self.block_length
+                num_others += self.is_causal and num_rows == self.block_length
+            elif most_drafts(request):
+                drafting.append((request, num_span_rows))
             else:
-                drafting.append(request)
-                canvas_rows[request.request_id] = num_span_rows
-        num_denoising, drafting = len(drafting), [request for request in drafting if most_drafts(request)]
-        if self.rule is not None and drafting:
-            pays = self.acceptance.pay([request.request_id for request in drafting], self.rule.break_even)
-            worth = list(compress(drafting, pays))
-            reserved = self.rows.longest if self.waiting else 0
-            num_rows = sum(canvas_rows[request.request_id] for request in worth)
-            limit = (self.rows.free - reserved) // num_rows
-            num_without = num_denoising - len(worth) + num_single
-            budget = self.rule.choose(len(worth), max(0, limit), num_begins, num_without, num_rows)
-            for request in worth:
-                most = self.rows.drafts_within(request, min(budget, most_drafts(request)))
-                num_rows = self._canvases_of_drafts(most) * canvas_rows[request.request_id]
-                if most > 0 and self.rows.give(request, num_rows):
-                    request.spec_token_ids = self._placeholders[: self.block_length + most]
+                num_others += 1
+        worth, budget = self._choose_budget(drafting, num_others, num_begins)
+        for request, num_span_rows in worth:
+            most = self.rows.drafts_within(request, min(budget, most_drafts(request)))
+            if most > 0 and self.rows.give(request, self._canvases_of_drafts(most) * num_span_rows):
+                request.spec_token_ids = self._placeholders[: self.block_length + most]
+
+    def _choose_budget(
+        self, drafting: list[tuple[Request, int]], num_others: int, num_begins: int = 0
+    ) -> tuple[list[tuple[Request, int]], int]:
+        """Return whose drafts are worth their rows, and how many the step evaluates for each of them.
+
+        Args:
+            drafting: who may have drafts, with the rows of a canvas.
+            num_others: requests besides, of one canvas each.
+            num_begins: others, of two.
+        """
+        if self.rule is None or not drafting:
+            return [], 0
+        pays = self.acceptance.pay([request.request_id for request, _ in drafting], self.rule.break_even)
+        worth = list(compress(drafting, pays))
+        num_rows = sum(canvas_rows for _, canvas_rows in worth)
+        limit = max(0, self.rows.for_drafts(is_waiting=bool(self.waiting)) // num_rows)
+        num_without = num_others + len(drafting) - len(worth)
+        return worth, self.rule.choose(len(worth), limit, num_begins, num_without, num_rows)
 
     def _denoising(self) -> list[Request]:
         """Return the running requests that take a denoising step."""
