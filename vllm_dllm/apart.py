@@ -11,8 +11,8 @@ from vllm_dllm.constraint.step import ConstrainedStep
 from vllm_dllm.ops.vocab_stats import PartialStats
 from vllm_dllm.state.apart import Group
 from vllm_dllm.state.canvas import Blocks, CanvasState
-from vllm_dllm.unmask.decide import candidates_of_roots
 from vllm_dllm.unmask.registry import is_users
+from vllm_dllm.unmask.stats import candidates_of
 from vllm_dllm.unmask.torch_policy import PolicyFault
 from vllm_dllm.unmask.walk import Keep, Kept, Nodes, Trajectory, walk
 
@@ -97,6 +97,7 @@ class DecidedStep:
         """Leave requests where they are."""
         request = torch.tensor(failed, device=done.canvas.device)
         canvas, zeros = self.nodes.canvas[request, 0], torch.zeros_like(done.node[request])
+        of_nodes = candidates_of(self.nodes.rows(self.stats, request)).view(len(request), *self.nodes.canvas.shape[1:])
         stays = replace(
             done,
             canvas=canvas,
@@ -108,7 +109,7 @@ class DecidedStep:
             num_unmasked=zeros,
             is_finished=zeros.bool(),
             came_over=zeros.bool(),
-            candidates=candidates_of_roots(self.nodes.rows(self.stats, request), self.nodes.of(request)),
+            candidates=of_nodes.of((slice(None), 0)),  # the roots'
             state={name: its[request] for name, its in done.state.items()},
         )
         return replace(done.with_those(request, stays), failed=(*done.failed, *failed))

@@ -20,7 +20,7 @@ from vllm_dllm.state.draws import choose_draws
 from vllm_dllm.state.kv import IntArray, KvStep
 from vllm_dllm.state.settle import Emission
 from vllm_dllm.state.sliding import penalised_entropy, physical_order, reorder, slide, unmasked_in_windows
-from vllm_dllm.unmask.stats import Candidates, candidates_of
+from vllm_dllm.unmask.stats import candidates_of
 from vllm_dllm.unmask.walk import Nodes
 from vllm_dllm.unmask.windows import OwnWindows, walk_windows
 
@@ -52,11 +52,10 @@ class SlidingModelState(DllmModelState):
         canvas, emission = slide(nodes, walked, step.blocks.start, step.ledger, self.state.mask_token_id)
         self.state.canvas[slots] = canvas[:, : self.block_length]
         if self.drafter is not None:
-            last, found = own.index(nodes, walked.node), candidates_of(stats)
-            of_tokens = (*own.canvas.shape, MAX_CANDIDATES)
-            its = Candidates(found.token_ids.view(of_tokens)[last], found.log_probs.view(of_tokens)[last])
+            last = own.index(nodes, walked.node)
+            candidates = candidates_of(stats).view(*own.canvas.shape).of(last)
             left = penalised.masked_fill(chosen, torch.inf)[last]
-            self.drafter.observe(slots, left, its, emission.num_sampled[: len(slots)] - own.front[last])
+            self.drafter.observe(slots, left, candidates, emission.num_sampled[: len(slots)] - own.front[last])
         return emission
 
     def _choose(self, step: Step, own: OwnWindows, hidden: Tensor) -> tuple[PartialStats, Tensor, Tensor]:

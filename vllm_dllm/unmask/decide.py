@@ -87,21 +87,7 @@ def is_decidable(ground: Ground, node: Tensor, state: PolicyState) -> Tensor:
 def candidates_at(ground: Ground, node: Tensor) -> Candidates:
     """Return the candidates of one node of each request; [num_reqs, block_length, num_candidates]."""
     num_reqs, _, block_length = ground.nodes.canvas.shape
-    found = candidates_of(rows_of(ground, node))
-    return Candidates(*(each.view(num_reqs, block_length, -1) for each in (found.token_ids, found.log_probs)))
-
-
-def candidates_of_roots(stats: PartialStats, nodes: "Nodes") -> Candidates:
-    """Return the candidates of requests' roots; [num_reqs, block_length, num_candidates].
-
-    Args:
-        stats: of all their nodes' rows.
-        nodes: of the requests.
-    """
-    num_reqs, num_nodes, block_length = nodes.canvas.shape
-    found = candidates_of(stats)
-    of_nodes = (each.view(num_reqs, num_nodes, block_length, -1) for each in (found.token_ids, found.log_probs))
-    return Candidates(*(each[:, 0] for each in of_nodes))
+    return candidates_of(rows_of(ground, node)).view(num_reqs, block_length)
 
 
 def rows_of(ground: Ground, node: Tensor) -> PartialStats:
