@@ -48,7 +48,7 @@ class Observation:
     @property
     def canvas(self) -> Tensor:
         """[num_reqs, block_length] int64, the last canvas that was decided, before that."""
-        return self.nodes.canvas[torch.arange(len(self.done.node), device=self.done.node.device), self.done.node]
+        return self.nodes.at(self.done.node)[0]
 
 
 class Denoiser:

@@ -83,8 +83,8 @@ def settle(
     state.remember(blocks.slots, done.state)
     state.reset(blocks.slots, begins)
     if drafts is not None:
-        request = torch.arange(len(done.node), device=done.node.device)
-        drafts.put(blocks.slots, done.candidates, nodes.is_masked[request, done.node])
+        _, was_masked = nodes.at(done.node)
+        drafts.put(blocks.slots, done.candidates, was_masked)
         drafts.forget(blocks.slots, begins)
     block_length = state.block_length
     known = (ledger.num_known - blocks.start)[:, None]
