@@ -81,7 +81,7 @@ class Denoiser:
         self.head = head
         self.walk = walk
         self._settle = settle
-        self._draw = draw
+        self.draw = draw
         self.logprob_head = logprob_head
         self._found: tuple[Asking, Unmasked, TokenLogprobs] | None = None  # by the step that was decided last
         self.observer: Callable[[Observation], None] | None = None
@@ -160,7 +160,7 @@ class Denoiser:
         keeps_candidates = self.drafter is not None or self.observer is not None
         written = self.state.apart.written(blocks.slots, blocks.slots_np)
         num_candidates = MAX_CANDIDATES if keeps_candidates or written is not None else POLICY_CANDIDATES
-        sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
+        sampling = self.draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
         stats = self.head(rows, sampling, num_candidates, ids)
         if written is None:
             return stats

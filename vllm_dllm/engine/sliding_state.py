@@ -16,12 +16,10 @@ from vllm_dllm.engine.plan_windows import plan_windows
 from vllm_dllm.engine.step import Step
 from vllm_dllm.ops.vocab_stats import PartialStats, RowIds
 from vllm_dllm.state.canvas import Blocks
-from vllm_dllm.state.draws import choose_draws
 from vllm_dllm.state.kv import IntArray, KvStep
 from vllm_dllm.state.settle import Emission
 from vllm_dllm.state.sliding import penalised_entropy, physical_order, reorder, slide, unmasked_in_windows
 from vllm_dllm.unmask.stats import candidates_of
-from vllm_dllm.unmask.walk import Nodes
 from vllm_dllm.unmask.windows import OwnWindows, walk_windows
 
 
@@ -30,7 +28,6 @@ class SlidingModelState(DllmModelState):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._draw = choose_draws(self.device)
         self._resumed: dict[int, list[int]] = {}  # windows of requests that come back, by slot
 
     @property
@@ -42,8 +39,8 @@ class SlidingModelState(DllmModelState):
 
     def decide(self, step: Step, hidden: Tensor) -> Emission:
         """Unmask some of each window, as far as drafts came true of the next ones too, and slide them."""
-        nodes, slots = step.nodes, step.blocks.slots
-        own = self._own(step.blocks, nodes)
+        nodes, slots, own = step.nodes, step.blocks.slots, step.windows
+        assert own is not None, "of each step that anybody takes"
         stats, penalised, chosen = self._choose(step, own, hidden)
         after = own.unmasked(chosen, stats.token_ids.view_as(own.canvas))
         position = step.blocks.start[own.request, None] + torch.arange(after.shape[1], device=after.device)
@@ -73,7 +70,7 @@ class SlidingModelState(DllmModelState):
         slots_np = step.blocks.slots_np[step.plan.request[step.plan.decides]]
         blocks, windows = Blocks(step.blocks.slots[own.request], slots_np, begin + own.front), own.nodes()
         edits, keep = state.row_edits(blocks, windows, (begin, own.state))
-        sampling = self._draw(state, blocks, windows) if state.is_sampled(slots_np) else None
+        sampling = self.denoiser.draw(state, blocks, windows) if state.is_sampled(slots_np) else None
         ids = None if edits is None else RowIds(edits=edits)
         stats = self.denoiser.head(hidden, sampling, 1 if self.drafter is None else MAX_CANDIDATES, ids)
         entropy = stats.distribution(torch.ones_like(stats.rest)).entropy.view_as(own.canvas)
@@ -90,10 +87,6 @@ class SlidingModelState(DllmModelState):
             return super().shown(slots)
         return with_order(self.state.canvas[slots], self.drafter.turns(slots), self.state.mask_token_id)
 
-    def _own(self, blocks: Blocks, nodes: Nodes) -> OwnWindows:
-        room = self.state.seq_len[blocks.slots] - blocks.start
-        return OwnWindows.of(nodes, room, self.block_length, self.state.mask_token_id)
-
     def _begin_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> Step:
         """Plan the step, put the rows of its states into their order, and take those of their windows to the head."""
         resumed = {} if self.order is None else self.order.canvases
@@ -102,11 +95,13 @@ class SlidingModelState(DllmModelState):
         step = super()._begin_step(batch, num_computed_tokens)
         if step.special is None or step.nodes.evaluated is None:  # nobody takes it
             return step
-        plan, own = step.plan, self._own(step.blocks, step.nodes)
+        room = self.state.seq_len[step.blocks.slots] - step.blocks.start
+        own = OwnWindows.of(step.nodes, room, self.block_length, self.state.mask_token_id)
+        plan = step.plan
         length = self._to_device((plan.end - plan.begin)[plan.decides])
         order = physical_order(own.state, length, self.state.mask_token_id)
         rows, head = reorder(step.special.rows, step.special.head, order, step.nodes.evaluated)
-        return replace(step, special=replace(step.special, rows=rows, head=head.gather(1, own.place)))
+        return replace(step, special=replace(step.special, rows=rows, head=head.gather(1, own.place)), windows=own)
 
     def _begin_rows(self, blocks: Blocks, num_known: Tensor, index: Tensor) -> None:
         """Begin the first windows of requests; those of requests that were preempted are what they were."""

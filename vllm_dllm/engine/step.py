@@ -13,6 +13,7 @@ from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.settle import Ledger
 from vllm_dllm.state.step_rows import RowPlan
 from vllm_dllm.unmask.walk import Nodes
+from vllm_dllm.unmask.windows import OwnWindows
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -44,6 +45,7 @@ class Step:
     nodes: Nodes  # the canvases
     store: PagedIndex | None = None  # where each row's K/V go, once the rows are made; None: nowhere
     may_be_void: bool = False  # as in `engine.report.StepOrder`
+    windows: OwnWindows | None = None  # of the canvases, where those are windows that slide
 
     def head_rows(self, *, logit_shift: bool) -> Tensor | slice:
         """Return the rows of the forward that go to the LM head, those of a node together, behind all those of twins.
