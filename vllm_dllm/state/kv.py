@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_dllm.names import DELAYED, KvPolicyName
+from vllm_dllm.names import BIDIRECTIONAL, DELAYED, KvPolicyName
 from vllm_dllm.state.pins import Pins
 
 IntArray = NDArray[np.int64]
@@ -115,7 +115,7 @@ class KvSchedule:
     @property
     def is_causal(self) -> bool:
         """Tell whether stored K/V never change."""
-        return self.name in ("block_causal", "causal")
+        return self.name not in BIDIRECTIONAL
 
     @property
     def known(self) -> Set[Hashable]:
