@@ -291,14 +291,13 @@ def _chain_settings(config: SpiffyConfig, window: int) -> SpiffySettings:
                 f"{_NAME}.budget or {_NAME}.max_nodes for the number of drafts"
             )
     longest = min(window - 1, MAX_NODES)
-    formulas = [tuple((rank, 0) for rank in range(length)) for length in range(1, 1 + longest)]
     source = f"the chain of a window of {window}"
     most = config.max_nodes or DEFAULT_MAX_NODES if config.fixed_budget is None else config.fixed_budget
     warnings = []
     if (config.fixed_budget or 0) > longest:
         warnings = [f"{_NAME}.budget is {config.budget}, but {source} has {longest} drafts: so many are used"]
     return SpiffySettings(
-        graph=DraftGraph(tuple(formulas)),
+        graph=DraftGraph.chain(longest),
         budget=None if config.fixed_budget is None else min(config.fixed_budget, longest),
         max_nodes=min(most, longest),
         exactness="exact",
