@@ -229,7 +229,7 @@ def test_a_chain_is_as_long_as_the_window_allows(checkpoint: Path, caplog: pytes
         assert found.exactness == "exact"
         assert config.diffusion_config.canvas_length == 2 * W
     assert len(found.warnings) == 1
-    assert "budget is 40, but the chain of a window of 16 has 15 drafts" in found.warnings[0]
+    assert "budget is 40, but the chain of a window of 16 has 15 nodes" in found.warnings[0]
     assert engine_config(checkpoint, {}).diffusion_config.canvas_length == W
     none = engine_config(checkpoint, {}, speculative_config={"method": "spiffy", "budget": 0})
     assert none.diffusion_config.canvas_length == W
