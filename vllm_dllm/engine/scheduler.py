@@ -29,7 +29,7 @@ from vllm_dllm.engine.rows import StepRows, leave_out, most_drafts
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 from vllm_dllm.engine.worker_check import CheckLevel, check_level
-from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.errors import INSTALL_SUPPORTED, UnsupportedVllmError
 from vllm_dllm.state.kv import KvStep
 
 
@@ -114,7 +114,7 @@ class DllmScheduler(Scheduler):
             if output.scheduled_spec_decode_tokens:
                 raise UnsupportedVllmError(
                     "A step came back without its report: the installed vLLM's runner does not ask its connector for "
-                    "auxiliary outputs for one; install vLLM 0.32 or 0.33"
+                    f"auxiliary outputs for one; {INSTALL_SUPPORTED}"
                 )
             return {}
         if report.costs is not None and self.rule is not None:
