@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm_dllm.attention.layout import pinned
 from vllm_dllm.engine.configs import served_family, settings_of
 from vllm_dllm.engine.plan import Role, StepPlan
-from vllm_dllm.engine.refusals import RequestError, check_length, not_allowed, request_options
+from vllm_dllm.engine.refusals import RequestError, check_length, not_allowed, request_options, reserved
 from vllm_dllm.state.pins import OPEN, Pins, PinState
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def put_pins_in(processor: "InputProcessor", params: SamplingParams, *, follows:
     """
     args = dict(params.extra_args or {})
     if SENT in args:
-        raise RequestError(
-            f"{SENT} is set, which the front end sets itself; allowed is none; remove it", parameter=SENT
-        )
+        raise reserved(SENT)
     follows = bool(args.pop(FOLLOWS, False)) or follows
     options = request_options(params)
     if options.canvas is None and options.suffix is None:
