@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_dllm.arrays import to_device
 from vllm_dllm.constraint.step import ConstrainedStep
 from vllm_dllm.ops.vocab_stats import PartialStats
 from vllm_dllm.state.apart import Group
@@ -115,7 +116,7 @@ class DecidedStep:
         return replace(done.with_those(request, stays), failed=(*done.failed, *failed))
 
     def _index(self, group: Group) -> Tensor:
-        return torch.from_numpy(group.request).to(self.blocks.slots.device)
+        return to_device(group.request, self.blocks.slots.device)
 
 
 def _among(keep: Keep, request: Tensor, num_reqs: int) -> Keep:
@@ -137,12 +138,11 @@ def keep_of(edits: Keep | None, own: ConstrainedStep | None) -> Keep | None:
     """
     if own is None:
         return edits
-    index = torch.from_numpy(own.request)
 
     def kept(node: Tensor, chosen: Tensor, score: Tensor, tokens: Tensor) -> Tensor:
         if edits is not None:
             chosen = edits(node, chosen, score, tokens)
-        theirs = index.to(node.device)
+        theirs = to_device(own.request, node.device)
         return chosen.index_copy(0, theirs, own.keep(*(its[theirs] for its in (node, chosen, score, tokens))))
 
     return kept

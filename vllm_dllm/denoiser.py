@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_dllm.apart import DecidedStep, keep_of
+from vllm_dllm.arrays import to_device
 from vllm_dllm.constraint.step import ConstrainedStep
 from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph import MAX_CANDIDATES
@@ -249,7 +250,7 @@ class Denoiser:
         self, own: ConstrainedStep, blocks: Blocks, nodes: Nodes, stats: PartialStats, done: Trajectory
     ) -> Trajectory:
         """Decide the requests under a constraint again, as it has them unmask; the others did what `done` says."""
-        request = torch.from_numpy(own.request).to(blocks.slots.device)
+        request = to_device(own.request, blocks.slots.device)
         theirs = blocks.of(own.request)
         decided = walk(
             nodes.of(request),

@@ -30,10 +30,11 @@ from enum import IntEnum
 
 import numpy as np
 
+from vllm_dllm.arrays import BoolArray, IntArray
 from vllm_dllm.attention.layout import HostLayout, host_layout
 from vllm_dllm.draft.look_ahead import NUM_NODES, looking_ahead
 from vllm_dllm.names import BIDIRECTIONAL, KvPolicyName
-from vllm_dllm.state.kv import BoolArray, IntArray, KvStep
+from vllm_dllm.state.kv import KvStep
 
 
 class Role(IntEnum):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_dllm.arrays import IntArray, to_device
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.draft.windows import WindowDrafter, with_order
 from vllm_dllm.engine.model_state import DllmModelState
@@ -16,7 +17,7 @@ from vllm_dllm.engine.plan_windows import plan_windows
 from vllm_dllm.engine.step import Step
 from vllm_dllm.ops.vocab_stats import PartialStats, RowIds
 from vllm_dllm.state.canvas import Blocks
-from vllm_dllm.state.kv import IntArray, KvStep
+from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.settle import Emission
 from vllm_dllm.state.sliding import penalised_entropy, physical_order, reorder, slide, unmasked_in_windows
 from vllm_dllm.unmask.stats import candidates_of
@@ -98,7 +99,7 @@ class SlidingModelState(DllmModelState):
         room = self.state.seq_len[step.blocks.slots] - step.blocks.start
         own = OwnWindows.of(step.nodes, room, self.block_length, self.state.mask_token_id)
         plan = step.plan
-        length = self._to_device((plan.end - plan.begin)[plan.decides])
+        length = to_device((plan.end - plan.begin)[plan.decides], self.device)
         order = physical_order(own.state, length, self.state.mask_token_id)
         rows, head = reorder(step.special.rows, step.special.head, order, step.nodes.evaluated)
         return replace(step, special=replace(step.special, rows=rows, head=head.gather(1, own.place)), windows=own)
@@ -109,7 +110,7 @@ class SlidingModelState(DllmModelState):
         if self._resumed:
             windows = np.array([*self._resumed.values()], dtype=np.int64)
             windows = np.where(windows < 0, self.state.mask_token_id, windows)
-            self.state.canvas[self._to_device(np.array([*self._resumed]))] = self._to_device(windows)
+            self.state.canvas[to_device(np.array([*self._resumed]), self.device)] = to_device(windows, self.device)
 
     def _plan(
         self, batch: InputBatch, kv: KvStep, block_start: IntArray, seq_len: IntArray, counted: IntArray

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dllm.attention.layout import PagedIndex, pinned
+from vllm_dllm.arrays import to_device
+from vllm_dllm.attention.layout import PagedIndex
 from vllm_dllm.engine.plan import Role, StepPlan
 from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.settle import Ledger
@@ -86,7 +87,6 @@ def rows_to_device(plan: StepPlan, device: torch.device, *, logit_shift: bool = 
         rows.twin_head,
         rows.twin_of,
     )
-    flat = np.concatenate([array.ravel() for array in arrays], dtype=np.int64)
-    packed = pinned(flat, device).to(device, non_blocking=True)
+    packed = to_device(np.concatenate([array.ravel() for array in arrays], dtype=np.int64), device)
     parts = [part.view(array.shape) for part, array in zip(packed.split([a.size for a in arrays]), arrays, strict=True)]
     return Special(RowPlan(*parts[:4]), *parts[4:])

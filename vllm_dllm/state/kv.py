@@ -34,13 +34,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from vllm_dllm.arrays import BoolArray, IntArray
 from vllm_dllm.names import BIDIRECTIONAL, DELAYED, KvPolicyName
 from vllm_dllm.state.pins import Pins
-
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_dllm.arrays import IntArray
 from vllm_dllm.state.canvas import Blocks
-from vllm_dllm.state.kv import IntArray, KvSchedule, KvStep
+from vllm_dllm.state.kv import KvSchedule, KvStep
 from vllm_dllm.state.pins import Pins
 from vllm_dllm.state.report import StepFacts
 from vllm_dllm.state.settle import Emission, Ledger
