@@ -67,7 +67,7 @@ class StepOrder:
 
 @dataclass(slots=True)
 class RequestReport:
-    """What the worker did for a request in a step.
+    """What the worker did for a request in a step; first what `state.report.Column` counts, in its order.
 
     Attributes:
         faults: what is wrong with its canvas (`worker_check.Fault`), where that is checked; a policy that failed.
@@ -100,11 +100,10 @@ class RequestReport:
         """
         middle = REPORT_LEN + canvas_length
         end = middle + canvas_length
+        counts, proposed, canvas = row[: Column.PROPOSED], row[Column.PROPOSED : REPORT_LEN], row[REPORT_LEN:middle]
+        logprobs = np.array(row[middle:end], np.int32).view(np.float32).tolist() if canvas_length else []
         pages = row[end + 1 : end + 1 + row[end]] if len(row) > end else None
-        counts = {column.name.lower(): row[column] for column in Column if column != Column.PROPOSED}
-        logprobs = np.array(row[middle:end], np.int32).view(np.float32).tolist()
-        proposed, canvas = row[Column.PROPOSED : REPORT_LEN], row[REPORT_LEN:middle]
-        return cls(**counts, proposed=proposed, canvas=canvas, logprobs=logprobs, pages=pages)
+        return cls(*counts, proposed=proposed, canvas=canvas, logprobs=logprobs, pages=pages)
 
 
 @dataclass(slots=True)
