@@ -68,11 +68,6 @@ class SlotTable:
         """Bring all arrays to the device."""
         self._tensor = to_device(self._host.copy(), self._device)  # a copy, since the host's changes
 
-    @property
-    def num_bytes(self) -> int:
-        """What all arrays take on the device."""
-        return self._tensor.nbytes
-
     def of(self, slots: Tensor, slots_np: np.ndarray) -> Tensor | None:
         """Return the arrays of some slots, [num_reqs, *shape]; None where all are empty."""
         shape = self._shapes[slots_np].max(0)
