@@ -32,7 +32,7 @@ def row(
     forwards: int = 1, refreshes: int = 0, unmasked: int = 1, accepted: int = 0, *proposed: int, left: int = 0
 ) -> RequestReport:
     by_depth = [*proposed, *[0] * (MAX_DEPTH - len(proposed))]
-    return RequestReport(forwards, refreshes, unmasked, accepted, 0, 0, 0, 0, left, 0, by_depth)
+    return RequestReport(forwards, refreshes, unmasked, accepted, 0, 0, 0, 0, left, 0, proposed=by_depth)
 
 
 STEP = StepStats.of_step(

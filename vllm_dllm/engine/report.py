@@ -11,7 +11,7 @@ starts.
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -88,6 +88,7 @@ class RequestReport:
     commits: int
     left: int
     faults: int
+    _: KW_ONLY
     proposed: list[int]
     canvas: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
