@@ -61,7 +61,7 @@ def _row(mode: str, policy: str, measured: Measurement | None) -> Row:
         "mode": mode,
         "policy": policy,
         "tokens": measured.num_tokens,
-        "forwards/token": measured.nfe / measured.num_tokens,
-        "tokens/forward": measured.num_tokens / measured.nfe,
+        "forwards/token": measured.stats.nfe / measured.num_tokens,
+        "tokens/forward": measured.num_tokens / measured.stats.nfe,
         "accepted": measured.stats.total_accepted / proposed if proposed else "",
     }

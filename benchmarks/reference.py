@@ -105,7 +105,7 @@ def _decode(workload: Workload, decode: Decode) -> Measurement:
 def _row(taken: Measurement, reference: Measurement) -> Row:
     return {
         "tokens/s": taken.tokens_per_s,
-        "NFE/token": taken.nfe / taken.num_tokens,
+        "NFE/token": taken.stats.nfe / taken.num_tokens,
         "refreshes/token": taken.stats.refreshes / taken.num_tokens,
         "speed-up": taken.tokens_per_s / reference.tokens_per_s,
     }

@@ -114,6 +114,16 @@ def test_tests_that_pages_name_exist():
     assert not wrong
 
 
+def test_the_architecture_names_every_module_of_the_package():
+    package = ROOT / "vllm_dllm"
+    tree = (ROOT / "docs/architecture.md").read_text().partition("## The tree")[2]
+    named = set(re.findall(r"`([\w/]+?)(?:\.py|/)?`", tree))
+    modules = {path.stem for folder in (package, package / "engine") for path in folder.glob("*.py")} - {"__init__"}
+    packages = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert {"denoiser", "scheduler"} <= modules
+    assert not (modules | packages) - named
+
+
 def test_python_blocks_parse():
     blocks = code_blocks("python")
     assert blocks

@@ -13,10 +13,11 @@ from tests.draft.test_exact import LLADA as LLADA_RULES
 from tests.unmask.edited import denoiser_of
 from vllm_dllm.blocks import row_blocks
 from vllm_dllm.config import DllmConfig
-from vllm_dllm.likelihood import OPEN, Estimate, Mean, Part, draw_masks, parts
+from vllm_dllm.likelihood import Estimate, Mean, Part, draw_masks, parts
 from vllm_dllm.reference.loglikelihood import exhaustive, loglikelihood, losses, masks
 from vllm_dllm.reference.policy import LLADA, Rules
 from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.pins import OPEN
 from vllm_dllm.state.settle import Ledger
 
 LENGTH = 6

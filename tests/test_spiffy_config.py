@@ -5,6 +5,7 @@ import functools
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +25,7 @@ from vllm_dllm.spiffy_config import (
     to_json_object,
 )
 
-CHAIN = DraftGraph(tuple(tuple((rank, 0) for rank in range(length)) for length in range(1, 13)), tokens_per_step=1)
+CHAIN = replace(DraftGraph.chain(12), tokens_per_step=1)
 GRAPH: dict[str, Any] = json.loads(dump_graph(GraphFile(CHAIN)))
 
 

@@ -148,7 +148,7 @@ def test_the_core_imports_without_vllm():
     run_python(code)
 
 
-DECODING = {"attention", "ops", "self_test", "state", "unmask", "denoiser", "noise", "names"}
+DECODING = {"arrays", "attention", "ops", "self_test", "state", "unmask", "denoiser", "noise", "names"}
 DECODING_FILES = {"draft": {"calibrated", "drafter", "budget"}, "engine": {"plan", "step", "sampler"}}
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_dllm.arrays import to_device
 from vllm_dllm.constraint.step import ConstrainedStep
 from vllm_dllm.ops.vocab_stats import PartialStats
 from vllm_dllm.state.apart import Group
 from vllm_dllm.state.canvas import Blocks, CanvasState
-from vllm_dllm.unmask.decide import candidates_of_roots
 from vllm_dllm.unmask.registry import is_users
+from vllm_dllm.unmask.stats import candidates_of
 from vllm_dllm.unmask.torch_policy import PolicyFault
 from vllm_dllm.unmask.walk import Keep, Kept, Nodes, Trajectory, walk
 
@@ -97,6 +98,7 @@ class DecidedStep:
         """Leave requests where they are."""
         request = torch.tensor(failed, device=done.canvas.device)
         canvas, zeros = self.nodes.canvas[request, 0], torch.zeros_like(done.node[request])
+        of_nodes = candidates_of(self.nodes.rows(self.stats, request)).view(len(request), *self.nodes.canvas.shape[1:])
         stays = replace(
             done,
             canvas=canvas,
@@ -108,13 +110,13 @@ class DecidedStep:
             num_unmasked=zeros,
             is_finished=zeros.bool(),
             came_over=zeros.bool(),
-            candidates=candidates_of_roots(self.nodes.rows(self.stats, request), self.nodes.of(request)),
+            candidates=of_nodes.of((slice(None), 0)),  # the roots'
             state={name: its[request] for name, its in done.state.items()},
         )
         return replace(done.with_those(request, stays), failed=(*done.failed, *failed))
 
     def _index(self, group: Group) -> Tensor:
-        return torch.from_numpy(group.request).to(self.blocks.slots.device)
+        return to_device(group.request, self.blocks.slots.device)
 
 
 def _among(keep: Keep, request: Tensor, num_reqs: int) -> Keep:
@@ -136,12 +138,11 @@ def keep_of(edits: Keep | None, own: ConstrainedStep | None) -> Keep | None:
     """
     if own is None:
         return edits
-    index = torch.from_numpy(own.request)
 
     def kept(node: Tensor, chosen: Tensor, score: Tensor, tokens: Tensor) -> Tensor:
         if edits is not None:
             chosen = edits(node, chosen, score, tokens)
-        theirs = index.to(node.device)
+        theirs = to_device(own.request, node.device)
         return chosen.index_copy(0, theirs, own.keep(*(its[theirs] for its in (node, chosen, score, tokens))))
 
     return kept

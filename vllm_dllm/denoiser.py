@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vllm_dllm.apart import DecidedStep, keep_of
+from vllm_dllm.arrays import to_device
 from vllm_dllm.constraint.step import ConstrainedStep
 from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.draft.graph import MAX_CANDIDATES
@@ -48,7 +49,7 @@ class Observation:
     @property
     def canvas(self) -> Tensor:
         """[num_reqs, block_length] int64, the last canvas that was decided, before that."""
-        return self.nodes.canvas[torch.arange(len(self.done.node), device=self.done.node.device), self.done.node]
+        return self.nodes.at(self.done.node)[0]
 
 
 class Denoiser:
@@ -81,7 +82,7 @@ class Denoiser:
         self.head = head
         self.walk = walk
         self._settle = settle
-        self._draw = draw
+        self.draw = draw
         self.logprob_head = logprob_head
         self._found: tuple[Asking, Unmasked, TokenLogprobs] | None = None  # by the step that was decided last
         self.observer: Callable[[Observation], None] | None = None
@@ -160,7 +161,7 @@ class Denoiser:
         keeps_candidates = self.drafter is not None or self.observer is not None
         written = self.state.apart.written(blocks.slots, blocks.slots_np)
         num_candidates = MAX_CANDIDATES if keeps_candidates or written is not None else POLICY_CANDIDATES
-        sampling = self._draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
+        sampling = self.draw(self.state, blocks, nodes) if self.state.is_sampled(blocks.slots_np) else None
         stats = self.head(rows, sampling, num_candidates, ids)
         if written is None:
             return stats
@@ -249,7 +250,7 @@ class Denoiser:
         self, own: ConstrainedStep, blocks: Blocks, nodes: Nodes, stats: PartialStats, done: Trajectory
     ) -> Trajectory:
         """Decide the requests under a constraint again, as it has them unmask; the others did what `done` says."""
-        request = torch.from_numpy(own.request).to(blocks.slots.device)
+        request = to_device(own.request, blocks.slots.device)
         theirs = blocks.of(own.request)
         decided = walk(
             nodes.of(request),

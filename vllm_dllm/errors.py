@@ -41,6 +41,10 @@ class UnsupportedVllmError(RuntimeError):
     """The installed vLLM is not one that this plugin knows how to extend."""
 
 
+INSTALL_SUPPORTED = "install vLLM 0.32 or 0.33"
+"""What to do then."""
+
+
 class StateError(RuntimeError):
     """Scheduler and worker hold different things of a request."""
 

@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vllm_dllm.names import DELAYED, KvPolicyName
+from vllm_dllm.names import BIDIRECTIONAL, DELAYED, KvPolicyName
 
 # Strict, so that "0.9" or true is refused where a number is meant; a JSON integer is still a valid float.
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -40,7 +40,7 @@ class KvSettings(BaseModel):
     @property
     def is_block_causal(self) -> bool:
         """Whether stored K/V never change; a fact of the family (`models.interface.check_family`)."""
-        return self.kv_policy in ("block_causal", "causal", "window")
+        return self.kv_policy not in BIDIRECTIONAL
 
     @property
     def has_windows(self) -> bool:

@@ -10,9 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_dllm.noise import STREAM, stream_keys, uniform
-
-OPEN = -1
-"""In place of a token: it is masked."""
+from vllm_dllm.state.pins import OPEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ JSON (`to_json_object`); every process makes its `SpiffySettings` of that. Nothi
 import functools
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -260,20 +260,31 @@ def spiffy_settings(
         graph_file = parse_graph(config.draft_graph, source)
         graph = graph_file.graph
         warnings = check_fit(graph_file, server, where=source, model=model, family=family, shape=shape)
-    if (config.fixed_budget or 0) > len(graph):
-        warnings = [
-            *warnings,
-            f"{_NAME}.budget is {config.budget}, but {source} has {len(graph)} nodes: so many are used",
-        ]
     ranker = None if config.ranker is None else load_ranker(config.ranker)
     if ranker is not None:
         said = check_ranker(ranker, server, graph.readiness, model=model, family=family, shape=shape)
         warnings, graph = [*warnings, *said], replace(graph, readiness=ranker.readiness)
-    most = config.max_nodes or DEFAULT_MAX_NODES if config.fixed_budget is None else config.fixed_budget
+    return _settings(config, graph, exactness, source, warnings, ranker)
+
+
+def _settings(
+    config: SpiffyConfig,
+    graph: DraftGraph,
+    exactness: Exactness,
+    source: str,
+    warnings: Sequence[str],
+    ranker: RankerFile | None = None,
+) -> SpiffySettings:
+    """Put settings together; a fixed budget of more nodes than there are is one of all, as a warning says."""
+    budget, num_nodes = config.fixed_budget, len(graph)
+    if (budget or 0) > num_nodes:
+        more = f"{_NAME}.budget is {budget}, but {source} has {num_nodes} nodes: so many are used"
+        warnings = [*warnings, more]
+    most = config.max_nodes or DEFAULT_MAX_NODES if budget is None else budget
     return SpiffySettings(
         graph=graph,
-        budget=None if config.fixed_budget is None else min(config.fixed_budget, len(graph)),
-        max_nodes=min(most, len(graph)),
+        budget=None if budget is None else min(budget, num_nodes),
+        max_nodes=min(most, num_nodes),
         exactness=exactness,
         source=source,
         warnings=tuple(warnings),
@@ -290,21 +301,8 @@ def _chain_settings(config: SpiffyConfig, window: int) -> SpiffySettings:
                 "entropies of its window, which no file describes; allowed is none; remove it, and give "
                 f"{_NAME}.budget or {_NAME}.max_nodes for the number of drafts"
             )
-    longest = min(window - 1, MAX_NODES)
-    formulas = [tuple((rank, 0) for rank in range(length)) for length in range(1, 1 + longest)]
-    source = f"the chain of a window of {window}"
-    most = config.max_nodes or DEFAULT_MAX_NODES if config.fixed_budget is None else config.fixed_budget
-    warnings = []
-    if (config.fixed_budget or 0) > longest:
-        warnings = [f"{_NAME}.budget is {config.budget}, but {source} has {longest} drafts: so many are used"]
-    return SpiffySettings(
-        graph=DraftGraph(tuple(formulas)),
-        budget=None if config.fixed_budget is None else min(config.fixed_budget, longest),
-        max_nodes=min(most, longest),
-        exactness="exact",
-        source=source,
-        warnings=tuple(warnings),
-    )
+    graph, source = DraftGraph.chain(min(window - 1, MAX_NODES)), f"the chain of a window of {window}"
+    return _settings(config, graph, "exact", source, ())
 
 
 def _exactness(config: SpiffyConfig, server: DllmConfig) -> Exactness:

@@ -115,7 +115,7 @@ def _forwards(paths: BlockPaths, nodes: set[Hashable]) -> Iterator[int]:
 def ablations(material: Material) -> Iterator[tuple[str, list[float]]]:
     """Yield what is varied and its ratio for each of BUDGETS."""
     by_confidence, ready = Readiness(), material.graph(1).readiness
-    chain = [tuple((rank, 0) for rank in range(length)) for length in range(1, max(BUDGETS) + 1)]
+    chain = DraftGraph.chain(max(BUDGETS)).formulas
     yield "chain, ranks by confidence", material.fixed(by_confidence, chain)
     yield "graph by gain, ranks by confidence", material.fixed(by_confidence)
     objectives: tuple[Objective, ...] = ("degree-0", "degree-1", "full")

@@ -16,7 +16,7 @@ from benchmarks.kernels.turns import UnequalResultsError, num_data_sets
 from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.flashinfer import FlashInferAttention
 from vllm_dllm.attention.interface import Attention, Heads, Plan, Setting
-from vllm_dllm.attention.layout import denoise_layout, to_device
+from vllm_dllm.attention.layout import denoise_layout, forward_layout
 from vllm_dllm.attention.plain import PlainAttention
 from vllm_dllm.attention.xformers import XformersAttention
 
@@ -144,7 +144,7 @@ def plans(problem: AttentionProblem, implementation: type[Attention]) -> list[Pl
     # One of each per data set: a library's plan ends when the next one is made.
     return [
         implementation(heads, problem.kv_cache).plan(
-            to_device(host, page_table, PAGE_SIZE, shape.num_heads // shape.num_kv_heads)
+            forward_layout(host, page_table, PAGE_SIZE, shape.num_heads // shape.num_kv_heads)
         )
         for page_table in problem.page_tables
     ]

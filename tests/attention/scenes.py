@@ -12,8 +12,8 @@ from vllm_dllm.attention.layout import (
     ForwardLayout,
     HostLayout,
     denoise_layout,
+    forward_layout,
     host_layout,
-    to_device,
 )
 
 PAGE_SIZE = 16
@@ -155,7 +155,7 @@ def make_scene(
     rows = draw(num_rows, num_heads + 2 * num_kv_heads, HEAD_DIM)  # strided, as the projection's output is
     query, key, value = rows.split([num_heads, num_kv_heads, num_kv_heads], 1)
     return Scene(
-        heads, to_device(host, table.to(device), PAGE_SIZE, num_heads // num_kv_heads), query, key, value, kv_cache
+        heads, forward_layout(host, table.to(device), PAGE_SIZE, num_heads // num_kv_heads), query, key, value, kv_cache
     )
 
 

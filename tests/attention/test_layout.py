@@ -9,10 +9,10 @@ from vllm_dllm.attention.layout import (
     CapturedLayout,
     denoise_layout,
     empty_layout,
+    forward_layout,
     host_layout,
     lone_layout,
     pad_layout,
-    to_device,
 )
 
 
@@ -90,7 +90,7 @@ def test_the_largest_captured_step_fits() -> None:
 def test_a_layout_travels_as_it_is() -> None:
     host = denoising(2)
     table = torch.zeros((4, 6), dtype=torch.int32)
-    layout = to_device(host, table, 16, heads_per_kv=1)
+    layout = forward_layout(host, table, 16, heads_per_kv=1)
     assert layout.page_table is table
     for name in ("first_node", "first_row", "context", "is_causal"):
         assert getattr(layout, name).dtype == torch.int32

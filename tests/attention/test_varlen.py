@@ -15,7 +15,7 @@ from tests.attention.scenes import assert_near, captured, causal, denoising, int
 from vllm_dllm.attention import varlen
 from vllm_dllm.attention.csrc import CsrcAttention, CsrcPlan
 from vllm_dllm.attention.interface import Heads, Setting
-from vllm_dllm.attention.layout import HostLayout, host_layout, to_device
+from vllm_dllm.attention.layout import HostLayout, forward_layout, host_layout
 from vllm_dllm.attention.tiles import query_tiles, workspace_bytes
 from vllm_dllm.attention.varlen import VarlenAttention, context_free, context_free_runs, refusal
 from vllm_dllm.attention.vllm_flash import VllmFlashAttention
@@ -83,7 +83,7 @@ def test_parts_of_few_rows_have_room_for_the_rows_of_flash_attention_too() -> No
     attention.num_multiprocessors = 132
     context = np.array([[0, 0, 4096, 4096], [0, 4096, 4128, 4128]])
     host = host_layout(ints(1, 1), ints(4096, 32), context)
-    layout = to_device(host, torch.zeros(2, 300, dtype=torch.int32), 16, 1)
+    layout = forward_layout(host, torch.zeros(2, 300, dtype=torch.int32), 16, 1)
     plan = attention.plan(replace(layout, max_span=host.span))
     assert [run.rows for run in plan.runs] == [slice(0, 4096)]
     num_bytes = 4 * plan.num_splits * 4128 * 32 * 130

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from tests.measure.fake_engine import install
 from vllm_dllm.cli import main
+from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.graph_file import GraphFile, save_graph
 from vllm_dllm.errors import ConfigError
-from vllm_dllm.measure.decode import chain_graph
 
 TINY = Path(__file__).parents[2] / "examples/tiny_llada"
 GIVEN = {
@@ -36,7 +36,7 @@ def test_decode_prints_and_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     install(monkeypatch)
     graphs = [str(tmp_path / name) for name in ("a.json", "b.json")]
     for path in graphs:
-        save_graph(GraphFile(chain_graph(2)), path)
+        save_graph(GraphFile(DraftGraph.chain(2)), path)
     status, out, _ = run(tmp_path / "deep/out", policy="static,threshold", threshold=0.8, graph=",".join(graphs))
     assert status == 0
     assert out.count("2.00 (2.00 to 2.00)") == 2 * 2 * 4

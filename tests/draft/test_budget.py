@@ -4,7 +4,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -30,8 +30,7 @@ def test_a_draft_with_neighbours_costs_their_rows() -> None:
 
 
 def chain(num_nodes: int, counts: tuple[int, ...] | None = None, num_anchors: int = 0) -> DraftGraph:
-    formulas = tuple(tuple((rank, 0) for rank in range(depth)) for depth in range(1, num_nodes + 1))
-    return DraftGraph(formulas, 1, counts, num_anchors)
+    return replace(DraftGraph.chain(num_nodes), tokens_per_step=1, counts=counts, num_anchors=num_anchors)
 
 
 def curve(ms: Callable[[int], float]) -> CostCurve:

@@ -35,6 +35,13 @@ stepped_graphs = (
 graphs = any_graphs | stepped_graphs
 
 
+def test_a_chain_has_one_node_per_depth() -> None:
+    graph = DraftGraph.chain(3)
+    assert graph.formulas == (((0, 0),), ((0, 0), (1, 0)), ((0, 0), (1, 0), (2, 0)))
+    assert graph.depths == (1, 2, 3)
+    assert graph.parents == ((0,), (1,), (2,))
+
+
 def node_sets(graph: DraftGraph) -> list[set]:
     return [set(), *map(set, graph.formulas)]
 

@@ -68,7 +68,7 @@ def make(
     made._placeholders, made._num_held, made._largest_graph = [-1] * made.num_spec_tokens, 0, 0
     for each in made.running:
         made.rows.kv.add(each.request_id, 0)
-    made._spiffy = SimpleNamespace(exactness="exact", max_nodes=MAX_NODES) if spiffy else None
+    made._exactness = "exact" if spiffy else None
     made.rule = BudgetRule(GraphDrafter(GRAPH).prior(), B, budget) if spiffy else None
     made.acceptance = RequestAcceptance()
     made._totals = defaultdict(RequestTotals)

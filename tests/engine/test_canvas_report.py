@@ -27,7 +27,8 @@ def arrived(num_pages: int | None = None) -> RequestReport:
 def test_canvases_and_log_probabilities_arrive_behind_the_counts() -> None:
     for num_pages in (None, 2):
         report = arrived(num_pages)
-        assert (report.forwards, report.proposed[0]) == (Column.FORWARDS, Column.PROPOSED)
+        assert all(getattr(report, column.name.lower()) == column for column in Column if column < Column.PROPOSED)
+        assert report.proposed[0] == Column.PROPOSED
         assert report.canvas == [7, -1, 8, 9]
         assert np.array_equal(report.logprobs, LOG_PROBS[0].tolist(), equal_nan=True)
         assert report.pages == (None if num_pages is None else [0, 1])

@@ -16,7 +16,8 @@ from vllm_dllm.engine import scoring
 from vllm_dllm.engine.pins import SENT, put_pins_in
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.engine.scoring import Question, Scoring
-from vllm_dllm.likelihood import OPEN, Part, draw_masks, parts
+from vllm_dllm.likelihood import Part, draw_masks, parts
+from vllm_dllm.state.pins import OPEN
 
 LONGEST, MASK, BLOCK = 64, 3, 8
 

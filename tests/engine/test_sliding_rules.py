@@ -132,7 +132,7 @@ def test_a_step_has_the_window_and_what_it_stores() -> None:
         rows.kv.note(each.request_id, stored)
     scheduler = object.__new__(SlidingScheduler)
     scheduler.rows, scheduler.running, scheduler._placeholders, scheduler.current_step = rows, running, [-1] * W, 7
-    scheduler._num_held, scheduler.rule = 0, None
+    scheduler._num_held, scheduler.rule, scheduler._canvases = 0, None, {}
     scheduler._choose_rows()
     assert rows.given == {"a": 16 + 3, "b": 8}, "three tokens are final and not stored; another row ends"
     assert [len(each.spec_token_ids) for each in running] == [16, 8]
@@ -229,7 +229,7 @@ def test_a_chain_is_as_long_as_the_window_allows(checkpoint: Path, caplog: pytes
         assert found.exactness == "exact"
         assert config.diffusion_config.canvas_length == 2 * W
     assert len(found.warnings) == 1
-    assert "budget is 40, but the chain of a window of 16 has 15 drafts" in found.warnings[0]
+    assert "budget is 40, but the chain of a window of 16 has 15 nodes" in found.warnings[0]
     assert engine_config(checkpoint, {}).diffusion_config.canvas_length == W
     none = engine_config(checkpoint, {}, speculative_config={"method": "spiffy", "budget": 0})
     assert none.diffusion_config.canvas_length == W

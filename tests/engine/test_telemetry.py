@@ -32,7 +32,7 @@ def row(
     forwards: int = 1, refreshes: int = 0, unmasked: int = 1, accepted: int = 0, *proposed: int, left: int = 0
 ) -> RequestReport:
     by_depth = [*proposed, *[0] * (MAX_DEPTH - len(proposed))]
-    return RequestReport(forwards, refreshes, unmasked, accepted, 0, 0, 0, 0, left, 0, by_depth)
+    return RequestReport(forwards, refreshes, unmasked, accepted, 0, 0, 0, 0, left, 0, proposed=by_depth)
 
 
 STEP = StepStats.of_step(
@@ -41,11 +41,10 @@ STEP = StepStats.of_step(
 
 
 @pytest.fixture
-def logger_of(monkeypatch: pytest.MonkeyPatch) -> Any:
+def logger_of() -> Any:
     def make(spiffy: Any, **kwargs: Any) -> DllmStatLogger:
-        monkeypatch.setattr(stat_logger, "spiffy_of", lambda config: spiffy)
-        monkeypatch.setattr(stat_logger, "settings_of", lambda config: DllmConfig())
-        return DllmStatLogger(CONFIG, [0, 1], **kwargs)
+        config = SimpleNamespace(**vars(CONFIG), dllm=SimpleNamespace(settings=DllmConfig(), spiffy=spiffy))
+        return DllmStatLogger(config, [0, 1], **kwargs)
 
     unregister_vllm_metrics()
     yield make

@@ -10,16 +10,7 @@ import pytest
 from benchmarks.budget import rounds
 from tests.measure.fake_engine import WORKLOAD, FakeEngine, install
 from vllm_dllm.measure import decode
-from vllm_dllm.measure.decode import (
-    Comparison,
-    Key,
-    Policy,
-    Variant,
-    chain_graph,
-    compare,
-    num_measurements,
-    sections,
-)
+from vllm_dllm.measure.decode import Comparison, Key, Policy, Variant, compare, num_measurements, sections
 from vllm_dllm.measure.plot import draw
 from vllm_dllm.measure.report import Interval, Section, Spread, to_markdown
 from vllm_dllm.measure.workload import EngineSpec
@@ -35,13 +26,6 @@ def test_without_fixed_budgets_off_and_auto_remain() -> None:
     specs = comparison.specs(POLICIES[0])
     assert list(specs) == ["off", "auto"]
     assert {spec.most_drafts for spec in specs.values()} == {DEFAULT_MAX_NODES}
-
-
-def test_chain_has_one_node_per_depth() -> None:
-    graph = chain_graph(3)
-    assert graph.formulas == (((0, 0),), ((0, 0), (1, 0)), ((0, 0), (1, 0), (2, 0)))
-    assert graph.depths == (1, 2, 3)
-    assert graph.parents == ((0,), (1,), (2,))
 
 
 def test_engines_are_what_a_user_would_start() -> None:

@@ -15,7 +15,7 @@ from vllm_dllm import ops
 from vllm_dllm.attention import layout
 from vllm_dllm.attention.csrc import CsrcAttention
 from vllm_dllm.attention.interface import Heads
-from vllm_dllm.attention.layout import ForwardLayout, to_device
+from vllm_dllm.attention.layout import ForwardLayout, forward_layout
 from vllm_dllm.attention.plain import PlainAttention
 from vllm_dllm.self_test import attention, decoding, isolated
 from vllm_dllm.self_test.attention import AttentionShape, check_attention
@@ -74,7 +74,7 @@ def with_context(change: Callable[[Any], Any]) -> Callable[[ForwardLayout], Forw
     def changed(layout: ForwardLayout) -> ForwardLayout:
         host = layout.host
         context = change(host.context.copy())
-        return to_device(replace(host, context=context), layout.page_table, layout.page_size, heads_per_kv=2)
+        return forward_layout(replace(host, context=context), layout.page_table, layout.page_size, heads_per_kv=2)
 
     return changed
 
@@ -84,7 +84,7 @@ def with_causal(change: Callable[[Any], Any]) -> Callable[[ForwardLayout], Forwa
 
     def changed(layout: ForwardLayout) -> ForwardLayout:
         host = replace(layout.host, is_causal=change(layout.host.is_causal))
-        return to_device(host, layout.page_table, layout.page_size, heads_per_kv=2)
+        return forward_layout(host, layout.page_table, layout.page_size, heads_per_kv=2)
 
     return changed
 

@@ -26,11 +26,11 @@ def test_what_a_large_array_needed_is_given_back_when_its_slot_has_another() -> 
         table.put(2, values)
         table.copy()
         assert arrays(table) == [kept[0], kept[1], values, []]
-        assert table.num_bytes == NUM_SLOTS * max(3, len(values)) * 8
+        assert table._tensor.nbytes == NUM_SLOTS * max(3, len(values)) * 8
     for slot in kept:
         table.put(slot, [])
     table.copy()
-    assert (arrays(table), table.num_bytes) == ([[]] * NUM_SLOTS, 0)
+    assert (arrays(table), table._tensor.nbytes) == ([[]] * NUM_SLOTS, 0)
 
 
 def test_each_dimension_is_as_large_as_needed() -> None:
@@ -38,9 +38,9 @@ def test_each_dimension_is_as_large_as_needed() -> None:
     table.put(0, np.zeros((2, 7)))
     table.put(1, np.ones((5, 3)))
     table.copy()
-    assert table.num_bytes == NUM_SLOTS * 5 * 7 * 8
+    assert table._tensor.nbytes == NUM_SLOTS * 5 * 7 * 8
     table.put(0, np.zeros((1, 4)))
     table.put(1, np.zeros((0, 9)))
     table.copy()
-    assert (arrays(table), table.num_bytes) == ([[[0] * 4], [], [], []], NUM_SLOTS * 4 * 8)
+    assert (arrays(table), table._tensor.nbytes) == ([[[0] * 4], [], [], []], NUM_SLOTS * 4 * 8)
     assert table.has_any(torch.arange(NUM_SLOTS)).tolist() == [True, False, False, False]

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from vllm_dllm import ops
+from vllm_dllm.arrays import BoolArray, to_device
 from vllm_dllm.attention import varlen
 from vllm_dllm.attention.interface import Heads, Setting, Support
-from vllm_dllm.attention.layout import BoolArray, ForwardLayout
+from vllm_dllm.attention.layout import ForwardLayout
 from vllm_dllm.attention.tiles import num_multiprocessors, num_splits, query_tiles, workspace_bytes
 from vllm_dllm.attention.varlen import ContextFreeRun, VarlenAttention
 from vllm_dllm.errors import KernelUnavailable
@@ -69,7 +70,7 @@ class CsrcAttention:
 
     def _tiles_of_others(self, layout: ForwardLayout, is_free: BoolArray) -> Tensor:
         tiles = query_tiles(layout.host, self.heads.num_heads // self.heads.num_kv_heads)
-        return varlen.to_device(tiles[~is_free[tiles[:, 0]]], layout.tiles.device)
+        return to_device(tiles[~is_free[tiles[:, 0]]], layout.tiles.device)
 
 
 def check_layout(layout: ForwardLayout, *, num_pages: int, heads_per_kv: int) -> None:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_dllm.arrays import Int32Array, to_device
 from vllm_dllm.attention.groups import OwnNodes, context_groups, context_index, own_nodes
 from vllm_dllm.attention.interface import Heads, Setting, Support
-from vllm_dllm.attention.layout import ForwardLayout, Int32Array, pinned
+from vllm_dllm.attention.layout import ForwardLayout
 
 WORKSPACE_BYTES = 128 << 20
 """What FlashInfer recommends."""
@@ -95,7 +96,7 @@ class FlashInferAttention:
         return FlashInferPlan(self, parts, has_context=bool(groups.context_len.any()))
 
     def _own_part(self, nodes: OwnNodes, device: torch.device) -> "OwnPart":
-        rows = None if nodes.rows is None else pinned(nodes.rows, device).to(device, non_blocking=True)
+        rows = None if nodes.rows is None else to_device(nodes.rows, device)
         return OwnPart(self.own[nodes.is_causal], rows)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_dllm.attention.layout import ForwardLayout, HostLayout, Int32Array, PagedIndex, pinned
+from vllm_dllm.arrays import BoolArray, Int32Array, IntArray, to_device
+from vllm_dllm.attention.layout import ForwardLayout, HostLayout, PagedIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class ContextGroups:
     context: Int32Array  # [num_groups, 4], as in `HostLayout`
     context_len: Int32Array  # [num_groups]
 
-    def where(self, is_wanted: NDArray[np.bool_]) -> "ContextGroups":
+    def where(self, is_wanted: BoolArray) -> "ContextGroups":
         """Return the groups that a mask [num_groups] marks."""
         return ContextGroups(
             self.first_row[is_wanted],
@@ -31,7 +32,7 @@ class ContextGroups:
         )
 
     @property
-    def rows(self) -> NDArray[np.int64]:
+    def rows(self) -> IntArray:
         """The packed rows of all groups."""
         return ranges(self.first_row, self.num_rows)
 
@@ -54,7 +55,7 @@ class OwnNodes:
     """The nodes of a layout that have rows and see them alike, causally or not; on the host."""
 
     is_causal: bool
-    rows: NDArray[np.int64] | None  # packed rows, one node's after another's; None: those of all nodes, as they lie
+    rows: IntArray | None  # packed rows, one node's after another's; None: those of all nodes, as they lie
     num_rows: Int32Array  # [num_nodes of these]
 
 
@@ -75,7 +76,7 @@ def context_index(layout: ForwardLayout, groups: ContextGroups) -> PagedIndex:
     device = layout.page_table.device
     total = int(groups.context_len.sum())
     table = np.column_stack([groups.request, groups.context, groups.context_len]).astype(np.int64)
-    lengths = pinned(table, device).to(device, non_blocking=True)
+    lengths = to_device(table, device)
     first = lengths[:, 5].cumsum(0) - lengths[:, 5]
     group = torch.repeat_interleave(lengths[:, 5], output_size=total)
     request, begin0, end0, begin1 = lengths[group, :4].unbind(1)
@@ -85,8 +86,8 @@ def context_index(layout: ForwardLayout, groups: ContextGroups) -> PagedIndex:
     return PagedIndex(layout.page_table[request, position // layout.page_size].long(), position % layout.page_size)
 
 
-def ranges(first: NDArray[Any], length: NDArray[Any]) -> NDArray[np.int64]:
+def ranges(first: NDArray[Any], length: NDArray[Any]) -> IntArray:
     """Return the numbers from each `first` on, as many as `length` says, one range after another."""
     begin = np.cumsum(length, dtype=np.int64) - length
-    number: NDArray[np.int64] = np.arange(length.sum(), dtype=np.int64) + (first - begin).repeat(length)
+    number: IntArray = np.arange(length.sum(), dtype=np.int64) + (first - begin).repeat(length)
     return number

@@ -17,18 +17,13 @@ needs are never used.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_dllm.arrays import BoolArray, Int32Array, IntArray, to_device, write
 from vllm_dllm.attention.tiles import TILE_FIELDS, max_num_tiles, query_tiles
-
-IntArray = NDArray[np.int64]
-Int32Array = NDArray[np.int32]
-BoolArray = NDArray[np.bool_]
 
 _NO_TILES: Int32Array = np.zeros((0, TILE_FIELDS), dtype=np.int32)
 
@@ -162,7 +157,7 @@ def pad_layout(host: HostLayout, *, num_rows: int, num_requests: int, block_leng
     )
 
 
-def to_device(host: HostLayout, page_table: Tensor, page_size: int, heads_per_kv: int) -> ForwardLayout:
+def forward_layout(host: HostLayout, page_table: Tensor, page_size: int, heads_per_kv: int) -> ForwardLayout:
     """Copy a layout to the device of its page table, without waiting for the copy.
 
     Args:
@@ -174,7 +169,7 @@ def to_device(host: HostLayout, page_table: Tensor, page_size: int, heads_per_kv
     device = page_table.device
     has_tiles = takes_tiles(device)
     tiles = query_tiles(host, heads_per_kv) if has_tiles else _NO_TILES
-    packed = pinned(_pack(host, tiles), device).to(device, non_blocking=True)
+    packed = to_device(_pack(host, tiles), device)
     return _unpack(packed, host, len(tiles), page_table, page_size, host.span if has_tiles else 0)
 
 
@@ -222,9 +217,9 @@ class CapturedLayout:
         pages = self._page_table[:num_requests]
         pages[: len(page_table)] = page_table[:, : pages.shape[1]]
         tiles = self._tiles(padded, num_rows)
-        packed = pinned(_pack(padded, tiles), self._packed.device)
+        packed = _pack(padded, tiles)
         target = self._packed[: len(packed)]
-        target.copy_(packed, non_blocking=True)
+        write(packed, target)
         layout = _unpack(target, padded, len(tiles), pages, page_size, pages.shape[1] * page_size)
         return replace(layout, is_captured=True)
 
@@ -235,12 +230,6 @@ class CapturedLayout:
         most = max_num_tiles(num_rows, padded.num_requests, self._block_length, self._heads_per_kv)
         tiles = query_tiles(padded, self._heads_per_kv)
         return np.pad(tiles, ((0, most - len(tiles)), (0, 0)))
-
-
-def pinned(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Return a tensor from which a copy to a device, with `non_blocking`, does not wait."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def _pack(host: HostLayout, tiles: Int32Array) -> Int32Array:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vllm_dllm.arrays import Int32Array
+
 if TYPE_CHECKING:
-    from vllm_dllm.attention.layout import HostLayout, Int32Array
+    from vllm_dllm.attention.layout import HostLayout
 
 TILE_QUERIES = 64
 TILE_FIELDS = 8
@@ -22,7 +24,7 @@ CTAS_PER_MULTIPROCESSOR = 2
 H200_MULTIPROCESSORS = 132
 
 
-def query_tiles(host: "HostLayout", heads_per_kv: int, num_rows: int | None = None) -> "Int32Array":
+def query_tiles(host: "HostLayout", heads_per_kv: int, num_rows: int | None = None) -> Int32Array:
     """Cut a forward's queries into tiles, [num_tiles, 8], in the order of the rows.
 
     Args:

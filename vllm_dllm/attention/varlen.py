@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_dllm.arrays import BoolArray, IntArray, to_device
 from vllm_dllm.attention.interface import Heads, Setting, Support
-from vllm_dllm.attention.layout import BoolArray, ForwardLayout, HostLayout, IntArray, pinned
+from vllm_dllm.attention.layout import ForwardLayout, HostLayout
 from vllm_dllm.errors import KernelUnavailable
 
 SUPPORT = Support(
@@ -153,8 +153,3 @@ def context_free_runs(layout: ForwardLayout, is_free: BoolArray) -> tuple[Contex
 def offsets(length: IntArray, device: torch.device) -> Tensor:
     """Return running sums of lengths, [len(length) + 1] int32."""
     return to_device(np.concatenate([[0], np.cumsum(length)]).astype(np.int32), device)
-
-
-def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Copy an array without waiting for the copy."""
-    return pinned(array, device).to(device, non_blocking=True)

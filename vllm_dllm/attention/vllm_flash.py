@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_dllm.arrays import Int32Array, IntArray, to_device
 from vllm_dllm.attention.groups import ContextGroups, OwnNodes, context_groups, own_nodes, ranges
 from vllm_dllm.attention.interface import Heads, Setting, Support
-from vllm_dllm.attention.layout import ForwardLayout, IntArray, PagedIndex
-from vllm_dllm.attention.varlen import SUPPORT, VarlenAttention, offsets, to_device, unavailable
+from vllm_dllm.attention.layout import ForwardLayout, PagedIndex
+from vllm_dllm.attention.varlen import SUPPORT, VarlenAttention, offsets, unavailable
 
 
 class VllmFlashAttention:
@@ -119,7 +119,7 @@ class VllmFlashPlan:
         return own, lse
 
 
-def _whole_pages(context: NDArray[np.int32], page_size: int) -> IntArray:
+def _whole_pages(context: Int32Array, page_size: int) -> IntArray:
     """Return the parts of contexts that a page table can have: [num_groups, 4], begin and end of both, in positions.
 
     Each begins with a page; but for the last one, whose end may be anywhere, each ends with a page.
@@ -135,7 +135,7 @@ def _whole_pages(context: NDArray[np.int32], page_size: int) -> IntArray:
     return whole
 
 
-def _beside(context: NDArray[np.int32], whole: IntArray, page_size: int) -> tuple[IntArray, IntArray]:
+def _beside(context: Int32Array, whole: IntArray, page_size: int) -> tuple[IntArray, IntArray]:
     """Return the positions that the whole pages leave, one group's after another's, and how many each has."""
     parts = []
     for first in (0, 2):

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_dllm.arrays import Int32Array, to_device
 from vllm_dllm.attention.groups import ContextGroups, OwnNodes, context_groups, context_index, own_nodes
 from vllm_dllm.attention.interface import Heads, Setting, Support
-from vllm_dllm.attention.layout import ForwardLayout, Int32Array, PagedIndex, pinned
+from vllm_dllm.attention.layout import ForwardLayout, PagedIndex
 
 CHUNK_BYTES = 256 << 20
 """Bound of the K/V that are gathered at a time, as in `plain`."""
@@ -64,11 +65,11 @@ class XformersAttention:
         return XformersPlan(self, own, parts)
 
     def _part(self, layout: ForwardLayout, groups: ContextGroups) -> "ContextPart":
-        rows = pinned(groups.rows, self.device).to(self.device, non_blocking=True)
+        rows = to_device(groups.rows, self.device)
         return ContextPart(rows, context_index(layout, groups), self._bias(groups.num_rows, groups.context_len))
 
     def _own_part(self, nodes: OwnNodes) -> "OwnPart":
-        rows = None if nodes.rows is None else pinned(nodes.rows, self.device).to(self.device, non_blocking=True)
+        rows = None if nodes.rows is None else to_device(nodes.rows, self.device)
         return OwnPart(rows, self._bias(nodes.num_rows, nodes.num_rows, is_causal=nodes.is_causal))
 
     def _bias(self, num_rows: Int32Array, num_keys: Int32Array, *, is_causal: bool = False) -> object:

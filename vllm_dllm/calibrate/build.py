@@ -13,6 +13,7 @@ from vllm_dllm.calibrate.trace import PromptTrace
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.unmask.policy import SCHEDULED
 from vllm_dllm.unmask.schedule import UnmaskRules, count_table
 
 
@@ -27,7 +28,7 @@ class Prediction:
 
 def tokens_per_step(settings: DllmConfig, rules: UnmaskRules) -> int | None:
     """Return how many positions each step of the policy unmasks but a block's last, None when that varies."""
-    if settings.policy not in {"static", "random", "margin", "entropy", "sequential"}:
+    if settings.policy not in SCHEDULED:
         return None
     counts = count_table(rules, settings.block_length, settings.steps_per_block or settings.block_length)
     found = set(counts[: -counts[-1]]) or {counts[-1]}

@@ -72,6 +72,11 @@ class DraftGraph:
     expected: tuple[float, ...] | None = None
     tokens: TokenWeights | None = None
 
+    @classmethod
+    def chain(cls, num_nodes: int) -> "DraftGraph":
+        """Return the graph whose node of depth d adds the best d positions, with the most probable tokens."""
+        return cls(tuple(tuple((rank, 0) for rank in range(depth)) for depth in range(1, num_nodes + 1)))
+
     def __len__(self) -> int:
         """Return the number of nodes, the root not counted."""
         return len(self.formulas)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_dllm.state.kv import BoolArray, IntArray
+from vllm_dllm.arrays import BoolArray, IntArray
 
 if TYPE_CHECKING:
     from vllm_dllm.config import DllmConfig

@@ -28,7 +28,7 @@ from vllm_dllm.engine.generation_defaults import SAMPLING_NAMES, family_defaults
 from vllm_dllm.engine.patches import become
 from vllm_dllm.models.interface import ModelFamily, family_of
 from vllm_dllm.names import AttentionName
-from vllm_dllm.spiffy_config import METHOD, SpiffySettings, spiffy_settings
+from vllm_dllm.spiffy_config import METHOD, Exactness, SpiffySettings, spiffy_settings
 from vllm_dllm.unmask.registry import load_user_policies
 from vllm_dllm.unmask.schedule import UnmaskRules, unmask_rules
 
@@ -191,6 +191,14 @@ def rules_of(vllm_config: VllmConfig) -> UnmaskRules:
 def spiffy_of(vllm_config: VllmConfig) -> SpiffySettings | None:
     """Return what `spiffy_arguments.take_spiffy` put into `additional_config`, parsed; None without speculation."""
     return _parsed(vllm_config).spiffy
+
+
+def exactness_of(vllm_config: VllmConfig) -> Exactness | None:
+    """Return how exact the tokens of drafts are, Spiffy's or self-speculation's; None: nobody drafts."""
+    if settings_of(vllm_config).mode == "self_speculation":
+        return "exact"
+    spiffy = spiffy_of(vllm_config)
+    return None if spiffy is None else spiffy.exactness
 
 
 def make_drafter(vllm_config: VllmConfig) -> Drafter | None:

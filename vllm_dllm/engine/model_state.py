@@ -14,7 +14,6 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.tasks import GenerationTask
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
@@ -22,6 +21,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_dllm.arrays import IntArray, to_device
 from vllm_dllm.attention.layout import empty_layout
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.engine.configs import make_drafter, rules_of, served_family, settings_of, spiffy_of
@@ -38,7 +38,7 @@ from vllm_dllm.engine.structured import answer_of
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.delayed import DelayedRows
 from vllm_dllm.state.draws import choose_draws
-from vllm_dllm.state.kv import IntArray, KvStep
+from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.settle import Emission, Ledger, choose_settle
 from vllm_dllm.state.step_rows import RowInputs, Sequences, choose_rows
 from vllm_dllm.state.windows import make_schedule
@@ -258,12 +258,12 @@ class DllmModelState(ModelState):
         if kv is None:
             kv = self._decide_kv(batch, num_computed_tokens, num_reqs)
         block_start_np = self.kv_schedule.block_start(kv.num_known)
-        num_known, start, num_counted = self._to_device(np.stack([kv.num_known, block_start_np, counted_np]))
+        num_known, start, num_counted = to_device(np.stack([kv.num_known, block_start_np, counted_np]), self.device)
         blocks = Blocks(slots, slots_np, start)
         seq_len_np = self.state.seq_end_np(slots_np, block_start_np)
         plan = self._plan(batch, kv, block_start_np, seq_len_np, counted_np)
         if kv.is_new.any():
-            self._begin_rows(blocks, num_known, self._to_device(np.flatnonzero(kv.is_new)))
+            self._begin_rows(blocks, num_known, to_device(np.flatnonzero(kv.is_new), self.device))
         self.state.pins.begin(self.state.canvas, slots_np, block_start_np)
         missing = self._cut(blocks, block_start_np, seq_len_np) if kv.is_short.any() else None
         special = rows_to_device(plan, self.device, logit_shift=self._family.logit_shift)
@@ -273,7 +273,7 @@ class DllmModelState(ModelState):
         planned = None if special is None else special.planned
         ledger = Ledger(batch.num_reqs, num_known, num_counted, planned, missing=missing)
         if kv.stores_alone.any():
-            ledger = replace(ledger, begun=self._to_device(kv.stores_alone.astype(np.int64)))
+            ledger = replace(ledger, begun=to_device(kv.stores_alone.astype(np.int64), self.device))
         may_be_void = self.order is not None and self.order.may_be_void
         return Step(batch, plan, blocks, ledger, special, nodes, may_be_void=may_be_void)
 
@@ -306,7 +306,7 @@ class DllmModelState(ModelState):
 
     def _cut(self, blocks: Blocks, block_start: IntArray, seq_len: IntArray) -> Tensor:
         """Cut blocks that end with their rows; returns how many positions each has fewer, [num_reqs] int64."""
-        missing = self._to_device((block_start + self.block_length - seq_len).clip(0))
+        missing = to_device((block_start + self.block_length - seq_len).clip(0), self.device)
         self.state.canvas[blocks.slots] = self.state.filled(self.state.canvas[blocks.slots], missing)
         return missing
 
@@ -344,6 +344,3 @@ class DllmModelState(ModelState):
     def _all_token_ids(self) -> Tensor:
         token_ids: Tensor = self._request_states.all_token_ids.gpu
         return token_ids
-
-    def _to_device(self, array: IntArray) -> Tensor:
-        return async_tensor_h2d(array, device=self.device)

@@ -5,16 +5,16 @@ A front end reads what was sent, with its tokenizer, and sends token ids in `ext
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
 
-from vllm_dllm.attention.layout import pinned
+from vllm_dllm.arrays import IntArray, to_device
 from vllm_dllm.engine.configs import served_family, settings_of
 from vllm_dllm.engine.plan import Role, StepPlan
-from vllm_dllm.engine.refusals import RequestError, check_length, not_allowed, request_options
+from vllm_dllm.engine.refusals import RequestError, check_length, not_allowed, request_options, reserved
 from vllm_dllm.state.pins import OPEN, Pins, PinState
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def put_pins_in(processor: "InputProcessor", params: SamplingParams, *, follows:
     """
     args = dict(params.extra_args or {})
     if SENT in args:
-        raise RequestError(
-            f"{SENT} is set, which the front end sets itself; allowed is none; remove it", parameter=SENT
-        )
+        raise reserved(SENT)
     follows = bool(args.pop(FOLLOWS, False)) or follows
     options = request_options(params)
     if options.canvas is None and options.suffix is None:
@@ -225,7 +223,7 @@ def check_fits(params: SamplingParams, num_positions: int, prompt_len: int, max_
         )
 
 
-def write_pinned_rows(input_ids: Tensor, plan: StepPlan, pins: PinState, slots: "np.ndarray[Any, Any]") -> None:
+def write_pinned_rows(input_ids: Tensor, plan: StepPlan, pins: PinState, slots: IntArray) -> None:
     """Put pins of the blocks behind into the rows of refreshes, where blocks that are not begun are masked.
 
     Args:
@@ -244,5 +242,5 @@ def write_pinned_rows(input_ids: Tensor, plan: StepPlan, pins: PinState, slots: 
             tokens.append(given[place])
     if rows and sum(map(len, rows)):
         packed = np.stack([np.concatenate(rows), np.concatenate(tokens)])
-        index, given_tokens = pinned(packed, input_ids.device).to(input_ids.device, non_blocking=True)
+        index, given_tokens = to_device(packed, input_ids.device)
         input_ids[index] = given_tokens.to(input_ids.dtype)

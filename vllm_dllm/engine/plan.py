@@ -30,10 +30,11 @@ from enum import IntEnum
 
 import numpy as np
 
+from vllm_dllm.arrays import BoolArray, IntArray
 from vllm_dllm.attention.layout import HostLayout, host_layout
 from vllm_dllm.draft.look_ahead import NUM_NODES, looking_ahead
-from vllm_dllm.names import KvPolicyName
-from vllm_dllm.state.kv import BoolArray, IntArray, KvStep
+from vllm_dllm.names import BIDIRECTIONAL, KvPolicyName
+from vllm_dllm.state.kv import KvStep
 
 
 class Role(IntEnum):
@@ -274,7 +275,7 @@ def plan_step(  # noqa: PLR0913 - what decides a step
         look_ahead_from, is_next_open: as of `looking_ahead`.
         prompt_len: as in `StepPlan`.
     """
-    num_reqs, is_causal = len(block_start), kv_policy in ("block_causal", "causal")
+    num_reqs, is_causal = len(block_start), kv_policy not in BIDIRECTIONAL
     num_drafts = np.where(kv.is_undrafted, 0, num_drafts)
     looks_ahead = looking_ahead(num_drafts, look_ahead_from, is_next_open)
     num_drafts = num_drafts - NUM_NODES * looks_ahead

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vllm_dllm.arrays import IntArray
 from vllm_dllm.engine.plan import STORES, Role, StepPlan
-from vllm_dllm.state.kv import IntArray, KvStep
+from vllm_dllm.state.kv import KvStep
 
 
 def plan_windows(

@@ -276,6 +276,11 @@ def not_allowed(name: str, value: object, allowed: str) -> RequestError:
     )
 
 
+def reserved(key: str) -> RequestError:
+    """Return the error for a key of `extra_args` that nobody but a front end may set."""
+    return RequestError(f"{key} is set, which the front end sets itself; allowed is none; remove it", parameter=key)
+
+
 def check_length(name: str, given: str | Sequence[object], longest: int) -> None:
     """Check that a text or a list of token ids can fit, before anything is made of it: a text by its characters.
 

@@ -11,7 +11,7 @@ starts.
 
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_dllm.draft.budget import CostCurve
-from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.errors import INSTALL_SUPPORTED, UnsupportedVllmError
 from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.report import REPORT_LEN, Column
 
@@ -67,7 +67,7 @@ class StepOrder:
 
 @dataclass(slots=True)
 class RequestReport:
-    """What the worker did for a request in a step.
+    """What the worker did for a request in a step; first what `state.report.Column` counts, in its order.
 
     Attributes:
         faults: what is wrong with its canvas (`worker_check.Fault`), where that is checked; a policy that failed.
@@ -88,6 +88,7 @@ class RequestReport:
     commits: int
     left: int
     faults: int
+    _: KW_ONLY
     proposed: list[int]
     canvas: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -100,11 +101,10 @@ class RequestReport:
         """
         middle = REPORT_LEN + canvas_length
         end = middle + canvas_length
+        counts, proposed, canvas = row[: Column.PROPOSED], row[Column.PROPOSED : REPORT_LEN], row[REPORT_LEN:middle]
+        logprobs = np.array(row[middle:end], np.int32).view(np.float32).tolist() if canvas_length else []
         pages = row[end + 1 : end + 1 + row[end]] if len(row) > end else None
-        counts = {column.name.lower(): row[column] for column in Column if column != Column.PROPOSED}
-        logprobs = np.array(row[middle:end], np.int32).view(np.float32).tolist()
-        proposed, canvas = row[Column.PROPOSED : REPORT_LEN], row[REPORT_LEN:middle]
-        return cls(**counts, proposed=proposed, canvas=canvas, logprobs=logprobs, pages=pages)
+        return cls(*counts, proposed=proposed, canvas=canvas, logprobs=logprobs, pages=pages)
 
 
 @dataclass(slots=True)
@@ -134,11 +134,10 @@ def take_report(output: ModelRunnerOutput, canvas_length: int = 0) -> StepReport
         requests = {req_id: RequestReport.of_row(row, canvas_length) for req_id, row in rows.items()}
         return StepReport(requests, costs and _read_curve(costs))
     except (AttributeError, TypeError, IndexError) as error:
-        raise UnsupportedVllmError(f"{_WAY} changed a step's report ({error}); {_ALLOWED}") from error
+        raise UnsupportedVllmError(f"{_WAY} changed a step's report ({error}); {INSTALL_SUPPORTED}") from error
 
 
 _WAY = "The way of auxiliary outputs in the installed vLLM"
-_ALLOWED = "install vLLM 0.32 or 0.33"
 
 
 class PendingReport:
@@ -195,7 +194,9 @@ class ReportConnector:
     def begin_step(self, metadata: Any) -> None:
         """Called at the begin of each step. Raises: UnsupportedVllmError where our scheduler's order did not arrive."""
         if not isinstance(metadata, StepOrder):
-            raise UnsupportedVllmError(f"{_WAY} brought {metadata!r} with a step, and no order of ours; {_ALLOWED}")
+            raise UnsupportedVllmError(
+                f"{_WAY} brought {metadata!r} with a step, and no order of ours; {INSTALL_SUPPORTED}"
+            )
         self._steps.take_order(metadata)
 
     def prepare_output(self, input_batch: InputBatch) -> PendingReport:
@@ -228,10 +229,10 @@ def check_way(main_stream: Any, copy_stream: Any, device: torch.device) -> None:
             pending_aux_output=PendingReport(["a", "b"], pattern.to(device), costs),
         ).get_output()
     except (TypeError, AttributeError) as error:
-        raise UnsupportedVllmError(f"{_WAY} is another than vllm-dllm knows ({error}); {_ALLOWED}") from error
+        raise UnsupportedVllmError(f"{_WAY} is another than vllm-dllm knows ({error}); {INSTALL_SUPPORTED}") from error
     received = take_report(pickle.loads(pickle.dumps(output)))
     if received != expected:
-        raise UnsupportedVllmError(f"{_WAY} delivered {received} for {expected}; {_ALLOWED}")
+        raise UnsupportedVllmError(f"{_WAY} delivered {received} for {expected}; {INSTALL_SUPPORTED}")
 
 
 def _read_curve(rows: Any) -> CostCurve:

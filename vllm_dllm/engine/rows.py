@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from vllm.logger import init_logger
@@ -18,18 +19,11 @@ logger = init_logger("vllm.dllm")
 
 def most_drafts(request: Request) -> int:
     """Return how many drafts a request lets a step evaluate for it."""
-    args = (request.sampling_params and request.sampling_params.extra_args) or {}
+    args = _extra_args(request)
     if args.get("dllm_speculation") is not None:  # false, which vLLM's server makes 0
         return 0
     budget = args.get("dllm_budget")
     return sys.maxsize if budget is None else int(budget)
-
-
-def horizon_of(request: Request, settings: DllmConfig) -> int | None:
-    """Return how many blocks a request's sequence has from the one under way on; None: all of its reply's."""
-    args = (request.sampling_params and request.sampling_params.extra_args) or {}
-    own = args.get("dllm_horizon")
-    return settings.horizon if own is None else int(own)
 
 
 class StepRows:
@@ -124,13 +118,17 @@ class StepRows:
         """Return how many sequences a request is evaluated as: with guidance it has a twin."""
         if self.settings.cfg_scale is None:
             return 1
-        scale = ((request.sampling_params and request.sampling_params.extra_args) or {}).get("dllm_cfg_scale")
+        scale = _extra_args(request).get("dllm_cfg_scale")
         return 1 + bool(self.settings.cfg_scale if scale is None else scale)
 
     @property
     def longest(self) -> int:
         """Rows that the first step of a request may need."""
         return self.max_model_len * (1 + (self.settings.cfg_scale is not None))
+
+    def for_drafts(self, *, is_waiting: bool) -> int:
+        """Return how many rows are left, beside the longest prompt if any waits; below 0 where that has no room."""
+        return self.free - self.longest * is_waiting
 
     def num_first(self, request: Request) -> int:
         """Positions of a request's first block; with self-speculation that is a window of one, its last token."""
@@ -154,8 +152,8 @@ class StepRows:
 
     def seq_end(self, request: Request) -> int:
         """Return where a request's sequence ends in the steps of its block: with its row, or a horizon before that."""
-        horizon = horizon_of(request, self.settings)
-        end = self.row_end(request)
+        own, end = _extra_args(request).get("dllm_horizon"), self.row_end(request)
+        horizon = self.settings.horizon if own is None else int(own)
         return end if horizon is None else min(end, request.num_tokens + horizon * self.block_length)
 
     def row_end(self, request: Request) -> int:
@@ -176,6 +174,10 @@ class StepRows:
         """Forget a preempted or freed request."""
         self.kv.forget(request.request_id)
         self._row_ends.pop(request.request_id, None)
+
+
+def _extra_args(request: Request) -> Mapping[str, Any]:
+    return (request.sampling_params and request.sampling_params.extra_args) or {}
 
 
 def leave_out(request: Request, current_step: int) -> None:

@@ -19,7 +19,7 @@ from vllm_dllm.draft.acceptance import RequestAcceptance
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.engine import stats_way
 from vllm_dllm.engine.canvas_stream import show_canvases, watched
-from vllm_dllm.engine.configs import make_drafter, served_family, settings_of, spiffy_of
+from vllm_dllm.engine.configs import exactness_of, make_drafter, served_family, settings_of, spiffy_of
 from vllm_dllm.engine.failed import end_failed
 from vllm_dllm.engine.kv_memory import fit_max_model_len
 from vllm_dllm.engine.pages import DllmPages
@@ -29,7 +29,7 @@ from vllm_dllm.engine.rows import StepRows, leave_out, most_drafts
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.telemetry import RequestTotals, StepStats
 from vllm_dllm.engine.worker_check import CheckLevel, check_level
-from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.errors import INSTALL_SUPPORTED, UnsupportedVllmError
 from vllm_dllm.state.kv import KvStep
 
 
@@ -61,12 +61,12 @@ class DllmScheduler(Scheduler):
         has_graphs = compilation.cudagraph_mode != CUDAGraphMode.NONE
         self._largest_graph = (compilation.max_cudagraph_capture_size or 0) if has_graphs else 0
         self.pages = DllmPages.take_over(self.kv_cache_manager, self._paged_end, self._admits)
-        self._spiffy = spiffy_of(self.vllm_config)
+        self._exactness = exactness_of(self.vllm_config)
         self._level = check_level()
         self._check = StateCheck(self.rows, self.pages) if self._level else None
         stats_way.check_way()
-        drafter, fixed = make_drafter(self.vllm_config), self._spiffy.budget if self._spiffy else None
-        self.rule = BudgetRule(drafter.prior(), self.block_length, fixed) if drafter else None
+        drafter, spiffy = make_drafter(self.vllm_config), spiffy_of(self.vllm_config)
+        self.rule = BudgetRule(drafter.prior(), self.block_length, spiffy.budget) if drafter and spiffy else None
         self.acceptance = RequestAcceptance()
         self._totals: defaultdict[str, RequestTotals] = defaultdict(RequestTotals)
         self._stats: StepStats | None = None
@@ -100,7 +100,7 @@ class DllmScheduler(Scheduler):
         for of_client in outputs.values():
             for output in of_client.outputs:
                 if output.request_id in self._totals:  # else it finished, see _free_request
-                    output.kv_transfer_params = self._as_output(self._totals[output.request_id])
+                    output.kv_transfer_params = self._totals[output.request_id].as_output(self._exactness)
         self._updated_at_s = updated_at_s if self.running else None
         self._host_ms = None
         if self._check:
@@ -114,7 +114,7 @@ class DllmScheduler(Scheduler):
             if output.scheduled_spec_decode_tokens:
                 raise UnsupportedVllmError(
                     "A step came back without its report: the installed vLLM's runner does not ask its connector for "
-                    "auxiliary outputs for one; install vLLM 0.32 or 0.33"
+                    f"auxiliary outputs for one; {INSTALL_SUPPORTED}"
                 )
             return {}
         if report.costs is not None and self.rule is not None:
@@ -172,7 +172,8 @@ class DllmScheduler(Scheduler):
         denoising = self._denoising()
         needed = zip(denoising, *self._needed_rows(denoising), strict=True)
         longest = self.block_length * (1 + self.is_causal)  # with its commit; beside all blocks any refresh has room
-        drafting, canvas_rows, num_begins, num_single = [], {}, 0, 0
+        drafting: list[tuple[Request, int]] = []  # with the rows of a canvas
+        num_begins = num_others = 0
         for request, num_rows, is_undrafted, num_span_rows in sorted(needed, key=lambda each: each[1] > longest):
             request.spec_token_ids = self._placeholders[: self.block_length]
             if not self.rows.give(request, num_rows):
@@ -180,24 +181,35 @@ class DllmScheduler(Scheduler):
                 self._num_held += 1
             elif is_undrafted:
                 num_begins += self.is_causal and num_rows > self.block_length
-                num_single += self.is_causal and num_rows == self.block_length
+                num_others += self.is_causal and num_rows == self.block_length
+            elif most_drafts(request):
+                drafting.append((request, num_span_rows))
             else:
-                drafting.append(request)
-                canvas_rows[request.request_id] = num_span_rows
-        num_denoising, drafting = len(drafting), [request for request in drafting if most_drafts(request)]
-        if self.rule is not None and drafting:
-            pays = self.acceptance.pay([request.request_id for request in drafting], self.rule.break_even)
-            worth = list(compress(drafting, pays))
-            reserved = self.rows.longest if self.waiting else 0
-            num_rows = sum(canvas_rows[request.request_id] for request in worth)
-            limit = (self.rows.free - reserved) // num_rows
-            num_without = num_denoising - len(worth) + num_single
-            budget = self.rule.choose(len(worth), max(0, limit), num_begins, num_without, num_rows)
-            for request in worth:
-                most = self.rows.drafts_within(request, min(budget, most_drafts(request)))
-                num_rows = self._canvases_of_drafts(most) * canvas_rows[request.request_id]
-                if most > 0 and self.rows.give(request, num_rows):
-                    request.spec_token_ids = self._placeholders[: self.block_length + most]
+                num_others += 1
+        worth, budget = self._choose_budget(drafting, num_others, num_begins)
+        for request, num_span_rows in worth:
+            most = self.rows.drafts_within(request, min(budget, most_drafts(request)))
+            if most > 0 and self.rows.give(request, self._canvases_of_drafts(most) * num_span_rows):
+                request.spec_token_ids = self._placeholders[: self.block_length + most]
+
+    def _choose_budget(
+        self, drafting: list[tuple[Request, int]], num_others: int, num_begins: int = 0
+    ) -> tuple[list[tuple[Request, int]], int]:
+        """Return whose drafts are worth their rows, and how many the step evaluates for each of them.
+
+        Args:
+            drafting: who may have drafts, with the rows of a canvas.
+            num_others: requests besides, of one canvas each.
+            num_begins: others, of two.
+        """
+        if self.rule is None or not drafting:
+            return [], 0
+        pays = self.acceptance.pay([request.request_id for request, _ in drafting], self.rule.break_even)
+        worth = list(compress(drafting, pays))
+        num_rows = sum(canvas_rows for _, canvas_rows in worth)
+        limit = max(0, self.rows.for_drafts(is_waiting=bool(self.waiting)) // num_rows)
+        num_without = num_others + len(drafting) - len(worth)
+        return worth, self.rule.choose(len(worth), limit, num_begins, num_without, num_rows)
 
     def _denoising(self) -> list[Request]:
         """Return the running requests that take a denoising step."""
@@ -318,11 +330,8 @@ class DllmScheduler(Scheduler):
             self._check.free(request.request_id)
         totals = self._totals.pop(request.request_id, None)
         if totals is not None:
-            kv_transfer_params = self._as_output(totals)
+            kv_transfer_params = totals.as_output(self._exactness)
         return kv_transfer_params, ec_transfer_params
-
-    def _as_output(self, totals: RequestTotals) -> dict[str, Any]:
-        return totals.as_output(self._spiffy.exactness if self._spiffy else None)
 
     def _admits(self, request: Request, num_hit: int) -> bool:
         """Tell whether a request may take the step: a running one has its rows, a new one needs those of its first."""

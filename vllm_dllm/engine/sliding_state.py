@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_dllm.arrays import IntArray, to_device
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.draft.windows import WindowDrafter, with_order
 from vllm_dllm.engine.model_state import DllmModelState
@@ -16,12 +17,10 @@ from vllm_dllm.engine.plan_windows import plan_windows
 from vllm_dllm.engine.step import Step
 from vllm_dllm.ops.vocab_stats import PartialStats, RowIds
 from vllm_dllm.state.canvas import Blocks
-from vllm_dllm.state.draws import choose_draws
-from vllm_dllm.state.kv import IntArray, KvStep
+from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.settle import Emission
 from vllm_dllm.state.sliding import penalised_entropy, physical_order, reorder, slide, unmasked_in_windows
-from vllm_dllm.unmask.stats import Candidates, candidates_of
-from vllm_dllm.unmask.walk import Nodes
+from vllm_dllm.unmask.stats import candidates_of
 from vllm_dllm.unmask.windows import OwnWindows, walk_windows
 
 
@@ -30,7 +29,6 @@ class SlidingModelState(DllmModelState):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._draw = choose_draws(self.device)
         self._resumed: dict[int, list[int]] = {}  # windows of requests that come back, by slot
 
     @property
@@ -42,8 +40,8 @@ class SlidingModelState(DllmModelState):
 
     def decide(self, step: Step, hidden: Tensor) -> Emission:
         """Unmask some of each window, as far as drafts came true of the next ones too, and slide them."""
-        nodes, slots = step.nodes, step.blocks.slots
-        own = self._own(step.blocks, nodes)
+        nodes, slots, own = step.nodes, step.blocks.slots, step.windows
+        assert own is not None, "of each step that anybody takes"
         stats, penalised, chosen = self._choose(step, own, hidden)
         after = own.unmasked(chosen, stats.token_ids.view_as(own.canvas))
         position = step.blocks.start[own.request, None] + torch.arange(after.shape[1], device=after.device)
@@ -52,11 +50,10 @@ class SlidingModelState(DllmModelState):
         canvas, emission = slide(nodes, walked, step.blocks.start, step.ledger, self.state.mask_token_id)
         self.state.canvas[slots] = canvas[:, : self.block_length]
         if self.drafter is not None:
-            last, found = own.index(nodes, walked.node), candidates_of(stats)
-            of_tokens = (*own.canvas.shape, MAX_CANDIDATES)
-            its = Candidates(found.token_ids.view(of_tokens)[last], found.log_probs.view(of_tokens)[last])
+            last = own.index(nodes, walked.node)
+            candidates = candidates_of(stats).view(*own.canvas.shape).of(last)
             left = penalised.masked_fill(chosen, torch.inf)[last]
-            self.drafter.observe(slots, left, its, emission.num_sampled[: len(slots)] - own.front[last])
+            self.drafter.observe(slots, left, candidates, emission.num_sampled[: len(slots)] - own.front[last])
         return emission
 
     def _choose(self, step: Step, own: OwnWindows, hidden: Tensor) -> tuple[PartialStats, Tensor, Tensor]:
@@ -74,7 +71,7 @@ class SlidingModelState(DllmModelState):
         slots_np = step.blocks.slots_np[step.plan.request[step.plan.decides]]
         blocks, windows = Blocks(step.blocks.slots[own.request], slots_np, begin + own.front), own.nodes()
         edits, keep = state.row_edits(blocks, windows, (begin, own.state))
-        sampling = self._draw(state, blocks, windows) if state.is_sampled(slots_np) else None
+        sampling = self.denoiser.draw(state, blocks, windows) if state.is_sampled(slots_np) else None
         ids = None if edits is None else RowIds(edits=edits)
         stats = self.denoiser.head(hidden, sampling, 1 if self.drafter is None else MAX_CANDIDATES, ids)
         entropy = stats.distribution(torch.ones_like(stats.rest)).entropy.view_as(own.canvas)
@@ -91,10 +88,6 @@ class SlidingModelState(DllmModelState):
             return super().shown(slots)
         return with_order(self.state.canvas[slots], self.drafter.turns(slots), self.state.mask_token_id)
 
-    def _own(self, blocks: Blocks, nodes: Nodes) -> OwnWindows:
-        room = self.state.seq_len[blocks.slots] - blocks.start
-        return OwnWindows.of(nodes, room, self.block_length, self.state.mask_token_id)
-
     def _begin_step(self, batch: InputBatch, num_computed_tokens: Tensor) -> Step:
         """Plan the step, put the rows of its states into their order, and take those of their windows to the head."""
         resumed = {} if self.order is None else self.order.canvases
@@ -103,11 +96,13 @@ class SlidingModelState(DllmModelState):
         step = super()._begin_step(batch, num_computed_tokens)
         if step.special is None or step.nodes.evaluated is None:  # nobody takes it
             return step
-        plan, own = step.plan, self._own(step.blocks, step.nodes)
-        length = self._to_device((plan.end - plan.begin)[plan.decides])
+        room = self.state.seq_len[step.blocks.slots] - step.blocks.start
+        own = OwnWindows.of(step.nodes, room, self.block_length, self.state.mask_token_id)
+        plan = step.plan
+        length = to_device((plan.end - plan.begin)[plan.decides], self.device)
         order = physical_order(own.state, length, self.state.mask_token_id)
         rows, head = reorder(step.special.rows, step.special.head, order, step.nodes.evaluated)
-        return replace(step, special=replace(step.special, rows=rows, head=head.gather(1, own.place)))
+        return replace(step, special=replace(step.special, rows=rows, head=head.gather(1, own.place)), windows=own)
 
     def _begin_rows(self, blocks: Blocks, num_known: Tensor, index: Tensor) -> None:
         """Begin the first windows of requests; those of requests that were preempted are what they were."""
@@ -115,7 +110,7 @@ class SlidingModelState(DllmModelState):
         if self._resumed:
             windows = np.array([*self._resumed.values()], dtype=np.int64)
             windows = np.where(windows < 0, self.state.mask_token_id, windows)
-            self.state.canvas[self._to_device(np.array([*self._resumed]))] = self._to_device(windows)
+            self.state.canvas[to_device(np.array([*self._resumed]), self.device)] = to_device(windows, self.device)
 
     def _plan(
         self, batch: InputBatch, kv: KvStep, block_start: IntArray, seq_len: IntArray, counted: IntArray

@@ -11,7 +11,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from vllm_dllm.engine import stats_way
-from vllm_dllm.engine.configs import is_ours, settings_of, spiffy_of
+from vllm_dllm.engine.configs import exactness_of, is_ours, settings_of
 from vllm_dllm.engine.patches import wrap
 from vllm_dllm.engine.telemetry import StepStats
 
@@ -42,10 +42,10 @@ class DllmStatLogger(AggregateStatLoggerBase):
     """
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int], *, is_logging: bool = True) -> None:
-        spiffy = spiffy_of(vllm_config)
         self._is_logging = is_logging
+        exactness = exactness_of(vllm_config)
         is_self_speculative = settings_of(vllm_config).mode == "self_speculation"
-        self._drafting = "Self-speculation" if is_self_speculative else "Spiffy" if spiffy else None
+        self._drafting = None if exactness is None else "Self-speculation" if is_self_speculative else "Spiffy"
         self._interval = StepStats()
         labels = {index: [vllm_config.model_config.served_model_name, str(index)] for index in engine_indexes}
         histogram = Histogram(
@@ -62,8 +62,7 @@ class DllmStatLogger(AggregateStatLoggerBase):
         }
         self._draft_counters: dict[str, Counter] = {}
         self._draft_children: dict[tuple[str, int, int], Counter] = {}  # those with labels, whose making takes time
-        if self._drafting:
-            exactness = spiffy.exactness if spiffy else "exact"
+        if exactness is not None:
             self._draft_counters = {
                 name: Counter(f"vllm:dllm_{name}", text, [*LABELS, "exactness", label])
                 for name, (label, text) in DRAFT_COUNTERS.items()

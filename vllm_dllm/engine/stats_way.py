@@ -13,14 +13,13 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingStats
 
 from vllm_dllm.engine.telemetry import NUM_NUMBERS, RequestTotals, StepStats
-from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.errors import INSTALL_SUPPORTED, UnsupportedVllmError
 from vllm_dllm.state.report import MAX_DEPTH
 
 MARK = -1_819_045_988
 """Comes first: no count of vLLM's is negative."""
 
 _WAY = "The way of the scheduler's statistics in the installed vLLM"
-_ALLOWED = "install vLLM 0.32 or 0.33"
 
 
 def put(step: StepStats, into: SpecDecodingStats) -> None:
@@ -38,7 +37,7 @@ def take(stats: SchedulerStats | None) -> StepStats | None:
     if not numbers:
         return None
     if numbers[0] != MARK or len(numbers) != 1 + NUM_NUMBERS:
-        raise UnsupportedVllmError(f"{_WAY} changed a step's numbers to {numbers}; {_ALLOWED}")
+        raise UnsupportedVllmError(f"{_WAY} changed a step's numbers to {numbers}; {INSTALL_SUPPORTED}")
     return StepStats.of_numbers(numbers[1:])
 
 
@@ -62,6 +61,6 @@ def check_way() -> None:
         own.observe(received.scheduler_stats.spec_decoding_stats)
         own.log(lambda *args: None)
     except (AttributeError, TypeError, LookupError, ValueError) as error:
-        raise UnsupportedVllmError(f"{_WAY} is another than vllm-dllm knows ({error}); {_ALLOWED}") from error
+        raise UnsupportedVllmError(f"{_WAY} is another than vllm-dllm knows ({error}); {INSTALL_SUPPORTED}") from error
     if arrived != (step, took):
-        raise UnsupportedVllmError(f"{_WAY} delivered {arrived} for {(step, took)}; {_ALLOWED}")
+        raise UnsupportedVllmError(f"{_WAY} delivered {arrived} for {(step, took)}; {INSTALL_SUPPORTED}")

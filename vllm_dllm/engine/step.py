@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dllm.attention.layout import PagedIndex, pinned
+from vllm_dllm.arrays import to_device
+from vllm_dllm.attention.layout import PagedIndex
 from vllm_dllm.engine.plan import Role, StepPlan
 from vllm_dllm.state.canvas import Blocks
 from vllm_dllm.state.settle import Ledger
 from vllm_dllm.state.step_rows import RowPlan
 from vllm_dllm.unmask.walk import Nodes
+from vllm_dllm.unmask.windows import OwnWindows
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -44,6 +46,7 @@ class Step:
     nodes: Nodes  # the canvases
     store: PagedIndex | None = None  # where each row's K/V go, once the rows are made; None: nowhere
     may_be_void: bool = False  # as in `engine.report.StepOrder`
+    windows: OwnWindows | None = None  # of the canvases, where those are windows that slide
 
     def head_rows(self, *, logit_shift: bool) -> Tensor | slice:
         """Return the rows of the forward that go to the LM head, those of a node together, behind all those of twins.
@@ -84,7 +87,6 @@ def rows_to_device(plan: StepPlan, device: torch.device, *, logit_shift: bool = 
         rows.twin_head,
         rows.twin_of,
     )
-    flat = np.concatenate([array.ravel() for array in arrays], dtype=np.int64)
-    packed = pinned(flat, device).to(device, non_blocking=True)
+    packed = to_device(np.concatenate([array.ravel() for array in arrays], dtype=np.int64), device)
     parts = [part.view(array.shape) for part, array in zip(packed.split([a.size for a in arrays]), arrays, strict=True)]
     return Special(RowPlan(*parts[:4]), *parts[4:])

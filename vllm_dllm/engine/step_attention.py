@@ -15,8 +15,8 @@ from vllm_dllm.attention.layout import (
     HostLayout,
     PagedIndex,
     denoise_layout,
+    forward_layout,
     lone_layout,
-    to_device,
 )
 from vllm_dllm.engine.attention import ForwardAttention, implementation_of
 from vllm_dllm.engine.worker_check import CheckLevel, check_level
@@ -79,7 +79,7 @@ class StepAttention:
             page_table: [num_requests, max_pages] int32.
             store: [num_rows], where the rows' K/V go; None: nowhere.
         """
-        layout = to_device(host, page_table, self.page_size, self.heads_per_kv)
+        layout = forward_layout(host, page_table, self.page_size, self.heads_per_kv)
         return dict.fromkeys(self.layer_names, ForwardAttention(self._plan(layout), store))
 
     def _plan(self, layout: ForwardLayout) -> Plan:

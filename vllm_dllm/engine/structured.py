@@ -27,7 +27,7 @@ from vllm_dllm.constraint.schema import escape, schema_regex
 from vllm_dllm.constraint.tags import tag_automaton
 from vllm_dllm.engine.configs import settings_of
 from vllm_dllm.engine.pins import CANVAS, pins_of
-from vllm_dllm.engine.refusals import RequestError
+from vllm_dllm.engine.refusals import RequestError, reserved
 from vllm_dllm.state.request_params import RequestParams
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ Source = tuple[tuple[str, str, str | None], tuple[Any, frozenset[int], int, tupl
 def take_out(params: SamplingParams) -> tuple[SamplingParams, StructuredOutputsParams | None]:
     """Return a request's parameters without what is asked of its structure, and that. Raises: RequestError."""
     if SENT in (params.extra_args or {}):
-        raise RequestError(
-            f"{SENT} is set, which the front end sets itself; allowed is none; remove it", parameter=SENT
-        )
+        raise reserved(SENT)
     if params.structured_outputs is None:
         return params, None
     own = copy.copy(params)

@@ -8,7 +8,7 @@ from vllm.sampling_params import SamplingParams
 from vllm_dllm.blocks import RowBlocks, row_blocks
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.engine import pins
-from vllm_dllm.engine.refusals import RequestError
+from vllm_dllm.engine.refusals import reserved
 
 SENT = "vllm_dllm_targets"
 """The key of `extra_args` for the tokens; nobody but `engine.scoring` may set it, which JSON cannot say."""
@@ -29,9 +29,7 @@ def put_targets_in(params: SamplingParams) -> None:
     if asked is None:
         return
     if not isinstance(asked, Targets):
-        raise RequestError(
-            f"{SENT} is set, which the front end sets itself; allowed is none; remove it", parameter=SENT
-        )
+        raise reserved(SENT)
     params.extra_args = {
         "dllm_policy": "static",
         "dllm_speculation": False,

@@ -65,7 +65,7 @@ class StepStats:
 
     @property
     def nfe(self) -> int:
-        """Forwards, refreshes included."""
+        """Forwards, refreshes included, counted once for each request in them."""
         return self.forwards + self.refreshes
 
     def add(self, other: "StepStats") -> None:

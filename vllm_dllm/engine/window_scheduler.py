@@ -1,7 +1,6 @@
 """Scheduling of windows: each running request has one, which it drafts and verifies in turn, or which slides."""
 
 from dataclasses import replace
-from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from vllm_dllm.draft.windows import draft_fronts
 from vllm_dllm.engine.report import RequestReport
 from vllm_dllm.engine.rows import leave_out, most_drafts
 from vllm_dllm.engine.scheduler import DllmScheduler
-from vllm_dllm.engine.telemetry import RequestTotals
 from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.sliding import SlidingSchedule
 from vllm_dllm.state.windows import WindowSchedule
@@ -50,9 +48,6 @@ class WindowScheduler(DllmScheduler):
                 leave_out(request, self.current_step)
                 self._num_held += 1
 
-    def _as_output(self, totals: RequestTotals) -> dict[str, Any]:
-        return totals.as_output("exact")
-
     def _paged_end(self, request: Request) -> int:
         """Return up to where a request has pages: to the end of the longest window that it may have."""
         return min(request.num_tokens - 1 + self.block_length, self.rows.row_end(request))
@@ -77,22 +72,14 @@ class SlidingScheduler(WindowScheduler):
         """Give running requests the rows of their windows; what is left, but for the longest prompt, is for drafts."""
         super()._choose_rows()
         self._drafts, self._offered = {}, {}
-        if self.rule is None:
-            return
         given = [request for request in self._denoising() if request.request_id in self.rows.given]
-        drafting = [request for request in given if self._may_draft(request)]
-        if not drafting:
-            return
-        pays = self.acceptance.pay([request.request_id for request in drafting], self.rule.break_even)
-        worth = list(compress(drafting, pays))
-        reserved = self.rows.longest if self.waiting else 0
-        num_rows = sum(len(request.spec_token_ids) for request in worth)
-        limit = (self.rows.free - reserved) // num_rows
-        budget = self.rule.choose(len(worth), max(0, limit), 0, len(given) - len(worth), num_rows)
-        for request in worth if budget else ():
+        drafting = [(request, len(request.spec_token_ids)) for request in given if self._may_draft(request)]
+        worth, budget = self._choose_budget(drafting, len(given) - len(drafting))
+        for request, _ in worth if budget else ():
             offered = min(budget, most_drafts(request))
+            room = self.rows.for_drafts(is_waiting=bool(self.waiting))
             rows = self._rows_of_drafts(request)[:offered]
-            while rows and sum(rows) > self.rows.free - reserved:  # drafts have more rows than the window
+            while rows and sum(rows) > room:  # drafts have more rows than the window
                 rows.pop()
                 offered = len(rows)
             if rows and self.rows.give(request, sum(rows)):
@@ -148,9 +135,6 @@ class SlidingScheduler(WindowScheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._canvases.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)
-
-    def _as_output(self, totals: RequestTotals) -> dict[str, Any]:
-        return totals.as_output(self._spiffy.exactness if self._spiffy else None)
 
     def _paged_end(self, request: Request) -> int:
         """Return up to where a request has pages: windows are in flight alone."""

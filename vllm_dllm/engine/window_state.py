@@ -9,13 +9,14 @@ from torch import Tensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_dllm.arrays import IntArray, to_device
 from vllm_dllm.engine.model_state import DllmModelState
 from vllm_dllm.engine.plan import Role, StepPlan
 from vllm_dllm.engine.plan_windows import plan_windows
 from vllm_dllm.engine.step import Step
 from vllm_dllm.ops.vocab_stats import RowSampling
 from vllm_dllm.state.canvas import Blocks
-from vllm_dllm.state.kv import IntArray, KvStep
+from vllm_dllm.state.kv import KvStep
 from vllm_dllm.state.records import EmittedLogprobs
 from vllm_dllm.state.settle import Emission
 from vllm_dllm.state.windows import settle_windows
@@ -64,7 +65,7 @@ class WindowModelState(DllmModelState):
             sampling: of these rows; None: all take their argmax.
         """
         length = (step.plan.end - step.plan.begin)[step.plan.decides]
-        own = self._to_device(np.flatnonzero(np.arange(self.block_length) < length[:, None]))
+        own = to_device(np.flatnonzero(np.arange(self.block_length) < length[:, None]), self.device)
         token_ids = torch.zeros(len(hidden), dtype=torch.int64, device=self.device)
         token_ids[own] = self.denoiser.head(hidden[own], sampling and sampling.of(own), 1).token_ids
         return token_ids
@@ -75,7 +76,7 @@ class WindowModelState(DllmModelState):
         if step is not None:
             plan = step.plan
             drafts = np.flatnonzero((plan.role == Role.ROOT).repeat(plan.end - plan.begin))
-            inputs["draft_rows"] = self._to_device(drafts) if len(drafts) else None
+            inputs["draft_rows"] = to_device(drafts, self.device) if len(drafts) else None
         return inputs
 
     def _plan(

@@ -108,7 +108,7 @@ class Comparison:
             speculation["budget"] = {"draft_graph": policy.draft_graph, "budget": max(self.budgets)}
         if self.chain:
             most = max(self.chain)
-            graph = json.loads(dump_graph(GraphFile(chain_graph(most))))
+            graph = json.loads(dump_graph(GraphFile(DraftGraph.chain(most))))
             speculation["chain"] = {"draft_graph": graph, "budget": most}
         most_drafts = max([DEFAULT_MAX_NODES, *self.budgets, *self.chain])
         return {
@@ -130,11 +130,6 @@ class Key:
 
 Runs = dict[Key, list[Measurement]]
 """Measurements of each kind, one per round."""
-
-
-def chain_graph(num_nodes: int) -> DraftGraph:
-    """Return the graph whose node of depth d has the best d positions, with the most probable tokens."""
-    return DraftGraph(tuple(tuple((rank, 0) for rank in range(depth)) for depth in range(1, num_nodes + 1)))
 
 
 def in_turns(variants: Sequence[Variant], repeats: int) -> Iterator[tuple[int, Variant]]:

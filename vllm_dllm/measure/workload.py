@@ -91,11 +91,6 @@ class Measurement:
         """Tokens per second."""
         return self.num_tokens / self.seconds
 
-    @property
-    def nfe(self) -> int:
-        """Forwards, refreshes included, counted once for each request in them."""
-        return self.stats.forwards + self.stats.refreshes
-
     def as_json(self) -> dict[str, Any]:
         """Return all that was measured but the tokens, for a JSON file."""
         return {

@@ -13,9 +13,9 @@ from vllm_dllm.attention.layout import (
     HostLayout,
     PagedIndex,
     empty_layout,
+    forward_layout,
     host_layout,
     pad_layout,
-    to_device,
 )
 from vllm_dllm.attention.store import store_kv
 from vllm_dllm.self_test.check import Check, row_error
@@ -136,7 +136,7 @@ class Scene:
     def attend(self, implementation: type[Attention]) -> Tensor:
         """Run an implementation; what it does not write is NaN."""
         out = torch.full_like(self.query, torch.nan)
-        layout = to_device(
+        layout = forward_layout(
             self.host, self.page_table, self.shape.page_size, self.shape.num_heads // self.shape.num_kv_heads
         )
         plan = implementation(self.shape.heads, self.kv_cache).plan(layout)

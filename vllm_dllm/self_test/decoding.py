@@ -14,7 +14,7 @@ from vllm_dllm import noise, ops
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.compile import CompiledGraph
-from vllm_dllm.draft.graph import DraftGraph, Formula
+from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.draft.native import native_nodes, torch_nodes
 from vllm_dllm.draft.token_weights import TokenWeights
 from vllm_dllm.errors import KernelUnavailable
@@ -299,9 +299,8 @@ def _requests(shape: DecodingShape, device: torch.device) -> CanvasState:
 
 def _graph(block_length: int) -> DraftGraph:
     """Return a graph of a chain, and of the second guesses of its first nodes."""
-    ranks = range(min(block_length, NUM_DRAFTS))
-    chain: list[Formula] = [tuple((rank, 0) for rank in range(last + 1)) for last in ranks]
-    others: list[Formula] = [(*formula[:-1], (formula[-1][0], 1)) for formula in chain]
+    chain = DraftGraph.chain(min(block_length, NUM_DRAFTS)).formulas
+    others = [(*formula[:-1], (formula[-1][0], 1)) for formula in chain]
     return DraftGraph((*chain, *others)).parents_first()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dllm.attention.layout import pinned
+from vllm_dllm.arrays import to_device, write
 from vllm_dllm.state.policy_weights import load_weights
 from vllm_dllm.unmask.memory import PolicyState
 from vllm_dllm.unmask.parameter import MAX_PARAMETERS
@@ -99,7 +99,7 @@ class ApartState:
     def apply_staged_writes(self) -> None:
         """Copy what was staged to the device."""
         if self._is_staged:
-            self._values.copy_(pinned(self._values_np, self._device), non_blocking=True)
+            write(self._values_np, self._values)
             self._is_staged = False
 
     def groups(self, slots_np: np.ndarray) -> list[Group]:
@@ -129,7 +129,7 @@ class ApartState:
         for group in self.groups(slots_np):
             unwritten = torch_policy(group.name).unwritten
             if unwritten is not None:
-                index = torch.from_numpy(group.request).to(slots.device)
+                index = to_device(group.request, slots.device)
                 its = self._of(group.name)[unwritten.field][slots[index]]
                 assert found is None, "one policy asks"
                 found = its.new_full((len(slots), *its.shape[1:]), -1).index_copy(0, index, its)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dllm.attention.layout import pinned
+from vllm_dllm.arrays import to_device, write
 from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.draft.propose import DraftNoise
 from vllm_dllm.noise import stream_keys
@@ -41,7 +41,7 @@ class Blocks:
 
     def of(self, request: np.ndarray) -> "Blocks":
         """Return those of some requests [num_some] int64."""
-        index = torch.from_numpy(request).to(self.slots.device)
+        index = to_device(request, self.slots.device)
         return Blocks(self.slots[index], self.slots_np[request], self.start[index])
 
 
@@ -131,9 +131,8 @@ class CanvasState:
         for each in (self.edits, self.ends, self.guidance, self.apart):
             each.apply_staged_writes()
         if self._is_staged:
-            # From what nobody writes: the next request may come before a GPU has copied.
-            self._ints.copy_(pinned(self._ints_np, self.device), non_blocking=True)
-            self._floats.copy_(pinned(self._floats_np, self.device), non_blocking=True)
+            write(self._ints_np, self._ints)
+            write(self._floats_np, self._floats)
             self._is_staged = False
 
     @property
@@ -185,7 +184,7 @@ class CanvasState:
     def asks(self, blocks: Blocks) -> Tensor | None:
         """Tell whose policies ask for logits of known tokens, and of end tokens; [2, num_reqs] bool; None: nobody's."""
         asks = self.apart.asks(blocks.slots_np)
-        return torch.from_numpy(asks).to(self.device, non_blocking=True) if asks.any() else None
+        return to_device(asks, self.device) if asks.any() else None
 
     def window_rule(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Gather the entropy bounds and position penalties of some requests; two [num_reqs] float64."""

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, DTypeLike
 from torch import Tensor
 
-from vllm_dllm.attention.layout import pinned
+from vllm_dllm.arrays import to_device, write
 from vllm_dllm.unmask.edits import BadWords, Penalties, RowEdits
 from vllm_dllm.unmask.walk import Keep, Nodes
 
@@ -66,12 +66,7 @@ class SlotTable:
 
     def copy(self) -> None:
         """Bring all arrays to the device."""
-        self._tensor = pinned(self._host, self._device).to(self._device, non_blocking=True, copy=True)
-
-    @property
-    def num_bytes(self) -> int:
-        """What all arrays take on the device."""
-        return self._tensor.nbytes
+        self._tensor = to_device(self._host.copy(), self._device)  # a copy, since the host's changes
 
     def of(self, slots: Tensor, slots_np: np.ndarray) -> Tensor | None:
         """Return the arrays of some slots, [num_reqs, *shape]; None where all are empty."""
@@ -137,7 +132,7 @@ class EditState:
         if self._is_staged:
             for table in (self._allowed, self._bias_ids, self._bias, self._end_ids, self._words):
                 table.copy()
-            self._numbers.copy_(pinned(self._numbers_np, self.device), non_blocking=True)
+            write(self._numbers_np, self._numbers)
             self._is_staged = False
 
     def rows(self, slots: Tensor, slots_np: np.ndarray, scene: "Scene") -> tuple[RowEdits, Keep | None]:
@@ -151,7 +146,7 @@ class EditState:
         num_canvases = len(scene.canvas)
         canvas = torch.arange(num_canvases, device=slots.device).repeat_interleave(self.block_length)
         of = scene.request
-        is_edited = torch.from_numpy(self.is_edited_np[slots_np]).to(self.device, non_blocking=True)
+        is_edited = to_device(self.is_edited_np[slots_np], self.device)
         allowed, bias_ids, bias = (table.of(slots, slots_np) for table in (self._allowed, self._bias_ids, self._bias))
         numbers, numbers_np = self._numbers[:, slots][:, of], self._numbers_np[:, slots_np]
         bad_words = self._bad_words(slots, slots_np, scene)

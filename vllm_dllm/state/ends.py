@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dllm.attention.layout import pinned
+from vllm_dllm.arrays import to_device
 
 NEVER = 2**62
 """A position that no sequence has."""
@@ -54,8 +54,8 @@ class EndState:
     def apply_staged_writes(self) -> None:
         """Copy what was staged to the device."""
         if self._is_staged:
-            copies = (pinned(each, self._device) for each in (self._ids_np, self._bounds_np))
-            self._ids, self._bounds = (each.to(self._device, non_blocking=True, copy=True) for each in copies)
+            # Copies, since the arrays change and a CPU shares them.
+            self._ids, self._bounds = (to_device(its.copy(), self._device) for its in (self._ids_np, self._bounds_np))
             self._is_staged = False
 
     @property

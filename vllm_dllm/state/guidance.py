@@ -2,10 +2,9 @@
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_dllm.attention.layout import pinned
+from vllm_dllm.arrays import IntArray, write
 from vllm_dllm.unmask.guidance import Guidance
 from vllm_dllm.unmask.walk import Nodes
 
@@ -32,10 +31,10 @@ class GuidanceState:
     def apply_staged_writes(self) -> None:
         """Copy what was staged to the device."""
         if self._is_staged:
-            self._scale.copy_(pinned(self._scale_np, self._scale.device), non_blocking=True)
+            write(self._scale_np, self._scale)
             self._is_staged = False
 
-    def prompts(self, slots_np: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    def prompts(self, slots_np: IntArray) -> IntArray | None:
         """Return the prompts' lengths of those of some requests that are guided, 0 for the others; None: nobody is."""
         is_guided = self._scale_np[slots_np] > 0
         return np.where(is_guided, self._prompt_len_np[slots_np], 0) if is_guided.any() else None

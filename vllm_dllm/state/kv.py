@@ -34,13 +34,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vllm_dllm.names import DELAYED, KvPolicyName
+from vllm_dllm.arrays import BoolArray, IntArray
+from vllm_dllm.names import BIDIRECTIONAL, DELAYED, KvPolicyName
 from vllm_dllm.state.pins import Pins
-
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +112,7 @@ class KvSchedule:
     @property
     def is_causal(self) -> bool:
         """Tell whether stored K/V never change."""
-        return self.name in ("block_causal", "causal")
+        return self.name not in BIDIRECTIONAL
 
     @property
     def known(self) -> Set[Hashable]:

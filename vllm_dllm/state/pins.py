@@ -10,12 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from vllm_dllm.attention.layout import pinned
-
-IntArray = NDArray[np.int64]
+from vllm_dllm.arrays import BoolArray, IntArray, to_device
 
 OPEN = -1
 """In place of a token: it is to be generated."""
@@ -99,7 +96,7 @@ class PinState:
                 self._begun[slot] = block_start, int((own != OPEN).sum())
                 rows.append([slot, *own.tolist()])
         if rows:
-            packed = self._to_device(np.array(rows, dtype=np.int64))
+            packed = to_device(np.array(rows, dtype=np.int64), self._device)
             index, own_tokens = packed[:, 0], packed[:, 1:]
             canvas[index] = torch.where(own_tokens == OPEN, canvas[index], own_tokens)
 
@@ -116,15 +113,12 @@ class PinState:
         counts = {i: self._begun[int(slots[i])][1] for i, _ in self.of(slots)}
         if not counts:
             return prompt_len
-        count = self._to_device(np.array([counts.get(i, 0) for i in range(len(slots))], dtype=np.int64))
+        count = to_device(np.array([counts.get(i, 0) for i in range(len(slots))], dtype=np.int64), self._device)
         return torch.where(count > 0, torch.maximum(prompt_len, start) + count, prompt_len)
 
-    def is_next_open(self, slots: IntArray, start: IntArray) -> NDArray[np.bool_]:
+    def is_next_open(self, slots: IntArray, start: IntArray) -> BoolArray:
         """Tell of whom no position of the block behind the one at `start` is pinned; [num_reqs]."""
         is_open = np.ones(len(slots), dtype=bool)
         for i, pins in self.of(slots):
             is_open[i] = not pins.count(int(start[i]) + self._block_length, self._block_length)
         return is_open
-
-    def _to_device(self, array: IntArray) -> Tensor:
-        return pinned(array, self._device).to(self._device, non_blocking=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dllm.attention.layout import pinned
+from vllm_dllm.arrays import to_device
 from vllm_dllm.unmask.logprobs import MAX_LOGPROBS, TokenLogprobs, Unmasked
 
 NO_LOGPROBS = -1
@@ -64,7 +64,7 @@ class LogprobRecords:
             return None
         asking_np = slots_np[place_np]
         columns = np.stack([place_np, self._is_new_np[asking_np], self._keeps_mask_np[asking_np]])
-        place, is_new, keeps_mask = pinned(columns, slots.device).to(slots.device, non_blocking=True)
+        place, is_new, keeps_mask = to_device(columns, slots.device)
         self._is_new_np[asking_np] = False
         num_top = int(self._num_top_np[asking_np].max())
         return Asking(place_np, place, is_new.bool(), keeps_mask.bool(), slots[place], num_top)

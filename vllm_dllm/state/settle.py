@@ -32,6 +32,18 @@ class Ledger:
     begun: Tensor | None = None  # None: nowhere
     missing: Tensor | None = None  # [num_reqs] int64, positions that a short block has fewer; None: none is short
 
+    def emission(self, sampled: Tensor, num_sampled: Tensor, facts: StepFacts) -> "Emission":
+        """Return what the step comes to.
+
+        Args:
+            sampled: [num_reqs, block_length] int64, ids, the first of which are emitted.
+            num_sampled: [num_reqs] int64, how many of them.
+            facts: what the step did.
+        """
+        columns = (sampled, num_sampled, self.num_counted - num_sampled, facts.rows())
+        others = self.num_batch - len(num_sampled)
+        return Emission(*(pad(each.int(), (0, 0) * (each.dim() - 1) + (0, others)) for each in columns))
+
 
 @dataclass(frozen=True, slots=True)
 class Emission:
@@ -71,8 +83,8 @@ def settle(
     state.remember(blocks.slots, done.state)
     state.reset(blocks.slots, begins)
     if drafts is not None:
-        request = torch.arange(len(done.node), device=done.node.device)
-        drafts.put(blocks.slots, done.candidates, nodes.is_masked[request, done.node])
+        _, was_masked = nodes.at(done.node)
+        drafts.put(blocks.slots, done.candidates, was_masked)
         drafts.forget(blocks.slots, begins)
     block_length = state.block_length
     known = (ledger.num_known - blocks.start)[:, None]
@@ -80,10 +92,7 @@ def settle(
     num_sampled = is_emitted * (block_length - known[:, 0])
     left = is_emitted * (done.canvas == state.mask_token_id).sum(1)
     facts = _facts(blocks, nodes, done, ledger, is_emitted, left)
-    rows = (num_sampled, ledger.num_counted - num_sampled, facts.rows())
-    sampled = done.canvas.gather(1, columns.clamp(max=block_length - 1))
-    others = ledger.num_batch - len(num_sampled)
-    return Emission(*(pad(each.int(), (0, 0) * (each.dim() - 1) + (0, others)) for each in (sampled, *rows)))
+    return ledger.emission(done.canvas.gather(1, columns.clamp(max=block_length - 1)), num_sampled, facts)
 
 
 def native_settle(

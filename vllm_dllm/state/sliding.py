@@ -18,9 +18,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from vllm_dllm.state.kv import IntArray, KvSchedule, KvStep
+from vllm_dllm.arrays import IntArray
+from vllm_dllm.state.kv import KvSchedule, KvStep
 from vllm_dllm.state.pins import Pins
 from vllm_dllm.state.report import StepFacts
 from vllm_dllm.state.settle import Emission, Ledger
@@ -174,9 +174,9 @@ def slide(
     Returns: what lies behind what is emitted [num_reqs, width] int64, first the next window, and what the step comes
         to.
     """
-    before, canvas, counted = nodes.canvas[:, 0], walked.canvas, ledger.num_counted
+    before, canvas = nodes.canvas[:, 0], walked.canvas
     offset = torch.arange(canvas.shape[1], device=canvas.device)
-    is_within = offset < counted[:, None]
+    is_within = offset < ledger.num_counted[:, None]
     num_final = ((canvas != mask_token_id) & is_within).long().cumprod(1).sum(1)
     none = torch.zeros_like(num_final)
     facts = StepFacts(
@@ -192,9 +192,6 @@ def slide(
         depth=nodes.depth[:, 1:],
         proposed=nodes.is_valid[:, 1:],
     )
-    rows = (canvas, num_final, counted - num_final, facts.rows())
-    others = ledger.num_batch - len(canvas)
-    emission = Emission(*(pad(each.int(), (0, 0) * (each.dim() - 1) + (0, others)) for each in rows))
     known = canvas.masked_fill(~is_within, mask_token_id)  # what is behind the row's end is no token
     longer = torch.cat([known, torch.full_like(canvas, mask_token_id)], 1)
-    return longer.gather(1, num_final[:, None] + offset), emission
+    return longer.gather(1, num_final[:, None] + offset), ledger.emission(canvas, num_final, facts)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dllm.attention.layout import pinned
+from vllm_dllm.arrays import to_device
 from vllm_dllm.unmask.walk import Nodes, Trajectory
 
 
@@ -71,5 +71,5 @@ class TargetState:
         if not len(place):
             return None
         rows = np.stack([np.array([i, *self._tokens[int(slots_np[i])]]) for i in place.tolist()])
-        packed = pinned(rows, self._device).to(self._device, non_blocking=True)
+        packed = to_device(rows, self._device)
         return Scored(packed[:, 0], packed[:, 1:])

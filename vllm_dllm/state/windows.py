@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from vllm_dllm.arrays import IntArray
 from vllm_dllm.state.canvas import Blocks
-from vllm_dllm.state.kv import IntArray, KvSchedule, KvStep
+from vllm_dllm.state.kv import KvSchedule, KvStep
 from vllm_dllm.state.pins import Pins
 from vllm_dllm.state.report import StepFacts
 from vllm_dllm.state.settle import Emission, Ledger
@@ -194,7 +194,4 @@ def settle_windows(
         depth=offset[1:].expand_as(is_draft),
         proposed=is_draft,
     )
-    rows = (token_ids, num_sampled, ledger.num_counted - num_sampled, facts.rows())
-    others = ledger.num_batch - len(canvas)
-    emission = Emission(*(pad(each.int(), (0, 0) * (each.dim() - 1) + (0, others)) for each in rows))
-    return torch.where((verifies > 0)[:, None], begun, drafted), emission
+    return torch.where((verifies > 0)[:, None], begun, drafted), ledger.emission(token_ids, num_sampled, facts)

@@ -54,8 +54,7 @@ def decide_nodes(ground: Ground, node: Tensor, params: PolicyParams, state: Poli
     """
     if params.own is not None:
         return _decide_in_torch(ground, node, params, state, counts)
-    nodes, request = ground.nodes, torch.arange(len(node), device=node.device)
-    canvas, is_masked, rows = nodes.canvas[request, node], nodes.is_masked[request, node], rows_of(ground, node)
+    (canvas, is_masked), rows = ground.nodes.at(node), rows_of(ground, node)
     token_ids, distribution = rows.token_ids, rows.distribution(_divisor(params, canvas.shape[1]))
     for policy_id, memory in MEMORIES.items() if state else ():
         recalled = memory.recall(_shown(ground, node), params, state)
@@ -77,8 +76,7 @@ def is_decidable(ground: Ground, node: Tensor, state: PolicyState) -> Tensor:
     decidable = torch.ones_like(node, dtype=torch.bool)
     unwritten = None if ground.params.own is None else torch_policy(ground.params.own.name).unwritten
     if unwritten is not None:
-        request = torch.arange(len(node), device=node.device)
-        decidable = (node == 0) | unwritten.knows(ground.nodes.canvas[request, node], state)
+        decidable = (node == 0) | unwritten.knows(ground.nodes.at(node)[0], state)
     for policy_id, memory in MEMORIES.items() if state and ground.params.own is None else ():
         decidable &= memory.knows(_shown(ground, node), state) | (ground.params.policy_id != policy_id)
     return decidable
@@ -87,21 +85,7 @@ def is_decidable(ground: Ground, node: Tensor, state: PolicyState) -> Tensor:
 def candidates_at(ground: Ground, node: Tensor) -> Candidates:
     """Return the candidates of one node of each request; [num_reqs, block_length, num_candidates]."""
     num_reqs, _, block_length = ground.nodes.canvas.shape
-    found = candidates_of(rows_of(ground, node))
-    return Candidates(*(each.view(num_reqs, block_length, -1) for each in (found.token_ids, found.log_probs)))
-
-
-def candidates_of_roots(stats: PartialStats, nodes: "Nodes") -> Candidates:
-    """Return the candidates of requests' roots; [num_reqs, block_length, num_candidates].
-
-    Args:
-        stats: of all their nodes' rows.
-        nodes: of the requests.
-    """
-    num_reqs, num_nodes, block_length = nodes.canvas.shape
-    found = candidates_of(stats)
-    of_nodes = (each.view(num_reqs, num_nodes, block_length, -1) for each in (found.token_ids, found.log_probs))
-    return Candidates(*(each[:, 0] for each in of_nodes))
+    return candidates_of(rows_of(ground, node)).view(num_reqs, block_length)
 
 
 def rows_of(ground: Ground, node: Tensor) -> PartialStats:
@@ -115,8 +99,7 @@ def rows_of(ground: Ground, node: Tensor) -> PartialStats:
 def _decide_in_torch(ground: Ground, node: Tensor, params: PolicyParams, state: PolicyState, counts: Tensor) -> Decided:
     """Do the same for requests that all have the same policy without a native twin."""
     assert params.own is not None, "the caller asked"
-    nodes, request = ground.nodes, torch.arange(len(node), device=node.device)
-    canvas, is_masked, rows = nodes.canvas[request, node], nodes.is_masked[request, node], rows_of(ground, node)
+    (canvas, is_masked), rows = ground.nodes.at(node), rows_of(ground, node)
     seen = Seen(
         canvas=canvas,
         is_masked=is_masked,
@@ -186,6 +169,5 @@ def _divisor(params: PolicyParams, block_length: int) -> Tensor:
 
 def _shown(ground: Ground, node: Tensor) -> Shown:
     assert ground.asked is not None, "a memory asks"
-    request = torch.arange(len(node), device=node.device)
-    is_masked = ground.nodes.is_masked[request, node]
+    _, is_masked = ground.nodes.at(node)
     return Shown(rows_of(ground, node), ground.asked, is_masked, ground.rules.open(is_masked))

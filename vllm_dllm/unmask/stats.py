@@ -18,6 +18,14 @@ class Candidates:
     token_ids: Tensor  # [..., num_candidates] int64
     log_probs: Tensor  # [..., num_candidates] float64, neither tempered nor filtered
 
+    def of(self, index: Tensor | tuple[slice | int, ...]) -> "Candidates":
+        """Return those at an index of the leading dimensions."""
+        return Candidates(self.token_ids[index], self.log_probs[index])
+
+    def view(self, *shape: int) -> "Candidates":
+        """Return the same in another shape, without the last dimension."""
+        return Candidates(self.token_ids.view(*shape, -1), self.log_probs.view(*shape, -1))
+
 
 def candidates_of(stats: PartialStats) -> Candidates:
     """Take the candidates of rows; one that is missing is id 0 with probability 0."""

@@ -79,6 +79,11 @@ class Nodes:
         """Return these nodes where not all are evaluated; arguments as the fields."""
         return replace(self, is_valid=self.is_valid & (evaluated >= 0), evaluated=evaluated, place=place)
 
+    def at(self, node: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the canvas of one node [num_reqs] int64 of each request, and what of it is masked."""
+        request = torch.arange(len(node), device=node.device)
+        return self.canvas[request, node], self.is_masked[request, node]
+
     def of(self, request: Tensor) -> "Nodes":
         """Return those of some requests [num_some] int64, all as if evaluated."""
         end = None if self.end is None else self.end[request]

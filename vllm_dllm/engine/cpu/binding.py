@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_dllm.engine.cpu import kernels
-from vllm_dllm.errors import UnsupportedVllmError
+from vllm_dllm.errors import INSTALL_SUPPORTED, UnsupportedVllmError
 
 Kernel = Callable[..., Any]
 
@@ -50,8 +50,8 @@ def bind(name: str, arg_names: tuple[str, ...], impl: Callable[..., None]) -> Ke
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in arg_names]
     if missing:
         raise UnsupportedVllmError(
-            f"{name} of the installed vLLM has no argument {', '.join(missing)}; it has {', '.join(arg_names)}. "
-            "The CPU backend supports vLLM 0.32 and 0.33; install one of these."
+            f"{name} of the installed vLLM has no argument {', '.join(missing)}; it has {', '.join(arg_names)}; "
+            f"{INSTALL_SUPPORTED}"
         )
     wanted = frozenset(p.name for p in parameters)
 
