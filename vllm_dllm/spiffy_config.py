@@ -93,13 +93,14 @@ class SpiffySettings:
     """What the engine needs to know.
 
     Attributes:
-        graph: the draft graph.
+        graph: the draft graph; of windows that slide a chain, which says no more than how many drafts there are.
         budget: draft nodes that every step evaluates, 0..max_nodes; None: chosen per step.
         max_nodes: most draft nodes that a step evaluates, at most len(graph).
         exactness: what is true of the tokens under the server's KV policy, not what was asked for.
         source: where the graph came from, for messages.
         warnings: sentences on how the graph could suit the server better.
         ranker: the order ranker, whose readiness is the graph's; None: none.
+        is_chain: whether drafts are a chain of later windows, and no graph.
     """
 
     graph: DraftGraph
@@ -109,6 +110,14 @@ class SpiffySettings:
     source: str
     warnings: tuple[str, ...]
     ranker: RankerFile | None = None
+    is_chain: bool = False
+
+    @property
+    def drafts(self) -> str:
+        """What drafts are made of, for messages."""
+        if self.is_chain:
+            return f"{self.source}, up to {len(self.graph)} later windows"
+        return f"draft graph {self.source} with {len(self.graph)} nodes"
 
 
 def read_speculative_config(value: object) -> object:
@@ -281,6 +290,11 @@ def spiffy_settings(
     )
 
 
+def longest_chain(window: int) -> int:
+    """Return how many drafts a window has at most: each knows a position more, and the last one leaves one masked."""
+    return min(window - 1, MAX_NODES)
+
+
 def _chain_settings(config: SpiffyConfig, window: int) -> SpiffySettings:
     """Return the settings of drafts of a window, which are a chain: each step unmasks a position of it at least."""
     for name, given in (("draft_graph", config.draft_graph), ("ranker", config.ranker)):
@@ -290,7 +304,7 @@ def _chain_settings(config: SpiffyConfig, window: int) -> SpiffySettings:
                 "entropies of its window, which no file describes; allowed is none; remove it, and give "
                 f"{_NAME}.budget or {_NAME}.max_nodes for the number of drafts"
             )
-    longest = min(window - 1, MAX_NODES)
+    longest = longest_chain(window)
     formulas = [tuple((rank, 0) for rank in range(length)) for length in range(1, 1 + longest)]
     source = f"the chain of a window of {window}"
     most = config.max_nodes or DEFAULT_MAX_NODES if config.fixed_budget is None else config.fixed_budget
@@ -304,6 +318,7 @@ def _chain_settings(config: SpiffyConfig, window: int) -> SpiffySettings:
         exactness="exact",
         source=source,
         warnings=tuple(warnings),
+        is_chain=True,
     )
 
 
