@@ -26,7 +26,6 @@ from vllm_dllm.cli.bench_options import (
     GenLength,
     Model,
     NumPrompts,
-    PolicyNames,
     Prompts,
     SkipPrompts,
 )
@@ -73,7 +72,7 @@ def _measures_workload(policies: str) -> Callable[[Callable[[Workload, tuple[Pol
             gen_length: GenLength = 128,
             block_length: BlockLength = None,
             concurrency: Concurrency = "1,4,16",
-            policy: PolicyNames = policies,
+            policy: Annotated[str | None, bench_options.policy_option(policies)] = None,
             threshold: Threshold = None,
             factor: Factor = None,
             entropy_bound: EntropyBound = None,
@@ -84,7 +83,7 @@ def _measures_workload(policies: str) -> Callable[[Callable[[Workload, tuple[Pol
             given = given_settings(
                 None, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block
             )
-            chosen = bench_options.policies(model, policy, DEFAULT_GRAPH, given)
+            chosen = bench_options.policies(model, policy, DEFAULT_GRAPH, given, default=policies)
             measure(
                 bench_options.workload(model, prompts, skip_prompts, num_prompts, gen_length, given, concurrency),
                 chosen,
@@ -109,6 +108,7 @@ def stages(workload: Workload, policies: tuple[Policy, ...]) -> None:
     """Measure where the time of a denoising step goes."""
     from benchmarks.stages import stage_times
 
+    bench_options.check_blocks(workload.model, "stages are of the steps within a block")
     print_sections(stage_times(workload, policies))
 
 
@@ -143,6 +143,7 @@ def accuracy(  # noqa: PLR0913 - the options of a command
     """Count right replies beside forwards, under each policy; the exit status is 1 when drafts change a token."""
     from benchmarks.accuracy import chosen_policies, judge, read_lines, sections
 
+    bench_options.check_blocks(model, "replies are judged under each policy")
     own = _json_object("--settings", settings)
     names, out = chosen_policies(policy, {**server_settings(model, own).parameters, **own})
     drafts = read_speculative_config(speculative_config) if speculative_config else None

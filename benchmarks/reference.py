@@ -11,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_dllm.cli.server_settings import num_positions
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.measure.decode import Policy
 from vllm_dllm.measure.process import EngineProcess
 from vllm_dllm.measure.report import Row, Section
 from vllm_dllm.measure.workload import EngineSpec, Measurement, UnequalTokensError, Workload
 from vllm_dllm.models.interface import family_said
-from vllm_dllm.reference import block_causal
+from vllm_dllm.reference import block_causal, wedlm
 from vllm_dllm.reference.decode import Generation, KvPolicy, generate
 from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen
 from vllm_dllm.reference.sampling import Sampling
 
-Decode = Callable[[Tensor], Generation]
+Decode = Callable[[Tensor], Generation | wedlm.Sliding]
 """Decodes a prompt's ids."""
 
 
@@ -36,20 +37,22 @@ def compare_with_reference(workload: Workload, policies: Sequence[Policy]) -> li
     family = family_said(json.loads((Path(workload.model) / "config.json").read_text()))
     assert family is not None, "an engine serves models of ours only"
     rules = Rules(**{field.name: getattr(family, field.name) for field in fields(Rules)})
-    model = (LLaDA if family.architecture == "LLaDAModelLM" else Qwen).from_pretrained(
+    model: Any = (LLaDA if family.architecture == "LLaDAModelLM" else Qwen).from_pretrained(
         Path(workload.model), torch.float32
     )
-    rows = [
-        row for policy in policies for row in _policy_rows(workload, policy, _decoders(workload, policy, model, rules))
-    ]
+    has_windows = family.attention == "window"
+    decoders: Callable[[Workload, Policy], dict[str, Decode]]
+    decoders = partial(_sliding, model) if has_windows else partial(_decoders, model, rules)
+    rows = [row for policy in policies for row in _policy_rows(workload, policy, decoders(workload, policy))]
+    what = "windows" if has_windows else "blocks"
     title = (
-        f"{len(workload.prompts)} prompts, {workload.gen_length} tokens each in blocks of {workload.block_length}, "
+        f"{len(workload.prompts)} prompts, {workload.gen_length} tokens each in {what} of {workload.block_length}, "
         "fp32; the reference decodes them one after another"
     )
     return [Section(title, rows)]
 
 
-def _decoders(workload: Workload, policy: Policy, model: Any, rules: Rules) -> dict[str, Decode]:
+def _decoders(model: Any, rules: Rules, workload: Workload, policy: Policy) -> dict[str, Decode]:
     """Return the reference decoders; the engine does what the last one does."""
     block_length, parameters = workload.block_length, dict(policy.settings)
     name, steps = parameters.pop("policy"), parameters.pop("steps_per_block", None)
@@ -75,6 +78,20 @@ def _decoders(workload: Workload, policy: Policy, model: Any, rules: Rules) -> d
     }
 
 
+def _sliding(model: Qwen, workload: Workload, policy: Policy) -> dict[str, Decode]:
+    """Return the reference decoder of windows that slide, which reach as far as the engine's model does."""
+    decode = partial(
+        wedlm.generate,
+        model,
+        gen_length=workload.gen_length,
+        window=workload.block_length,
+        rule=wedlm.WindowRule(**policy.settings),
+        sampling=Sampling(forbidden_ids=(model.config.mask_token_id,)),
+        limit=num_positions(workload.model),
+    )
+    return {"reference": decode}
+
+
 def _policy_rows(workload: Workload, policy: Policy, decoders: dict[str, Decode]) -> list[Row]:
     measured = {name: _decode(workload, decode) for name, decode in decoders.items()}
     reference = list(measured.values())[-1]
@@ -96,8 +113,9 @@ def _decode(workload: Workload, decode: Decode) -> Measurement:
     for prompt in workload.prompts:
         generation = decode(torch.tensor(prompt))
         taken.tokens.append(generation.tokens[: workload.gen_length].tolist())
-        taken.stats.forwards += generation.nfe - generation.nfe_refresh
-        taken.stats.refreshes += generation.nfe_refresh
+        refreshes = generation.nfe_refresh if isinstance(generation, Generation) else 0
+        taken.stats.forwards += generation.nfe - refreshes
+        taken.stats.refreshes += refreshes
     taken.seconds = time.perf_counter() - begin
     return taken
 

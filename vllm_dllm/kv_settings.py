@@ -19,6 +19,11 @@ _KvPolicy = Annotated[
     ),
 ]
 
+WINDOW_RULE = ("entropy_bound", "position_penalty")
+"""The settings that decide windows which slide (`state.sliding`), in the place of a policy."""
+WINDOW_SETTINGS = ("block_length", "kv_policy", *WINDOW_RULE, "attention", "mode")
+"""All settings that mean something to a model with such windows."""
+
 PREFIX_LOOK, AFTER_LOOK, WARMUP_STEPS = 16, 16, 4
 """dInfer's published values of `vicinity`."""
 RELOAD_EVERY = 8

@@ -93,13 +93,14 @@ class SpiffySettings:
     """What the engine needs to know.
 
     Attributes:
-        graph: the draft graph.
+        graph: the draft graph; of windows that slide a chain, which says no more than how many drafts there are.
         budget: draft nodes that every step evaluates, 0..max_nodes; None: chosen per step.
         max_nodes: most draft nodes that a step evaluates, at most len(graph).
         exactness: what is true of the tokens under the server's KV policy, not what was asked for.
         source: where the graph came from, for messages.
         warnings: sentences on how the graph could suit the server better.
         ranker: the order ranker, whose readiness is the graph's; None: none.
+        is_chain: whether drafts are a chain of later windows, and no graph.
     """
 
     graph: DraftGraph
@@ -109,6 +110,14 @@ class SpiffySettings:
     source: str
     warnings: tuple[str, ...]
     ranker: RankerFile | None = None
+    is_chain: bool = False
+
+    @property
+    def drafts(self) -> str:
+        """What drafts are made of, for messages."""
+        if self.is_chain:
+            return f"{self.source}, up to {len(self.graph)} later windows"
+        return f"draft graph {self.source} with {len(self.graph)} nodes"
 
 
 def read_speculative_config(value: object) -> object:
@@ -292,6 +301,11 @@ def _settings(
     )
 
 
+def longest_chain(window: int) -> int:
+    """Return how many drafts a window has at most: each knows a position more, and the last one leaves one masked."""
+    return min(window - 1, MAX_NODES)
+
+
 def _chain_settings(config: SpiffyConfig, window: int) -> SpiffySettings:
     """Return the settings of drafts of a window, which are a chain: each step unmasks a position of it at least."""
     for name, given in (("draft_graph", config.draft_graph), ("ranker", config.ranker)):
@@ -301,8 +315,8 @@ def _chain_settings(config: SpiffyConfig, window: int) -> SpiffySettings:
                 "entropies of its window, which no file describes; allowed is none; remove it, and give "
                 f"{_NAME}.budget or {_NAME}.max_nodes for the number of drafts"
             )
-    graph, source = DraftGraph.chain(min(window - 1, MAX_NODES)), f"the chain of a window of {window}"
-    return _settings(config, graph, "exact", source, ())
+    graph, source = DraftGraph.chain(longest_chain(window)), f"the chain of a window of {window}"
+    return replace(_settings(config, graph, "exact", source, ()), is_chain=True)
 
 
 def _exactness(config: SpiffyConfig, server: DllmConfig) -> Exactness:

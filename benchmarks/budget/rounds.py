@@ -30,6 +30,7 @@ def comparison_of(
     model: str, prompts: Path, skip_prompts: int, gen_length: int, concurrency: str, starts: int, repeats: int
 ) -> Comparison:
     """Return what is compared of a model: static, and the policy of its family that unmasks what it is sure of."""
+    bench_options.check_blocks(model, "what is compared are policies")
     is_causal = server_settings(model, {}).is_block_causal
     settings: dict[str, object] = {"block_length": BLOCK_LENGTHS[is_causal], "threshold": THRESHOLD}
     most = max(bench_options.whole_numbers("--concurrency", concurrency, 1024), default=1)

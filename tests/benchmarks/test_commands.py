@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.modes import compare_modes
+from tests.e2e.wedlm import make_wild
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.measure.workload import Workload
 
@@ -53,3 +54,23 @@ def test_what_is_no_traces_file_is_told_at_once(name, content, tmp_path, monkeyp
     out, err = capsys.readouterr()
     assert (ended.value.code, out) == (2, "")
     assert "give one that `vllm-dllm calibrate --keep-traces` left" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("stages",), "stages are of the steps within a block; allowed are models with blocks"),
+        (("accuracy",), "replies are judged under each policy; allowed are models with blocks"),
+        (("modes",), "which has one mode"),
+        (("reference", "--policy", "static"), "--policy is 'static', but windows that slide"),
+    ],
+)
+def test_what_windows_do_not_have_is_told_before_an_engine_starts(words, part, tmp_path, monkeypatch, capsys):
+    make_wild(tmp_path / "wedlm", has_biases=False)
+    questions = Path(__file__).parents[2] / "examples/tiny_llada/questions.jsonl"
+    given = ("--prompts", str(questions), "--model", str(tmp_path / "wedlm"))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words, *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert part in " ".join(capsys.readouterr().err.split())

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.e2e.wedlm import make_wild
 from tests.measure.fake_engine import install
 from vllm_dllm.cli import main
 from vllm_dllm.draft.graph import DraftGraph
@@ -89,3 +90,48 @@ def test_unequal_tokens_are_exit_status_1(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_wrong_options_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, **changes)
+
+
+@pytest.fixture(scope="module")
+def wedlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("wedlm") / "checkpoint"
+    make_wild(path, has_biases=False)
+    return path
+
+
+def test_windows_are_measured_without_a_policy_and_a_chain_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wedlm: Path
+) -> None:
+    install(monkeypatch)
+    assert run(tmp_path, model=wedlm, entropy_bound=0.3, block_length=8)[0] == 0
+    content = json.loads((tmp_path / "decode.json").read_text())
+    comparison = content["comparison"]
+    assert comparison["policies"] == [
+        {"settings": {"entropy_bound": 0.3, "position_penalty": 0.02}, "draft_graph": "default", "ranker": None}
+    ]
+    assert (comparison["budgets"], comparison["chain"], comparison["workload"]["block_length"]) == ([1, 3], [], 8)
+    assert {taken["variant"] for taken in content["runs"]} == {"off", "budget 1", "budget 3", "auto"}
+    assert "| entropy_bound 0.3 position_penalty 0.02 | 1 | budget 1 |" in (tmp_path / "decode.md").read_text()
+    assert run(tmp_path, model=wedlm, chain="", graph="default", budgets="")[0] == 0, "which is what there is anyway"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy": "static"}, "--policy is 'static', but windows that slide, as "),
+        ({"threshold": 0.9}, "--threshold is '0.9', but windows that slide, as "),
+        ({"alg_temp": 0.0}, "--alg-temp is '0.0', but windows"),
+        ({"credit": "0.7,0.8,0.2"}, "--credit is '0.7,0.8,0.2', but windows"),
+        ({"parameter": "local_leap_radius=4"}, "--parameter local_leap_radius is '4.0', but windows"),
+        ({"graph": "graph.json"}, "--graph is 'graph.json', but windows"),
+        ({"ranker": "ranker.safetensors"}, "--ranker is 'ranker.safetensors', but windows"),
+        ({"chain": "3"}, r"--chain is '3', but .* their drafts are chains \(--budgets\); allowed is none; remove it"),
+        ({"budgets": "1,16"}, r"--budgets is '1,16', allowed are lists of whole numbers 1\.\.15"),
+        ({"entropy_bound": 0.0}, "--entropy-bound is 0.0, allowed are finite numbers above 0"),
+    ],
+)
+def test_what_windows_do_not_have_is_refused(
+    changes: dict[str, object], message: str, tmp_path: Path, wedlm: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, model=wedlm, **changes)

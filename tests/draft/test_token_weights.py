@@ -62,6 +62,11 @@ class TestScores:
     def test_no_candidate_is_less_probable_than_the_least(self, log_prob: float) -> None:
         assert scores(self.WEIGHTS, [10], [log_prob], [NONE] * 4) == [2.0 * LEAST_LOG_PROB]
 
+    @pytest.mark.parametrize("log_prob", [-math.inf, math.nan])
+    def test_an_impossible_candidate_is_no_token_whatever_its_id(self, log_prob: float) -> None:
+        found = scores(self.WEIGHTS, [0, 0], [-2.0, log_prob], [0] * 4)
+        assert found == [-3.0 + (-3.0 + 0.25 + 1.0 + 7.0), 1.5 * LEAST_LOG_PROB]
+
     def test_the_default_is_the_probability(self) -> None:
         assert scores(TokenWeights(), [10, 11], [-1.0, -2.0], [10, 11, 10, 11]) == [-1.0, -2.0]
 

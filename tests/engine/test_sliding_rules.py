@@ -17,6 +17,7 @@ from vllm_dllm.config import DllmConfig, parse_request_options
 from vllm_dllm.draft.acceptance import RequestAcceptance
 from vllm_dllm.draft.budget import BudgetRule
 from vllm_dllm.draft.windows import WindowDrafter
+from vllm_dllm.engine import config_hook
 from vllm_dllm.engine.configs import settings_of, spiffy_of
 from vllm_dllm.engine.plan import Role
 from vllm_dllm.engine.plan_windows import plan_windows
@@ -220,7 +221,7 @@ def test_drafts_leave_the_rows_of_the_longest_prompt_that_may_wait() -> None:
     assert scheduler._drafts == {"a": (17, 18)}
 
 
-def test_a_chain_is_as_long_as_the_window_allows(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_chain_is_as_long_as_the_window_allows(checkpoint: Path) -> None:
     for given, expected in (({}, (None, 10)), ({"max_nodes": 40}, (None, 15)), ({"budget": 40}, (15, 15))):
         config = engine_config(checkpoint, {}, speculative_config={"method": "spiffy", **given})
         found = spiffy_of(config)
@@ -233,6 +234,21 @@ def test_a_chain_is_as_long_as_the_window_allows(checkpoint: Path, caplog: pytes
     assert engine_config(checkpoint, {}).diffusion_config.canvas_length == W
     none = engine_config(checkpoint, {}, speculative_config={"method": "spiffy", "budget": 0})
     assert none.diffusion_config.canvas_length == W
+
+
+def test_a_server_says_that_its_drafts_are_a_chain(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(config_hook.logger, "info", lambda text, *values: said.append(text % values))
+    config = engine_config(checkpoint, {}, speculative_config={"method": "spiffy"})
+    [spiffy] = [line for line in said if line.startswith("Spiffy")]
+    assert spiffy == (
+        "Spiffy: the chain of a window of 16, up to 15 later windows, at most 10 drafts per step, budget auto, "
+        "tokens are exactly those without speculation"
+    )
+    assert "speculative_config={'method': 'spiffy', 'budget': 'auto', 'max_nodes': 10}" in str(config)
+    said.clear()
+    engine_config(LLADA, {}, speculative_config={"method": "spiffy", "draft_graph": GRAPH})
+    assert any(f"Spiffy: draft graph {GRAPH} with " in line for line in said)
 
 
 def test_the_segments_of_a_step() -> None:

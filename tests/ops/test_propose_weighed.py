@@ -98,6 +98,20 @@ def test_impossible_candidates(log_prob):
     assert drafts.log_reach[drafts.is_valid].isfinite().all()
 
 
+@pytest.mark.parametrize("log_prob", [torch.nan, -torch.inf])
+def test_the_id_of_an_impossible_candidate_does_not_matter(log_prob):
+    """Also where it is that of a new token beside it, which weights prefer."""
+    given = weighed(case(33, None, 4, is_noisy=False), 4)
+    given = replace(given, graph=replace(given.graph, tokens=TokenWeights(0.1, 0.05, (9.0, 9.0, 9.0, -9.0))))
+    given.roots.candidates.log_probs[..., 1:] = log_prob
+    made = []
+    for token in (0, 9):
+        given.roots.candidates.token_ids[..., 1:] = token
+        made.append(check_all(given))
+    assert torch.equal(made[0].log_reach, made[1].log_reach)
+    assert (given.roots.canvas[given.roots.is_new] == 9).any()
+
+
 def test_equal_candidates_are_taken_as_they_lie():
     given = weighed(case(7, 1, 2, is_noisy=False), 2)
     equal = torch.full_like(given.roots.candidates.log_probs, -2.0)

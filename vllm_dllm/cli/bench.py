@@ -18,7 +18,6 @@ from vllm_dllm.cli.bench_options import (
     GenLength,
     Model,
     NumPrompts,
-    PolicyNames,
     Prompts,
     SkipPrompts,
 )
@@ -36,7 +35,6 @@ from vllm_dllm.cli.server_settings import (
     given_parameters,
     given_settings,
 )
-from vllm_dllm.draft.graph import MAX_NODES
 
 if TYPE_CHECKING:
     from vllm_dllm.measure.decode import Comparison, Runs
@@ -52,7 +50,12 @@ _Graphs = Annotated[
 ]
 _Budgets = Annotated[str, typer.Option(metavar="N,...", help="Fixed budgets beside `off` and `auto`; '' is none.")]
 _Chain = Annotated[
-    str, typer.Option(metavar="N,...", help="Fixed budgets of a chain graph (FreeDave, SSD); '' is none.")
+    str | None,
+    typer.Option(
+        metavar="N,...",
+        show_default=bench_options.DEFAULT_CHAIN,
+        help="Fixed budgets of a chain graph (FreeDave, SSD); '' is none. Windows (WeDLM) have chains by --budgets.",
+    ),
 ]
 _Rankers = Annotated[
     str,
@@ -65,6 +68,7 @@ _Waves = Annotated[
     int | None,
     typer.Option(min=1, help="Prompts of a round for each request in flight, others in the next; all unless given."),
 ]
+_Policies = Annotated[str | None, bench_options.policy_option(bench_options.DEFAULT_POLICY)]
 _Dtype = Annotated[
     Dtype, typer.Option(help="With bfloat16 near ties may round differently with drafts, which is exit status 1.")
 ]
@@ -87,7 +91,7 @@ def decode(  # noqa: PLR0913 - the options of a command
     gen_length: GenLength = 128,
     block_length: BlockLength = None,
     concurrency: Concurrency = "1,4,16",
-    policy: PolicyNames = "static",
+    policy: _Policies = None,
     threshold: Threshold = None,
     factor: Factor = None,
     entropy_bound: EntropyBound = None,
@@ -97,7 +101,7 @@ def decode(  # noqa: PLR0913 - the options of a command
     parameter: Parameters = None,
     graph: _Graphs = "default",
     budgets: _Budgets = "1,3,5",
-    chain: _Chain = "3",
+    chain: _Chain = None,
     ranker: _Rankers = "",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
     starts: _Starts = 1,
@@ -120,10 +124,11 @@ def decode(  # noqa: PLR0913 - the options of a command
 
     given = given_settings(None, block_length, threshold, factor, entropy_bound, credit, alg_temp, steps_per_block)
     given |= given_parameters(parameter)
+    of_graph, of_chain = bench_options.fixed_budgets(model, given, budgets, chain)
     comparison = Comparison(
         policies=bench_options.policies(model, policy, graph, given, ranker),
-        budgets=bench_options.whole_numbers("--budgets", budgets, MAX_NODES),
-        chain=bench_options.whole_numbers("--chain", chain, MAX_NODES),
+        budgets=of_graph,
+        chain=of_chain,
         repeats=repeats,
         starts=starts,
         waves=waves,
@@ -137,8 +142,7 @@ def decode(  # noqa: PLR0913 - the options of a command
         ),
     )
     runs = _compare(comparison)
-    tables = sections(runs, comparison.workload.block_length, starts)
-    _report(out, comparison, runs, tables)
+    _report(out, comparison, runs, sections(runs, comparison.workload.block_length, starts))
 
 
 def _compare(comparison: "Comparison") -> "Runs":

@@ -5,19 +5,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.models import OptionInfo
 
 from vllm_dllm.cli.console import waiting_for
-from vllm_dllm.cli.server_settings import check_gen_length, num_positions, server_settings
+from vllm_dllm.cli.server_settings import check_gen_length, num_positions, option_of, server_settings
+from vllm_dllm.config import DllmConfig
+from vllm_dllm.draft.graph import MAX_NODES
 from vllm_dllm.draft.graph_file import check_fit, load_graph
 from vllm_dllm.draft.ranker_file import load_ranker
 from vllm_dllm.errors import ConfigError
+from vllm_dllm.kv_settings import WINDOW_RULE, WINDOW_SETTINGS
 from vllm_dllm.policy_options import policy_settings
-from vllm_dllm.spiffy_config import DEFAULT_GRAPH
+from vllm_dllm.spiffy_config import DEFAULT_GRAPH, longest_chain
 
 if TYPE_CHECKING:
     from vllm_dllm.calibrate.prompts import Tokenizer
     from vllm_dllm.measure.decode import Policy
     from vllm_dllm.measure.workload import Workload
+
+DEFAULT_POLICY, DEFAULT_CHAIN = "static", "3"
 
 Model = Annotated[str, typer.Option(help="Name or path of the model.")]
 Prompts = Annotated[Path, typer.Option(help="JSONL file; each line has text, prompt, question or messages.")]
@@ -25,7 +31,6 @@ SkipPrompts = Annotated[int, typer.Option(min=0, help="Lines left out at the beg
 NumPrompts = Annotated[int, typer.Option(min=1, help="Prompts that everyone decodes.")]
 GenLength = Annotated[int, typer.Option(min=1, help="Tokens per prompt.")]
 Concurrency = Annotated[str, typer.Option(metavar="N,...", help="Requests in flight; each number is measured.")]
-PolicyNames = Annotated[str, typer.Option(metavar="NAME,...", help="Unmasking policies; each is measured.")]
 
 
 def workload(
@@ -54,8 +59,7 @@ def workload(
             f"--skip-prompts is {skip_prompts} and --concurrency is {concurrency!r}, which leaves nothing of {prompts} "
             "to measure; skip fewer prompts and give at least one number"
         )
-    of_block = {name: value for name, value in settings.items() if name == "block_length"}
-    server = server_settings(model, of_block)
+    server = _server_of(model, settings)
     tokenizer, positions = _read_tokenizer(model)
     ids = tuple(tuple(encode(tokenizer, conversation)) for conversation in chosen)
     check_gen_length(gen_length, map(len, ids), server, positions)
@@ -85,23 +89,61 @@ def whole_numbers(option: str, text: str, most: int) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
+def policy_option(default: str) -> OptionInfo:
+    """Return the option `--policy`, whose default models with windows do without."""
+    help = "Unmasking policies; each is measured. Models whose windows slide (WeDLM) have none."
+    option: OptionInfo = typer.Option(metavar="NAME,...", show_default=default, help=help)
+    return option
+
+
+def fixed_budgets(
+    model: str, settings: Mapping[str, object], budgets: str, chain: str | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Read the fixed budgets of draft graphs, and those of chain graphs.
+
+    Args:
+        model: name or path.
+        settings: fields of `DllmConfig`.
+        budgets, chain: the options; no `--chain` is `DEFAULT_CHAIN`, or none where all drafts are chains.
+
+    Raises: ConfigError for numbers that are not allowed.
+    """
+    server = _server_of(model, settings)
+    if not server.has_windows:
+        of_chain = whole_numbers("--chain", DEFAULT_CHAIN if chain is None else chain, MAX_NODES)
+        return whole_numbers("--budgets", budgets, MAX_NODES), of_chain
+    _check_windows(model, {"--chain": chain or None}, {})
+    return whole_numbers("--budgets", budgets, longest_chain(server.block_length)), ()
+
+
 def policies(
-    model: str, policy: str, graph: str, settings: Mapping[str, object], ranker: str = ""
+    model: str,
+    policy: str | None,
+    graph: str,
+    settings: Mapping[str, object],
+    ranker: str = "",
+    default: str = DEFAULT_POLICY,
 ) -> "tuple[Policy, ...]":
     """Pair each policy with its graph and ranker, and with those of the settings that it reads.
 
     Args:
-        model: name or path.
-        policy: names, with commas between them.
+        model: name or path. One with windows has a rule, which is no policy.
+        policy: names, with commas between them; None: `default`.
         graph: one for all of them, or one for each.
         settings: fields of `DllmConfig`.
         ranker: as `graph`; an empty text is none.
+        default: where no policy is given.
 
     Raises: ConfigError for what is not allowed.
     """
     from vllm_dllm.measure.decode import Policy
 
-    names, graphs, rankers = policy.split(","), graph.split(","), ranker.split(",")
+    if _server_of(model, settings).has_windows:
+        own = {"--policy": policy, "--graph": None if graph == DEFAULT_GRAPH else graph, "--ranker": ranker or None}
+        _check_windows(model, own, settings)
+        return (Policy(server_settings(model, settings).model_dump(include={*WINDOW_RULE})),)
+    names = (default if policy is None else policy).split(",")
+    graphs, rankers = graph.split(","), ranker.split(",")
     for option, given in (("graph", graphs), ("ranker", rankers)):
         if len(given) not in {1, len(names)} or (len(given) > 1 and not all(given)):
             raise ConfigError(
@@ -119,3 +161,38 @@ def policies(
             check_fit(load_graph(path, [DEFAULT_GRAPH]), server, where=path)  # refused here, before engines start
         paired.append(Policy(values, path, rankers[index % len(rankers)] or None))
     return tuple(paired)
+
+
+def check_blocks(model: str, why: str) -> None:
+    """Check that a model has blocks. Raises: ConfigError for one with windows, with the reason why."""
+    if server_settings(model, {}).has_windows:
+        raise ConfigError(
+            f"--model is {model!r}, which decodes windows that slide, but {why}; allowed are models with blocks; give "
+            "one of these, or measure this one by `vllm-dllm bench decode`"
+        )
+
+
+def _server_of(model: str, settings: Mapping[str, object]) -> DllmConfig:
+    """Return what a model publishes, but for the block length."""
+    return server_settings(model, {name: value for name, value in settings.items() if name == "block_length"})
+
+
+def _check_windows(model: str, options: Mapping[str, object], settings: Mapping[str, object]) -> None:
+    """Check that nothing is asked of a model with windows that it does not have.
+
+    Args:
+        model: for the message.
+        options: values by option, of those that are no settings; None is not given.
+        settings: fields of `DllmConfig`.
+
+    Raises: ConfigError.
+    """
+    given = [(option, value) for option, value in options.items() if value is not None]
+    given += [(option_of(name), value) for name, value in settings.items() if name not in WINDOW_SETTINGS]
+    if given:
+        option = given[0][0]
+        values = ",".join(str(value) for name, value in given if name == option)
+        raise ConfigError(
+            f"{option} is {values!r}, but windows that slide, as {model} has, are decided by their entropies "
+            "(--entropy-bound, --block-length), and their drafts are chains (--budgets); allowed is none; remove it"
+        )

@@ -51,7 +51,9 @@ Policy = Annotated[
 ]
 Threshold = Annotated[float | None, typer.Option(help="Of the policies `threshold` and `dynamic`.")]
 Factor = Annotated[float | None, typer.Option(help="Of the policy `factor`.")]
-EntropyBound = Annotated[float | None, typer.Option(help="Of the policy `entropy_bounded`.")]
+EntropyBound = Annotated[
+    float | None, typer.Option(help="Of the policy `entropy_bounded`, and of windows that slide (WeDLM).")
+]
 Credit = Annotated[
     str | None,
     typer.Option(parser=_credit, metavar="ALPHA,BETA,GAMMA", help="Of the policy `credit`, three numbers with commas."),
@@ -115,6 +117,13 @@ def given_settings(
 def given_parameters(parameters: list[str] | None) -> dict[str, object]:
     """Return the parameters of policies in torch code that an option has a value for."""
     return {name: _value(name, value) for name, _, value in (each.partition("=") for each in parameters or ())}
+
+
+def option_of(setting: str) -> str:
+    """Return the option that gives a setting, which may be a parameter of a policy in torch code."""
+    if setting in _CREDIT:
+        return "--credit"
+    return f"--{setting.replace('_', '-')}" if setting in DllmConfig.model_fields else f"--parameter {setting}"
 
 
 def server_settings(model: str, given: Mapping[str, object]) -> DllmConfig:

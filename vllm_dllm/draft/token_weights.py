@@ -1,5 +1,6 @@
 """How likely a draft's tokens are beside those that became known behind the distribution that they are from."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,10 @@ class TokenWeights:
     """Scores of a position's candidates, as calibrated; the default orders them by probability alone.
 
     `(slope + slope_beside_new * (a neighbour at distance 1 is new)) * log(probability)`, and for each neighbour that is
-    new and has the candidate's token `same` at its place in `OFFSETS`. A distribution that is older than a neighbour's
-    token still offers that token beside it, where it seldom comes. The softmax of the scores is the chance of each.
-    They decide which drafts are made at temperature 0; at another one the decoder's noise does.
+    new and has the candidate's token `same` at its place in `OFFSETS`; an impossible candidate, whatever its id is, has
+    none. A distribution that is older than a neighbour's token still offers that token beside it, where it seldom
+    comes. The softmax of the scores is the chance of each. They decide which drafts are made at temperature 0; at
+    another one the decoder's noise does.
     """
 
     slope: float = 1.0
@@ -38,9 +40,10 @@ class TokenWeights:
             log_probs: [..., num_candidates] float64, of these tokens.
             beside: [..., len(OFFSETS)] int64, tokens of the new neighbours, and NONE.
         """
+        is_possible = log_probs > -math.inf
         is_beside_new = (beside[..., :2] != NONE).any(-1, keepdim=True)
         scale = self.slope + self.slope_beside_new * is_beside_new.double()
         added = is_beside_new.double() * 0.0
         for weight, token in zip(self.same, beside.unbind(-1), strict=True):
-            added = added + weight * (token_ids == token[..., None]).double()
+            added = added + weight * (is_possible & (token_ids == token[..., None])).double()
         return scale * log_probs.where(log_probs > LEAST_LOG_PROB, LEAST_LOG_PROB) + added

@@ -339,9 +339,8 @@ def _check_generation_ids(model_config: ModelConfig) -> None:
 
 def _tell_spiffy(spiffy: SpiffySettings) -> None:
     logger.info(
-        "Spiffy: draft graph %s with %d nodes, at most %d drafts per step, budget %s, tokens are %s",
-        spiffy.source,
-        len(spiffy.graph),
+        "Spiffy: %s, at most %d drafts per step, budget %s, tokens are %s",
+        spiffy.drafts,
         spiffy.max_nodes,
         "auto" if spiffy.budget is None else spiffy.budget,
         "exactly those without speculation" if spiffy.exactness == "exact" else "near those without speculation",

@@ -147,7 +147,8 @@ class DllmVllmConfig(VllmConfig):
         # With a fixed budget, max_nodes decides nothing more.
         most = {"budget": "auto", "max_nodes": spiffy.max_nodes} if spiffy.budget is None else {"budget": spiffy.budget}
         ranker = {} if spiffy.ranker is None else {"ranker": spiffy.ranker.source}
-        said = {"method": METHOD, "draft_graph": spiffy.source, **ranker, **most}
+        graph = {} if spiffy.is_chain else {"draft_graph": spiffy.source}
+        said = {"method": METHOD, **graph, **ranker, **most}
         return text.replace("speculative_config=None", f"speculative_config={said}", 1)
 
 

@@ -9,12 +9,7 @@ from vllm_dllm.additional_config import settings_in
 from vllm_dllm.config import REQUEST_PREFIX, DllmConfig, RequestOptions
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.errors import ConfigError
-
-SETTINGS = ("block_length", "kv_policy", "entropy_bound", "position_penalty", "attention", "mode")
-"""Those that decide something."""
-
-RULE = ("entropy_bound", "position_penalty")
-"""What decides a window."""
+from vllm_dllm.kv_settings import WINDOW_RULE, WINDOW_SETTINGS
 
 _HARMLESS = ("stream", "speculation", "budget")
 """Options of requests besides: the first shows the window, the others bound its drafts."""
@@ -30,11 +25,11 @@ def check_windows(config: VllmConfig, settings: DllmConfig) -> None:
                 "has no windows; allowed is null; remove it"
             )
         return
-    others = [name for name in given if name not in SETTINGS] if isinstance(given, Mapping) else []
+    others = [name for name in given if name not in WINDOW_SETTINGS] if isinstance(given, Mapping) else []
     if others:
         raise ConfigError(
             f"additional_config.dllm has {', '.join(others)}, but the windows of this model are decided by "
-            f"entropy_bound and position_penalty; allowed are {', '.join(SETTINGS)}; remove the others"
+            f"entropy_bound and position_penalty; allowed are {', '.join(WINDOW_SETTINGS)}; remove the others"
         )
     if config.scheduler_config.async_scheduling:
         raise ConfigError(
@@ -52,10 +47,10 @@ def check_options(params: SamplingParams, options: RequestOptions) -> None:
             parameter="logprobs",
             value=params.logprobs,
         )
-    for name, value in options.model_dump(exclude={*RULE, *_HARMLESS}, exclude_none=True).items():
+    for name, value in options.model_dump(exclude={*WINDOW_RULE, *_HARMLESS}, exclude_none=True).items():
         raise RequestError(
             f"{REQUEST_PREFIX}{name} is {value!r}, but this model decides a window, by the entropies of its positions; "
-            f"allowed are {' and '.join(REQUEST_PREFIX + option for option in RULE)}; remove it",
+            f"allowed are {' and '.join(REQUEST_PREFIX + option for option in WINDOW_RULE)}; remove it",
             parameter=REQUEST_PREFIX + name,
             value=value,
         )

@@ -46,7 +46,7 @@ class SlidingModelState(DllmModelState):
         after = own.unmasked(chosen, stats.token_ids.view_as(own.canvas))
         position = step.blocks.start[own.request, None] + torch.arange(after.shape[1], device=after.device)
         is_over = self.state.ends.reached(slots[own.request], position, after, self.state.mask_token_id)
-        walked = walk_windows(nodes, after, is_over)
+        walked = walk_windows(nodes, after, is_over, self.state.mask_token_id)
         canvas, emission = slide(nodes, walked, step.blocks.start, step.ledger, self.state.mask_token_id)
         self.state.canvas[slots] = canvas[:, : self.block_length]
         if self.drafter is not None:

@@ -22,7 +22,7 @@ MIN_STEPS = 10
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """An unmasking policy to measure.
+    """An unmasking policy to measure, or the rule of a model whose windows slide.
 
     Attributes:
         settings: of the server.
@@ -36,8 +36,9 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """What tables call it."""
-        return " ".join(map(str, self.settings.values()))
+        """What tables call it: a policy and its parameters, or what a rule without a name goes by."""
+        has_name = "policy" in self.settings
+        return " ".join(f"{value}" if has_name else f"{name} {value}" for name, value in self.settings.items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,7 +248,7 @@ class _Decoder:
             slope = weights.slope + (0.0 if beside[:2] == [None, None] else weights.slope_beside_new)
             same = [
                 sum(weight for weight, other in zip(weights.same, beside, strict=True) if other == token)
-                for token in ids[x].tolist()
+                for token in ids[x].masked_fill(top[x] == -math.inf, -1).tolist()  # an impossible one is no token
             ]
             found = [slope * max(p, LEAST_LOG_PROB) + more for p, more in zip(top[x].tolist(), same, strict=True)]
             scores.append(torch.tensor(found, dtype=torch.float64))

@@ -86,26 +86,30 @@ class WalkedWindows:
     num_accepted: Tensor  # [num_reqs] int64, drafts that came true
 
 
-def walk_windows(nodes: Nodes, after: Tensor, is_over: Tensor) -> WalkedWindows:
+def walk_windows(nodes: Nodes, after: Tensor, is_over: Tensor, mask_token_id: int) -> WalkedWindows:
     """Go from the roots on as long as the next state is one that was evaluated, too, and does not end the reply.
 
     Args:
-        nodes: the states; drafts know more than what they follow.
+        nodes: the states; each draft of a request knows another number of positions, and more than what it follows.
         after: [num_evaluated, width] int64, the states that a step makes of the evaluated ones.
         is_over: [num_evaluated] bool, which of these end their replies.
+        mask_token_id: what stands for masked.
     """
     num_reqs, num_nodes, width = nodes.canvas.shape
     made, goes_on = after, ~is_over
     if nodes.place is not None:
         made = nodes.canvas.flatten(0, 1).index_copy(0, nodes.place, after)
         goes_on = nodes.is_valid.flatten().index_copy(0, nodes.place, goes_on)
-    made, goes_on = made.view(num_reqs, num_nodes, width), goes_on.view(num_reqs, num_nodes, 1)
-    num_masked = nodes.is_masked.sum(2)
-    is_later = num_masked[:, None] < num_masked[:, :, None]
-    follows = (made[:, :, None] == nodes.canvas[:, None]).all(-1) & goes_on & nodes.is_valid[:, None] & is_later
+    made, goes_on = made.view(num_reqs, num_nodes, width), goes_on.view(num_reqs, num_nodes)
+    # Of what a state becomes one draft alone can be it, that which knows as much: not all pairs need to be compared.
+    num_masked, num_left = nodes.is_masked.sum(2), (made == mask_token_id).sum(2)
+    can_be = (num_left[:, :, None] == num_masked[:, None]) & nodes.is_valid[:, None]
+    can_follow, follower = can_be.byte().max(2)  # where none can, it is any
+    is_it = (made == nodes.canvas.gather(1, follower[..., None].expand(-1, -1, width))).all(2)
+    follows = is_it & (can_follow > 0) & goes_on & (num_left < num_masked)
     request = torch.arange(num_reqs, device=made.device)
     node, num_accepted = torch.zeros_like(request), torch.zeros_like(request)
     for _ in range(num_nodes - 1):
-        found, follower = follows[request, node].byte().max(1)
-        node, num_accepted = torch.where(found > 0, follower, node), num_accepted + found
+        found = follows[request, node]
+        node, num_accepted = torch.where(found, follower[request, node], node), num_accepted + found
     return WalkedWindows(made[request, node], node, num_accepted)

@@ -37,9 +37,10 @@ DLLM_HOST_DEVICE inline Guess weighed_guess(const TokenWeights& weights, const i
   const double scale = is_beside_new ? weights.slope + weights.slope_beside_new : weights.slope;
   double largest = -HUGE_VAL;
   for (int c = 0; c < num_candidates; ++c) {
+    const bool is_possible = log_probs[c] > -HUGE_VAL;  // else it is no token, whatever its id is
     double added = 0.0;
     for (int i = 0; i < kNumBeside; ++i) {
-      added += beside[i] == token_ids[c] ? weights.same[i] : 0.0;
+      added += is_possible && beside[i] == token_ids[c] ? weights.same[i] : 0.0;
     }
     scores[c] = scale * (log_probs[c] > kLeastLogProb ? log_probs[c] : kLeastLogProb) + added;
     largest = scores[c] > largest ? scores[c] : largest;
