@@ -14,6 +14,16 @@ fail() {
   exit 1
 }
 
+# All that is made lies in the checkout: .venv, the ops beside the package, and build/ with logs and pictures.
+check_writable() {
+  local folder
+  for folder in . vllm_dllm packaging/vllm-alias build .venv; do
+    [[ ! -e $folder || -w $folder ]] ||
+      fail "cannot write to $(realpath "$folder"): .venv, the ops and build/ are made in the checkout;" \
+        "make it writable, or clone it to a folder that is: git clone '$PWD' FOLDER"
+  done
+}
+
 find_python() {
   local candidate candidates=(python3.11 python3.12 python3.13 python3)
   if [[ -n ${PYTHON:-} ]]; then
@@ -62,13 +72,15 @@ install_set() {
   fi
   rm -f "$stamp"
   echo "setup: installing $what"
-  PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install -qq --no-compile "$@"
+  # Another set brings what this one lacks, and torch's CUDA build serves, too: pip's list of conflicts says nothing else.
+  PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install -qq --no-compile --no-warn-conflicts "$@"
   echo "$wanted" >"$stamp"
   echo "setup: installed $what ($SECONDS s)"
 }
 
 case ${1:-} in
   venv)
+    check_writable
     command -v "${CXX:-c++}" >/dev/null ||
       fail "found no C++ compiler '${CXX:-c++}'; install one (Debian: apt install g++), or set CXX"
     make_venv
