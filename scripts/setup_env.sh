@@ -4,8 +4,8 @@
 #   build  torch, and the tools that build the ops against it
 #   serve  vLLM, and what serving this plugin's models with it loads
 #   dev    all else that vLLM requires, and the tools of the checks and the tests
-# The sets share no package, so they can be installed at the same time. A set's stamp is written last, so an interrupted
-# run is taken up by the next one.
+# The sets share no package, so they can be installed at the same time, but for build and dev: a torch with CUDA brings
+# triton. A set's stamp is written last, so an interrupted run is taken up by the next one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

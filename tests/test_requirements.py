@@ -72,6 +72,11 @@ def test_what_the_package_imports_is_in_the_sets_that_serve():
     assert found - {*pins("build"), *pins("serve")} - BESIDES == set()
 
 
+def is_of_cuda(package: str, requirement: Requirement) -> bool:
+    """Whether torch requires it where it has CUDA: pip resolves these, and the pins do not name them."""
+    return package == "torch" and canonicalize_name(requirement.name).startswith(("cuda-", "nvidia-"))
+
+
 def is_met(requirement: Requirement) -> bool:
     name = canonicalize_name(requirement.name)
     version = all_pins().get(name, "")
@@ -84,7 +89,10 @@ def is_met(requirement: Requirement) -> bool:
 def test_what_a_pinned_package_requires_is_pinned(python):
     pytest.importorskip("vllm")
     requirements = [
-        (package, requirement) for package in {*all_pins()} - IN_PART for requirement in required_by(package, python)
+        (package, requirement)
+        for package in {*all_pins()} - IN_PART
+        for requirement in required_by(package, python)
+        if not is_of_cuda(package, requirement)
     ]
     assert len(requirements) > 300
     assert [f"{package}: {requirement}" for package, requirement in requirements if not is_met(requirement)] == []
