@@ -30,6 +30,9 @@ setup: ## make .venv with the pinned CPU environment and build the ops into the 
 .venv/.build .venv/.serve .venv/.dev: FORCE
 	@scripts/setup_env.sh $(patsubst .venv/.%,%,$@)
 
+# Both have triton where torch has CUDA.
+.venv/.dev: .venv/.build
+
 # The environment is a CPU one, even if pip chose a torch with CUDA.
 # The extension is built into vllm_dllm/, so a deleted library is built again as well, and one for other options.
 OPS_OPTIONS := -DDLLM_CUDA=OFF -DDLLM_ISAS=$(ISAS) $(CMAKE_ARGS)

@@ -4,14 +4,24 @@
 #   build  torch, and the tools that build the ops against it
 #   serve  vLLM, and what serving this plugin's models with it loads
 #   dev    all else that vLLM requires, and the tools of the checks and the tests
-# The sets share no package, so they can be installed at the same time. A set's stamp is written last, so an interrupted
-# run is taken up by the next one.
+# The sets share no package, so they can be installed at the same time, but for build and dev: a torch with CUDA brings
+# triton. A set's stamp is written last, so an interrupted run is taken up by the next one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 fail() {
   echo "setup: $*" >&2
   exit 1
+}
+
+# All that is made lies in the checkout: .venv, the ops beside the package, and build/ with logs and pictures.
+check_writable() {
+  local folder
+  for folder in . vllm_dllm packaging/vllm-alias build .venv; do
+    [[ ! -e $folder || -w $folder ]] ||
+      fail "cannot write to $(realpath "$folder"): .venv, the ops and build/ are made in the checkout;" \
+        "make it writable, or clone it to a folder that is: git clone '$PWD' FOLDER"
+  done
 }
 
 find_python() {
@@ -62,13 +72,15 @@ install_set() {
   fi
   rm -f "$stamp"
   echo "setup: installing $what"
-  PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install -qq --no-compile "$@"
+  # Another set brings what this one lacks, and torch's CUDA build serves, too: pip's list of conflicts says nothing else.
+  PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 .venv/bin/python -m pip install -qq --no-compile --no-warn-conflicts "$@"
   echo "$wanted" >"$stamp"
   echo "setup: installed $what ($SECONDS s)"
 }
 
 case ${1:-} in
   venv)
+    check_writable
     command -v "${CXX:-c++}" >/dev/null ||
       fail "found no C++ compiler '${CXX:-c++}'; install one (Debian: apt install g++), or set CXX"
     make_venv

@@ -1,8 +1,10 @@
 """Expressions as automata: what they accept, what is refused, and within which bounds."""
 
+import os
 import random
 import re
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,14 @@ import pytest
 from tests.constraint.brute import END, TEXTS, VOCAB, automaton_of, random_regex
 from vllm_dllm.constraint import compile as token_compile
 from vllm_dllm.constraint.compile import TokenBytes, compile_tokens
-from vllm_dllm.constraint.regex import ConstraintError, build_table, byte_automaton, parse_table
+from vllm_dllm.constraint.regex import (
+    ConstraintError,
+    UnfinishedError,
+    build_table,
+    built_apart,
+    byte_automaton,
+    parse_table,
+)
 
 
 def test_accepts_what_the_expression_does():
@@ -79,6 +88,33 @@ def test_what_was_not_built_in_time_is_tried_again(monkeypatch: pytest.MonkeyPat
         with pytest.raises(ConstraintError, match="not built within 60 s of a busy machine; try it again"):
             byte_automaton("late|later")
     assert byte_automaton("late|later").accepts(b"later")
+
+
+def test_what_the_server_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "outlines_core.py").write_text("raise ImportError('not here')")
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+        with pytest.raises(
+            UnfinishedError, match=r"the server cannot load outlines_core, .* \(not here\); pip install outlines_core$"
+        ):
+            byte_automaton("lacking")
+    assert byte_automaton("lacking").accepts(b"lacking")
+
+
+@pytest.mark.parametrize(
+    ("status", "stderr", "said"),
+    [
+        (1, b"Traceback\nRecursionError: too deep\n", "ended with RecursionError: too deep; simplify it"),
+        (1, b"", "ended with status 1; simplify it"),
+        (1, b"Traceback\nMemoryError\n", "has more than 20000 states, or takes more than 5 s"),
+        (-9, b"", "has more than 20000 states, or takes more than 5 s"),
+    ],
+)
+def test_how_the_process_ended_is_told(status: int, stderr: bytes, said: str, monkeypatch: pytest.MonkeyPatch):
+    done = subprocess.CompletedProcess([], status, b"", stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(ConstraintError, match=said):
+        built_apart("module", "", "")
 
 
 def test_a_long_expression_is_refused():

@@ -5,12 +5,13 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.http import server
+from tests.e2e.http import MODEL, server
 from tests.e2e.rig import CHECKPOINT
 from vllm_dllm.spiffy_config import parse_spiffy, read_speculative_config
 
@@ -60,6 +61,14 @@ class TestOfAServer:
         said = run("client.py", address, "46 + 27 = ?")
         assert said.startswith("73\n")
         assert TOOK.search(said)
+
+    def test_the_request_by_curl(self, address: str) -> None:
+        page = (EXAMPLES.parent / "docs/examples.md").read_text()
+        (command,) = re.findall(r"curl http://localhost:8000/v1(\S+) -H '([^:]+): ([^']+)' -d '([^']+)'", page)
+        route, header, value, body = command
+        data = json.dumps(json.loads(body) | {"model": MODEL}).encode()
+        with urllib.request.urlopen(urllib.request.Request(address + route, data, {header: value})) as reply:
+            assert json.load(reply)["choices"][0]["message"]["content"] == "73"
 
     def test_structured(self, address: str) -> None:
         assert run("structured.py", address, "JSON name ida, size 60") == "ida has size 60\n"

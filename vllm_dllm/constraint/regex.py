@@ -35,7 +35,7 @@ _WALL_SECONDS = 60  # where the machine is busy
 _MAX_ROUNDS = 256
 _END = 256  # an id that is no byte
 _CLOSING = "\U0010ffff"  # no character, by Unicode
-_TABLE, _TOO_MANY, _INVALID, _REFUSED = b"table", b"many", b"regex", b"refused"
+_TABLE, _TOO_MANY, _INVALID, _REFUSED, _MISSING = b"table", b"many", b"regex", b"refused", b"missing"
 
 
 class ConstraintError(ValueError):
@@ -171,6 +171,9 @@ def built_apart(module: str, regex: str, given: str) -> ByteAutomaton:
         raise UnfinishedError(
             f"it was not built within {_WALL_SECONDS} s of a busy machine; try it again, or shorten it"
         ) from None
+    if done.returncode > 0 and b"MemoryError" not in done.stderr:  # by no bound, which are signals else
+        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
+        raise ConstraintError(f"the process that builds its automaton ended with {said[-1]}; simplify it")
     return parse_table(done.stdout)
 
 
@@ -181,6 +184,8 @@ def parse_table(output: bytes) -> ByteAutomaton:
         raise ConstraintError(f"it is no regular expression that can be built: {rest.decode()}")
     if kind == _REFUSED:
         raise ConstraintError(rest.decode())
+    if kind == _MISSING:
+        raise UnfinishedError(rest.decode())
     if kind != _TABLE:  # too many states, or the process was ended by a bound
         raise ConstraintError(_too_many())
     table = np.frombuffer(rest, dtype=np.int32).reshape(-1, _END + 1)
@@ -242,8 +247,11 @@ def build_table(regex: str) -> bytes:
 
     Its rows are 256 next states, and whether the state accepts; the last one is that of the dead state.
     """
-    from outlines_core import Index, Vocabulary  # here, since vLLM brings it
-
+    try:
+        from outlines_core import Index, Vocabulary  # here, since vLLM brings it
+    except ImportError as error:
+        said = f"the server cannot load outlines_core, which builds its automaton ({error}); pip install outlines_core"
+        return _MISSING + b"\n" + said.encode()
     try:
         _check_parentheses(regex)
         index: Any = Index(f"(?:{regex}){_CLOSING}", Vocabulary(_END, {bytes([byte]): [byte] for byte in range(_END)}))
@@ -271,6 +279,8 @@ def write_table(build: Callable[[], ByteAutomaton]) -> bytes:
     """Write the table of an automaton that is built, or why it is refused."""
     try:
         automaton = build()
+    except UnfinishedError as error:
+        return _MISSING + b"\n" + str(error).encode()
     except ConstraintError as error:
         return _REFUSED + b"\n" + str(error).encode()
     columns = automaton.step[:, automaton.class_of], automaton.is_accepting[:, None]
