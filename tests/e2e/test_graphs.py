@@ -14,7 +14,7 @@ from tests.e2e.rig import NUM_SLOTS, Oracle, engine, mixed_cases, random_graph, 
 from vllm_dllm.engine.costs import step_shapes
 from vllm_dllm.engine.step_timer import StepTimer
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 BLOCK_LENGTH = 8
 SETTINGS = {"block_length": BLOCK_LENGTH}

@@ -20,7 +20,7 @@ from tests.e2e.rig import (
 )
 from tests.suite.order import configurations
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 FREECACHE = {"block_length": 8, "kv_policy": "freecache"}
 VICINITY = {"block_length": 8, "kv_policy": "vicinity", "prefix_look": 5, "after_look": 11, "warmup_steps": 2}
@@ -38,7 +38,7 @@ SLOW = [("llada", FREECACHE), ("dream", VICINITY), ("llada", {"block_length": 32
 BUDGET = 3
 
 
-@pytest.fixture(params=configurations("kv policies", USUAL, SLOW))
+@pytest.fixture(params=configurations("kv policies", USUAL, slow=SLOW))
 def served(request: pytest.FixtureRequest, mild: Path, mild_dream: Path) -> tuple[Any, str, dict[str, Any]]:
     family, settings = request.param
     config = speculation(graph(settings), BUDGET)
@@ -118,7 +118,7 @@ def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     check_counts_while_running(llm, cases_of(family, settings, seed=5))
 
 
-@pytest.fixture(params=configurations("dkv", DELAYED, SLOW_DELAYED))
+@pytest.fixture(params=configurations("dkv", DELAYED, slow=SLOW_DELAYED))
 def delayed(
     request: pytest.FixtureRequest, wild: Path, mild_dream: Path, oracle: Oracle, dreams: Oracle
 ) -> tuple[Any, Oracle, str, dict[str, Any]]:

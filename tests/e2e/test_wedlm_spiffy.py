@@ -10,7 +10,7 @@ from tests.e2e.rig import MAX_MODEL_LEN, check_counts_while_running, engine, run
 from tests.e2e.wedlm import SlidingOracle, WindowCase, make_wild, mixed
 from vllm_dllm.reference.wedlm_spiffy import SpiffySliding
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("wedlm_spiffy")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines"), pytest.mark.xdist_group("wedlm_spiffy")]
 
 NUM_DRAFTS = 5
 SPIFFY = {"method": "spiffy", "budget": NUM_DRAFTS}
@@ -52,6 +52,7 @@ def counts(made: list[SpiffySliding]) -> list[list[int]]:
     return [[each.nfe for each in made], [each.num_accepted for each in made]]
 
 
+@pytest.mark.always
 def test_a_mixed_batch_takes_the_forwards_of_the_reference(served: Served) -> None:
     llm, oracle = served
     cases = greedy(mixed(seed=1))

@@ -143,6 +143,7 @@ def test_a_replay_with_the_layout_of_the_capture_does_not_agree(field: str, monk
     assert not check_attention("it", Remembers, SHAPE, CPU).agrees
 
 
+@pytest.mark.slow("kernels")
 @pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, dtype=torch.bfloat16, kv_dtype=torch.bfloat16)], ids=str)
 def test_the_cuda_kernel_agrees(shape: AttentionShape, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the emulator, with all that it is told on a GPU, the tiles of a captured layout among it."""

@@ -52,15 +52,20 @@ def check_groups(ids: list[str]) -> None:
         raise pytest.UsageError(f"xdist lost the group of {lost[0]}; install the pins of requirements/dev.txt")
 
 
-def configurations(name: str, usual: Iterable[Any], slow: Iterable[Any] = ()) -> list[Any]:
+def configurations(name: str, always: Iterable[Any], usual: Iterable[Any] = (), slow: Iterable[Any] = ()) -> list[Any]:
     """Return the params of a fixture that starts engines: the tests of each configuration are a group.
 
     Args:
         name: begins the groups' names. Files that give the same name and configuration share the group.
-        usual: what each run tests.
-        slow: what only runs with the slow tests `configurations` test, too.
+        always: what runs whenever a test does.
+        usual: what runs with the slow tests `engines` alone.
+        slow: what runs with the slow tests `configurations` alone.
     """
-    marked = [(value, []) for value in usual] + [(value, [pytest.mark.slow("configurations")]) for value in slow]
+    marked = [
+        *((value, []) for value in always),
+        *((value, [pytest.mark.slow("engines")]) for value in usual),
+        *((value, [pytest.mark.slow("configurations")]) for value in slow),
+    ]
     return [
         pytest.param(value, id=str(value), marks=[*marks, pytest.mark.xdist_group(f"{name} {value}")])
         for value, marks in marked
