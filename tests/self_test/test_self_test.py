@@ -266,6 +266,7 @@ def test_errors() -> None:
     assert worst(found[::2]).kernel == "a"
 
 
+@pytest.mark.slow("kernels")
 def test_another_process_finds_the_same() -> None:
     checks = run_isolated(Request("cpu", ("csrc", SHAPE), DECODING))
     here = [each for each in isolated.run(Request("cpu", ("csrc", SHAPE), DECODING)) if isinstance(each, Check)]
@@ -273,6 +274,7 @@ def test_another_process_finds_the_same() -> None:
     assert len(checks) >= 6
 
 
+@pytest.mark.slow("kernels")
 def test_a_process_that_dies_is_a_check_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "xformers/ops"
     library.mkdir(parents=True)
