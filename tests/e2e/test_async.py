@@ -94,6 +94,7 @@ def ahead(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return steps
 
 
+@pytest.mark.always
 def test_mixed_batch_equals_reference(served: Served, ahead: list[bool]) -> None:
     assert served.llm.llm_engine.vllm_config.max_concurrent_batches == 2
     cases = mixed_cases(served.block_length, seed=12, policies=served.policies)

@@ -45,11 +45,13 @@ def test_mixed_batch_equals_reference(served: Any, oracle: Any) -> None:
     assert len({token for row in tokens for token in row}) > 50, "the model says too little for equality to mean much"
 
 
+@pytest.mark.always
 def test_an_answer_ends_before_its_block(served: Any, oracle: Any) -> None:
     llm, settings = served
     check_ended(llm, oracle, mixed_cases(settings["block_length"], seed=21), settings)
 
 
+@pytest.mark.always
 def test_a_sequence_may_grow(served: Any, oracle: Any) -> None:
     llm, settings = served
     check_growing(llm, oracle, mixed_cases(settings["block_length"], seed=22), settings)
@@ -74,6 +76,7 @@ def test_nfe_equals_reference(served: Any, oracle: Any) -> None:
     assert {(n["exactness"], n["proposed"], n["accepted"]) for n in took} == {(None, 0, 0)}
 
 
+@pytest.mark.always
 def test_preemption_restarts_the_block_alone(served: Any, oracle: Any) -> None:
     llm, settings = served
     cases = mixed_cases(settings["block_length"], seed=6)[:8]
@@ -91,6 +94,7 @@ def test_preemption_restarts_the_block_alone(served: Any, oracle: Any) -> None:
     assert tokens == {str(i): oracle.tokens(case, settings) for i, case in enumerate(cases)}
 
 
+@pytest.mark.always
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     llm, settings = served
     check_counts_while_running(llm, mixed_cases(settings["block_length"], seed=5))

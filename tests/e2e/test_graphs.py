@@ -96,6 +96,7 @@ def test_replayed_steps_equal_reference(oracle: Oracle, wild: Path, kv_policy: s
         assert graphs.num_replays >= num_replays, "under prefix only last blocks have the shape of a graph"
 
 
+@pytest.mark.always
 def test_replayed_steps_with_drafts_equal_reference(mild_oracle: Oracle, mild: Path) -> None:
     cases = mixed_cases(BLOCK_LENGTH, seed=11)
     config = speculation(random_graph(2, 6, BLOCK_LENGTH), 4)

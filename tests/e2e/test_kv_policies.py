@@ -78,6 +78,7 @@ def check(outputs: list[Any], cases: list[Case], oracle: Oracle, settings: dict[
     assert len({token for row in tokens for token in row}) > 50, "the model says too little for equality to mean much"
 
 
+@pytest.mark.always
 def test_drafts_change_forwards_and_no_token(served: Any, oracle_of: Oracle) -> None:
     llm, family, settings = served
     cases = cases_of(family, settings, seed=4)
@@ -127,6 +128,7 @@ def delayed(
     return shared_engine(checkpoint, settings), its, family, settings
 
 
+@pytest.mark.always
 def test_what_is_delayed_equals_the_reference(delayed: Any) -> None:
     llm, its, family, settings = delayed
     cases = cases_of(family, settings, seed=7)

@@ -45,6 +45,7 @@ def oracle(mild_sdar_oracle: SdarOracle) -> SdarOracle:
     return mild_sdar_oracle
 
 
+@pytest.mark.always
 def test_mixed_batch_equals_reference(served: Any, oracle: SdarOracle) -> None:
     llm, settings = served
     assert llm.llm_engine.vllm_config.max_concurrent_batches == 2

@@ -70,6 +70,7 @@ def test_edits_of_logits_equal_reference(served: Any, oracle: SdarOracle) -> Non
     assert run(llm, cases) == [oracle.tokens(case, settings) for case in cases]
 
 
+@pytest.mark.always
 def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle: SdarOracle) -> None:
     llm, settings, _, _ = served
     check_preemption_and_aborts(llm, oracle, settings)

@@ -18,7 +18,7 @@ from tests.e2e.http import MODEL, complete, lines_we_cause, server
 from tests.e2e.rig import CHECKPOINT, Oracle, mixed_cases
 from vllm_dllm.reference.loglikelihood import loglikelihood
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server"), pytest.mark.slow("servers")]
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
 
 SETTINGS = {"block_length": 8}
 

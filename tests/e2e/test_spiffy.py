@@ -124,6 +124,7 @@ def test_an_answer_ends_before_its_block(served: Any, mild_oracle: Oracle) -> No
     ]
 
 
+@pytest.mark.always
 def test_a_sequence_may_grow(served: Any, mild_oracle: Oracle) -> None:
     llm, settings, graph, budget = served
     cases = growing(mixed_cases(settings["block_length"], seed=22))
@@ -146,6 +147,7 @@ def test_preemption_and_aborts_leave_the_others_alone(served: Any, mild_oracle: 
     check_interference(llm, cases, lambda case: mild_oracle.tokens(case, settings), lambda number: number % every == 5)
 
 
+@pytest.mark.always
 def test_step_times_are_measured_where_budgets_follow_from_them(served: Any) -> None:
     llm, settings, _, budget = served
     curve = llm.llm_engine.engine_core.engine_core.scheduler.rule.curve
@@ -170,11 +172,13 @@ def test_a_step_asks_torch_for_few_things(served: Any, temperature: float) -> No
     assert behind <= 5 + (temperature > 0), steps[BEHIND]
 
 
+@pytest.mark.always
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     llm, settings, _, _ = served
     check_counts_while_running(llm, mixed_cases(settings["block_length"], seed=5))
 
 
+@pytest.mark.always
 def test_vllms_kernels_get_what_they_rely_on(served: Any) -> None:
     llm, settings, _, _ = served
     check_arguments(lambda: run_outputs(llm, mixed_cases(settings["block_length"], seed=5)[:5]))

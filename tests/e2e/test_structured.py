@@ -60,6 +60,7 @@ def test_every_answer_meets_its_constraint_and_equals_the_reference(served: Any)
         assert own == expected(oracle, case, settings, asked), (case, asked)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("count", [24, pytest.param(240, marks=pytest.mark.slow("fuzz"))])
 def test_generated_requests_meet_their_constraints_with_drafts_and_without(served: Any, count: int) -> None:
     """A part of `python -m benchmarks.constraint_fuzz`, which judges by other means than our automata."""

@@ -117,6 +117,7 @@ def test_a_stop_token_ends_the_reply(served: Served) -> None:
     assert [told(outputs, name) for name in ("nfe", "accepted")] == counts(made)
 
 
+@pytest.mark.always
 def test_preemption_and_aborts_leave_the_others_alone(served: Served) -> None:
     llm, oracle = served
     cases = [dataclasses.replace(case, max_tokens=50) for case in mixed(seed=6, num=8)]
