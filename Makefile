@@ -65,7 +65,7 @@ test-torch: setup ## build the ops against another torch, TORCH=2.10.0, and run 
 VLLM_033_TESTS ?= tests/engine tests/e2e
 test-vllm-033: setup ## the engine tests with the Python files of vLLM 0.33, in .venv-033 (docs/testing.md)
 	@$(PY) scripts/vllm_overlay.py
-	$(PYTEST:$(PY)%=.venv-033/bin/python%) --slow none $(VLLM_033_TESTS) $(TEST_ARGS)
+	$(PYTEST:$(PY)%=.venv-033/bin/python%) --slow engines,servers,calibrate $(VLLM_033_TESTS) $(TEST_ARGS)
 
 # Browsers are no Python packages: Chromium is the system's, or the one that CHROMIUM names.
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)

@@ -68,7 +68,19 @@ def run_tests(copy: Path, tests: Iterable[str], timeout_s: float) -> int | None:
     """Run tests in a copy, with what they print going to `pytest.log` there; None where they do not end in time."""
     # A module compiled before a change of the same length within the same second would be taken for the new one.
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-n", "0", "--slow", "none", "-x", "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "--slow",
+        "engines,cases",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
     with (copy / "pytest.log").open("w") as log:
         process = subprocess.Popen(
             [*command, *tests], cwd=copy, env=environment, stdout=log, stderr=log, start_new_session=True

@@ -32,7 +32,8 @@ def _seed() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", choices=slow.CHOICES, default="none", help="which tests marked slow to run: %(choices)s")
+    which = f"which tests marked slow to run: {', '.join(slow.CHOICES)}, or groups with commas between them"
+    parser.addoption("--slow", type=slow.option, default="none", help=which)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,5 +1,6 @@
 """Requests under a constraint beside free ones: drafts or not, torch or ops, they end as the plain decoder has it."""
 
+import functools
 import random
 import re
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from tests.unmask.edited import Shown, check_shown, note_shown
 from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.constraint.automaton import Automaton
 from vllm_dllm.constraint.compile import TokenBytes, compile_tokens
-from vllm_dllm.constraint.regex import build_table, parse_table
+from vllm_dllm.constraint.regex import ByteAutomaton, build_table, parse_table
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.graph import DraftGraph
 from vllm_dllm.names import PolicyName
@@ -51,6 +52,16 @@ FREE = None
 NUM_TOP = 3
 
 
+@functools.cache
+def table_of(regex: str) -> ByteAutomaton:
+    return parse_table(build_table(regex))
+
+
+@functools.cache
+def compiled(regex: str) -> Automaton:
+    return compile_tokens(table_of(regex), TOKENS)
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request, what its answer has to match, and how many tokens of it the reply has."""
@@ -61,13 +72,13 @@ class Asked:
 
     def automaton(self) -> Automaton:
         assert self.regex is not None
-        return compile_tokens(parse_table(build_table(self.regex)), TOKENS)
+        return compiled(self.regex)
 
     def constraint(self) -> Constraint | None:
         """The reference's automaton, token by token."""
         if self.regex is None:
             return None
-        table = parse_table(build_table(self.regex))
+        table = table_of(self.regex)
         step: list[dict[int, int]] = []
         for state in range(len(table.step)):
             step.append({})
@@ -176,8 +187,9 @@ def test_drafts_change_no_token_and_every_answer_matches(rules: UnmaskRules, is_
     asked = [ask(name, 20 * seed + n, rules, block_length, block_length * num_blocks) for n, name in enumerate(names)]
     common = {"num_blocks": num_blocks, "is_native": is_native, "rules": rules}
     plain, forwards = denoise(model, asked, None, 0, **common)
-    for own, tokens in zip(asked, plain, strict=True):
-        assert tokens == reference(model, own, num_blocks, rules).tokens.tolist(), own
+    expected = [reference(model, own, num_blocks, rules) for own in asked]
+    for own, tokens, its in zip(asked, plain, expected, strict=True):
+        assert tokens == its.tokens.tolist(), own
         if own.regex is not None:
             assert own.text(tokens) is not None
             assert re.fullmatch(own.regex, own.text(tokens)), own
@@ -186,9 +198,8 @@ def test_drafts_change_no_token_and_every_answer_matches(rules: UnmaskRules, is_
         drafted, fewer = denoise(model, asked, graph, budget, **common, shown=shown)
         assert drafted == plain
         assert fewer < forwards
-        for slot, own in enumerate(asked):
-            expected = reference(model, own, num_blocks, rules)
-            check_shown(shown[slot], plain[slot], expected.log_probs, NUM_TOP)
+        for slot, its in enumerate(expected):
+            check_shown(shown[slot], plain[slot], its.log_probs, NUM_TOP)
 
 
 def test_free_requests_are_as_without_the_others():

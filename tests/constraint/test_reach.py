@@ -1,5 +1,6 @@
 """A token is allowed at a position if and only if some answer has it there: against all those of tiny vocabularies."""
 
+import functools
 import random
 
 import numpy as np
@@ -25,16 +26,19 @@ def as_ids(automaton: Automaton, allowed: np.ndarray) -> np.ndarray:
     return bits.reshape(len(flat), -1)[:, :VOCAB].astype(bool).reshape(*allowed.shape[:-1], VOCAB)
 
 
+kept_automaton, kept_brute = functools.cache(automaton_of), functools.cache(Brute)
+
+
 def cases(part: int):
     """Regexes with an automaton, each with its answers of some length; of a sequence of which a block is shown."""
     for number in range(part, NUM_REGEXES, 4):
         rng = random.Random(number)
         regex = random_regex(rng)
         try:
-            automaton = automaton_of(regex)
+            automaton = kept_automaton(regex)
         except ConstraintError:
             continue
-        yield rng, automaton, Brute(regex, LENGTH, rng.choice([LENGTH, LENGTH, LENGTH - 1, LENGTH - 2]))
+        yield rng, automaton, kept_brute(regex, LENGTH, rng.choice([LENGTH, LENGTH, LENGTH - 1, LENGTH - 2]))
 
 
 @pytest.mark.parametrize("part", range(4))

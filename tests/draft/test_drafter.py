@@ -23,6 +23,7 @@ from tests.draft.test_exact import (
     requests_of,
 )
 from tests.draft.test_look_ahead import ChainModel, decode, reference_options
+from tests.suite.parts import some_of
 from vllm_dllm.draft.drafter import Drafter
 from vllm_dllm.reference import block_causal
 from vllm_dllm.reference import decode as bidirectional
@@ -93,7 +94,7 @@ def believing(texts: list[list[int]], share: float, seed: int) -> TextDrafter:
 shares = st.sampled_from([0.0, 0.5, 0.9, 1.0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=some_of(60), deadline=None)
 @given(
     data=st.data(),
     block_length=st.sampled_from([1, 4, 7]),
@@ -121,7 +122,7 @@ def test_any_drafter_is_lossless(
         assert forwards[i] + accepted[i] == plain_forwards[i] == reference.nfe
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=some_of(30), deadline=None)
 @given(data=st.data(), block_length=st.sampled_from([2, 4, 8]), is_native=st.booleans(), share=shares)
 def test_any_drafter_may_look_ahead(data: st.DataObject, block_length: int, is_native: bool, share: float) -> None:
     model = ChainModel(block_length, data.draw(st.integers(0, 99)), 3.0)
@@ -153,7 +154,7 @@ def test_a_drafter_that_knows_saves_what_can_be_saved(is_native: bool) -> None:
     assert (plain.nfe, row.took.tolist()[:2], row.num_over) == (20, [5, 15], 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=some_of(60), deadline=None)
 @given(data=st.data(), is_native=st.booleans(), rules=st.sampled_from([LLADA, DREAM, SDAR]))
 def test_nonsense_changes_no_token(data: st.DataObject, is_native: bool, rules: UnmaskRules) -> None:
     model = SyntheticModel(4, data.draw(st.integers(0, 99)), data.draw(st.sampled_from([0.0, 3.0, 12.0])))

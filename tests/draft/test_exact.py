@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.suite.parts import some_of
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.drafter import Drafter
@@ -235,7 +236,7 @@ def reference_budget(num_drafts: int, rules: UnmaskRules, block_length: int) -> 
     return num_drafts + NUM_NODES * has_look_ahead
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some_of(150), deadline=None)
 @given(
     data=st.data(),
     block_length=st.sampled_from([1, 4, 7]),

@@ -1,5 +1,6 @@
 """Fixed cases of the denoiser with drafts: the same in each run, so that no fault hides by chance."""
 
+import functools
 from dataclasses import replace
 from typing import get_args
 
@@ -70,6 +71,32 @@ def request(name: PolicyName, idx: int, rules: UnmaskRules) -> Request:
     )
 
 
+MODELS = ((0, 0.5), (1, 3.0), (2, 12.0))
+"""Seed and sharpness."""
+
+
+@functools.cache
+def made_by_reference(
+    rules: UnmaskRules, graph: DraftGraph, budget: int, seed: int, sharpness: float
+) -> list[spiffy.SpiffyGeneration]:
+    """Decode each request alone, once for the ops and torch."""
+    return [
+        spiffy.generate(
+            SyntheticModel(BLOCK_LENGTH, seed, sharpness),
+            torch.tensor(each.tail, dtype=torch.int64),
+            graph=graph,
+            budget=reference_budget(budget, rules, BLOCK_LENGTH),
+            rules=REFERENCE_RULES[rules],
+            **each.reference(BLOCK_LENGTH),
+        )
+        for each in requests_under(rules)
+    ]
+
+
+def requests_under(rules: UnmaskRules) -> list[Request]:
+    return [request(name, idx, rules) for idx, name in enumerate((*get_args(PolicyName), "credit", "credit"))]
+
+
 @pytest.mark.parametrize("is_native", [False, True], ids=["torch", "ops"])
 @pytest.mark.parametrize(
     ("graph", "budget"),
@@ -80,21 +107,11 @@ def request(name: PolicyName, idx: int, rules: UnmaskRules) -> Request:
 def test_drafts_are_accepted_as_often_as_in_the_reference(
     rules: UnmaskRules, graph: DraftGraph, budget: int, is_native: bool
 ) -> None:
-    requests = [request(name, idx, rules) for idx, name in enumerate((*get_args(PolicyName), "credit", "credit"))]
-    for seed, sharpness in ((0, 0.5), (1, 3.0), (2, 12.0)):
+    requests = requests_under(rules)
+    for seed, sharpness in MODELS:
         model = SyntheticModel(BLOCK_LENGTH, seed, sharpness)
         tokens, forwards, accepted = denoise(model, requests, graph, budget, is_native=is_native, rules=rules)
-        expected = [
-            spiffy.generate(
-                model,
-                torch.tensor(each.tail, dtype=torch.int64),
-                graph=graph,
-                budget=reference_budget(budget, rules, BLOCK_LENGTH),
-                rules=REFERENCE_RULES[rules],
-                **each.reference(BLOCK_LENGTH),
-            )
-            for each in requests
-        ]
+        expected = made_by_reference(rules, graph, budget, seed, sharpness)
         assert tokens == [[*each.tail, *e.tokens.tolist()] for each, e in zip(requests, expected, strict=True)]
         assert (forwards, accepted) == ([e.nfe for e in expected], [e.num_accepted for e in expected])
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft.test_exact import CPU, MASK, SDAR, VOCAB, Request, SyntheticModel, drafter_of, graphs, requests_of
+from tests.suite.parts import some_of
 from vllm_dllm.config import DllmConfig
 from vllm_dllm.denoiser import Denoiser
 from vllm_dllm.draft.drafter import Drafter
@@ -124,7 +125,7 @@ def reference_options(request: Request, model: ChainModel, num_blocks: int) -> d
     return options | {"gen_length": num_blocks * model.block_length - len(request.tail)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=some_of(60), deadline=None)
 @given(
     data=st.data(),
     block_length=st.sampled_from([2, 4, 8, 9]),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tests.draft.rankers import make_ranker
 from tests.draft.test_exact import DREAM, LLADA, REFERENCE_RULES, SDAR, SyntheticModel, denoise, graphs, requests_of
 from tests.ops.test_propose_nodes import MASK, case
+from tests.suite.parts import some_of
 from vllm_dllm.draft.calibrated import GraphDrafter
 from vllm_dllm.draft.compile import compile_graph
 from vllm_dllm.draft.native import native_nodes, torch_nodes
@@ -24,7 +25,7 @@ from vllm_dllm.unmask.schedule import UnmaskRules
 WEIGHTS = ["small", "huge", "constant", "nan"]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=some_of(80), deadline=None)
 @given(
     data=st.data(),
     block_length=st.sampled_from([1, 4, 7]),

@@ -6,7 +6,7 @@ from benchmarks.armed import count
 from tests.e2e.engines import stop_shared_engine
 from tests.e2e.rig import CHECKPOINT
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 MOST_CALLS = 70
 """Python calls that being armed may cost a step of one request, in the median, of some 2,000."""

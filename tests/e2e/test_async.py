@@ -31,7 +31,7 @@ from tests.e2e.rig import (
 from tests.e2e.scores import check_scores
 from tests.suite.order import configurations
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 FEW_PAGES = 14
 USUAL = [("llada", {"block_length": 8}, 3, None), ("dream", {"block_length": 8, "refresh_every": 4}, None, FEW_PAGES)]
@@ -74,7 +74,7 @@ def oracles(mild: Path, mild_dream: Path, mild_oracle: Oracle) -> dict[str, tupl
     return {"llada": (mild, mild_oracle), "dream": (mild_dream, dream_oracle(mild_dream))}
 
 
-@pytest.fixture(params=configurations("async", USUAL, SLOW))
+@pytest.fixture(params=configurations("async", USUAL, slow=SLOW))
 def served(request: pytest.FixtureRequest, oracles: dict[str, tuple[Path, Oracle]]) -> Served:
     return Served(*oracles[request.param[0]], *request.param)
 
@@ -94,6 +94,7 @@ def ahead(served: Served, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return steps
 
 
+@pytest.mark.always
 def test_mixed_batch_equals_reference(served: Served, ahead: list[bool]) -> None:
     assert served.llm.llm_engine.vllm_config.max_concurrent_batches == 2
     cases = mixed_cases(served.block_length, seed=12, policies=served.policies)

@@ -15,7 +15,7 @@ from vllm_dllm.reference.model import LLaDA
 from vllm_dllm.reference.policy import UnmaskPolicy
 from vllm_dllm.reference.sampling import Sampling
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("calibrate")]
 
 NUM_PROMPTS, GEN_LENGTH = 6, 32
 

@@ -16,7 +16,7 @@ from vllm_dllm.reference.policy import UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen
 from vllm_dllm.reference.sampling import Sampling
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("calibrate")]
 
 NUM_PROMPTS, GEN_LENGTH, BLOCK_LENGTH = 4, 20, 8
 

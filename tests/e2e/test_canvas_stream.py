@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.http import MODEL, complete, server
 from tests.e2e.rig import Case, Oracle
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server"), pytest.mark.slow("servers")]
 
 SETTINGS = {"block_length": 8}
 SHOWN = {"dllm_stream": "denoising"}

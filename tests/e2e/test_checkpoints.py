@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.e2e.rig import engine
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,10 @@ from tests.e2e.rig import (
 from tests.suite.order import configurations
 from vllm_dllm.reference.decode import KvPolicy, generate
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
-USUAL: list[dict[str, Any]] = [{}, {"block_length": 8, "kv_policy": "prefix"}]
+ALWAYS: list[dict[str, Any]] = [{}]
+USUAL: list[dict[str, Any]] = [{"block_length": 8, "kv_policy": "prefix"}]
 SLOW: list[dict[str, Any]] = [{"block_length": 8}, *({"block_length": 8, "refresh_every": n} for n in (1, 4))]
 
 
@@ -49,7 +50,7 @@ def mild_oracle(mild_dream: Path) -> Oracle:
     return dream_oracle(mild_dream)
 
 
-@pytest.fixture(params=configurations("dream", USUAL, SLOW))
+@pytest.fixture(params=configurations("dream", ALWAYS, USUAL, SLOW))
 def served(request: pytest.FixtureRequest, dream: Path) -> Any:
     return shared_engine(dream, request.param), request.param
 
@@ -65,6 +66,7 @@ def check_cases(llm: Any, oracle: Oracle, cases: list[Case], settings: dict[str,
     assert len({token for row in tokens for token in row}) > 50, "the model says too little for equality to mean much"
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("policies", [PUBLISHED, OTHERS], ids=["published", "others"])
 def test_mixed_batch_equals_reference(served: Any, oracle: Oracle, policies: Any) -> None:
     llm, settings = served
@@ -109,6 +111,7 @@ def test_a_generation_of_one_block_without_cache_is_dreams_own(dream: Path, orac
     ]
 
 
+@pytest.mark.always
 @pytest.mark.xdist_group("dream {}")
 def test_what_is_published_is_the_default(dream: Path, oracle: Oracle) -> None:
     llm = shared_engine(dream, {})

@@ -14,10 +14,10 @@ from tests.e2e.rig import Case, check_counts_while_running, mixed_cases, run, ru
 from tests.suite.order import configurations
 from vllm_dllm.unmask.head import WeightHead
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
+ALWAYS: list[dict[str, Any]] = [{"block_length": 8}]
 USUAL: list[dict[str, Any]] = [
-    {"block_length": 8},
     {"block_length": 32, "refresh_every": 4},
     {"block_length": 8, "kv_policy": "prefix", "attention": "torch"},  # elsewhere it is csrc
 ]
@@ -31,11 +31,12 @@ SLOW: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(params=configurations("llada", USUAL, SLOW))
+@pytest.fixture(params=configurations("llada", ALWAYS, USUAL, SLOW))
 def served(request: pytest.FixtureRequest, wild: Path) -> Any:
     return shared_engine(wild, request.param), request.param
 
 
+@pytest.mark.always
 def test_mixed_batch_equals_reference(served: Any, oracle: Any) -> None:
     llm, settings = served
     cases = mixed_cases(settings["block_length"], seed=settings["block_length"])
@@ -44,22 +45,26 @@ def test_mixed_batch_equals_reference(served: Any, oracle: Any) -> None:
     assert len({token for row in tokens for token in row}) > 50, "the model says too little for equality to mean much"
 
 
+@pytest.mark.always
 def test_an_answer_ends_before_its_block(served: Any, oracle: Any) -> None:
     llm, settings = served
     check_ended(llm, oracle, mixed_cases(settings["block_length"], seed=21), settings)
 
 
+@pytest.mark.always
 def test_a_sequence_may_grow(served: Any, oracle: Any) -> None:
     llm, settings = served
     check_growing(llm, oracle, mixed_cases(settings["block_length"], seed=22), settings)
 
 
+@pytest.mark.always
 def test_rows_are_reduced_from_the_heads_weight(served: Any) -> None:
     """The same tokens come from whole logits, which any other head gives; only time and memory would tell."""
     runner = served[0].llm_engine.model_executor.driver_worker.worker.model_runner
     assert isinstance(runner.model_state.denoiser.head.own, WeightHead)
 
 
+@pytest.mark.always
 def test_nfe_equals_reference(served: Any, oracle: Any) -> None:
     llm, settings = served
     cases = mixed_cases(settings["block_length"], seed=99)
@@ -71,6 +76,7 @@ def test_nfe_equals_reference(served: Any, oracle: Any) -> None:
     assert {(n["exactness"], n["proposed"], n["accepted"]) for n in took} == {(None, 0, 0)}
 
 
+@pytest.mark.always
 def test_preemption_restarts_the_block_alone(served: Any, oracle: Any) -> None:
     llm, settings = served
     cases = mixed_cases(settings["block_length"], seed=6)[:8]
@@ -88,11 +94,13 @@ def test_preemption_restarts_the_block_alone(served: Any, oracle: Any) -> None:
     assert tokens == {str(i): oracle.tokens(case, settings) for i, case in enumerate(cases)}
 
 
+@pytest.mark.always
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     llm, settings = served
     check_counts_while_running(llm, mixed_cases(settings["block_length"], seed=5))
 
 
+@pytest.mark.always
 def test_the_cache_is_given_back(served: Any) -> None:
     llm, settings = served
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool

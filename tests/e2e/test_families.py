@@ -24,7 +24,7 @@ from tests.e2e.rig import (
 from tests.e2e.sdar import check_preemption_and_aborts, sdar_cases
 from tests.suite.order import configurations
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 BLOCK, BUDGET, PAGE = 4, 3, 16
 GRAPH = random_graph(8, 8, BLOCK)
@@ -56,7 +56,7 @@ def check_outputs(outputs: list[Any], oracle: Oracle, cases: list[Case], setting
     assert sum(e.num_accepted for e in expected) >= 4, "too few drafts come true for the test to mean much"
 
 
-@pytest.fixture(params=configurations("families", ["sdar-moe", "stable-diffcoder"]))
+@pytest.fixture(params=configurations("families", ["sdar-moe"], ["stable-diffcoder"]))
 def served(request: pytest.FixtureRequest, checkpoints: dict[str, Path], oracles: dict[str, Oracle]) -> Any:
     """A block-causal family, served with what its checkpoint and its row of the table say."""
     checkpoint = checkpoints[request.param]
@@ -64,6 +64,7 @@ def served(request: pytest.FixtureRequest, checkpoints: dict[str, Path], oracles
     return request.param, llm, oracles[request.param]
 
 
+@pytest.mark.always
 def test_mixed_batch_equals_reference(served: Any) -> None:
     _, llm, oracle = served
     cases = sdar_cases(BLOCK, seed=11)

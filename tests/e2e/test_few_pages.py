@@ -8,7 +8,7 @@ import pytest
 from tests.e2e.growing import growing, preemptions
 from tests.e2e.rig import Case, Oracle, engine, mixed_cases, model_state, run
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 SETTINGS = {"block_length": 8}
 

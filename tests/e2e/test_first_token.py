@@ -26,7 +26,7 @@ from tests.e2e.test_graphs import EagerGraphs
 from tests.suite.order import configurations
 from vllm_dllm.reference.block_causal import generate_causally
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 BUDGET = 6
 USUAL = [("nemotron", BUDGET), ("fast_dllm", BUDGET)]
@@ -45,7 +45,7 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FirstTokenOra
     return made
 
 
-@pytest.fixture(params=configurations("first token", USUAL, SLOW))
+@pytest.fixture(params=configurations("first token", USUAL, slow=SLOW))
 def served(request: pytest.FixtureRequest, oracles: dict[str, FirstTokenOracle]) -> Any:
     family, budget = request.param
     oracle = oracles[family]
@@ -54,6 +54,7 @@ def served(request: pytest.FixtureRequest, oracles: dict[str, FirstTokenOracle])
     return shared_engine(oracle.checkpoint, {}, **changes), oracle, budget
 
 
+@pytest.mark.always
 def test_mixed_batch_equals_reference(served: Any) -> None:
     llm, oracle, budget = served
     cases = oracle.cases(seed=1)

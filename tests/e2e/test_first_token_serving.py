@@ -14,7 +14,7 @@ from tests.e2e.first_token import FirstTokenOracle, make_wild
 from tests.e2e.http import MODEL, cache_counts, complete, counted, server
 from tests.e2e.rig import Case, random_graph, speculation
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server"), pytest.mark.slow("servers")]
 
 PAGE, BUDGET = 16, 4
 Served = tuple[openai.OpenAI, FirstTokenOracle]

@@ -14,7 +14,7 @@ from tests.e2e.rig import NUM_SLOTS, Oracle, engine, mixed_cases, random_graph, 
 from vllm_dllm.engine.costs import step_shapes
 from vllm_dllm.engine.step_timer import StepTimer
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 BLOCK_LENGTH = 8
 SETTINGS = {"block_length": BLOCK_LENGTH}
@@ -96,6 +96,7 @@ def test_replayed_steps_equal_reference(oracle: Oracle, wild: Path, kv_policy: s
         assert graphs.num_replays >= num_replays, "under prefix only last blocks have the shape of a graph"
 
 
+@pytest.mark.always
 def test_replayed_steps_with_drafts_equal_reference(mild_oracle: Oracle, mild: Path) -> None:
     cases = mixed_cases(BLOCK_LENGTH, seed=11)
     config = speculation(random_graph(2, 6, BLOCK_LENGTH), 4)

@@ -21,7 +21,7 @@ from tests.e2e.rig import (
 from tests.suite.order import configurations
 from vllm_dllm.state.edits import LogitEdits
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 SETTINGS = {"block_length": 8, "refresh_every": 1, "cfg_scale": 0.75}
 BUDGET = 3
@@ -29,7 +29,7 @@ GRAPH = random_graph(12, 12, 8)
 SCALES = (None, 0.0, 2.5, 0.3)
 
 
-@pytest.fixture(params=configurations("guidance", ["llada"], ["dream"]))
+@pytest.fixture(params=configurations("guidance", ["llada"], slow=["dream"]))
 def served(
     request: pytest.FixtureRequest, mild: Path, mild_dream: Path, mild_oracle: Oracle
 ) -> tuple[Any, Oracle, Any]:

@@ -20,7 +20,7 @@ from tests.e2e.rig import (
 )
 from tests.suite.order import configurations
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 FREECACHE = {"block_length": 8, "kv_policy": "freecache"}
 VICINITY = {"block_length": 8, "kv_policy": "vicinity", "prefix_look": 5, "after_look": 11, "warmup_steps": 2}
@@ -38,7 +38,7 @@ SLOW = [("llada", FREECACHE), ("dream", VICINITY), ("llada", {"block_length": 32
 BUDGET = 3
 
 
-@pytest.fixture(params=configurations("kv policies", USUAL, SLOW))
+@pytest.fixture(params=configurations("kv policies", USUAL, slow=SLOW))
 def served(request: pytest.FixtureRequest, mild: Path, mild_dream: Path) -> tuple[Any, str, dict[str, Any]]:
     family, settings = request.param
     config = speculation(graph(settings), BUDGET)
@@ -78,6 +78,7 @@ def check(outputs: list[Any], cases: list[Case], oracle: Oracle, settings: dict[
     assert len({token for row in tokens for token in row}) > 50, "the model says too little for equality to mean much"
 
 
+@pytest.mark.always
 def test_drafts_change_forwards_and_no_token(served: Any, oracle_of: Oracle) -> None:
     llm, family, settings = served
     cases = cases_of(family, settings, seed=4)
@@ -118,7 +119,7 @@ def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     check_counts_while_running(llm, cases_of(family, settings, seed=5))
 
 
-@pytest.fixture(params=configurations("dkv", DELAYED, SLOW_DELAYED))
+@pytest.fixture(params=configurations("dkv", DELAYED, slow=SLOW_DELAYED))
 def delayed(
     request: pytest.FixtureRequest, wild: Path, mild_dream: Path, oracle: Oracle, dreams: Oracle
 ) -> tuple[Any, Oracle, str, dict[str, Any]]:
@@ -127,6 +128,7 @@ def delayed(
     return shared_engine(checkpoint, settings), its, family, settings
 
 
+@pytest.mark.always
 def test_what_is_delayed_equals_the_reference(delayed: Any) -> None:
     llm, its, family, settings = delayed
     cases = cases_of(family, settings, seed=7)

@@ -16,7 +16,7 @@ from tests.e2e.rig import Case, engine, random_graph, run, run_outputs, shared_e
 from tests.e2e.sdar import check_preemption_and_aborts, sdar_cases
 from vllm_dllm.reference.editing_rule import Editing, generate
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("llada2")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines"), pytest.mark.xdist_group("llada2")]
 
 BLOCK, BUDGET, MAX_MODEL_LEN = 32, 6, 256
 GRAPH = random_graph(8, 12, BLOCK)
@@ -45,6 +45,7 @@ def tokens_of(outputs: list[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+@pytest.mark.always
 def test_mixed_batch_equals_reference(llm: Any, oracle: LLaDA2Oracle) -> None:
     cases = sdar_cases(BLOCK, seed=21)
     outputs = run_outputs(llm, cases)

@@ -16,7 +16,7 @@ from tests.e2e.dream import dream_oracle
 from tests.e2e.rig import CHECKPOINT, Case, Oracle, engine, mixed_cases, random_graph, speculation
 from tests.e2e.sdar import SdarOracle, sdar_cases
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 MODULES = {
     "llada": ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"),
@@ -95,6 +95,7 @@ def test_adapters_equal_merged_weights(adapted: Any, budget: int | str) -> None:
         assert accepted == sum(each.num_accepted for each in told) >= 8
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "attn_out"])
 def test_modules_without_adapters_are_refused_at_start(name: str) -> None:
     from vllm import EngineArgs

@@ -9,10 +9,9 @@ from tests.e2e.constrained import beside_edited, expected
 from tests.e2e.logprobs import check_logprobs, run_asking
 from tests.e2e.rig import Oracle, engine, mixed_cases, random_graph, run, short, speculation, step_all
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("both cores")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("ranks"), pytest.mark.xdist_group("both cores")]
 
 
-@pytest.mark.slow("ranks")
 def test_two_ranks_equal_reference(oracle: Oracle, wild: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings: dict[str, Any] = {"block_length": 8}
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")

@@ -14,7 +14,7 @@ from tests.e2e.rig import Case, Oracle, mixed_cases, random_graph, run_outputs, 
 from tests.e2e.sdar import SdarOracle, sdar_cases
 from tests.suite.order import configurations
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 MAX_MODEL_LEN = 256
 LLADA, SDAR = ("llada", 5), ("sdar", 5)

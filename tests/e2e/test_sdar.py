@@ -11,14 +11,14 @@ from tests.e2e.rig import MAX_MODEL_LEN, Case, check_counts_while_running, run, 
 from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
 from tests.suite.order import configurations
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 
 USUAL: list[dict[str, Any]] = [{"block_length": 4}]
 SLOW: list[dict[str, Any]] = [{"block_length": 8}, {"block_length": 32}, {"block_length": 32, "attention": "torch"}]
 
 
-@pytest.fixture(params=configurations("sdar", USUAL, SLOW))
+@pytest.fixture(params=configurations("sdar", USUAL, slow=SLOW))
 def served(request: pytest.FixtureRequest, wild_sdar: Path, sdar_oracle: SdarOracle) -> Any:
     settings = request.param
     return shared_engine(wild_sdar, settings, block_size=max(settings["block_length"], 16)), settings, sdar_oracle

@@ -18,7 +18,7 @@ from tests.e2e.rig import MAX_MODEL_LEN, Case, engine, random_graph, run_outputs
 from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
 from tests.suite.order import configurations
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 USUAL = [(8, "auto"), (4, 5)]
 SLOW = [(8, None)]
@@ -31,7 +31,7 @@ def _cpu_schedules_ahead() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=configurations("sdar async", USUAL, SLOW))
+@pytest.fixture(params=configurations("sdar async", USUAL, slow=SLOW))
 def served(request: pytest.FixtureRequest, mild_sdar: Path) -> Any:
     block_length, budget = request.param
     settings = {"block_length": block_length}
@@ -45,6 +45,7 @@ def oracle(mild_sdar_oracle: SdarOracle) -> SdarOracle:
     return mild_sdar_oracle
 
 
+@pytest.mark.always
 def test_mixed_batch_equals_reference(served: Any, oracle: SdarOracle) -> None:
     llm, settings = served
     assert llm.llm_engine.vllm_config.max_concurrent_batches == 2

@@ -11,7 +11,7 @@ from tests.e2e.sdar import SdarOracle, sdar_cases
 
 PAGE, BLOCK = 16, 4
 SETTINGS = {"block_length": BLOCK}
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group(f"sdar {SETTINGS}")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines"), pytest.mark.xdist_group(f"sdar {SETTINGS}")]
 LONG = tuple(5 + (7 * i) % 90 for i in range(70))
 
 

@@ -9,7 +9,7 @@ from tests.e2e.rig import engine, random_graph, run, speculation
 from tests.e2e.sdar import SdarOracle, sdar_cases
 from tests.e2e.test_graphs import BLOCK_LENGTH, SETTINGS, EagerGraphs
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 
 @pytest.mark.parametrize("budget", [pytest.param(None, marks=pytest.mark.slow("configurations")), 4])

@@ -19,7 +19,7 @@ from tests.e2e.test_sdar_cache import run_one_late
 from tests.suite.order import configurations
 from vllm_dllm.denoiser import Denoiser
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 MAX_MODEL_LEN = 256
 BUDGET = 6
@@ -39,7 +39,7 @@ def oracle(moody: Path) -> SdarOracle:
     return SdarOracle(moody, MAX_MODEL_LEN)
 
 
-@pytest.fixture(params=configurations("sdar look-ahead", [4], [8]))
+@pytest.fixture(params=configurations("sdar look-ahead", [4], slow=[8]))
 def served(request: pytest.FixtureRequest, moody: Path) -> Any:
     graph = random_graph(request.param, 12, request.param, 1 if request.param == 4 else None)
     settings = {"block_length": request.param}

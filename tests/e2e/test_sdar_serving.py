@@ -12,7 +12,7 @@ from tests.e2e.http import MODEL, cache_counts, complete, counted, server
 from tests.e2e.rig import Case
 from tests.e2e.sdar import SdarOracle, sdar_cases
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server")]
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("server"), pytest.mark.slow("servers")]
 
 PAGE, BLOCK = 16, 4
 SETTINGS = {"block_length": BLOCK}

@@ -20,16 +20,17 @@ from tests.e2e.sdar import SdarOracle, check_preemption_and_aborts, sdar_cases
 from tests.e2e.triton_arguments import check_arguments
 from tests.suite.order import configurations
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 MAX_MODEL_LEN = 256
-USUAL = [(4, 8, 1, None, "csrc"), (8, 12, 5, 1, "csrc"), (16, 12, 6, None, "torch")]
+ALWAYS = [(8, 12, 5, 1, "csrc")]
+USUAL = [(4, 8, 1, None, "csrc"), (16, 12, 6, None, "torch")]
 SLOW = [(8, 12, "auto", 2, "csrc"), (16, 12, 6, None, "csrc")]
 """Block length, nodes, budget, tokens per step, attention. A budget of 1 makes drafts and commits look alike to vLLM;
 with 5 and more, blocks of 4 and 8 look ahead."""
 
 
-@pytest.fixture(params=configurations("sdar spiffy", USUAL, SLOW))
+@pytest.fixture(params=configurations("sdar spiffy", ALWAYS, USUAL, SLOW))
 def served(request: pytest.FixtureRequest, mild_sdar: Path) -> Any:
     block_length, num_nodes, budget, tokens_per_step, attention = request.param
     graph = random_graph(num_nodes, num_nodes, block_length, tokens_per_step)
@@ -44,6 +45,7 @@ def oracle(mild_sdar: Path) -> SdarOracle:
     return SdarOracle(mild_sdar, MAX_MODEL_LEN)
 
 
+@pytest.mark.always
 def test_mixed_batch_equals_reference(served: Any, oracle: SdarOracle) -> None:
     llm, settings, graph, budget = served
     cases = sdar_cases(settings["block_length"], seed=settings["block_length"])
@@ -68,6 +70,7 @@ def test_edits_of_logits_equal_reference(served: Any, oracle: SdarOracle) -> Non
     assert run(llm, cases) == [oracle.tokens(case, settings) for case in cases]
 
 
+@pytest.mark.always
 def test_preemption_and_aborts_leave_the_others_alone(served: Any, oracle: SdarOracle) -> None:
     llm, settings, _, _ = served
     check_preemption_and_aborts(llm, oracle, settings)

@@ -11,7 +11,7 @@ from tests.e2e.rig import MAX_MODEL_LEN, check_counts_while_running, engine, run
 from tests.e2e.triton_arguments import check_arguments
 from tests.e2e.windows import MODE, Plain, WindowOracle, greedy, make_checkpoint, mixed
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("self speculation")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines"), pytest.mark.xdist_group("self speculation")]
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +31,7 @@ def served(oracles: dict[str, WindowOracle]) -> tuple[Any, WindowOracle]:
     return shared_engine(oracle.checkpoint, MODE), oracle
 
 
+@pytest.mark.always
 def test_mixed_batch_equals_autoregression(served: tuple[Any, WindowOracle]) -> None:
     """In as many forwards as the reference takes alone: windows know nothing of their neighbours."""
     llm, oracle = served

@@ -30,7 +30,7 @@ from tests.e2e.triton_arguments import check_arguments
 from tests.suite.order import configurations
 from vllm_dllm.draft.token_weights import TokenWeights
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 
 def hot(cases: list[Case]) -> list[Case]:
@@ -42,7 +42,8 @@ def hot(cases: list[Case]) -> list[Case]:
 
 
 WEIGHTS = TokenWeights(-1.0, -0.5, (-3.0, 1.0, -0.5, 0.5))
-USUAL = [(8, 12, 5, None, "csrc", None), (32, 24, 3, 1, "torch", WEIGHTS), (8, 12, "auto", 2, "csrc", None)]
+ALWAYS = [(8, 12, 5, None, "csrc", None)]
+USUAL = [(32, 24, 3, 1, "torch", WEIGHTS), (8, 12, "auto", 2, "csrc", None)]
 SLOW = [
     (8, 12, 12, 1, "csrc", None),
     (32, 10, 10, None, "csrc", WEIGHTS),
@@ -56,7 +57,7 @@ MAX_ROWS = 8192
 """Room for the whole budget of all requests at once, more than the server takes by itself (`MAX_DRAFT_ROWS`)."""
 
 
-@pytest.fixture(params=configurations("spiffy", USUAL, SLOW))
+@pytest.fixture(params=configurations("spiffy", ALWAYS, USUAL, SLOW))
 def served(request: pytest.FixtureRequest, mild: Path) -> Any:
     block_length, num_nodes, budget, tokens_per_step, attention, weights = request.param
     graph = random_graph(num_nodes, num_nodes, block_length, tokens_per_step)
@@ -67,6 +68,7 @@ def served(request: pytest.FixtureRequest, mild: Path) -> Any:
     return shared_engine(mild, settings, speculative_config=config, **options), settings, graph, budget
 
 
+@pytest.mark.always
 def test_mixed_batch_equals_reference(served: Any, mild_oracle: Oracle) -> None:
     llm, settings, graph, budget = served
     cases = hot(mixed_cases(settings["block_length"], seed=settings["block_length"]))
@@ -90,6 +92,7 @@ def test_mixed_batch_equals_reference(served: Any, mild_oracle: Oracle) -> None:
         assert [e.num_accepted for e in expected] != [e.num_accepted for e in without], "the weights decide nothing"
 
 
+@pytest.mark.always
 def test_nonsense_changes_no_token(served: Any, mild_oracle: Oracle) -> None:
     """Random, equal and finished canvases, all said to be valid, in the place of the drafter's."""
     llm, settings, _, _ = served
@@ -106,6 +109,7 @@ def test_nonsense_changes_no_token(served: Any, mild_oracle: Oracle) -> None:
     assert [list(o.outputs[0].token_ids) for o in outputs] == [mild_oracle.tokens(case, settings) for case in cases]
 
 
+@pytest.mark.always
 def test_an_answer_ends_before_its_block(served: Any, mild_oracle: Oracle) -> None:
     llm, settings, graph, budget = served
     cases = mixed_cases(settings["block_length"], seed=21)
@@ -120,6 +124,7 @@ def test_an_answer_ends_before_its_block(served: Any, mild_oracle: Oracle) -> No
     ]
 
 
+@pytest.mark.always
 def test_a_sequence_may_grow(served: Any, mild_oracle: Oracle) -> None:
     llm, settings, graph, budget = served
     cases = growing(mixed_cases(settings["block_length"], seed=22))
@@ -135,12 +140,14 @@ def test_a_sequence_may_grow(served: Any, mild_oracle: Oracle) -> None:
     ]
 
 
+@pytest.mark.always
 def test_preemption_and_aborts_leave_the_others_alone(served: Any, mild_oracle: Oracle) -> None:
     llm, settings, _, _ = served
     cases, every = hot(mixed_cases(settings["block_length"], seed=6)[:8]), settings["block_length"] + 5
     check_interference(llm, cases, lambda case: mild_oracle.tokens(case, settings), lambda number: number % every == 5)
 
 
+@pytest.mark.always
 def test_step_times_are_measured_where_budgets_follow_from_them(served: Any) -> None:
     llm, settings, _, budget = served
     curve = llm.llm_engine.engine_core.engine_core.scheduler.rule.curve
@@ -150,6 +157,7 @@ def test_step_times_are_measured_where_budgets_follow_from_them(served: Any) -> 
         assert len(curve.points) > 1
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_step_asks_torch_for_few_things(served: Any, temperature: float) -> None:
     """On a GPU each is a launch, and before the forward the device waits for them."""
@@ -164,11 +172,13 @@ def test_a_step_asks_torch_for_few_things(served: Any, temperature: float) -> No
     assert behind <= 5 + (temperature > 0), steps[BEHIND]
 
 
+@pytest.mark.always
 def test_counts_of_runner_and_scheduler_agree(served: Any) -> None:
     llm, settings, _, _ = served
     check_counts_while_running(llm, mixed_cases(settings["block_length"], seed=5))
 
 
+@pytest.mark.always
 def test_vllms_kernels_get_what_they_rely_on(served: Any) -> None:
     llm, settings, _, _ = served
     check_arguments(lambda: run_outputs(llm, mixed_cases(settings["block_length"], seed=5)[:5]))

@@ -13,7 +13,7 @@ from tests.e2e.rig import NUM_SLOTS, Case, Oracle, engine, run
 from vllm_dllm.config import REQUEST_PREFIX, RequestOptions
 from vllm_dllm.draft.graph_file import default_graph, dump_graph
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 SETTINGS = {"block_length": 8}
 KNOWN = [

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.rig import Case, engine, step_all
 from vllm_dllm.errors import StateError
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 CASES = [Case(prompt=tuple(range(4, 4 + n)), max_tokens=16) for n in (21, 34)]
 

@@ -16,15 +16,16 @@ from tests.e2e.rig import Case, Oracle, mixed_cases, random_graph, shared_engine
 from tests.e2e.sdar import SdarOracle, sdar_cases
 from tests.suite.order import configurations
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
 MAX_MODEL_LEN = 256
 
-USUAL = [("llada", 0), ("llada", 5), ("sdar", 5)]
+ALWAYS = [("llada", 5)]
+USUAL = [("llada", 0), ("sdar", 5)]
 SLOW = [("sdar", 0)]
 
 
-@pytest.fixture(params=configurations("structured", USUAL, SLOW))
+@pytest.fixture(params=configurations("structured", ALWAYS, USUAL, SLOW))
 def served(request: pytest.FixtureRequest, mild: Path, mild_sdar: Path) -> Any:
     family, budget = request.param
     block_length = 8 if family == "llada" else 4
@@ -42,6 +43,7 @@ def asking(oracle: Oracle, settings: dict[str, Any], seed: int) -> list[tuple[Ca
     return [(many if what else case, what) for case, many, what in zip(cases, long, asked, strict=True)]
 
 
+@pytest.mark.always
 def test_every_answer_meets_its_constraint_and_equals_the_reference(served: Any) -> None:
     llm, oracle, settings = served
     pairs = asking(oracle, settings, seed=3)
@@ -58,6 +60,7 @@ def test_every_answer_meets_its_constraint_and_equals_the_reference(served: Any)
         assert own == expected(oracle, case, settings, asked), (case, asked)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("count", [24, pytest.param(240, marks=pytest.mark.slow("fuzz"))])
 def test_generated_requests_meet_their_constraints_with_drafts_and_without(served: Any, count: int) -> None:
     """A part of `python -m benchmarks.constraint_fuzz`, which judges by other means than our automata."""

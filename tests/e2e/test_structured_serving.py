@@ -17,7 +17,7 @@ from tests.e2e import client_matrix
 from tests.e2e.http import MODEL, server
 from tests.e2e.rig import CHECKPOINT, EXAMPLES, Case, Oracle
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("structured server")]
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("structured server"), pytest.mark.slow("servers")]
 
 SCHEMA = {
     "type": "object",

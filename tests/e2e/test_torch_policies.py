@@ -9,7 +9,7 @@ from tests.e2e.rig import Oracle, mixed_cases, random_graph, run_outputs, shared
 from tests.e2e.stated import stated_cases
 from tests.e2e.torch_cases import BLOCK, SETTINGS, cases, check_own
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("policies in torch code")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines"), pytest.mark.xdist_group("policies in torch code")]
 
 
 @pytest.fixture
@@ -18,6 +18,7 @@ def llm(mild: Path) -> Any:
     return shared_engine(mild, SETTINGS, speculative_config=config, max_model_len=1024, max_num_batched_tokens=8192)
 
 
+@pytest.mark.always
 def test_all_in_one_batch_beside_native_ones(llm: Any, mild_oracle: Oracle) -> None:
     own, native = cases(1), mixed_cases(BLOCK, seed=7)[:4]
     outputs = run_outputs(llm, [*own, *native])

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.rig import mixed_cases, random_graph, run_outputs, shared_engine, speculation, step_all
 from tests.e2e.torch_cases import SETTINGS, PatientCase, check_own, offered_by, patient_cases, write_package
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("policies in torch code")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines"), pytest.mark.xdist_group("policies in torch code")]
 
 BROKEN = """
 from vllm_dllm.policy import Decision, TorchPolicy

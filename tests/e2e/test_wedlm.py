@@ -10,7 +10,7 @@ from tests.e2e.rig import MAX_MODEL_LEN, check_counts_while_running, engine, run
 from tests.e2e.triton_arguments import check_arguments
 from tests.e2e.wedlm import SlidingOracle, WindowCase, make_wild, mixed
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("wedlm")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines"), pytest.mark.xdist_group("wedlm")]
 
 
 @pytest.fixture(scope="session")

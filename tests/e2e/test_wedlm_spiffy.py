@@ -17,7 +17,7 @@ from tests.e2e.wedlm import SlidingOracle, WindowCase, make_wild, mixed
 from vllm_dllm.cli import main
 from vllm_dllm.reference.wedlm_spiffy import SpiffySliding
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("wedlm_spiffy")]
+pytestmark = [pytest.mark.engine, pytest.mark.slow("engines"), pytest.mark.xdist_group("wedlm_spiffy")]
 
 NUM_DRAFTS = 5
 SPIFFY = {"method": "spiffy", "budget": NUM_DRAFTS}
@@ -61,6 +61,7 @@ def counts(made: list[SpiffySliding]) -> list[list[int]]:
     return [[each.nfe for each in made], [each.num_accepted for each in made]]
 
 
+@pytest.mark.always
 def test_a_mixed_batch_takes_the_forwards_of_the_reference(served: Served) -> None:
     llm, oracle = served
     cases = greedy(mixed(seed=1))
@@ -125,6 +126,7 @@ def test_a_stop_token_ends_the_reply(served: Served) -> None:
     assert [told(outputs, name) for name in ("nfe", "accepted")] == counts(made)
 
 
+@pytest.mark.always
 def test_preemption_and_aborts_leave_the_others_alone(served: Served) -> None:
     llm, oracle = served
     cases = [dataclasses.replace(case, max_tokens=50) for case in mixed(seed=6, num=8)]

@@ -9,9 +9,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from tests.suite.parts import running
+
 ROOT = Path(__file__).parent.parent.parent
+WHERE = pytest.param("simt", marks=pytest.mark.slow("kernels"))
+"""The emulator as a parameter of tests."""
+PLACES = ("cpu", "simt") if "kernels" in running else ("cpu",)
+"""Where tests compare an op that have no such parameter."""
 BUILD = ROOT / os.environ.get("VLLM_DLLM_SIMT_BUILD", "build/simt")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.ops import simt
 from tests.ops.walks import MASK, PLAIN, Call, columns, random_call, random_params, random_stats, to
+from tests.suite.parts import some_of
 from vllm_dllm import ops
 from vllm_dllm.ops.vocab_stats import PartialStats
 from vllm_dllm.unmask.policy import POLICY_IDS
@@ -42,7 +43,7 @@ def check_equal(call: Call, where: str, rules: UnmaskRules = PLAIN) -> Trajector
     return expected
 
 
-@pytest.fixture(params=["cpu", "simt", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", simt.WHERE, pytest.param("cuda", marks=pytest.mark.gpu)])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "simt":
         monkeypatch.setattr(ops, "decide_walk", lambda *args: simt.ops().decide_walk(*args))
@@ -67,7 +68,7 @@ def test_look_aheads_that_come_true(size, where):
     assert not came_over.all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some_of(150), deadline=None)
 @given(
     size=st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 20)),
     seed=st.integers(0, 2**31),

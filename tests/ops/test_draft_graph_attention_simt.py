@@ -48,7 +48,7 @@ SPLIT = [
 Op = Callable[..., None]
 
 
-@pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[simt.WHERE, pytest.param("cuda", marks=pytest.mark.gpu)])
 def op(request: pytest.FixtureRequest) -> Op:
     if request.param == "simt":
         native: Op = simt.ops().draft_graph_attention
@@ -95,6 +95,7 @@ def test_equals_torch_with_a_split_context(op, dtype, num_splits):
     check(op, make_case(Heads(2, 1, 40, 32), SPLIT, dtype), num_splits)
 
 
+@pytest.mark.slow("kernels")
 @pytest.mark.parametrize("head_dim", [40, 256])
 def test_the_bound_of_tensor_cores_tells_a_missing_key(head_dim):
     """It is far above what an emulator's products are off by, and below what most rows lose with one key of 500."""
@@ -242,6 +243,7 @@ def test_scores_that_overflow_exp(op):
     assert (out - exact).abs().amax() <= 2 * (in_float32 - exact).abs().amax() + floor
 
 
+@pytest.mark.slow("kernels")
 def test_misaligned_tensors_are_refused():
     case = make_case(Heads(1, 1, 32, 16), REQUESTS["odd"], torch.bfloat16)
     odd = torch.zeros(len(case.query), 1, 33, dtype=torch.bfloat16)[..., :32]
@@ -261,6 +263,7 @@ WRONG_TILES: dict[str, tuple[dict[tuple[int, int], int], str]] = {
 }
 
 
+@pytest.mark.slow("kernels")
 @pytest.mark.parametrize("name", WRONG_TILES)
 def test_wrong_tiles_are_refused(name):
     changes, message = WRONG_TILES[name]
@@ -274,6 +277,7 @@ def test_wrong_tiles_are_refused(name):
         simt.ops().draft_graph_attention(*fields, out, lse, tiles)
 
 
+@pytest.mark.slow("kernels")
 @pytest.mark.parametrize(
     ("last", "message"),
     [

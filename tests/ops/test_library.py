@@ -23,16 +23,19 @@ def isa_under(wanted: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow("kernels")
 def test_an_instruction_set_can_be_chosen():
     assert isa_under("portable").stdout == "portable\n"
 
 
+@pytest.mark.slow("kernels")
 def test_an_unknown_instruction_set_is_refused():
     done = isa_under("mmx")
     assert done.returncode == 1
     assert "VLLM_DLLM_ISA is 'mmx', this machine allows portable" in done.stderr
 
 
+@pytest.mark.slow("kernels")
 def test_an_instruction_set_that_was_not_built_is_refused():
     missing = sorted(set(ISAS) - set(library.built_isas()))
     if not missing:
@@ -49,6 +52,7 @@ def configure(tmp_path: Path, isas: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow("kernels")
 @pytest.mark.parametrize("isas", ["avx2;mmx", "best", ""])
 def test_unknown_instruction_sets_are_not_built(isas, tmp_path):
     done = configure(tmp_path, isas)
@@ -56,6 +60,7 @@ def test_unknown_instruction_sets_are_not_built(isas, tmp_path):
     assert f"DLLM_ISAS is '{isas}'; allowed here are portable" in " ".join(done.stderr.split())
 
 
+@pytest.mark.slow("kernels")
 def test_native_is_the_best_of_the_machine(tmp_path):
     built = re.search(r"CPU kernels for (.*)", configure(tmp_path, "native").stdout)[1].split(";")
     assert built == list(dict.fromkeys(["portable", library.machine_isa()]))

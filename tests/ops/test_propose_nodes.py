@@ -144,6 +144,7 @@ def test_equals_the_torch_twin(block_length, tokens_per_step, is_noisy):
     assert num_valid > 0 or block_length == 1  # the only draft of a block of one would be finished
 
 
+@pytest.mark.slow("kernels")
 @pytest.mark.parametrize("is_noisy", [False, True], ids=["greedy", "noisy"])
 @pytest.mark.parametrize("block_length", BLOCK_LENGTHS)
 def test_the_emulated_kernel_equals_the_cpu_bitwise(block_length, is_noisy):
@@ -185,7 +186,7 @@ def test_a_request_alone_is_as_in_company(is_noisy):
             assert torch.equal(getattr(alone, field.name)[0], getattr(together, field.name)[request])
 
 
-@pytest.mark.parametrize("where", ["cpu", "simt"])
+@pytest.mark.parametrize("where", ["cpu", simt.WHERE])
 @pytest.mark.parametrize("log_prob", [torch.nan, -torch.inf])
 def test_probabilities_that_are_none_give_drafts_that_can_be_evaluated(log_prob, where):
     given = case(33, None, 4, is_noisy=True)
@@ -204,8 +205,7 @@ def test_no_requests():
     assert (drafts.canvas.shape, drafts.log_reach.shape) == ((0, 3, 7), (0, 3))
 
 
-NUM_OTHERS = 3
-"""Slots of nobody."""
+NUM_OTHERS = 3  # slots of nobody
 
 
 def arguments(given: Case, num_drafts: int, *, looks_ahead: bool = False, seq_len: int = 2**50) -> list[object]:
@@ -243,7 +243,7 @@ def test_the_end_of_a_look_ahead_equals_the_torch_twin(block_length, is_noisy):
         expected = likeliest_end(compile_graph(given.graph, CPU), given.roots, given.noise)
         num_drafts = seed % 3
         alone = found(given, num_drafts, "cpu")
-        for where in ("cpu", "simt"):
+        for where in simt.PLACES:
             canvas, is_masked, is_valid, depth, node, log_reach, end = found(given, num_drafts, where, looks_ahead=True)
             assert torch.equal(end, expected)
             next_root = [canvas[:, -1], is_masked[:, -1], is_valid[:, -1], depth[:, -1]]
@@ -254,7 +254,7 @@ def test_the_end_of_a_look_ahead_equals_the_torch_twin(block_length, is_noisy):
             assert all(map(torch.equal, before, alone))
 
 
-@pytest.mark.parametrize("where", ["cpu", "simt"])
+@pytest.mark.parametrize("where", ["cpu", simt.WHERE])
 def test_nothing_is_valid_of_a_block_without_a_step_and_no_look_ahead_of_the_last_block(where):
     given = case(7, None, 3, is_noisy=False)
     call = arguments(given, 4, looks_ahead=True, seq_len=8)  # one more position than the blocks have

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.ops import simt
 from tests.ops.test_propose_nodes import BLOCK_LENGTHS, STEPS, Case, arguments, case, check_equal, drafts_of, found
 from vllm_dllm.draft.ranker_shape import REACH
 from vllm_dllm.ops import propose_nodes
@@ -17,7 +18,7 @@ def ranked(given: Case) -> Case:
     return replace(given, roots=replace(given.roots, terms=terms))
 
 
-@pytest.mark.parametrize("where", ["cpu", "simt"])
+@pytest.mark.parametrize("where", ["cpu", simt.WHERE])
 @pytest.mark.parametrize("is_noisy", [False, True], ids=["greedy", "noisy"])
 @pytest.mark.parametrize("block_length", BLOCK_LENGTHS)
 def test_what_a_ranker_adds_counts_as_in_torch(block_length, is_noisy, where):
@@ -28,6 +29,7 @@ def test_what_a_ranker_adds_counts_as_in_torch(block_length, is_noisy, where):
         assert block_length <= 4 or not torch.equal(drafts.canvas, plain.canvas)
 
 
+@pytest.mark.slow("kernels")
 @pytest.mark.parametrize("is_noisy", [False, True], ids=["greedy", "noisy"])
 @pytest.mark.parametrize("block_length", BLOCK_LENGTHS)
 def test_the_emulated_kernel_equals_the_cpu_bitwise(block_length, is_noisy):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 
+from tests.ops import simt
 from tests.ops.test_propose_nodes import (
     BLOCK_LENGTHS,
     STEPS,
@@ -56,11 +57,11 @@ def without(given: Case) -> Case:
 
 
 def check_all(given: Case, num_drafts: int | None = None) -> Drafts:
-    """Compare torch, the CPU and the emulated kernel, the latter two bit for bit."""
+    """Compare torch, the CPU and, where the emulator runs, its kernel, the latter two bit for bit."""
     num_drafts = len(given.graph) if num_drafts is None else num_drafts
     drafts = check_equal(given, num_drafts, "cpu")
-    for native, emulated in zip(*(found(given, num_drafts, where) for where in ("cpu", "simt")), strict=True):
-        assert torch.equal(native, emulated)
+    native, *emulated = (found(given, num_drafts, where) for where in simt.PLACES)
+    assert all(all(map(torch.equal, native, results)) for results in emulated)
     return drafts
 
 
@@ -135,8 +136,9 @@ def test_what_is_masked_in_later_parts_is_not_new(part):
         given = replace(weighed(case(33, STEPS[seed % 3], seed, is_noisy=False), seed), sub_block_length=part)
         is_open = UnmaskRules(sub_block_length=part).open(given.roots.is_masked)
         drafts = check_equal(given, len(given.graph), "cpu", replace(given.roots, is_masked=is_open))
-        by_cuda = drafts_of(given, len(given.graph), "simt")
-        assert all(torch.equal(getattr(by_cuda, f.name), getattr(drafts, f.name)) for f in fields(Drafts))
+        for where in simt.PLACES[1:]:
+            by_cuda = drafts_of(given, len(given.graph), where)
+            assert all(torch.equal(getattr(by_cuda, f.name), getattr(drafts, f.name)) for f in fields(Drafts))
 
 
 def test_tokens_of_other_requests_do_not_count():
@@ -160,7 +162,7 @@ def test_tokens_of_other_requests_do_not_count():
 def test_the_end_of_a_look_ahead_goes_by_probability():
     given = weighed(case(7, 1, 1, is_noisy=False), 1, -25.0)
     plain = without(given)
-    ends = [found(each, 2, where, looks_ahead=True)[-1] for each in (given, plain) for where in ("cpu", "simt")]
+    ends = [found(each, 2, where, looks_ahead=True)[-1] for each in (given, plain) for where in simt.PLACES]
     assert all(torch.equal(end, ends[0]) for end in ends)
 
 

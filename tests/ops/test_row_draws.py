@@ -20,7 +20,7 @@ from vllm_dllm.unmask.walk import Nodes
 
 MASK = 3
 FIELDS = ("temperature", "top_k", "top_p", "keys")
-WHERE = ["cpu", "simt", pytest.param("cuda", marks=pytest.mark.gpu)]
+WHERE = ["cpu", simt.WHERE, pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def random_call(

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.ops import simt
 from tests.ops.walks import MASK, random_call, to
 from tests.state.test_canvas import request as request_params
+from tests.suite.parts import some_of
 from vllm_dllm import ops
 from vllm_dllm.draft.graph import MAX_CANDIDATES
 from vllm_dllm.state.canvas import Blocks, CanvasState
@@ -100,7 +101,7 @@ def check_equal(
     return expected, done
 
 
-@pytest.fixture(params=["cpu", "simt", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", simt.WHERE, pytest.param("cuda", marks=pytest.mark.gpu)])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "simt":
         monkeypatch.setattr(ops, "settle_step", lambda *args: simt.ops().settle_step(*args))
@@ -114,7 +115,7 @@ def test_equals_the_torch_twin(size, looks_ahead, where):
         check_equal(size, seed, where, looks_ahead=looks_ahead, remembers=seed % 2 == 1, plans=seed % 3 == 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=some_of(100), deadline=None)
 @given(
     size=st.tuples(st.integers(1, 12), st.integers(2, 9), st.integers(1, 20)),
     seed=st.integers(0, 2**31),

@@ -7,6 +7,8 @@ import pytest
 
 from tests.ops import simt
 
+pytestmark = pytest.mark.slow("kernels")
+
 FAULTS = {
     "product": "no fault",
     "pass_on": "no fault",

@@ -16,7 +16,7 @@ from vllm_dllm.state.step_rows import NULL_PAGE, RowInputs, RowPlan, Sequences, 
 from vllm_dllm.unmask.walk import Nodes
 
 MASK, MAX_LEN, PAGE_SIZE = 3, 96, 16
-WHERE = ["cpu", "simt", pytest.param("cuda", marks=pytest.mark.gpu)]
+WHERE = ["cpu", simt.WHERE, pytest.param("cuda", marks=pytest.mark.gpu)]
 Call = tuple[Nodes, Blocks, RowPlan | None, Sequences]
 
 

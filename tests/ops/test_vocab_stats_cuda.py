@@ -25,7 +25,7 @@ class Call:
     first_id: int = 0
 
 
-@pytest.fixture(params=["simt", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[simt.WHERE, pytest.param("cuda", marks=pytest.mark.gpu)])
 def where(request) -> str:
     return request.param
 
@@ -261,6 +261,7 @@ def test_a_row_alone_is_as_in_company(where):
             assert torch.equal(a[0], b[row])
 
 
+@pytest.mark.slow("kernels")
 def test_a_weight_is_refused():
     rows = torch.ones(2, 8)
     with pytest.raises(RuntimeError, match=r"a weight is given with rows on a GPU, .*; allowed is None; give logits"):

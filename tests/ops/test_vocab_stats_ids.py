@@ -84,7 +84,7 @@ def test_given_logits_are_those_that_the_candidates_have(size: tuple[int, int, i
 
 
 @pytest.mark.parametrize("is_sampled", [False, True])
-@pytest.mark.parametrize("where", ["cpu", "simt", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("where", ["cpu", simt.WHERE, pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_given_logits_equal_the_twin(where: str, is_sampled: bool) -> None:
     logits = 3 * torch.randn(7, 9000, generator=torch.Generator().manual_seed(1))
     sampling = sampling_of(7, 0.7, top_k=20) if is_sampled else None
@@ -106,7 +106,7 @@ def test_given_logits_equal_the_twin(where: str, is_sampled: bool) -> None:
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.0, 0, 1.0), (0.7, 0, 1.0), (0.7, 20, 0.8)])
-@pytest.mark.parametrize("where", ["cpu", "simt", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("where", ["cpu", simt.WHERE, "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_ids_that_are_not_allowed_are_as_if_their_logits_were_not_there(
     where: str, temperature: float, top_k: int, top_p: float
 ) -> None:

@@ -143,6 +143,7 @@ def test_a_replay_with_the_layout_of_the_capture_does_not_agree(field: str, monk
     assert not check_attention("it", Remembers, SHAPE, CPU).agrees
 
 
+@pytest.mark.slow("kernels")
 @pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, dtype=torch.bfloat16, kv_dtype=torch.bfloat16)], ids=str)
 def test_the_cuda_kernel_agrees(shape: AttentionShape, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the emulator, with all that it is told on a GPU, the tiles of a captured layout among it."""
@@ -265,6 +266,7 @@ def test_errors() -> None:
     assert worst(found[::2]).kernel == "a"
 
 
+@pytest.mark.slow("kernels")
 def test_another_process_finds_the_same() -> None:
     checks = run_isolated(Request("cpu", ("csrc", SHAPE), DECODING))
     here = [each for each in isolated.run(Request("cpu", ("csrc", SHAPE), DECODING)) if isinstance(each, Check)]
@@ -272,6 +274,7 @@ def test_another_process_finds_the_same() -> None:
     assert len(checks) >= 6
 
 
+@pytest.mark.slow("kernels")
 def test_a_process_that_dies_is_a_check_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "xformers/ops"
     library.mkdir(parents=True)

@@ -9,12 +9,13 @@ FIRST = ("server", "both cores")
 """Groups that begin a run; each runs in one process, and those that follow fill the other one meanwhile."""
 
 DEAR = (
-    *("tests/test_wheel.py", "tests/ops/test_decide_walk.py", "tests/unmask/test_torch_policies.py"),
-    *("tests/reference/test_ends.py", "tests/self_test/test_self_test.py", "tests/statements/test_rules.py"),
-    *("tests/ops/test_library.py", "tests/reference/test_horizon.py", "tests/engine/cpu/test_gate.py"),
-    *("tests/draft/test_exact_cases.py", "tests/unmask/test_edits.py", "tests/reference/test_kv_policies.py"),
+    *("tests/reference/test_ends.py", "tests/draft/test_exact_cases.py", "tests/cli/test_neighbours.py"),
+    *("tests/test_structure.py", "tests/test_site.py", "tests/statements/test_rules.py"),
+    *("tests/models/test_checkpoint_tensors.py", "tests/unmask/test_torch_policies.py"),
+    *("tests/reference/test_wedlm_spiffy.py", "tests/constraint/test_denoise.py", "tests/test_gpu_scripts.py"),
+    *("tests/models/test_quantised_tensors.py", "tests/self_test/test_self_test.py", "tests/reference/test_spiffy.py"),
 )
-"""Groups without an engine that take 15 s and more, the longest first; a last one would leave a process idle."""
+"""Groups without an engine that take 10 s and more, the longest first; a last one would leave a process idle."""
 
 
 def group_of(item: pytest.Item) -> str:
@@ -52,15 +53,20 @@ def check_groups(ids: list[str]) -> None:
         raise pytest.UsageError(f"xdist lost the group of {lost[0]}; install the pins of requirements/dev.txt")
 
 
-def configurations(name: str, usual: Iterable[Any], slow: Iterable[Any] = ()) -> list[Any]:
+def configurations(name: str, always: Iterable[Any], usual: Iterable[Any] = (), slow: Iterable[Any] = ()) -> list[Any]:
     """Return the params of a fixture that starts engines: the tests of each configuration are a group.
 
     Args:
         name: begins the groups' names. Files that give the same name and configuration share the group.
-        usual: what each run tests.
-        slow: what only runs with the slow tests `configurations` test, too.
+        always: what runs whenever a test does.
+        usual: what runs with the slow tests `engines` alone.
+        slow: what runs with the slow tests `configurations` alone.
     """
-    marked = [(value, []) for value in usual] + [(value, [pytest.mark.slow("configurations")]) for value in slow]
+    marked = [
+        *((value, []) for value in always),
+        *((value, [pytest.mark.slow("engines")]) for value in usual),
+        *((value, [pytest.mark.slow("configurations")]) for value in slow),
+    ]
     return [
         pytest.param(value, id=str(value), marks=[*marks, pytest.mark.xdist_group(f"{name} {value}")])
         for value, marks in marked

@@ -2,8 +2,10 @@
 
 `slow.json` holds for each group a hash of its sources, written where a whole run passed (`make test`, `make test-all`).
 With `--slow changed`, as in CI, a group runs unless its sources are still the same; the header of the run says which.
+Groups can be asked for by name, too: `--slow engines,cases`.
 """
 
+import argparse
 import hashlib
 import json
 import re
@@ -12,18 +14,33 @@ from pathlib import Path
 
 import pytest
 
+from tests.suite import parts
+
 ROOT = Path(__file__).parents[2]
 PROVEN = Path(__file__).with_name("slow.json")
 CHOICES = ("none", "changed", "only", "all")
+WHOLE = ("changed", "only", "all")
+"""Choices behind which all groups have passed on the present sources."""
 
 OF_SERVERS = ("bodies", "compile_ahead", "explain", "malformed", "reply_stream", "score_route")
 OF_MEASUREMENTS = ("measuring", "neighbours", "recording", "trajectories")
 PINS = ("requirements/build.txt", "requirements/vllm.txt", "requirements/serve.txt")
+OF_REQUESTS = ("vllm_dllm/models/__init__.py", "vllm_dllm/models/interface.py")
 KERNELS = ("vllm_dllm/ops/**", "csrc/bindings/**", "csrc/cpu/**", "csrc/include/**")
+HELPERS = (
+    *("tests/e2e/*.py", "!tests/e2e/test_*.py", "tests/models/in_process.py", "tests/statements/*.py"),
+    *("tests/constraint/brute.py", "tests/constraint/test_denoise.py"),
+    *("tests/draft/[!t]*.py", "tests/draft/test_exact*.py", "tests/draft/test_look_ahead.py"),
+    *("tests/reference/conftest.py", "tests/reference/test_first_token.py", "tests/reference/test_qwen.py"),
+    *("tests/reference/test_self_speculation.py", "tests/unmask/edited.py", "tests/unmask/torch_policies.py"),
+    *("benchmarks/armed.py", "benchmarks/launches.py", "benchmarks/constraint_fuzz.py", "benchmarks/fuzz/**"),
+    *("vllm_dllm/measure/report.py", "vllm_dllm/measure/workload.py"),
+)
+"""What tests with an engine import."""
 BELOW_ENGINES = (
     *("vllm_dllm/*.py", "vllm_dllm/attention/**", "vllm_dllm/constraint/**", "vllm_dllm/draft/**"),
-    *("vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/unmask/**", *KERNELS, *PINS),
-    *("tests/e2e/*.py", "!tests/e2e/test_*.py"),
+    *("vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/unmask/**", "vllm_dllm/reference/**", *KERNELS, *PINS),
+    *("vllm_dllm/self_test/**", *HELPERS),
 )
 IN_ENGINES = (
     *BELOW_ENGINES,
@@ -41,12 +58,25 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("tests/measure/**", "tests/e2e/test_bench.py"),
     ),
     "cases": (
-        *("vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/state/**", "vllm_dllm/reference/**", *KERNELS),
-        *("vllm_dllm/denoiser.py", "vllm_dllm/apart.py", "vllm_dllm/noise.py", "examples/tiny_*/checkpoint/*"),
-        *("tests/statements/*", "tests/draft/*", "tests/unmask/*", "tests/reference/*"),
+        *("vllm_dllm/*.py", "vllm_dllm/attention/**", "vllm_dllm/constraint/**", "vllm_dllm/draft/**"),
+        *("vllm_dllm/reference/**", "vllm_dllm/state/**", "vllm_dllm/unmask/**", *KERNELS, *OF_REQUESTS),
+        *("examples/tiny_*/checkpoint/*", "tests/constraint/*", "tests/draft/*", "tests/ops/*", "tests/reference/*"),
+        *("tests/statements/*", "tests/unmask/*", "tests/e2e/questions.py", "tests/state/test_canvas.py"),
+    ),
+    "calibrate": (
+        *IN_ENGINES,
+        *("vllm_dllm/engine/recording.py", "vllm_dllm/calibrate/**", "vllm_dllm/cli/**"),
+        *("examples/tiny_llada/checkpoint/*", "examples/tiny_llada/questions.jsonl", "tests/e2e/test_calibrate*.py"),
     ),
     "configurations": IN_ENGINES,
     "demo": ("examples/**", "vllm_dllm/studio/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
+    "kernels": (
+        *("csrc/**", "CMakeLists.txt", "tests/simt/*", "tests/ops/*", "tests/self_test/*", "requirements/build.txt"),
+        *("vllm_dllm/ops/**", "vllm_dllm/attention/**", "vllm_dllm/draft/**", "vllm_dllm/state/**"),
+        *("vllm_dllm/constraint/**", "vllm_dllm/unmask/**", "vllm_dllm/self_test/**", "vllm_dllm/*.py", *OF_REQUESTS),
+        "tests/state/test_canvas.py",
+    ),
+    "engines": (*IN_ENGINES, "examples/tiny_llada/checkpoint/*", "examples/own_policy/**"),
     "examples": (
         *("examples/*.py", "examples/*.sh", "vllm_dllm/cli/**", "vllm_dllm/spiffy_config.py"),
         *("vllm_dllm/engine/front_end.py", "tests/e2e/test_examples.py"),
@@ -59,7 +89,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "isas": (
         *("CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "setup.py", *KERNELS),
-        *("tests/ops/*", "tests/test_wheel.py"),
+        *("tests/ops/*", "tests/test_wheel.py", "tests/tree.py"),
     ),
     "load": (
         *("vllm_dllm/engine/**", "vllm_dllm/state/**", "vllm_dllm/constraint/**", "vllm_dllm/unmask/**", *PINS),
@@ -99,6 +129,11 @@ def files_of(group: str) -> list[Path]:
     return sorted(path for path in files if path.suffix not in BUILT)
 
 
+def left_out_of(group: str) -> set[Path]:
+    """Return the files behind "!"."""
+    return {path for pattern in SOURCES[group] if pattern[0] == "!" for path in ROOT.glob(pattern[1:])}
+
+
 def marked_files() -> list[Path]:
     """Return the files with tests that are marked slow."""
     return [path for path in sorted(ROOT.glob("tests/**/test_*.py")) if MARKS.search(path.read_text())]
@@ -132,10 +167,21 @@ def proven() -> dict[str, str]:
     return found
 
 
+def option(text: str) -> str:
+    """Check the value of `--slow`: one of `CHOICES`, or groups with commas between them."""
+    unknown = [name for name in text.split(",") if text not in CHOICES and name not in SOURCES]
+    if unknown:
+        allowed = f"{', '.join(CHOICES)}, or groups with commas between them: {', '.join(SOURCES)}"
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known; allowed are {allowed}")
+    return text
+
+
 def chosen(option: str, now: dict[str, str]) -> dict[str, str]:
     """Return each group, and each file with tests marked slow, that runs, and why."""
     if option in {"all", "only"}:
         return dict.fromkeys(now, "asked for")
+    if option not in CHOICES:
+        return dict.fromkeys(option.split(","), "asked for")
     before = proven()
     return {
         name: "its sources changed" if name in before else "it has not passed before"
@@ -151,18 +197,25 @@ CHOSEN = pytest.StashKey[dict[str, str]]()
 def configure(config: pytest.Config) -> None:
     """Hash the sources as they are when the run begins."""
     option = config.getoption("--slow")
-    config.stash[HASHES] = {} if option == "none" else hashes()
+    config.stash[HASHES] = hashes() if option in WHOLE else {}
     config.stash[CHOSEN] = chosen(option, config.stash[HASHES])
+    parts.running |= config.stash[CHOSEN].keys() & SOURCES.keys()
 
 
 def header(config: pytest.Config) -> list[str]:
     """Say for each group whether it runs, and why."""
-    runs = config.stash[CHOSEN]
-    unchanged = "it passed on these sources (tests/suite/slow.json)"
-    left_out = "--slow is none" if config.getoption("--slow") == "none" else unchanged
+    runs, option = config.stash[CHOSEN], config.getoption("--slow")
+    left_out = "it passed on these sources (tests/suite/slow.json)" if option in WHOLE else f"--slow is {option}"
     names = dict.fromkeys((*SOURCES, *runs))
     reasons = {name: f"run, {runs[name]}" if name in runs else f"left out, {left_out}" for name in names}
     return [f"slow tests, {group}: {reason}" for group, reason in reasons.items()]
+
+
+def mark_of(item: pytest.Item) -> pytest.Mark | None:
+    """Return the mark `slow` that holds for a test: of one that is marked `always`, not that of its file."""
+    is_always = item.get_closest_marker("always") is not None
+    marks = (mark for node, mark in item.iter_markers_with_node("slow") if node is item or not is_always)
+    return next(marks, None)
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -173,7 +226,7 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     runs, option = config.stash[CHOSEN], config.getoption("--slow")
     kept, out = [], []
     for item in items:
-        marker = item.get_closest_marker("slow")
+        marker = mark_of(item)
         if marker is None:
             (out if option == "only" else kept).append(item)
             continue
@@ -197,5 +250,5 @@ def record(config: pytest.Config, exitstatus: int) -> None:
     whole run without a failure."""
     is_worker = hasattr(config, "workerinput")
     is_whole = config.args == config.getini("testpaths") and not any(config.getoption(name) for name in PARTIAL)
-    if not is_worker and is_whole and exitstatus == 0 and config.getoption("--slow") != "none":
+    if not is_worker and is_whole and exitstatus == 0 and config.getoption("--slow") in WHOLE:
         PROVEN.write_text(json.dumps(config.stash[HASHES], indent=2, sort_keys=True) + "\n")

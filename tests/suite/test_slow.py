@@ -1,13 +1,16 @@
 """A slow group runs again after each change of its sources, and a slow test after a change of its file."""
 
+import argparse
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.suite import slow
+from tests.suite import parts, slow
+from tests.suite.imports import needed_by
 
 
 def test_each_group_has_sources_without_what_it_leaves_out() -> None:
@@ -15,8 +18,44 @@ def test_each_group_has_sources_without_what_it_leaves_out() -> None:
     assert all(found.values())
     scheduler, http = "vllm_dllm/engine/scheduler.py", "vllm_dllm/engine/bodies.py"
     assert {group for group, files in found.items() if scheduler in files and http not in files} == {
-        *("configurations", "ranks"),
+        *("calibrate", "configurations", "engines", "ranks"),
     }
+
+
+HAS_PARTS = {"cases": re.compile(r"\bsome_of\("), "kernels": re.compile(r"\bsimt\.(WHERE|PLACES)\b")}
+"""How tests say, beside the mark, that a group has more of them."""
+
+
+NARROW = {"answers", "bench", "demo", "examples", "fields", "fuzz", "load", "operator", "readme"}
+"""Groups that leave out what other tests show on purpose, see docs/testing.md."""
+
+
+@pytest.mark.parametrize("group", sorted(slow.SOURCES.keys() - NARROW))
+def test_what_a_groups_tests_import_are_its_sources(group: str) -> None:
+    """But for what the group leaves out in so many words; the others' sources are narrower by intention."""
+    marked = re.compile(
+        rf'slow\("{group}"\)' + (r"|configurations\(" if group in {"engines", "configurations"} else "")
+    )
+    files = [path for path in sorted(slow.ROOT.glob("tests/**/test_*.py")) if path.parent.name != "suite"]
+    users = [
+        path for path in files if any(each.search(path.read_text()) for each in (marked, HAS_PARTS.get(group, marked)))
+    ]
+    assert users
+    out = slow.left_out_of(group)
+    missing = {
+        f"{slow.name_of(path)}: {slow.name_of(file)}"
+        for path in users
+        for file in needed_by(path) - {path} - out - set(slow.files_of(group))
+        if file.name != "__init__.py" and file.parent.name != "suite"
+    }
+    assert not missing, "\n".join(sorted(missing))
+
+
+def test_some_of_the_cases_are_tried_in_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "running", set())
+    assert [parts.some_of(number) for number in (1, 5, 6, 150)] == [1, 1, 2, 30]
+    monkeypatch.setattr(parts, "running", {"cases"})
+    assert parts.some_of(150) == 150
 
 
 def run(option: str, *args: str, worker: bool = False, **options: Any) -> Any:
@@ -42,6 +81,7 @@ def test_a_whole_run_that_passes_is_written_down(option: str, tmp_path: Path, mo
     monkeypatch.setattr(slow, "PROVEN", tmp_path / "slow.json")
     proofs = [
         run("none"),
+        run("bench,load"),
         run(option, "tests/ops"),
         *(run(option, **{name: ["a"]}) for name in slow.PARTIAL),
         run(option, worker=True),
@@ -72,12 +112,40 @@ def test_what_is_changed_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(slow.chosen("changed", slow.hashes())) == {"test_marked.py", "load"}
     assert slow.chosen("none", {}) == {}
     assert set(slow.chosen("all", slow.hashes())) == {"test_marked.py", *slow.SOURCES}
+    assert set(slow.chosen("bench,load", {})) == {"bench", "load"}
+
+
+def test_groups_are_asked_for_by_name() -> None:
+    assert slow.option("engines,cases") == "engines,cases"
+    with pytest.raises(
+        argparse.ArgumentTypeError, match="'case' is not known; allowed are none, changed, only, all, or"
+    ):
+        slow.option("engines,case")
+
+
+@pytest.mark.parametrize("is_always", [False, True])
+def test_every_run_has_what_is_marked_always_in_a_slow_file(is_always: bool) -> None:
+    module, item = object(), _item(is_always, [])
+    item.iter_markers_with_node = lambda _: iter([(module, pytest.mark.slow("engines").mark)])
+    mark = slow.mark_of(item)
+    assert (mark is None) == is_always
+    own = pytest.mark.slow("configurations").mark
+    item.iter_markers_with_node = lambda _: iter([(item, own), (module, pytest.mark.slow("engines").mark)])
+    assert slow.mark_of(item) is own, "a parameter's mark is not its file's"
+
+
+def _item(is_always: bool, marks: list[Any]) -> Any:
+    """What `mark_of` looks at of a test."""
+    item = SimpleNamespace(get_closest_marker=lambda _: pytest.mark.always.mark if is_always else None)
+    item.iter_markers_with_node = lambda _: iter([(item, mark) for mark in marks])
+    return item
 
 
 @pytest.mark.parametrize(("name", "runs"), [("tests/a.py", True), ("tests/b.py", False)])
 def test_a_slow_test_runs_where_its_file_is_changed(name: str, runs: bool) -> None:
     mark = pytest.mark.slow("bench").mark
-    item: Any = SimpleNamespace(path=slow.ROOT / name, get_closest_marker=lambda _: mark, nodeid=name)
+    item = _item(False, [mark])
+    item.path, item.nodeid = slow.ROOT / name, name
     out: list[Any] = []
     config: Any = SimpleNamespace(
         stash={slow.CHOSEN: {"tests/a.py": "changed"}},

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft.test_exact import DREAM, LLADA, SDAR, Request, graphs, requests_of
+from tests.suite.parts import some_of
 from tests.unmask.edited import TOKENS, BlockModel, Edited, answers, edits
 from vllm_dllm.state.edits import NO_EDITS, LogitEdits
 from vllm_dllm.unmask.schedule import UnmaskRules
@@ -26,7 +27,7 @@ def has_word(answer: list[int], word: tuple[int, ...]) -> bool:
     return any(tuple(answer[i : i + len(word)]) == word for i in range(len(answer)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some_of(150), deadline=None)
 @given(
     data=st.data(),
     block_length=st.sampled_from([1, 4, 5]),

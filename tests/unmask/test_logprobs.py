@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.draft.test_exact import DREAM, LLADA, MASK, SDAR, VOCAB, Request, graphs
+from tests.suite.parts import some_of
 from tests.unmask.edited import BlockModel, Edited, Shown, answers, check_shown
 from tests.unmask.test_edits import NUM_BLOCKS, edited_requests
 from vllm_dllm.ops.vocab_stats import RowIds
@@ -17,7 +18,7 @@ from vllm_dllm.unmask.logprobs import LogprobHead, TokenLogprobs, Unmasked
 from vllm_dllm.unmask.schedule import UnmaskRules
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=some_of(100), deadline=None)
 @given(
     data=st.data(),
     block_length=st.sampled_from([1, 4, 5]),

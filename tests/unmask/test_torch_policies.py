@@ -15,6 +15,7 @@ from tests.draft.test_exact_cases import ALTERNATIVES, CHAIN
 from tests.draft.test_look_ahead import ChainModel
 from tests.draft.test_look_ahead import decode as look_ahead_decode
 from tests.ops.walks import random_params
+from tests.suite.parts import some_of
 from tests.unmask.torch_policies import EOT, RULES, Own, decode, drawn, plain
 from vllm_dllm.ops.vocab_stats import RowIds
 from vllm_dllm.reference.rules import Look
@@ -25,6 +26,8 @@ from vllm_dllm.unmask.stats import torch_stats
 from vllm_dllm.unmask.torch_policy import Seen
 
 LENGTH = 8
+SEEDS = (2, 5, 0, 1, 3, 4)[: some_of(6, part=3)]
+"""The first two have both graphs, both ways, and edits."""
 
 
 def test_each_policy_has_a_plain_statement() -> None:
@@ -34,8 +37,9 @@ def test_each_policy_has_a_plain_statement() -> None:
 @pytest.mark.parametrize("policy", RULES)
 def test_decodes_are_those_of_the_plain_statement(policy: str) -> None:
     """Some batches of random models, beside native policies; drafts are accepted and change nothing."""
-    rng, accepted, steps = random.Random(policy), 0, 0
-    for seed in range(6):
+    accepted, steps = 0, 0
+    for seed in SEEDS:
+        rng = random.Random(f"{policy} {seed}")
         model = SyntheticModel([8, 16, 16][seed // 2 % 3], seed, [0.5, 3.0, 8.0][seed % 3])
         requests = [*(drawn(policy, rng) for _ in range(5)), Own("threshold"), Own("credit", threshold=0.4)]
         if seed % 2:  # somebody whose positions may have to wait

@@ -100,6 +100,7 @@ assert (dict(vars(v1)), ComputeSlotMappingKernel.kernel, VllmConfig().use_v2_mod
 """
 
 
+@pytest.mark.slow("engines")
 def test_activation_replaces_v2_kernels_only() -> None:
     """In a process of its own: what a stock model uses, the V1 runner and its kernels, is what it was."""
     result = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True, check=False)

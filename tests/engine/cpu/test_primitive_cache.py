@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow("engines")
+
 PROGRAM = """
 import ctypes, os, sys
 import torch
