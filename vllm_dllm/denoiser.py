@@ -207,7 +207,9 @@ class Denoiser:
         if done.failed:
             emission.report[list(done.failed), Column.FAULTS] = POLICY_FAILED
         if nodes.constrained is not None:
-            nodes.constrained.take(done.canvas, done.is_finished)
+            over = nodes.constrained.take(done.canvas, done.is_finished, emission.num_sampled[: len(done.node)] > 0)
+            for slot in blocks.slots_np[over].tolist():
+                del self.state.answers[slot]
         if drafts is not None and ledger.begun is not None:
             drafts.forget(blocks.slots, ledger.begun.bool())
         if self._found is not None:
@@ -227,7 +229,8 @@ class Denoiser:
         for own in done.apart:
             theirs = blocks.slots[own.request]
             self.state.apart.keep(own.name, theirs, own.state, begins[own.request])
-            self.state.apart.keep_ended(own.name, theirs, own.ended, is_emitted[own.request])
+            behind = blocks.start[own.request] + self.state.block_length
+            self.state.apart.keep_ended(own.name, theirs, own.ended, is_emitted[own.request], behind)
             # A canvas without masks may have taken a forward too.
             took = (done.num_steps[own.request] > 0) & (emission.report[own.request, Column.REFRESHES] == 0)
             emission.report[own.request, Column.FORWARDS] = took.int()

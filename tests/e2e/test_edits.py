@@ -56,6 +56,7 @@ def test_words_are_read_by_the_tokenizer(llm: Any) -> None:
     [
         ({"allowed_token_ids": [3]}, "allowed_token_ids is [3], all of which are the mask token"),
         ({"allowed_token_ids": [1, 6], "min_tokens": 2}, "allowed_token_ids is [1, 6], all of which"),
+        ({"stop_token_ids": [*range(376)], "min_tokens": 2}, "all 376 tokens of the vocabulary are the mask token"),
         ({"allowed_token_ids": [10**6]}, "allowed_token_ids contains out-of-vocab"),
         ({"logit_bias": {10**6: 1.0}}, "in logit_bias contain"),
         ({"logit_bias": {7: float("nan")}}, "logit_bias[7] is"),

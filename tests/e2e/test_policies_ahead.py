@@ -3,6 +3,7 @@
 Tokens and steps are those of the plain statements.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests.e2e.ahead import scheduled_ahead, scheduler_of
 from tests.e2e.growing import preemptions
 from tests.e2e.llada2 import LLaDA2Oracle
 from tests.e2e.llada22 import BLOCK, MAX_MODEL_LEN, cases, make_random, took
-from tests.e2e.rig import Oracle, engine, random_graph, run_outputs, speculation
+from tests.e2e.rig import Oracle, engine, random_graph, run_outputs, speculation, step_all
 from tests.e2e.sdar import sdar_cases
 from tests.e2e.stated import stated_cases
 from tests.e2e.torch_cases import SETTINGS, check_own, offered_by, patient_cases, write_package
@@ -71,6 +72,39 @@ def test_policies_are_their_statements(
     assert check_own(mild_oracle, [own[i] for i in whole], [replies[i] for i in whole]) > 0
     assert {numbers["exactness"] for _, numbers in replies} == {"exact"}
     assert len({*preempted}) >= 3 or "num_gpu_blocks_override" not in options, "too few were preempted"
+
+
+@pytest.mark.parametrize("options", WAYS[:1], indirect=True)
+def test_what_policies_keep_of_a_request_is_of_blocks_that_the_scheduler_knows(
+    options: dict[str, Any], mild: Path, mild_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preemption drops what steps under way come to, the ends of blocks too, which are decided anew."""
+    own = [
+        dataclasses.replace(case, max_tokens=max_tokens, prompt=(5, 6 + i, 7))
+        for i, max_tokens in enumerate((40, 32, 24))
+        for case in stated_cases(4)
+        if case.own.policy in ("eotp", "learn2pd_eotp", "dit_confidence")
+    ]
+    drafts, num_dropped = speculation(random_graph(12, 12, 8), 5), 0
+    with engine(mild, SETTINGS, speculative_config=drafts, **{**options, "max_num_seqs": 9}) as llm:
+        scheduler = scheduler_of(llm)
+        take = scheduler._take_reports
+
+        def watch(output: Any, reports: Any, *args: Any) -> None:
+            nonlocal num_dropped
+            gone = [name for name in reports if scheduler.requests[name].num_stale_output_tokens]
+            num_dropped += sum(reports[name].finished for name in gone)
+            take(output, reports, *args)
+
+        monkeypatch.setattr(scheduler, "_take_reports", watch)
+
+        def preempt(number: int, llm: Any) -> None:
+            if number % 7 == 6 and number < 120:
+                assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+
+        tokens = step_all(llm, own, preempt)
+    assert tokens == {str(i): case.expected(mild_oracle)[0] for i, case in enumerate(own)}
+    assert num_dropped >= 3, "too few ends of blocks were dropped"
 
 
 @pytest.fixture(scope="session")

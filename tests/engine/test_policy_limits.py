@@ -11,7 +11,7 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_dllm.config import DllmConfig, RequestOptions, parse_server_settings
 from vllm_dllm.engine import configs, policy_limits
-from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_of_family, refuse_structure
+from vllm_dllm.engine.policy_limits import refuse_beside_policy, refuse_of_family, refuse_structure
 from vllm_dllm.engine.refusals import RequestError
 from vllm_dllm.engine.request import resolve_params
 from vllm_dllm.errors import ConfigError
@@ -121,11 +121,5 @@ def test_eos_may_be_left_out() -> None:
     assert resolve(DllmConfig(), logits_eos_inf=True).edits.bias == ((EOS, -math.inf),)
     assert resolve(DllmConfig()).edits.bias == ()
     never = RequestOptions(logits_eos_inf=True)
-    check_eos(SamplingParams(allowed_token_ids=[EOS, 3]), never, EOS)
-    check_eos(SamplingParams(allowed_token_ids=[EOS]), RequestOptions(), EOS)
-    with pytest.raises(
-        RequestError, match=r"dllm_logits_eos_inf is true, but allowed_token_ids is \[7\], the EOS alone"
-    ):
-        check_eos(SamplingParams(allowed_token_ids=[EOS]), never, EOS)
     with pytest.raises(RequestError, match="dllm_logits_eos_inf is true beside structured output"):
         refuse_structure("static", never)

@@ -77,6 +77,13 @@ def test_a_disagreement_names_the_request(changes: dict[str, Any], said: str) ->
         check_of(True, PAGES).take(request(), report(**changes), 0)
 
 
+def test_a_look_ahead_may_fill_the_next_block_at_once() -> None:
+    full = {"faults": int(Fault.NO_MASK), "finished": 1, "unmasked": 8, "pages": [3, 4]}
+    check_of(True, PAGES).take(request(), report(**full, stored=12, wrote=4), 4)
+    with pytest.raises(StateError, match="request a: the worker has a canvas that cannot be: NO_MASK"):
+        check_of(True, PAGES).take(request(), report(**full), 4)
+
+
 def test_a_request_whose_worker_found_its_end_has_to_end() -> None:
     check = check_of(False)
     check.take(request(), report(finished=1, unmasked=2, left=2, wrote=16, pages=None), 4)

@@ -24,7 +24,6 @@ from vllm_dllm.draft.graph_file import GraphFile, dump_graph, parse_graph
 from vllm_dllm.draft.provenance import calibrate_command, decoding_settings
 from vllm_dllm.errors import ConfigError, GraphError
 from vllm_dllm.request_checks import check_policy_options
-from vllm_dllm.state.apart import ApartState
 from vllm_dllm.state.canvas import CanvasState
 from vllm_dllm.unmask import registry
 from vllm_dllm.unmask.head import LogitsHead
@@ -197,35 +196,6 @@ def test_it_decides_beside_native_ones_and_drafts_change_nothing(install: Callab
     assert drafted[0].accepted > 0
 
 
-def test_what_is_kept_of_a_request_outlives_a_preemption(install: Callable[..., None]) -> None:
-    """It comes back as it was when the unfinished block began, in whichever slot, and nobody else finds it."""
-    per_request = StateField(1, torch.int64, 0, per="request")
-    install(faster=TorchPolicy(count, state={"count": per_request}))
-    state = ApartState(3, LENGTH, torch.device("cpu"), VOCAB, {})
-    state.put(0, "faster", (), "a")
-
-    def step(slot: int, begins: bool) -> int:
-        slots = torch.tensor([slot])
-        own = state.state("faster", slots)
-        after, is_finished = {**own, "count": own["count"] + 1}, torch.tensor([begins])
-        state.keep("faster", slots, after, is_finished)
-        state.keep_ended("faster", slots, after, is_finished)
-        return int(own["count"])
-
-    assert [step(0, False), step(0, True), step(0, False), step(0, False)] == [0, 1, 2, 3]
-    state.put(2, "faster", (), "a")  # before its slot was anybody's
-    assert [step(2, False), step(2, False)] == [2, 3]
-    state.put(2, "faster", (), "b")
-    assert step(2, True) == 0
-    state.put(2, "faster", (), "a")
-    assert step(2, True) == 2
-    state.put(2, None, (), "c")
-    state.put(1, "faster", (), "a")
-    assert step(1, False) == 3
-    state.put(0, "faster", (), "b")
-    assert step(0, False) == 1
-
-
 def test_what_is_kept_of_a_request_is_what_it_was_between_the_blocks_where_a_look_ahead_came_true(
     install: Callable[..., None],
 ) -> None:
@@ -250,7 +220,7 @@ def test_what_is_kept_of_a_request_is_what_it_was_between_the_blocks_where_a_loo
         came_over.append(row.num_over > num_over)
         assert state.apart.state("one", torch.tensor([0]))["count"].item() == row.start + came_over[-1]
         preempted = deepcopy(state.apart)
-        preempted.put(1, "one", (), str(request))
+        preempted.put(1, "one", (), str(request), row.start)
         assert preempted.state("one", torch.tensor([1]))["count"].item() == row.start
     assert any(came_over)
 

@@ -157,15 +157,21 @@ class ConstrainedStep:
             raise StateError("a token was drawn that a constraint does not allow; the model's logits may be no numbers")
         return kept
 
-    def take(self, canvas: Tensor, is_finished: Tensor) -> None:
+    def take(self, canvas: Tensor, is_finished: Tensor, is_emitted: Tensor) -> Ints:
         """Go on to the next block where the one under way is finished.
 
         Args:
             canvas: [num_reqs, block_length] int64, of all requests of the step.
             is_finished: [num_reqs] bool.
+            is_emitted: [num_reqs] bool, whose block is emitted, which it is unfinished where the answer ends in it.
+
+        Returns: requests of the step whose answer has ended so: a step behind, as is scheduled where that is not known
+            yet, has nothing to meet.
         """
         index = torch.from_numpy(self.request).to(canvas.device)
-        packed = torch.cat([is_finished[index, None].long(), canvas[index]], 1).cpu().tolist()
-        for answer, (finished, *block) in zip(self.answers, packed, strict=True):
+        columns = [is_finished[index, None].long(), is_emitted[index, None].long(), canvas[index]]
+        packed = torch.cat(columns, 1).cpu().numpy()
+        for answer, (finished, _, *block) in zip(self.answers, packed.tolist(), strict=True):
             if finished:
                 answer.take(block)
+        return self.request[packed[:, 0] < packed[:, 1]]

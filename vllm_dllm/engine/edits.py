@@ -57,10 +57,15 @@ def refuse_dropped(path: str, body: Mapping[str, Any]) -> None:
             )
 
 
-def check_edits(params: SamplingParams, mask_token_id: int) -> None:
+def check_edits(params: SamplingParams, mask_token_id: int, vocab_size: int, never: int | None = None) -> None:
     """Check that a request's edits leave every position a token, and make their numbers Python's own.
 
     Words with the mask token are dropped, since no answer has it.
+
+    Args:
+        params: of the request, changed in place.
+        mask_token_id, vocab_size: of the model.
+        never: a token that the request does not want at all (`dllm_logits_eos_inf`).
 
     Raises: RequestError.
     """
@@ -84,15 +89,29 @@ def check_edits(params: SamplingParams, mask_token_id: int) -> None:
         )
     words = [word for word in params.bad_words_token_ids or () if mask_token_id not in word]
     params._bad_words_token_ids = words
-    left = {*(params.allowed_token_ids or ())} - {mask_token_id, *(token for word in words for token in word)}
-    left -= params.all_stop_token_ids if params.min_tokens else set()
-    if params.allowed_token_ids is not None and not left:
+    _check_left(params, {mask_token_id, never, *(token for word in words for token in word)}, vocab_size)
+
+
+def _check_left(params: SamplingParams, barred: set[int | None], vocab_size: int) -> None:
+    """Check that some token is barred nowhere, whatever is known beside a position. Raises: RequestError."""
+    if params.min_tokens:
+        barred = barred | params.all_stop_token_ids
+    allowed = params.allowed_token_ids
+    if any(token not in barred for token in (range(vocab_size) if allowed is None else allowed)):
+        return
+    why = "the mask token, in bad_words, with dllm_logits_eos_inf EOS or, with min_tokens, tokens that end a reply"
+    if allowed is not None:
         raise RequestError(
-            f"allowed_token_ids is {params.allowed_token_ids!r:.80}, all of which are the mask token, in bad_words or, "
-            "with min_tokens, tokens that end a reply, so a position could be left without any; allowed are lists with "
-            "one other token; add one",
+            f"allowed_token_ids is {allowed!r:.80}, all of which are {why}, so a position could be left without any; "
+            "allowed are lists with one other token; add one",
             parameter="allowed_token_ids",
         )
+    name = "stop_token_ids" if params.min_tokens else "bad_words"
+    raise RequestError(
+        f"{name} is {getattr(params, name)!r:.80}: all {vocab_size} tokens of the vocabulary are {why}, so a position "
+        f"could be left without any; allowed are lists that leave one; shorten {name}",
+        parameter=name,
+    )
 
 
 def edits_of(params: SamplingParams, never: int | None = None) -> LogitEdits:

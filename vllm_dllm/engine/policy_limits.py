@@ -63,17 +63,6 @@ def refuse_of_family(policy: str, family: ModelFamily) -> None:
         )
 
 
-def check_eos(params: SamplingParams, options: RequestOptions, eos_id: int | None) -> None:
-    """Check that a request which never wants EOS leaves its positions other tokens. Raises: RequestError."""
-    allowed = params.allowed_token_ids
-    if options.logits_eos_inf and allowed is not None and not {*allowed} - {eos_id}:
-        raise RequestError(
-            f"dllm_logits_eos_inf is true, but allowed_token_ids is {allowed}, the EOS alone, so no position would "
-            "have a token; allowed is null; remove it, or allow another token",
-            parameter="dllm_logits_eos_inf",
-        )
-
-
 def refuse_structure(policy: str, options: RequestOptions) -> None:
     """Check that a policy may decide under a constraint, and that the answer may end. Raises: RequestError."""
     if options.logits_eos_inf:

@@ -10,7 +10,7 @@ starts.
 """
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ class StepOrder:
         canvases: with which requests begin that come back after a preemption, where canvases are kept; negative for
             masked.
         drafts: rows of the drafts of requests whose windows have any (`draft.windows`).
+        ended: requests that ended since the step before; others that left their slots come back.
     """
 
     requests: tuple[str, ...]
@@ -56,6 +57,7 @@ class StepOrder:
     shows_canvas: bool = False
     canvases: Mapping[str, list[int]] = field(default_factory=dict)
     drafts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ended: Collection[str] = ()
 
     def kv_of(self, requests: Sequence[str]) -> KvStep | None:
         """Return what it stores of its requests, in another order."""

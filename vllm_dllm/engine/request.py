@@ -20,7 +20,7 @@ from vllm_dllm.engine.edits import check_edits, edits_of
 from vllm_dllm.engine.ends import ends_of
 from vllm_dllm.engine.parameter_types import check_sent
 from vllm_dllm.engine.pins import check_fits, pins_of, put_pins_in
-from vllm_dllm.engine.policy_limits import check_eos, refuse_beside_policy, refuse_of_family, refuse_structure
+from vllm_dllm.engine.policy_limits import refuse_beside_policy, refuse_of_family, refuse_structure
 from vllm_dllm.engine.refusals import RequestError, request_options
 from vllm_dllm.engine.sliding_rules import check_options
 from vllm_dllm.engine.structured import put_in
@@ -257,9 +257,9 @@ def finish_admission(
     params.extra_args = _plain_args(params.extra_args)
     if eot_token_id is not None:
         params.update_from_generation_config({"eos_token_id": [eot_token_id]}, params.eos_token_id)
-    check_edits(params, mask_token_id)
     options = request_options(params)
-    check_eos(params, options, rules_of(processor.vllm_config).eos_id)
+    never = rules_of(processor.vllm_config).eos_id if options.logits_eos_inf else None
+    check_edits(params, mask_token_id, model_config.get_vocab_size(), never)
     refuse_of_family(options.policy or settings.policy, served_family(model_config))
     check_request(params, options, settings, model_config.hf_config)
     if asked is not None:

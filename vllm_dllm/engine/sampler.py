@@ -60,6 +60,7 @@ class DllmSampler:
     def take_order(self, order: "StepOrder") -> None:
         """Take what the scheduler tells of the next step. Raises: StateError where its roster is not ours."""
         self.model_state.order = order
+        self.model_state.state.apart.forget(order.ended)
         if self.check and order.roster is not None:
             self.check.compare(order.roster)
 

@@ -242,7 +242,8 @@ class DllmScheduler(Scheduler):
         scheduler_output.total_num_scheduled_tokens = total
         has_roster = self._check and (self._level == CheckLevel.STEP or not total)
         roster = frozenset(request.request_id for request in self.running) if has_roster else None
-        order = StepOrder(tuple(scheduled), kv, is_long, roster, shows_canvas=watched(self.running))
+        shows_canvas, ended = watched(self.running), scheduler_output.finished_req_ids
+        order = StepOrder(tuple(scheduled), kv, is_long, roster, shows_canvas=shows_canvas, ended=ended)
         scheduler_output.aux_output_connector_metadata = order
         super()._update_after_schedule(scheduler_output)
 

@@ -1,8 +1,7 @@
 """Parameters and memories of requests whose policy has no native twin, by slot."""
 
 import logging
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +19,21 @@ logger = logging.getLogger("vllm.dllm")
 
 _ASKS = ("asks_known", "asks_ends")
 
-MOST_ASIDE = 16
-"""Requests per slot, of those that have none, of which is remembered what their policies knew: those of them that were
-preempted come back sooner, since vLLM lets them in before new ones."""
+KEPT = 3
+"""Begins of blocks of which is remembered what a policy knew of its request then: the one under way, and two before it,
+which steps under way may have ended that the scheduler does not know of as it preempts the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What a policy knew of a request when its last blocks began, the latest first."""
+
+    start: Tensor  # [KEPT] int64, absolute positions where they began
+    state: PolicyState  # [KEPT, width] each, of fields that live as long as a request
+
+    def of(self, field: str, start: int) -> Tensor:
+        """Return a field when the block began at `start`; [1, width]. Steps behind may be unknown to the scheduler."""
+        return self.state[field].index_select(0, (self.start == start).byte().argmax()[None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +69,22 @@ class ApartState:
         self._values = torch.zeros(self._values_np.shape, dtype=torch.float64, device=device)
         self._is_staged = False
         self._memory: dict[str, PolicyState] = {}  # of policies that were used -> fields of [max_num_reqs, ...]
-        self._begun: dict[str, PolicyState] = {}  # of fields that live as long as a request: when its block began
+        # Of fields that live as long as a request, [max_num_reqs, KEPT, width], and where those blocks began.
+        self._begun: dict[str, PolicyState] = {}
+        self._start = torch.zeros(max_num_reqs, KEPT, dtype=torch.int64, device=device)
         self._owners: dict[int, str] = {}  # of slots whose policies have such fields, the requests
-        self._aside: OrderedDict[str, PolicyState] = OrderedDict()  # of those that lost their slots, oldest first
+        self._aside: dict[str, Begun] = {}  # of those that lost their slots and have not ended
 
-    def put(self, slot: int, name: str | None, values: Sequence[float], request_id: str) -> None:
+    def put(self, slot: int, name: str | None, values: Sequence[float], request_id: str, start: int = 0) -> None:
         """Take a request's policy and its parameters; None: it has a native twin.
 
-        One that was preempted finds what its policy knew of it when its unfinished block began.
+        One that was preempted finds what its policy knew of it when the block began that comes next.
+
+        Args:
+            slot: of the request.
+            name, values: of the policy.
+            request_id: of the request.
+            start: absolute position where its next block begins.
         """
         self._put_aside(slot)
         self._names.pop(slot, None)
@@ -82,19 +101,30 @@ class ApartState:
         for former in [its for its, owner in self._owners.items() if owner == request_id]:
             self._put_aside(former)
         self._owners[slot] = request_id
-        before = self._aside.pop(request_id, {})
+        before = self._aside.pop(request_id, None)
+        self._start[slot] = start
         for field, its in self._begun[name].items():
-            its[slot] = before.get(field, fields[field].empty)
-            self._memory[name][field][slot] = its[slot]
+            its[slot] = fields[field].empty if before is None else before.of(field, start)
+            self._memory[name][field][slot] = its[slot, :1]
 
     def _put_aside(self, slot: int) -> None:
-        """Remember what lives as long as the request of a slot, which may come back; of the oldest no longer."""
+        """Remember what lives as long as the request of a slot, which may come back."""
         owner = self._owners.pop(slot, None)
-        if owner is None:
-            return
-        self._aside[owner] = {field: its[slot].clone() for field, its in self._begun[self._names[slot]].items()}
-        while len(self._aside) > MOST_ASIDE * self._max_num_reqs:
-            self._aside.popitem(last=False)
+        if owner is not None:
+            begun = {field: its[slot].clone() for field, its in self._begun[self._names[slot]].items()}
+            self._aside[owner] = Begun(self._start[slot].clone(), begun)
+
+    @property
+    def remembered(self) -> set[str]:
+        """Requests of which anything is remembered beyond their steps."""
+        return {*self._owners.values(), *self._aside}
+
+    def forget(self, request_ids: Collection[str]) -> None:
+        """Forget requests that have ended, which may be unknown: they do not come back."""
+        for request_id in request_ids if self._owners or self._aside else ():
+            self._aside.pop(request_id, None)
+        for slot in [slot for slot, owner in self._owners.items() if owner in request_ids]:
+            del self._owners[slot]
 
     def apply_staged_writes(self) -> None:
         """Copy what was staged to the device."""
@@ -155,17 +185,25 @@ class ApartState:
         for field, its in self._of(name).items():
             its[slots] = torch.where(begins[:, None, None], anew[field], state[field])
 
-    def keep_ended(self, name: str, slots: Tensor, ended: PolicyState, is_finished: Tensor) -> None:
-        """Keep what requests go on with after a preemption: what a policy knew when their last block ended.
+    def keep_ended(self, name: str, slots: Tensor, ended: PolicyState, is_finished: Tensor, behind: Tensor) -> None:
+        """Keep what requests go on with after a preemption: what a policy knew when their last blocks ended.
 
         Args:
             name: of the policy.
             slots: of the requests.
             ended: of the block that a step began with, before the next one's root was decided.
             is_finished: [num_some] bool, whose block ended.
+            behind: [num_some] int64, absolute position behind it.
         """
+        if not self._begun[name]:
+            return
+
+        def pushed(kept: Tensor, new: Tensor) -> Tensor:
+            return torch.where(is_finished.view(-1, *[1] * (kept.dim() - 1)), torch.cat([new, kept[:, :-1]], 1), kept)
+
+        self._start[slots] = pushed(self._start[slots], behind[:, None])
         for field, its in self._begun[name].items():
-            its[slots] = torch.where(is_finished[:, None, None], ended[field], its[slots])
+            its[slots] = pushed(its[slots], ended[field])
 
     def _of(self, name: str) -> PolicyState:
         if name not in self._memory:
@@ -174,6 +212,6 @@ class ApartState:
             fields = policy.new_state(self._max_num_reqs, self._block_length, self._device)
             self._memory[name] = fields
             self._begun[name] = {
-                field: its.clone() for field, its in fields.items() if policy.fields[field].per == "request"
+                field: its.repeat(1, KEPT, 1) for field, its in fields.items() if policy.fields[field].per == "request"
             }
         return self._memory[name]
