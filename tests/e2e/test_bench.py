@@ -13,6 +13,7 @@ from benchmarks.__main__ import app as benchmarks
 from tests.draft.example_graph import PROVENANCE
 from tests.draft.rankers import make_ranker
 from tests.e2e.rig import CHECKPOINT
+from tests.e2e.wedlm import SlidingOracle, WindowCase, make_wild
 from vllm_dllm.cli import main
 from vllm_dllm.draft.ranker_file import RankerFile, save_ranker
 from vllm_dllm.draft.readiness import Readiness
@@ -94,3 +95,39 @@ def test_accuracy_beside_forwards() -> None:
     assert [row[1] for row in rows[:2]] == ["100", "100"]
     static, threshold, _ = (tuple(map(float, row[3:5])) for row in rows)  # without drafts, and with as many as pay
     assert static[1] <= static[0] > threshold[0]
+
+
+@pytest.fixture(scope="module")
+def sliding(tmp_path_factory: pytest.TempPathFactory) -> SlidingOracle:
+    path = tmp_path_factory.mktemp("wedlm") / "checkpoint"
+    make_wild(path, has_biases=False)
+    return SlidingOracle(path)
+
+
+def test_decode_of_windows_takes_the_forwards_of_the_reference(sliding: SlidingOracle, tmp_path: Path) -> None:
+    bound, length = 1.5, 40
+    options = {"--gen-length": length, "--budgets": "2,5", "--repeats": 1, "--out": tmp_path, "--entropy-bound": bound}
+    run(main.app, "bench", "decode", **options | {"--model": sliding.checkpoint})
+    content = json.loads((tmp_path / "decode.json").read_text())
+    runs = {taken["variant"]: taken["stats"] for taken in content["runs"]}
+    assert runs.keys() == {"off", "budget 2", "budget 5", "auto"}
+    prompts = content["comparison"]["workload"]["prompts"]
+    cases = [WindowCase(prompt=tuple(ids), max_tokens=length, entropy_bound=bound) for ids in prompts]
+    plain = sum(sliding.made(case).nfe for case in cases)
+    assert (runs["off"]["forwards"], runs["off"]["refreshes"]) == (plain, 0)
+    for budget in (2, 5):
+        made, found = [sliding.drafted(case, budget) for case in cases], runs[f"budget {budget}"]
+        assert found["forwards"] == sum(each.nfe for each in made)
+        assert sum(found["accepted"]) == sum(each.num_accepted for each in made)
+    assert runs["budget 5"]["forwards"] < 0.9 * plain
+    assert runs["auto"]["forwards"] <= plain
+
+
+def test_windows_beside_the_reference(sliding: SlidingOracle) -> None:
+    out = run(benchmarks, "reference", **{"--model": sliding.checkpoint, "--gen-length": 24})
+    assert "24 tokens each in windows of 16" in out
+    rows = re.findall(
+        r"│ entropy_bound 0.4 position_penalty 0.02 +│ (reference|engine, 2 at once) +│ +[\d.]+ │ +([\d.]+) │", out
+    )
+    assert [name for name, _ in rows] == ["reference", "engine, 2 at once"]
+    assert rows[0][1] == rows[1][1], "forwards per token"

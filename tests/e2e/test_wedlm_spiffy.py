@@ -1,28 +1,19 @@
 """WeDLM with drafts in the engine == its decoder, token for token, in as many forwards as the reference with drafts."""
 
 import dataclasses
-import json
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from benchmarks.__main__ import app as benchmarks
 from tests.e2e.interference import check_interference
-from tests.e2e.rig import CHECKPOINT, MAX_MODEL_LEN, check_counts_while_running, engine, run, run_outputs, shared_engine
+from tests.e2e.rig import MAX_MODEL_LEN, check_counts_while_running, engine, run, run_outputs, shared_engine
 from tests.e2e.wedlm import SlidingOracle, WindowCase, make_wild, mixed
-from vllm_dllm.cli import main
 from vllm_dllm.reference.wedlm_spiffy import SpiffySliding
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("engines"), pytest.mark.xdist_group("wedlm_spiffy")]
 
 NUM_DRAFTS = 5
 SPIFFY = {"method": "spiffy", "budget": NUM_DRAFTS}
-
-BENCH = {"--prompts": CHECKPOINT.parent / "questions.jsonl", "--num-prompts": 3, "--concurrency": "2"}
 
 Served = tuple[Any, SlidingOracle]
 
@@ -167,40 +158,3 @@ def test_a_budget_by_the_step_changes_no_token(oracle: SlidingOracle) -> None:
         assert run(llm, cases) == [oracle.tokens(case) for case in cases]
         assert run(llm, cases[:1]) == [oracle.tokens(cases[0])]
         assert len(budgets) > 1, "no step was tried with another budget"
-
-
-def bench(program: typer.Typer, *command: str, **options: object) -> str:
-    words = [str(word) for option in options.items() for word in option]
-    result = CliRunner().invoke(program, [*command, *words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-@pytest.mark.slow("bench")
-def test_bench_decode_takes_the_forwards_of_the_reference(oracle: SlidingOracle, tmp_path: Path) -> None:
-    bound, length = 1.5, 40
-    options = BENCH | {"--gen-length": length, "--budgets": "2,5", "--repeats": 1, "--out": tmp_path}
-    bench(main.app, "bench", "decode", **options | {"--model": oracle.checkpoint, "--entropy-bound": bound})
-    content = json.loads((tmp_path / "decode.json").read_text())
-    runs = {taken["variant"]: taken["stats"] for taken in content["runs"]}
-    assert runs.keys() == {"off", "budget 2", "budget 5", "auto"}
-    prompts = content["comparison"]["workload"]["prompts"]
-    cases = [WindowCase(prompt=tuple(ids), max_tokens=length, entropy_bound=bound) for ids in prompts]
-    plain = sum(oracle.made(case).nfe for case in cases)
-    assert (runs["off"]["forwards"], runs["off"]["refreshes"]) == (plain, 0)
-    for budget in (2, 5):
-        made, found = [oracle.drafted(case, budget) for case in cases], runs[f"budget {budget}"]
-        assert (found["forwards"], sum(found["accepted"])) == tuple(map(sum, counts(made)))
-    assert runs["budget 5"]["forwards"] < 0.9 * plain
-    assert runs["auto"]["forwards"] <= plain
-
-
-@pytest.mark.slow("bench")
-def test_the_benchmark_beside_the_reference_slides_too(oracle: SlidingOracle) -> None:
-    out = bench(benchmarks, "reference", **BENCH | {"--model": oracle.checkpoint, "--gen-length": 24})
-    assert "24 tokens each in windows of 16" in out
-    rows = re.findall(
-        r"│ entropy_bound 0.4 position_penalty 0.02 +│ (reference|engine, 2 at once) +│ +[\d.]+ │ +([\d.]+) │", out
-    )
-    assert [name for name, _ in rows] == ["reference", "engine, 2 at once"]
-    assert rows[0][1] == rows[1][1], "forwards per token"

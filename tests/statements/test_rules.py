@@ -130,3 +130,22 @@ def test_a_block_that_goes_round_in_circles_ends_as_stated(policy: str, values: 
         longest = max(longest, by_statement(model, replace(requests[0], tail=()))[1] / (BLOCKS * length))
     assert not wrong, f"{len(wrong)}: {wrong[:2]}"
     assert longest > 8, "no block came so far"
+
+
+class WaveModel(EdgeModel):
+    """One that knows nothing of a block, and all of its first positions, as many as `wave`, once one is written."""
+
+    wave = 8
+
+    def block_logits(self, canvas: torch.Tensor) -> torch.Tensor:
+        knows = (canvas != MASK).any(1)[:, None, None] & (torch.arange(self.block_length) < self.wave)[:, None]
+        return super().block_logits(canvas) * knows
+
+
+@pytest.mark.parametrize("wave", [7, 8, 9, 16, 17, 24, 25])
+def test_an_eighth_of_what_a_step_of_saber_writes_is_masked_again(wave: int) -> None:
+    """Rounded up, which few drawn steps show: they write fewer."""
+    model = WaveModel(32, wave, 2.0, "plain")
+    model.wave = wave
+    requests = [Own("saber", (("least", least),), 0.9, 64) for least in (1, 2)]
+    assert not differences(model, requests, is_native=False)
