@@ -65,7 +65,7 @@ test-torch: setup ## build the ops against another torch, TORCH=2.10.0, and run 
 VLLM_033_TESTS ?= tests/engine tests/e2e
 test-vllm-033: setup ## the engine tests with the Python files of vLLM 0.33, in .venv-033 (docs/testing.md)
 	@$(PY) scripts/vllm_overlay.py
-	$(PYTEST:$(PY)%=.venv-033/bin/python%) --slow engines,servers,calibrate $(VLLM_033_TESTS) $(TEST_ARGS)
+	$(PYTEST:$(PY)%=.venv-033/bin/python%) --slow engines,servers,calibrate,ranks $(VLLM_033_TESTS) $(TEST_ARGS)
 
 # Browsers are no Python packages: Chromium is the system's, or the one that CHROMIUM names.
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
@@ -102,7 +102,8 @@ sanitize: setup ## run the tests of the ops with AddressSanitizer and UBSan
 	  -DDLLM_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release -DTORCH_DIR="$$($(PY) -c 'import torch; print(torch.__path__[0])')"
 	$(CMAKE) --build build/sanitize --target _C
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 VLLM_DLLM_LIBRARY="$(CURDIR)/build/sanitize/_C.so" $(PY) -m pytest -q tests/ops $(TEST_ARGS)
+	  ASAN_OPTIONS=detect_leaks=0 VLLM_DLLM_LIBRARY="$(CURDIR)/build/sanitize/_C.so" $(PY) -m pytest -q \
+	  --slow kernels,cases tests/ops $(TEST_ARGS)
 
 bench: setup ## measure, and print the tables of docs/benchmarks.md (arguments: BENCH_ARGS)
 	$(PY) -m benchmarks reference $(BENCH_ARGS)

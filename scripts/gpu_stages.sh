@@ -74,7 +74,7 @@ build() {
     -DCMAKE_CUDA_ARCHITECTURES="${arch/#90/90a}" && cmake --build "$BUILD" --target _C
 }
 
-tests() { "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/ops; }
+tests() { "$PYTHON" -m pytest -q -p no:cacheprovider --slow cases -m gpu tests/ops; }
 self_test() { "$PYTHON" -m vllm_dllm.self_test; }
 shapes() { "$PYTHON" scripts/gpu_shapes.py; }
 step() { "$PYTHON" scripts/gpu_step.py "$@"; }

@@ -28,6 +28,6 @@ torch=$("$python" -c 'import torch; print(torch.__path__[0])')
 say "built the ops"
 
 export VLLM_DLLM_LIBRARY=$env/ops/_C.so VLLM_DLLM_SIMT_BUILD=$env/simt
-"$python" -m pytest -q -n "${WORKERS:-2}" --dist loadgroup --no-loadscope-reorder --slow kernels -m "not engine" \
+"$python" -m pytest -q -n "${WORKERS:-2}" --dist loadgroup --no-loadscope-reorder --slow kernels,cases -m "not engine" \
   "${tests[@]}" "${@:2}"
 say "passed"

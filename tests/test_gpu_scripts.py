@@ -141,7 +141,7 @@ def test_every_stage_runs(script: str, tmp_path: Path) -> None:
     assert {end.split()[0] for end in ends.values()} == {"ok"}
     assert any(call.startswith(f"cmake -S . -B {tmp_path}/build -GNinja") for call in calls)
     assert f"cmake --build {tmp_path}/build --target _C" in calls
-    assert "python3 -m pytest -q -p no:cacheprovider -m gpu tests/ops" in calls
+    assert "python3 -m pytest -q -p no:cacheprovider --slow cases -m gpu tests/ops" in calls
     for command in ("scripts/gpu_shapes.py", "scripts/gpu_step.py llada", "-m vllm_dllm.self_test"):
         assert any(call.startswith(f"python3 {command}") for call in calls)
     tools = [call for call in calls if call.startswith("compute-sanitizer --tool")]

@@ -56,7 +56,7 @@ def check_outputs(outputs: list[Any], oracle: Oracle, cases: list[Case], setting
     assert sum(e.num_accepted for e in expected) >= 4, "too few drafts come true for the test to mean much"
 
 
-@pytest.fixture(params=configurations("families", ["sdar-moe"], ["stable-diffcoder"]))
+@pytest.fixture(params=configurations("families", ["sdar-moe", "stable-diffcoder"]))
 def served(request: pytest.FixtureRequest, checkpoints: dict[str, Path], oracles: dict[str, Oracle]) -> Any:
     """A block-causal family, served with what its checkpoint and its row of the table say."""
     checkpoint = checkpoints[request.param]

@@ -28,7 +28,10 @@ PINS = ("requirements/build.txt", "requirements/vllm.txt", "requirements/serve.t
 OF_REQUESTS = ("vllm_dllm/models/__init__.py", "vllm_dllm/models/interface.py")
 KERNELS = ("vllm_dllm/ops/**", "csrc/bindings/**", "csrc/cpu/**", "csrc/include/**")
 HELPERS = (
-    *("tests/e2e/*.py", "!tests/e2e/test_*.py", "tests/models/in_process.py", "tests/statements/*.py"),
+    *("tests/e2e/*.py", "!tests/e2e/test_*.py", "tests/e2e/test_graphs.py", "tests/e2e/test_sdar_cache.py"),
+    *("tests/models/in_process.py", "tests/statements/*.py", "tests/conftest.py"),
+    *("examples/tiny_llada/checkpoint/*", "examples/own_policy/**", "examples/training/tasks.py"),
+    "docs/add-a-policy.md",
     *("tests/constraint/brute.py", "tests/constraint/test_denoise.py"),
     *("tests/draft/[!t]*.py", "tests/draft/test_exact*.py", "tests/draft/test_look_ahead.py"),
     *("tests/reference/conftest.py", "tests/reference/test_first_token.py", "tests/reference/test_qwen.py"),
@@ -36,7 +39,7 @@ HELPERS = (
     *("benchmarks/armed.py", "benchmarks/launches.py", "benchmarks/constraint_fuzz.py", "benchmarks/fuzz/**"),
     *("vllm_dllm/measure/report.py", "vllm_dllm/measure/workload.py"),
 )
-"""What tests with an engine import."""
+"""What tests with an engine import, and read besides."""
 BELOW_ENGINES = (
     *("vllm_dllm/*.py", "vllm_dllm/attention/**", "vllm_dllm/constraint/**", "vllm_dllm/draft/**"),
     *("vllm_dllm/models/**", "vllm_dllm/state/**", "vllm_dllm/unmask/**", "vllm_dllm/reference/**", *KERNELS, *PINS),
@@ -51,7 +54,8 @@ IN_ENGINES = (
 SOURCES: dict[str, tuple[str, ...]] = {
     "answers": (
         *("vllm_dllm/draft/**", "vllm_dllm/unmask/**", "vllm_dllm/denoiser.py", "vllm_dllm/models/**"),
-        *("examples/tiny_llada/**", "examples/quantise.py", "tests/e2e/test_quantised.py"),
+        *("examples/tiny_llada/**", "examples/training/tasks.py", "examples/quantise.py"),
+        "tests/e2e/test_quantised.py",
     ),
     "bench": (
         *("vllm_dllm/measure/**", "vllm_dllm/engine/measuring.py", "vllm_dllm/cli/*bench*.py", "benchmarks/*.py"),
@@ -62,11 +66,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("vllm_dllm/reference/**", "vllm_dllm/state/**", "vllm_dllm/unmask/**", *KERNELS, *OF_REQUESTS),
         *("examples/tiny_*/checkpoint/*", "tests/constraint/*", "tests/draft/*", "tests/ops/*", "tests/reference/*"),
         *("tests/statements/*", "tests/unmask/*", "tests/e2e/questions.py", "tests/state/test_canvas.py"),
+        "examples/training/tasks.py",
     ),
     "calibrate": (
         *IN_ENGINES,
         *("vllm_dllm/engine/recording.py", "vllm_dllm/calibrate/**", "vllm_dllm/cli/**"),
-        *("examples/tiny_llada/checkpoint/*", "examples/tiny_llada/questions.jsonl", "tests/e2e/test_calibrate*.py"),
+        *("examples/tiny_llada/questions.jsonl", "tests/e2e/test_calibrate*.py"),
     ),
     "configurations": IN_ENGINES,
     "demo": ("examples/**", "vllm_dllm/studio/**", "requirements/serve.txt", "tests/e2e/test_demo.py"),
@@ -76,10 +81,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("vllm_dllm/constraint/**", "vllm_dllm/unmask/**", "vllm_dllm/self_test/**", "vllm_dllm/*.py", *OF_REQUESTS),
         "tests/state/test_canvas.py",
     ),
-    "engines": (*IN_ENGINES, "examples/tiny_llada/checkpoint/*", "examples/own_policy/**"),
+    "engines": IN_ENGINES,
     "examples": (
         *("examples/*.py", "examples/*.sh", "vllm_dllm/cli/**", "vllm_dllm/spiffy_config.py"),
-        *("vllm_dllm/engine/front_end.py", "tests/e2e/test_examples.py"),
+        *("vllm_dllm/engine/front_end.py", "tests/e2e/test_examples.py", "docs/examples.md"),
+        *("examples/tiny_llada/checkpoint/*", "examples/tiny_llada/questions.jsonl"),
     ),
     "fields": ("vllm_dllm/models/**", "vllm_dllm/reference/**", "tests/models/*"),
     "fuzz": (
@@ -89,7 +95,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "isas": (
         *("CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "setup.py", *KERNELS),
-        *("tests/ops/*", "tests/test_wheel.py", "tests/tree.py"),
+        *("tests/ops/*", "tests/test_wheel.py", "tests/tree.py", "csrc/probe/*", "requirements/build.txt"),
     ),
     "load": (
         *("vllm_dllm/engine/**", "vllm_dllm/state/**", "vllm_dllm/constraint/**", "vllm_dllm/unmask/**", *PINS),
@@ -101,7 +107,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "ranks": (*IN_ENGINES, "tests/engine/head_ranks.py"),
     "readme": ("README.md", "tests/e2e/test_readme.py"),
-    "servers": (*BELOW_ENGINES, "vllm_dllm/engine/**"),
+    "servers": (*BELOW_ENGINES, "vllm_dllm/engine/**", "docs/openai.md", "examples/scaffold.py"),
 }
 """What each group tests that no test of every run does: files, as globs in the repository, without those behind "!".
 
