@@ -151,6 +151,7 @@ def test_pages_found_in_the_cache_are_shared_before_the_first_report() -> None:
         num_scheduled_tokens={"n": 4},
         scheduled_spec_decode_tokens={},
         scheduled_new_reqs=[SimpleNamespace(req_id="n", num_computed_tokens=8)],
+        finished_req_ids=set(),
     )
     scheduler._update_after_schedule(output)
     assert output.aux_output_connector_metadata.roster == {"o", "n"}

@@ -210,6 +210,7 @@ def test_what_is_admitted_ends_with_its_blocks_and_at_the_end_of_turn() -> None:
         architectures=["LLaDAModelLM"],
         hf_config=SimpleNamespace(eot_token_id=9, mask_token_id=MASK),
         max_model_len=64,
+        get_vocab_size=lambda: 16,
     )
     config: Any = SimpleNamespace(model_config=model, additional_config={"dllm": {"block_length": 8}})
     config.dllm = configs.parse(config)

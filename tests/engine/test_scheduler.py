@@ -104,6 +104,7 @@ def test_what_vllm_counts_is_told_in_rows() -> None:
         num_scheduled_tokens={"a": B + 2, "n": 8},
         scheduled_spec_decode_tokens={"a": [-1] * (B + 2)},
         scheduled_new_reqs=[SimpleNamespace(req_id="n", num_computed_tokens=0, prompt_len=0, sampling_params=None)],
+        finished_req_ids={"gone"},
     )
     new = request("n", 0)
     new.num_tokens, scheduler.requests["n"] = 8, new
@@ -114,6 +115,7 @@ def test_what_vllm_counts_is_told_in_rows() -> None:
     assert output.total_num_scheduled_tokens == 3 * B + 16
     order = output.aux_output_connector_metadata
     assert (order.requests, order.kv.end.tolist(), order.roster) == (("a", "n"), [0, 16], None)
+    assert order.ended == {"gone"}
     output.scheduled_new_reqs = []
     for graph, total in ((40, 41), (20, 3 * B + 16)):
         scheduler._largest_graph = graph
