@@ -246,9 +246,14 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 PARTIAL = (
     *("keyword", "markexpr", "collectonly", "lf", "stepwise", "deselect", "ignore", "ignore_glob"),
-    *("setuponly", "setupplan", "override_ini"),
+    *("setuponly", "setupplan"),
 )
 """Options of pytest by which a run leaves out tests, or all of them."""
+
+
+def own_overrides(config: pytest.Config) -> set[str]:
+    """Return what pytest makes of the project's own options, `--strict-markers` and the like, as if given by `-o`."""
+    return {f"{option.removeprefix('--').replace('-', '_')}=true" for option in config.getini("addopts")}
 
 
 def record(config: pytest.Config, exitstatus: int) -> None:
@@ -256,5 +261,6 @@ def record(config: pytest.Config, exitstatus: int) -> None:
     whole run without a failure."""
     is_worker = hasattr(config, "workerinput")
     is_whole = config.args == config.getini("testpaths") and not any(config.getoption(name) for name in PARTIAL)
+    is_whole = is_whole and own_overrides(config).issuperset(config.getoption("override_ini") or ())
     if not is_worker and is_whole and exitstatus == 0 and config.getoption("--slow") in WHOLE:
         PROVEN.write_text(json.dumps(config.stash[HASHES], indent=2, sort_keys=True) + "\n")

@@ -60,11 +60,11 @@ def test_some_of_the_cases_are_tried_in_each_run(monkeypatch: pytest.MonkeyPatch
 
 def run(option: str, *args: str, worker: bool = False, **options: Any) -> Any:
     """What `record` looks at of a run; `HASHES` as `configure` puts them there."""
-    values = dict.fromkeys(slow.PARTIAL) | options
+    values = {**dict.fromkeys(slow.PARTIAL), "override_ini": ["strict_markers=true"]} | options
     config = SimpleNamespace(
         args=list(args) or ["tests"],
         stash={slow.HASHES: {"bench": "new"}},
-        getini={"testpaths": ["tests"]}.get,
+        getini={"testpaths": ["tests"], "addopts": ["--strict-markers", "-ra"]}.get,
         getoption=({"--slow": option} | values).__getitem__,
     )
     if worker:
@@ -76,6 +76,12 @@ def test_what_makes_a_run_partial_are_options_of_pytest(pytestconfig: pytest.Con
     assert all(hasattr(pytestconfig.option, name) for name in slow.PARTIAL)
 
 
+def test_the_projects_own_options_make_no_run_partial(pytestconfig: pytest.Config) -> None:
+    strict = {each for each in pytestconfig.getoption("override_ini") or () if each.startswith("strict_")}
+    assert strict <= slow.own_overrides(pytestconfig)
+    assert "strict_markers=true" in slow.own_overrides(pytestconfig)
+
+
 @pytest.mark.parametrize("option", ["changed", "all", "only"])
 def test_a_whole_run_that_passes_is_written_down(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slow, "PROVEN", tmp_path / "slow.json")
@@ -84,6 +90,7 @@ def test_a_whole_run_that_passes_is_written_down(option: str, tmp_path: Path, mo
         run("bench,load"),
         run(option, "tests/ops"),
         *(run(option, **{name: ["a"]}) for name in slow.PARTIAL),
+        run(option, override_ini=["testpaths=tests/ops"]),
         run(option, worker=True),
     ]
     for config in proofs:
