@@ -1,5 +1,6 @@
 """Seeds, threads, the skip of GPU tests where there is no GPU, and which tests run, where and in which order."""
 
+import gc
 import os
 import sys
 
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Every engine compares what scheduler and worker know, at the latest when it goes idle.
 os.environ.setdefault("VLLM_DLLM_CHECK", "idle")
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,27 @@ if find_spec("hypothesis") is not None:  # a GPU machine may lack it; the tests 
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _torch_state() -> Iterator[None]:
+    """Each test begins with the same seed, and leaves torch's dispatch as it was: else tests behind it would fail."""
     torch.manual_seed(0)
+    yield
+    python = torch._C.DispatchKey.Python
+    is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(python)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(python, False)
+    assert not is_excluded, "the test left torch without dispatch modes; if it traces, let it use `collected`"
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """For tests that trace: what earlier tests left is finalised before, and nothing while they run.
+
+    vLLM's CPU matmuls call ops as they are finalised, which under a fake tensor mode fail, recur until the process
+    ends, or leave torch without dispatch modes.
+    """
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

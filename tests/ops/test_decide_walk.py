@@ -180,6 +180,7 @@ def test_no_requests():
     assert done.path.shape == (0, 2)
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("looks_ahead", [False, True])
 def test_opcheck(looks_ahead):
     args = native_args(random_call(3, 5, 7, 0, looks_ahead=looks_ahead))
@@ -187,6 +188,7 @@ def test_opcheck(looks_ahead):
     torch.library.opcheck(torch.ops.vllm_dllm.decide_walk.default, args)
 
 
+@pytest.mark.usefixtures("collected")
 def test_can_be_traced():
     args = native_args(random_call(7, 11, 4, 0))
 

@@ -193,6 +193,7 @@ def tensors(case: Case) -> list[Tensor]:
     return [getattr(case, name) for name in case.__slots__]
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("with_lse", [True, False])
 def test_opcheck(with_lse):
     case = numeric_case("13-nodes", torch.bfloat16)
@@ -201,6 +202,7 @@ def test_opcheck(with_lse):
     torch.library.opcheck(op, (*tensors(case), out, lse if with_lse else None))
 
 
+@pytest.mark.usefixtures("collected")
 def test_can_be_traced():
     case = numeric_case("commit-node", torch.float32)
 

@@ -269,6 +269,7 @@ def test_nothing_is_valid_of_a_block_without_a_step_and_no_look_ahead_of_the_las
     assert is_valid[:, -1].tolist() == [False, False] + [True] * 11
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("is_noisy", [False, True], ids=["greedy", "noisy"])
 def test_opcheck(is_noisy):
     call = arguments(case(7, 1, 0, is_noisy=is_noisy), 3)
@@ -276,6 +277,7 @@ def test_opcheck(is_noisy):
     torch.library.opcheck(torch.ops.vllm_dllm.propose_nodes.default, tuple(call))
 
 
+@pytest.mark.usefixtures("collected")
 def test_can_be_traced():
     call = arguments(case(7, 1, 0, is_noisy=True), 3, looks_ahead=True)
 

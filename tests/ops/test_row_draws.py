@@ -79,6 +79,7 @@ def arguments() -> list[Any]:
     return [[blocks.slots, blocks.start], nodes.is_masked, nodes.place, state.draw_params, True]
 
 
+@pytest.mark.usefixtures("collected")
 def test_opcheck() -> None:
     call = arguments()
     ops.row_draws(*call)

@@ -214,6 +214,7 @@ def native_args(seed: int = 1) -> list[Any]:
     return taken
 
 
+@pytest.mark.usefixtures("collected")
 def test_opcheck():
     """It is in no compiled graph: torch cannot trace what both writes to a list and returns one."""
     ops.require("settle_step", "cpu")

@@ -112,6 +112,7 @@ def arguments(*, is_plain: bool = False) -> list[Any]:
     return [nodes.canvas, nodes.end, requests, planned, *tables, into, MASK, NULL_PAGE]
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("is_plain", [True, False], ids=["plain", "planned"])
 def test_opcheck(is_plain: bool) -> None:
     """It is in no compiled graph: torch cannot trace what both writes to a list and returns one."""

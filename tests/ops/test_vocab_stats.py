@@ -231,6 +231,7 @@ def test_no_rows() -> None:
     assert stats.rest.shape == (0,)
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("has_weight", [True, False])
 def test_opcheck(has_weight: bool) -> None:
     rows, weight = head(7, 33, 113)
@@ -243,6 +244,7 @@ def test_opcheck(has_weight: bool) -> None:
         torch.library.opcheck(torch.ops.vllm_dllm.vocab_stats.default, args)
 
 
+@pytest.mark.usefixtures("collected")
 def test_can_be_traced() -> None:
     rows, weight = head(7, 33, 113)
     sampling = sampling_of(7, 1.0)

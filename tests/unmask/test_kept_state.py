@@ -1,6 +1,7 @@
 """What policies keep of a request, over preemptions."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from tests.draft.test_exact import VOCAB
 from tests.unmask.test_user_policy import LENGTH, count
 from tests.unmask.test_user_policy import install as install
+from vllm_dllm.engine.report import StepOrder
+from vllm_dllm.engine.sampler import DllmSampler
 from vllm_dllm.state.apart import ApartState
 from vllm_dllm.unmask.memory import StateField
 from vllm_dllm.unmask.torch_policy import TorchPolicy
@@ -23,7 +26,7 @@ class Counted:
         self.start = dict.fromkeys(range(3), 0)  # by slot
 
     def put(self, slot: int, request_id: str, start: int = 0, name: str | None = "faster") -> None:
-        self.state.put(slot, name, (), request_id, start)
+        self.state.put(slot, name, (), request_id, start, comes_back=start > 0)
         self.start[slot] = start
 
     def step(self, slot: int, *, ends: bool = False) -> int:
@@ -86,3 +89,28 @@ def test_what_is_kept_of_a_request_waits_as_long_as_it_does(install: Callable[..
     made.put(0, "b", name=None)
     made.state.forget({"a"})
     assert not made.state.remembered
+
+
+def test_an_id_that_is_used_again_finds_nothing_of_the_one_before(install: Callable[..., None]) -> None:
+    """In the step in which that one ends, too: vLLM adds requests before the sampler learns who has ended."""
+    made = Counted(install)
+    made.put(0, "a")
+    assert [made.step(0, ends=True), made.step(0)] == [0, 1]
+    made.put(1, "a")
+    assert [made.step(1, ends=True), made.step(1)] == [0, 1]
+    made.put(2, "a", LENGTH)
+    assert made.step(2) == 1
+
+
+def test_an_id_is_forgotten_where_the_step_does_not_use_it_again(install: Callable[..., None]) -> None:
+    made = Counted(install)
+    sampler = DllmSampler(SimpleNamespace(state=SimpleNamespace(apart=made.state)))
+    for slot, request_id in enumerate(("a", "b")):
+        made.put(slot, request_id)
+        assert made.step(slot, ends=True) == 0
+    made.put(0, "a")  # the one before has ended
+    sampler.take_order(StepOrder(("a",), None, ended={"a", "b"}))
+    assert made.state.remembered == {"a"}
+    assert [made.step(0, ends=True), made.step(0)] == [0, 1]
+    made.put(2, "a", LENGTH)
+    assert made.step(2) == 1

@@ -60,7 +60,8 @@ class DllmSampler:
     def take_order(self, order: "StepOrder") -> None:
         """Take what the scheduler tells of the next step. Raises: StateError where its roster is not ours."""
         self.model_state.order = order
-        self.model_state.state.apart.forget(order.ended)
+        # An id may be used again at once (vLLM makes ids unique only where its setting for that is left on).
+        self.model_state.state.apart.forget([name for name in order.ended if name not in order.requests])
         if self.check and order.roster is not None:
             self.check.compare(order.roster)
 
