@@ -1,5 +1,6 @@
 """All policies in one batch, with drafts, and after preemptions: engine == plain statements, in fp32."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,14 @@ def test_preempted_ones_end_in_the_tokens_of_their_statements(llm: Any, mild_ora
 
     assert step_all(llm, own, preempt) == {str(i): case.expected(mild_oracle)[0] for i, case in enumerate(own)}
     assert sum(preempted) > 16, preempted
+
+
+def test_an_id_that_is_used_again_at_once_finds_nothing_of_the_one_before(
+    llm: Any, mild_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    keeping = [case for case in stated_cases(2) if case.own.policy in ("eotp", "learn2pd_eotp", "dit_confidence")]
+    for case in [*keeping, *keeping[::-1]]:
+        for prompt in ((5, 6, 7), (5, 6, 7) * 9, (7, 6, 5) * 11):
+            each = dataclasses.replace(case, max_tokens=40, prompt=prompt)
+            assert step_all(llm, [each]) == {"0": each.expected(mild_oracle)[0]}

@@ -279,12 +279,10 @@ def test_opcheck(is_noisy):
 
 @pytest.mark.usefixtures("collected")
 def test_can_be_traced():
-    call = arguments(case(7, 1, 0, is_noisy=True), 3, looks_ahead=True)
-
     def canvas(start: Tensor) -> Tensor:
-        return propose_nodes(*call[:2], [call[2][0], start], *call[3:])[0] + 1
+        return propose_nodes(graph, weights, [slots, start], *rest)[0] + 1
 
-    start = call[2][1]
+    graph, weights, (slots, start), *rest = arguments(case(7, 1, 0, is_noisy=True), 3, looks_ahead=True)
     assert torch.equal(torch.compile(canvas, fullgraph=True, backend="eager")(start), canvas(start))
 
 

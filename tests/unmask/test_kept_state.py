@@ -26,7 +26,9 @@ class Counted:
         self.start = dict.fromkeys(range(3), 0)  # by slot
 
     def put(self, slot: int, request_id: str, start: int = 0, name: str | None = "faster") -> None:
-        self.state.put(slot, name, (), request_id, start, comes_back=start > 0)
+        if start == 0:
+            self.state.forget([request_id])
+        self.state.put(slot, name, (), request_id, start)
         self.start[slot] = start
 
     def step(self, slot: int, *, ends: bool = False) -> int:

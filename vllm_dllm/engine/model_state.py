@@ -148,8 +148,9 @@ class DllmModelState(ModelState):
         known = new_req_data.prefill_token_ids or new_req_data.prompt_token_ids or []
         block_start = int(self.kv_schedule.block_start(np.array([len(known)]))[0])
         answer = answer_of(new_req_data.sampling_params, params, known, block_start, self.block_length)
-        comes_back = len(known) > params.prompt_len
-        self.state.add_request(req_index, params, answer, block_start, comes_back=comes_back)
+        if len(known) <= params.prompt_len:  # it is new, even where another one had its id
+            self.state.apart.forget([params.request_id])
+        self.state.add_request(req_index, params, answer, block_start)
         self.kv_schedule.add(req_index, new_req_data.num_computed_tokens, params.prompt_len, params.pins)
 
     def apply_staged_writes(self) -> None:

@@ -75,16 +75,7 @@ class ApartState:
         self._owners: dict[int, str] = {}  # of slots whose policies have such fields, the requests
         self._aside: dict[str, Begun] = {}  # of those that lost their slots and have not ended
 
-    def put(
-        self,
-        slot: int,
-        name: str | None,
-        values: Sequence[float],
-        request_id: str,
-        start: int = 0,
-        *,
-        comes_back: bool = False,
-    ) -> None:
+    def put(self, slot: int, name: str | None, values: Sequence[float], request_id: str, start: int = 0) -> None:
         """Take a request's policy and its parameters; None: it has a native twin.
 
         One that was preempted finds what its policy knew of it when the block began that comes next.
@@ -94,7 +85,6 @@ class ApartState:
             name, values: of the policy.
             request_id: of the request.
             start: absolute position where its next block begins.
-            comes_back: whether it was preempted with tokens emitted; else it is new, even where another had its id.
         """
         self._put_aside(slot)
         self._names.pop(slot, None)
@@ -114,7 +104,7 @@ class ApartState:
         before = self._aside.pop(request_id, None)
         self._start[slot] = start
         for field, its in self._begun[name].items():
-            its[slot] = before.of(field, start) if before is not None and comes_back else fields[field].empty
+            its[slot] = fields[field].empty if before is None else before.of(field, start)
             self._memory[name][field][slot] = its[slot, :1]
 
     def _put_aside(self, slot: int) -> None:

@@ -103,22 +103,13 @@ class CanvasState:
         self._offsets = torch.arange(block_length, device=device)
         self.answers: dict[int, Answer] = {}  # of requests under a constraint, by slot
 
-    def add_request(
-        self,
-        slot: int,
-        params: RequestParams,
-        answer: Answer | None = None,
-        start: int = 0,
-        *,
-        comes_back: bool = False,
-    ) -> None:
+    def add_request(self, slot: int, params: RequestParams, answer: Answer | None = None, start: int = 0) -> None:
         """Stage a request's parameters; its canvas is masked by `reset` when its first block begins.
 
         Args:
             slot, params: of the request.
             answer: what its answer has to meet, and how far that is; None: nothing.
             start: absolute position where its first block begins, or after a preemption its next one.
-            comes_back: whether it was preempted with tokens emitted.
         """
         self.answers.pop(slot, None)
         if answer is not None:
@@ -132,8 +123,7 @@ class CanvasState:
         self.pins.put(slot, params.pins)
         self.targets.put(slot, params.targets)
         self.records.put(slot, params.num_logprobs, keeps_mask=params.targets is not None)
-        policy, values = params.own_policy, params.own_values
-        self.apart.put(slot, policy, values, params.request_id, start, comes_back=comes_back)
+        self.apart.put(slot, params.own_policy, params.own_values, params.request_id, start)
         self._is_staged = True
 
     def apply_staged_writes(self) -> None:
