@@ -1,4 +1,4 @@
-"""Requests whose policy has no native twin, decided once more beside the others of their step."""
+"""Requests whose policy has no native twin, decided once more beside the others of their step; and who has to end."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from vllm_dllm.constraint.step import ConstrainedStep
 from vllm_dllm.ops.vocab_stats import PartialStats
 from vllm_dllm.state.apart import Group
 from vllm_dllm.state.canvas import Blocks, CanvasState
+from vllm_dllm.state.report import Failed
 from vllm_dllm.unmask.registry import is_users
 from vllm_dllm.unmask.stats import candidates_of
 from vllm_dllm.unmask.torch_policy import PolicyFault
@@ -41,7 +42,8 @@ class DecidedStep:
     def others(self, done: Trajectory) -> Trajectory:
         """Return what the step comes to where the requests with policies in torch code do as these say.
 
-        A request at which its policy, a user's, fails stays where it is and is marked.
+        A request at which its policy, a user's, fails stays where it is and is marked; so is one that its constraint
+        leaves nothing to do.
 
         Args:
             done: what the other requests did; what it says of these means nothing.
@@ -54,8 +56,9 @@ class DecidedStep:
                 unread = {name: its[request] for name, its in done.state.items()}
                 done = replace(done.with_those(request, replace(walked, state=unread)), apart=(*done.apart, kept))
             if failed:
-                done = self._stay(done, failed)
-        return done
+                done = self._stay(done, dict.fromkeys(failed, Failed.POLICY))
+        own = self.nodes.constrained
+        return self._stay(done, own.failed) if own is not None and own.failed else done
 
     def _walk(self, group: Group) -> tuple[Trajectory | None, Group, tuple[int, ...]]:
         """Walk with a user's policy; returns what came of it, of whom, and the requests at which it failed."""
@@ -94,9 +97,9 @@ class DecidedStep:
             None if self.keep is None else _among(self.keep, request, len(self.blocks.slots_np)),
         )
 
-    def _stay(self, done: Trajectory, failed: tuple[int, ...]) -> Trajectory:
+    def _stay(self, done: Trajectory, failed: dict[int, Failed]) -> Trajectory:
         """Leave requests where they are."""
-        request = torch.tensor(failed, device=done.canvas.device)
+        request = torch.tensor([*failed], device=done.canvas.device)
         canvas, zeros = self.nodes.canvas[request, 0], torch.zeros_like(done.node[request])
         of_nodes = candidates_of(self.nodes.rows(self.stats, request)).view(len(request), *self.nodes.canvas.shape[1:])
         stays = replace(
@@ -113,7 +116,7 @@ class DecidedStep:
             candidates=of_nodes.of((slice(None), 0)),  # the roots'
             state={name: its[request] for name, its in done.state.items()},
         )
-        return replace(done.with_those(request, stays), failed=(*done.failed, *failed))
+        return replace(done.with_those(request, stays), failed=done.failed | failed)
 
     def _index(self, group: Group) -> Tensor:
         return to_device(group.request, self.blocks.slots.device)

@@ -23,7 +23,7 @@ from vllm_dllm.ops.vocab_stats import PartialStats, RowIds, RowSampling
 from vllm_dllm.state.canvas import Blocks, CanvasState
 from vllm_dllm.state.draws import Draw, torch_draws
 from vllm_dllm.state.records import Asking
-from vllm_dllm.state.report import POLICY_FAILED, Column
+from vllm_dllm.state.report import Column
 from vllm_dllm.state.settle import Emission, Ledger, Settle, settle
 from vllm_dllm.unmask.edits import RowEdits
 from vllm_dllm.unmask.guidance import Guidance
@@ -204,8 +204,8 @@ class Denoiser:
         emission = self._settle(self.state, drafts, blocks, nodes, done, ledger)
         if done.apart:
             self._keep_apart(blocks, nodes, done, emission)
-        if done.failed:
-            emission.report[list(done.failed), Column.FAULTS] = POLICY_FAILED
+        for place, why in done.failed.items():
+            emission.report[place, Column.FAULTS] = why
         if nodes.constrained is not None:
             over = nodes.constrained.take(done.canvas, done.is_finished, emission.num_sampled[: len(done.node)] > 0)
             for slot in blocks.slots_np[over].tolist():

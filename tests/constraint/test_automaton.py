@@ -1,8 +1,10 @@
 """Expressions as automata: what they accept, what is refused, and within which bounds."""
 
+import errno
 import os
 import random
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -102,19 +104,65 @@ def test_what_the_server_lacks_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("status", "stderr", "said"),
+    ("status", "stderr", "error", "said"),
     [
-        (1, b"Traceback\nRecursionError: too deep\n", "ended with RecursionError: too deep; simplify it"),
-        (1, b"", "ended with status 1; simplify it"),
-        (1, b"Traceback\nMemoryError\n", "has more than 20000 states, or takes more than 5 s"),
-        (-9, b"", "has more than 20000 states, or takes more than 5 s"),
+        (1, b"Traceback\nRecursionError: too deep\n", ConstraintError, "with RecursionError: too deep; simplify it"),
+        (1, b"Traceback\nMemoryError\n", ConstraintError, "has more than 20000 states, or takes more than 5 s"),
+        (
+            -6,
+            b"memory allocation of 99 bytes failed",
+            ConstraintError,
+            "has more than 20000 states, or takes more than",
+        ),
+        (-signal.SIGXCPU, b"", ConstraintError, "has more than 20000 states, or takes more than 5 s"),
+        (
+            1,
+            b"Traceback\nBlockingIOError: busy\n",
+            UnfinishedError,
+            "ended with BlockingIOError: busy, .* try it again",
+        ),
+        (1, b"Traceback\nImportError: no\n", UnfinishedError, "ended with ImportError: no, .* try it again"),
+        (
+            127,
+            b"error while loading shared libraries",
+            UnfinishedError,
+            "ended with error while loading .* try it again",
+        ),
+        (1, b"", UnfinishedError, "ended with status 1, .* try it again"),
+        (-9, b"", UnfinishedError, "ended with signal 9, .* try it again, and see that the server has memory left"),
+        (0, b"", UnfinishedError, "wrote b'' and no table; try it again"),
     ],
 )
-def test_how_the_process_ended_is_told(status: int, stderr: bytes, said: str, monkeypatch: pytest.MonkeyPatch):
+def test_how_the_process_ended_is_told(
+    status: int, stderr: bytes, error: type[ConstraintError], said: str, monkeypatch: pytest.MonkeyPatch
+):
     done = subprocess.CompletedProcess([], status, b"", stderr)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    with pytest.raises(ConstraintError, match=said):
+    with pytest.raises(ConstraintError, match=said) as caught:
         built_apart("module", "", "")
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EAGAIN, "busy"), OSError(errno.ENOMEM, "none left"), MemoryError()])
+def test_a_process_that_is_not_started_is_tried_again(fault: Exception, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_args: object, **_options: object) -> None:
+        raise fault
+
+    regex = f"not (yet|at once){type(fault).__name__}{fault}".replace("[", "").replace("]", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", fail)
+        with pytest.raises(UnfinishedError, match=r"could not be run \((.*busy|.*none left|no memory)\); try it again"):
+            byte_automaton(regex)
+    assert byte_automaton(regex).accepts(regex.replace("(yet|at once)", "yet").encode())
+
+
+def test_a_process_that_is_killed_is_tried_again(monkeypatch: pytest.MonkeyPatch):
+    run = subprocess.run
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda _, **options: run(["sh", "-c", "kill -9 $$"], **options))
+        with pytest.raises(UnfinishedError, match=r"ended with signal 9, .* try it again"):
+            byte_automaton("killed|slain")
+    assert byte_automaton("killed|slain").accepts(b"slain")
 
 
 def test_a_long_expression_is_refused():

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.constraint_fuzz import run as run_fuzz
@@ -15,6 +16,7 @@ from tests.e2e.constrained import ASKED, CHOICE, Asking, check_text, expected, p
 from tests.e2e.rig import Case, Oracle, mixed_cases, random_graph, shared_engine, speculation, step_all
 from tests.e2e.sdar import SdarOracle, sdar_cases
 from tests.suite.order import configurations
+from vllm_dllm.constraint.step import ConstrainedStep
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow("engines")]
 
@@ -84,6 +86,29 @@ def test_preempted_answers_go_on_where_they_were(served: Any) -> None:
     tokens = step_all(llm, cases, preempt)
     assert sum(preempted) >= 4, "too few were preempted"
     assert tokens == {str(i): expected(oracle, case, settings, asked) for i, (case, asked) in enumerate(pairs)}
+
+
+def test_one_that_the_model_gives_nothing_allowed_ends_alone(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its second block, of which the head is told that no token is allowed: as where each is NaN."""
+    llm, oracle, settings = served
+    pairs, broken = asking(oracle, settings, seed=3)[:5], Case(prompt=(5, 6, 7), max_tokens=45)
+    allowed = ConstrainedStep.allowed
+
+    def nothing(self: ConstrainedStep) -> tuple[Any, Any]:
+        place, sets = allowed(self)
+        place[[each.limit - each.begin == 45 and each.block_start > each.begin for each in self.answers]] = len(sets)
+        return place, np.concatenate([sets, np.zeros_like(sets[:1])])
+
+    monkeypatch.setattr(ConstrainedStep, "allowed", nothing)
+    every = [*pairs, (broken, {"regex": "[a-z]{30,}"})]
+    prompts = [{"prompt_token_ids": list(case.prompt)} for case, _ in every]
+    *others, last = llm.generate(prompts, [params_of(*pair) for pair in every], use_tqdm=False)
+    assert last.outputs[0].finish_reason == "error"
+    tokens = [list(output.outputs[0].token_ids) for output in others]
+    assert tokens == [expected(oracle, case, settings, asked) for case, asked in pairs]
+    monkeypatch.undo()
+    (again,) = llm.generate(prompts[-1:], [params_of(*every[-1])], use_tqdm=False)
+    assert list(again.outputs[0].token_ids) == expected(oracle, broken, settings, every[-1][1])
 
 
 @pytest.mark.xdist_group(f"structured {USUAL[0]}")

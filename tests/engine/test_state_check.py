@@ -13,7 +13,7 @@ from vllm_dllm.engine.telemetry import RequestTotals
 from vllm_dllm.engine.worker_check import CheckLevel, Fault, WorkerCheck, check_level
 from vllm_dllm.errors import ConfigError, StateError
 from vllm_dllm.state.kv import KvSchedule
-from vllm_dllm.state.report import MAX_DEPTH
+from vllm_dllm.state.report import MAX_DEPTH, Failed
 
 B = 4
 
@@ -82,6 +82,12 @@ def test_a_look_ahead_may_fill_the_next_block_at_once() -> None:
     check_of(True, PAGES).take(request(), report(**full, stored=12, wrote=4), 4)
     with pytest.raises(StateError, match="request a: the worker has a canvas that cannot be: NO_MASK"):
         check_of(True, PAGES).take(request(), report(**full), 4)
+
+
+def test_a_request_that_has_to_end_is_no_disagreement() -> None:
+    check_of(True, PAGES).take(request(), report(faults=int(Failed.TOKEN)), 0)
+    with pytest.raises(StateError, match=r"request a: the worker has a canvas that cannot be: UNKNOWN_ID$"):
+        check_of(True, PAGES).take(request(), report(faults=int(Failed.CANVAS | Fault.UNKNOWN_ID)), 0)
 
 
 def test_a_request_whose_worker_found_its_end_has_to_end() -> None:

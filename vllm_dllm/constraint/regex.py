@@ -8,7 +8,9 @@ own builds them, within bounds of time and memory.
 """
 
 import array
+import builtins
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -35,6 +37,10 @@ _WALL_SECONDS = 60  # where the machine is busy
 _MAX_ROUNDS = 256
 _END = 256  # an id that is no byte
 _CLOSING = "\U0010ffff"  # no character, by Unicode
+_OF_MACHINE = {
+    name for name, its in vars(builtins).items() if isinstance(its, type) and issubclass(its, (OSError, ImportError))
+}
+"""Errors in the process that are not the expression's."""
 _TABLE, _TOO_MANY, _INVALID, _REFUSED, _MISSING = b"table", b"many", b"regex", b"refused", b"missing"
 
 
@@ -153,7 +159,7 @@ def built_apart(module: str, regex: str, given: str) -> ByteAutomaton:
         regex: that it is built of.
         given: to the process.
 
-    Raises: ConstraintError.
+    Raises: ConstraintError; UnfinishedError where the machine, and not the expression, kept it from being built.
     """
     if len(regex) > MAX_LENGTH:
         raise ConstraintError(
@@ -171,14 +177,33 @@ def built_apart(module: str, regex: str, given: str) -> ByteAutomaton:
         raise UnfinishedError(
             f"it was not built within {_WALL_SECONDS} s of a busy machine; try it again, or shorten it"
         ) from None
-    if done.returncode > 0 and b"MemoryError" not in done.stderr:  # by no bound, which are signals else
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
-        raise ConstraintError(f"the process that builds its automaton ended with {said[-1]}; simplify it")
+    except (OSError, MemoryError) as error:
+        raise UnfinishedError(
+            f"the process that builds its automaton could not be run ({str(error) or 'no memory'}); try it again, and "
+            "see that the server has memory, processes and open files left"
+        ) from None
+    if done.returncode:
+        raise _ended(done.returncode, done.stderr.decode(errors="replace").strip())
     return parse_table(done.stdout)
 
 
+def _ended(status: int, stderr: str) -> ConstraintError:
+    """Return what the end of the process says: a bound of ours, an error at the expression, or nothing of it."""
+    # Linux promises more memory than there is, so what is not given is by our bound: Python says so, or Rust.
+    if status == -signal.SIGXCPU or "MemoryError" in stderr or "memory allocation of" in stderr:
+        return ConstraintError(_too_many())
+    said = (stderr.splitlines() or [f"signal {-status}" if status < 0 else f"status {status}"])[-1]
+    if status > 0 and "Traceback" in stderr and said.partition(":")[0] not in _OF_MACHINE:
+        return ConstraintError(f"the process that builds its automaton ended with {said}; simplify it")
+    # As by who kills processes where memory runs out.
+    return UnfinishedError(
+        f"the process that builds its automaton ended with {said}, which need not be the fault of what it builds; try "
+        "it again, and see that the server has memory left"
+    )
+
+
 def parse_table(output: bytes) -> ByteAutomaton:
-    """Read what `build_table` wrote. Raises: ConstraintError where it wrote something else, or nothing."""
+    """Read what `build_table` wrote. Raises: ConstraintError where it wrote why there is no table."""
     kind, _, rest = output.partition(b"\n")
     if kind == _INVALID:
         raise ConstraintError(f"it is no regular expression that can be built: {rest.decode()}")
@@ -186,8 +211,10 @@ def parse_table(output: bytes) -> ByteAutomaton:
         raise ConstraintError(rest.decode())
     if kind == _MISSING:
         raise UnfinishedError(rest.decode())
-    if kind != _TABLE:  # too many states, or the process was ended by a bound
+    if kind == _TOO_MANY:
         raise ConstraintError(_too_many())
+    if kind != _TABLE:
+        raise UnfinishedError(f"the process that builds its automaton wrote {kind!r:.80} and no table; try it again")
     table = np.frombuffer(rest, dtype=np.int32).reshape(-1, _END + 1)
     return smallest(table[:, :_END], table[:, _END] > 0)
 
@@ -307,7 +334,8 @@ def bounded_input() -> str:
     """Set the bounds of this process, and read what it is given."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    # The hard one would end it with the signal of those who kill processes where the machine has no memory left.
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return sys.stdin.buffer.read().decode("utf-8", "surrogatepass")

@@ -5,7 +5,7 @@ and for each decision of its walk. Requests without a constraint are decided as 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm_dllm.constraint.answer import Answer
 from vllm_dllm.constraint.automaton import WORD
 from vllm_dllm.constraint.reach import MASKED, BlockConstraint
-from vllm_dllm.errors import StateError
+from vllm_dllm.state.report import Failed
 
 Ints = NDArray[np.int64]
 
@@ -29,6 +29,8 @@ class ConstrainedStep:
     request: Ints  # [num_constrained], which of the step's requests
     canvas: Ints  # [num_constrained, num_nodes, block_length], with `MASKED`
     end: Ints | None  # [num_constrained, block_length] of a look-ahead, whose next root is the last node
+    # Which of the step's requests have to end, found as the step is decided. What it comes to for these means nothing.
+    failed: dict[int, Failed] = field(default_factory=dict, init=False)
 
     @classmethod
     def read(
@@ -73,10 +75,8 @@ class ConstrainedStep:
             constraint = answer.constraint()
             is_completable = constraint.completable(canvas[:num_in_block, part])
             if not is_completable[0]:
-                raise StateError(
-                    f"the block at position {answer.block_start} of a request cannot be completed under its "
-                    "constraint, though each of its tokens was allowed"
-                )
+                self._fail(place, Failed.CANVAS)
+                return own
             own[:num_in_block] = [constraint if ok else None for ok in is_completable]
         if self.end is not None and answer.block_start + answer.block_length < answer.end:
             end = self.end[place]
@@ -147,6 +147,9 @@ class ConstrainedStep:
     ) -> list[bool]:
         places, tokens = wanted
         answer = self.answers[number]
+        # Where no logit is above -inf an op may have the id -1, which would be `MASKED` here.
+        unknown = len(answer.automaton.class_of)
+        tokens = [token if token >= 0 else unknown for token in tokens]
         is_next = self.end is not None and node == self.canvas.shape[1] - 1
         part = answer.part_of(answer.block_start + answer.block_length * is_next)
         kept = constraint.keep(
@@ -154,8 +157,11 @@ class ConstrainedStep:
         )
         # A next root that was not evaluated has the rows of others; nobody comes over to it.
         if places and not kept[0] and not is_next:
-            raise StateError("a token was drawn that a constraint does not allow; the model's logits may be no numbers")
+            self._fail(number, Failed.TOKEN)
         return kept
+
+    def _fail(self, number: int, why: Failed) -> None:
+        self.failed[int(self.request[number])] = why
 
     def take(self, canvas: Tensor, is_finished: Tensor, is_emitted: Tensor) -> Ints:
         """Go on to the next block where the one under way is finished.

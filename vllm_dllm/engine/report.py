@@ -72,7 +72,8 @@ class RequestReport:
     """What the worker did for a request in a step; first what `state.report.Column` counts, in its order.
 
     Attributes:
-        faults: what is wrong with its canvas (`worker_check.Fault`), where that is checked; a policy that failed.
+        faults: why it has to end (`state.report.Failed`); what is wrong with its canvas (`worker_check.Fault`), where
+            that is checked.
         proposed: drafts that were evaluated, by depth 1..MAX_DEPTH.
         canvas: [block_length] the one behind the step, negative for masked (`draft.windows.with_order`), where it is
             shown; else empty.

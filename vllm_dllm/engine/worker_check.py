@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_dllm.errors import ConfigError, StateError
-from vllm_dllm.state.report import POLICY_FAILED, Column
+from vllm_dllm.state.report import Column
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -42,7 +42,6 @@ class Fault(IntFlag):
 
     UNKNOWN_ID = 1  # a token that the vocabulary does not have
     NO_MASK = 2  # finished, though its block was not emitted
-    POLICY = POLICY_FAILED  # its policy failed at it, so that its request ends
 
 
 class WorkerCheck:

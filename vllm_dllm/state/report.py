@@ -1,7 +1,7 @@
 """The columns of a step's report, and what a worker fills in; `engine.report` says how it travels. No vLLM here."""
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 import torch
 from torch import Tensor
@@ -31,8 +31,13 @@ class Column(IntEnum):
 
 REPORT_LEN = Column.PROPOSED + MAX_DEPTH
 
-POLICY_FAILED = 4
-"""In `FAULTS`: the request's policy failed at it, and the request has to end. Nobody else's fault has this bit."""
+
+class Failed(IntFlag):
+    """In `FAULTS`: why a request has to end, and no other. Nobody else's fault has these bits."""
+
+    POLICY = 4  # its policy, a user's, failed at it
+    TOKEN = 8  # a token was chosen for it that its constraint does not allow
+    CANVAS = 16  # its block cannot be completed under its constraint
 
 
 @dataclass(frozen=True, slots=True)

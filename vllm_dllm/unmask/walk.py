@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from vllm_dllm import ops
 from vllm_dllm.constraint.step import ConstrainedStep
 from vllm_dllm.ops.vocab_stats import PartialStats
+from vllm_dllm.state.report import Failed
 from vllm_dllm.unmask.decide import Decided, Ground, candidates_at, decide_nodes, is_decidable
 from vllm_dllm.unmask.memory import PolicyState, select
 from vllm_dllm.unmask.policy import PolicyParams, asked_ids, new_state
@@ -137,7 +138,7 @@ class Trajectory:
     candidates: Candidates  # [num_reqs, block_length, num_candidates], of `node`
     state: PolicyState = field(default_factory=dict)  # of the block of `next_canvas`, of policies of the op
     apart: tuple[Kept, ...] = ()  # the same of the others
-    failed: tuple[int, ...] = ()  # requests that their policies failed at
+    failed: dict[int, Failed] = field(default_factory=dict)  # requests that have to end, and why
     ended: PolicyState = field(default_factory=dict)  # of the block of `canvas`, of the walk in torch
 
     def with_those(self, request: Tensor, of: "Trajectory") -> "Trajectory":
@@ -168,7 +169,7 @@ Walk = Callable[[Nodes, PartialStats, PolicyParams, int, UnmaskRules, PolicyStat
 
 Keep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Of the nodes [num_reqs], and of the positions [num_reqs, block_length] that policies chose there (bool), of their
-scores and of the tokens: which take them. It keeps the first of each canvas's at least."""
+scores and of the tokens: which take them. It keeps the first of each canvas's at least, but for a request that ends."""
 
 NO_STATE: PolicyState = {}
 """Where no policy has a memory."""
