@@ -149,7 +149,7 @@ def decode(  # noqa: PLR0913 - the options of a command
         ),
     )
     runs = _compare(comparison)
-    _report(out, comparison, runs, sections(runs, comparison.workload.block_length, starts))
+    _report(out, comparison, runs, sections(runs, starts))
 
 
 def _compare(comparison: "Comparison") -> "Runs":
