@@ -77,6 +77,17 @@ def test_reference_and_engine_decode_the_same() -> None:
     assert [out.count(decoder) for decoder in decoders] == [1, 1, 1]
 
 
+def test_nemotron_beside_its_reference() -> None:
+    model = CHECKPOINT.parents[1] / "tiny_nemotron/checkpoint"
+    out = run(benchmarks, "reference", **{"--model": model, "--gen-length": 40, "--concurrency": "2"})
+    rows = re.findall(r"│ (static|threshold 0.9) +│ (reference|engine, 2 at once) +│ +[\d.]+ │ +([\d.]+) │", out)
+    assert [row[:2] for row in rows] == [
+        (policy, decoder) for policy in ("static", "threshold 0.9") for decoder in ("reference", "engine, 2 at once")
+    ]
+    assert rows[0][2] == rows[1][2] == "1.00", "forwards per token"
+    assert rows[2][2] == rows[3][2]
+
+
 def test_stages_of_a_step() -> None:
     out = run(benchmarks, "stages")
     stages = {"forward", "row statistics", "runner", "schedule", "host total", "step"}
