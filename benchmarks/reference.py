@@ -20,13 +20,21 @@ from vllm_dllm.measure.workload import EngineSpec, Measurement, UnequalTokensErr
 from vllm_dllm.models.interface import family_said
 from vllm_dllm.reference import block_causal, wedlm
 from vllm_dllm.reference.decode import Generation, KvPolicy, generate
+from vllm_dllm.reference.llada2 import LLaDA2
 from vllm_dllm.reference.model import LLaDA
+from vllm_dllm.reference.nemotron import Nemotron
 from vllm_dllm.reference.policy import Rules, UnmaskPolicy
 from vllm_dllm.reference.qwen import Qwen
 from vllm_dllm.reference.sampling import Sampling
 
 Decode = Callable[[Tensor], Generation | wedlm.Sliding]
 """Decodes a prompt's ids."""
+MODELS: dict[str, type[LLaDA | Qwen]] = {
+    "LLaDAModelLM": LLaDA,
+    "LLaDA2MoeModelLM": LLaDA2,
+    "NemotronLabsDiffusionModel": Nemotron,
+}
+"""The reference models, by architecture; the other families' is `Qwen`."""
 
 
 def compare_with_reference(workload: Workload, policies: Sequence[Policy]) -> list[Section]:
@@ -37,9 +45,7 @@ def compare_with_reference(workload: Workload, policies: Sequence[Policy]) -> li
     family = family_said(json.loads((Path(workload.model) / "config.json").read_text()))
     assert family is not None, "an engine serves models of ours only"
     rules = Rules(**{field.name: getattr(family, field.name) for field in fields(Rules)})
-    model: Any = (LLaDA if family.architecture == "LLaDAModelLM" else Qwen).from_pretrained(
-        Path(workload.model), torch.float32
-    )
+    model: Any = MODELS.get(family.architecture, Qwen).from_pretrained(Path(workload.model), torch.float32)
     has_windows = family.attention == "window"
     decoders: Callable[[Workload, Policy], dict[str, Decode]]
     decoders = partial(_sliding, model) if has_windows else partial(_decoders, model, rules)
@@ -70,7 +76,7 @@ def _decoders(model: Any, rules: Rules, workload: Workload, policy: Policy) -> d
             f"--gen-length is {workload.gen_length}, but the reference decodes whole blocks of {block_length}; give a "
             "multiple of it"
         )
-    if rules.attention == "block_causal":
+    if rules.attention != "bidirectional":
         return {"reference": partial(block_causal.generate, model, rules=rules, **common)}
     return {
         "reference, no cache": partial(generate, model, kv=KvPolicy("none"), rules=rules, **common),

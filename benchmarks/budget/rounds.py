@@ -41,7 +41,7 @@ def comparison_of(
 
 def shown(model: str, runs: Runs, comparison: Comparison) -> list[Row]:
     """Return the rows of auto."""
-    speeds, *_, ratios = (each.rows for each in sections(runs, comparison.workload.block_length, comparison.starts))
+    speeds, *_, ratios = (each.rows for each in sections(runs, comparison.starts))
     of_auto = [row for row in speeds if row["drafts"] == "auto"]
     return [
         {

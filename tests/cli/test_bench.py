@@ -24,9 +24,9 @@ GIVEN = {
 
 
 def run(out: Path, **changes: object) -> tuple[int, str, str]:
-    """Run `bench decode`: exit status, stdout, stderr."""
+    """Run `bench decode`: exit status, stdout, stderr. A change to None leaves the option out."""
     options = GIVEN | {"--out": out} | {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
-    words = [str(word) for option in options.items() for word in option]
+    words = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
     result = CliRunner().invoke(main.app, ["bench", "decode", *words])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -116,6 +116,24 @@ def test_windows_are_measured_without_a_policy_and_a_chain_of_its_own(
 
 
 @pytest.mark.parametrize(
+    ("window", "budgets"), [(16, [1, 3, 5]), (6, [1, 3, 5]), (5, [1, 3]), (4, [1, 3]), (3, [1]), (2, [1]), (1, [])]
+)
+def test_budgets_that_are_not_given_fit_the_window(
+    window: int, budgets: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wedlm: Path
+) -> None:
+    install(monkeypatch)
+    assert run(tmp_path, model=wedlm, budgets=None, block_length=window)[0] == 0
+    assert json.loads((tmp_path / "decode.json").read_text())["comparison"]["budgets"] == budgets
+
+
+def test_budgets_that_are_not_given_are_three_of_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch)
+    assert run(tmp_path, budgets=None, block_length=2)[0] == 0
+    comparison = json.loads((tmp_path / "decode.json").read_text())["comparison"]
+    assert (comparison["budgets"], comparison["chain"]) == ([1, 3, 5], [3])
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"policy": "static"}, "--policy is 'static', but windows that slide, as "),
@@ -126,7 +144,18 @@ def test_windows_are_measured_without_a_policy_and_a_chain_of_its_own(
         ({"graph": "graph.json"}, "--graph is 'graph.json', but windows"),
         ({"ranker": "ranker.safetensors"}, "--ranker is 'ranker.safetensors', but windows"),
         ({"chain": "3"}, r"--chain is '3', but .* their drafts are chains \(--budgets\); allowed is none; remove it"),
-        ({"budgets": "1,16"}, r"--budgets is '1,16', allowed are lists of whole numbers 1\.\.15"),
+        (
+            {"budgets": "1,16"},
+            r"--budgets is '1,16', allowed for windows of 16 are lists of whole numbers 1\.\.15 like 1,4; correct it",
+        ),
+        (
+            {"budgets": "1,3,5", "block_length": 4},
+            r"--budgets is '1,3,5', allowed for windows of 4 are lists of whole numbers 1\.\.3 like 1; correct it",
+        ),
+        (
+            {"budgets": "1", "block_length": 1},
+            "--budgets is '1', allowed for windows of 1 is '' alone, which is none; correct it",
+        ),
         ({"entropy_bound": 0.0}, "--entropy-bound is 0.0, allowed are finite numbers above 0"),
     ],
 )

@@ -77,6 +77,17 @@ def test_reference_and_engine_decode_the_same() -> None:
     assert [out.count(decoder) for decoder in decoders] == [1, 1, 1]
 
 
+def test_nemotron_beside_its_reference() -> None:
+    model = CHECKPOINT.parents[1] / "tiny_nemotron/checkpoint"
+    out = run(benchmarks, "reference", **{"--model": model, "--gen-length": 40, "--concurrency": "2"})
+    rows = re.findall(r"│ (static|threshold 0.9) +│ (reference|engine, 2 at once) +│ +[\d.]+ │ +([\d.]+) │", out)
+    assert [row[:2] for row in rows] == [
+        (policy, decoder) for policy in ("static", "threshold 0.9") for decoder in ("reference", "engine, 2 at once")
+    ]
+    assert rows[0][2] == rows[1][2] == "1.00", "forwards per token"
+    assert rows[2][2] == rows[3][2]
+
+
 def test_stages_of_a_step() -> None:
     out = run(benchmarks, "stages")
     stages = {"forward", "row statistics", "runner", "schedule", "host total", "step"}
@@ -115,6 +126,12 @@ def test_decode_of_windows_takes_the_forwards_of_the_reference(sliding: SlidingO
     cases = [WindowCase(prompt=tuple(ids), max_tokens=length, entropy_bound=bound) for ids in prompts]
     plain = sum(sliding.made(case).nfe for case in cases)
     assert (runs["off"]["forwards"], runs["off"]["refreshes"]) == (plain, 0)
+    least_stored = len(cases) * (length - 2 * 16)  # before the last step, which emits two windows at most
+    most_stored = sum(len(case.prompt) + length + 2 * 16 for case in cases)
+    for found in runs.values():
+        num_drafts, num_windows = sum(found["proposed"]), found["forwards"] + sum(found["proposed"])
+        extra = found["rows"] - 16 * num_windows  # what drafts know at their fronts, and what is stored
+        assert least_stored <= extra <= 15 * num_drafts + most_stored
     for budget in (2, 5):
         made, found = [sliding.drafted(case, budget) for case in cases], runs[f"budget {budget}"]
         assert found["forwards"] == sum(each.nfe for each in made)

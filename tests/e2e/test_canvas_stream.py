@@ -19,9 +19,7 @@ SHOWN = {"dllm_stream": "denoising"}
 CASE = Case(prompt=(5, 6, 7), max_tokens=21)
 
 
-@pytest.fixture(
-    scope="module", params=["bidirectional", pytest.param("block-causal", marks=pytest.mark.slow("servers"))]
-)
+@pytest.fixture(scope="module", params=["bidirectional", "block-causal"])
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wild: Path, wild_sdar: Path
 ) -> Iterator[tuple[openai.OpenAI, Oracle]]:

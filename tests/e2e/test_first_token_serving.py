@@ -20,10 +20,7 @@ PAGE, BUDGET = 16, 4
 Served = tuple[openai.OpenAI, FirstTokenOracle]
 
 
-FAMILIES = ["nemotron", pytest.param("fast_dllm", marks=pytest.mark.slow("servers"))]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["nemotron", "fast_dllm"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A client of a server, and the reference decoder."""
     folder = tmp_path_factory.mktemp("server")

@@ -9,6 +9,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from tests.engine.scheduler_rig import MAX_NODES, B, allocated, make, observed, request, row, stand_in, step
 from vllm_dllm.draft.acceptance import FIRST_WAIT
 from vllm_dllm.engine import stats_way
+from vllm_dllm.engine.report import StepOrder
 from vllm_dllm.engine.window_scheduler import WindowScheduler
 
 
@@ -116,17 +117,19 @@ def test_what_vllm_counts_is_told_in_rows() -> None:
     order = output.aux_output_connector_metadata
     assert (order.requests, order.kv.end.tolist(), order.roster) == (("a", "n"), [0, 16], None)
     assert order.ended == {"gone"}
+    assert order.num_rows == 3 * B + 16
     output.scheduled_new_reqs = []
     for graph, total in ((40, 41), (20, 3 * B + 16)):
         scheduler._largest_graph = graph
         scheduler._update_after_schedule(output)
         assert output.total_num_scheduled_tokens == total
+        assert output.aux_output_connector_metadata.num_rows == 3 * B + 16, "without the padding"
     scheduler._largest_graph = 64
     with pytest.raises(RuntimeError, match="a step has 65 rows, max_num_batched_tokens is 64"):
         scheduler._update_after_schedule(output)
     output.num_scheduled_tokens = {"a": B + 2}
     scheduler._update_after_schedule(output)
-    assert output.total_num_scheduled_tokens == 3 * B
+    assert output.total_num_scheduled_tokens == output.aux_output_connector_metadata.num_rows == 3 * B
 
 
 def test_a_request_is_admitted_once_there_are_rows_for_its_first_step() -> None:
@@ -282,7 +285,7 @@ def test_a_step_that_did_more_is_not_timed(
 
 def test_statistics_keep_vllm_s_sums_and_carry_our_step() -> None:
     scheduler = make(running=[request()])
-    step(scheduler, {"a": row(accepted=1)})
+    step(scheduler, {"a": row(accepted=1)}, aux_output_connector_metadata=StepOrder((), None, num_rows=21))
     spec = None
     for accepted in (0, B):
         spec = scheduler.make_spec_decoding_stats(
@@ -294,6 +297,7 @@ def test_statistics_keep_vllm_s_sums_and_carry_our_step() -> None:
     decoded = stats_way.take(SchedulerStats(spec_decoding_stats=stats))
     assert decoded is not None
     assert (decoded.budgets, decoded.forwards, decoded.total_accepted) == ({MAX_NODES: 1}, 1, 1)
+    assert decoded.rows == 21
     assert scheduler.make_stats(None) is None
 
 

@@ -20,7 +20,7 @@ from vllm_dllm.draft.budget import CostCurve
 from vllm_dllm.engine import costs, stat_logger, stats_way
 from vllm_dllm.engine.report import PendingReport, RequestReport, take_report
 from vllm_dllm.engine.stat_logger import DllmStatLogger, describe
-from vllm_dllm.engine.telemetry import RequestTotals, StepStats
+from vllm_dllm.engine.telemetry import NUM_NUMBERS, RequestTotals, StepStats
 from vllm_dllm.errors import UnsupportedVllmError
 from vllm_dllm.state.report import MAX_DEPTH, REPORT_LEN
 
@@ -36,7 +36,7 @@ def row(
 
 
 STEP = StepStats.of_step(
-    3, 2, [row(1, 1, 3, 2, 2, 1), row(1, 0, 2, 1, 2, 1), row(1, 0, 1, 0, 2, 1), row(0, 0, 0, left=5)]
+    3, 2, 70, [row(1, 1, 3, 2, 2, 1), row(1, 0, 2, 1, 2, 1), row(1, 0, 1, 0, 2, 1), row(0, 0, 0, left=5)]
 )
 
 
@@ -63,6 +63,9 @@ def value(name: str, **labels: str) -> float | None:
 
 def test_a_step_is_the_sum_of_its_rows() -> None:
     assert (STEP.forwards, STEP.refreshes, STEP.unmasked, STEP.held, STEP.budgets) == (3, 1, 6, 2, {3: 1})
+    both = StepStats.of_numbers(STEP.numbers())
+    both.add(STEP)
+    assert (STEP.rows, both.rows) == (70, 140)
     assert StepStats.of_numbers(STEP.numbers()) == STEP
     assert STEP.proposed == [6, 3, *[0] * (MAX_DEPTH - 2)]
 
@@ -73,7 +76,7 @@ def test_a_walk_of_two_accepts_a_draft_of_each_depth() -> None:
 
 
 def test_walks_beyond_the_last_depth_count_there() -> None:
-    stats = StepStats.of_step(20, 0, [row(1, 0, 20, MAX_DEPTH + 2)])
+    stats = StepStats.of_step(20, 0, 0, [row(1, 0, 20, MAX_DEPTH + 2)])
     assert stats.accepted == [*[1] * (MAX_DEPTH - 1), 3]
 
 
@@ -90,7 +93,9 @@ def test_a_step_without_report_says_nothing() -> None:
     assert stats_way.take(SchedulerStats(spec_decoding_stats=SpecDecodingStats(32))) is None
 
 
-@pytest.mark.parametrize("numbers", [[1, 2, 3], [0] * 38, [stats_way.MARK, 1]], ids=["vLLM's", "as many", "fewer"])
+@pytest.mark.parametrize(
+    "numbers", [[1, 2, 3], [0] * (1 + NUM_NUMBERS), [stats_way.MARK, 1]], ids=["vLLM's", "as many", "fewer"]
+)
 def test_numbers_that_are_not_ours_are_an_error(numbers: list[int]) -> None:
     stats = SpecDecodingStats(32, num_accepted_tokens_per_pos=numbers)
     with pytest.raises(UnsupportedVllmError, match="changed a step's numbers"):
@@ -131,7 +136,7 @@ def test_metrics_of_speculation(logger_of: Any) -> None:
 
 
 def test_without_speculation_there_are_no_draft_metrics(logger_of: Any) -> None:
-    logger_of(None).record(scheduler_stats(StepStats.of_step(0, 0, [row()])), None, engine_idx=1)
+    logger_of(None).record(scheduler_stats(StepStats.of_step(0, 0, 0, [row()])), None, engine_idx=1)
     assert value("vllm:dllm_forwards_total") == 1
     names = {metric.name for metric in prometheus_client.REGISTRY.collect()}
     assert not {name for name in names if "draft" in name or name == "vllm:dllm_steps"}
@@ -152,7 +157,7 @@ def test_log_lines() -> None:
         "Spiffy metrics: Tokens/forward: 1.50, Forwards: 3, Refreshes: 1, Blocks: 0, Mean accepted: 1.00, "
         "Per-depth acceptance: 0.667, 0.333, Proposed: 9, Accepted: 3, Mean budget: 3.0 (of 3 to 3)"
     )
-    line = describe(StepStats.of_step(0, 0, [row()]), "Self-speculation")
+    line = describe(StepStats.of_step(0, 0, 0, [row()]), "Self-speculation")
     assert line.startswith("Self-speculation metrics: ")
     assert "Per-depth acceptance: none" in line
 
@@ -162,7 +167,7 @@ def test_an_interval_is_logged_once(logger_of: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(stat_logger.logger, "info", lambda *args: lines.append(args))
     logger = logger_of(SPIFFY)
     logger.record(scheduler_stats(STEP), None, engine_idx=0)
-    logger.record(scheduler_stats(StepStats.of_step(1, 0, [row()])), None, engine_idx=1)
+    logger.record(scheduler_stats(StepStats.of_step(1, 0, 0, [row()])), None, engine_idx=1)
     logger.log()
     logger.log()
     assert len(lines) == 1

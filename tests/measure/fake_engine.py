@@ -12,6 +12,9 @@ from vllm_dllm.state.report import MAX_DEPTH
 
 WORKLOAD = Workload("model", prompts=((5, 6), (7,)), gen_length=4, block_length=2, concurrency=(1, 2))
 
+ROWS = 5
+"""Of a step without drafts; a draft has one."""
+
 
 class FakeEngine:
     """Takes a second without drafts and half of that with; `calls` is shared by all engines of a test."""
@@ -38,10 +41,11 @@ class FakeEngine:
             budgets={drafts: num_steps},
             forwards=num_steps,
             refreshes=4,
+            rows=num_steps * ROWS,
             proposed=[drafts * num_steps, *[0] * (MAX_DEPTH - 1)],
             accepted=[accepted, *[0] * (MAX_DEPTH - 1)],
         )
-        steps = defaultdict(list, {(concurrency, drafts): [2.0] * 10})
+        steps = defaultdict(list, {(concurrency, drafts): [(ROWS + drafts, 2.0)] * 9 + [(100, 3.0)]})
         seconds = 1.0 if self.kind == "off" else 0.5
         return Measurement(tokens, seconds, 2 * seconds, stats, steps)
 

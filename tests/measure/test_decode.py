@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.budget import rounds
-from tests.measure.fake_engine import WORKLOAD, FakeEngine, install
+from tests.measure.fake_engine import ROWS, WORKLOAD, FakeEngine, install
 from vllm_dllm.measure import decode
 from vllm_dllm.measure.decode import Comparison, Key, Policy, Variant, compare, num_measurements, sections
 from vllm_dllm.measure.plot import draw
@@ -66,7 +66,7 @@ def test_everyone_decodes_in_each_round_after_a_warm_up(monkeypatch: pytest.Monk
 
 def test_tables_say_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
-    speed, depths, steps, intervals = (section.rows for section in sections(compare(COMPARISON, lambda _: None), 2))
+    speed, depths, steps, intervals = (section.rows for section in sections(compare(COMPARISON, lambda _: None)))
     off, one = speed[:2]
     assert (off["tokens/s"], off["ratio"]) == (Spread(8.0, 8.0, 8.0), Spread(1.0, 1.0, 1.0))
     assert (off["NFE/token"], off["refreshes/token"], off["drafts/forward"]) == (1.5, 0.5, 0.0)
@@ -76,8 +76,8 @@ def test_tables_say_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (one["drafts/forward"], one["accepted/forward"], one["waste"]) == (1.0, 1.0, 0.0)
     assert speed[2]["waste"] == 1 - 1 / 12
     assert depths[0] == {"policy": "static", "drafts": "budget 1", "1": 1.0}
-    assert steps[0] == {"engine": "off", "requests": 1, "drafts of each": 0, "rows": 2, "steps": 40, "ms": 2.0}
-    assert [row["rows"] for row in steps if row["drafts of each"] == 12] == [26, 52]
+    assert steps[0] == {"engine": "off", "requests": 1, "most drafts": 0, "rows": ROWS, "steps": 40, "ms": 2.0}
+    assert [row["rows"] for row in steps if row["most drafts"] == 12] == [ROWS + 12] * 2, "what the steps had"
 
 
 def test_markdown_has_a_line_per_row() -> None:
@@ -91,7 +91,7 @@ def test_large_figures_have_no_decimals() -> None:
 
 def test_picture_has_panels_per_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch)
-    draw(sections(compare(COMPARISON, lambda _: None), 2), tmp_path / "decode.svg")
+    draw(sections(compare(COMPARISON, lambda _: None)), tmp_path / "decode.svg")
     picture = (tmp_path / "decode.svg").read_text()
     titles = ("static: speed", "threshold 0.8: acceptance by depth", "time of a step")
     assert [title in picture for title in titles] == [True] * 3

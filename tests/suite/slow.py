@@ -218,10 +218,15 @@ def header(config: pytest.Config) -> list[str]:
 
 
 def mark_of(item: pytest.Item) -> pytest.Mark | None:
-    """Return the mark `slow` that holds for a test: of one that is marked `always`, not that of its file."""
-    is_always = item.get_closest_marker("always") is not None
-    marks = (mark for node, mark in item.iter_markers_with_node("slow") if node is item or not is_always)
-    return next(marks, None)
+    """Return the mark `slow` that holds for a test: its own, or else its file's, but not where it is marked `always`.
+
+    Of several of its own it is the last, which pytest has of the test's parameters; those of its fixtures come before.
+    """
+    marks = list(item.iter_markers_with_node("slow"))
+    own = [mark for node, mark in marks if node is item]
+    if own or item.get_closest_marker("always") is not None:
+        return own[-1] if own else None
+    return marks[0][1] if marks else None
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -141,6 +141,37 @@ def test_every_run_has_what_is_marked_always_in_a_slow_file(is_always: bool) -> 
     assert slow.mark_of(item) is own, "a parameter's mark is not its file's"
 
 
+PARAMETERS = """
+import pytest
+
+@pytest.fixture(params=["usual", pytest.param("further", marks=pytest.mark.slow("engines"))])
+def engine(request): ...
+
+@pytest.mark.parametrize("count", ["few", pytest.param("many", marks=pytest.mark.slow("fuzz"))])
+def test_requests(engine, count): ...
+"""
+
+
+def test_the_group_of_a_parameter_of_a_test_comes_before_that_of_its_fixtures(tmp_path: Path) -> None:
+    """So `--slow fuzz` has many requests with each engine, and `--slow engines` few with each."""
+    (tmp_path / "test_it.py").write_text(PARAMETERS)
+    marks = {}
+
+    class Marks:
+        @staticmethod
+        def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+            marks.update({item.name: slow.mark_of(item) for item in items})
+
+    options = ["--collect-only", "-q", "-c", "/dev/null", f"--rootdir={tmp_path}", "-p", "no:cacheprovider"]
+    assert pytest.main([*options, str(tmp_path / "test_it.py")], plugins=[Marks()]) == 0
+    assert {name: mark and mark.args for name, mark in marks.items()} == {
+        "test_requests[usual-few]": None,
+        "test_requests[usual-many]": ("fuzz",),
+        "test_requests[further-few]": ("engines",),
+        "test_requests[further-many]": ("fuzz",),
+    }
+
+
 def _item(is_always: bool, marks: list[Any]) -> Any:
     """What `mark_of` looks at of a test."""
     item = SimpleNamespace(get_closest_marker=lambda _: pytest.mark.always.mark if is_always else None)

@@ -48,7 +48,14 @@ _Graphs = Annotated[
     str,
     typer.Option(metavar="FILE,...", help="Draft graph of all policies, or of each; `default` is each policy's own."),
 ]
-_Budgets = Annotated[str, typer.Option(metavar="N,...", help="Fixed budgets beside `off` and `auto`; '' is none.")]
+_Budgets = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,...",
+        show_default=bench_options.DEFAULT_BUDGETS,
+        help="Fixed budgets beside `off` and `auto`; '' is none. Windows have the default's below their length.",
+    ),
+]
 _Chain = Annotated[
     str | None,
     typer.Option(
@@ -100,7 +107,7 @@ def decode(  # noqa: PLR0913 - the options of a command
     steps_per_block: StepsPerBlock = None,
     parameter: Parameters = None,
     graph: _Graphs = "default",
-    budgets: _Budgets = "1,3,5",
+    budgets: _Budgets = None,
     chain: _Chain = None,
     ranker: _Rankers = "",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
@@ -142,7 +149,7 @@ def decode(  # noqa: PLR0913 - the options of a command
         ),
     )
     runs = _compare(comparison)
-    _report(out, comparison, runs, sections(runs, comparison.workload.block_length, starts))
+    _report(out, comparison, runs, sections(runs, starts))
 
 
 def _compare(comparison: "Comparison") -> "Runs":

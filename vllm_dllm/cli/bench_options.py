@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vllm_dllm.measure.decode import Policy
     from vllm_dllm.measure.workload import Workload
 
-DEFAULT_POLICY, DEFAULT_CHAIN = "static", "3"
+DEFAULT_POLICY, DEFAULT_BUDGETS, DEFAULT_CHAIN = "static", "1,3,5", "3"
 
 Model = Annotated[str, typer.Option(help="Name or path of the model.")]
 Prompts = Annotated[Path, typer.Option(help="JSONL file; each line has text, prompt, question or messages.")]
@@ -81,11 +81,19 @@ def _read_tokenizer(model: str) -> "tuple[Tokenizer, int]":
         return tokenizer, min(num_positions(model), tokenizer.model_max_length)
 
 
-def whole_numbers(option: str, text: str, most: int) -> tuple[int, ...]:
-    """Read a list like `1,4,16`; an empty text is none."""
+def whole_numbers(option: str, text: str, most: int, of: str = "") -> tuple[int, ...]:
+    """Read a list like `1,4,16`; an empty text is none.
+
+    Args:
+        option, text: its name, and what was given.
+        most: the largest number; 0: no number is allowed.
+        of: for the message, what has so many at most.
+    """
     words = text.split(",") if text else []
     if not all(word.isdecimal() and 1 <= int(word) <= most for word in words):
-        raise ConfigError(f"{option} is {text!r}, allowed are lists of whole numbers 1..{most} like 1,4,16; correct it")
+        like = ",".join(str(number) for number in (1, 4, 16) if number <= most)
+        allowed = f"are lists of whole numbers 1..{most} like {like}" if most else "is '' alone, which is none"
+        raise ConfigError(f"{option} is {text!r}, allowed{of and f' for {of}'} {allowed}; correct it")
     return tuple(map(int, words))
 
 
@@ -97,23 +105,28 @@ def policy_option(default: str) -> OptionInfo:
 
 
 def fixed_budgets(
-    model: str, settings: Mapping[str, object], budgets: str, chain: str | None
+    model: str, settings: Mapping[str, object], budgets: str | None, chain: str | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Read the fixed budgets of draft graphs, and those of chain graphs.
 
     Args:
         model: name or path.
         settings: fields of `DllmConfig`.
-        budgets, chain: the options; no `--chain` is `DEFAULT_CHAIN`, or none where all drafts are chains.
+        budgets, chain: the options; None is the default: of windows no chain graphs, and of the budgets those that
+            their chain is long enough for.
 
     Raises: ConfigError for numbers that are not allowed.
     """
     server = _server_of(model, settings)
-    if not server.has_windows:
-        of_chain = whole_numbers("--chain", DEFAULT_CHAIN if chain is None else chain, MAX_NODES)
-        return whole_numbers("--budgets", budgets, MAX_NODES), of_chain
-    _check_windows(model, {"--chain": chain or None}, {})
-    return whole_numbers("--budgets", budgets, longest_chain(server.block_length)), ()
+    most, windows = MAX_NODES, ""
+    if server.has_windows:
+        _check_windows(model, {"--chain": chain or None}, {})
+        most, windows, chain = longest_chain(server.block_length), f"windows of {server.block_length}", ""
+    of_chain = whole_numbers("--chain", DEFAULT_CHAIN if chain is None else chain, MAX_NODES)
+    if budgets is None:
+        usual = whole_numbers("--budgets", DEFAULT_BUDGETS, MAX_NODES)
+        return tuple(budget for budget in usual if budget <= most), of_chain
+    return whole_numbers("--budgets", budgets, most, windows), of_chain
 
 
 def policies(

@@ -104,4 +104,4 @@ def _add_step(result: Measurement, step: StepStats | None, ms: float) -> None:
     result.stats.add(step)
     if not step.refreshes:
         (budget,) = step.budgets
-        result.step_ms[step.forwards, budget].append(ms)
+        result.steps[step.forwards, budget].append((step.rows, ms))

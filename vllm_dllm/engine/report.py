@@ -42,6 +42,7 @@ class StepOrder:
         is_long: whether it may have segments that no captured CUDA graph has.
         roster: who should be in the workers' slots, where that is checked.
         may_be_void: whether the block of a request may have ended, of whom the scheduler did not know so.
+        num_rows: of its forward, without those that pad it.
         shows_canvas: whether the report is to have the canvases that the step leaves behind.
         canvases: with which requests begin that come back after a preemption, where canvases are kept; negative for
             masked.
@@ -54,6 +55,7 @@ class StepOrder:
     is_long: bool = False
     roster: frozenset[str] | None = None
     may_be_void: bool = False
+    num_rows: int = 0
     shows_canvas: bool = False
     canvases: Mapping[str, list[int]] = field(default_factory=dict)
     drafts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """How many rows of a forward the requests of a step need, as the scheduler counts them before the step."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,10 @@ class StepRows:
         self.given[request.request_id] = self.given.get(request.request_id, 0) + num_rows
         return True
 
+    def given_to(self, requests: Iterable[str]) -> int:
+        """Return how many rows some requests have, who all were given some."""
+        return sum(self.given[req_id] for req_id in requests)
+
     def total(self, scheduled: Mapping[str, int], least: int = 0) -> int:
         """Return how many rows those have whom vLLM scheduled, as it is told; never fewer than it counts tokens.
 
@@ -82,7 +86,7 @@ class StepRows:
 
         Raises: RuntimeError for more rows than a step may have.
         """
-        total = max(sum(self.given[req_id] for req_id in scheduled), sum(scheduled.values()), least)
+        total = max(self.given_to(scheduled), sum(scheduled.values()), least)
         if total > self.max_rows:
             raise RuntimeError(f"a step has {total} rows, max_num_batched_tokens is {self.max_rows}")
         return total

@@ -242,8 +242,8 @@ class DllmScheduler(Scheduler):
         scheduler_output.total_num_scheduled_tokens = total
         has_roster = self._check and (self._level == CheckLevel.STEP or not total)
         roster = frozenset(request.request_id for request in self.running) if has_roster else None
-        shows_canvas, ended = watched(self.running), scheduler_output.finished_req_ids
-        order = StepOrder(tuple(scheduled), kv, is_long, roster, shows_canvas=shows_canvas, ended=ended)
+        shown, rows, ended = watched(self.running), self.rows.given_to(scheduled), scheduler_output.finished_req_ids
+        order = StepOrder(tuple(scheduled), kv, is_long, roster, num_rows=rows, shows_canvas=shown, ended=ended)
         scheduler_output.aux_output_connector_metadata = order
         super()._update_after_schedule(scheduler_output)
 
@@ -258,9 +258,9 @@ class DllmScheduler(Scheduler):
         A step's time counts only if it did nothing but denoise: no refresh, prefill or short block, nobody new, resumed
         or preempted.
         """
-        num_drafts = self._num_drafts(output, reports)
+        num_drafts, order = self._num_drafts(output, reports), output.aux_output_connector_metadata
         budget = max(num_drafts.values())
-        self._stats = StepStats.of_step(budget, self._num_held, list(reports.values()))
+        self._stats = StepStats.of_step(budget, self._num_held, order.num_rows, list(reports.values()))
         self._num_held = 0
         for req_id in reports.keys() & self.requests.keys():  # others were aborted meanwhile
             self._totals[req_id].add(reports[req_id])
@@ -276,7 +276,7 @@ class DllmScheduler(Scheduler):
         if forwards == 0:
             return
         is_pure = not (
-            output.aux_output_connector_metadata.is_long
+            order.is_long
             or {*num_drafts.values()} - {0, budget}
             or output.scheduled_new_reqs
             or output.scheduled_cached_reqs.resumed_req_ids

@@ -46,8 +46,8 @@ def check_way() -> None:
 
     Raises: UnsupportedVllmError where something else arrives.
     """
-    depths = list(range(7, 7 + 2 * MAX_DEPTH))
-    step = StepStats({7: 1}, 1, 2, 3, 4, 5, 6, depths[:MAX_DEPTH], depths[MAX_DEPTH:])
+    depths = list(range(8, 8 + 2 * MAX_DEPTH))
+    step = StepStats({8: 1}, 1, 2, 3, 4, 5, 6, 7, depths[:MAX_DEPTH], depths[MAX_DEPTH:])
     stats, took = SpecDecodingStats(1), RequestTotals(1, 2, 3, 4).as_output("exact")
     put(step, stats)
     sent = EngineCoreOutputs(

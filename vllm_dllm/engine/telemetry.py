@@ -9,7 +9,7 @@ from vllm_dllm.state.report import MAX_DEPTH
 if TYPE_CHECKING:
     from vllm_dllm.engine.report import RequestReport
 
-NUM_NUMBERS = 7 + 2 * MAX_DEPTH
+NUM_NUMBERS = 8 + 2 * MAX_DEPTH
 """Of a step."""
 
 
@@ -24,6 +24,7 @@ class StepStats:
         blocks: emitted.
         left_masked: positions of emitted blocks that stayed masked, behind their answers' ends.
         held: requests that waited for the next step, since not all rows fitted into this one.
+        rows: that the forwards were given, without padding.
         proposed: drafts that were evaluated, by depth 1..MAX_DEPTH in the graph.
         accepted: drafts that came true, by the steps 1..MAX_DEPTH that they were ahead.
     """
@@ -35,11 +36,12 @@ class StepStats:
     blocks: int = 0
     left_masked: int = 0
     held: int = 0
+    rows: int = 0
     proposed: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
     accepted: list[int] = field(default_factory=lambda: [0] * MAX_DEPTH)
 
     @classmethod
-    def of_step(cls, budget: int, held: int, reports: Collection["RequestReport"]) -> "StepStats":
+    def of_step(cls, budget: int, held: int, rows: int, reports: Collection["RequestReport"]) -> "StepStats":
         """Sum the reports of a step's requests."""
         lengths = [report.accepted for report in reports]
         accepted = [0] * MAX_DEPTH
@@ -54,6 +56,7 @@ class StepStats:
             blocks=sum(report.finished for report in reports),
             left_masked=sum(report.left for report in reports),
             held=held,
+            rows=rows,
             proposed=[sum(column) for column in zip([0] * MAX_DEPTH, *(r.proposed for r in reports), strict=True)],
             accepted=accepted,
         )
@@ -78,20 +81,21 @@ class StepStats:
         self.blocks += other.blocks
         self.left_masked += other.left_masked
         self.held += other.held
+        self.rows += other.rows
         self.proposed = [a + b for a, b in zip(self.proposed, other.proposed, strict=True)]
         self.accepted = [a + b for a, b in zip(self.accepted, other.accepted, strict=True)]
 
     def numbers(self) -> list[int]:
         """Return the numbers of one step, for `of_numbers`; [NUM_NUMBERS]."""
         (budget,) = self.budgets
-        counts = [self.forwards, self.refreshes, self.unmasked, self.blocks, self.left_masked, self.held]
+        counts = [self.forwards, self.refreshes, self.unmasked, self.blocks, self.left_masked, self.held, self.rows]
         return [budget, *counts, *self.proposed, *self.accepted]
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[int]) -> "StepStats":
         """Read what `numbers` returned."""
-        budget, forwards, refreshes, unmasked, blocks, left, held, *depths = numbers
-        counts = forwards, refreshes, unmasked, blocks, left, held
+        budget, forwards, refreshes, unmasked, blocks, left, held, rows, *depths = numbers
+        counts = forwards, refreshes, unmasked, blocks, left, held, rows
         return cls({budget: 1}, *counts, depths[:MAX_DEPTH], depths[MAX_DEPTH:])
 
 

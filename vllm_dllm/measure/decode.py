@@ -201,12 +201,12 @@ def check_tokens(first: dict[int, tuple[Key, list[int]]], key: Key, index: int, 
             )
 
 
-def sections(runs: Runs, block_length: int, starts: int = 1) -> list[Section]:
+def sections(runs: Runs, starts: int = 1) -> list[Section]:
     """Make the tables of the measurements, of which an equal part is behind each start."""
     return [
         Section("speed: median of the rounds (least to most); ratios are to off of the same round", _speeds(runs)),
         Section("share of forwards whose drafts were accepted to this depth", _depths(runs)),
-        Section("milliseconds of a step that only denoises, median", _step_times(runs, block_length)),
+        Section("step without a refresh: median milliseconds, median rows of its whole forward", _step_times(runs)),
         Section("ratio to off of the same round: median [95 % of its bootstrap]", _intervals(runs, starts)),
     ]
 
@@ -280,22 +280,25 @@ def _depths(runs: Runs) -> list[Row]:
     ]
 
 
-def _step_times(runs: Runs, block_length: int) -> list[Row]:
-    """Take all measurements together: what a step costs depends on its rows, not on why they are there."""
-    times: defaultdict[tuple[bool, int, int], list[float]] = defaultdict(list)
+def _step_times(runs: Runs) -> list[Row]:
+    """Take all measurements together: what a step costs depends on its rows, not on why they are there.
+
+    Rows are all that the forwards had: of what is denoised, of drafts, and of what is stored.
+    """
+    steps: defaultdict[tuple[bool, int, int], list[tuple[int, float]]] = defaultdict(list)
     for key, measurements in runs.items():
         for measurement in measurements:
-            for (num_reqs, budget), ms in measurement.step_ms.items():
-                times[key.variant == OFF, num_reqs, budget] += ms
+            for (num_reqs, budget), taken in measurement.steps.items():
+                steps[key.variant == OFF, num_reqs, budget] += taken
     return [
         {
             "engine": OFF if is_off else "with drafts",
             "requests": num_reqs,
-            "drafts of each": budget,
-            "rows": num_reqs * (1 + budget) * block_length,
-            "steps": len(ms),
-            "ms": statistics.median(ms),
+            "most drafts": budget,
+            "rows": statistics.median_low(rows for rows, _ in taken),
+            "steps": len(taken),
+            "ms": statistics.median(ms for _, ms in taken),
         }
-        for (is_off, num_reqs, budget), ms in sorted(times.items(), key=lambda item: (not item[0][0], item[0][1:]))
-        if len(ms) >= MIN_STEPS
+        for (is_off, num_reqs, budget), taken in sorted(steps.items(), key=lambda item: (not item[0][0], item[0][1:]))
+        if len(taken) >= MIN_STEPS
     ]

@@ -72,14 +72,14 @@ class Measurement:
         seconds: from the first request to the last token.
         cpu_seconds: what the engine's process computed meanwhile, on all its threads.
         stats: sums over the steps.
-        step_ms: milliseconds of each step that only denoised, by (requests, drafts of each).
+        steps: rows and milliseconds of each step without a refresh, by (requests, most drafts of any of them).
     """
 
     tokens: list[list[int]]
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     stats: StepStats = field(default_factory=StepStats)
-    step_ms: defaultdict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(list))
+    steps: defaultdict[tuple[int, int], list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
 
     @property
     def num_tokens(self) -> int:
@@ -99,6 +99,10 @@ class Measurement:
             "num_tokens": self.num_tokens,
             "stats": asdict(self.stats),
             "steps": [
-                {"requests": num_reqs, "budget": budget, "ms": ms} for (num_reqs, budget), ms in self.step_ms.items()
+                {
+                    **{"requests": num_reqs, "budget": budget},
+                    **{"rows": [rows for rows, _ in taken], "ms": [ms for _, ms in taken]},
+                }
+                for (num_reqs, budget), taken in self.steps.items()
             ],
         }
