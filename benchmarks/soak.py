@@ -188,14 +188,16 @@ async def preempt_loop(soak: Soak, client: httpx.AsyncClient) -> None:
 
 
 def sample(soak: Soak, server: psutil.Process) -> None:
-    """Add the present memory of the server and all its descendants."""
-    processes = [("API server", server), *((child.name(), child) for child in server.children(recursive=True))]
-    for name, process in processes:
-        name = (re.findall(r"Engine ?Core|Worker\w*", name.replace("::", " ")) or [name])[0]
-        title = " ".join(process.cmdline()) if name.startswith("python") else ""
-        if "resource_tracker" in title:
-            continue
-        soak.resident.setdefault(name, []).append(process.memory_info().rss / 2**20)
+    """Add the present memory of the server and of its engine's processes, which have names.
+
+    Others come and go, as those that build a constraint: what these take says nothing, and they may be gone by now.
+    """
+    soak.resident.setdefault("API server", []).append(server.memory_info().rss / 2**20)
+    for child in server.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            named = re.findall(r"Engine ?Core|Worker\w*", child.name().replace("::", " "))
+            if named:
+                soak.resident.setdefault(named[0], []).append(child.memory_info().rss / 2**20)
 
 
 async def metric(client: httpx.AsyncClient, name: str) -> float:

@@ -1,6 +1,7 @@
 """How much memory a call takes at its peak, beyond what was there before."""
 
 import ctypes
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +22,12 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()  # what is freed while the work is done would hide as much of its own
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is not there to be taken again
     (_PROCESS / "clear_refs").write_text("5")
     before = _resident_bytes("VmRSS")
     work()
-    return _resident_bytes("VmHWM") - before
+    return max(0, _resident_bytes("VmHWM") - before)  # pages are counted late
 
 
 def _resident_bytes(field: str) -> int:

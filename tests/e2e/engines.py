@@ -14,6 +14,7 @@ NUM_SLOTS = 16
 def _start(checkpoint: Path, settings: dict[str, Any], changes: dict[str, Any]) -> Any:
     from vllm import LLM
 
+    gc.collect()  # no earlier engine is finalised while this one runs: whoever stopped it still had it
     values: dict[str, Any] = {
         "model": str(checkpoint),
         "dtype": "float32",
@@ -29,7 +30,6 @@ def _start(checkpoint: Path, settings: dict[str, Any], changes: dict[str, Any]) 
 
 def _stop(llm: Any) -> None:
     llm.llm_engine.engine_core.shutdown()
-    gc.collect()
 
 
 _shared: dict[str, Any] = {}
@@ -77,4 +77,3 @@ def engine(checkpoint: Path, settings: dict[str, Any], **changes: Any) -> Iterat
         yield llm
     finally:
         _stop(llm)
-        del llm

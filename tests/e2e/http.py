@@ -1,6 +1,7 @@
 """Servers that are started as a user starts them, and requests to them."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,40 @@ DEADLINE_S = 240
 
 
 @contextlib.contextmanager
+def kept_port() -> Iterator[int]:
+    """A port that nobody else is given, neither before its server is up nor by the system for a connection.
+
+    vLLM binds it some seconds after it was named, which beside a socket that does not listen it may.
+    """
+    with socket.socket() as kept:
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        yield kept.getsockname()[1]
+
+
+@contextlib.contextmanager
 def server(
     log: Path, settings: dict[str, Any], *arguments: str, checkpoint: Path = CHECKPOINT, **variables: str
 ) -> Iterator[openai.OpenAI]:
     """A client of `vllm serve`, with no variable of ours or vLLM's set but those given."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # As many threads as vLLM takes by itself; how they wait stays as it is, since other tests run beside the server.
     ours = ("VLLM_", "TRITON_", "OMP_NUM_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)} | variables
     command = [
         str(Path(sys.executable).with_name("vllm")),
-        *("serve", str(checkpoint), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)),
+        *("serve", str(checkpoint), "--served-model-name", MODEL, "--host", "127.0.0.1"),
         *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16"),
         *("--kv-cache-memory-bytes", str(64 << 20), "--additional-config", json.dumps({"dllm": settings})),
         *arguments,
     ]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment | variables)
+    with kept_port() as port, log.open("w") as stream:
+        command += ["--port", str(port)]
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        yield from _client_of(process, port, log)
+
+
+def _client_of(process: "subprocess.Popen[bytes]", port: int, log: Path) -> Iterator[openai.OpenAI]:
+    """Wait until a server answers; yield its client, and end it."""
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     try:
         deadline = time.monotonic() + DEADLINE_S
@@ -78,6 +94,16 @@ def complete(client: openai.OpenAI, case: Case, **changes: Any) -> Any:
         "extra_body": extra,
     }
     return client.completions.create(**(values | changes))
+
+
+def assert_streamed(client: openai.OpenAI, case: Case, blocks: Sequence[list[int]]) -> None:
+    """Assert that a reply comes in these blocks, some of them together: vLLM joins what a busy server sends late."""
+    chunks = [chunk.choices[0].token_ids for chunk in complete(client, case, stream=True) if chunk.choices]
+    chunks = [chunk for chunk in chunks if chunk]
+    assert list(itertools.chain(*chunks)) == list(itertools.chain(*blocks))
+    ends = {*itertools.accumulate(map(len, blocks))}
+    assert {*itertools.accumulate(map(len, chunks))} <= ends, "a block arrives whole"
+    assert len(chunks) > 1
 
 
 def cache_counts(client: openai.OpenAI) -> tuple[float, float]:

@@ -28,7 +28,7 @@ NUM_IDS = 10_240
 """Of the model: `vllm bench latency` draws prompts of ids below 10,000."""
 PAGES_THAT_FIT = 3
 OTHER = Case(prompt=(5, 6, 7), max_tokens=16)
-LONG = Case(prompt=(8, 9, 10, 11), max_tokens=200)
+LONG = Case(prompt=(8, 9, 10, 11), max_tokens=360)
 """Many blocks, so that a request is under way when the next call comes."""
 
 
@@ -123,6 +123,8 @@ def test_pause(client: openai.OpenAI, pool: ThreadPoolExecutor, expected: Oracle
     reply = under_way(client, pool)
     assert call(client, "POST", "/pause", params={"mode": mode}).json() == {"status": "paused"}
     later = pool.submit(complete, client, OTHER)
+    if mode != "keep":
+        reply.result(DEADLINE_S)
     time.sleep(0.5)
     assert not later.done()
     assert reply.done() == (mode != "keep")

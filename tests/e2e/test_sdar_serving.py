@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.http import MODEL, cache_counts, complete, counted, server
+from tests.e2e.http import MODEL, assert_streamed, cache_counts, complete, counted, server
 from tests.e2e.rig import Case
 from tests.e2e.sdar import SdarOracle, sdar_cases
 
@@ -40,10 +40,9 @@ def test_sixteen_mixed_requests_at_once_equal_reference(client: openai.OpenAI, o
 
 
 def test_streams_a_first_block_without_the_prompts_end(client: openai.OpenAI, oracle: SdarOracle) -> None:
-    case = Case(prompt=(5, 6, 7, 8, 9, 10), max_tokens=9)
-    chunks = [chunk.choices[0].token_ids for chunk in complete(client, case, stream=True) if chunk.choices]
+    case = Case(prompt=(5, 6, 7, 8, 9, 10), max_tokens=61)
     tokens = oracle.tokens(case, SETTINGS)
-    assert [chunk for chunk in chunks if chunk] == [tokens[0:2], tokens[2:6], tokens[6:9]]
+    assert_streamed(client, case, [tokens[0:2], *(tokens[i : i + BLOCK] for i in range(2, 61, BLOCK))])
 
 
 def test_a_conversation_of_five_turns_reuses_blocks(client: openai.OpenAI, oracle: SdarOracle) -> None:

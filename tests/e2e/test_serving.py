@@ -16,6 +16,7 @@ from tests.e2e.http import (
     DEADLINE_S,
     MODEL,
     assert_all_end,
+    assert_streamed,
     complete,
     lines_we_cause,
     server,
@@ -75,12 +76,10 @@ def test_sixteen_mixed_requests_at_once_equal_reference(client: openai.OpenAI, t
         assert usage == (len(case.prompt), case.max_tokens)
 
 
-def test_streams_one_chunk_per_block(client: openai.OpenAI, trained: Oracle) -> None:
-    case = Case(prompt=(5, 6, 7), max_tokens=21)
-    chunks = [chunk.choices[0].token_ids for chunk in complete(client, case, stream=True) if chunk.choices]
-    chunks = [chunk for chunk in chunks if chunk]
+def test_streams_block_by_block(client: openai.OpenAI, trained: Oracle) -> None:
+    case = Case(prompt=(5, 6, 7), max_tokens=101)
     tokens = trained.tokens(case, SETTINGS)
-    assert chunks == [tokens[0:8], tokens[8:16], tokens[16:21]]
+    assert_streamed(client, case, [tokens[i : i + 8] for i in range(0, 101, 8)])
 
 
 def test_chat_uses_the_template_and_stops_by_itself(client: openai.OpenAI) -> None:

@@ -11,6 +11,7 @@ from vllm.config.diffusion import DiffusionConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.plugins import load_general_plugins
 
 from tests.e2e.rig import CHECKPOINT
 from vllm_dllm import plugin
@@ -29,7 +30,8 @@ class NativeHook(VerifyAndUpdateConfig):
 
 @pytest.fixture(autouse=True)
 def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As they are in a process that has loaded the plugin, and put back."""
+    """As they are in a process that has loaded its plugins, which it does once, and put back."""
+    load_general_plugins()
     plugin.register()
     monkeypatch.setattr(natives, "_replaced", {})
     models, hooks = dict(ModelRegistry.models), dict(MODELS_CONFIG_MAP)

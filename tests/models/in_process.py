@@ -134,10 +134,21 @@ class SeesAll(nn.Module):
         return out.transpose(0, 1).flatten(-2)
 
 
+def as_served() -> Any:
+    """vLLM's configuration of a model that is not compiled, as ours are served.
+
+    What vLLM compiles by default is traced, which the end of another model's matmuls would disturb (`collected` in
+    tests/conftest.py).
+    """
+    from vllm.config import CompilationConfig, CompilationMode, VllmConfig
+
+    return VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+
+
 @contextmanager
 def vllm_alone(folder: Path) -> Iterator[None]:
     """Make this process the only rank, with the plugin; nothing is left behind for engines of later tests."""
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import set_current_vllm_config
     from vllm.distributed import (
         destroy_distributed_environment,
         destroy_model_parallel,
@@ -149,7 +160,7 @@ def vllm_alone(folder: Path) -> Iterator[None]:
     from vllm_dllm.plugin import register
 
     register()
-    with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
+    with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(as_served()):
         patch.setattr(transformer, "Attention", SeesAll)
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
         initialize_model_parallel(1)
@@ -178,11 +189,11 @@ def read_config(folder: Path, config: Mapping[str, Any], overrides: Mapping[str,
 
 def make_model(hf_config: Any, quant_config: Any = None, load_format: str = "auto") -> Any:
     """Return our model without weights."""
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.models import ModelRegistry
 
     model_class = ModelRegistry._try_load_model_cls(hf_config.architectures[0])
-    current = VllmConfig()  # of this model alone, as layers of experts are found by their names in it
+    current = as_served()  # of this model alone, as layers of experts are found by their names in it
     dtypes = {"dtype": torch.float32, "head_dtype": torch.float32}
     model_config: Any = SimpleNamespace(hf_config=hf_config, hf_text_config=hf_config, **dtypes)
     current.model_config = model_config

@@ -3,8 +3,10 @@
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,7 @@ def cells(page: Page, place: int) -> list[str]:
 
 
 def test_a_prompt_is_denoised_with_drafts_and_without(opened: Open) -> None:
-    page = opened(pause_s=0.02)
+    page = opened(wait=partial(time.sleep, 0.02))
     run(page)
     expect(page.locator("#verdict")).to_contain_text("6 forwards instead of 10")
     expect(page.locator("#verdict")).to_contain_text("the same text")
@@ -99,7 +101,7 @@ def test_policies_are_proposed(opened: Open) -> None:
 
 
 def test_it_is_shown_while_it_comes(opened: Open) -> None:
-    page = opened(pause_s=0.3)
+    page = opened(wait=partial(time.sleep, 0.3))
     page.fill("#prompt", "a")
     page.click("#go")
     expect(page.locator(".cell").first).to_have_text("{")
@@ -141,7 +143,7 @@ def test_everything_is_reached_by_the_keyboard(opened: Open) -> None:
 
 
 def test_a_saved_recording_is_the_page_by_itself(opened: Open, tmp_path: Path) -> None:
-    page = opened(pause_s=0.01)
+    page = opened(wait=partial(time.sleep, 0.01))
     run(page, "</script><b>")
     with page.expect_download() as download:
         page.click("#save")

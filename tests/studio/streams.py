@@ -4,8 +4,7 @@ import json
 import re
 import ssl
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +16,8 @@ TOKENS = ["{", '"room"', ": ", "13", ",\n", '"name"', ": ", "<b>emu</b>", "}", "
 """Of the reply, in blocks of 4; two of the last block are never shown."""
 LOGPROBS = [-0.0001, -0.02, -0.1, -0.7, -0.3, -0.002, -0.04, -1.2, -0.0005, -0.01]
 BLOCK = 4
+DEADLINE_S = 60
+"""For what takes milliseconds, so that it is missed by what hangs alone."""
 
 
 def logprobs(begin: int, end: int) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def _scheme(server: ThreadingHTTPServer, certificate: Path | None) -> str:
 
 @contextmanager
 def playing(
-    pause_s: float = 0.0,
+    wait: Callable[[], object] = lambda: None,
     exactness: str | None = "exact",
     error: str | None = None,
     is_ours: bool = True,
@@ -145,7 +146,7 @@ def playing(
     """Yield the address of a server that plays these streams, and the bodies that it was sent.
 
     Args:
-        pause_s: before each chunk.
+        wait: is called before each chunk.
         exactness: of its speculation.
         error: what it refuses requests with.
         is_ours: whether its model is one of ours.
@@ -177,7 +178,7 @@ def playing(
                     chunk.pop("kv_transfer_params", None)
                     if chunk.pop("dllm_canvas", None):
                         continue
-                time.sleep(pause_s)
+                wait()
                 self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             if len(chunks) <= most:
                 self.wfile.write(b"data: [DONE]\n\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.studio.streams import drafted, plain, playing, recording_of
+from tests.studio.streams import DEADLINE_S, drafted, plain, playing, recording_of
 from vllm_dllm.cli import main
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.policy_options import policy_names
@@ -37,7 +37,7 @@ def served(origin: str = SERVER, host: str = "127.0.0.1") -> Iterator[http.clien
     thread = threading.Thread(target=page.serve_forever)
     thread.start()
     try:
-        yield http.client.HTTPConnection("127.0.0.1", page.server_port, timeout=10)
+        yield http.client.HTTPConnection("127.0.0.1", page.server_port, timeout=DEADLINE_S)
     finally:
         page.shutdown()
         thread.join()
@@ -78,13 +78,20 @@ def test_requests_are_handed_on_and_their_streams_come_back() -> None:
 
 
 def test_a_stream_comes_as_it_is_sent() -> None:
-    with playing(pause_s=0.05) as (server, _), served(server) as client:
+    """Each chunk is sent when the one before has arrived."""
+    turns = threading.Semaphore(1)
+
+    def turn() -> None:
+        assert turns.acquire(timeout=DEADLINE_S)
+
+    with playing(wait=turn) as (server, _), served(server) as client:
         client.request("POST", "/v1/chat/completions", json.dumps(Question("a").body("m", drafts=True)))
         reply = client.getresponse()
         pieces = []
         while piece := reply.read1():
             pieces.append(piece)
-    assert len(pieces) > len(drafted()) / 2
+            turns.release()
+    assert b"".join(pieces).count(b"data: ") == len(drafted()) + 1
 
 
 def test_nothing_else_is_handed_on() -> None:
@@ -97,7 +104,7 @@ def test_nothing_else_is_handed_on() -> None:
             status, text = ask(client, "POST", "/v1/completions", **{"Content-Length": length})
             assert (status, f"Content-Length is '{said}'; allowed" in text) == (413, True)
         assert bodies == []
-    with served(f"http://127.0.0.1:{free_port()}") as client:
+    with deaf_server() as server, served(server) as client:
         status, text = ask(client, "GET", "/v1/models")
         assert (status, "does not answer" in text, "--server" in text) == (502, True, True)
 
@@ -125,13 +132,13 @@ def test_the_name_that_it_is_bound_to_is_allowed() -> None:
 
 
 def test_who_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(serve._Handler, "timeout", 0.5)
     monkeypatch.setitem(recorder.TIMEOUT_S, "GET", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent, served(f"http://127.0.0.1:{port_of(silent)}") as client:
         status, text = ask(client, "GET", "/v1/models")
         assert (status, "does not answer (timed out)" in text) == (502, True)
+        monkeypatch.setattr(serve._Handler, "timeout", 0.5)  # and no shorter for who asks above
         for begun in (b"", b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"):
-            with socket.create_connection(("127.0.0.1", client.port), timeout=10) as half:
+            with socket.create_connection(("127.0.0.1", client.port), timeout=DEADLINE_S) as half:
                 half.sendall(begun)
                 assert half.recv(1) == b""
         with pytest.raises(ConfigError, match=r"does not answer \(.*timed out.*\); start it"):
@@ -139,11 +146,12 @@ def test_who_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr() == ("", "")
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return port_of(free)
+@contextmanager
+def deaf_server() -> Iterator[str]:
+    """An address where nobody listens, and nobody else can meanwhile."""
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{port_of(deaf)}"
 
 
 def port_of(bound: socket.socket) -> int:
@@ -210,8 +218,10 @@ def test_a_server_without_speculation_is_asked_once() -> None:
 def test_what_a_server_refuses_is_said() -> None:
     with playing(error="max_tokens is 0") as (server, _), pytest.raises(ConfigError, match=r"400.*max_tokens is 0"):
         record(server, Question("a"))
-    server = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(ConfigError, match=f"{server} does not answer .*; start it with `vllm serve MODEL`"):
+    with (
+        deaf_server() as server,
+        pytest.raises(ConfigError, match=f"{server} does not answer .*; start it with `vllm serve MODEL`"),
+    ):
         record(server, Question("a"))
 
 
@@ -301,7 +311,7 @@ def test_the_command_serves_the_page() -> None:
         line = process.stdout.readline()
         found = re.fullmatch(rf"http://127\.0\.0\.1:(\d+) shows {SERVER}; Ctrl\+C ends it\n", line)
         assert found, line
-        client = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=10)
+        client = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=DEADLINE_S)
         assert ask(client, "GET", "/") == (200, live_page(SERVER))
         process.send_signal(signal.SIGINT)
         assert (process.communicate(timeout=60)[0], process.returncode) == ("ended\n", 0)

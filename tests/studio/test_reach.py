@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.studio.streams import playing
+from tests.studio.streams import DEADLINE_S, playing
 from vllm_dllm.errors import ConfigError
 from vllm_dllm.studio.record import Question, record
 from vllm_dllm.studio.serve import page_server
@@ -46,7 +46,7 @@ def page_of(server: str) -> Iterator[int]:
 def models(server: str, key: str | None = None) -> tuple[int, str]:
     """What the page is told of a server's models."""
     with page_of(server) as port:
-        client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
         client.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {})
         reply = client.getresponse()
         said = reply.read().decode()
