@@ -265,7 +265,7 @@ def record(config: pytest.Config, exitstatus: int) -> None:
     """Write the hashes where all slow tests have passed on these sources, now or (`changed`) before: at the end of a
     whole run without a failure."""
     is_worker = hasattr(config, "workerinput")
-    is_whole = config.args == config.getini("testpaths") and not any(config.getoption(name) for name in PARTIAL)
+    is_whole = config.args == config.getini("testpaths") and not any(config.getoption(name, None) for name in PARTIAL)
     is_whole = is_whole and own_overrides(config).issuperset(config.getoption("override_ini") or ())
     if not is_worker and is_whole and exitstatus == 0 and config.getoption("--slow") in WHOLE:
         PROVEN.write_text(json.dumps(config.stash[HASHES], indent=2, sort_keys=True) + "\n")

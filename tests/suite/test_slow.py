@@ -65,7 +65,7 @@ def run(option: str, *args: str, worker: bool = False, **options: Any) -> Any:
         args=list(args) or ["tests"],
         stash={slow.HASHES: {"bench": "new"}},
         getini={"testpaths": ["tests"], "addopts": ["--strict-markers", "-ra"]}.get,
-        getoption=({"--slow": option} | values).__getitem__,
+        getoption=({"--slow": option} | values).get,
     )
     if worker:
         config.workerinput = {}
