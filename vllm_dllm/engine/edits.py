@@ -9,9 +9,6 @@ from vllm.sampling_params import SamplingParams
 from vllm_dllm.config import plain_number
 from vllm_dllm.engine.refusals import RequestError, not_allowed
 from vllm_dllm.state.edits import LogitEdits
-from vllm_dllm.unmask.dead_ends import Word, dead_end
-
-Around = tuple[Word, Word]
 
 _NEUTRAL: dict[str, object] = {
     "min_p": 0,
@@ -92,44 +89,27 @@ def check_edits(params: SamplingParams, mask_token_id: int, vocab_size: int, nev
         )
     words = [word for word in params.bad_words_token_ids or () if mask_token_id not in word]
     params._bad_words_token_ids = words
-    around = _dead_end(params, {mask_token_id, never}, [tuple(word) for word in words], vocab_size)
-    if around is not None:
-        raise _without_any(params, around, vocab_size)
+    _check_left(params, {mask_token_id, never, *(token for word in words for token in word)}, vocab_size)
 
 
-def _dead_end(params: SamplingParams, barred: set[int | None], words: list[Word], vocab_size: int) -> Around | None:
-    """Find what may be known around a position that would be left without a token; None: there is no such position."""
-    allowed, ends = params.allowed_token_ids, params.all_stop_token_ids if params.min_tokens else set()
-    candidates = range(vocab_size) if allowed is None else allowed
-    doubtful = barred | ends | {token for word in words for token in word}
-    if any(token not in doubtful for token in candidates):
-        return None
-    barred = barred | {word[0] for word in words if len(word) == 1}
-    words = [word for word in words if len(word) > 1]
-    late = {token for token in candidates if token not in barred}
-    early = late - ends  # of the first `min_tokens` positions
-    found = dead_end(early, early, late, words, params.min_tokens - 1) if params.min_tokens else None
-    return dead_end(late, late, late, words) if found is None else found
-
-
-def _without_any(params: SamplingParams, around: Around, vocab_size: int) -> RequestError:
-    before, behind = (list(each) for each in around)
-    beside = f" with the tokens {before!r:.80} before and {behind!r:.80} behind it" if before or behind else ""
-    why = (
-        "the mask token, bad words, with dllm_logits_eos_inf EOS, with min_tokens tokens that end a reply, or would "
-        f"complete one of bad_words, so a position{beside} could be left without any"
-    )
+def _check_left(params: SamplingParams, barred: set[int | None], vocab_size: int) -> None:
+    """Check that some token is barred nowhere, whatever is known beside a position. Raises: RequestError."""
+    if params.min_tokens:
+        barred = barred | params.all_stop_token_ids
     allowed = params.allowed_token_ids
+    if any(token not in barred for token in (range(vocab_size) if allowed is None else allowed)):
+        return
+    why = "the mask token, in bad_words, with dllm_logits_eos_inf EOS or, with min_tokens, tokens that end a reply"
     if allowed is not None:
-        return RequestError(
-            f"allowed_token_ids is {allowed!r:.80}, all of which are {why}; allowed are lists with one other token; "
-            "add one",
+        raise RequestError(
+            f"allowed_token_ids is {allowed!r:.80}, all of which are {why}, so a position could be left without any; "
+            "allowed are lists with one other token; add one",
             parameter="allowed_token_ids",
         )
     name = "stop_token_ids" if params.min_tokens else "bad_words"
-    return RequestError(
-        f"{name} is {getattr(params, name)!r:.80}: all {vocab_size} tokens of the vocabulary are {why}; allowed are "
-        f"lists that leave one; shorten {name}",
+    raise RequestError(
+        f"{name} is {getattr(params, name)!r:.80}: all {vocab_size} tokens of the vocabulary are {why}, so a position "
+        f"could be left without any; allowed are lists that leave one; shorten {name}",
         parameter=name,
     )
 
