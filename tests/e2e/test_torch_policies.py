@@ -44,6 +44,7 @@ def test_preempted_ones_end_in_the_tokens_of_their_statements(llm: Any, mild_ora
     assert sum(preempted) > 16, preempted
 
 
+@pytest.mark.always
 def test_an_id_that_is_used_again_at_once_finds_nothing_of_the_one_before(
     llm: Any, mild_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

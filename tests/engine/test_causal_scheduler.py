@@ -1,5 +1,6 @@
 """Rows, pages and the cache of block-causal requests; vLLM's own part is a stand-in."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from vllm_dllm.engine.async_scheduler import CausalAsyncScheduler
 from vllm_dllm.engine.state_check import StateCheck
 from vllm_dllm.engine.worker_check import CheckLevel
 from vllm_dllm.errors import StateError
+from vllm_dllm.state.report import Failed
 
 
 @pytest.fixture(autouse=True)
@@ -58,10 +60,19 @@ def test_a_prompt_is_computed_behind_the_cache_hit(hit: int, rows: int) -> None:
 
 
 def test_what_is_stored_is_cached_unless_the_pages_are_gone() -> None:
-    scheduler = causal(request("a"), request("b"), request("c"), budget=2)
+    """Or the request has to end: NaN in its pages, say, are for nobody else."""
+    scheduler = causal(request("a"), request("b"), request("c"), request("d"), budget=2)
     scheduler.requests["b"].num_stale_output_tokens = 8
     scheduler._free_request(scheduler.requests["c"])
-    step(scheduler, {"a": row(stored=8), "b": row(stored=12), "c": row(stored=16)})
+    faulty = dataclasses.replace(row(stored=8), faults=int(Failed.TOKEN))
+
+    def finish(names: set[str], _: Any) -> list[Any]:
+        assert names == {"d"}
+        scheduler._free_request(scheduler.requests["d"])
+        return []
+
+    scheduler.finish_requests = finish
+    step(scheduler, {"a": row(stored=8), "b": row(stored=12), "c": row(stored=16), "d": faulty})
     assert scheduler.cached == [("a", 8)]
     assert scheduler.rows.step([scheduler.requests["a"], scheduler.requests["b"]]).is_new.tolist() == [False, True]
     assert scheduler.rows.known == {"a", "b"}

@@ -59,7 +59,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "bench": (
         *("vllm_dllm/measure/**", "vllm_dllm/engine/measuring.py", "vllm_dllm/cli/*bench*.py", "benchmarks/*.py"),
-        *("tests/measure/**", "tests/e2e/test_bench.py"),
+        *("tests/measure/**", "tests/e2e/test_bench.py", "vllm_dllm/reference/**", "examples/tiny_*/checkpoint/*"),
     ),
     "cases": (
         *("vllm_dllm/*.py", "vllm_dllm/attention/**", "vllm_dllm/constraint/**", "vllm_dllm/draft/**"),
@@ -89,7 +89,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "fields": ("vllm_dllm/models/**", "vllm_dllm/reference/**", "tests/models/*"),
     "fuzz": (
-        *("vllm_dllm/config.py", "vllm_dllm/engine/request.py", "tests/e2e/test_spiffy_config.py"),
+        *("vllm_dllm/config.py", "vllm_dllm/engine/request.py", "vllm_dllm/engine/edits.py"),
+        "tests/e2e/test_spiffy_config.py",
         *("vllm_dllm/constraint/**", "vllm_dllm/engine/structured.py", "benchmarks/constraint_fuzz.py"),
         *("benchmarks/fuzz/**", "tests/e2e/test_structured.py"),
     ),
@@ -99,7 +100,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "load": (
         *("vllm_dllm/engine/**", "vllm_dllm/state/**", "vllm_dllm/constraint/**", "vllm_dllm/unmask/**", *PINS),
-        *("benchmarks/soak.py", "benchmarks/fuzz/**", "tests/e2e/test_soak.py"),
+        *("vllm_dllm/*.py", "benchmarks/soak.py", "benchmarks/fuzz/**", "tests/e2e/test_soak.py"),
     ),
     "operator": (
         *("vllm_dllm/engine/**", "vllm_dllm/plugin.py", "docs/operate.md", *PINS),

@@ -163,6 +163,7 @@ def test_the_group_of_a_parameter_of_a_test_comes_before_that_of_its_fixtures(tm
             marks.update({item.name: slow.mark_of(item) for item in items})
 
     options = ["--collect-only", "-q", "-c", "/dev/null", f"--rootdir={tmp_path}", "-p", "no:cacheprovider"]
+    options += ["--import-mode=importlib", "-p", "no:faulthandler"]
     assert pytest.main([*options, str(tmp_path / "test_it.py")], plugins=[Marks()]) == 0
     assert {name: mark and mark.args for name, mark in marks.items()} == {
         "test_requests[usual-few]": None,

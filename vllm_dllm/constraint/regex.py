@@ -41,6 +41,8 @@ _OF_MACHINE = {
     name for name, its in vars(builtins).items() if isinstance(its, type) and issubclass(its, (OSError, ImportError))
 }
 """Errors in the process that are not the expression's."""
+_CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
+"""Signals that a process brings upon itself; others come from whoever kills it."""
 _TABLE, _TOO_MANY, _INVALID, _REFUSED, _MISSING = b"table", b"many", b"regex", b"refused", b"missing"
 
 
@@ -193,7 +195,8 @@ def _ended(status: int, stderr: str) -> ConstraintError:
     if status == -signal.SIGXCPU or "MemoryError" in stderr or "memory allocation of" in stderr:
         return ConstraintError(_too_many())
     said = (stderr.splitlines() or [f"signal {-status}" if status < 0 else f"status {status}"])[-1]
-    if status > 0 and "Traceback" in stderr and said.partition(":")[0] not in _OF_MACHINE:
+    is_of_machine = said.partition(":")[0] in _OF_MACHINE or "start new thread" in said
+    if (-status in _CRASHES or (status > 0 and "Traceback" in stderr)) and not is_of_machine:
         return ConstraintError(f"the process that builds its automaton ended with {said}; simplify it")
     # As by who kills processes where memory runs out.
     return UnfinishedError(

@@ -40,9 +40,8 @@ def end_failed(
         outputs: of the step, by client; an end is added to them.
         reports: of the step.
     """
-    failed = {name: Failed(report.faults & sum(Failed)) for name, report in reports.items()}
-    ending = {name for name, why in failed.items() if why}
-    for request in scheduler.finish_requests(ending, RequestStatus.FINISHED_ERROR) if ending else ():
+    failed = {name: Failed(report.failed) for name, report in reports.items() if report.failed}
+    for request in scheduler.finish_requests({*failed}, RequestStatus.FINISHED_ERROR) if failed else ():
         for why in failed[request.request_id]:
             logger.error("Request %s ends with an error: %s", request.request_id, _WHY[why])
         its = outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs

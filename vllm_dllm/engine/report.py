@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm_dllm.draft.budget import CostCurve
 from vllm_dllm.errors import INSTALL_SUPPORTED, UnsupportedVllmError
 from vllm_dllm.state.kv import KvStep
-from vllm_dllm.state.report import REPORT_LEN, Column
+from vllm_dllm.state.report import FAILED, REPORT_LEN, Column
 
 COSTS = "\0costs"
 """Stands in place of a request id; no request has it."""
@@ -110,6 +110,11 @@ class RequestReport:
         logprobs = np.array(row[middle:end], np.int32).view(np.float32).tolist() if canvas_length else []
         pages = row[end + 1 : end + 1 + row[end]] if len(row) > end else None
         return cls(*counts, proposed=proposed, canvas=canvas, logprobs=logprobs, pages=pages)
+
+    @property
+    def failed(self) -> int:
+        """Why it has to end: bits of `state.report.Failed`; 0 for no reason."""
+        return self.faults & FAILED
 
 
 @dataclass(slots=True)

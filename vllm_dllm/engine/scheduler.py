@@ -308,8 +308,8 @@ class DllmScheduler(Scheduler):
         """
         for req_id, report in reports.items():
             request = self.requests.get(req_id)
-            if request is None or request.num_stale_output_tokens:  # it was aborted or preempted: the pages are gone
-                continue
+            if request is None or request.num_stale_output_tokens or report.failed:
+                continue  # it was aborted or preempted: the pages are gone; or what is in them may be at fault
             self.rows.kv.note(req_id, report.stored)
             if self.is_causal:
                 # A block that a look-ahead stored is cached a step later: its tokens are not the request's yet.

@@ -18,7 +18,7 @@ from vllm_dllm.engine.rows import StepRows
 from vllm_dllm.engine.telemetry import RequestTotals
 from vllm_dllm.engine.worker_check import Fault
 from vllm_dllm.errors import StateError
-from vllm_dllm.state.report import Failed
+from vllm_dllm.state.report import FAILED
 
 
 @dataclass(slots=True)
@@ -152,7 +152,7 @@ class StateCheck:
             )
         # A look-ahead that came true may have filled the next block at once.
         came_over = self._rows.is_causal and report.finished and report.stored > account.start
-        fault = Fault(report.faults & ~sum(Failed)) & ~(Fault.NO_MASK if came_over else Fault(0))
+        fault = Fault(report.faults & ~FAILED) & ~(Fault.NO_MASK if came_over else Fault(0))
         if fault:
             faults = ", ".join(str(each.name) for each in fault)
             raise StateError(f"request {name}: the worker has a canvas that cannot be: {faults}")

@@ -100,8 +100,10 @@ class Measurement:
             "stats": asdict(self.stats),
             "steps": [
                 {
-                    **{"requests": num_reqs, "budget": budget},
-                    **{"rows": [rows for rows, _ in taken], "ms": [ms for _, ms in taken]},
+                    "requests": num_reqs,
+                    "budget": budget,
+                    "rows": [rows for rows, _ in taken],
+                    "ms": [ms for _, ms in taken],
                 }
                 for (num_reqs, budget), taken in self.steps.items()
             ],

@@ -40,6 +40,9 @@ class Failed(IntFlag):
     CANVAS = 16  # its block cannot be completed under its constraint
 
 
+FAILED = int(Failed.POLICY | Failed.TOKEN | Failed.CANVAS)
+
+
 @dataclass(frozen=True, slots=True)
 class StepFacts:
     """What a step did for some requests, on the device: what the worker fills in.
